@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from tools.tiny.muon import Optimizers
 from tools.tiny.render import SIZE, draw_scene
 from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
 from tools.tiny.world import sample_scene
 
 CONFIG = dict(
-    block_out_channels=(16, 32, 64, 64),
+    block_out_channels=(16, 32, 64, 96),
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
     layers_per_block=1,
@@ -73,7 +74,7 @@ def train(folder: Path, num_steps: int, num_pictures: int, learning_rate: float,
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     vae = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, weight_decay=1e-4, betas=(0.9, 0.99))
+    optimizer = Optimizers(vae, learning_rate, weight_decay=0.01)
     average = AveragedWeights(vae)
     run = Run(folder, num_steps)
     if state := run.resume():
@@ -84,8 +85,7 @@ def train(folder: Path, num_steps: int, num_pictures: int, learning_rate: float,
     data = pictures(num_pictures, seed)
     held = batch(pictures(16, seed + 1), 1, generator)
     while run.step < num_steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(run.step, num_steps)
+        optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
         reconstruction, divergence = loss_terms(vae, batch(data, run.step, generator))
         optimizer.zero_grad()
         (reconstruction + KL_WEIGHT * divergence).backward()
@@ -114,9 +114,9 @@ def normalise_latents(vae: AutoencoderKL, data: torch.Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-image/vae"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--pictures", type=int, default=8000)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     train(args.folder, args.steps, args.pictures, args.learning_rate, args.seed)

@@ -1,0 +1,45 @@
+"""Multi-stage omni-modal inference. Public names load on first use: importing the package does not import torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_omni.entrypoints.async_omni import AsyncOmni
+    from vllm_omni.entrypoints.omni import Omni
+    from vllm_omni.params import DiffusionParams, SamplingParams
+    from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus, create_text_request
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AsyncOmni": "vllm_omni.entrypoints.async_omni",
+    "DiffusionParams": "vllm_omni.params",
+    "Omni": "vllm_omni.entrypoints.omni",
+    "OmniOutput": "vllm_omni.request",
+    "OmniRequest": "vllm_omni.request",
+    "RequestStatus": "vllm_omni.request",
+    "SamplingParams": "vllm_omni.params",
+    "create_text_request": "vllm_omni.request",
+}
+__all__ = [
+    "AsyncOmni",
+    "DiffusionParams",
+    "Omni",
+    "OmniOutput",
+    "OmniRequest",
+    "RequestStatus",
+    "SamplingParams",
+    "create_text_request",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vllm_omni' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,60 @@
+"""The exceptions of vllm_omni. Messages say what was got, what was expected and how to fix it.
+
+    OmniError
+    |- ConfigError             a YAML file, an override or a checkpoint's configuration is wrong
+    |- CheckpointError         weights or side files are missing, left over, misshapen or damaged
+    |- InvalidRequestError     a prompt or a parameter is out of bounds (also a ValueError)
+    |- SchedulerError          a request could not be admitted or was used wrongly
+    |  |- QueueFullError       the waiting queue is at `max_queue_size`
+    |  |- RequestTimeoutError  the request's deadline passed
+    |  `- RequestAbortedError  the caller gave the request up
+    |- CacheError              a KV block or a step cache was misused
+    |- ResourceError           memory does not suffice, now or ever
+    `- StageError              a stage failed while it worked on a request; `__cause__` holds why
+"""
+
+from __future__ import annotations
+
+
+class OmniError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class ConfigError(OmniError):
+    """A stage config, an override or a model's configuration file is wrong."""
+
+
+class CheckpointError(OmniError):
+    """A checkpoint folder lacks a file or a tensor, or holds one that does not fit."""
+
+
+class InvalidRequestError(OmniError, ValueError):
+    """A prompt or a parameter is out of bounds; nothing has been computed for the request."""
+
+
+class SchedulerError(OmniError):
+    """A request could not be admitted, or the scheduler was used in a state that does not allow it."""
+
+
+class QueueFullError(SchedulerError):
+    """The scheduler already holds `max_queue_size` requests."""
+
+
+class RequestTimeoutError(SchedulerError):
+    """The request's deadline passed before it was done."""
+
+
+class RequestAbortedError(SchedulerError):
+    """The request was given up before it was done."""
+
+
+class CacheError(OmniError):
+    """A KV block or a step cache was used in a state that does not allow it."""
+
+
+class ResourceError(OmniError):
+    """Memory does not suffice."""
+
+
+class StageError(OmniError):
+    """A stage failed while it worked on this request."""

@@ -1,0 +1,166 @@
+"""Per-request parameters: SamplingParams for AR stages, DiffusionParams for DiT stages.
+
+`None` alone means unset: the stage's `defaults` of the YAML, then the documented fallback, apply. Constructing checks types and
+ranges that hold everywhere; limits that a config may raise (sizes, steps, tokens) are checked by the stage that runs the request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.utils.checks import check_number, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_SEED = 2**63 - 1
+P = TypeVar("P", bound="StageParams")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageParams:
+    """Base of the parameters of one stage; a custom stage kind subclasses it."""
+
+    def with_defaults(self: P, defaults: Mapping[str, Any]) -> P:
+        """A copy in which every unset field takes the stage's default."""
+        known = {f.name for f in dataclasses.fields(self)}
+        for name in defaults:
+            if name not in known:
+                raise InvalidRequestError(f"defaults.{name}: unknown {type(self).__name__} field{did_you_mean(name, known)}")
+        unset = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        return dataclasses.replace(self, **unset) if unset else self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams(StageParams):
+    """How an AR stage samples. Fallbacks stand in brackets.
+
+    temperature (1.0; 0 is greedy), top_p (1.0), top_k (off), min_p (0), repetition_penalty (1.0: > 1 discourages, over prompt and output),
+    presence_penalty and frequency_penalty (0, over the output alone), max_tokens (16384, cut to the model's length), min_tokens (0),
+    stop (strings that end the text and are left out of it), stop_token_ids, ignore_eos, seed (none: fresh entropy), n (1 sample),
+    logprobs (how many alternatives per token; 0 gives the chosen token's alone), logit_bias {token id: added logit},
+    skip_special_tokens (True).
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool | None = None
+    seed: int | None = None
+    n: int | None = None
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    skip_special_tokens: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, _SAMPLING_RANGES)
+        _check_bools(self, ("ignore_eos", "skip_special_tokens"))
+        if self.stop is not None:
+            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+            if not all(isinstance(s, str) and s for s in stop):
+                raise InvalidRequestError(f"stop: got {self.stop!r}, expected non-empty strings")
+            object.__setattr__(self, "stop", stop)
+        for name in ("stop_token_ids", "logit_bias"):
+            for token in getattr(self, name) or ():
+                _raise_if(check_number(name, token, 0, integer=True))
+        for token, bias in (self.logit_bias or {}).items():
+            _raise_if(check_number(f"logit_bias[{token}]", bias, -1e9, 1e9))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffusionParams(StageParams):
+    """How a DiT stage denoises. Fallbacks stand in brackets; a model may state its own.
+
+    height, width in pixels (the model's own size), num_inference_steps (50), guidance_scale (the model's formula decides which value is
+    neutral: 0 for Z-Image, 1 for the usual form), negative_prompt (""), seed (none: fresh entropy), num_outputs (1), strength
+    (image to image: 0 keeps the image, 1 ignores it), image, sigmas (one per step, descending, in (0, 1]), output_type ("pil" or "latent"),
+    duration_s (audio), extra (model-specific: Z-Image knows `cfg_normalization` and `cfg_truncation`).
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    num_outputs: int | None = None
+    strength: float | None = None
+    image: Image | None = None
+    sigmas: Sequence[float] | None = None
+    output_type: str | None = None
+    duration_s: float | None = None
+    extra: Mapping[str, Any] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, _DIFFUSION_RANGES)
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise InvalidRequestError(f"negative_prompt: got {type(self.negative_prompt).__name__}, expected a string")
+        if self.output_type not in (None, "pil", "latent"):
+            raise InvalidRequestError(f"output_type: got {self.output_type!r}, expected 'pil' or 'latent'")
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", _checked_sigmas(self.sigmas))
+
+
+_SAMPLING_RANGES: dict[str, dict[str, Any]] = {
+    "temperature": {"low": 0, "high": 100},
+    "top_p": {"low": 0, "high": 1, "above_low": True},
+    "top_k": {"low": 0, "integer": True},
+    "min_p": {"low": 0, "high": 1},
+    "repetition_penalty": {"low": 0, "high": 100, "above_low": True},
+    "presence_penalty": {"low": -100, "high": 100},
+    "frequency_penalty": {"low": -100, "high": 100},
+    "max_tokens": {"low": 1, "integer": True},
+    "min_tokens": {"low": 0, "integer": True},
+    "seed": {"low": 0, "high": MAX_SEED, "integer": True},
+    "n": {"low": 1, "integer": True},
+    "logprobs": {"low": 0, "high": 100, "integer": True},
+}
+_DIFFUSION_RANGES: dict[str, dict[str, Any]] = {
+    "height": {"low": 1, "integer": True},
+    "width": {"low": 1, "integer": True},
+    "num_inference_steps": {"low": 1, "integer": True},
+    "guidance_scale": {"low": 0},
+    "seed": {"low": 0, "high": MAX_SEED, "integer": True},
+    "num_outputs": {"low": 1, "integer": True},
+    "strength": {"low": 0, "high": 1},
+    "duration_s": {"low": 0, "above_low": True},
+}
+
+
+def _raise_if(complaint: str | None) -> None:
+    if complaint:
+        raise InvalidRequestError(complaint)
+
+
+def _check_numbers(params: StageParams, ranges: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, limits in ranges.items():
+        value = getattr(params, name)
+        if value is not None:
+            _raise_if(check_number(name, value, **limits))
+
+
+def _check_bools(params: StageParams, names: Sequence[str]) -> None:
+    for name in names:
+        value = getattr(params, name)
+        if value is not None and not isinstance(value, bool):
+            raise InvalidRequestError(f"{name}: got {value!r}, expected true or false")
+
+
+def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
+    for index, sigma in enumerate(sigmas):
+        _raise_if(check_number(f"sigmas[{index}]", sigma, 0, 1, above_low=True))
+    if not sigmas or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
+        raise InvalidRequestError(f"sigmas: got {list(sigmas)!r}, expected a descending list of numbers in (0, 1]")
+    return tuple(float(sigma) for sigma in sigmas)

@@ -1,0 +1,72 @@
+"""What crosses from one stage to the next, and the description of it that is checked at load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor by name of its dimensions: an int is fixed, a str varies ("T" tokens, "L" layers); `dims=("T", 192)`."""
+
+    dims: tuple[int | str, ...]
+
+    def fits(self, other: TensorSpec) -> bool:
+        """Whether every pair of fixed dimensions agrees."""
+        return len(self.dims) == len(other.dims) and all(
+            a == b for a, b in zip(self.dims, other.dims, strict=True) if isinstance(a, int) and isinstance(b, int)
+        )
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(map(str, self.dims)) + "]"
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """Words that a stage writes or reads."""
+
+    def fits(self, other: object) -> bool:
+        return isinstance(other, TextSpec)
+
+    def __str__(self) -> str:
+        return "text"
+
+
+PortSpec = TensorSpec | TextSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StageSignature:
+    """The ports of a stage, known from its configuration alone: what it reads and what it can give."""
+
+    inputs: Mapping[str, PortSpec] = field(default_factory=dict)
+    outputs: Mapping[str, PortSpec] = field(default_factory=dict)
+    required_inputs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class StagePayload:
+    """What a stage made of one request.
+
+    `tensors` holds the outputs that somebody wants, by port name, on the stage's device. `meta` holds plain JSON values:
+    for a text stage `text`, `token_ids`, `finish_reason`; a port that carries text is found there under its name.
+    In one process tensors pass by reference: the receiver must not write into them.
+    """
+
+    request_id: str
+    source: str
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def port(self, name: str) -> Any:
+        """The value of one port: a tensor, or text."""
+        return self.tensors[name] if name in self.tensors else self.meta[name]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())

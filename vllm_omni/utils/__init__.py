@@ -1,0 +1,1 @@
+"""Helpers below everything else: devices, validation of numbers, logging."""

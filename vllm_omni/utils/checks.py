@@ -1,0 +1,44 @@
+"""Validation of values from outside. Knows no request and no config, only numbers and names."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable
+
+
+def check_number(
+    where: str,
+    value: object,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    integer: bool = False,
+    above_low: bool = False,
+) -> str | None:
+    """None when `value` is a finite number (no bool) within [low, high] (or (low, high]), else the complaint."""
+    kind = numbers.Integral if integer else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(float(value)):  # type: ignore[arg-type]
+        return f"{where}: got {value!r}, expected {'an integer' if integer else 'a finite number'}"
+    number = float(value)  # type: ignore[arg-type]
+    too_low = low is not None and (number <= low if above_low else number < low)
+    if too_low or (high is not None and number > high):
+        return f"{where}: got {value!r}, expected {_range_words(low, high, above_low)}"
+    return None
+
+
+def _range_words(low: float | None, high: float | None, above_low: bool) -> str:
+    if low is None:
+        return f"at most {high:g}"
+    least = f"{'more than' if above_low else 'at least'} {low:g}"
+    return least if high is None else f"{least} and at most {high:g}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' (did you mean 'x'?)' for a near miss, else the list of what is known."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f" (known: {', '.join(options)})" if options else ""

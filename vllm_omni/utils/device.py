@@ -1,0 +1,61 @@
+"""Devices and dtypes: the only file that names torch.cuda or torch.mps."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_omni.errors import ConfigError
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """'auto' picks CUDA, then MPS, then the CPU; anything else must be a device that is here."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: got {name!r}, expected auto, cpu, cuda, cuda:N or mps") from error
+    available = {
+        "cpu": True,
+        "meta": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise ConfigError(f"device: got {name!r}, which this machine does not have; use 'auto' or 'cpu'")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 on an accelerator and float32 on the CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: got {name!r}, expected auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Free memory of an accelerator, None where the operating system decides."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return None
+
+
+def total_memory_bytes(device: torch.device) -> int | None:
+    """All memory of an accelerator, None where the operating system decides."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return None
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was asked of it (for measurements)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
