@@ -1,0 +1,113 @@
+"""The configuration as frozen dataclasses: a YAML key equals its field. Knows no file format and no stage kind."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_omni.errors import ConfigError
+from vllm_omni.utils.checks import check_number
+
+
+class SchedulerType(str, enum.Enum):
+    """Which waiting request starts next."""
+
+    FIFO = "fifo"
+    PRIORITY = "priority"
+    SHORTEST_JOB_FIRST = "shortest_job_first"
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Queue and order. `priority_weights`: a request's waiting time counts this much (PRIORITY); names are what requests may ask for."""
+
+    policy: SchedulerType = SchedulerType.FIFO
+    max_queue_size: int = 256
+    max_running: int = 64
+    priority_weights: Mapping[str, float] = field(default_factory=lambda: {"high": 4.0, "normal": 1.0, "low": 0.25})
+
+
+@dataclass(frozen=True, slots=True)
+class DiTCacheConfig:
+    """Memory for step caches of running requests, and for prompt embeddings that outlive a request (0 turns those off)."""
+
+    max_memory_mb: float = 1024.0
+    prompt_embeds_mb: float = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """The largest values that a request may ask for; checked before any work."""
+
+    max_prompt_chars: int = 100_000
+    max_pixels: int = 4_194_304
+    max_inference_steps: int = 1_000
+    max_guidance_scale: float = 100.0
+    max_outputs: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StageConfig:
+    """One stage. `options` is the dataclass of its kind, filled from the remaining YAML keys of the stage.
+
+    inputs: input port -> "stage.port". defaults: fields of the kind's params class. device and dtype: "auto" or a name.
+    """
+
+    name: str
+    kind: str
+    model: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    executor: str = "inline"
+    device: str = "auto"
+    dtype: str = "auto"
+    options: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class OmniConfig:
+    """Everything that a YAML says.
+
+    outputs: stages (their text, images or audio) and "stage.port" tensors. max_memory_gb: for weights, KV pools and caches of all stages.
+    max_gpu_utilization: the share of an accelerator's memory that may be planned for. request_timeout: seconds that a request may take when
+    it does not say itself. worker_timeout: seconds that a stage may hold work without any progress before its requests fail.
+    """
+
+    name: str = "omni"
+    model: str | None = None
+    stages: Mapping[str, StageConfig] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    dit_cache: DiTCacheConfig = field(default_factory=DiTCacheConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    max_memory_gb: float = 16.0
+    max_gpu_utilization: float = 0.8
+    request_timeout: float = 300.0
+    worker_timeout: float = 60.0
+
+    def validate(self) -> None:
+        """Checks every number; raises ConfigError with the key, what it got and what was expected."""
+        complaints = [
+            check_number("resources.max_memory_gb", self.max_memory_gb, 0, above_low=True),
+            check_number("resources.max_gpu_utilization", self.max_gpu_utilization, 0, 1, above_low=True),
+            check_number("scheduler.request_timeout_s", self.request_timeout, 0, above_low=True),
+            check_number("scheduler.worker_timeout_s", self.worker_timeout, 0, above_low=True),
+            check_number("scheduler.max_queue_size", self.scheduler.max_queue_size, 1, integer=True),
+            check_number("scheduler.max_running", self.scheduler.max_running, 1, integer=True),
+            check_number("dit_cache.max_memory_mb", self.dit_cache.max_memory_mb, 0),
+            check_number("dit_cache.prompt_embeds_mb", self.dit_cache.prompt_embeds_mb, 0),
+            check_number("limits.max_prompt_chars", self.limits.max_prompt_chars, 1, integer=True),
+            check_number("limits.max_pixels", self.limits.max_pixels, 1, integer=True),
+            check_number("limits.max_inference_steps", self.limits.max_inference_steps, 1, integer=True),
+            check_number("limits.max_guidance_scale", self.limits.max_guidance_scale, 0),
+            check_number("limits.max_outputs", self.limits.max_outputs, 1, integer=True),
+        ]
+        for name, weight in self.scheduler.priority_weights.items():
+            complaints.append(check_number(f"scheduler.priority_weights.{name}", weight, 0, above_low=True))
+        if "normal" not in self.scheduler.priority_weights:
+            complaints.append("scheduler.priority_weights: 'normal' is missing; requests that name no priority have it")
+        for complaint in complaints:
+            if complaint:
+                raise ConfigError(complaint)

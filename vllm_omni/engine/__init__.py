@@ -1,0 +1,1 @@
+"""Stage engines: each turns tasks into payloads, one batch iteration a step."""

@@ -1,0 +1,1 @@
+"""Stage executors (where an engine runs) and the one loop that drives them all."""

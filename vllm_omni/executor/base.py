@@ -1,0 +1,49 @@
+"""The contract of a stage executor: where a stage's engine runs. The loop above it is the same for all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from vllm_omni.engine.base import StageEvent, StageTask
+from vllm_omni.params import StageParams
+from vllm_omni.request import OmniRequest
+
+
+class StageExecutor(ABC):
+    """Hosts one engine. `poll` never blocks for longer than one engine step."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Loads the engine."""
+
+    @abstractmethod
+    def check(self, request: OmniRequest, params: StageParams) -> None:
+        """As StageEngine.check."""
+
+    @abstractmethod
+    def job_size(self, request: OmniRequest, params: StageParams) -> float:
+        """As StageEngine.job_size."""
+
+    @abstractmethod
+    def submit(self, task: StageTask) -> None: ...
+
+    @abstractmethod
+    def poll(self) -> list[StageEvent]:
+        """Events since the last poll; an inline executor runs one engine step here."""
+
+    @abstractmethod
+    def abort(self, request_id: str) -> None: ...
+
+    @abstractmethod
+    def has_work(self) -> bool: ...
+
+    @abstractmethod
+    def get_stats(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def check_integrity(self) -> None: ...
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Frees the engine; may be called twice."""

@@ -1,0 +1,62 @@
+"""Every extension point as a table of name -> "module:Class", resolved on first use.
+
+A new model, stage kind, step cache, policy or executor is one file and one row here; code outside the package adds its own
+row with `register` before it makes an `Omni`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from vllm_omni.errors import ConfigError
+from vllm_omni.utils.checks import did_you_mean
+
+TABLES: dict[str, dict[str, str]] = {
+    "stage kind": {
+        "ar": "vllm_omni.engine.llm_engine:LLMEngine",
+        "dit": "vllm_omni.engine.diffusion_engine:DiffusionEngine",
+    },
+    "language model": {
+        "Qwen3ForCausalLM": "vllm_omni.models.qwen3:Qwen3",
+        "Qwen3Model": "vllm_omni.models.qwen3:Qwen3",
+    },
+    "diffusion model": {
+        "ZImagePipeline": "vllm_omni.worker.z_image_pipeline:ZImagePipeline",
+    },
+    "step cache": {
+        "none": "vllm_omni.core.caches.none:NoCache",
+        "first_block": "vllm_omni.core.caches.first_block:FirstBlockCache",
+    },
+    "scheduling policy": {
+        "fifo": "vllm_omni.core.policies:FIFOPolicy",
+        "priority": "vllm_omni.core.policies:PriorityPolicy",
+        "shortest_job_first": "vllm_omni.core.policies:ShortestJobFirstPolicy",
+    },
+    "executor": {"inline": "vllm_omni.executor.inline:InlineExecutor"},
+}
+
+
+def names(table: str) -> list[str]:
+    """What the table knows."""
+    return sorted(TABLES[table])
+
+
+def resolve(table: str, name: str) -> Any:
+    """The class behind a name."""
+    rows = TABLES[table]
+    if name not in rows:
+        raise ConfigError(f"{table}: got {name!r}{did_you_mean(name, rows)}")
+    module, _, attribute = rows[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def register(table: str, name: str, target: str) -> None:
+    """Adds a row: `register("stage kind", "echo", "my_package.echo:EchoEngine")`."""
+    if table not in TABLES:
+        raise ConfigError(f"table: got {table!r}{did_you_mean(table, TABLES)}")
+    if ":" not in target:
+        raise ConfigError(f"target: got {target!r}, expected 'module:Class'")
+    if TABLES[table].get(name, target) != target:
+        raise ConfigError(f"{table} {name!r}: already registered as {TABLES[table][name]}")
+    TABLES[table][name] = target

@@ -1,0 +1,205 @@
+"""A request on its way in (OmniRequest) and its answer on the way out (OmniOutput). Knows no stage and no engine."""
+
+from __future__ import annotations
+
+import enum
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vllm_omni.errors import InvalidRequestError, OmniError
+from vllm_omni.params import SamplingParams, StageParams
+from vllm_omni.utils.checks import check_number, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Messages
+P = TypeVar("P", bound=StageParams)
+
+PROMPT_KEYS = frozenset(
+    {"prompt", "prompt_token_ids", "messages", "negative_prompt", "request_id", "priority", "timeout_s"}
+)
+MAX_ID_LENGTH = 256
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is; the last four are final."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    ABORTED = "aborted"
+    REJECTED = "rejected"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
+
+
+def new_request_id() -> str:
+    """Random, so that no two processes and no two moments make the same."""
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OmniRequest:
+    """One prompt and all that belongs to it.
+
+    prompt: text, token ids or chat messages. params: one object for every stage that takes its type, or {stage name: params}.
+    priority: a key of the scheduler's `priority_weights`. timeout_s: seconds from admission to the deadline; None takes the config's.
+    """
+
+    prompt: Prompt
+    request_id: str = field(default_factory=new_request_id)
+    negative_prompt: str | None = None
+    params: StageParams | Mapping[str, StageParams] | None = None
+    priority: str = "normal"
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.request_id, str) or not 0 < len(self.request_id) <= MAX_ID_LENGTH:
+            raise InvalidRequestError(
+                f"request_id: got {self.request_id!r:.80}, expected 1 to {MAX_ID_LENGTH} characters"
+            )
+        _check_prompt(self.prompt)
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise InvalidRequestError(f"negative_prompt: got {type(self.negative_prompt).__name__}, expected a string")
+        if self.timeout_s is not None:
+            complaint = check_number("timeout_s", self.timeout_s, 0, above_low=True)
+            if complaint:
+                raise InvalidRequestError(complaint)
+
+    @classmethod
+    def from_prompt(
+        cls, prompt: Prompt | Mapping[str, Any], params: StageParams | Mapping[str, StageParams] | None = None
+    ) -> OmniRequest:
+        """A request from anything that `Omni.generate` takes as a prompt."""
+        if not isinstance(prompt, Mapping):
+            return cls(prompt=prompt, params=params)
+        unknown = [key for key in prompt if key not in PROMPT_KEYS]
+        if unknown:
+            raise InvalidRequestError(f"prompt[{unknown[0]!r}]: unknown key{did_you_mean(str(unknown[0]), PROMPT_KEYS)}")
+        texts = [key for key in ("prompt", "prompt_token_ids", "messages") if prompt.get(key) is not None]
+        if len(texts) != 1:
+            raise InvalidRequestError(
+                f"prompt: got {texts or 'none'} of 'prompt', 'prompt_token_ids' and 'messages', expected exactly one"
+            )
+        others = ("negative_prompt", "request_id", "priority", "timeout_s")
+        rest = {key: prompt[key] for key in others if prompt.get(key) is not None}
+        return cls(prompt=prompt[texts[0]], params=params, **rest)
+
+    def params_for(self, stage: str, params_type: type[P]) -> P:
+        """The parameters that the caller gave for one stage, unset where none were given."""
+        if isinstance(self.params, Mapping):
+            given = self.params.get(stage)
+            if given is not None and not isinstance(given, params_type):
+                raise InvalidRequestError(
+                    f"params[{stage!r}]: got {type(given).__name__}, expected {params_type.__name__}"
+                )
+            return given if given is not None else params_type()
+        return self.params if isinstance(self.params, params_type) else params_type()
+
+
+def _check_prompt(prompt: object) -> None:
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not prompt:
+        raise InvalidRequestError(
+            f"prompt: got {type(prompt).__name__}, expected a string, a non-empty list of token ids or of chat messages"
+        )
+    if all(isinstance(item, Mapping) for item in prompt):
+        for index, message in enumerate(prompt):
+            if not isinstance(message.get("role"), str) or "content" not in message:
+                raise InvalidRequestError(f"prompt[{index}]: got {message!r:.80}, expected 'role' and 'content'")
+        return
+    for index, token in enumerate(prompt):
+        complaint = check_number(f"prompt[{index}]", token, 0, integer=True)
+        if complaint:
+            raise InvalidRequestError(complaint + " (a token id)")
+
+
+def create_text_request(
+    prompt: Prompt,
+    request_id: str | None = None,
+    sampling_params: SamplingParams | None = None,
+    *,
+    priority: str = "normal",
+    timeout_s: float | None = None,
+) -> OmniRequest:
+    """A request for text."""
+    return OmniRequest(
+        prompt=prompt,
+        request_id=new_request_id() if request_id is None else request_id,
+        params=sampling_params,
+        priority=priority,
+        timeout_s=timeout_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled text. `logprobs[i]` maps token ids to log probabilities at output position i, the chosen token first."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    logprobs: tuple[Mapping[int, float], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What one stage named in `outputs` gives to the caller."""
+
+    completions: tuple[Completion, ...] = ()
+    images: tuple[Image, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OmniOutput:
+    """The answer to a request: partial (`finished` False, only in streams) or final.
+
+    results: by stage, in the order of the config's `outputs`. tensors: by "stage.port". metrics: by stage: queued_s, ran_s,
+    started_s (after admission), steps, tokens, cache_hits and what else the stage counts.
+    error: why there is no (whole) result, or None.
+    """
+
+    request_id: str
+    status: RequestStatus
+    results: Mapping[str, StageResult] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    error: OmniError | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.status.is_final
+
+    @property
+    def images(self) -> list[Image]:
+        return [image for result in self.results.values() for image in result.images]
+
+    @property
+    def completions(self) -> list[Completion]:
+        """Every sampled text, stage by stage."""
+        return [completion for result in self.results.values() for completion in result.completions]
+
+    @property
+    def text(self) -> str | None:
+        return self.completions[0].text if self.completions else None
+
+    @property
+    def token_ids(self) -> tuple[int, ...] | None:
+        return self.completions[0].token_ids if self.completions else None
+
+    @property
+    def logprobs(self) -> tuple[Mapping[int, float], ...] | None:
+        return self.completions[0].logprobs if self.completions else None
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.completions[0].finish_reason if self.completions else None
