@@ -1,0 +1,148 @@
+"""Weights from safetensors files into a module, also into fused parameters. Never unpickles, never runs a checkpoint's code.
+
+A model tells with `locate` where a published tensor goes: the parameter and the rows of it that the tensor fills. The plan is checked
+whole (nothing missing, nothing left over, all shapes right) before the first byte is copied, and works on the meta device too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vllm_omni.errors import CheckpointError
+from vllm_omni.utils.files import read_json
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The parameter that a published tensor fills, and which rows of it (None: all)."""
+
+    parameter: str
+    rows: slice | None = None
+
+
+class Loadable(Protocol):
+    """A module that knows the published names of its weights."""
+
+    def locate(self, name: str) -> Target | None:
+        """Where a published tensor goes; None for a name that the model does not know."""
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a published tensor is rightly left out (a tied copy, a buffer)."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file, from the index or from the one file in the folder."""
+    indices = sorted(folder.glob("*" + INDEX_SUFFIX))
+    if indices:
+        weight_map = read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{indices[0]}: 'weight_map' is missing")
+        for file in set(weight_map.values()):
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{indices[0]}: got the file name {file!r}, expected a name in the same folder")
+        return {name: folder / file for name, file in weight_map.items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no .safetensors file; convert the weights (nothing else is ever loaded)")
+    found: dict[str, Path] = {}
+    for file in files:
+        with _opened(file) as handle:
+            found.update(dict.fromkeys(handle.keys(), file))
+    return found
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, from the headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file, names in _by_file(tensor_files(folder)).items():
+        with _opened(file) as handle:
+            for name in names:
+                shapes[name] = tuple(_get(handle, name, file, shape_only=True))
+    return shapes
+
+
+def plan_loading(model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Target]:
+    """Checkpoint name -> target; CheckpointError when anything is missing, left over or misshapen."""
+    parameters = dict(model.named_parameters())
+    plan: dict[str, Target] = {}
+    filled: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        target = model.locate(name)
+        if target is None or target.parameter not in parameters:
+            if model.is_ignored(name):
+                continue
+            raise CheckpointError(f"{where}: unexpected tensor {name!r}; the model has no place for it")
+        parameter = parameters[target.parameter]
+        expected = parameter.shape if target.rows is None else parameter[target.rows].shape
+        if tuple(expected) != tuple(shape):
+            raise CheckpointError(f"{where}: {name!r} has shape {list(shape)}, expected {list(expected)}")
+        filled[target.parameter] += expected.numel()
+        plan[name] = target
+    for name, parameter in parameters.items():
+        if filled[name] != parameter.numel():
+            raise CheckpointError(f"{where}: nothing (or not enough) for the parameter {name!r} {list(parameter.shape)}")
+    return plan
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fills every parameter of `model` (already on its device) from the memory-mapped files of `folder`."""
+    files = tensor_files(folder)
+    plan = plan_loading(model, tensor_shapes(folder), str(folder))  # type: ignore[arg-type]
+    parameters = dict(model.named_parameters())
+    for file, names in _by_file({name: files[name] for name in plan}).items():
+        with _opened(file) as handle:
+            for name in names:
+                target = plan[name]
+                destination = parameters[target.parameter].data
+                destination = destination if target.rows is None else destination[target.rows]
+                destination.copy_(_get(handle, name, file))
+
+
+def weights_bytes(folder: Path, itemsize: int) -> int:
+    """Bytes of all tensors of a folder once they are loaded with this item size."""
+    total = 0
+    for shape in tensor_shapes(folder).values():
+        count = 1
+        for size in shape:
+            count *= size
+        total += count * itemsize
+    return total
+
+
+def _by_file(files: Mapping[str, Path]) -> dict[Path, list[str]]:
+    grouped: dict[Path, list[str]] = {}
+    for name, file in files.items():
+        grouped.setdefault(file, []).append(name)
+    return grouped
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            yield handle
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing, though the index names it") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged safetensors file ({error})") from error
+
+
+def _get(handle: safe_open, name: str, file: Path, shape_only: bool = False) -> Tensor | list[int]:
+    try:
+        return handle.get_slice(name).get_shape() if shape_only else handle.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error})") from error

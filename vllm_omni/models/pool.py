@@ -1,0 +1,28 @@
+"""Loaded models, shared by every stage of this process that names the same weights. The pool owns them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar, cast
+
+T = TypeVar("T")
+
+
+class ModelPool:
+    """Key (class, folder, device, dtype) -> the one loaded copy."""
+
+    def __init__(self) -> None:
+        self._models: dict[Hashable, object] = {}
+
+    def get(self, key: Hashable, load: Callable[[], T]) -> T:
+        """The model under `key`, loaded by `load` when it is asked for the first time."""
+        if key not in self._models:
+            self._models[key] = load()
+        return cast(T, self._models[key])
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def clear(self) -> None:
+        """Forgets every model; engines that still hold one keep it alive."""
+        self._models.clear()

@@ -1,0 +1,61 @@
+"""Where models and stage configs live on disk, and JSON side files. Reads no weights."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.errors import CheckpointError, ConfigError
+from vllm_omni.utils.checks import did_you_mean
+
+ASSET_SCHEME = "asset://"
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+
+
+def assets_folder() -> Path:
+    """The models that ship with the package."""
+    return Path(str(files("vllm_omni"))) / "assets"
+
+
+def resolve_model_folder(model: str) -> Path:
+    """A folder, `asset://name[/sub]` of the package, or a hub id `owner/name[/sub]` -> a local folder that exists."""
+    if model.startswith(ASSET_SCHEME):
+        folder = assets_folder() / model.removeprefix(ASSET_SCHEME)
+        shipped = [path.name for path in assets_folder().iterdir() if path.is_dir()]
+        if not folder.resolve().is_relative_to(assets_folder().resolve()) or not folder.is_dir():
+            raise ConfigError(f"model: got {model!r}, which does not ship{did_you_mean(folder.name, shipped)}")
+        return folder
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    return _hub_folder(model)
+
+
+def _hub_folder(model: str) -> Path:
+    parts = model.split("/")
+    if len(parts) < 2 or model.startswith(("/", ".", "~")):
+        raise ConfigError(f"model: got {model!r}, expected a folder that exists, a hub id 'owner/name' or 'asset://name'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        root = Path(snapshot_download("/".join(parts[:2]), allow_patterns=HUB_PATTERNS))
+    except Exception as error:
+        raise ConfigError(f"model: {model!r} is no local folder and could not be fetched from the hub: {error}") from error
+    folder = root.joinpath(*parts[2:])
+    if not folder.is_dir():
+        raise ConfigError(f"model: got {model!r}, but {'/'.join(parts[:2])} has no folder {'/'.join(parts[2:])!r}")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is missing, damaged or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; expected a checkpoint folder in transformers or diffusers format") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: got a JSON {type(content).__name__}, expected an object")
+    return content
