@@ -117,6 +117,10 @@ class Tokens:
         lengths = [group.length for group in self.groups for _ in range(group.num_rows)]
         return list(self.hidden.split(lengths))
 
+    def with_rows(self, rows: Sequence[Tensor]) -> Tokens:
+        """The same batch with other hidden states: [L, D] each, in packed order."""
+        return replace(self, hidden=torch.cat(list(rows)))
+
     def select(self, rows: Sequence[int]) -> Tokens:
         """The chosen packed rows (ascending) as tokens of their own."""
         chosen, groups, start = set(rows), [], 0
