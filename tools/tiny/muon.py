@@ -59,7 +59,10 @@ class Optimizers:
         for name, parameter in module.named_parameters():
             (inner if parameter.ndim >= 2 and name.startswith(prefixes) else rest).append(parameter)
         self.lr = lr
-        self.parts = [Muon(inner, lr, weight_decay=weight_decay), torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0)]
+        self.parts = [
+            Muon(inner, lr, weight_decay=weight_decay),
+            torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0),
+        ]
 
     def scale_learning_rate(self, factor: float) -> None:
         for part in self.parts:

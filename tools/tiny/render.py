@@ -107,8 +107,7 @@ def corners(x: float, y: float, radii: tuple[float, ...], count: int) -> list[tu
     """Corners of a regular polygon whose first corner points up; the radii take turns."""
     angles = [2 * math.pi * i / count for i in range(count)]
     return [
-        (x + radii[i % len(radii)] * math.sin(a), y - radii[i % len(radii)] * math.cos(a))
-        for i, a in enumerate(angles)
+        (x + radii[i % len(radii)] * math.sin(a), y - radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)
     ]
 
 

@@ -178,7 +178,9 @@ class Attention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
         shape = (span.num_rows, span.length)
         query, key = (rotated(part.unflatten(0, shape), span.rope) for part in (query, key))
-        heads_first = (part.transpose(1, 2) for part in (query, key, value.unflatten(0, shape)))  # [rows, H, L, head_dim]
+        heads_first = (
+            part.transpose(1, 2) for part in (query, key, value.unflatten(0, shape))
+        )  # [rows, H, L, head_dim]
         return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
@@ -343,9 +345,7 @@ class ZImageTransformer(nn.Module):
         """All of the above in one go."""
         return self.finish(self.run_blocks(self.begin(latents, timesteps, texts), 0, len(self.layers)))
 
-    def _embed_images(
-        self, latents: Rows, order: Sequence[int], groups: Sequence[Group], time: Tensor
-    ) -> list[Tensor]:
+    def _embed_images(self, latents: Rows, order: Sequence[int], groups: Sequence[Group], time: Tensor) -> list[Tensor]:
         """[rows, image tokens, D] for each group, after the noise refiner."""
         parts, spans, start = [], [], 0
         for group in groups:
@@ -367,7 +367,9 @@ class ZImageTransformer(nn.Module):
     def _spans(self, groups: Sequence[Group]) -> list[Span]:
         spans, start = [], 0
         for group in groups:
-            spans.append(self._span(group.rows, start, group.length, self._rope(group.height, group.width, group.num_text)))
+            spans.append(
+                self._span(group.rows, start, group.length, self._rope(group.height, group.width, group.num_text))
+            )
             start = spans[-1].tokens.stop
         return spans
 
@@ -393,7 +395,8 @@ class ZImageTransformer(nn.Module):
         text[:, 0] = torch.arange(1, num_text + 1)
         positions = torch.cat([image, padding, text])
         angles = [
-            positions[:, axis, None].double() / self.config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+            positions[:, axis, None].double()
+            / self.config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
             for axis, size in enumerate(self.config.axes_dims)
         ]
         turns = torch.cat(angles, dim=-1).float()

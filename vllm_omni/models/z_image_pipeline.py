@@ -33,7 +33,9 @@ class ZImagePipeline(DiffusionModel):
     default_steps = 50
     default_guidance = 5.0
 
-    def __init__(self, transformer: ZImageTransformer, vae: Any, sampler_config: Mapping[str, Any], native_size: int) -> None:
+    def __init__(
+        self, transformer: ZImageTransformer, vae: Any, sampler_config: Mapping[str, Any], native_size: int
+    ) -> None:
         self.transformer = transformer
         self.vae = vae
         self.native_size = native_size
@@ -64,7 +66,9 @@ class ZImagePipeline(DiffusionModel):
             transformer = ZImageTransformer(config)
         transformer.to_empty(device=device).to(dtype).requires_grad_(False).eval()
         load_weights(transformer, folder / "transformer")
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        vae = AutoencoderKL.from_pretrained(
+            folder / "vae", torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
         vae = vae.to(device=device, memory_format=torch.channels_last).requires_grad_(False).eval()
         sampler = read_json(folder / "scheduler" / "scheduler_config.json")
         if sampler.get("_class_name") != SAMPLER_CLASS:
@@ -75,7 +79,9 @@ class ZImagePipeline(DiffusionModel):
     def check(self, params: DiffusionParams) -> None:
         for name in UNUSED_FIELDS:
             if getattr(params, name) is not None:
-                raise InvalidRequestError(f"{name}: Z-Image turns text into images and does not read it; leave it unset")
+                raise InvalidRequestError(
+                    f"{name}: Z-Image turns text into images and does not read it; leave it unset"
+                )
         for name, value in (params.extra or {}).items():
             if name not in EXTRA_KEYS:
                 raise InvalidRequestError(f"extra.{name}: unknown key{did_you_mean(str(name), EXTRA_KEYS)}")
@@ -86,7 +92,9 @@ class ZImagePipeline(DiffusionModel):
         longest = min(self.transformer.config.axes_lens[1:]) * multiple
         for name, value in zip(("height", "width"), self.size(params), strict=True):
             if value % multiple or value > longest:
-                raise InvalidRequestError(f"{name}: got {value}, expected a multiple of {multiple} and at most {longest}")
+                raise InvalidRequestError(
+                    f"{name}: got {value}, expected a multiple of {multiple} and at most {longest}"
+                )
 
     def size(self, params: DiffusionParams) -> tuple[int, int]:
         height, width = params.height, params.width

@@ -13,7 +13,9 @@ class FirstBlockCache(StepCache):
     r_last is of the last *computed* step, so small changes add up until one is computed.
     """
 
-    reference = "ParaAttention first block cache; diffusers FirstBlockCacheConfig (0.05 there, 0.08 to 0.12 in common use)"
+    reference = (
+        "ParaAttention first block cache; diffusers FirstBlockCacheConfig (0.05 there, 0.08 to 0.12 in common use)"
+    )
     default_threshold = 0.08
     num_lead_blocks = 1
 
