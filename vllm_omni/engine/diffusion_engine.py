@@ -1,4 +1,4 @@
-"""The diffusion stage: tasks become states, every step denoises all running ones once, finished ones become pictures."""
+"""The diffusion stage: tasks become states, each step denoises all running ones, finished ones become pictures."""
 
 from __future__ import annotations
 

@@ -181,11 +181,10 @@ class Attention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
         shape = (span.num_rows, span.length)
-        query, key = (rotated(part.unflatten(0, shape), span.rope) for part in (query, key))
-        heads_first = (
-            part.transpose(1, 2) for part in (query, key, value.unflatten(0, shape))
-        )  # [rows, H, L, head_dim]
-        return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1).flatten(1)
+        query = rotated(query.unflatten(0, shape), span.rope).transpose(1, 2)  # [rows, H, L, head_dim]
+        key = rotated(key.unflatten(0, shape), span.rope).transpose(1, 2)
+        value = value.unflatten(0, shape).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 class FeedForward(nn.Module):
