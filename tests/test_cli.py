@@ -144,6 +144,12 @@ def test_the_module_runs_as_a_program_and_returns_the_exit_code() -> None:
     assert python("-m", "vllm_omni", "generate").returncode == 2
 
 
+def test_a_reader_that_stops_early_leaves_no_traceback() -> None:
+    command = f"{sys.executable} -m vllm_omni models | head -c 10"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=60)
+    assert len(done.stdout) == 10 and done.stderr == ""
+
+
 def drawing(inputs: dict[str, list[str]], outputs: list[str]) -> list[str]:
     """The rails alone, of stages that read the named others."""
     stages = {

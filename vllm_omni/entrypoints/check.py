@@ -15,7 +15,9 @@ def describe(config: OmniConfig, graph: StageGraph, plans: Mapping[str, MemoryPl
     """The whole report, as lines of plain text."""
     model = f"  {config.model}" if config.model else ""
     memory = _memory(config, plans)
-    return "\n".join([f"{config.name}{model}", "", *draw_graph(config, graph), "", "Ports", *_ports(graph), "", *memory])
+    return "\n".join(
+        [f"{config.name}{model}", "", *draw_graph(config, graph), "", "Ports", *_ports(graph), "", *memory]
+    )
 
 
 def draw_graph(config: OmniConfig, graph: StageGraph) -> list[str]:
@@ -130,4 +132,8 @@ def _memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> list[str]:
     rows.append(("prompt embeddings", "", "", "", "", format_bytes(embeds_bytes) if embeds_bytes else "-"))
     rows.append(("all", "", "", "", "", format_bytes(total)))
     budget = format_bytes(int(config.max_memory_gb * GIB))
-    return ["Memory", *aligned(rows), f"  budget {budget} (resources.max_memory_gb); weights that stages share count once"]
+    return [
+        "Memory",
+        *aligned(rows),
+        f"  budget {budget} (resources.max_memory_gb); weights that stages share count once",
+    ]
