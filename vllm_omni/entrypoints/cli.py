@@ -121,11 +121,11 @@ def _generate(args: argparse.Namespace) -> int:
     from vllm_omni.entrypoints.output_files import OutputFiles
 
     files = OutputFiles(args.output)
-    source = args.config or _config_of_model(args.model)
-    params = stage_params(load_config(source, args.set, args.model), vars(args))
+    config = load_config(args.config or _config_of_model(args.model), args.set, args.model)
+    params = stage_params(config, vars(args))
     negative = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     prompts = [{"prompt": prompt, **negative} for prompt in args.prompts]
-    with Omni(source, model=args.model, overrides=args.set, progress=not args.quiet) as omni:
+    with Omni(config, progress=not args.quiet) as omni:
         outputs = omni.generate(prompts, params)
     for output in outputs:
         for completion in output.completions:
