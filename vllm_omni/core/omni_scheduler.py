@@ -120,7 +120,7 @@ class OmniScheduler:
     # Routing
 
     def tick(self, now: float) -> list[Launch]:
-        """Ends what is overdue, starts waiting requests up to `max_running`, launches stages whose inputs are complete."""
+        """Ends what is overdue, starts waiting requests up to `max_running`, launches what has complete inputs."""
         for state in [*self._waiting.values(), *self._running.values()]:
             if now >= state.deadline_s:
                 self._time_out(state)
@@ -165,8 +165,13 @@ class OmniScheduler:
     # Monitoring and configuration
 
     @property
-    def has_unfinished(self) -> bool:
-        return bool(self._waiting or self._running)
+    def has_work(self) -> bool:
+        """Whether a request is unfinished, or its end has not been taken."""
+        return bool(self._waiting or self._running or self._ends)
+
+    def in_flight(self) -> set[tuple[str, str]]:
+        """(request id, stage) of every launched stage that is still to end."""
+        return {(request_id, stage) for request_id, state in self._running.items() for stage in state.running}
 
     def get_status(self) -> dict[str, Any]:
         """Gauges; safe to call from another thread."""

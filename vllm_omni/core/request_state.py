@@ -6,16 +6,29 @@ Knows no other request, no engine and no clock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from vllm_omni.errors import OmniError, SchedulerError, StageError
 from vllm_omni.params import StageParams
-from vllm_omni.payload import StagePayload
+from vllm_omni.payload import StagePayload, StageSignature
 from vllm_omni.request import OmniRequest, RequestStatus
 
 Source = tuple[str, str]  # a stage and one of its output ports
+
+
+class Edge(Protocol):
+    """An output port of one stage that feeds an input port of another."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def source_port(self) -> str: ...
+
+    @property
+    def target_port(self) -> str: ...
 
 
 class Graph(Protocol):
@@ -29,8 +42,14 @@ class Graph(Protocol):
     def outputs(self) -> tuple[str, ...]:
         """What the caller gets: "stage" or "stage.port"."""
 
-    def inputs_of(self, stage: str) -> Mapping[str, Source]:
-        """Input port -> where it comes from."""
+    @property
+    def signatures(self) -> Mapping[str, StageSignature]: ...
+
+    def edges_into(self, stage: str) -> Sequence[Edge]:
+        """What feeds a stage."""
+
+    def wanted_ports(self, stage: str) -> frozenset[str]:
+        """The output ports that an edge or `outputs` reads."""
 
     def demand(self, needed: Callable[[str], frozenset[str]]) -> Mapping[str, frozenset[str]]:
         """The stages that the outputs call for -> the input ports that are read, `needed` telling them per stage."""
@@ -91,21 +110,29 @@ def default_plan(graph: Graph | None) -> RequestPlan:
     """Every stage that the outputs call for, with all its inputs and unset parameters; empty without a graph."""
     if graph is None:
         return RequestPlan()
-    demand = graph.demand(lambda stage: frozenset(graph.inputs_of(stage)))
+    demand = graph.demand(lambda stage: frozenset(edge.target_port for edge in graph.edges_into(stage)))
     stages = {
-        name: StagePlan(StageParams(), {port: graph.inputs_of(name)[port] for port in sorted(demand[name])})
-        for name in graph.order
-        if name in demand
+        name: StagePlan(StageParams(), read_inputs(graph, name, demand[name])) for name in graph.order if name in demand
     }
-    return RequestPlan(stages, kept_ports(graph, frozenset()))
+    return RequestPlan(stages, kept_ports(graph))
 
 
-def kept_ports(graph: Graph, result_ports: frozenset[str]) -> dict[str, frozenset[str]]:
-    """Stages that `outputs` lists -> the ports to keep of their payloads; `result_ports` are those of a plain "stage"."""
+def read_inputs(graph: Graph, stage: str, ports: frozenset[str]) -> dict[str, Source]:
+    """Where the inputs among `ports` come from."""
+    return {
+        edge.target_port: (edge.source, edge.source_port)
+        for edge in graph.edges_into(stage)
+        if edge.target_port in ports
+    }
+
+
+def kept_ports(graph: Graph) -> dict[str, frozenset[str]]:
+    """Stages that `outputs` lists -> the ports to keep of their payloads: the port it names, or the stage's results."""
     kept: dict[str, frozenset[str]] = {}
     for entry in graph.outputs:
         stage, _, port = entry.partition(".")
-        kept[stage] = kept.get(stage, frozenset()) | ({port} if port else result_ports)
+        ports = frozenset({port}) if port else graph.signatures[stage].results
+        kept[stage] = kept.get(stage, frozenset()) | ports
     return kept
 
 

@@ -40,14 +40,20 @@ class MemoryBudget:
 
     def reserve(self, owner: str, num_bytes: int) -> None:
         """Books `num_bytes` for `owner`; ResourceError (and nothing booked) when they do not fit or it holds some."""
-        if num_bytes < 0:
-            raise ResourceError(f"{self.name}: {owner!r} asked for {num_bytes} bytes, expected at least 0")
-        if owner in self._shares:
-            raise ResourceError(f"{self.name}: {owner!r} already holds {self._shares[owner]} bytes; release them first")
-        if num_bytes > self.available_bytes:
-            raise ResourceError(self._shortage(owner, num_bytes))
-        self._shares[owner] = num_bytes
-        self._used_bytes += num_bytes
+        self.reserve_all({owner: num_bytes})
+
+    def reserve_all(self, shares: Mapping[str, int]) -> None:
+        """Books bytes for several owners, or for none of them: as `reserve`, and the error names every share."""
+        for owner, num_bytes in shares.items():
+            if num_bytes < 0:
+                raise ResourceError(f"{self.name}: {owner!r} asked for {num_bytes} bytes, expected at least 0")
+            if owner in self._shares:
+                held = self._shares[owner]
+                raise ResourceError(f"{self.name}: {owner!r} already holds {held} bytes; release them first")
+        if sum(shares.values()) > self.available_bytes:
+            raise ResourceError(self._shortage({**self._shares, **shares}))
+        self._shares.update(shares)
+        self._used_bytes += sum(shares.values())
 
     def release(self, owner: str) -> int:
         """Gives back what `owner` holds and says how much it was; ResourceError when it holds nothing."""
@@ -65,8 +71,7 @@ class MemoryBudget:
                 f"{self.name}: owners hold {total} bytes, books say {self._used_bytes}, the limit is {self.limit_bytes}"
             )
 
-    def _shortage(self, owner: str, num_bytes: int) -> str:
-        wanted = {**self._shares, owner: num_bytes}
+    def _shortage(self, wanted: Mapping[str, int]) -> str:
         shares = ", ".join(f"{name} {format_bytes(share)}" for name, share in wanted.items())
         total = format_bytes(sum(wanted.values()))
         message = f"{self.name}: got a need of {total} ({shares}), expected at most {format_bytes(self.limit_bytes)}"
