@@ -62,7 +62,10 @@ def make_partial(event: StageProgress, stage: str, outputs: Sequence[str]) -> Om
 
 
 def make_result(payload: StagePayload) -> StageResult:
-    """Text from meta "completions" (or a bare "text"), images from the tensor "image": uint8 [n, H, W, 3]."""
+    """Text from meta "completions" (Completions, or their fields; else a bare "text"), images from the tensor "image".
+
+    image: uint8 [n, H, W, 3].
+    """
     completions = payload.meta.get("completions")
     if completions is None and "text" in payload.meta:
         completions = [payload.meta]
@@ -81,7 +84,9 @@ def to_images(pixels: Tensor, stage: str) -> tuple[Image.Image, ...]:
     return tuple(Image.fromarray(array) for array in pixels.detach().cpu().contiguous().numpy())
 
 
-def _completion(item: Mapping[str, Any]) -> Completion:
+def _completion(item: Completion | Mapping[str, Any]) -> Completion:
+    if isinstance(item, Completion):
+        return item
     logprobs = item.get("logprobs")
     return Completion(
         text=item["text"],

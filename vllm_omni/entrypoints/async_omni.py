@@ -84,7 +84,7 @@ class AsyncOmni:
 
 
 class _Subscription:
-    """One request's outputs, brought from the loop's thread into the event loop; leaving it early aborts the request."""
+    """One request's outputs, brought from the loop's thread into the event loop; leaving early aborts it."""
 
     def __init__(self, thread: LoopThread, request: OmniRequest, stream: bool) -> None:
         self._thread = thread
