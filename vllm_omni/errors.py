@@ -1,16 +1,16 @@
 """The exceptions of vllm_omni. Messages say what was got, what was expected and how to fix it.
 
-    OmniError
-    |- ConfigError             a YAML file, an override or a checkpoint's configuration is wrong
-    |- CheckpointError         weights or side files are missing, left over, misshapen or damaged
-    |- InvalidRequestError     a prompt or a parameter is out of bounds (also a ValueError)
-    |- SchedulerError          a request could not be admitted or was used wrongly
-    |  |- QueueFullError       the waiting queue is at `max_queue_size`
-    |  |- RequestTimeoutError  the request's deadline passed
-    |  `- RequestAbortedError  the caller gave the request up
-    |- CacheError              a KV block or a step cache was misused
-    |- ResourceError           memory does not suffice, now or ever
-    `- StageError              a stage failed while it worked on a request; `__cause__` holds why
+OmniError
+|- ConfigError             a YAML file, an override or a checkpoint's configuration is wrong
+|- CheckpointError         weights or side files are missing, left over, misshapen or damaged
+|- InvalidRequestError     a prompt or a parameter is out of bounds (also a ValueError)
+|- SchedulerError          a request could not be admitted or was used wrongly
+|  |- QueueFullError       the waiting queue is at `max_queue_size`
+|  |- RequestTimeoutError  the request's deadline passed
+|  `- RequestAbortedError  the caller gave the request up
+|- CacheError              a KV block or a step cache was misused
+|- ResourceError           memory does not suffice, now or ever
+`- StageError              a stage failed while it worked on a request; `__cause__` holds why
 """
 
 from __future__ import annotations

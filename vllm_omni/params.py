@@ -30,7 +30,9 @@ class StageParams:
         known = {f.name for f in dataclasses.fields(self)}
         for name in defaults:
             if name not in known:
-                raise InvalidRequestError(f"defaults.{name}: unknown {type(self).__name__} field{did_you_mean(name, known)}")
+                raise InvalidRequestError(
+                    f"defaults.{name}: unknown {type(self).__name__} field{did_you_mean(name, known)}"
+                )
         unset = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         return dataclasses.replace(self, **unset) if unset else self
 

@@ -83,7 +83,9 @@ class OmniRequest:
             return cls(prompt=prompt, params=params)
         unknown = [key for key in prompt if key not in PROMPT_KEYS]
         if unknown:
-            raise InvalidRequestError(f"prompt[{unknown[0]!r}]: unknown key{did_you_mean(str(unknown[0]), PROMPT_KEYS)}")
+            raise InvalidRequestError(
+                f"prompt[{unknown[0]!r}]: unknown key{did_you_mean(str(unknown[0]), PROMPT_KEYS)}"
+            )
         texts = [key for key in ("prompt", "prompt_token_ids", "messages") if prompt.get(key) is not None]
         if len(texts) != 1:
             raise InvalidRequestError(

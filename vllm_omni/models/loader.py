@@ -93,7 +93,9 @@ def plan_loading(model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: 
         plan[name] = target
     for name, parameter in parameters.items():
         if filled[name] != parameter.numel():
-            raise CheckpointError(f"{where}: nothing (or not enough) for the parameter {name!r} {list(parameter.shape)}")
+            raise CheckpointError(
+                f"{where}: nothing (or not enough) for the parameter {name!r} {list(parameter.shape)}"
+            )
     return plan
 
 

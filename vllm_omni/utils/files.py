@@ -35,13 +35,17 @@ def resolve_model_folder(model: str) -> Path:
 def _hub_folder(model: str) -> Path:
     parts = model.split("/")
     if len(parts) < 2 or model.startswith(("/", ".", "~")):
-        raise ConfigError(f"model: got {model!r}, expected a folder that exists, a hub id 'owner/name' or 'asset://name'")
+        raise ConfigError(
+            f"model: got {model!r}, expected a folder that exists, a hub id 'owner/name' or 'asset://name'"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         root = Path(snapshot_download("/".join(parts[:2]), allow_patterns=HUB_PATTERNS))
     except Exception as error:
-        raise ConfigError(f"model: {model!r} is no local folder and could not be fetched from the hub: {error}") from error
+        raise ConfigError(
+            f"model: {model!r} is no local folder and could not be fetched from the hub: {error}"
+        ) from error
     folder = root.joinpath(*parts[2:])
     if not folder.is_dir():
         raise ConfigError(f"model: got {model!r}, but {'/'.join(parts[:2])} has no folder {'/'.join(parts[2:])!r}")
@@ -53,7 +57,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; expected a checkpoint folder in transformers or diffusers format") from None
+        raise CheckpointError(
+            f"{path}: missing; expected a checkpoint folder in transformers or diffusers format"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
