@@ -5,13 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from vllm_omni.engine.base import StageEvent, StageTask
+from vllm_omni.config.schema import StageConfig
+from vllm_omni.engine.base import EngineContext, StageEngine, StageEvent, StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.request import OmniRequest
 
 
 class StageExecutor(ABC):
     """Hosts one engine. `poll` never blocks for longer than one engine step."""
+
+    @abstractmethod
+    def __init__(self, engine_class: type[StageEngine], stage: StageConfig, context: EngineContext) -> None:
+        """Notes what to host; `start` does the work."""
 
     @abstractmethod
     def start(self) -> None:

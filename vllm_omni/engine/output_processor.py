@@ -1,0 +1,96 @@
+"""The last step of a request: what its output stages made becomes text, PIL images and tensors that the caller owns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vllm_omni.core.request_state import RequestEnd
+from vllm_omni.engine.base import StageProgress
+from vllm_omni.engine.boundary import stage_boundary
+from vllm_omni.errors import OmniError, StageError
+from vllm_omni.payload import StagePayload
+from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
+
+IMAGE_PORT = "image"
+
+
+def make_output(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
+    """The final OmniOutput, `outputs` being the config's entries; what a failed request did finish is given as well."""
+    results: dict[str, StageResult] = {}
+    tensors: dict[str, Tensor] = {}
+    status, error = end.status, end.error
+    try:
+        for entry in outputs:
+            stage, _, port = entry.partition(".")
+            payload = end.payloads.get(stage)
+            if payload is None:
+                continue
+            with stage_boundary(stage):
+                if not port:
+                    results[stage] = make_result(payload)
+                elif port in payload.tensors:
+                    tensors[entry] = payload.tensors[port].detach().clone()
+                else:
+                    raise StageError(f"stage {stage!r} gave no {port!r}, which `outputs` lists")
+    except OmniError as failure:
+        results, tensors, status, error = {}, {}, RequestStatus.FAILED, error or failure
+    return OmniOutput(
+        request_id=end.request.request_id,
+        status=status,
+        results=results,
+        tensors=tensors,
+        metrics=end.metrics,
+        error=error,
+    )
+
+
+def make_partial(event: StageProgress, stage: str, outputs: Sequence[str]) -> OmniOutput:
+    """A RUNNING output: how far the stage is and, where `outputs` lists it, what it has newly written."""
+    is_listed = any(entry.partition(".")[0] == stage for entry in outputs)
+    piece = Completion(text=event.text, token_ids=(), finish_reason=None)
+    return OmniOutput(
+        request_id=event.request_id,
+        status=RequestStatus.RUNNING,
+        results={stage: StageResult(completions=(piece,))} if event.text and is_listed else {},
+        metrics={stage: {"step": event.step, "num_steps": event.num_steps}},
+    )
+
+
+def make_result(payload: StagePayload) -> StageResult:
+    """Text from meta "completions" (Completions, or their fields; else a bare "text"), images from the tensor "image".
+
+    image: uint8 [n, H, W, 3].
+    """
+    completions = payload.meta.get("completions")
+    if completions is None and "text" in payload.meta:
+        completions = [payload.meta]
+    images = payload.tensors.get(IMAGE_PORT)
+    return StageResult(
+        completions=tuple(_completion(item) for item in completions or ()),
+        images=() if images is None else to_images(images, payload.source),
+    )
+
+
+def to_images(pixels: Tensor, stage: str) -> tuple[Image.Image, ...]:
+    """pixels: uint8 [n, H, W, 3], any device -> n RGB images."""
+    if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[-1] != 3:
+        got = f"{pixels.dtype} {list(pixels.shape)}"
+        raise StageError(f"stage {stage!r}: image is {got}, expected torch.uint8 [n, H, W, 3]")
+    return tuple(Image.fromarray(array) for array in pixels.detach().cpu().contiguous().numpy())
+
+
+def _completion(item: Completion | Mapping[str, Any]) -> Completion:
+    if isinstance(item, Completion):
+        return item
+    logprobs = item.get("logprobs")
+    return Completion(
+        text=item["text"],
+        token_ids=tuple(item.get("token_ids", ())),
+        finish_reason=item.get("finish_reason"),
+        logprobs=None if logprobs is None else tuple(logprobs),
+    )

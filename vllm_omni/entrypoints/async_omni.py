@@ -1,0 +1,113 @@
+"""AsyncOmni: the same loop as Omni's in one thread of its own, for asyncio callers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from vllm_omni.config.schema import OmniConfig
+from vllm_omni.entrypoints.loading import ConfigLike, load_executor, resolve_config
+from vllm_omni.entrypoints.loop_thread import LoopThread
+from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request
+from vllm_omni.executor.omni_executor import OmniExecutor
+from vllm_omni.request import OmniOutput, OmniRequest
+
+
+class AsyncOmni:
+    """A loaded pipeline of stages; arguments as Omni's, save for `progress`. Constructing blocks until all are loaded.
+
+    Every request ends in exactly one final output; what went wrong stands in its `error`, be it a full queue
+    (QueueFullError), a bad prompt or a dead loop. An async context manager that drains when it is left in peace.
+    """
+
+    def __init__(
+        self,
+        config: ConfigLike | None = None,
+        *,
+        model: str | None = None,
+        overrides: Sequence[str] = (),
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        self._config = resolve_config(config, model=model, overrides=overrides, device=device, dtype=dtype)
+        self._executor = load_executor(self._config)
+        self._loop = LoopThread(self._executor)
+
+    @property
+    def config(self) -> OmniConfig:
+        return self._config
+
+    async def generate(self, prompt: PromptLike, params: Params | None = None) -> OmniOutput:
+        """The final output of one prompt. Cancelling the awaiting task aborts the request."""
+        request = make_request(prompt, params)
+        if isinstance(request, OmniOutput):
+            return request
+        with _Subscription(self._loop, request, stream=False) as subscription:
+            return await subscription.next()
+
+    async def stream(self, prompt: PromptLike, params: Params | None = None) -> AsyncIterator[OmniOutput]:
+        """Partial outputs as they are made, then exactly one final output. Leaving early aborts the request."""
+        request = make_request(prompt, params)
+        if isinstance(request, OmniOutput):
+            yield request
+            return
+        with _Subscription(self._loop, request, stream=True) as subscription:
+            while not subscription.is_finished:
+                yield await subscription.next()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request ABORTED, between two steps; an unknown or finished one is left alone. From any thread."""
+        self._loop.abort(request_id)
+
+    async def shutdown(self, drain: bool = True) -> None:
+        """Takes no more requests, lets the admitted ones finish (or aborts them without `drain`), frees all stages."""
+        self._loop.stop(drain)
+        await asyncio.shield(asyncio.wrap_future(self._loop.finished))
+
+    def get_status(self) -> dict[str, Any]:
+        """Gauges, at once and from any thread: `alive` (the loop runs), requests that wait and run, tasks by stage."""
+        return {**self._executor.get_status(), "alive": self._loop.is_alive}
+
+    async def get_metrics(self) -> dict[str, Any]:
+        """Counters since loading, read between two steps; SchedulerError after shutdown."""
+        return await asyncio.wrap_future(self._loop.run(OmniExecutor.get_metrics))
+
+    async def __aenter__(self) -> AsyncOmni:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.shutdown(drain=kind is None)
+
+
+class _Subscription:
+    """One request's outputs, brought from the loop's thread into the event loop; leaving early aborts it."""
+
+    def __init__(self, thread: LoopThread, request: OmniRequest, stream: bool) -> None:
+        self._thread = thread
+        self._request = request
+        self._stream = stream
+        self._events = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[OmniOutput] = asyncio.Queue()
+        self.is_finished = False
+
+    async def next(self) -> OmniOutput:
+        output = await self._queue.get()
+        self.is_finished = output.finished
+        return output
+
+    def __enter__(self) -> _Subscription:
+        self._thread.submit(self._request, self._deliver, stream=self._stream)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.is_finished:
+            self._thread.abort(self._request.request_id, self._deliver)
+
+    def _deliver(self, output: OmniOutput) -> None:
+        self._events.call_soon_threadsafe(self._queue.put_nowait, output)

@@ -1,0 +1,179 @@
+"""One thread that runs an OmniExecutor's loop, and the only one that touches it. Knows no asyncio.
+
+Every request gets exactly one final output, also when the loop stops or dies.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from vllm_omni.entrypoints.prompts import rejected
+from vllm_omni.errors import OmniError, SchedulerError
+from vllm_omni.executor.omni_executor import OmniExecutor
+from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus
+
+Deliver = Callable[[OmniOutput], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """`execute` in the loop's thread, or `refuse` when the loop has ended: always exactly one of them."""
+
+    execute: Callable[[], None]
+    refuse: Callable[[OmniError], object]
+
+
+class LoopThread:
+    """All methods return at once and may be called from any thread.
+
+    A `deliver` is called with each output of its request, in the loop's thread (in the caller's, once that has ended).
+    finished: done when the thread has ended. cause_of_death: what broke the loop, or None.
+    """
+
+    def __init__(self, executor: OmniExecutor) -> None:
+        self._executor = executor
+        self._commands: deque[_Command] = deque()
+        self._wake = threading.Condition()
+        self._delivers: dict[str, Deliver] = {}
+        self._is_stopping = False
+        self._has_ended = False
+        self.cause_of_death: BaseException | None = None
+        self.finished: Future[None] = Future()
+        self._thread = threading.Thread(target=self._main, name="omni-loop", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._has_ended
+
+    def submit(self, request: OmniRequest, deliver: Deliver, *, stream: bool) -> None:
+        """Adds a request; whatever refuses it is delivered as a REJECTED output."""
+        self._send(
+            lambda: self._add(request, deliver, stream),
+            lambda error: self._hand_over(deliver, rejected(request.request_id, error)),
+        )
+
+    def abort(self, request_id: str, deliver: Deliver | None = None) -> None:
+        """Aborts a request; with `deliver`, only the one that was submitted with it."""
+        self._send(lambda: self._abort(request_id, deliver))
+
+    def run(self, function: Callable[[OmniExecutor], T]) -> Future[T]:
+        """Calls `function` with the executor between two steps."""
+        future: Future[T] = Future()
+
+        def execute() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(self._executor))
+                except Exception as error:
+                    future.set_exception(error)
+
+        def refuse(error: OmniError) -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+        self._send(execute, refuse)
+        return future
+
+    def stop(self, drain: bool) -> None:
+        """Ends the thread: once every admitted request is done, or (without `drain`) at once, aborting them."""
+        self._send(lambda: self._stop(drain))
+
+    def _send(self, execute: Callable[[], None], refuse: Callable[[OmniError], object] = lambda error: None) -> None:
+        with self._wake:
+            if not self._has_ended:
+                self._commands.append(_Command(execute, refuse))
+                self._wake.notify()
+                return
+        refuse(self._ended_error())
+
+    def _main(self) -> None:
+        try:
+            while self._executor.has_work() or not self._is_stopping:
+                self._run_commands()
+                if self._executor.has_work():
+                    self._deliver(self._executor.step())
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            self.cause_of_death = error
+        finally:
+            self._end()
+
+    def _run_commands(self) -> None:
+        with self._wake:
+            while not self._commands and not self._executor.has_work() and not self._is_stopping:
+                self._wake.wait()
+        while self._commands:
+            command = self._commands.popleft()
+            try:
+                command.execute()
+            except BaseException as error:
+                self.cause_of_death = error
+                command.refuse(self._ended_error())
+                raise
+
+    def _end(self) -> None:
+        """Nothing pending may be left without an answer, whatever else goes wrong."""
+        with self._wake:
+            self._has_ended = True
+        for command in self._commands:
+            command.refuse(self._ended_error())
+        try:
+            self._executor.shutdown()
+            self._deliver(self._executor.take_outputs())
+        except BaseException as error:
+            self.cause_of_death = self.cause_of_death or error
+        for request_id, deliver in list(self._delivers.items()):
+            failed = OmniOutput(request_id=request_id, status=RequestStatus.FAILED, error=self._ended_error())
+            self._hand_over(deliver, failed)
+        self.finished.set_result(None)
+
+    def _add(self, request: OmniRequest, deliver: Deliver, stream: bool) -> None:
+        try:
+            self._executor.add_request(request, stream=stream)
+        except OmniError as error:
+            self._hand_over(deliver, rejected(request.request_id, error))
+        else:
+            self._delivers[request.request_id] = deliver
+
+    def _abort(self, request_id: str, deliver: Deliver | None) -> None:
+        if deliver is None or self._delivers.get(request_id) == deliver:
+            self._executor.abort(request_id)
+
+    def _stop(self, drain: bool) -> None:
+        self._is_stopping = True
+        if drain:
+            self._executor.stop()
+        else:
+            self._executor.shutdown()
+
+    def _deliver(self, outputs: list[OmniOutput]) -> None:
+        for output in outputs:
+            deliver = self._delivers.get(output.request_id)
+            if output.finished:
+                self._delivers.pop(output.request_id, None)
+            if deliver is not None and not self._hand_over(deliver, output) and not output.finished:
+                self._executor.abort(output.request_id)
+
+    def _hand_over(self, deliver: Deliver, output: OmniOutput) -> bool:
+        """False when the receiver is gone: its event loop is closed."""
+        try:
+            deliver(output)
+        except RuntimeError:
+            return False
+        return True
+
+    def _ended_error(self) -> SchedulerError:
+        if self.cause_of_death is None:
+            return SchedulerError("the loop is shut down; make a new AsyncOmni")
+        cause = self.cause_of_death
+        error = SchedulerError(f"the loop died of {type(cause).__name__}: {cause}; make a new AsyncOmni")
+        error.__cause__ = cause
+        return error

@@ -1,0 +1,178 @@
+"""Omni: prompts in, outputs out, in the caller's own thread."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from types import TracebackType
+from typing import Any
+
+from vllm_omni.config.schema import OmniConfig
+from vllm_omni.entrypoints.loading import ConfigLike, load_executor, resolve_config
+from vllm_omni.entrypoints.progress import ProgressBar
+from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, pair, rejected
+from vllm_omni.errors import QueueFullError, SchedulerError
+from vllm_omni.request import OmniOutput, OmniRequest
+
+
+class Omni:
+    """A loaded pipeline of stages.
+
+    config: a YAML file, the name of a shipped one, a mapping of the same content, or an OmniConfig.
+    model: a checkpoint folder or hub id; alone, it picks the shipped config that fits.
+    overrides: "image.cache.threshold=0.1". device, dtype: for all stages, whatever the config says.
+    progress: whether long work shows a bar (never when stderr is no terminal).
+
+    Calls from several threads are safe; each drives the one loop for all. A context manager that closes itself.
+    """
+
+    def __init__(
+        self,
+        config: ConfigLike | None = None,
+        *,
+        model: str | None = None,
+        overrides: Sequence[str] = (),
+        device: str | None = None,
+        dtype: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        self._config = resolve_config(config, model=model, overrides=overrides, device=device, dtype=dtype)
+        self._executor = load_executor(self._config)
+        self._has_progress = progress
+        self._lock = threading.RLock()
+        self._mailboxes: dict[str, deque[OmniOutput]] = {}
+        self._is_closed = False
+
+    @property
+    def config(self) -> OmniConfig:
+        return self._config
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        params: Params | Sequence[Params | None] | None = None,
+    ) -> list[OmniOutput]:
+        """One final output per prompt, in the order of the prompts.
+
+        prompts: one or a list; a prompt is text, token ids, chat messages, a dict or an OmniRequest. params: one object
+        for the stages that take its type, {stage: params}, or a list with one of these per prompt.
+
+        What goes wrong with one request stands in its output's `error`. Raises InvalidRequestError when the numbers of
+        prompts and params differ, SchedulerError after `close`. An interrupt aborts what this call began.
+        """
+        pairs = pair(prompts, params)
+        self._ensure_open()
+        with ProgressBar(self._config.name, len(pairs), self._has_progress) as bar:
+            outputs: dict[str, OmniOutput] = {}
+            requests: dict[str, OmniRequest] = {}
+            order: list[str | OmniOutput] = []
+            for prompt, given in pairs:
+                request = make_request(prompt, given)
+                if isinstance(request, OmniRequest) and request.request_id in requests:
+                    error = SchedulerError(f"request_id: {request.request_id!r} stands twice in this call")
+                    request = rejected(request.request_id, error)
+                if isinstance(request, OmniRequest):
+                    requests[request.request_id] = request
+                order.append(request if isinstance(request, OmniOutput) else request.request_id)
+            with closing(self._run(list(requests.values()), bar.is_shown)) as running:
+                for output in running:
+                    bar.show(output)
+                    if output.finished:
+                        outputs[output.request_id] = output
+        return [item if isinstance(item, OmniOutput) else outputs[item] for item in order]
+
+    def stream(self, prompt: PromptLike, params: Params | None = None) -> Iterator[OmniOutput]:
+        """Partial outputs of one prompt as they are made, then exactly one final output.
+
+        The request begins at the first `next`; closing the iterator early aborts it. Several may be open at once.
+        """
+        self._ensure_open()
+        request = make_request(prompt, params)
+        if isinstance(request, OmniOutput):
+            yield request
+            return
+        yield from self._run([request], stream=True)
+
+    def get_status(self) -> dict[str, Any]:
+        """Gauges: requests that wait and run, tasks by stage."""
+        return self._executor.get_status()
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Counters since loading: requests by end, caches, stages, planned memory."""
+        with self._lock:
+            return self._executor.get_metrics()
+
+    def close(self) -> None:
+        """Aborts what is unfinished and frees all stages; may be called twice."""
+        with self._lock:
+            self._is_closed = True
+            self._executor.shutdown()
+            self._route(self._executor.take_outputs())
+
+    def __enter__(self) -> Omni:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, requests: list[OmniRequest], stream: bool) -> Generator[OmniOutput, None, None]:
+        """Outputs of `requests` as they come, feeding them no faster than the queue takes them."""
+        mailbox: deque[OmniOutput] = deque()
+        waiting = deque(requests)
+        unfinished: set[str] = set()
+        try:
+            while waiting or unfinished or mailbox:
+                while mailbox:
+                    output = mailbox.popleft()
+                    if output.finished:
+                        unfinished.discard(output.request_id)
+                    yield output
+                with self._lock:
+                    self._feed(waiting, unfinished, mailbox, stream)
+                    if not mailbox and (waiting or unfinished):
+                        self._step()
+        finally:
+            self._abort(unfinished)
+
+    def _feed(
+        self, waiting: deque[OmniRequest], unfinished: set[str], mailbox: deque[OmniOutput], stream: bool
+    ) -> None:
+        while waiting:
+            request = waiting[0]
+            try:
+                self._executor.add_request(request, stream=stream)
+            except QueueFullError:
+                return
+            except SchedulerError as error:
+                mailbox.append(rejected(request.request_id, error))
+            else:
+                unfinished.add(request.request_id)
+                self._mailboxes[request.request_id] = mailbox
+            waiting.popleft()
+
+    def _step(self) -> None:
+        if not self._executor.has_work():
+            raise SchedulerError("the outputs of these requests were lost in an interrupted step; start them again")
+        self._route(self._executor.step())
+
+    def _route(self, outputs: list[OmniOutput]) -> None:
+        for output in outputs:
+            if output.request_id in self._mailboxes:
+                self._mailboxes[output.request_id].append(output)
+                if output.finished:
+                    del self._mailboxes[output.request_id]
+
+    def _abort(self, request_ids: set[str]) -> None:
+        with self._lock:
+            for request_id in request_ids:
+                self._mailboxes.pop(request_id, None)
+                self._executor.abort(request_id)
+            self._route(self._executor.take_outputs())
+
+    def _ensure_open(self) -> None:
+        if self._is_closed:
+            raise SchedulerError("this Omni is closed; make a new one")

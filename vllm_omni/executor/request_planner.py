@@ -1,0 +1,87 @@
+"""What a request asks of each stage, worked out and checked before it is admitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_omni.core.request_state import Graph, RequestPlan, StagePlan, kept_ports, read_inputs
+from vllm_omni.engine.base import StageTask
+from vllm_omni.engine.boundary import stage_boundary
+from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.executor.stage_host import StageHost
+from vllm_omni.params import StageParams
+from vllm_omni.request import OmniRequest
+from vllm_omni.utils.checks import check_number, did_you_mean
+
+
+class RequestPlanner:
+    """Makes the RequestPlan of a request, or raises the OmniError for which it must be rejected."""
+
+    def __init__(self, graph: Graph, hosts: Mapping[str, StageHost], use_cache: bool) -> None:
+        self._graph = graph
+        self._hosts = hosts
+        self._use_cache = use_cache
+        self._kept = kept_ports(graph)
+
+    def plan(self, request: OmniRequest) -> RequestPlan:
+        """Resolves parameters, asks every stage that the request needs, and sums the job's size."""
+        self._check_params(request)
+        params = {name: self._resolve(request, host) for name, host in self._hosts.items()}
+        demand = self._graph.demand(lambda stage: self._needed_inputs(stage, params[stage]))
+        stages: dict[str, StagePlan] = {}
+        job_size = 0.0
+        for name in self._graph.order:
+            if name in demand:
+                host = self._hosts[name]
+                host.check(request, params[name])
+                job_size += _checked_size(name, host.job_size(request, params[name]))
+                inputs = read_inputs(self._graph, name, demand[name])
+                stages[name] = StagePlan(params[name], inputs, self._cache_key(request, name, params[name]))
+        return RequestPlan(stages, self._kept, job_size)
+
+    def _check_params(self, request: OmniRequest) -> None:
+        if request.params is None:
+            return
+        if isinstance(request.params, Mapping):
+            for name, given in request.params.items():
+                if name not in self._hosts:
+                    raise InvalidRequestError(f"params[{name!r}]: unknown stage{did_you_mean(str(name), self._hosts)}")
+                if given is None:
+                    raise InvalidRequestError(f"params[{name!r}]: got None; leave the stage out to use its defaults")
+            return
+        types = {host.engine_class.params_type for host in self._hosts.values()}
+        if not isinstance(request.params, tuple(types)):
+            got, expected = type(request.params).__name__, ", ".join(sorted(kind.__name__ for kind in types))
+            raise InvalidRequestError(
+                f"params: got {got}, which no stage takes; expected {expected} or a dict of stage -> params"
+            )
+
+    def _resolve(self, request: OmniRequest, host: StageHost) -> StageParams:
+        with stage_boundary(host.name):
+            return request.params_for(host.name, host.engine_class.params_type).with_defaults(host.stage.defaults)
+
+    def _needed_inputs(self, name: str, params: StageParams) -> frozenset[str]:
+        host = self._hosts[name]
+        with stage_boundary(name):
+            return host.engine_class.needed_inputs(host.stage, params)
+
+    def _cache_key(
+        self, request: OmniRequest, name: str, params: StageParams
+    ) -> Callable[[Mapping[str, Any]], str | None]:
+        host = self._hosts[name]
+
+        def cache_key(inputs: Mapping[str, Any]) -> str | None:
+            if not self._use_cache:
+                return None
+            with stage_boundary(name):
+                return host.engine_class.cache_key(host.stage, StageTask(request, name, params, inputs))
+
+        return cache_key
+
+
+def _checked_size(stage: str, size: float) -> float:
+    complaint = check_number("job_size", size, 0)
+    if complaint:
+        raise StageError(f"stage {stage!r}: {complaint}")
+    return size
