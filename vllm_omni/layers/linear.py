@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 
 class MergedLinear(nn.Linear):
-    """Projections of one input, stacked on the output axis: `parts` maps their published names to their widths, in order."""
+    """Projections of one input, stacked on the output axis: `parts` maps their published names to their widths, in
+    order.
+    """
 
     def __init__(self, in_features: int, parts: Mapping[str, int], bias: bool = False) -> None:
         super().__init__(in_features, sum(parts.values()), bias=bias)
@@ -20,6 +22,6 @@ class MergedLinear(nn.Linear):
         ends = dict(zip(self.parts, accumulate(self.parts.values()), strict=True))
         return slice(ends[part] - self.parts[part], ends[part])
 
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: [N, in_features] -> one view [N, width] per part."""
         return self(x).split(list(self.parts.values()), dim=-1)  # type: ignore[no-any-return]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """`x / rms(x) * weight` over the last axis.
 
-    Computed in float32 and rounded to the input's dtype before the weight is applied, so that low-precision results equal those of
-    transformers bit for bit (`torch.nn.functional.rms_norm` rounds once, after the weight).
+    Computed in float32 and rounded to the input's dtype before the weight is applied, so that low-precision results
+    equal those of transformers bit for bit (`torch.nn.functional.rms_norm` rounds once, after the weight).
     """
 
     def __init__(self, dim: int, eps: float) -> None:
