@@ -42,11 +42,15 @@ PortSpec = TensorSpec | TextSpec
 
 @dataclass(frozen=True, slots=True)
 class StageSignature:
-    """The ports of a stage, known from its configuration alone: what it reads and what it can give."""
+    """The ports of a stage, known from its configuration alone: what it reads and what it can give.
+
+    results: the outputs that make up the stage's final answer: what a bare stage name in a config's `outputs` asks for.
+    """
 
     inputs: Mapping[str, PortSpec] = field(default_factory=dict)
     outputs: Mapping[str, PortSpec] = field(default_factory=dict)
     required_inputs: frozenset[str] = frozenset()
+    results: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

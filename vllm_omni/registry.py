@@ -22,7 +22,7 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen3Model": "vllm_omni.models.qwen3:Qwen3",
     },
     "diffusion model": {
-        "ZImagePipeline": "vllm_omni.worker.z_image_pipeline:ZImagePipeline",
+        "ZImagePipeline": "vllm_omni.models.z_image_pipeline:ZImagePipeline",
     },
     "step cache": {
         "none": "vllm_omni.core.caches.none:NoCache",

@@ -15,10 +15,10 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """[m, n] -> roughly the nearest semi-orthogonal [m, n]."""
+    """[m, n] -> roughly the nearest semi-orthogonal [m, n], in bfloat16: only the direction matters."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.size(0) > matrix.size(1)
-    x = matrix.T if tall else matrix
+    x = (matrix.T if tall else matrix).bfloat16()
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         gram = x @ x.T
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
         direction = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
-        update = orthogonalise(direction) * 0.2 * max(direction.shape) ** 0.5
+        update = orthogonalise(direction).to(parameter.dtype) * 0.2 * max(direction.shape) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.view_as(parameter), alpha=-group["lr"])
 

@@ -15,7 +15,7 @@ SIZE = 128
 SUPERSAMPLING = 4
 STAR_INNER_RADIUS = 0.4
 RING_INNER_RADIUS = 0.55
-RADII = {"small": 0.095, None: 0.14, "large": 0.19}
+RADII = {"small": 0.1, None: 0.14, "large": 0.19}
 GREYS = {"dark": (40, 70), "grey": (110, 145), "light": (190, 220), None: (40, 220)}
 NEAR, MIDDLE, FAR = 0.26, 0.5, 0.74
 PLACE_CENTRES = {
@@ -37,7 +37,8 @@ PAIR_CENTRES = {
     "below": ((MIDDLE, FAR), (MIDDLE, NEAR)),
     None: ((NEAR, MIDDLE), (FAR, MIDDLE)),
 }
-LINE_POSITIONS = (0.18, 0.5, 0.82)
+LINE_POSITIONS = (0.165, 0.5, 0.835)
+LINE_SCALE = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,9 @@ def centres(scene: Scene) -> tuple[tuple[float, float], ...]:
 
 def place(scene: Scene, rng: random.Random, jitter: float = 0.02) -> tuple[list[Placed], int]:
     """The placed things and the grey level of the background."""
-    placed = []
+    placed, scale = [], LINE_SCALE if len(scene.things) == 3 else 1.0
     for thing, (x, y) in zip(scene.things, centres(scene), strict=True):
-        radius = RADII[thing.size] * rng.uniform(0.95, 1.05)
+        radius = RADII[thing.size] * scale * rng.uniform(0.95, 1.05)
         placed.append(Placed(thing, x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), radius))
     return placed, rng.randint(*GREYS[scene.background])
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tools.tiny.loose import is_held_out, loose
+from tools.tiny.muon import Optimizers
 from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
 from tools.tiny.world import canonical, sample_scene
 
@@ -123,7 +124,7 @@ def train(folder: Path, num_steps: int, batch_size: int, learning_rate: float, s
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(seed)
     model = Qwen3ForCausalLM(model_config(len(tokenizer)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
+    optimizer = Optimizers(model, learning_rate, weight_decay=0.05, matrices=("model.layers.",))
     average = AveragedWeights(model)
     run = Run(folder, num_steps)
     if state := run.resume():
@@ -132,8 +133,7 @@ def train(folder: Path, num_steps: int, batch_size: int, learning_rate: float, s
         average.weights = state["average"]
     rng = random.Random(seed + 1 + run.step)
     while run.step < num_steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(run.step, num_steps)
+        optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
         ids, targets = batch(tokenizer, rng, batch_size)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids).logits
@@ -160,9 +160,9 @@ def train(folder: Path, num_steps: int, batch_size: int, learning_rate: float, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-image/text"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     train(args.folder, args.steps, args.batch_size, args.learning_rate, args.seed)

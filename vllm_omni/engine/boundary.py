@@ -1,0 +1,36 @@
+"""The stage boundary: the one place where anything that a stage raises becomes a StageError with its cause."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vllm_omni.errors import OmniError, StageError
+
+
+@contextmanager
+def stage_boundary(stage: str) -> Iterator[None]:
+    """Lets an OmniError through and turns any other exception into a StageError."""
+    try:
+        yield
+    except OmniError:
+        raise
+    except Exception as error:
+        raise stage_error(stage, error) from error
+
+
+def stage_error(stage: str, cause: Exception) -> StageError:
+    """A StageError that names the stage. The cause keeps its lines, but lets go of its frames' tensors."""
+    traceback.clear_frames(cause.__traceback__)
+    error = StageError(f"stage {stage!r} failed: {describe(cause)}")
+    error.__cause__ = cause
+    return error
+
+
+def describe(error: Exception) -> str:
+    """The message alone for our own errors, 'ValueError: message' for others."""
+    text = str(error)
+    if isinstance(error, OmniError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
