@@ -65,7 +65,7 @@ class LLMEngine(StageEngine):
         layers = options.tapped_layers(config)
         outputs = {port: TensorSpec(("T", len(tapped) * config.hidden_size)) for port, tapped in layers.items()}
         text = {"text": TextSpec()} if options.can_write else {}
-        return StageSignature(inputs={"prompt": TextSpec()}, outputs={**text, **outputs})
+        return StageSignature(inputs={"prompt": TextSpec()}, outputs={**text, **outputs}, results=frozenset(text))
 
     @classmethod
     def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
