@@ -1,7 +1,8 @@
 """Per-request parameters: SamplingParams for AR stages, DiffusionParams for DiT stages.
 
-`None` alone means unset: the stage's `defaults` of the YAML, then the documented fallback, apply. Constructing checks types and
-ranges that hold everywhere; limits that a config may raise (sizes, steps, tokens) are checked by the stage that runs the request.
+`None` alone means unset: the stage's `defaults` of the YAML, then the documented fallback, apply. Constructing
+checks types and ranges that hold everywhere; limits that a config may raise (sizes, steps, tokens) are checked by
+the stage that runs the request.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class StageParams:
 class SamplingParams(StageParams):
     """How an AR stage samples. Fallbacks stand in brackets.
 
-    temperature (1.0; 0 is greedy), top_p (1.0), top_k (off), min_p (0), repetition_penalty (1.0: > 1 discourages, over prompt and output),
-    presence_penalty and frequency_penalty (0, over the output alone), max_tokens (16384, cut to the model's length), min_tokens (0),
-    stop (strings that end the text and are left out of it), stop_token_ids, ignore_eos, seed (none: fresh entropy), n (1 sample),
-    logprobs (how many alternatives per token; 0 gives the chosen token's alone), logit_bias {token id: added logit},
-    skip_special_tokens (True).
+    temperature (1.0; 0 is greedy), top_p (1.0), top_k (off), min_p (0), repetition_penalty (1.0: > 1 discourages,
+    over prompt and output), presence_penalty and frequency_penalty (0, over the output alone), max_tokens (16384,
+    cut to the model's length), min_tokens (0), stop (strings that end the text and are left out of it),
+    stop_token_ids, ignore_eos, seed (none: fresh entropy), n (1 sample), logprobs (how many alternatives per token;
+    0 gives the chosen token's alone), logit_bias {token id: added logit}, skip_special_tokens (True).
     """
 
     temperature: float | None = None
@@ -85,10 +86,11 @@ class SamplingParams(StageParams):
 class DiffusionParams(StageParams):
     """How a DiT stage denoises. Fallbacks stand in brackets; a model may state its own.
 
-    height, width in pixels (the model's own size), num_inference_steps (50), guidance_scale (the model's formula decides which value is
-    neutral: 0 for Z-Image, 1 for the usual form), negative_prompt (""), seed (none: fresh entropy), num_outputs (1), strength
-    (image to image: 0 keeps the image, 1 ignores it), image, sigmas (one per step, descending, in (0, 1]), output_type ("pil" or "latent"),
-    duration_s (audio), extra (model-specific: Z-Image knows `cfg_normalization` and `cfg_truncation`).
+    height, width in pixels (the model's own size), num_inference_steps (50), guidance_scale (the model's formula
+    decides which value is neutral: 0 for Z-Image, 1 for the usual form), negative_prompt (""), seed (none: fresh
+    entropy), num_outputs (1), strength (image to image: 0 keeps the image, 1 ignores it), image, sigmas (one per
+    step, descending, in (0, 1]), output_type ("pil" or "latent"), duration_s (audio), extra (model-specific: Z-Image
+    knows `cfg_normalization` and `cfg_truncation`).
     """
 
     height: int | None = None

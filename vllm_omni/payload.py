@@ -57,9 +57,9 @@ class StageSignature:
 class StagePayload:
     """What a stage made of one request.
 
-    `tensors` holds the outputs that somebody wants, by port name, on the stage's device. `meta` holds plain JSON values:
-    for a text stage `text`, `token_ids`, `finish_reason`; a port that carries text is found there under its name.
-    In one process tensors pass by reference: the receiver must not write into them.
+    `tensors` holds the outputs that somebody wants, by port name, on the stage's device. `meta` holds plain JSON
+    values: for a text stage `text`, `token_ids`, `finish_reason`; a port that carries text is found there under its
+    name. In one process tensors pass by reference: the receiver must not write into them.
     """
 
     request_id: str

@@ -1,7 +1,7 @@
 """Every extension point as a table of name -> "module:Class", resolved on first use.
 
-A new model, stage kind, step cache, policy or executor is one file and one row here; code outside the package adds its own
-row with `register` before it makes an `Omni`.
+A new model, stage kind, step cache, policy or executor is one file and one row here; code outside the package adds
+its own row with `register` before it makes an `Omni`.
 """
 
 from __future__ import annotations

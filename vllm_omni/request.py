@@ -50,8 +50,9 @@ def new_request_id() -> str:
 class OmniRequest:
     """One prompt and all that belongs to it.
 
-    prompt: text, token ids or chat messages. params: one object for every stage that takes its type, or {stage name: params}.
-    priority: a key of the scheduler's `priority_weights`. timeout_s: seconds from admission to the deadline; None takes the config's.
+    prompt: text, token ids or chat messages. params: one object for every stage that takes its type, or {stage name:
+    params}. priority: a key of the scheduler's `priority_weights`. timeout_s: seconds from admission to the
+    deadline; None takes the config's.
     """
 
     prompt: Prompt
@@ -145,7 +146,9 @@ def create_text_request(
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled text. `logprobs[i]` maps token ids to log probabilities at output position i, the chosen token first."""
+    """One sampled text. `logprobs[i]` maps token ids to log probabilities at output position i, the chosen token
+    first.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -165,8 +168,8 @@ class StageResult:
 class OmniOutput:
     """The answer to a request: partial (`finished` False, only in streams) or final.
 
-    results: by stage, in the order of the config's `outputs`. tensors: by "stage.port". metrics: by stage: queued_s, ran_s,
-    started_s (after admission), steps, tokens, cache_hits and what else the stage counts.
+    results: by stage, in the order of the config's `outputs`. tensors: by "stage.port". metrics: by stage: queued_s,
+    ran_s, started_s (after admission), steps, tokens, cache_hits and what else the stage counts.
     error: why there is no (whole) result, or None.
     """
 

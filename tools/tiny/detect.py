@@ -1,7 +1,8 @@
 """Judges a picture: finds coloured shapes by colour, area and outline alone. Shares nothing with the code that draws.
 
-Each blob of one palette colour is measured: its area, its filled area (a hole makes a ring), how its outline's distance from the centre
-varies with the angle (five peaks make a star), how much of its bounding box it fills and where its mass lies.
+Each blob of one palette colour is measured: its area, its filled area (a hole makes a ring), how its outline's
+distance from the centre varies with the angle (five peaks make a star), how much of its bounding box it fills and
+where its mass lies.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ NUM_ANGLES = 180
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One blob: what it is, its centre and the radius of its outline's farthest point, as fractions of the picture's side."""
+    """One blob: what it is, its centre and the radius of its outline's farthest point, as fractions of the
+    picture's side.
+    """
 
     colour: str
     shape: str

@@ -1,7 +1,7 @@
 """The training set of the image DiT: latents of drawings, and the text model's states of their words, computed once.
 
-Each scene has two texts: the canonical words as a prompt (what `tiny_image.yaml` encodes), and the same words as the text model's own
-answer to a loose request (what `tiny_omni.yaml` passes on).
+Each scene has two texts: the canonical words as a prompt (what `tiny_image.yaml` encodes), and the same words as the
+text model's own answer to a loose request (what `tiny_omni.yaml` passes on).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, s
     if file.exists():
         return load_file(file)
     rng, states = random.Random(seed), TextStates(text_folder)
-    vae = AutoencoderKL.from_pretrained(vae_folder).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(vae_folder, low_cpu_mem_usage=False).to(memory_format=torch.channels_last)
     parts: dict[str, list[Tensor]] = {}
     for _ in trange(count // 64, desc="training data", mininterval=10):
         scenes, requests = zip(*(scene_and_request(rng) for _ in range(64)), strict=True)
@@ -97,7 +97,7 @@ def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, s
         }
         for name, value in batch.items():
             parts.setdefault(name, []).append(value)
-    data = {name: torch.cat(values) for name, values in parts.items()}
+    data = {name: torch.cat(values).contiguous() for name, values in parts.items()}
     empty_states, empty_lengths = states.prompts([""])
     data |= {"empty_states": empty_states.half(), "empty_lengths": empty_lengths}
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,9 @@ AXES = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "below":
 
 
 def is_right(image: np.ndarray, scene: Scene) -> bool:
-    """image: [S, S, 3] uint8. Every thing once and nothing else; colours, shapes, stated sizes, layout and background all right."""
+    """image: [S, S, 3] uint8. Every thing once and nothing else; colours, shapes, stated sizes, layout and
+    background all right.
+    """
     return complaint(image, scene) is None
 
 

@@ -51,7 +51,9 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Muon over the weight matrices whose names start with one of `matrices` (empty: all of them), AdamW over the rest."""
+    """Muon over the weight matrices whose names start with one of `matrices` (empty: all of them), AdamW over the
+    rest.
+    """
 
     def __init__(self, module: nn.Module, lr: float, weight_decay: float, matrices: Iterable[str] = ()) -> None:
         prefixes = tuple(matrices) or ("",)

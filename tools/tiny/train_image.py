@@ -1,4 +1,6 @@
-"""Trains the image DiT by flow matching on cached latents and text states, with the package's own Z-Image transformer."""
+"""Trains the image DiT by flow matching on cached latents and text states, with the package's own Z-Image
+transformer.
+"""
 
 from __future__ import annotations
 

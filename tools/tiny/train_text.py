@@ -1,7 +1,7 @@
 """Trains the tokenizer and the small Qwen3 that reads canonical words and rewrites loose ones into them.
 
-Every example is one chat: the user's request (loose, or already canonical) and the scene in canonical words. The loss is on all
-tokens, so that the states of a prompt know its grammar too.
+Every example is one chat: the user's request (loose, or already canonical) and the scene in canonical words. The
+loss is on all tokens, so that the states of a prompt know its grammar too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the three training scripts share: schedule, averaged weights, resumable checkpoints, a log that a person can read."""
+"""What the three training scripts share: schedule, averaged weights, resumable checkpoints, a log that a person
+can read.
+"""
 
 from __future__ import annotations
 

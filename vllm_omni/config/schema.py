@@ -21,7 +21,9 @@ class SchedulerType(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Queue and order. `priority_weights`: a request's waiting time counts this much (PRIORITY); names are what requests may ask for."""
+    """Queue and order. `priority_weights`: a request's waiting time counts this much (PRIORITY); names are what
+    requests may ask for.
+    """
 
     policy: SchedulerType = SchedulerType.FIFO
     max_queue_size: int = 256
@@ -31,7 +33,9 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class DiTCacheConfig:
-    """Memory for step caches of running requests, and for prompt embeddings that outlive a request (0 turns those off)."""
+    """Memory for step caches of running requests, and for prompt embeddings that outlive a request (0 turns those
+    off).
+    """
 
     max_memory_mb: float = 1024.0
     prompt_embeds_mb: float = 64.0
@@ -70,9 +74,10 @@ class StageConfig:
 class OmniConfig:
     """Everything that a YAML says.
 
-    outputs: stages (their text, images or audio) and "stage.port" tensors. max_memory_gb: for weights, KV pools and caches of all stages.
-    max_gpu_utilization: the share of an accelerator's memory that may be planned for. request_timeout: seconds that a request may take when
-    it does not say itself. worker_timeout: seconds that a stage may hold work without any progress before its requests fail.
+    outputs: stages (their text, images or audio) and "stage.port" tensors. max_memory_gb: for weights, KV pools and
+    caches of all stages. max_gpu_utilization: the share of an accelerator's memory that may be planned for.
+    request_timeout: seconds that a request may take when it does not say itself. worker_timeout: seconds that a
+    stage may hold work without any progress before its requests fail.
     """
 
     name: str = "omni"

@@ -1,4 +1,5 @@
-"""The byte budget of what DiT stages remember: step caches of running requests, prompt embeddings that outlive a request.
+"""The byte budget of what DiT stages remember: step caches of running requests, prompt embeddings that outlive a
+request.
 
 One instance is one budget with least-recently-used eviction. It knows keys and sizes, not what the values mean.
 """

@@ -1,6 +1,7 @@
 """Which jobs of a diffusion stage take the next denoising step. Pure: it knows sizes in tokens, not what a job is.
 
-Jobs run in order of arrival, as many together as the token budget and the batch size allow; a job that is in stays in until it is done.
+Jobs run in order of arrival, as many together as the token budget and the batch size allow; a job that is in stays
+in until it is done.
 """
 
 from __future__ import annotations

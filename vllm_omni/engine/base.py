@@ -1,7 +1,8 @@
 """The contract of a stage engine, the task it is given and the events it returns.
 
-A stage kind is one subclass of StageEngine and one row in the registry. An engine is single-threaded, never sleeps, and never knows of
-other stages. A failure of one task is a `StageFailed` event for it alone; only a broken engine raises from `step`.
+A stage kind is one subclass of StageEngine and one row in the registry. An engine is single-threaded, never sleeps,
+and never knows of other stages. A failure of one task is a `StageFailed` event for it alone; only a broken engine
+raises from `step`.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class EngineContext:
-    """What an engine is given besides its own config. `wanted`: the output ports that somebody reads; others cost nothing."""
+    """What an engine is given besides its own config. `wanted`: the output ports that somebody reads; others cost
+    nothing.
+    """
 
     config: OmniConfig
     device: device
@@ -99,7 +102,8 @@ class StageEngine(ABC):
     """Hosts one stage. Constructing it loads the weights.
 
     options_type: frozen dataclass of the kind's own YAML keys. params_type: the params class that requests use for it.
-    is_deterministic: whether equal prompts give equal payloads whatever the parameters, so that results may be reused across requests.
+    is_deterministic: whether equal prompts give equal payloads whatever the parameters, so that results may be
+    reused across requests.
     """
 
     options_type: ClassVar[type]
@@ -117,7 +121,9 @@ class StageEngine(ABC):
 
     @classmethod
     def needed_inputs(cls, stage: StageConfig, params: StageParams) -> frozenset[str]:
-        """The input ports that a request with these parameters (defaults applied) reads; others are not computed for it."""
+        """The input ports that a request with these parameters (defaults applied) reads; others are not computed
+        for it.
+        """
         return frozenset(stage.inputs)
 
     @classmethod
@@ -130,7 +136,9 @@ class StageEngine(ABC):
 
     @abstractmethod
     def check(self, request: OmniRequest, params: StageParams) -> None:
-        """Raises InvalidRequestError (or ResourceError) for a request that this stage could not run; called before any work."""
+        """Raises InvalidRequestError (or ResourceError) for a request that this stage could not run; called
+        before any work.
+        """
 
     @abstractmethod
     def submit(self, task: StageTask) -> None:

@@ -1,4 +1,4 @@
-"""The diffusion stage: tasks become states, every step denoises all running states once, finished ones become pictures."""
+"""The diffusion stage: tasks become states, each step denoises all running ones, finished ones become pictures."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ class DiffusionEngine(StageEngine):
                 raise InvalidRequestError(f"{complaint} (limits.* of the config can raise this)")
         if params.sigmas is not None and params.num_inference_steps not in (None, len(params.sigmas)):
             raise InvalidRequestError(
-                f"sigmas: got {len(params.sigmas)} of them for num_inference_steps {params.num_inference_steps}; drop one"
+                f"sigmas: got {len(params.sigmas)} of them and num_inference_steps {params.num_inference_steps};"
+                " leave one of the two out"
             )
         if self.model.guides(guidance) and "negative_prompt_embeds" not in self.stage.inputs:
             raise InvalidRequestError(

@@ -29,7 +29,9 @@ class StepCacheOptions:
 
 @dataclass(frozen=True, slots=True)
 class DiTOptions:
-    """cache: the step cache. max_batch_tokens and max_batch_size bound one denoising step's batch (a larger request runs alone)."""
+    """cache: the step cache. max_batch_tokens and max_batch_size bound one denoising step's batch (a larger
+    request runs alone).
+    """
 
     cache: StepCacheOptions = field(default_factory=StepCacheOptions)
     max_batch_tokens: int = 4096

@@ -1,6 +1,8 @@
-"""The contract of a diffusion model as a stage runs it: geometry, text, guidance, blocks, pixels. One implementation per published pipeline.
+"""The contract of a diffusion model as a stage runs it: geometry, text, guidance, blocks, pixels. One implementation
+per published pipeline.
 
-Knows no requests, no batching policy and no cache; holds weights only. Every tensor argument and result is on the model's device.
+Knows no requests, no batching policy and no cache; holds weights only. Every tensor argument and result is on the
+model's device.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class DiffusionModel(ABC):
     @classmethod
     @abstractmethod
     def ports(cls, folder: Path) -> Mapping[str, PortSpec]:
-        """Input ports of the stage; `prompt_embeds` is required, `negative_prompt_embeds` is read when guidance acts."""
+        """Input ports of the stage; `prompt_embeds` is required, `negative_prompt_embeds` is read when guidance
+        acts.
+        """
 
     @classmethod
     @abstractmethod

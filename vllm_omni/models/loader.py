@@ -1,7 +1,9 @@
-"""Weights from safetensors files into a module, also into fused parameters. Never unpickles, never runs a checkpoint's code.
+"""Weights from safetensors files into a module, also into fused parameters. Never unpickles, never runs a
+checkpoint's code.
 
-A model tells with `locate` where a published tensor goes: the parameter and the rows of it that the tensor fills. The plan is checked
-whole (nothing missing, nothing left over, all shapes right) before the first byte is copied, and works on the meta device too.
+A model tells with `locate` where a published tensor goes: the parameter and the rows of it that the tensor fills.
+The plan is checked whole (nothing missing, nothing left over, all shapes right) before the first byte is copied, and
+works on the meta device too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from vllm_omni.errors import CheckpointError
 from vllm_omni.utils.files import read_json
@@ -70,7 +72,8 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for file, names in _by_file(tensor_files(folder)).items():
         with _opened(file) as handle:
             for name in names:
-                shapes[name] = tuple(_get(handle, name, file, shape_only=True))
+                with _reading(name, file):
+                    shapes[name] = tuple(handle.get_slice(name).get_shape())
     return shapes
 
 
@@ -111,7 +114,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
                 target = plan[name]
                 destination = parameters[target.parameter].data
                 destination = destination if target.rows is None else destination[target.rows]
-                destination.copy_(_get(handle, name, file))
+                with _reading(name, file):
+                    destination.copy_(handle.get_tensor(name))
 
 
 def weights_bytes(folder: Path, itemsize: int) -> int:
@@ -143,8 +147,9 @@ def _opened(file: Path) -> Iterator[safe_open]:
         raise CheckpointError(f"{file}: damaged safetensors file ({error})") from error
 
 
-def _get(handle: safe_open, name: str, file: Path, shape_only: bool = False) -> Tensor | list[int]:
+@contextmanager
+def _reading(name: str, file: Path) -> Iterator[None]:
     try:
-        return handle.get_slice(name).get_shape() if shape_only else handle.get_tensor(name)
+        yield
     except SafetensorError as error:
         raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error})") from error

@@ -1,11 +1,13 @@
-"""The Z-Image transformer (Tongyi-MAI, 2025; published as diffusers' ZImageTransformer2DModel), for batches of any mix of sizes.
+"""The Z-Image transformer (Tongyi-MAI, 2025; published as diffusers' ZImageTransformer2DModel), for batches of any
+mix of sizes.
 
-The tokens of all rows lie packed in one [N, D] tensor, so matrix products waste nothing on padding. Rows of equal geometry stand together as a
-`Group`; what is per row (modulation, attention, positions) works on a group as a dense [rows, length, D] view. The text side does not see the
-timestep: `encode_text` runs once per request, not once per step. Knows no sampler, no guidance and no cache.
+The tokens of all rows lie packed in one [N, D] tensor, so matrix products waste nothing on padding. Rows of equal
+geometry stand together as a `Group`; what is per row (modulation, attention, positions) works on a group as a dense
+[rows, length, D] view. The text side does not see the timestep: `encode_text` runs once per request, not once per
+step. Knows no sampler, no guidance and no cache.
 
-Legend: R rows, N packed tokens of all rows, L tokens of a row (image, padded to 32, then text), D width, H heads, A modulation width,
-C latent channels, T text tokens padded to 32.
+Legend: R rows, N packed tokens of all rows, L tokens of a row (image, padded to 32, then text), D width, H heads, A
+modulation width, C latent channels, T text tokens padded to 32.
 """
 
 from __future__ import annotations
@@ -105,7 +107,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """All rows between two blocks. hidden: [N, D]; condition: [R, A] (from the timestep); order: packed row -> caller's row."""
+    """All rows between two blocks. hidden: [N, D]; condition: [R, A] (from the timestep); order: packed row ->
+    caller's row.
+    """
 
     hidden: Tensor
     condition: Tensor
@@ -155,7 +159,7 @@ class TimestepEmbedder(nn.Module):
         exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
         angles = time[:, None].float() * torch.exp(-math.log(10000.0) * exponents)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.parameters()).dtype))
 
 
 class Attention(nn.Module):
@@ -177,11 +181,10 @@ class Attention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
         shape = (span.num_rows, span.length)
-        query, key = (rotated(part.unflatten(0, shape), span.rope) for part in (query, key))
-        heads_first = (
-            part.transpose(1, 2) for part in (query, key, value.unflatten(0, shape))
-        )  # [rows, H, L, head_dim]
-        return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1).flatten(1)
+        query = rotated(query.unflatten(0, shape), span.rope).transpose(1, 2)  # [rows, H, L, head_dim]
+        key = rotated(key.unflatten(0, shape), span.rope).transpose(1, 2)
+        value = value.unflatten(0, shape).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 class FeedForward(nn.Module):
@@ -294,7 +297,9 @@ class ZImageTransformer(nn.Module):
         self._rope_tables: dict[tuple[int, int, int], Tensor] = {}
 
     def encode_text(self, features: Tensor, is_padding: Tensor) -> Tensor:
-        """States of prompts [R, T, cap_feat_dim] and where they are padding [R, T] -> [R, T, D]; the same for every step."""
+        """States of prompts [R, T, cap_feat_dim] and where they are padding [R, T] -> [R, T, D]; the same for
+        every step.
+        """
         hidden = self.cap_embedder(self.cap_norm(features))
         hidden = torch.where(is_padding[..., None], self.cap_pad_token.to(hidden.dtype), hidden)
         rows, length = is_padding.shape
@@ -305,7 +310,9 @@ class ZImageTransformer(nn.Module):
         return hidden.unflatten(0, (rows, length))
 
     def begin(self, latents: Rows, timesteps: Tensor, texts: Rows) -> Tokens:
-        """Embeds rows. latents: [C, h, w] each; timesteps: [R] in [0, 1], 1 is clean; texts: [T, D] each, from `encode_text`."""
+        """Embeds rows. latents: [C, h, w] each; timesteps: [R] in [0, 1], 1 is clean; texts: [T, D] each, from
+        `encode_text`.
+        """
         geometries = [(*latent.shape[1:], len(text)) for latent, text in zip(latents, texts, strict=True)]
         order = sorted(range(len(geometries)), key=geometries.__getitem__)
         groups = grouped([geometries[row] for row in order])
@@ -379,7 +386,9 @@ class ZImageTransformer(nn.Module):
         return Span(rows, slice(start, start + num_rows * length), num_rows, length, rope)
 
     def _rope(self, height: int, width: int, num_text: int) -> Tensor:
-        """[L, head_dim / 2, 2] for image then text. Text stands at (1.., 0, 0), the image at (T + 1, y, x), padding at 0."""
+        """[L, head_dim / 2, 2] for image then text. Text stands at (1.., 0, 0), the image at (T + 1, y, x),
+        padding at 0.
+        """
         key = (height, width, num_text)
         if key not in self._rope_tables or self._rope_tables[key].device != self.x_pad_token.device:
             if len(self._rope_tables) >= MAX_ROPE_TABLES:

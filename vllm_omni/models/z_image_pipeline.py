@@ -1,4 +1,5 @@
-"""A published Z-Image folder (diffusers ZImagePipeline) as a DiffusionModel: native transformer, diffusers' VAE and sampler.
+"""A published Z-Image folder (diffusers ZImagePipeline) as a DiffusionModel: native transformer, diffusers' VAE and
+sampler.
 
 Formulas (shift, guidance, normalisation, truncation, latent scaling) are those of diffusers' pipeline_z_image.
 """

@@ -6,6 +6,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable
+from typing import SupportsFloat, cast
 
 
 def check_number(
@@ -19,13 +20,29 @@ def check_number(
 ) -> str | None:
     """None when `value` is a finite number (no bool) within [low, high] (or (low, high]), else the complaint."""
     kind = numbers.Integral if integer else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(float(value)):  # type: ignore[arg-type]
-        return f"{where}: got {value!r}, expected {'an integer' if integer else 'a finite number'}"
-    number = float(value)  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, kind) or not is_finite(value):
+        return f"{where}: got {brief(value)}, expected {'an integer' if integer else 'a finite number'}"
+    number = float(value)
     too_low = low is not None and (number <= low if above_low else number < low)
     if too_low or (high is not None and number > high):
-        return f"{where}: got {value!r}, expected {_range_words(low, high, above_low)}"
+        return f"{where}: got {brief(value)}, expected {_range_words(low, high, above_low)}"
     return None
+
+
+def brief(value: object) -> str:
+    """`repr` for an error message: at most 80 characters, and no crash over an integer of thousands of digits."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return f"a {type(value).__name__} too long to print"
+
+
+def is_finite(value: object) -> bool:
+    """Whether a number is neither NaN nor infinite and fits a float (an integer of a thousand digits does not)."""
+    try:
+        return math.isfinite(cast(SupportsFloat, value))
+    except OverflowError:
+        return False
 
 
 def _range_words(low: float | None, high: float | None, above_low: bool) -> str:

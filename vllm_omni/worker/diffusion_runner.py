@@ -1,7 +1,8 @@
-"""Runs one denoising step for a batch of diffusion states: model rows, step caches, guidance, sampler. Owns the step caches' memory.
+"""Runs one denoising step for a batch of diffusion states: model rows, step caches, guidance, sampler. Owns the step
+caches' memory.
 
-Every state is its own: latents, sampler, texts and caches are shared with nobody. `predict` changes nothing but caches, so a batch that failed
-can be tried again row by row; `advance` commits.
+Every state is its own: latents, sampler, texts and caches are shared with nobody. `predict` changes nothing but
+caches, so a batch that failed can be tried again row by row; `advance` commits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ POSITIVE, NEGATIVE = "positive", "negative"
 
 @dataclass(slots=True)
 class DiffusionState:
-    """One picture (or other output) on its way. texts: by branch, from the model's `encode_text`. step: how many are done."""
+    """One picture (or other output) on its way. texts: by branch, from the model's `encode_text`. step: how many
+    are done.
+    """
 
     request_id: str
     index: int

@@ -1,7 +1,8 @@
 """The contract of a step cache: the memory of one (request, output, branch), asked once per denoising step.
 
-A step runs in two parts: the first `num_lead_blocks` blocks, which are always computed and whose residual (output minus input) the cache
-judges by, and the rest, whose residual it may replay. A cache sees one row alone, so that batch-mates never change a decision.
+A step runs in two parts: the first `num_lead_blocks` blocks, which are always computed and whose residual (output
+minus input) the cache judges by, and the rest, whose residual it may replay. A cache sees one row alone, so that
+batch-mates never change a decision.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class StepCache(ABC):
 
     @abstractmethod
     def reuse(self, lead_residual: Tensor) -> Tensor | None:
-        """lead_residual: [L, D] of this step. The rest's residual [L, D] to replay, or None when the rest must be computed."""
+        """lead_residual: [L, D] of this step. The rest's residual [L, D] to replay, or None when the rest must be
+        computed.
+        """
 
     @abstractmethod
     def update(self, lead_residual: Tensor, rest_residual: Tensor) -> None:

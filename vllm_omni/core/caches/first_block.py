@@ -1,4 +1,6 @@
-"""First-block cache: when the first block changes little from the last computed step, the rest is assumed to change little too."""
+"""First-block cache: when the first block changes little from the last computed step, the rest is assumed to
+change little too.
+"""
 
 from __future__ import annotations
 

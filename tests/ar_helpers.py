@@ -1,0 +1,141 @@
+"""Tiny random Qwen3 folders with a byte-level tokenizer, and an LLMEngine over them; all made on the fly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
+from vllm_omni.engine.ar_options import AROptions
+from vllm_omni.engine.base import EngineContext, StageDone, StageEvent, StageFailed, StageProgress, StageTask
+from vllm_omni.engine.llm_engine import LLMEngine
+from vllm_omni.models.pool import ModelPool
+from vllm_omni.params import SamplingParams, StageParams
+from vllm_omni.request import OmniRequest
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+EOS = 2
+VOCABULARY = 320
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking %}{{ '<think>' }}{% endif %}{% endif %}"
+)
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "eos_token_id": EOS,
+}
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """All 256 bytes, the special tokens, and some merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    corpus = ["a red circle left of a blue square", "user assistant system", "the end of the world", "你好 你好 é ü"]
+    tokenizer.train_from_iterator(corpus * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[EOS], pad_token=SPECIAL_TOKENS[0], chat_template=chat_template
+    )
+
+
+def make_model_folder(
+    folder: Path, *, seed: int = 0, base_model: bool = False, scale: float = 0.2, template: str | None = CHAT_TEMPLATE, **config: Any
+) -> Path:
+    """A checkpoint as transformers writes it, its weights wide enough that greedy texts differ, and a tokenizer in it."""
+    torch.manual_seed(seed)
+    build = Qwen3Model if base_model else Qwen3ForCausalLM
+    model = build(Qwen3Config(**{**TINY, "initializer_range": scale, **config}))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "bias")):
+            torch.nn.init.normal_(parameter, 1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+    model.save_pretrained(folder)
+    make_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets keys of a JSON file; None removes one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def make_stage(folder: Path, *, name: str = "text", inputs: Mapping[str, str] | None = None, **options: Any) -> StageConfig:
+    return StageConfig(
+        name=name,
+        kind="ar",
+        model=str(folder),
+        inputs=inputs or {},
+        device="cpu",
+        dtype="float32",
+        options=AROptions(**{"chat_template": False, "block_size": 4, "max_num_seqs": 8, **options}),
+    )
+
+
+def make_engine(
+    folder: Path,
+    *,
+    wanted: Iterable[str] = (),
+    models: ModelPool | None = None,
+    limits: LimitsConfig | None = None,
+    readers: Mapping[str, StageConfig] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **stage_keys: Any,
+) -> LLMEngine:
+    """An engine of one stage named "text"; `readers` are further stages of the config."""
+    stage = make_stage(folder, **stage_keys)
+    config = OmniConfig(stages={stage.name: stage, **(readers or {})}, limits=limits or LimitsConfig())
+    return LLMEngine(stage, EngineContext(config, torch.device("cpu"), dtype, models or ModelPool(), frozenset(wanted)))
+
+
+def make_task(prompt: Any, params: StageParams | None = None, request_id: str = "r", **inputs: Any) -> StageTask:
+    params = params or SamplingParams(temperature=0)
+    return StageTask(OmniRequest(prompt=prompt, request_id=request_id, params=params), "text", params, inputs)
+
+
+def run(engine: LLMEngine, *tasks: StageTask, check: bool = True) -> dict[str, StageDone | StageFailed]:
+    """Submits the tasks and steps to the end; the final event of each request. Invariants are checked after every step."""
+    for task in tasks:
+        engine.submit(task)
+    return {event.request_id: event for event in drain(engine, check) if not isinstance(event, StageProgress)}
+
+
+def drain(engine: LLMEngine, check: bool = True, max_steps: int = 10_000) -> list[StageEvent]:
+    """All events until the engine has no work left."""
+    events: list[StageEvent] = []
+    for _ in range(max_steps):
+        if not engine.has_work():
+            return events
+        events += engine.step()
+        if check:
+            engine.check_integrity()
+    raise AssertionError(f"still at work after {max_steps} steps")
+
+
+def assert_clean(engine: LLMEngine) -> None:
+    """Nothing waits, nothing runs, every block is free."""
+    stats = engine.get_stats()
+    assert not engine.has_work()
+    assert (stats["num_waiting"], stats["num_running"]) == (0, 0)
+    assert stats["num_free_blocks"] == stats["num_blocks"]
+    engine.check_integrity()

@@ -1,0 +1,206 @@
+"""The DAG of stages: edges from `inputs`, checked against the stages' signatures.
+
+Pure: knows names and ports, no engine and no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm_omni import registry
+from vllm_omni.config.document import check_stage_name
+from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.errors import ConfigError
+from vllm_omni.payload import PortSpec, StageSignature, TensorSpec, TextSpec
+from vllm_omni.utils.checks import did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """`source.source_port` feeds `target.target_port`."""
+
+    source: str
+    source_port: str
+    target: str
+    target_port: str
+
+
+class StageGraph:
+    """A checked DAG; never changes.
+
+    order: stage names, each after all that feed it (among equals, in the order of the config). edges: all of them.
+    outputs: as the config lists them. result_stages: those outputs that name a stage (its final text, images or audio).
+    output_tensors: those that name a tensor, as (stage, port).
+    """
+
+    def __init__(
+        self, stages: Mapping[str, StageConfig], signatures: Mapping[str, StageSignature], outputs: Sequence[str]
+    ) -> None:
+        """Raises ConfigError naming the key, what it got and what was expected."""
+        for name in stages:
+            check_stage_name(name)
+        self.signatures = dict(signatures)
+        self.edges = tuple(_read_edges(stages, signatures))
+        self._into: dict[str, tuple[Edge, ...]] = {s: tuple(e for e in self.edges if e.target == s) for s in stages}
+        self._from: dict[str, tuple[Edge, ...]] = {s: tuple(e for e in self.edges if e.source == s) for s in stages}
+        self._check_required_inputs()
+        self.order = self._sorted()
+        self.outputs = tuple(outputs)
+        self.result_stages, self.output_tensors = _read_outputs(self.outputs, signatures)
+        self._ends = frozenset(self.result_stages) | {stage for stage, _ in self.output_tensors}
+        self._check_all_contribute()
+
+    def edges_into(self, stage: str) -> tuple[Edge, ...]:
+        """What feeds a stage, in the order of its `inputs`."""
+        return self._into[stage]
+
+    def edges_from(self, stage: str) -> tuple[Edge, ...]:
+        """What a stage feeds."""
+        return self._from[stage]
+
+    def wanted_ports(self, stage: str) -> frozenset[str]:
+        """The output ports of a stage that an edge or `outputs` reads; the others need not be computed."""
+        wanted = {edge.source_port for edge in self._from[stage]}
+        wanted |= {port for source, port in self.output_tensors if source == stage}
+        if stage in self.result_stages:
+            wanted |= self.signatures[stage].results
+        return frozenset(wanted)
+
+    def demand(self, needed: Callable[[str], frozenset[str]]) -> Mapping[str, frozenset[str]]:
+        """Which stages run for one request, in topological order, and which of their connected inputs they read.
+
+        needed: stage -> the input ports that the request makes it read (StageEngine.needed_inputs), asked of running
+        stages alone. A stage runs when `outputs` lists it or when a running stage reads one of its edges.
+        """
+        reads: dict[str, frozenset[str]] = {}
+        for stage in reversed(self.order):
+            is_read = any(edge.target_port in reads.get(edge.target, ()) for edge in self._from[stage])
+            if is_read or stage in self._ends:
+                reads[stage] = needed(stage) & {edge.target_port for edge in self._into[stage]}
+        return {stage: reads[stage] for stage in self.order if stage in reads}
+
+    def _check_required_inputs(self) -> None:
+        for stage, edges in self._into.items():
+            signature = self.signatures[stage]
+            missing = signature.required_inputs - {edge.target_port for edge in edges}
+            if missing:
+                port = sorted(missing)[0]
+                spec = signature.inputs.get(port)
+                raise ConfigError(f"stages.{stage}.inputs.{port}: missing; expected '<stage>.<port>' that gives {spec}")
+
+    def _sorted(self) -> tuple[str, ...]:
+        order: list[str] = []
+        waiting = dict.fromkeys(self._into)
+        while waiting:
+            ready = [stage for stage in waiting if not any(edge.source in waiting for edge in self._into[stage])]
+            if not ready:
+                raise ConfigError(f"stages: the edges form a cycle: {' -> '.join(self._find_cycle(waiting))}")
+            order.append(ready[0])
+            del waiting[ready[0]]
+        return tuple(order)
+
+    def _find_cycle(self, waiting: Mapping[str, None]) -> list[str]:
+        """Every waiting stage has a waiting source, so walking upwards must come back."""
+        path = [next(iter(waiting))]
+        while path[-1] not in path[:-1]:
+            path.append(next(edge.source for edge in self._into[path[-1]] if edge.source in waiting))
+        return path[path.index(path[-1]) :][::-1]
+
+    def _check_all_contribute(self) -> None:
+        used = set(self._ends)
+        for stage in reversed(self.order):
+            if any(edge.target in used for edge in self._from[stage]):
+                used.add(stage)
+            if stage not in used:
+                raise ConfigError(
+                    f"stages.{stage}: contributes to no output; list it in 'outputs', feed it to a stage, or remove it"
+                )
+
+
+def build_graph(config: OmniConfig) -> StageGraph:
+    """The graph of a configuration; reads the stages' model configuration files, never weights."""
+    signatures = {
+        name: registry.resolve("stage kind", stage.kind).signature(stage) for name, stage in config.stages.items()
+    }
+    try:
+        return StageGraph(config.stages, signatures, config.outputs)
+    except ConfigError as error:
+        raise ConfigError(f"config {config.name!r}: {error}") from error
+
+
+def _read_edges(stages: Mapping[str, StageConfig], signatures: Mapping[str, StageSignature]) -> list[Edge]:
+    edges = []
+    for target, stage in stages.items():
+        for port, origin in stage.inputs.items():
+            key = f"stages.{target}.inputs.{port}"
+            expected = signatures[target].inputs.get(port)
+            if expected is None:
+                raise ConfigError(
+                    f"{key}: a {stage.kind!r} stage has no such input{_near(port, signatures[target].inputs)}"
+                )
+            source, source_port = _read_port(origin, signatures, key)
+            if source == target:
+                raise ConfigError(f"{key}: got {origin!r}, its own output; expected another stage's")
+            _check_fit(signatures[source].outputs[source_port], expected, origin, key)
+            edges.append(Edge(source, source_port, target, port))
+    return edges
+
+
+def _read_port(origin: str, signatures: Mapping[str, StageSignature], key: str) -> tuple[str, str]:
+    source, dot, port = origin.partition(".")
+    if source not in signatures:
+        raise ConfigError(f"{key}: got {origin!r}, but there is no stage {source!r}{did_you_mean(source, signatures)}")
+    outputs = signatures[source].outputs
+    if not dot:
+        raise ConfigError(
+            f"{key}: got {origin!r}, expected '<stage>.<port>'{_near('', [f'{source}.{p}' for p in outputs])}"
+        )
+    if port not in outputs:
+        raise ConfigError(f"{key}: got {origin!r}, but {source!r} has no output {port!r}{_near(port, outputs)}")
+    return source, port
+
+
+def _near(name: str, known: Mapping[str, object] | Sequence[str]) -> str:
+    return did_you_mean(name, known) or " (it has none)"
+
+
+def _check_fit(given: PortSpec, expected: PortSpec, origin: str, key: str) -> None:
+    if isinstance(expected, TensorSpec) and isinstance(given, TensorSpec):
+        fits = expected.fits(given)
+    else:
+        fits = isinstance(expected, TextSpec) and isinstance(given, TextSpec)
+    if not fits:
+        raise ConfigError(f"{key}: {origin} gives {_words(given)}, expected {_words(expected)}")
+
+
+def _words(spec: PortSpec) -> str:
+    return "text" if isinstance(spec, TextSpec) else f"a tensor {spec}"
+
+
+def _read_outputs(
+    outputs: Sequence[str], signatures: Mapping[str, StageSignature]
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    if not outputs:
+        raise ConfigError("outputs: got nothing, expected a list of stages or '<stage>.<port>'")
+    results: list[str] = []
+    tensors: list[tuple[str, str]] = []
+    for index, output in enumerate(outputs):
+        key = f"outputs[{index}]"
+        if output in outputs[:index]:
+            raise ConfigError(f"{key}: got {output!r} a second time")
+        if "." in output:
+            stage, port = _read_port(output, signatures, key)
+            if isinstance(signatures[stage].outputs[port], TextSpec):
+                raise ConfigError(f"{key}: got {output!r}, which is text; list the stage itself: {stage!r}")
+            tensors.append((stage, port))
+        elif output not in signatures:
+            raise ConfigError(f"{key}: got {output!r}, but there is no such stage{did_you_mean(output, signatures)}")
+        elif not signatures[output].results:
+            ports = [f"{output}.{port}" for port in signatures[output].outputs]
+            raise ConfigError(
+                f"{key}: got {output!r}, a stage without a result of its own; list a port{_near('', ports)}"
+            )
+        else:
+            results.append(output)
+    return tuple(results), tuple(tensors)

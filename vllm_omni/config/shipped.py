@@ -1,0 +1,64 @@
+"""The stage configs that ship with the package, and which of them fits a checkpoint. Reads no weights."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from vllm_omni.errors import ConfigError
+from vllm_omni.utils.checks import did_you_mean
+from vllm_omni.utils.files import read_json
+
+_BY_PIPELINE = {"ZImagePipeline": "z_image"}
+_BY_ARCHITECTURE = {"Qwen3ForCausalLM": "qwen3"}
+_BY_MODEL_TYPE = {"qwen3": "qwen3"}
+
+
+def supported_checkpoints() -> dict[str, str]:
+    """Pipeline or architecture -> name of the shipped config that runs it."""
+    return {**_BY_PIPELINE, **_BY_ARCHITECTURE}
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name (without '.yaml') -> file, of an installed package as of a checkout."""
+    package = Path(str(files("vllm_omni")))
+    installed = package / "stage_configs"
+    folder = installed if installed.is_dir() else package.parent / "configs" / "stages"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str | Path) -> Path:
+    """A file that exists, else the shipped config of that name (with or without '.yaml')."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if str(name).removesuffix(".yaml") in shipped:
+        return shipped[str(name).removesuffix(".yaml")]
+    raise ConfigError(
+        f"config: got {str(name)!r}, which is no file and no shipped config{did_you_mean(path.stem, shipped)}"
+    )
+
+
+def config_for_model(folder: str | Path) -> Path:
+    """The shipped config for a local checkpoint folder, from its model_index.json (diffusers) or config.json."""
+    folder = Path(folder)
+    index, config = folder / "model_index.json", folder / "config.json"
+    name, got = None, "neither model_index.json nor config.json"
+    if index.is_file():
+        pipeline = read_json(index).get("_class_name")
+        name, got = _lookup(_BY_PIPELINE, pipeline), f"the pipeline {pipeline!r}"
+    elif config.is_file():
+        content = read_json(config)
+        architectures, model_type = content.get("architectures"), content.get("model_type")
+        first = architectures[0] if isinstance(architectures, list) and architectures else None
+        name = _lookup(_BY_ARCHITECTURE, first) if first is not None else _lookup(_BY_MODEL_TYPE, model_type)
+        got = f"the architecture {first!r} (model type {model_type!r})"
+    if name is None:
+        supported = ", ".join(sorted(supported_checkpoints()))
+        raise ConfigError(f"{folder}: got {got}, expected one of {supported}; for anything else write a stage config")
+    return shipped_configs()[name]
+
+
+def _lookup(table: dict[str, str], name: object) -> str | None:
+    return table.get(name) if isinstance(name, str) else None

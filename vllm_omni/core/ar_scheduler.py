@@ -1,0 +1,160 @@
+"""Which tokens of which sequences run in the next step of an AR stage: continuous batching with chunked prefill under a
+token budget.
+
+Owns the queues and, through its BlockManager, the blocks. Knows no tensors, no sampling and no clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from vllm_omni.core.block_manager import BlockManager
+from vllm_omni.core.sequence import CacheState, Sequence, SequenceStatus
+from vllm_omni.errors import CacheError, ResourceError
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, end) of a sequence, to be computed in one step. `samples`: the last one's logits give the next
+    token.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+class ARScheduler:
+    """First come, first served. A step holds at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
+
+    Sequences with one token to go are served first, then prompts that have begun, then new ones. When blocks run out
+    the newest running sequence is preempted and will be computed again, so that the oldest never lacks any. Every
+    running one is older than every waiting one.
+    """
+
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.blocks = blocks
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence; ResourceError when the whole pool could not hold it."""
+        if not self.blocks.can_ever_hold(sequence.max_tokens):
+            raise ResourceError(
+                f"request {sequence.request_id!r}: got {sequence.max_tokens} tokens, expected at most "
+                f"{self.blocks.num_blocks * self.blocks.block_size}, the whole KV pool; raise num_blocks"
+            )
+        self._waiting.append(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step, their blocks taken. Empty only when there is no work."""
+        chunks: dict[int, Chunk] = {}
+        num_preemptions = self.num_preemptions
+        for sequence in sorted(self._running, key=lambda s: (s.num_uncomputed_tokens > 1, s.sequence_id)):
+            if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
+                self._continue(sequence, chunks)
+        if self.num_preemptions == num_preemptions:
+            self._admit(chunks)
+        return list(chunks.values())
+
+    def advance(self, chunk: Chunk) -> None:
+        """Notes that a chunk has been computed."""
+        sequence = chunk.sequence
+        if sequence.num_computed_tokens != chunk.start or sequence.status is not SequenceStatus.RUNNING:
+            raise CacheError(
+                f"sequence {sequence.sequence_id}: got a chunk from token {chunk.start} in the {sequence.status.value} "
+                f"queue, expected one from token {sequence.position} in the running queue"
+            )
+        sequence.num_computed_tokens = chunk.end
+        self.blocks.commit(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Ends a sequence, finished or aborted, wherever it stands, and frees its blocks; one that has ended is left
+        alone.
+        """
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        queue = self._running if sequence.status is SequenceStatus.RUNNING else self._waiting
+        queue.remove(sequence)
+        self.blocks.free(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def check_integrity(self) -> None:
+        """CacheError when queues, statuses, order or blocks disagree."""
+        for queue, status in ((self._running, SequenceStatus.RUNNING), (self._waiting, SequenceStatus.WAITING)):
+            for sequence in queue:
+                if sequence.status is not status:
+                    raise CacheError(
+                        f"sequence {sequence.sequence_id}: {sequence.status.value} in the {status.value} queue"
+                    )
+        ids = [sequence.sequence_id for sequence in (*self._running, *self._waiting)]
+        if ids != sorted(set(ids)):
+            raise CacheError(f"sequences out of order: {ids}")
+        for sequence in self._waiting:
+            if sequence.cache_state is not CacheState.UNALLOCATED:
+                raise CacheError(
+                    f"sequence {sequence.sequence_id}: waits, but its cache is {sequence.cache_state.value}"
+                )
+        self.blocks.check_integrity([*self._running, *self._waiting])
+
+    def _continue(self, sequence: Sequence, chunks: dict[int, Chunk]) -> None:
+        num_tokens = min(sequence.num_uncomputed_tokens, self._budget(chunks))
+        if num_tokens == 0:
+            return
+        while not self.blocks.can_grow(sequence, sequence.num_computed_tokens + num_tokens):
+            victim = self._running[-1]
+            self._preempt(victim)
+            chunks.pop(victim.sequence_id, None)
+            if victim is sequence:
+                return
+        self._take(sequence, num_tokens, chunks)
+
+    def _admit(self, chunks: dict[int, Chunk]) -> None:
+        while self._waiting and len(self._running) < self._max_num_seqs:
+            sequence, budget = self._waiting[0], self._budget(chunks)
+            if budget == 0 or not self.blocks.can_admit(sequence):
+                return
+            self._waiting.popleft()
+            self._running.append(sequence)
+            sequence.status = SequenceStatus.RUNNING
+            self.blocks.allocate(sequence)
+            if sequence.num_cached_tokens is None:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+            self._take(sequence, min(sequence.num_uncomputed_tokens, budget), chunks)
+
+    def _take(self, sequence: Sequence, num_tokens: int, chunks: dict[int, Chunk]) -> None:
+        start = sequence.num_computed_tokens
+        end = start + num_tokens
+        self.blocks.grow(sequence, end)
+        chunks[sequence.sequence_id] = Chunk(sequence, start, end, sequence.is_writing and end == sequence.num_tokens)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._waiting.appendleft(sequence)
+        self.blocks.preempt(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _budget(self, chunks: dict[int, Chunk]) -> int:
+        return self._max_num_batched_tokens - sum(chunk.num_tokens for chunk in chunks.values())

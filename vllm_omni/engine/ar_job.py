@@ -1,0 +1,113 @@
+"""One task at work in an AR stage: its samples, what they have written, and the answer that they make. Schedules and
+computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_omni.core.sequence import Sequence
+from vllm_omni.engine.ar_input import PreparedPrompt
+from vllm_omni.engine.base import StageTask
+from vllm_omni.engine.text_processor import TextStream
+from vllm_omni.layers.sampler import SampledToken, SamplingRow
+from vllm_omni.request import Completion
+
+
+@dataclass(slots=True)
+class Sample:
+    """One of a request's n texts.
+
+    ending_ids: tokens that end the text and are no part of it. runs_last_token: whether the token that max_tokens ended
+    with is computed as well, since its hidden states are wanted.
+    """
+
+    sequence: Sequence
+    row: SamplingRow
+    stream: TextStream
+    ending_ids: frozenset[int]
+    max_new_tokens: int
+    runs_last_token: bool
+    logprobs: list[Mapping[int, float]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def num_written(self) -> int:
+        return self.sequence.num_tokens - self.sequence.num_prompt_tokens
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is left to compute."""
+        if self.finish_reason == "length" and self.runs_last_token:
+            return self.sequence.num_uncomputed_tokens == 0
+        return self.finish_reason is not None
+
+    def write(self, token: SampledToken) -> str:
+        """Takes a sampled token in; returns the text that is new."""
+        self.sequence.append(token.token_id)
+        self.row.record(token.token_id)
+        if token.logprobs is not None:
+            self.logprobs.append(token.logprobs)
+        text = ""
+        if token.token_id in self.ending_ids:
+            self.finish_reason = "stop"
+        else:
+            text = self.stream.push(token.token_id, can_stop=self.num_written >= self.row.min_tokens)
+            if self.stream.is_stopped:
+                self.finish_reason = "stop"
+            elif self.num_written == self.max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason is None:
+            return text
+        self.sequence.is_writing = False
+        return text + self.stream.finish()
+
+    def completion(self) -> Completion:
+        logprobs = tuple(self.logprobs) if self.row.num_logprobs is not None else None
+        return Completion(self.stream.text, tuple(self.sequence.output_token_ids), self.finish_reason, logprobs)
+
+
+@dataclass(slots=True)
+class ARJob:
+    """A task and its sequences: n samples when it writes, one sequence and no sample when it only encodes."""
+
+    task: StageTask
+    prompt: PreparedPrompt
+    sequences: list[Sequence]
+    samples: dict[int, Sample] = field(default_factory=dict)  # by sequence id
+    num_steps: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        if not self.samples:
+            return self.sequences[0].num_uncomputed_tokens == 0
+        return all(sample.is_done for sample in self.samples.values())
+
+    def meta(self) -> dict[str, Any]:
+        """The payload's meta."""
+        counts: dict[str, Any] = {
+            "prompt_tokens": len(self.prompt.token_ids),
+            "truncated_tokens": self.prompt.num_truncated,
+        }
+        if not self.samples:
+            return counts
+        completions = [sample.completion() for sample in self.samples.values()]
+        first = completions[0]
+        words = {"text": first.text, "token_ids": list(first.token_ids), "finish_reason": first.finish_reason}
+        return {**words, "completions": completions, **counts}
+
+    def metrics(self) -> dict[str, int]:
+        """Counts for the caller. cache_hits: prompt tokens that the prefix cache served, of all samples."""
+        num_prompt = len(self.prompt.token_ids)
+        metrics = {
+            "steps": self.num_steps,
+            "tokens": sum(sample.num_written for sample in self.samples.values()) if self.samples else num_prompt,
+            "prompt_tokens": num_prompt,
+            "cache_hits": sum(sequence.num_cached_tokens or 0 for sequence in self.sequences),
+            "preemptions": sum(sequence.num_preemptions for sequence in self.sequences),
+        }
+        if self.prompt.num_truncated:
+            metrics["truncated_tokens"] = self.prompt.num_truncated
+        return metrics

@@ -1,0 +1,204 @@
+"""The YAML keys of an AR stage, checked, and the size of the KV pool that follows from them. Reads no files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_omni.errors import ConfigError
+from vllm_omni.models.language_model import LanguageModelConfig
+from vllm_omni.utils.checks import check_number, did_you_mean
+
+TASKS = ("generate", "encode")
+PROMPTS = ("prompt", "negative_prompt")
+DEFAULT_MODEL_LEN = 4096
+DEFAULT_POOL_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """An output port of hidden states.
+
+    layers: indices into transformers' `hidden_states` (0 the embeddings, i after layer i, the last after the final
+    norm; negative ones count from the end), concatenated on the feature axis. tokens: whose states: "prompt" (all of
+    it, template included) or "completion" (the written tokens, without an end-of-sequence or stop token).
+    """
+
+    layers: tuple[int, ...]
+    tokens: str
+
+    def resolved_layers(self, num_layers: int, where: str) -> tuple[int, ...]:
+        """`layers` as indices from the start; ConfigError for one that a model of this depth does not have."""
+        for layer in self.layers:
+            if not -(num_layers + 1) <= layer <= num_layers:
+                raise ConfigError(
+                    f"{where}: got {layer}, expected {-(num_layers + 1)} to {num_layers}, "
+                    f"as the model has {num_layers} layers"
+                )
+        return tuple(layer % (num_layers + 1) for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class KVPoolPlan:
+    """A pool of `num_blocks` blocks of `block_bytes` (keys, values and tapped states). limited_by: the key that set the
+    number.
+    """
+
+    num_blocks: int
+    block_bytes: int
+    limited_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class AROptions:
+    """What the YAML of an AR stage may say.
+
+    task: "generate" writes tokens, "encode" only computes states. prompt: which field of the request is read when no
+    edge brings the prompt. tokenizer: its folder (default: the model's own, else `tokenizer` beside it). chat_template:
+    whether plain strings become a user message in the tokenizer's template, where it has one; chat_template_kwargs go
+    to it. outputs: port -> hidden states to tap, see Tap. max_model_len: most tokens of a sequence (the model's
+    positions, at most 4096). max_prompt_tokens: most tokens of a prompt; a longer one is an error, or keeps its first
+    tokens when truncate_prompt is set. max_num_seqs and max_num_batched_tokens bound one step. The KV pool has
+    num_blocks blocks of block_size tokens, or as many as kv_memory_mb holds, or enough for max_num_seqs full sequences
+    in at most 256 MB.
+    """
+
+    task: str = "generate"
+    prompt: str = "prompt"
+    tokenizer: str | None = None
+    chat_template: bool = True
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    max_model_len: int | None = None
+    max_prompt_tokens: int | None = None
+    truncate_prompt: bool = False
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_memory_mb: float | None = None
+    num_blocks: int | None = None
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("task", self.task, TASKS)
+        _check_choice("prompt", self.prompt, PROMPTS)
+        for name in ("chat_template", "truncate_prompt", "prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected true or false")
+        for name in (
+            "max_model_len",
+            "max_prompt_tokens",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "num_blocks",
+        ):
+            self._check_limit(name, low=1, integer=True)
+        self._check_limit("kv_memory_mb", low=0, above_low=True)
+        if self.kv_memory_mb is not None and self.num_blocks is not None:
+            raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
+            raise ConfigError(f"tokenizer: got {self.tokenizer!r}, expected a folder")
+        for name in ("chat_template_kwargs", "outputs"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
+        taps = {port: _tap(port, value, self.task) for port, value in self.outputs.items()}
+        object.__setattr__(self, "outputs", taps)
+        if self.task == "encode" and not taps:
+            raise ConfigError(
+                "outputs: nothing, expected at least one port for task encode, as hidden_states: {layers: [-2]}"
+            )
+
+    @property
+    def taps(self) -> Mapping[str, Tap]:
+        """`outputs`, checked."""
+        return self.outputs
+
+    @property
+    def can_write(self) -> bool:
+        return self.task == "generate"
+
+    def model_len(self, config: LanguageModelConfig) -> int:
+        """Most tokens of one sequence; ConfigError when more are asked for than the model has positions."""
+        if self.max_model_len is None:
+            return min(config.max_position_embeddings, DEFAULT_MODEL_LEN)
+        if self.max_model_len > config.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len: got {self.max_model_len}, expected at most {config.max_position_embeddings}, "
+                "the model's positions"
+            )
+        return self.max_model_len
+
+    def tapped_layers(self, config: LanguageModelConfig) -> dict[str, tuple[int, ...]]:
+        """Port -> indices of its layers, counted from the start."""
+        return {
+            port: tap.resolved_layers(config.num_layers, f"outputs.{port}.layers") for port, tap in self.taps.items()
+        }
+
+    def plan_pool(self, config: LanguageModelConfig, itemsize: int) -> KVPoolPlan:
+        """The KV pool, as if every declared port were wanted; ConfigError when not one block fits into kv_memory_mb."""
+        tapped = {layer for layers in self.tapped_layers(config).values() for layer in layers}
+        num_kv_layers = config.num_layers if self.can_write else max(tapped)
+        token_bytes = (
+            num_kv_layers * 2 * config.num_kv_heads * config.head_dim + len(tapped) * config.hidden_size
+        ) * itemsize
+        block_bytes = token_bytes * self.block_size
+        if self.num_blocks is not None:
+            return KVPoolPlan(self.num_blocks, block_bytes, "num_blocks")
+        if self.kv_memory_mb is not None:
+            num_blocks = int(self.kv_memory_mb * 2**20) // block_bytes
+            if num_blocks == 0:
+                raise ConfigError(
+                    f"kv_memory_mb: got {self.kv_memory_mb:g}, expected at least {block_bytes / 2**20:.3g}, one block"
+                )
+            return KVPoolPlan(num_blocks, block_bytes, "kv_memory_mb")
+        needed = -(-self.model_len(config) // self.block_size) * self.max_num_seqs
+        affordable = max(1, DEFAULT_POOL_BYTES // block_bytes)
+        return KVPoolPlan(
+            min(needed, affordable), block_bytes, "max_num_seqs" if needed <= affordable else "the default of 256 MB"
+        )
+
+    def activation_bytes(self, config: LanguageModelConfig, itemsize: int) -> int:
+        """The widest moment of a step: a layer's residual, normed states and MLP, or the logits with a float32 copy."""
+        layer = self.max_num_batched_tokens * (4 * config.hidden_size + 3 * config.intermediate_size) * itemsize
+        logits = self.max_num_seqs * config.vocab_size * (itemsize + 4) if self.can_write else 0
+        return max(layer, logits)
+
+    def _check_limit(self, name: str, low: float, integer: bool = False, above_low: bool = False) -> None:
+        value = getattr(self, name)
+        complaint = None if value is None else check_number(name, value, low, integer=integer, above_low=above_low)
+        if value is None and name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            complaint = f"{name}: got null, expected an integer"
+        if complaint:
+            raise ConfigError(complaint)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: got {value!r}{did_you_mean(str(value), choices)}")
+
+
+def _tap(port: object, value: object, task: str) -> Tap:
+    where = f"outputs.{port}"
+    if not isinstance(port, str) or not port.isidentifier() or port == "text":
+        raise ConfigError(f"{where}: got the port name {port!r}, expected an identifier other than 'text'")
+    if isinstance(value, Tap):
+        value = {"layers": value.layers, "tokens": value.tokens}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: got {value!r}, expected {{layers: [-2], tokens: prompt}}")
+    for key in value:
+        if key not in ("layers", "tokens"):
+            raise ConfigError(f"{where}.{key}: unknown key{did_you_mean(str(key), ('layers', 'tokens'))}")
+    layers = value.get("layers")
+    if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
+        raise ConfigError(f"{where}.layers: got {layers!r}, expected a list of layer indices, as [-2]")
+    for layer in layers:
+        complaint = check_number(f"{where}.layers", layer, integer=True)
+        if complaint:
+            raise ConfigError(complaint)
+    tokens = value.get("tokens", "prompt" if task == "encode" else "completion")
+    _check_choice(f"{where}.tokens", tokens, ("prompt", "completion"))
+    if tokens == "completion" and task == "encode":
+        raise ConfigError(f"{where}.tokens: got 'completion', expected 'prompt': task encode writes nothing")
+    return Tap(tuple(int(layer) for layer in layers), tokens)

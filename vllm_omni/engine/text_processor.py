@@ -1,0 +1,164 @@
+"""Between words and token ids: the tokenizer with its chat template, text that grows token by token, and stop strings.
+
+Knows no model and no sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
+from vllm_omni.request import Prompt
+from vllm_omni.utils.files import read_json, resolve_model_folder
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer gives for bytes that are no character yet
+
+
+def find_tokenizer(model_folder: Path, configured: str | None) -> Path:
+    """The configured folder, else the model's own, else `tokenizer` beside it (as diffusers lays it out)."""
+    folders = [resolve_model_folder(configured)] if configured else [model_folder, model_folder.parent / "tokenizer"]
+    for folder in folders:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return folder
+    raise ConfigError(
+        f"tokenizer: found none in {' or '.join(map(str, folders))}, expected {' or '.join(TOKENIZER_FILES)}; "
+        "set the stage's `tokenizer` to its folder"
+    )
+
+
+def end_of_sequence_ids(model_folder: Path, tokenizer: Any) -> frozenset[int]:
+    """What ends a text: from generation_config.json, else from config.json, else the tokenizer's own."""
+    for name in ("generation_config.json", "config.json"):
+        ids = read_json(model_folder / name).get("eos_token_id") if (model_folder / name).is_file() else None
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+
+
+class TextProcessor:
+    """One tokenizer, read from its folder."""
+
+    def __init__(
+        self, folder: Path, *, chat_template: bool = True, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the library raises whatever its parsers raise
+            raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from error
+        self._folder = folder
+        self._has_template = bool(self.tokenizer.chat_template)
+        self._applies_template = chat_template and self._has_template
+        self._template_kwargs = dict(template_kwargs or {})
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, of chat messages, or of a list that already holds ids; InvalidRequestError when it
+        cannot be done.
+        """
+        if isinstance(prompt, str):
+            if not self._applies_template:
+                return self._tokenize(prompt, add_special_tokens=True)
+            prompt = [{"role": "user", "content": prompt}]
+        if not isinstance(prompt[0], Mapping):
+            return [int(token) for token in prompt]  # type: ignore[arg-type]
+        return self._tokenize(self._render(prompt), add_special_tokens=False)  # type: ignore[arg-type]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of token ids, exactly as the tokens spell it."""
+        text: str = self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        if not self._has_template:
+            raise ConfigError(
+                f"{self._folder}: the tokenizer has no chat template, which messages need; give the prompt as a string"
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._template_kwargs,
+            )
+        except Exception as error:  # a template may raise anything over messages it does not like
+            raise InvalidRequestError(f"prompt: the chat template does not take these messages ({error})") from error
+        return text
+
+    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"prompt: got text that is not valid Unicode ({error.reason} at {error.start})"
+            ) from None
+        token_ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return token_ids
+
+
+class TextStream:
+    """The text of one sample as it is written, cut before the first stop string.
+
+    Nothing is given out that could still change: neither half a character nor what may be the beginning of a stop
+    string.
+    """
+
+    def __init__(self, processor: TextProcessor, stop: Sequence[str], skip_special_tokens: bool) -> None:
+        self._processor = processor
+        self._stop = tuple(stop)
+        self._skip_special_tokens = skip_special_tokens
+        self._token_ids: list[int] = []
+        self._context_start = 0  # tokens from here on are decoded together, as a tokenizer may join neighbours
+        self._read = 0  # tokens before here are in `text`
+        self._num_given = 0
+        self.text = ""
+        self.is_stopped = False
+
+    def push(self, token_id: int, can_stop: bool = True) -> str:
+        """Takes the next token; returns the text that is new and certain. `can_stop`: whether a stop string may end the
+        text here.
+        """
+        self._token_ids.append(token_id)
+        new = self._decode_new()
+        if new and not new.endswith(UNFINISHED):
+            self._take(new, can_stop)
+        return self._give(len(self.text) - self._held_back())
+
+    def finish(self) -> str:
+        """Ends the text; returns what was held back."""
+        if not self.is_stopped:
+            self._take(self._decode_new(), can_stop=False)
+        return self._give(len(self.text))
+
+    def _decode_new(self) -> str:
+        old = self._decode(self._token_ids[self._context_start : self._read])
+        return self._decode(self._token_ids[self._context_start :])[len(old) :]
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._processor.decode(token_ids, self._skip_special_tokens) if token_ids else ""
+
+    def _take(self, new: str, can_stop: bool) -> None:
+        before = len(self.text)
+        self.text += new
+        self._context_start, self._read = self._read, len(self._token_ids)
+        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop] if can_stop else []
+        places = [place for place in found if place >= 0]
+        if places:
+            self.text = self.text[: min(places)]
+            self.is_stopped = True
+
+    def _held_back(self) -> int:
+        if self.is_stopped:
+            return 0
+        lengths = range(min(len(self.text), max(map(len, self._stop), default=1) - 1), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(self.text[-n:]) for stop in self._stop)), 0)
+
+    def _give(self, end: int) -> str:
+        given = self.text[self._num_given : end]
+        self._num_given = max(self._num_given, end)
+        return given

@@ -1,0 +1,139 @@
+"""What `vllm-omni check` shows: the DAG, the ports and the memory plan of a config. Loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from vllm_omni.config.graph import StageGraph
+from vllm_omni.config.schema import OmniConfig
+from vllm_omni.core.resources import GIB, MIB, format_bytes
+from vllm_omni.engine.base import MemoryPlan
+from vllm_omni.entrypoints.text_table import aligned
+
+
+def describe(config: OmniConfig, graph: StageGraph, plans: Mapping[str, MemoryPlan]) -> str:
+    """The whole report, as lines of plain text."""
+    model = f"  {config.model}" if config.model else ""
+    memory = _memory(config, plans)
+    return "\n".join(
+        [f"{config.name}{model}", "", *draw_graph(config, graph), "", "Ports", *_ports(graph), "", *memory]
+    )
+
+
+def draw_graph(config: OmniConfig, graph: StageGraph) -> list[str]:
+    """One line a stage, in the order of running, with the edges as rails on the left."""
+    rails = _Rails()
+    rows: list[tuple[str, str]] = []
+    for stage in graph.order:
+        rows += [(line, "") for line in rails.merge(stage)]
+        rows.append((rails.node(stage), _label(config, graph, stage)))
+        targets = dict.fromkeys(edge.target for edge in graph.edges_from(stage))
+        rows += [(line, "") for line in rails.branch(stage, list(targets))]
+    return aligned(rows)
+
+
+def _label(config: OmniConfig, graph: StageGraph, stage: str) -> str:
+    section = config.stages[stage]
+    words = [stage, section.kind, *([section.model] if section.model else [])]
+    given = [output for output in graph.outputs if output.partition(".")[0] == stage]
+    return " · ".join(words) + (f"  => {', '.join(given)}" if given else "")
+
+
+class _Rails:
+    """Which column an edge runs down in: `_lanes[i]` is the stage that the edge in column i leads to."""
+
+    def __init__(self) -> None:
+        self._lanes: list[str | None] = []
+
+    def merge(self, stage: str) -> list[str]:
+        """Joins the edges into a stage in the leftmost of their columns."""
+        first, *rest = self._columns(stage) or [0]
+        line = self._line(first, rest, "├", "┴", "╯")
+        for column in rest:
+            self._lanes[column] = None
+        return [line] if rest else []
+
+    def node(self, stage: str) -> str:
+        """The stage itself, in its edges' column or in a free one."""
+        column = (self._columns(stage) or [self._free_column(0)])[0]
+        self._lanes[column] = stage
+        return self._line(column, [], "●", "", "")
+
+    def branch(self, stage: str, targets: Sequence[str]) -> list[str]:
+        """Opens a column for every edge out of a stage; its own goes to the first."""
+        column = self._columns(stage)[0]
+        self._lanes[column] = targets[0] if targets else None
+        others = []
+        for target in targets[1:]:
+            others.append(self._free_column(column + 1))
+            self._lanes[others[-1]] = target
+        line = self._line(column, sorted(others), "├", "┬", "╮")
+        while self._lanes and self._lanes[-1] is None:
+            self._lanes.pop()
+        return [line] if others else []
+
+    def _columns(self, stage: str) -> list[int]:
+        return [column for column, target in enumerate(self._lanes) if target == stage]
+
+    def _free_column(self, start: int) -> int:
+        for column in range(start, len(self._lanes)):
+            if self._lanes[column] is None:
+                return column
+        self._lanes.append(None)
+        return len(self._lanes) - 1
+
+    def _line(self, first: int, others: Sequence[int], mark: str, middle: str, last: str) -> str:
+        """`mark` in column `first`, joined by a horizontal line with `others`; rails in the other columns."""
+        end = others[-1] if others else first
+        text = ""
+        for column, target in enumerate(self._lanes):
+            is_between = first < column < end
+            if column == first:
+                text += mark
+            elif column in others:
+                text += last if column == end else middle
+            elif target is None:
+                text += "─" if is_between else " "
+            else:
+                text += "┼" if is_between else "│"
+            text += "─" if first <= column < end else " "
+        return text.rstrip()
+
+
+def _ports(graph: StageGraph) -> list[str]:
+    rows: list[tuple[str, ...]] = []
+    for stage in graph.order:
+        signature = graph.signatures[stage]
+        sources = {edge.target_port: f"{edge.source}.{edge.source_port}" for edge in graph.edges_into(stage)}
+        for port, spec in signature.inputs.items():
+            rows.append((stage, "in", port, str(spec), f"<- {sources[port]}" if port in sources else "not connected"))
+        for port, spec in signature.outputs.items():
+            rows.append((stage, "out", port, str(spec), ", ".join(_readers(graph, stage, port)) or "not computed"))
+    return aligned(rows)
+
+
+def _readers(graph: StageGraph, stage: str, port: str) -> Iterable[str]:
+    for edge in graph.edges_from(stage):
+        if edge.source_port == port:
+            yield f"-> {edge.target}.{edge.target_port}"
+    if stage in graph.result_stages and port in graph.signatures[stage].results:
+        yield "=> result"
+    if (stage, port) in graph.output_tensors:
+        yield "=> tensor"
+
+
+def _memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> list[str]:
+    embeds_bytes = int(config.dit_cache.prompt_embeds_mb * MIB)
+    total = sum(plan.total_bytes for plan in plans.values()) + embeds_bytes
+    rows = [("", "weights", "KV pool", "activations", "step cache", "total")]
+    for stage, plan in plans.items():
+        sizes = (plan.weights_bytes, plan.kv_pool_bytes, plan.activation_bytes, plan.step_cache_bytes, plan.total_bytes)
+        rows.append((stage, *(format_bytes(size) if size else "-" for size in sizes)))  # type: ignore[arg-type]
+    rows.append(("prompt embeddings", "", "", "", "", format_bytes(embeds_bytes) if embeds_bytes else "-"))
+    rows.append(("all", "", "", "", "", format_bytes(total)))
+    budget = format_bytes(int(config.max_memory_gb * GIB))
+    return [
+        "Memory",
+        *aligned(rows),
+        f"  budget {budget} (resources.max_memory_gb); weights that stages share count once",
+    ]

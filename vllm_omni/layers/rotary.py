@@ -1,0 +1,66 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), scaled as transformers scales it. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_omni.errors import ConfigError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of the positions.
+
+    rope: the keys of transformers' `rope_parameters` (`rope_type`, `rope_theta`, `factor`, ...). Positions stay below
+    `max_positions`, where the dynamic type equals the default one.
+    """
+
+    def __init__(self, head_dim: int, max_positions: int, rope: Mapping[str, Any]) -> None:
+        super().__init__()
+        with torch.device("cpu"):  # also while the model is built on the meta device
+            self.frequencies, self.scale = rotary_frequencies(head_dim, max_positions, rope)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions: [N] int64 -> cos and sin, [N, 1, head_dim], rounded to `dtype`."""
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[:, None].float() * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [N, heads, head_dim]; the halves of the last axis are the real and the imaginary part (the layout of GPT-
+    NeoX).
+    """
+    real, imaginary = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-imaginary, real), dim=-1) * sin
+
+
+def rotary_frequencies(head_dim: int, max_positions: int, rope: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """(frequencies [head_dim / 2] float32, factor on cosines and sines); ConfigError for an unknown type or missing
+    keys.
+    """
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(f"rope_parameters.rope_type: got {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
+    if rope_type == "default":
+        return 1.0 / (rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)), 1.0
+    from transformers import Qwen3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    try:
+        config = Qwen3Config(
+            head_dim=head_dim, max_position_embeddings=max_positions, rope_parameters={"rope_type": rope_type, **rope}
+        )
+        frequencies, scale = ROPE_INIT_FUNCTIONS[rope_type](config, device=torch.device("cpu"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"rope_parameters: got {dict(rope)!r}, expected the keys of type {rope_type!r} ({error})"
+        ) from error
+    return frequencies, float(scale)

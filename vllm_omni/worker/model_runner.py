@@ -1,0 +1,103 @@
+"""Runs a language model over the chunks of one step. Owns the weights, the KV pool and the tapped hidden states.
+
+Token ids, positions, slot mapping and block tables of a step are made here and nowhere else. Knows no queue and no
+sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+
+from vllm_omni.core.ar_scheduler import Chunk
+from vllm_omni.core.sequence import Sequence
+from vllm_omni.layers.attention import AttentionMetadata, PagedAttention, SDPAAttention
+from vllm_omni.models.language_model import ForwardContext, HiddenStateTaps, LanguageModel
+
+# A float32 product of fewer rows goes through other kernels on the CPU, which add up in another order; padding to this
+# many makes a row's result the same bits whatever its batch.
+MIN_ROWS = 4
+
+
+class ModelRunner:
+    """One model with its own KV pool.
+
+    tapped_layers: indices into `hidden_states` that will be read. can_sample: whether logits are needed; without them
+    only the layers up to the last tapped one run, and only they have keys and values.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        tapped_layers: Many[int],
+        can_sample: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: type[PagedAttention] = SDPAAttention,
+    ) -> None:
+        config = model.config
+        self._model = model
+        self._device = device
+        self._block_size = block_size
+        self._attention = attention
+        self._num_layers = config.num_layers if can_sample else max(tapped_layers, default=0)
+        pool = (self._num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self._kv_cache = torch.zeros(pool, dtype=dtype, device=device)
+        num_slots = num_blocks * block_size
+        self._taps = (
+            HiddenStateTaps(tapped_layers, num_slots, config.hidden_size, dtype, device) if tapped_layers else None
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the KV pool and of the tapped states."""
+        return self._kv_cache.numel() * self._kv_cache.element_size() + (self._taps.num_bytes if self._taps else 0)
+
+    @torch.inference_mode()
+    def run(self, chunks: Many[Chunk]) -> Tensor:
+        """Computes the tokens of all chunks -> logits [R, V] for those that sample, in their order."""
+        token_ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
+        positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
+        padding = [0] * (MIN_ROWS - len(token_ids))
+        context = ForwardContext(self._attention(self._metadata(chunks)), self._kv_cache, self._num_layers, self._taps)
+        states = self._model(self._tensor(token_ids + padding), self._tensor(positions + padding), context)
+        ends = context.attention.metadata.query_starts[1:]
+        rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
+        if not rows:
+            return states.new_empty(0, self._model.config.vocab_size)
+        padded_rows = rows + [0] * (MIN_ROWS - len(rows))
+        return self._model.compute_logits(states[self._tensor(padded_rows)])[: len(rows)]
+
+    def tapped_states(self, sequence: Sequence, layers: Many[int], start: int, stop: int) -> Tensor:
+        """The states [stop - start, len(layers) * D] of the tokens [start, stop) of a sequence that still holds its
+        blocks.
+        """
+        if self._taps is None or stop > sequence.num_computed_tokens:
+            raise ValueError(f"layers {list(layers)} of tokens [{start}, {stop}): not tapped, or not computed yet")
+        return self._taps.read(layers, self._tensor(self._slots(sequence, start, stop)))
+
+    def _metadata(self, chunks: Many[Chunk]) -> AttentionMetadata:
+        starts = [0]
+        for chunk in chunks:
+            starts.append(starts[-1] + chunk.num_tokens)
+        most = max(len(chunk.sequence.block_table) for chunk in chunks)
+        tables = [table + [0] * (most - len(table)) for table in (chunk.sequence.block_table for chunk in chunks)]
+        return AttentionMetadata(
+            slot_mapping=self._tensor([slot for c in chunks for slot in self._slots(c.sequence, c.start, c.end)]),
+            query_starts=tuple(starts),
+            context_lens=tuple(chunk.end for chunk in chunks),
+            block_table=self._tensor(tables),
+            block_size=self._block_size,
+        )
+
+    def _slots(self, sequence: Sequence, start: int, stop: int) -> list[int]:
+        table, size = sequence.block_table, self._block_size
+        return [table[position // size] * size + position % size for position in range(start, stop)]
+
+    def _tensor(self, values: Many[int] | Many[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
