@@ -74,8 +74,7 @@ class OmniScheduler:
         """Raises SchedulerError when stopped or when the id is in use, QueueFullError when too many wait."""
         if self._is_stopped:
             raise SchedulerError(f"request {request_id!r}: the scheduler is stopped; call start() or make a new one")
-        if request_id in self._waiting or request_id in self._running or request_id in self._ends:
-            raise SchedulerError(f"request_id: {request_id!r} is in use by an unfinished request; ids must be unique")
+        self._ensure_unused(request_id)
         limit = self._config.scheduler.max_queue_size
         if len(self._waiting) >= limit:
             raise QueueFullError(
@@ -99,13 +98,8 @@ class OmniScheduler:
         return True
 
     def reject(self, request: OmniRequest, error: OmniError) -> None:
-        """Ends a request that was never admitted; same errors as `ensure_accepts`, save for the queue's length."""
-        if (
-            request.request_id in self._waiting
-            or request.request_id in self._running
-            or request.request_id in self._ends
-        ):
-            raise SchedulerError(f"request_id: {request.request_id!r} is in use by an unfinished request")
+        """Ends a request that was never admitted; SchedulerError when its id is in use."""
+        self._ensure_unused(request.request_id)
         self._counts[RequestStatus.REJECTED.value] += 1
         self._ends[request.request_id] = RequestEnd(request, RequestStatus.REJECTED, error=error)
 
@@ -216,11 +210,8 @@ class OmniScheduler:
 
     def check_integrity(self) -> None:
         """Raises an OmniError when a request is in two places, a count is wrong or something is held in vain."""
-        places = [
-            *self._waiting,
-            *self._running,
-            *(e for e in self._ends if self._ends[e].status is not RequestStatus.REJECTED),
-        ]
+        admitted_ends = [key for key, end in self._ends.items() if end.status is not RequestStatus.REJECTED]
+        places = [*self._waiting, *self._running, *admitted_ends]
         if len(places) != len(set(places)):
             raise SchedulerError(f"a request is in two places: {sorted(places)}")
         unfinished = len(self._waiting) + len(self._running)
@@ -233,6 +224,10 @@ class OmniScheduler:
         if any(state.running or state.done for state in self._waiting.values()):
             raise SchedulerError("a waiting request has launched stages")
         self._embeddings.check_integrity()
+
+    def _ensure_unused(self, request_id: str) -> None:
+        if request_id in self._waiting or request_id in self._running or request_id in self._ends:
+            raise SchedulerError(f"request_id: {request_id!r} is in use by an unfinished request; ids must be unique")
 
     def _check_update(self, config: OmniConfig) -> None:
         if self._graph is not None:
@@ -250,6 +245,8 @@ class OmniScheduler:
                 )
 
     def _start_waiting(self, now: float) -> None:
+        if len(self._running) >= self._config.scheduler.max_running:
+            return
         startable = {key: state for key, state in self._waiting.items() if state.plan.stages}
         while startable and len(self._running) < self._config.scheduler.max_running:
             request_id = self._policy.pick(startable.values(), now).request.request_id
