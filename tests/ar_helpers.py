@@ -56,15 +56,23 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     corpus = ["a red circle left of a blue square", "user assistant system", "the end of the world", "你好 你好 é ü"]
     tokenizer.train_from_iterator(corpus * 4, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[EOS], pad_token=SPECIAL_TOKENS[0], chat_template=chat_template
+        tokenizer_object=tokenizer,
+        eos_token=SPECIAL_TOKENS[EOS],
+        pad_token=SPECIAL_TOKENS[0],
+        chat_template=chat_template,
     )
 
 
 def make_model_folder(
-    folder: Path, *, seed: int = 0, base_model: bool = False, scale: float = 0.2, template: str | None = CHAT_TEMPLATE, **config: Any
+    folder: Path,
+    *,
+    seed: int = 0,
+    base_model: bool = False,
+    scale: float = 0.2,
+    template: str | None = CHAT_TEMPLATE,
+    **config: Any,
 ) -> Path:
-    """A checkpoint as transformers writes it, its weights wide enough that greedy texts differ, and a tokenizer in it.
-    """
+    """A checkpoint as transformers writes it, its weights wide enough that greedy texts differ, and a tokenizer in it."""
     torch.manual_seed(seed)
     build = Qwen3Model if base_model else Qwen3ForCausalLM
     model = build(Qwen3Config(**{**TINY, "initializer_range": scale, **config}))
@@ -82,7 +90,9 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-def make_stage(folder: Path, *, name: str = "text", inputs: Mapping[str, str] | None = None, **options: Any) -> StageConfig:
+def make_stage(
+    folder: Path, *, name: str = "text", inputs: Mapping[str, str] | None = None, **options: Any
+) -> StageConfig:
     return StageConfig(
         name=name,
         kind="ar",
@@ -116,8 +126,7 @@ def make_task(prompt: Any, params: StageParams | None = None, request_id: str = 
 
 
 def run(engine: LLMEngine, *tasks: StageTask, check: bool = True) -> dict[str, StageDone | StageFailed]:
-    """Submits the tasks and steps to the end; the final event of each request. Invariants are checked after every step.
-    """
+    """Submits the tasks and steps to the end; the final event of each request. Invariants are checked after every step."""
     for task in tasks:
         engine.submit(task)
     return {event.request_id: event for event in drain(engine, check) if not isinstance(event, StageProgress)}

@@ -1,4 +1,6 @@
-"""Paged attention: the fast backend equals the plain one, sees the past alone, and gives a row the same bits in any batch."""
+"""Paged attention: the fast backend equals the plain one, sees the past alone, and gives a row the same bits in
+any batch.
+"""
 
 from __future__ import annotations
 

@@ -183,7 +183,9 @@ def test_check_integrity_sees_damage(damage: str) -> None:
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
-    """Random lives of sequences over few tokens (so that prefixes meet) in a small pool; PoolContent plays the tensors."""
+    """Random lives of sequences over few tokens (so that prefixes meet) in a small pool; PoolContent plays the
+    tensors.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""The whole way from words to pixels, against diffusers' ZImagePipeline on the same folder; and against itself elsewhere."""
+"""The whole way from words to pixels, against diffusers' ZImagePipeline on the same folder; and against itself
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,12 @@ CASES = [
 def request(index: int) -> tuple[dict[str, str], DiffusionParams]:
     prompt, negative, height, width, guidance, steps = CASES[index]
     params = DiffusionParams(
-        height=height, width=width, guidance_scale=guidance, num_inference_steps=steps, seed=index, negative_prompt=negative
+        height=height,
+        width=width,
+        guidance_scale=guidance,
+        num_inference_steps=steps,
+        seed=index,
+        negative_prompt=negative,
     )
     return {"prompt": prompt}, params
 
@@ -150,7 +157,9 @@ def test_a_repeated_prompt_with_a_new_seed_skips_the_text_stage(omni: Omni) -> N
 def test_neutral_guidance_never_runs_the_negative_stage(omni: Omni) -> None:
     base = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 1}
     assert "negative" not in omni.generate("x", DiffusionParams(guidance_scale=0.0, **base))[0].metrics  # type: ignore[arg-type]
-    guided = omni.generate({"prompt": "x", "negative_prompt": "fresh words"}, DiffusionParams(guidance_scale=2.0, **base))  # type: ignore[arg-type]
+    guided = omni.generate(
+        {"prompt": "x", "negative_prompt": "fresh words"}, DiffusionParams(guidance_scale=2.0, **base)
+    )  # type: ignore[arg-type]
     assert guided[0].metrics["negative"]["steps"] > 0
 
 
