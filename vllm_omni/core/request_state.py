@@ -197,8 +197,7 @@ class RequestState:
         del self.running[stage]
 
     def end(self, status: RequestStatus, error: OmniError | None) -> RequestEnd:
-        """The last word; whatever was still held is let go of."""
-        self._values.clear()
+        """The last word; drop the state after it."""
         metrics = {stage: values for stage, values in self.metrics.items() if stage in self.done}
         return RequestEnd(self.request, status, dict(self.payloads), metrics, error, tuple(self.running))
 

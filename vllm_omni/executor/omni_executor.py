@@ -49,10 +49,8 @@ class OmniExecutor:
         except BaseException:
             self.shutdown()
             raise
-        self._planner = RequestPlanner(graph, self._hosts, use_cache=config.dit_cache.prompt_embeds_mb > 0)
+        self._planner = RequestPlanner(graph, self._hosts)
         self._scheduler.start()
-
-    # Requests
 
     def add_request(self, request: OmniRequest, *, stream: bool = False) -> None:
         """Takes a request; its one final output comes from a later `step`, REJECTED where it could never run.
@@ -96,8 +94,6 @@ class OmniExecutor:
         """Whether `step` or `take_outputs` will still give something."""
         return self._scheduler.has_work or bool(self._outputs)
 
-    # Lifecycle
-
     def stop(self) -> None:
         """Drains: takes no more requests; `step` brings the admitted ones to their ends."""
         self._scheduler.stop()
@@ -109,8 +105,6 @@ class OmniExecutor:
         for host in self._hosts.values():
             host.executor.shutdown()
         self._models.clear()
-
-    # Monitoring
 
     @property
     def scheduler(self) -> OmniScheduler:
