@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.dit_cache_manager import DiTCacheManager
 from vllm_omni.core.policies import make_policy
-from vllm_omni.core.request_state import Graph, Launch, RequestEnd, RequestPlan, RequestState, default_plan
+from vllm_omni.core.request_state import Launch, RequestEnd, RequestPlan, RequestState, default_plan
 from vllm_omni.core.resources import MIB
 from vllm_omni.errors import (
     ConfigError,
@@ -38,7 +39,7 @@ class OmniScheduler:
     no graph.
     """
 
-    def __init__(self, config: OmniConfig, graph: Graph | None = None) -> None:
+    def __init__(self, config: OmniConfig, graph: StageGraph | None = None) -> None:
         config.validate()
         self._config = config
         self._graph = graph

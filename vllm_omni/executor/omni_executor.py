@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_omni import registry
+from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.core.omni_scheduler import OmniScheduler
-from vllm_omni.core.request_state import Graph, Launch
+from vllm_omni.core.request_state import Launch
 from vllm_omni.engine.base import EngineContext, StageDone, StageEngine, StageEvent, StageFailed, StageTask
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.engine.output_processor import make_output, make_partial
@@ -34,7 +35,7 @@ class OmniExecutor:
     cannot load. clock: seconds, monotonic.
     """
 
-    def __init__(self, config: OmniConfig, graph: Graph, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, config: OmniConfig, graph: StageGraph, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._graph = graph
         self._scheduler = OmniScheduler(config, graph)

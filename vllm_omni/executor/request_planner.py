@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_omni.core.request_state import Graph, RequestPlan, StagePlan, kept_ports, read_inputs
+from vllm_omni.config.graph import StageGraph
+from vllm_omni.core.request_state import RequestPlan, StagePlan, kept_ports, read_inputs
 from vllm_omni.engine.base import StageTask
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.errors import InvalidRequestError, StageError
@@ -18,7 +19,7 @@ from vllm_omni.utils.checks import check_number, did_you_mean
 class RequestPlanner:
     """Makes the RequestPlan of a request, or raises the OmniError for which it must be rejected."""
 
-    def __init__(self, graph: Graph, hosts: Mapping[str, StageHost]) -> None:
+    def __init__(self, graph: StageGraph, hosts: Mapping[str, StageHost]) -> None:
         self._graph = graph
         self._hosts = hosts
         self._kept = kept_ports(graph)
