@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
+from vllm_omni.core.sequence import Sequence
 from vllm_omni.engine.ar_options import AROptions
 from vllm_omni.engine.base import EngineContext, StageDone, StageEvent, StageFailed, StageProgress, StageTask
 from vllm_omni.engine.llm_engine import LLMEngine
@@ -62,7 +63,8 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 def make_model_folder(
     folder: Path, *, seed: int = 0, base_model: bool = False, scale: float = 0.2, template: str | None = CHAT_TEMPLATE, **config: Any
 ) -> Path:
-    """A checkpoint as transformers writes it, its weights wide enough that greedy texts differ, and a tokenizer in it."""
+    """A checkpoint as transformers writes it, its weights wide enough that greedy texts differ, and a tokenizer in it.
+    """
     torch.manual_seed(seed)
     build = Qwen3Model if base_model else Qwen3ForCausalLM
     model = build(Qwen3Config(**{**TINY, "initializer_range": scale, **config}))
@@ -114,7 +116,8 @@ def make_task(prompt: Any, params: StageParams | None = None, request_id: str = 
 
 
 def run(engine: LLMEngine, *tasks: StageTask, check: bool = True) -> dict[str, StageDone | StageFailed]:
-    """Submits the tasks and steps to the end; the final event of each request. Invariants are checked after every step."""
+    """Submits the tasks and steps to the end; the final event of each request. Invariants are checked after every step.
+    """
     for task in tasks:
         engine.submit(task)
     return {event.request_id: event for event in drain(engine, check) if not isinstance(event, StageProgress)}
@@ -139,3 +142,25 @@ def assert_clean(engine: LLMEngine) -> None:
     assert (stats["num_waiting"], stats["num_running"]) == (0, 0)
     assert stats["num_free_blocks"] == stats["num_blocks"]
     engine.check_integrity()
+
+
+class PoolContent:
+    """Plays the KV tensor: remembers of which prefix each slot holds the states, and objects when it is not the expected one."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._slots: dict[int, tuple[int, ...]] = {}
+
+    def compute(self, sequence: Sequence, start: int, end: int) -> None:
+        """Computes tokens [start, end), which read everything before them."""
+        self.check(sequence, start)
+        for position in range(start, end):
+            self._slots[self._slot(sequence, position)] = tuple(sequence.token_ids[: position + 1])
+
+    def check(self, sequence: Sequence, end: int) -> None:
+        """Tokens [0, end) stand where the block table says."""
+        for position in range(end):
+            assert self._slots[self._slot(sequence, position)] == tuple(sequence.token_ids[: position + 1])
+
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        return sequence.block_table[position // self._block_size] * self._block_size + position % self._block_size

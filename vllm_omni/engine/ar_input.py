@@ -72,6 +72,8 @@ class ARInput:
         """Refuses what no prompt would make right. can_fan_out: whether n > 1 samples have somewhere to go."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"params: got {type(params).__name__}, expected SamplingParams")
+        if not self._options.can_write:  # it samples nothing; the parameters are meant for other stages
+            return params
         for name, tokens in (("stop_token_ids", params.stop_token_ids or ()), ("logit_bias", params.logit_bias or ())):
             self._check_vocabulary(name, tokens)
         n = params.n or 1

@@ -119,13 +119,14 @@ class OmniExecutor:
         return {**self._scheduler.get_status(), "stages": stages}
 
     def get_metrics(self) -> dict[str, Any]:
-        """The scheduler's counters, by stage the engine's own, and the planned memory in bytes."""
+        """The scheduler's counters, by stage the engine's own, planned memory in bytes, how many models are loaded."""
         stages: dict[str, Any] = {}
         for name, host in self._hosts.items():
             with stage_boundary(name):
                 stages[name] = host.executor.get_stats()
         memory = {"planned_bytes": dict(self._memory.shares), "limit_bytes": self._memory.limit_bytes}
-        return {**self._scheduler.get_metrics(), "stages": stages, "memory": memory}
+        counts = self._scheduler.get_metrics()
+        return {**counts, "stages": stages, "memory": memory, "num_models": len(self._models)}
 
     def check_integrity(self) -> None:
         """Raises an OmniError when scheduler and stages disagree, or one of them finds its own state broken."""
