@@ -417,6 +417,17 @@ def test_the_cache_stays_within_its_budget() -> None:
     assert 0 < stats["used_bytes"] <= 50 and stats["evictions"] == 8
 
 
+def test_payloads_without_tensors_count_against_the_budget_too() -> None:
+    machine = scheduler(dit_cache=DiTCacheConfig(prompt_embeds_mb=100 / 2**20))
+    for index in range(30):
+        plan = RequestPlan({"a": StagePlan(StageParams(), {}, lambda inputs, key=str(index): key)})
+        machine.schedule(request(), plan)
+        machine.tick(0.0)
+        machine.stage_done("r", "a", StagePayload("r", "a", meta={"text": "x" * 20}), {}, 0.0)
+        machine.take_ends()
+    assert machine.get_metrics()["prompt_embeds"]["entries"] < 5
+
+
 def test_a_key_that_cannot_be_made_fails_its_request_alone() -> None:
     def broken(inputs: object) -> str:
         raise StageError("no key")
