@@ -147,9 +147,7 @@ def test_old_and_new_rope_keys_mean_the_same(tmp_path: Path) -> None:
 
 def test_low_precision_states_stay_near_those_of_transformers(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model")
-    engine = make_engine(
-        folder, task="encode", wanted=["h"], outputs={"h": {"layers": [-1]}}, dtype=torch.bfloat16
-    )
+    engine = make_engine(folder, task="encode", wanted=["h"], outputs={"h": {"layers": [-1]}}, dtype=torch.bfloat16)
     done = run(engine, make_task(PROMPT))["r"]
     assert isinstance(done, StageDone)
     ours = done.payload.tensors["h"]
@@ -192,7 +190,10 @@ def test_the_published_names_and_shapes_of_the_qwen3_4b_encoder_load_whole(build
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "got 'longrope', expected one of default"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters: got"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary",
+        ),
         ({"architectures": ["LlamaForCausalLM"]}, "got 'LlamaForCausalLM'"),
         ({"architectures": []}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),

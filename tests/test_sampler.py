@@ -20,7 +20,12 @@ VOCABULARY = 12
 
 
 def make_row(
-    *, prompt: tuple[int, ...] = (0,), written: tuple[int, ...] = (), stops: tuple[int, ...] = (), index: int = 0, **params: Any
+    *,
+    prompt: tuple[int, ...] = (0,),
+    written: tuple[int, ...] = (),
+    stops: tuple[int, ...] = (),
+    index: int = 0,
+    **params: Any,
 ) -> SamplingRow:
     row = SamplingRow(SamplingParams(**params), prompt, stops, index)
     for token in written:

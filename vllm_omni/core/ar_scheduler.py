@@ -33,8 +33,8 @@ class Chunk:
 class ARScheduler:
     """First come, first served. A step holds at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
 
-    Running sequences are served in the order of their arrival, then waiting ones are admitted. A prompt takes all of the
-    budget that is left, so only the newest running sequence can still be in its prompt, and a long prompt holds up
+    Running sequences are served in the order of their arrival, then waiting ones are admitted. A prompt takes all of
+    the budget that is left, so only the newest running sequence can still be in its prompt, and a long prompt holds up
     nobody who writes. When blocks run out the newest is preempted and will be computed again, so that the oldest never
     lacks any. Every running sequence is older than every waiting one.
     """
