@@ -1,6 +1,4 @@
-"""Continuous batching without a model: what runs when, under which budget, and that no block is ever lost or
-mixed up.
-"""
+"""Continuous batching without a model: what runs when, under which budget, and no block lost or mixed up."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Paged attention: the fast backend equals the plain one, sees the past alone, and gives a row the same bits in
-any batch.
+"""Paged attention: the fast backend equals the plain one, sees only the past, and gives a row the same bits in any
+batch.
 """
 
 from __future__ import annotations
@@ -120,8 +120,10 @@ def test_padding_rows_give_zeros_and_write_nothing(backend: type[PagedAttention]
     step = Step([(3, 1), (0, 2)], 2, 2, seed=2)
     expected = step.attend(backend)
     metadata, cache, padded_cache = step.metadata, step.cache.clone(), step.cache.clone()
-    padded = [torch.cat([states, torch.full_like(states[:2], 7.0)]) for states in (step.query, step.key, step.value)]
-    output = backend(metadata)(*padded, padded_cache)
+    query, key, value = [
+        torch.cat([states, torch.full_like(states[:2], 7.0)]) for states in (step.query, step.key, step.value)
+    ]
+    output = backend(metadata)(query, key, value, padded_cache)
     backend(metadata)(step.query, step.key, step.value, cache)
     assert torch.equal(output[:3], expected)
     assert not output[3:].any()

@@ -151,9 +151,9 @@ def test_prefix_hits_on_free_blocks_are_not_counted_twice() -> None:
 def test_every_misuse_is_a_cache_error() -> None:
     blocks = BlockManager(4, SIZE)
     sequence = make_sequence([1, 2, 3])
-    for misuse in (lambda: blocks.grow(sequence, 3), lambda: blocks.commit(sequence), lambda: blocks.preempt(sequence)):
+    for misuse in (blocks.commit, blocks.preempt, lambda s: blocks.grow(s, 3)):
         with pytest.raises(CacheError, match="unallocated, expected allocated"):
-            misuse()
+            misuse(sequence)
     compute_all(blocks, sequence)
     with pytest.raises(CacheError, match="cannot allocate, its cache is allocated"):
         blocks.allocate(sequence)
@@ -183,9 +183,7 @@ def test_check_integrity_sees_damage(damage: str) -> None:
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
-    """Random lives of sequences over few tokens (so that prefixes meet) in a small pool; PoolContent plays the
-    tensors.
-    """
+    """Random lives of sequences over few tokens (so that prefixes meet) in a small pool."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -111,7 +111,7 @@ class ARInput:
         self._check_pool(len(kept) + (1 if room else 0))
         if (params.min_tokens or 0) > room and self._options.can_write:
             raise InvalidRequestError(
-                f"min_tokens: got {params.min_tokens}, expected at most {room}, the room after {len(kept)} prompt tokens"
+                f"min_tokens: got {params.min_tokens}, expected at most {room}, the room after {len(kept)} tokens"
             )
         return PreparedPrompt(kept, len(token_ids) - len(kept), room)
 
