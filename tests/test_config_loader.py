@@ -28,6 +28,22 @@ from vllm_omni.utils.device import DTYPES
 register_toys()
 
 
+@dataclass(frozen=True)
+class Inner:
+    count: int
+    ratio: float = 0.5
+
+
+@dataclass(frozen=True)
+class Outer:
+    choice: Literal["a", "b", 1]
+    inner: Inner | None = None
+    words: tuple[str, ...] = ()
+    mixed: str | Inner | tuple[int, ...] = ""
+    number: int | str | None = None
+    table: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+
 def toy(**changes: Any) -> dict[str, Any]:
     """A valid config whose top-level keys may be replaced."""
     return {"stages": {"source": {"kind": "echo"}}, "outputs": ["source"], **changes}
@@ -155,6 +171,8 @@ def test_a_mapping_is_read_like_a_file_and_stays_as_it_was() -> None:
         (one_stage(voice={"loudness": 12}), ["stages.source.voice.loudness: got 12.0, expected at most 11"]),
         (one_stage(taps={"x": {}}), ["stages.source.taps.x.layers: missing"]),
         (one_stage(taps={"x": {"layers": [1, "a"]}}), ["stages.source.taps.x.layers[1]: got 'a', expected an integer"]),
+        (one_stage(pair="ab"), ["stages.source.pair: got 'ab', expected a list"]),
+        (one_stage(defaults={"seed": []}), ["stages.source.defaults.seed: got [], which has the wrong type"]),
         (one_stage(pair=[1]), ["stages.source.pair: got [1], expected a list of 2"]),
         (one_stage(defaults={"repaet": 1}), ["stages.source.defaults.repaet: unknown key (did you mean 'repeat'?)"]),
         (one_stage(defaults={"repeat": 12}), ["stages.source.defaults.repeat: got 12, expected 1 to 9"]),
@@ -176,6 +194,30 @@ def test_every_mistake_names_its_key_what_it_got_and_what_was_expected(
         assert word in message
     assert message.startswith("config: ")
     assert "\n" not in message
+
+
+def test_a_union_takes_what_fits_one_of_its_members() -> None:
+    assert build(Outer, {"choice": "a", "mixed": "x"}).mixed == "x"
+    assert build(Outer, {"choice": "a", "mixed": [1]}).mixed == (1,)
+    assert build(Outer, {"choice": "a", "mixed": {"count": 2}}).mixed == Inner(2)
+    assert type(build(Outer, {"choice": "a", "number": 3}).number) is int
+    assert build(Outer, {"choice": "a", "number": "x"}).number == "x"
+    for value in (3, [1, "x"], {"cuont": 1}, None):
+        with pytest.raises(ConfigError, match=r"^mixed"):
+            build(Outer, {"choice": "a", "mixed": value})
+    with pytest.raises(ConfigError, match=r"^number: got \[\], expected an integer or a string or null$"):
+        build(Outer, {"choice": "a", "number": []})
+    with pytest.raises(ConfigError, match=r"^number: got True, expected an integer or a string or null$"):
+        build(Outer, {"choice": "a", "number": True})
+
+
+def test_an_annotation_that_no_yaml_can_fill_is_the_authors_mistake() -> None:
+    @dataclass(frozen=True)
+    class Odd:
+        path: Path
+
+    with pytest.raises(TypeError, match="cannot be filled from YAML"):
+        build(Odd, {"path": "x"})
 
 
 def test_a_null_model_is_no_model() -> None:
@@ -393,21 +435,6 @@ def test_the_words_of_the_config_agree_with_the_rest_of_the_package() -> None:
     assert set(DType.__args__) == {"auto", *DTYPES}
     assert {member.value for member in SchedulerType} == set(registry.names("scheduling policy"))
     assert "kind" in STAGE_KEYS and "options" not in STAGE_KEYS
-
-
-@dataclass(frozen=True)
-class Inner:
-    count: int
-    ratio: float = 0.5
-
-
-@dataclass(frozen=True)
-class Outer:
-    choice: Literal["a", "b", 1]
-    inner: Inner | None = None
-    words: tuple[str, ...] = ()
-    mixed: str | Inner | tuple[int, ...] = ""
-    table: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
 plain_values = st.recursive(

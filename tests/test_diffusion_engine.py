@@ -111,11 +111,17 @@ def test_only_wanted_ports_are_made(folder: Path) -> None:
     stage.submit(task("x", params()))
     event = run(stage)["x"]
     assert isinstance(event, StageDone) and set(event.payload.tensors) == {"latents"}
-    stage = engine(folder, wanted=frozenset({"image"}))
+    stage = engine(folder)
     stage.submit(task("latent", params(output_type="latent")))
     stage.submit(task("image", params()))
-    events = run(stage)
-    assert {k: set(e.payload.tensors) for k, e in events.items()} == {"latent": {"latents"}, "image": {"image"}}  # type: ignore[union-attr]
+    made = {key: set(event.payload.tensors) for key, event in run(stage).items() if isinstance(event, StageDone)}
+    assert made == {"latent": {"latents"}, "image": {"image", "latents"}}
+
+
+def test_latents_that_nobody_reads_are_refused(folder: Path) -> None:
+    stage, value = engine(folder, wanted=frozenset({"image"})), params(output_type="latent")
+    with pytest.raises(InvalidRequestError, match=r"output_type.*image\.latents"):
+        stage.check(task("x", value).request, value)
 
 
 def test_sigmas_set_the_schedule(folder: Path) -> None:

@@ -183,6 +183,14 @@ def test_the_graph_of_a_config_uses_the_signatures_of_its_engines() -> None:
         build_graph(load_config(config, ["source.width=7"]))
 
 
+def test_what_an_engine_says_of_its_stage_gets_the_whole_key() -> None:
+    config = {"name": "toys", "stages": {"source": {"kind": "echo"}}, "outputs": ["source"]}
+    with pytest.raises(ConfigError, match=r"^config 'toys': stages\.source\.width: got 5000, expected at most 4096$"):
+        build_graph(load_config(config, ["source.width=5000"]))
+    with pytest.raises(ConfigError, match=r"^config 'toys': stages\.source\.model: got 'real', expected a toy$"):
+        build_graph(load_config(config, ["source.model=real"]))
+
+
 RELAY = StageSignature(inputs={f"in{i}": STATES for i in range(8)}, outputs={"out": STATES}, results=frozenset({"out"}))
 
 

@@ -12,7 +12,8 @@ from dit_helpers import engine, pictures, random_pipeline, random_transformer, r
 
 from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.models.loader import load_weights, plan_loading
-from vllm_omni.models.z_image import ZImageConfig, ZImageTransformer, padded
+from vllm_omni.models.packing import padded
+from vllm_omni.models.z_image import ZImageConfig, ZImageTransformer
 from vllm_omni.params import DiffusionParams
 
 PUBLISHED = dict(

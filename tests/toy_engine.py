@@ -1,10 +1,12 @@
-"""Two small real stage kinds for tests: "toy_text" writes words step by step, "toy_picture" paints from a text's states.
+"""Two small real stage kinds: "toy_text" writes words step by step, "toy_picture" paints from a text's states.
 
-They misbehave on demand, by request or by option, in every way that a stage can. `register_toys` adds them to the registry.
+They misbehave on demand, by request or by option, in every way that a stage can. `register_toys` adds their rows.
 """
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,9 +55,10 @@ class PictureParams(StageParams):
 
 @dataclass(frozen=True, slots=True)
 class ToyOptions:
-    """weights_bytes: for the memory plan. fails_to_load: the constructor raises. is_broken: check_integrity raises."""
+    """weights_bytes: for the memory plan. step_s: how long a step takes. fails_to_load, is_broken: who raises."""
 
     weights_bytes: int = 1000
+    step_s: float = 0.0
     fails_to_load: bool = False
     is_broken: bool = False
 
@@ -71,7 +74,7 @@ class ToyEngine(StageEngine):
     """One step for every task per call. A task's `do` makes it misbehave:
 
     reject (in check), reject_bug, fail, raise (from step), raise_once, lose (forgotten without an event), hang (no more
-    events), no_output, bad_image.
+    events), interrupt (Ctrl-C, once), no_output, bad_image.
     """
 
     options_type = ToyOptions
@@ -110,6 +113,7 @@ class ToyEngine(StageEngine):
         self.work[task.request_id] = Work(task)
 
     def step(self) -> list[StageEvent]:
+        time.sleep(self.options.step_s)
         self.num_steps += 1
         self.max_batch = max(self.max_batch, len(self.work))
         events: list[StageEvent] = []
@@ -157,6 +161,9 @@ class ToyEngine(StageEngine):
         if do == "raise" or (do == "raise_once" and request_id not in self.raised):
             self.raised.add(request_id)
             raise RuntimeError("boom")
+        if do == "interrupt" and request_id not in self.raised:
+            self.raised.add(request_id)
+            signal.raise_signal(signal.SIGINT)
 
     def words(self, work: Work) -> str:
         return ""
@@ -166,7 +173,7 @@ class ToyEngine(StageEngine):
 
 
 class TextEngine(ToyEngine):
-    """Repeats the prompt once per step; its states are the letters' codes. Reads another text's words where connected."""
+    """Repeats the prompt once per step; its states are the letters' codes. Reads another's words where connected."""
 
     params_type = TextParams
 
@@ -235,7 +242,7 @@ def toy_stage(name: str, kind: str, inputs: Mapping[str, str] | None = None, **o
 
 
 def toy_config(**changes: Any) -> OmniConfig:
-    """encode -> picture, with a second encoder `guide` that only guided requests need; outputs the picture and its latents."""
+    """encode -> picture, and a second encoder `guide` that only guided requests need; gives pictures and latents."""
     register_toys()
     stages = [
         toy_stage("encode", "toy_text"),
@@ -252,6 +259,6 @@ def toy_config(**changes: Any) -> OmniConfig:
     return config
 
 
-def text_config(**changes: Any) -> OmniConfig:
+def text_config(step_s: float = 0.0, **changes: Any) -> OmniConfig:
     """One stage that writes."""
-    return toy_config(stages={"text": toy_stage("text", "toy_text")}, outputs=("text",), **changes)
+    return toy_config(stages={"text": toy_stage("text", "toy_text", step_s=step_s)}, outputs=("text",), **changes)

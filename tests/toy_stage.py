@@ -58,6 +58,8 @@ class ToyParams(StageParams):
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.seed is not None and self.seed < 0:
+            raise InvalidRequestError(f"seed: got {self.seed}, expected at least 0")
         if self.repeat is not None and not 1 <= self.repeat <= 9:
             raise InvalidRequestError(f"repeat: got {self.repeat}, expected 1 to 9")
 
@@ -111,6 +113,10 @@ class EchoStage(ToyEngine):
 
     @classmethod
     def signature(cls, stage: StageConfig) -> StageSignature:
+        if stage.model is not None and not stage.model.startswith("toy"):
+            raise ConfigError(f"model: got {stage.model!r}, expected a toy")
+        if stage.options.width > 4096:
+            raise ConfigError(f"width: got {stage.options.width}, expected at most 4096")
         outputs = {"text": TextSpec(), "states": TensorSpec(("T", stage.options.width))}
         return StageSignature(outputs=outputs, results=frozenset({"text"}))
 

@@ -1,4 +1,6 @@
-"""Puts the trained parts into one folder that `diffusers.ZImagePipeline.from_pretrained` loads, all weights in bfloat16."""
+"""Puts the trained parts into one folder that `diffusers.ZImagePipeline.from_pretrained` loads, all weights in
+bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,9 @@ MODEL_INDEX = {
 }
 CARD = """# tiny-image
 
-A text-to-image model of coloured shapes in the format of diffusers' ZImagePipeline, trained from scratch for this package
-by `python -m tools.tiny.train` on pictures that the tool draws itself. Its text encoder also rewrites loose requests
-into the canonical words that the image model knows. Apache-2.0.
+A text-to-image model of coloured shapes in the format of diffusers' ZImagePipeline, trained from scratch for this
+package by `python -m tools.tiny.train` on pictures that the tool draws itself. Its text encoder also rewrites loose
+requests into the canonical words that the image model knows. Apache-2.0.
 """
 
 

@@ -1,4 +1,5 @@
-"""Judges a tiny image model through the package itself: draws held-out prompts and lets the detector look at every picture.
+"""Judges a tiny image model through the package itself: draws held-out prompts and lets the detector look at every
+picture.
 
     python -m tools.tiny.evaluate --count 200 --sheet out/sheet.png
 """
@@ -56,11 +57,14 @@ def prompts_for(case: Case, count: int, seed: int) -> list[tuple[str, Scene]]:
     return list(found.items())
 
 
-def judge_case(omni: Omni, case: Case, count: int, seed: int, params: dict[str, object]) -> tuple[float, list[str], list[Image.Image]]:
+def judge_case(
+    omni: Omni, case: Case, count: int, seed: int, params: dict[str, object]
+) -> tuple[float, list[str], list[Image.Image]]:
     """(share of right pictures, what was wrong, all pictures)."""
     prompts = prompts_for(case, count, seed)
     outputs = omni.generate(
-        [words for words, _ in prompts], [DiffusionParams(seed=seed + i, **params) for i in range(count)]  # type: ignore[arg-type]
+        [words for words, _ in prompts],
+        [DiffusionParams(seed=seed + i, **params) for i in range(count)],  # type: ignore[arg-type]
     )
     wrong, pictures = [], []
     for (words, scene), output in zip(prompts, outputs, strict=True):

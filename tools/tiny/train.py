@@ -2,7 +2,8 @@
 
     python -m tools.tiny.train            # two cores: see benchmarks/results/ for the wall time of each part
 
-Parts that are done are left alone; a part that was interrupted goes on from its checkpoint. Start over by removing the folder.
+Parts that are done are left alone; a part that was interrupted goes on from its checkpoint. Start over by removing
+the folder.
 """
 
 from __future__ import annotations

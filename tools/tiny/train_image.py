@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tools.tiny.image_data import TEXT_LENGTH, training_data
 from tools.tiny.muon import Optimizers
 from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
-from vllm_omni.models.z_image import ZImageConfig, ZImageTransformer, patchified
+from vllm_omni.models.packing import patchified
+from vllm_omni.models.z_image import ZImageConfig, ZImageTransformer
 
 CONFIG = dict(
     in_channels=16,

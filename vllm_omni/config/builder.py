@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from vllm_omni.errors import ConfigError, InvalidRequestError
@@ -48,15 +48,18 @@ def construct(cls: type[T], fields: Mapping[str, Any], key: str) -> T:
     try:
         return cls(**fields)
     except (ConfigError, InvalidRequestError) as error:
-        message = str(error)
-        first_word = re.match(r"\w*", message)
-        names_field = first_word is not None and first_word.group() in {
-            f.name for f in dataclasses.fields(cast(Any, cls))
-        }
-        raise ConfigError(join(key, message) if names_field else f"{key}: {message}") from error
+        known = {field.name for field in dataclasses.fields(cast(Any, cls))}
+        raise ConfigError(under(key, str(error), known)) from error
 
 
-def check_known(name: object, known: Mapping[str, object] | frozenset[str], key: str) -> None:
+def under(key: str, complaint: str, known: Collection[str]) -> str:
+    """A complaint of what stands at `key`, which knows only its own fields, for a reader of the whole config."""
+    first_word = re.match(r"\w*", complaint)
+    names_field = first_word is not None and first_word.group() in known
+    return join(key, complaint) if names_field else f"{key}: {complaint}"
+
+
+def check_known(name: object, known: Collection[str], key: str) -> None:
     """Raises for a key that nobody reads."""
     if name not in known:
         raise ConfigError(f"{join(key, str(name))}: unknown key{did_you_mean(str(name), known)}")

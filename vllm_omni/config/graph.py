@@ -5,11 +5,13 @@ Pure: knows names and ports, no engine and no request.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_omni import registry
-from vllm_omni.config.document import check_stage_name
+from vllm_omni.config.builder import under
+from vllm_omni.config.document import STAGE_KEYS, check_stage_name
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.errors import ConfigError
 from vllm_omni.payload import PortSpec, StageSignature, TensorSpec, TextSpec
@@ -120,13 +122,21 @@ class StageGraph:
 
 def build_graph(config: OmniConfig) -> StageGraph:
     """The graph of a configuration; reads the stages' model configuration files, never weights."""
-    signatures = {
-        name: registry.resolve("stage kind", stage.kind).signature(stage) for name, stage in config.stages.items()
-    }
     try:
+        signatures = {name: _signature(stage) for name, stage in config.stages.items()}
         return StageGraph(config.stages, signatures, config.outputs)
     except ConfigError as error:
         raise ConfigError(f"config {config.name!r}: {error}") from error
+
+
+def _signature(stage: StageConfig) -> StageSignature:
+    engine = registry.resolve("stage kind", stage.kind)
+    try:
+        signature: StageSignature = engine.signature(stage)
+    except ConfigError as error:
+        known = STAGE_KEYS | {field.name for field in dataclasses.fields(engine.options_type)}
+        raise ConfigError(under(f"stages.{stage.name}", str(error), known)) from error
+    return signature
 
 
 def _read_edges(stages: Mapping[str, StageConfig], signatures: Mapping[str, StageSignature]) -> list[Edge]:

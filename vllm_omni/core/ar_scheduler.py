@@ -33,9 +33,10 @@ class Chunk:
 class ARScheduler:
     """First come, first served. A step holds at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
 
-    Sequences with one token to go are served first, then prompts that have begun, then new ones. When blocks run out
-    the newest running sequence is preempted and will be computed again, so that the oldest never lacks any. Every
-    running one is older than every waiting one.
+    Running sequences are served in the order of their arrival, then waiting ones are admitted. A prompt takes all of
+    the budget that is left, so only the newest running sequence can still be in its prompt, and a long prompt holds up
+    nobody who writes. When blocks run out the newest is preempted and will be computed again, so that the oldest never
+    lacks any. Every running sequence is older than every waiting one.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -68,14 +69,14 @@ class ARScheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, their blocks taken. Empty only when there is no work."""
-        chunks: dict[int, Chunk] = {}
+        chunks: list[Chunk] = []
         num_preemptions = self.num_preemptions
-        for sequence in sorted(self._running, key=lambda s: (s.num_uncomputed_tokens > 1, s.sequence_id)):
+        for sequence in list(self._running):
             if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
                 self._continue(sequence, chunks)
         if self.num_preemptions == num_preemptions:
             self._admit(chunks)
-        return list(chunks.values())
+        return chunks
 
     def advance(self, chunk: Chunk) -> None:
         """Notes that a chunk has been computed."""
@@ -117,19 +118,18 @@ class ARScheduler:
                 )
         self.blocks.check_integrity([*self._running, *self._waiting])
 
-    def _continue(self, sequence: Sequence, chunks: dict[int, Chunk]) -> None:
+    def _continue(self, sequence: Sequence, chunks: list[Chunk]) -> None:
         num_tokens = min(sequence.num_uncomputed_tokens, self._budget(chunks))
         if num_tokens == 0:
             return
         while not self.blocks.can_grow(sequence, sequence.num_computed_tokens + num_tokens):
-            victim = self._running[-1]
+            victim = self._running[-1]  # at or after `sequence`, so not among the chunks yet
             self._preempt(victim)
-            chunks.pop(victim.sequence_id, None)
             if victim is sequence:
                 return
         self._take(sequence, num_tokens, chunks)
 
-    def _admit(self, chunks: dict[int, Chunk]) -> None:
+    def _admit(self, chunks: list[Chunk]) -> None:
         while self._waiting and len(self._running) < self._max_num_seqs:
             sequence, budget = self._waiting[0], self._budget(chunks)
             if budget == 0 or not self.blocks.can_admit(sequence):
@@ -142,11 +142,11 @@ class ARScheduler:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             self._take(sequence, min(sequence.num_uncomputed_tokens, budget), chunks)
 
-    def _take(self, sequence: Sequence, num_tokens: int, chunks: dict[int, Chunk]) -> None:
+    def _take(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk]) -> None:
         start = sequence.num_computed_tokens
         end = start + num_tokens
         self.blocks.grow(sequence, end)
-        chunks[sequence.sequence_id] = Chunk(sequence, start, end, sequence.is_writing and end == sequence.num_tokens)
+        chunks.append(Chunk(sequence, start, end, sequence.is_writing and end == sequence.num_tokens))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -156,5 +156,5 @@ class ARScheduler:
         sequence.num_preemptions += 1
         self.num_preemptions += 1
 
-    def _budget(self, chunks: dict[int, Chunk]) -> int:
-        return self._max_num_batched_tokens - sum(chunk.num_tokens for chunk in chunks.values())
+    def _budget(self, chunks: list[Chunk]) -> int:
+        return self._max_num_batched_tokens - sum(chunk.num_tokens for chunk in chunks)

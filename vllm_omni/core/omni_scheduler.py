@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.dit_cache_manager import DiTCacheManager
 from vllm_omni.core.policies import make_policy
-from vllm_omni.core.request_state import Graph, Launch, RequestEnd, RequestPlan, RequestState, default_plan
+from vllm_omni.core.request_state import Launch, RequestEnd, RequestPlan, RequestState, default_plan
 from vllm_omni.core.resources import MIB
 from vllm_omni.errors import (
     ConfigError,
@@ -38,7 +39,7 @@ class OmniScheduler:
     no graph.
     """
 
-    def __init__(self, config: OmniConfig, graph: Graph | None = None) -> None:
+    def __init__(self, config: OmniConfig, graph: StageGraph | None = None) -> None:
         config.validate()
         self._config = config
         self._graph = graph
@@ -51,8 +52,6 @@ class OmniScheduler:
         self._running: dict[str, RequestState] = {}
         self._ends: dict[str, RequestEnd] = {}
         self._counts: Counter[str] = Counter()
-
-    # Lifecycle
 
     def start(self) -> None:
         """Accepts requests, also again after `stop`; may be called twice."""
@@ -68,14 +67,11 @@ class OmniScheduler:
         for request_id in [*self._waiting, *self._running]:
             self._end(request_id, RequestStatus.ABORTED, RequestAbortedError("the scheduler was shut down"))
 
-    # Requests
-
     def ensure_accepts(self, request_id: str) -> None:
         """Raises SchedulerError when stopped or when the id is in use, QueueFullError when too many wait."""
         if self._is_stopped:
             raise SchedulerError(f"request {request_id!r}: the scheduler is stopped; call start() or make a new one")
-        if request_id in self._waiting or request_id in self._running or request_id in self._ends:
-            raise SchedulerError(f"request_id: {request_id!r} is in use by an unfinished request; ids must be unique")
+        self._ensure_unused(request_id)
         limit = self._config.scheduler.max_queue_size
         if len(self._waiting) >= limit:
             raise QueueFullError(
@@ -99,13 +95,8 @@ class OmniScheduler:
         return True
 
     def reject(self, request: OmniRequest, error: OmniError) -> None:
-        """Ends a request that was never admitted; same errors as `ensure_accepts`, save for the queue's length."""
-        if (
-            request.request_id in self._waiting
-            or request.request_id in self._running
-            or request.request_id in self._ends
-        ):
-            raise SchedulerError(f"request_id: {request.request_id!r} is in use by an unfinished request")
+        """Ends a request that was never admitted; SchedulerError when its id is in use."""
+        self._ensure_unused(request.request_id)
         self._counts[RequestStatus.REJECTED.value] += 1
         self._ends[request.request_id] = RequestEnd(request, RequestStatus.REJECTED, error=error)
 
@@ -116,8 +107,6 @@ class OmniScheduler:
     def fail(self, request_id: str, error: OmniError) -> None:
         """Ends a request FAILED; an unknown or finished one is left alone."""
         self._end(request_id, RequestStatus.FAILED, error)
-
-    # Routing
 
     def tick(self, now: float) -> list[Launch]:
         """Ends what is overdue, starts waiting requests up to `max_running`, launches what has complete inputs."""
@@ -138,20 +127,19 @@ class OmniScheduler:
         self, request_id: str, stage: str, payload: StagePayload, metrics: Mapping[str, Any], now: float
     ) -> None:
         """Takes a launched stage's payload. Late news (the request ended, the stage does not run) is dropped."""
-        state = self._running.get(request_id)
-        if state is None or stage not in state.running:
-            self._counts["stray_events"] += 1
+        state = self._working_on(request_id, stage)
+        if state is None:
             return
         key = state.cache_keys.pop(stage, None)
         if key is not None:
-            self._embeddings.set_cache((stage, key), payload, payload.num_bytes)
+            num_bytes = payload.num_bytes + len(key) + len(repr(payload.meta))  # words alone take memory too
+            self._embeddings.set_cache((stage, key), payload, num_bytes)
         self._complete(state, stage, payload, metrics, now)
 
     def stage_failed(self, request_id: str, stage: str, error: OmniError) -> None:
         """A launched stage gave up: the request ends FAILED with this error. Late news is dropped."""
-        state = self._running.get(request_id)
-        if state is None or stage not in state.running:
-            self._counts["stray_events"] += 1
+        state = self._working_on(request_id, stage)
+        if state is None:
             return
         state.drop(stage)
         self.fail(request_id, error)
@@ -161,8 +149,6 @@ class OmniScheduler:
         ends = list(self._ends.values())
         self._ends.clear()
         return ends
-
-    # Monitoring and configuration
 
     @property
     def has_work(self) -> bool:
@@ -216,11 +202,8 @@ class OmniScheduler:
 
     def check_integrity(self) -> None:
         """Raises an OmniError when a request is in two places, a count is wrong or something is held in vain."""
-        places = [
-            *self._waiting,
-            *self._running,
-            *(e for e in self._ends if self._ends[e].status is not RequestStatus.REJECTED),
-        ]
+        admitted_ends = [key for key, end in self._ends.items() if end.status is not RequestStatus.REJECTED]
+        places = [*self._waiting, *self._running, *admitted_ends]
         if len(places) != len(set(places)):
             raise SchedulerError(f"a request is in two places: {sorted(places)}")
         unfinished = len(self._waiting) + len(self._running)
@@ -233,6 +216,10 @@ class OmniScheduler:
         if any(state.running or state.done for state in self._waiting.values()):
             raise SchedulerError("a waiting request has launched stages")
         self._embeddings.check_integrity()
+
+    def _ensure_unused(self, request_id: str) -> None:
+        if request_id in self._waiting or request_id in self._running or request_id in self._ends:
+            raise SchedulerError(f"request_id: {request_id!r} is in use by an unfinished request; ids must be unique")
 
     def _check_update(self, config: OmniConfig) -> None:
         if self._graph is not None:
@@ -250,6 +237,8 @@ class OmniScheduler:
                 )
 
     def _start_waiting(self, now: float) -> None:
+        if len(self._running) >= self._config.scheduler.max_running:
+            return
         startable = {key: state for key, state in self._waiting.items() if state.plan.stages}
         while startable and len(self._running) < self._config.scheduler.max_running:
             request_id = self._policy.pick(startable.values(), now).request.request_id
@@ -286,6 +275,14 @@ class OmniScheduler:
             return
         if state.is_done:
             self._end(request_id, RequestStatus.FINISHED, None)
+
+    def _working_on(self, request_id: str, stage: str) -> RequestState | None:
+        """The request that the stage works on; None, and a stray event counted, where it does not."""
+        state = self._running.get(request_id)
+        if state is not None and stage in state.running:
+            return state
+        self._counts["stray_events"] += 1
+        return None
 
     def _time_out(self, state: RequestState) -> None:
         request_id, limit_s = state.request.request_id, state.deadline_s - state.admitted_s

@@ -6,53 +6,17 @@ Knows no other request, no engine and no clock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
+from vllm_omni.config.graph import StageGraph
 from vllm_omni.errors import OmniError, SchedulerError, StageError
 from vllm_omni.params import StageParams
-from vllm_omni.payload import StagePayload, StageSignature
+from vllm_omni.payload import StagePayload
 from vllm_omni.request import OmniRequest, RequestStatus
 
 Source = tuple[str, str]  # a stage and one of its output ports
-
-
-class Edge(Protocol):
-    """An output port of one stage that feeds an input port of another."""
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def source_port(self) -> str: ...
-
-    @property
-    def target_port(self) -> str: ...
-
-
-class Graph(Protocol):
-    """The part of a StageGraph that routing needs."""
-
-    @property
-    def order(self) -> tuple[str, ...]:
-        """All stages, every one after those it reads."""
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """What the caller gets: "stage" or "stage.port"."""
-
-    @property
-    def signatures(self) -> Mapping[str, StageSignature]: ...
-
-    def edges_into(self, stage: str) -> Sequence[Edge]:
-        """What feeds a stage."""
-
-    def wanted_ports(self, stage: str) -> frozenset[str]:
-        """The output ports that an edge or `outputs` reads."""
-
-    def demand(self, needed: Callable[[str], frozenset[str]]) -> Mapping[str, frozenset[str]]:
-        """The stages that the outputs call for -> the input ports that are read, `needed` telling them per stage."""
 
 
 def _never_cached(inputs: Mapping[str, Any]) -> str | None:
@@ -106,7 +70,7 @@ class RequestEnd:
     abandoned: tuple[str, ...] = ()
 
 
-def default_plan(graph: Graph | None) -> RequestPlan:
+def default_plan(graph: StageGraph | None) -> RequestPlan:
     """Every stage that the outputs call for, with all its inputs and unset parameters; empty without a graph."""
     if graph is None:
         return RequestPlan()
@@ -117,7 +81,7 @@ def default_plan(graph: Graph | None) -> RequestPlan:
     return RequestPlan(stages, kept_ports(graph))
 
 
-def read_inputs(graph: Graph, stage: str, ports: frozenset[str]) -> dict[str, Source]:
+def read_inputs(graph: StageGraph, stage: str, ports: frozenset[str]) -> dict[str, Source]:
     """Where the inputs among `ports` come from."""
     return {
         edge.target_port: (edge.source, edge.source_port)
@@ -126,7 +90,7 @@ def read_inputs(graph: Graph, stage: str, ports: frozenset[str]) -> dict[str, So
     }
 
 
-def kept_ports(graph: Graph) -> dict[str, frozenset[str]]:
+def kept_ports(graph: StageGraph) -> dict[str, frozenset[str]]:
     """Stages that `outputs` lists -> the ports to keep of their payloads: the port it names, or the stage's results."""
     kept: dict[str, frozenset[str]] = {}
     for entry in graph.outputs:
@@ -197,8 +161,7 @@ class RequestState:
         del self.running[stage]
 
     def end(self, status: RequestStatus, error: OmniError | None) -> RequestEnd:
-        """The last word; whatever was still held is let go of."""
-        self._values.clear()
+        """The last word; drop the state after it."""
         metrics = {stage: values for stage, values in self.metrics.items() if stage in self.done}
         return RequestEnd(self.request, status, dict(self.payloads), metrics, error, tuple(self.running))
 

@@ -72,6 +72,8 @@ class ARInput:
         """Refuses what no prompt would make right. can_fan_out: whether n > 1 samples have somewhere to go."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"params: got {type(params).__name__}, expected SamplingParams")
+        if not self._options.can_write:  # it samples nothing; the parameters are meant for other stages
+            return params
         for name, tokens in (("stop_token_ids", params.stop_token_ids or ()), ("logit_bias", params.logit_bias or ())):
             self._check_vocabulary(name, tokens)
         n = params.n or 1
@@ -109,7 +111,7 @@ class ARInput:
         self._check_pool(len(kept) + (1 if room else 0))
         if (params.min_tokens or 0) > room and self._options.can_write:
             raise InvalidRequestError(
-                f"min_tokens: got {params.min_tokens}, expected at most {room}, the room after {len(kept)} prompt tokens"
+                f"min_tokens: got {params.min_tokens}, expected at most {room}, the room after {len(kept)} tokens"
             )
         return PreparedPrompt(kept, len(token_ids) - len(kept), room)
 

@@ -124,6 +124,11 @@ class DiffusionEngine(StageEngine):
                 f"sigmas: got {len(params.sigmas)} of them and num_inference_steps {params.num_inference_steps};"
                 " leave one of the two out"
             )
+        if params.output_type == "latent" and "latents" not in self._wanted:
+            raise InvalidRequestError(
+                "output_type: got 'latent', but nobody reads the latents;"
+                f" list '{self.stage.name}.latents' in the config's outputs"
+            )
         if self.model.guides(guidance) and "negative_prompt_embeds" not in self.stage.inputs:
             raise InvalidRequestError(
                 f"guidance_scale: got {guidance}, but stage {self.stage.name!r} has no input negative_prompt_embeds;"
@@ -232,7 +237,7 @@ class DiffusionEngine(StageEngine):
         tensors = {}
         if self._wants_picture(job):
             tensors["image"] = torch.stack([job.pictures[index] for index in range(len(job.states))])
-        if "latents" in self._wanted or not self._wants_picture(job):
+        if "latents" in self._wanted:
             tensors["latents"] = torch.stack([state.latents for state in job.states])
         metrics = {
             "steps": sum(state.step for state in job.states),

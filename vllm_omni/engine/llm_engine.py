@@ -28,6 +28,7 @@ from vllm_omni.engine.base import (
     StageProgress,
     StageTask,
 )
+from vllm_omni.engine.boundary import stage_error
 from vllm_omni.engine.text_processor import TextProcessor, TextStream, end_of_sequence_ids, find_tokenizer
 from vllm_omni.errors import ConfigError, OmniError, StageError
 from vllm_omni.layers.sampler import SampledToken, SamplingRow, sample
@@ -62,6 +63,7 @@ class LLMEngine(StageEngine):
             raise ConfigError(
                 f"{where}.prompt: got {options.prompt!r}, but inputs.prompt brings the prompt; keep one of them"
             )
+        options.model_len(config)
         layers = options.tapped_layers(config)
         outputs = {port: TensorSpec(("T", len(tapped) * config.hidden_size)) for port, tapped in layers.items()}
         text = {"text": TextSpec()} if options.can_write else {}
@@ -117,7 +119,7 @@ class LLMEngine(StageEngine):
         self._num_tokens = self._num_cached_tokens = 0
 
     def check(self, request: OmniRequest, params: StageParams) -> None:
-        checked = self._input.check_params(params, self._can_fan_out or not self._options.can_write)
+        checked = self._input.check_params(params, self._can_fan_out)
         if "prompt" not in self._stage.inputs:
             self._input.prepare(read_prompt(self._options, request, {}), checked)
 
@@ -132,7 +134,7 @@ class LLMEngine(StageEngine):
                 self._scheduler.add(sequence)
             self._jobs[task.request_id] = job
         except Exception as error:
-            self._events.append(StageFailed(task.request_id, self._as_omni_error(error)))
+            self._events.append(StageFailed(task.request_id, self._omni_error(error)))
 
     def step(self) -> list[StageEvent]:
         events, self._events = self._events, []
@@ -197,7 +199,7 @@ class LLMEngine(StageEngine):
             return self._take(job, sequence, token)
         except Exception as error:
             self._forget(sequence.request_id)
-            return [StageFailed(sequence.request_id, self._as_omni_error(error))]
+            return [StageFailed(sequence.request_id, self._omni_error(error))]
 
     def _take(self, job: ARJob, sequence: Sequence, token: SampledToken | StageError | None) -> list[StageEvent]:
         if isinstance(token, StageError):
@@ -235,7 +237,7 @@ class LLMEngine(StageEngine):
             self._scheduler.remove(sequence)
 
     def _make_job(self, task: StageTask) -> ARJob:
-        params = self._input.check_params(task.params, self._can_fan_out or not self._options.can_write)
+        params = self._input.check_params(task.params, self._can_fan_out)
         prompt = self._input.prepare(read_prompt(self._options, task.request, task.inputs), params)
         num_sequences = (params.n or 1) if self._options.can_write else 1
         sequences = [
@@ -282,12 +284,8 @@ class LLMEngine(StageEngine):
             dtype=context.dtype,
         )
 
-    def _as_omni_error(self, error: Exception) -> OmniError:
-        if isinstance(error, OmniError):
-            return error
-        wrapped = StageError(f"stage {self._stage.name!r}: {type(error).__name__}: {error}")
-        wrapped.__cause__ = error
-        return wrapped
+    def _omni_error(self, error: Exception) -> OmniError:
+        return error if isinstance(error, OmniError) else stage_error(self._stage.name, error)
 
 
 def _model_folder(stage: StageConfig) -> Path:

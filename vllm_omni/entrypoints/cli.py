@@ -205,7 +205,7 @@ def _models(args: argparse.Namespace) -> int:
     from vllm_omni.utils.files import assets_folder
 
     folder = assets_folder()
-    assets = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    assets = sorted(path.name for path in folder.glob("*") if path.is_dir())
     about = [(name, _first_comment(path)) for name, path in shipped_configs().items()]
     print(
         "\n".join(

@@ -125,14 +125,13 @@ class LoopThread:
             self._has_ended = True
         for command in self._commands:
             command.refuse(self._ended_error())
-        try:
-            self._executor.shutdown()
-            self._deliver(self._executor.take_outputs())
-        except BaseException as error:
-            self.cause_of_death = self.cause_of_death or error
-        for request_id, deliver in list(self._delivers.items()):
+        for request_id, deliver in self._delivers.items():
             failed = OmniOutput(request_id=request_id, status=RequestStatus.FAILED, error=self._ended_error())
             self._hand_over(deliver, failed)
+        try:
+            self._executor.shutdown()
+        except BaseException as error:
+            self.cause_of_death = self.cause_of_death or error
         self.finished.set_result(None)
 
     def _add(self, request: OmniRequest, deliver: Deliver, stream: bool) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_omni import registry
+from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.core.omni_scheduler import OmniScheduler
-from vllm_omni.core.request_state import Graph, Launch
+from vllm_omni.core.request_state import Launch
 from vllm_omni.engine.base import EngineContext, StageDone, StageEngine, StageEvent, StageFailed, StageTask
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.engine.output_processor import make_output, make_partial
@@ -34,7 +35,7 @@ class OmniExecutor:
     cannot load. clock: seconds, monotonic.
     """
 
-    def __init__(self, config: OmniConfig, graph: Graph, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, config: OmniConfig, graph: StageGraph, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._graph = graph
         self._scheduler = OmniScheduler(config, graph)
@@ -49,10 +50,8 @@ class OmniExecutor:
         except BaseException:
             self.shutdown()
             raise
-        self._planner = RequestPlanner(graph, self._hosts, use_cache=config.dit_cache.prompt_embeds_mb > 0)
+        self._planner = RequestPlanner(graph, self._hosts)
         self._scheduler.start()
-
-    # Requests
 
     def add_request(self, request: OmniRequest, *, stream: bool = False) -> None:
         """Takes a request; its one final output comes from a later `step`, REJECTED where it could never run.
@@ -96,8 +95,6 @@ class OmniExecutor:
         """Whether `step` or `take_outputs` will still give something."""
         return self._scheduler.has_work or bool(self._outputs)
 
-    # Lifecycle
-
     def stop(self) -> None:
         """Drains: takes no more requests; `step` brings the admitted ones to their ends."""
         self._scheduler.stop()
@@ -109,8 +106,6 @@ class OmniExecutor:
         for host in self._hosts.values():
             host.executor.shutdown()
         self._models.clear()
-
-    # Monitoring
 
     @property
     def scheduler(self) -> OmniScheduler:
@@ -124,13 +119,14 @@ class OmniExecutor:
         return {**self._scheduler.get_status(), "stages": stages}
 
     def get_metrics(self) -> dict[str, Any]:
-        """The scheduler's counters, by stage the engine's own, and the planned memory in bytes."""
+        """The scheduler's counters, by stage the engine's own, planned memory in bytes, how many models are loaded."""
         stages: dict[str, Any] = {}
         for name, host in self._hosts.items():
             with stage_boundary(name):
                 stages[name] = host.executor.get_stats()
         memory = {"planned_bytes": dict(self._memory.shares), "limit_bytes": self._memory.limit_bytes}
-        return {**self._scheduler.get_metrics(), "stages": stages, "memory": memory}
+        counts = self._scheduler.get_metrics()
+        return {**counts, "stages": stages, "memory": memory, "num_models": len(self._models)}
 
     def check_integrity(self) -> None:
         """Raises an OmniError when scheduler and stages disagree, or one of them finds its own state broken."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_omni.core.request_state import Graph, RequestPlan, StagePlan, kept_ports, read_inputs
+from vllm_omni.config.graph import StageGraph
+from vllm_omni.core.request_state import RequestPlan, StagePlan, kept_ports, read_inputs
 from vllm_omni.engine.base import StageTask
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.errors import InvalidRequestError, StageError
@@ -18,10 +19,9 @@ from vllm_omni.utils.checks import check_number, did_you_mean
 class RequestPlanner:
     """Makes the RequestPlan of a request, or raises the OmniError for which it must be rejected."""
 
-    def __init__(self, graph: Graph, hosts: Mapping[str, StageHost], use_cache: bool) -> None:
+    def __init__(self, graph: StageGraph, hosts: Mapping[str, StageHost]) -> None:
         self._graph = graph
         self._hosts = hosts
-        self._use_cache = use_cache
         self._kept = kept_ports(graph)
 
     def plan(self, request: OmniRequest) -> RequestPlan:
@@ -72,8 +72,6 @@ class RequestPlanner:
         host = self._hosts[name]
 
         def cache_key(inputs: Mapping[str, Any]) -> str | None:
-            if not self._use_cache:
-                return None
             with stage_boundary(name):
                 return host.engine_class.cache_key(host.stage, StageTask(request, name, params, inputs))
 

@@ -63,7 +63,7 @@ class StageHost:
         self.tasks.add(task.request_id)
 
     def poll(self, clock: Callable[[], float], worker_timeout: float) -> list[StageEvent]:
-        """Events of tasks that the stage holds. Failures carry a StageError; a raise, or being stuck, fails all tasks.
+        """What the stage reports. Failures carry a StageError; a raise, or being stuck, fails all tasks.
 
         Stuck is a stage that reports nothing for `worker_timeout` seconds after a step that reported nothing, or one
         that has nothing to do and yet holds tasks.
@@ -71,7 +71,7 @@ class StageHost:
         if not self.tasks:
             return []
         try:
-            events = [self._settled(event) for event in self.executor.poll() if event.request_id in self.tasks]
+            events = [self._settled(event) for event in self.executor.poll()]
             has_work = self.executor.has_work()
         except Exception as error:
             return self._break(error)

@@ -22,8 +22,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, max_positions: int, rope: Mapping[str, Any]) -> None:
         super().__init__()
-        with torch.device("cpu"):  # also while the model is built on the meta device
-            self.frequencies, self.scale = rotary_frequencies(head_dim, max_positions, rope)
+        self.frequencies, self.scale = rotary_frequencies(head_dim, max_positions, rope)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions: [N] int64 -> cos and sin, [N, 1, head_dim], rounded to `dtype`."""
@@ -49,18 +48,21 @@ def rotary_frequencies(head_dim: int, max_positions: int, rope: Mapping[str, Any
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         raise ConfigError(f"rope_parameters.rope_type: got {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
-    if rope_type == "default":
-        return 1.0 / (rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)), 1.0
+    with torch.device("cpu"):  # also while a model is built on the meta device
+        if rope_type == "default":
+            return 1.0 / (rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)), 1.0
+        return _scaled_frequencies(head_dim, max_positions, rope)
+
+
+def _scaled_frequencies(head_dim: int, max_positions: int, rope: Mapping[str, Any]) -> tuple[Tensor, float]:
     from transformers import Qwen3Config
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     try:
-        config = Qwen3Config(
-            head_dim=head_dim, max_position_embeddings=max_positions, rope_parameters={"rope_type": rope_type, **rope}
-        )
-        frequencies, scale = ROPE_INIT_FUNCTIONS[rope_type](config, device=torch.device("cpu"))
+        config = Qwen3Config(head_dim=head_dim, max_position_embeddings=max_positions, rope_parameters=dict(rope))
+        frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device=torch.device("cpu"))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"rope_parameters: got {dict(rope)!r}, expected the keys of type {rope_type!r} ({error})"
+            f"rope_parameters: got {dict(rope)!r}, expected the keys of type {rope['rope_type']!r} ({error})"
         ) from error
     return frequencies, float(scale)

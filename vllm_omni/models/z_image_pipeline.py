@@ -16,7 +16,8 @@ from torch import Tensor
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.models.diffusion import DiffusionModel, Sampler
 from vllm_omni.models.loader import load_weights, weights_bytes
-from vllm_omni.models.z_image import PATCH, Tokens, ZImageConfig, ZImageTransformer, padded
+from vllm_omni.models.packing import PATCH, Tokens, padded
+from vllm_omni.models.z_image import ZImageConfig, ZImageTransformer
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import PortSpec, TensorSpec
 from vllm_omni.utils.checks import check_number, did_you_mean

@@ -23,7 +23,7 @@ def resolve_model_folder(model: str) -> Path:
     """A folder, `asset://name[/sub]` of the package, or a hub id `owner/name[/sub]` -> a local folder that exists."""
     if model.startswith(ASSET_SCHEME):
         folder = assets_folder() / model.removeprefix(ASSET_SCHEME)
-        shipped = [path.name for path in assets_folder().iterdir() if path.is_dir()]
+        shipped = [path.name for path in assets_folder().glob("*") if path.is_dir()]
         if not folder.resolve().is_relative_to(assets_folder().resolve()) or not folder.is_dir():
             raise ConfigError(f"model: got {model!r}, which does not ship{did_you_mean(folder.name, shipped)}")
         return folder

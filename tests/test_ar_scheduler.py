@@ -1,0 +1,202 @@
+"""Continuous batching without a model: what runs when, under which budget, and no block lost or mixed up."""
+
+from __future__ import annotations
+
+import pytest
+from ar_helpers import PoolContent
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from vllm_omni.core.ar_scheduler import ARScheduler, Chunk
+from vllm_omni.core.block_manager import BlockManager
+from vllm_omni.core.sequence import Sequence, SequenceStatus
+from vllm_omni.errors import CacheError, ResourceError
+
+
+class Simulation:
+    """A scheduler, a pool and a model whose next token depends on all tokens before it, computed one step at a time."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_num_seqs: int = 8, budget: int = 16) -> None:
+        self.blocks = BlockManager(num_blocks, block_size)
+        self.scheduler = ARScheduler(self.blocks, max_num_seqs, budget)
+        self.content = PoolContent(block_size)
+        self.max_num_seqs, self.budget = max_num_seqs, budget
+        self.living: list[Sequence] = []
+        self.count = 0
+
+    def add(self, prompt: list[int], num_new: int = 4, is_writing: bool = True) -> Sequence:
+        self.count += 1
+        room = len(prompt) + (num_new if is_writing else 0)
+        sequence = Sequence(self.count, f"r{self.count}", list(prompt), max_tokens=room, is_writing=is_writing)
+        self.scheduler.add(sequence)
+        self.living.append(sequence)
+        return sequence
+
+    def step(self) -> list[Chunk]:
+        chunks = self.scheduler.schedule()
+        self.check_limits(chunks)
+        for chunk in chunks:
+            self.content.compute(chunk.sequence, chunk.start, chunk.end)
+            self.scheduler.advance(chunk)
+            sequence = chunk.sequence
+            if chunk.samples:
+                sequence.append(hash(tuple(sequence.token_ids)) % 3)
+                sequence.is_writing = sequence.num_tokens < sequence.max_tokens
+            if not sequence.is_writing and sequence.num_uncomputed_tokens == 0:
+                self.end(sequence)
+        self.scheduler.check_integrity()
+        return chunks
+
+    def check_limits(self, chunks: list[Chunk]) -> None:
+        assert sum(chunk.num_tokens for chunk in chunks) <= self.budget
+        assert len(chunks) <= self.max_num_seqs
+        assert len({chunk.sequence.sequence_id for chunk in chunks}) == len(chunks)
+        assert all(chunk.num_tokens > 0 and chunk.start == chunk.sequence.position for chunk in chunks)
+        assert bool(chunks) == self.scheduler.has_work(), "a step with work to do must do some"
+
+    def end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self.living.remove(sequence)
+
+    def drain(self) -> None:
+        for _ in range(2000):
+            if not self.scheduler.has_work():
+                break
+            self.step()
+        assert not self.scheduler.has_work()
+        assert self.blocks.num_free_blocks == self.blocks.num_blocks
+
+
+def test_a_long_prompt_is_computed_in_chunks_while_others_write() -> None:
+    simulation = Simulation(budget=6)
+    writer = simulation.add([1, 2], num_new=20)
+    simulation.step()
+    reader = simulation.add(list(range(23)))
+    shares = [{chunk.sequence.sequence_id: chunk.num_tokens for chunk in simulation.step()} for _ in range(5)]
+    assert [share[writer.sequence_id] for share in shares] == [1] * 5
+    assert [share[reader.sequence_id] for share in shares] == [5, 5, 5, 5, 3]
+    simulation.drain()
+
+
+def test_only_the_last_chunk_of_a_prompt_samples() -> None:
+    simulation = Simulation(budget=4)
+    simulation.add(list(range(10)), num_new=1)
+    assert [simulation.step()[0].samples for _ in range(3)] == [False, False, True]
+
+
+def test_an_encoded_prompt_never_samples() -> None:
+    simulation = Simulation(budget=4)
+    simulation.add(list(range(10)), is_writing=False)
+    assert [simulation.step()[0].samples for _ in range(3)] == [False, False, False]
+    assert not simulation.scheduler.has_work()
+
+
+def test_the_newest_is_preempted_first_and_comes_back_with_its_prefix() -> None:
+    simulation = Simulation(num_blocks=6, block_size=4)
+    old = simulation.add([1] * 7, num_new=12)
+    new = simulation.add([2] * 8, num_new=8)
+    while new.num_preemptions == 0:
+        simulation.step()
+    assert old.num_preemptions == 0
+    assert new.status is SequenceStatus.WAITING
+    simulation.drain()
+    assert (old.num_tokens, new.num_tokens) == (19, 16)
+
+
+def test_what_is_preempted_resumes_from_what_is_still_cached() -> None:
+    simulation = Simulation(num_blocks=9, block_size=4)
+    old = simulation.add([1] * 7, num_new=1)
+    new = simulation.add([2] * 12, num_new=4)
+    simulation.step()
+    simulation.scheduler._preempt(new)
+    chunk = next(c for c in simulation.step() if c.sequence is new)
+    assert chunk.start > 0
+    assert new.num_cached_tokens == 0, "hits on its own blocks are no hits of the prompt"
+    simulation.drain()
+    assert old.is_finished and new.is_finished
+
+
+def test_more_writers_than_budget_take_turns_without_loss() -> None:
+    simulation = Simulation(budget=3)
+    writers = [simulation.add([number], num_new=5) for number in range(5)]
+    simulation.drain()
+    assert [writer.num_tokens for writer in writers] == [6] * 5
+
+
+def test_a_sequence_that_can_never_fit_is_refused_at_once() -> None:
+    simulation = Simulation(num_blocks=2, block_size=4)
+    with pytest.raises(ResourceError, match="got 9 tokens, expected at most 8"):
+        simulation.add([1] * 5, num_new=4)
+    simulation.add([1] * 5, num_new=3)
+    simulation.drain()
+
+
+def test_first_come_first_served() -> None:
+    simulation = Simulation(num_blocks=4, block_size=4, max_num_seqs=4, budget=64)
+    first = simulation.add([1] * 9, num_new=1)
+    big = simulation.add([2] * 9, num_new=1)
+    small = simulation.add([3], num_new=1)
+    assert [chunk.sequence for chunk in simulation.step()] == [first]
+    assert small.status is big.status is SequenceStatus.WAITING, "the small one does not overtake"
+    simulation.drain()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_removing_frees_all_blocks_wherever_the_sequence_stands(steps: int) -> None:
+    simulation = Simulation(budget=4)
+    sequences = [simulation.add([number] * 9, num_new=4) for number in range(3)]
+    for _ in range(steps):
+        simulation.step()
+    for sequence in sequences:
+        simulation.end(sequence)
+        simulation.scheduler.remove(sequence)  # once more is fine
+        simulation.scheduler.check_integrity()
+    assert simulation.blocks.num_free_blocks == simulation.blocks.num_blocks
+    assert not simulation.scheduler.has_work()
+
+
+def test_a_chunk_advances_once() -> None:
+    simulation = Simulation()
+    simulation.add([1, 2, 3], num_new=2)
+    chunk = simulation.scheduler.schedule()[0]
+    simulation.scheduler.advance(chunk)
+    with pytest.raises(CacheError, match="from token 0"):
+        simulation.scheduler.advance(chunk)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random arrivals, steps and aborts in pools so small that preemption is usual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.simulation = Simulation(num_blocks=6, block_size=2, max_num_seqs=4, budget=5)
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8), num_new=st.integers(1, 4), is_writing=st.booleans()
+    )
+    def arrive(self, prompt: list[int], num_new: int, is_writing: bool) -> None:
+        self.simulation.add(prompt, num_new, is_writing)
+
+    @precondition(lambda self: self.simulation.scheduler.has_work())
+    @rule(count=st.integers(1, 4))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.simulation.step()
+
+    @precondition(lambda self: self.simulation.living)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.simulation.end(data.draw(st.sampled_from(self.simulation.living)))
+
+    @invariant()
+    def is_sound(self) -> None:
+        self.simulation.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        self.simulation.drain()
+        assert not self.simulation.living
+
+
+TestRandomArrivals = SchedulerMachine.TestCase
+TestRandomArrivals.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
