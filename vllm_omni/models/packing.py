@@ -1,7 +1,7 @@
 """Rows of different sizes packed into one tensor of tokens, for image transformers with two-by-two patches.
 
-Rows of equal geometry stand together as a `Group`, so that what is per row works on dense [rows, length, D] views of the
-packed [N, D] tensor. Knows no weights.
+Rows of equal geometry stand together as a `Group`, so that what is per row works on dense [rows, length, D] views of
+the packed [N, D] tensor. Knows no weights.
 
 Legend: R rows, N packed tokens of all rows, L tokens of a row (image, padded to 32, then text), D width, A modulation
 width, C latent channels, T text tokens padded to 32.
