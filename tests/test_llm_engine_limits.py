@@ -239,6 +239,7 @@ def test_the_cache_key_covers_what_determines_the_states(folder: Path) -> None:
         ({"outputs": {"h": {"layers": [1.5]}}}, "outputs.h.layers: got 1.5"),
         ({"outputs": {"h": {"layers": [1], "tokens": "all"}}}, "outputs.h.tokens: got 'all'"),
         ({"task": "encode", "outputs": WRITTEN_STATES}, "task encode writes nothing"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize: set by the stage itself"),
         ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected at least 1"),
         ({"block_size": None}, "block_size: got null"),
         ({"kv_memory_mb": float("nan")}, "kv_memory_mb: got nan"),

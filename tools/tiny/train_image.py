@@ -34,7 +34,8 @@ CONFIG = dict(
     axes_lens=[1024, 512, 512],
 )
 TIME_SHIFT = 3.0
-DROPPED_TEXT = 0.1
+DROPPED_TEXT = 0.08
+ANSWER_SHARE = 0.25
 MUON_PREFIXES = ("layers.", "noise_refiner.", "context_refiner.")
 
 
@@ -64,7 +65,7 @@ class Batches:
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.randint(len(self.data["latents"]), (self.size,), generator=self.generator)
         choice = torch.rand(self.size, generator=self.generator)
-        is_answer, is_empty = choice < 0.4, choice > 1 - DROPPED_TEXT
+        is_answer, is_empty = choice < ANSWER_SHARE, choice > 1 - DROPPED_TEXT
         states = torch.where(
             is_answer[:, None, None], self.data["answer_states"][rows], self.data["prompt_states"][rows]
         )

@@ -12,6 +12,7 @@ from vllm_omni.utils.checks import check_number, did_you_mean
 
 TASKS = ("generate", "encode")
 PROMPTS = ("prompt", "negative_prompt")
+RESERVED_TEMPLATE_KEYS = ("conversation", "tokenize", "add_generation_prompt")
 DEFAULT_MODEL_LEN = 4096
 DEFAULT_POOL_BYTES = 256 * 2**20
 
@@ -86,16 +87,7 @@ class AROptions:
         for name in ("chat_template", "truncate_prompt", "prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected true or false")
-        for name in (
-            "max_model_len",
-            "max_prompt_tokens",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "block_size",
-            "num_blocks",
-        ):
-            self._check_limit(name, low=1, integer=True)
-        self._check_limit("kv_memory_mb", low=0, above_low=True)
+        self._check_limits()
         if self.kv_memory_mb is not None and self.num_blocks is not None:
             raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):
@@ -103,6 +95,9 @@ class AROptions:
         for name in ("chat_template_kwargs", "outputs"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
+        for name in self.chat_template_kwargs:
+            if name in RESERVED_TEMPLATE_KEYS:
+                raise ConfigError(f"chat_template_kwargs.{name}: set by the stage itself; remove it")
         taps = {port: _tap(port, value, self.task) for port, value in self.outputs.items()}
         object.__setattr__(self, "outputs", taps)
         if self.task == "encode" and not taps:
@@ -165,11 +160,18 @@ class AROptions:
         logits = self.max_num_seqs * config.vocab_size * (itemsize + 4) if self.can_write else 0
         return max(layer, logits)
 
+    def _check_limits(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"{name}: got null, expected an integer")
+            self._check_limit(name, low=1, integer=True)
+        for name in ("max_model_len", "max_prompt_tokens", "num_blocks"):
+            self._check_limit(name, low=1, integer=True)
+        self._check_limit("kv_memory_mb", low=0, above_low=True)
+
     def _check_limit(self, name: str, low: float, integer: bool = False, above_low: bool = False) -> None:
         value = getattr(self, name)
         complaint = None if value is None else check_number(name, value, low, integer=integer, above_low=above_low)
-        if value is None and name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            complaint = f"{name}: got null, expected an integer"
         if complaint:
             raise ConfigError(complaint)
 
