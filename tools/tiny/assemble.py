@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
-from tools.tiny.train_image import TIME_SHIFT, export
+from tools.tiny.train_image import TIME_SHIFT, export, whitening_of
 
 MODEL_INDEX = {
     "_class_name": "ZImagePipeline",
@@ -39,6 +40,7 @@ def assemble(runs: Path, folder: Path) -> None:
     AutoencoderKL.from_pretrained(runs / "vae/vae", torch_dtype=torch.bfloat16).save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=TIME_SHIFT).save_pretrained(folder / "scheduler")
     state = torch.load(runs / "image/checkpoint.pt", weights_only=True)
-    export(folder / "transformer", state["average"])
+    data = load_file(runs / "data.safetensors")
+    export(folder / "transformer", state["average"], whitening_of(data))
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     (folder / "README.md").write_text(CARD)

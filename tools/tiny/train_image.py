@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tools.tiny.image_data import TEXT_LENGTH, training_data
 from tools.tiny.muon import Optimizers
 from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
+from tools.tiny.whitening import Whitening
 from vllm_omni.models.packing import patchified
 from vllm_omni.models.z_image import ZImageConfig, ZImageTransformer
 
@@ -35,7 +36,7 @@ CONFIG = dict(
 )
 TIME_SHIFT = 3.0
 DROPPED_TEXT = 0.08
-ANSWER_SHARE = 0.25
+ANSWER_SHARE = 0.15
 MUON_PREFIXES = ("layers.", "noise_refiner.", "context_refiner.")
 
 
@@ -45,6 +46,7 @@ def fresh_model() -> ZImageTransformer:
 
 def initialise(model: ZImageTransformer) -> None:
     """Small random weights; the last layer starts at zero, and every block's gate a little open."""
+    model.cap_norm = nn.Identity()  # the training data is whitened instead, see `export`
     for name, parameter in model.named_parameters():
         if "adaLN_modulation" in name or name.startswith("final_layer.linear") or name.endswith("bias"):
             nn.init.zeros_(parameter)
@@ -53,6 +55,23 @@ def initialise(model: ZImageTransformer) -> None:
     for block in (*model.layers, *model.noise_refiner):
         nn.init.constant_(block.adaLN_modulation.bias[192:384], 0.3)
         nn.init.constant_(block.adaLN_modulation.bias[576:], 0.3)
+
+
+def whitening_of(data: dict[str, Tensor]) -> Whitening:
+    """From the states of a part of the data, padding left out."""
+    parts = []
+    for kind in ("prompt", "answer"):
+        states, lengths = data[f"{kind}_states"][:4000], data[f"{kind}_lengths"][:4000]
+        parts.append(states[torch.arange(TEXT_LENGTH) < lengths[:, None]].float())
+    return Whitening.of(torch.cat(parts), float(CONFIG["norm_eps"]))
+
+
+def whitened(data: dict[str, Tensor], whitening: Whitening) -> dict[str, Tensor]:
+    """The same data with whitened text states."""
+    return {
+        name: torch.cat([whitening(part.float()).half() for part in value.split(2000)]) if "states" in name else value
+        for name, value in data.items()
+    }
 
 
 class Batches:
@@ -107,7 +126,7 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.weights = state["average"]
-    batches = Batches(data, batch_size, seed + run.step)
+    batches = Batches(whitened(data, whitening_of(data)), batch_size, seed + run.step)
     compiled_loss = torch.compile(loss)
     total = 0.0
     while run.step < num_steps:
@@ -130,8 +149,15 @@ def train(
             run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights)
 
 
-def export(folder: Path, weights: dict[str, Tensor]) -> ZImageTransformer2DModel:
-    """The averaged weights under their published names, in bfloat16."""
+def export(folder: Path, weights: dict[str, Tensor], whitening: Whitening) -> ZImageTransformer2DModel:
+    """The averaged weights under their published names, the whitening folded in, in bfloat16."""
+    weight, bias = whitening.fold(weights["cap_embedder.weight"], weights["cap_embedder.bias"])
+    embedder = {
+        "cap_norm.weight": torch.ones(weight.shape[1]),
+        "cap_embedder.weight": weight,
+        "cap_embedder.bias": bias,
+    }
+    weights = {**weights, **embedder}
     published = ZImageTransformer2DModel(**CONFIG)
     model = fresh_model()
     state = {}

@@ -1,0 +1,70 @@
+"""Measures the package: `python benchmarks/run.py [images|text|startup|cache|limits|all ...] [--quick] [--json FILE]`.
+
+Figures go to benchmarks/results; with --quick, which only shows that everything runs, they go nowhere but to --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from benchmarks import cache, images, limits, report, startup, text
+from benchmarks.limits import Limits
+from benchmarks.measure import Options, Report, available_cores, machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
+    "limits": limits.run,
+    "images": images.run,
+    "text": text.run,
+    "startup": startup.run,
+    "cache": cache.run,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    names = list(SUITES) if "all" in args.suites else [name for name in SUITES if name in args.suites]
+    repeats = 1 if args.quick else args.repeats
+    options = Options(args.threads, repeats, args.budget, args.dtype, args.quick)
+    console, about = Console(), machine(options.threads)
+    console.print(", ".join(f"{name} {value}" for name, value in about.items()))
+    bounds = None if args.quick and "limits" not in names else limits.measure(options)
+    found = {}
+    for name in names:
+        result = SUITES[name](options, bounds)
+        report.show(result, console)
+        found[name] = report.as_json(result, about, asdict(options))
+        if not args.quick:
+            report.write_json(RESULTS / f"{name}.json", found[name])
+            report.write_page(RESULTS)
+    if args.json:
+        report.write_json(args.json, found)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", default=["all"], choices=[*SUITES, "all"], metavar="SUITE")
+    parser.add_argument("--quick", action="store_true", help="tiny counts, to see that it runs; writes no results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="put all figures there as well")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each side of each case (default 7)")
+    parser.add_argument(
+        "--budget", type=float, default=120.0, metavar="S", help="no repeats beyond three after this long (default 120)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `images`")
+    threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
+    parser.add_argument("--threads", type=int, default=threads, help=f"of both sides (default {threads})")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
