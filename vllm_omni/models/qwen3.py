@@ -118,7 +118,7 @@ class Qwen3(nn.Module):
         if context.num_layers == self.config.num_layers:
             states = self.norm(states)
             context.tap(context.num_layers, states)
-        return states
+        return states  # type: ignore[no-any-return]
 
     def compute_logits(self, states: Tensor) -> Tensor:
         """states: [R, D] after the final norm -> [R, V]."""
@@ -156,7 +156,7 @@ class Qwen3Layer(nn.Module):
 
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
         states = states + self.self_attn(self.input_layernorm(states), cos, sin, context, index)
-        return states + self.mlp(self.post_attention_layernorm(states))
+        return states + self.mlp(self.post_attention_layernorm(states))  # type: ignore[no-any-return]
 
 
 class Qwen3Attention(nn.Module):
@@ -173,11 +173,11 @@ class Qwen3Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
-        query, key, value = (x.view(len(x), -1, self.head_dim) for x in self.qkv_proj.project(states))  # [N, H or K, d]
-        query = rotate(self.q_norm(query), cos, sin)
+        query, key, value = (x.view(len(x), -1, self.head_dim) for x in self.qkv_proj.project(states))
+        query = rotate(self.q_norm(query), cos, sin)  # [N, H, d]; key and value [N, K, d]
         key = rotate(self.k_norm(key), cos, sin)
         attended = context.attention(query, key, value, context.kv_cache[index])
-        return self.o_proj(attended.flatten(1))
+        return self.o_proj(attended.flatten(1))  # type: ignore[no-any-return]
 
 
 class Qwen3MLP(nn.Module):
@@ -191,7 +191,7 @@ class Qwen3MLP(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         gate, up = self.gate_up_proj.project(states)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
 def _count(raw: Mapping[str, Any], key: str, where: str) -> int:
