@@ -118,7 +118,7 @@ class Qwen3(nn.Module):
         if context.num_layers == self.config.num_layers:
             states = self.norm(states)
             context.tap(context.num_layers, states)
-        return states  # type: ignore[no-any-return]
+        return states
 
     def compute_logits(self, states: Tensor) -> Tensor:
         """states: [R, D] after the final norm -> [R, V]."""
@@ -156,7 +156,7 @@ class Qwen3Layer(nn.Module):
 
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
         states = states + self.self_attn(self.input_layernorm(states), cos, sin, context, index)
-        return states + self.mlp(self.post_attention_layernorm(states))  # type: ignore[no-any-return]
+        return states + self.mlp(self.post_attention_layernorm(states))
 
 
 class Qwen3Attention(nn.Module):
@@ -177,7 +177,7 @@ class Qwen3Attention(nn.Module):
         query = rotate(self.q_norm(query), cos, sin)  # [N, H, d]; key and value [N, K, d]
         key = rotate(self.k_norm(key), cos, sin)
         attended = context.attention(query, key, value, context.kv_cache[index])
-        return self.o_proj(attended.flatten(1))  # type: ignore[no-any-return]
+        return self.o_proj(attended.flatten(1))
 
 
 class Qwen3MLP(nn.Module):
@@ -191,7 +191,7 @@ class Qwen3MLP(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         gate, up = self.gate_up_proj.project(states)
-        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down_proj(F.silu(gate) * up)
 
 
 def _count(raw: Mapping[str, Any], key: str, where: str) -> int:
