@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_omni import registry
+from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import SchedulerConfig, SchedulerType
 from vllm_omni.core.policies import make_policy
 from vllm_omni.errors import ConfigError
@@ -96,6 +97,11 @@ class LastComeFirst:
         return max(waiting, key=lambda job: job.order)
 
 
-def test_a_policy_of_ones_own_is_one_row() -> None:
+def test_a_policy_of_ones_own_is_one_row_and_can_be_named_in_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.TABLES, "scheduling policy", dict(registry.TABLES["scheduling policy"]))
+    settings = ["scheduler.policy=last_come_first"]
+    with pytest.raises(ConfigError, match=r"scheduler\.policy: got 'last_come_first', expected one of 'fifo'"):
+        load_config("tiny_image", settings)
     registry.register("scheduling policy", "last_come_first", "test_policies:LastComeFirst")
-    assert policy("last_come_first").pick([Job(0), Job(1)], 0.0) == Job(1)
+    chosen = make_policy(load_config("tiny_image", settings).scheduler)
+    assert chosen.pick([Job(0), Job(1)], 0.0) == Job(1)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_omni import registry
 from vllm_omni.errors import ConfigError
-from vllm_omni.utils.checks import check_number
+from vllm_omni.utils.checks import brief, check_number, did_you_mean
 
 
 class SchedulerType(str, enum.Enum):
@@ -21,11 +22,11 @@ class SchedulerType(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Queue and order. `priority_weights`: a request's waiting time counts this much (PRIORITY); names are what
-    requests may ask for.
+    """Queue and order. `policy`: a SchedulerType, or the name of a policy that was added to the registry.
+    `priority_weights`: a request's waiting time counts this much (PRIORITY); names are what requests may ask for.
     """
 
-    policy: SchedulerType = SchedulerType.FIFO
+    policy: SchedulerType | str = SchedulerType.FIFO
     max_queue_size: int = 256
     max_running: int = 64
     priority_weights: Mapping[str, float] = field(default_factory=lambda: {"high": 4.0, "normal": 1.0, "low": 0.25})
@@ -111,8 +112,18 @@ class OmniConfig:
         ]
         for name, weight in self.scheduler.priority_weights.items():
             complaints.append(check_number(f"scheduler.priority_weights.{name}", weight, 0, above_low=True))
+        complaints.append(_check_policy(self.scheduler.policy))
         if "normal" not in self.scheduler.priority_weights:
             complaints.append("scheduler.priority_weights: 'normal' is missing; requests that name no priority have it")
         for complaint in complaints:
             if complaint:
                 raise ConfigError(complaint)
+
+
+def _check_policy(policy: object) -> str | None:
+    known = registry.names("scheduling policy")
+    if policy in known:
+        return None
+    near = did_you_mean(policy, known) if isinstance(policy, str) else ""
+    hint = near if near.startswith(" (did") else ""
+    return f"scheduler.policy: got {brief(policy)}, expected one of {', '.join(map(repr, known))}{hint}"

@@ -102,8 +102,6 @@ class StageEngine(ABC):
     """Hosts one stage. Constructing it loads the weights.
 
     options_type: frozen dataclass of the kind's own YAML keys. params_type: the params class that requests use for it.
-    is_deterministic: whether equal prompts give equal payloads whatever the parameters, so that results may be
-    reused across requests.
     """
 
     options_type: ClassVar[type]

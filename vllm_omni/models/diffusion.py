@@ -48,7 +48,6 @@ class TokenBatch(Protocol):
 class DiffusionModel(ABC):
     """default_steps and default_guidance are the published pipeline's own fallbacks."""
 
-    inputs: ClassVar[Mapping[str, str]]
     default_steps: ClassVar[int]
     default_guidance: ClassVar[float]
     num_blocks: int

@@ -6,7 +6,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable
-from typing import SupportsFloat, cast
+from typing import SupportsFloat, SupportsInt, cast
 
 
 def check_number(
@@ -22,7 +22,7 @@ def check_number(
     kind = numbers.Integral if integer else numbers.Real
     if isinstance(value, bool) or not isinstance(value, kind) or not is_finite(value):
         return f"{where}: got {brief(value)}, expected {'an integer' if integer else 'a finite number'}"
-    number = float(value)
+    number = int(cast(SupportsInt, value)) if integer else float(value)  # a float would round a large integer
     too_low = low is not None and (number <= low if above_low else number < low)
     if too_low or (high is not None and number > high):
         return f"{where}: got {brief(value)}, expected {_range_words(low, high, above_low)}"
@@ -46,10 +46,15 @@ def is_finite(value: object) -> bool:
 
 
 def _range_words(low: float | None, high: float | None, above_low: bool) -> str:
+    most = "" if high is None else f"at most {_plain(high)}"
     if low is None:
-        return f"at most {high:g}"
-    least = f"{'more than' if above_low else 'at least'} {low:g}"
-    return least if high is None else f"{least} and at most {high:g}"
+        return most
+    least = f"{'more than' if above_low else 'at least'} {_plain(low)}"
+    return f"{least} and {most}" if most else least
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,113 @@
+"""Every example runs as a user runs it, from another folder, and writes what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+PICTURE = (128, 128)
+TIMEOUT_S = 300
+
+
+def run(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=TIMEOUT_S,
+    )
+
+
+def succeed(name: str, *arguments: str, folder: Path) -> str:
+    done = run(name, *arguments, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def test_text_to_image_writes_a_picture_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    arguments = ("a large pink star", "--size", "96", "--steps", "2", "-o", "star.png")
+    assert "96 x 96" in succeed("text_to_image.py", *arguments, folder=tmp_path)
+    assert picture(tmp_path / "star.png").size == (96, 96)
+
+
+def test_loose_words_are_shown_token_by_token_before_the_picture(tmp_path: Path) -> None:
+    shown = succeed("loose_words_to_image.py", "-o", "out.png", folder=tmp_path)
+    words = re.findall(r"writer  step \d+ of at most 48  (.*)", shown)
+    (written,) = re.findall(r"wrote   (.*)", shown)
+    assert len(words) > 1 and "".join(words).strip() == written
+    assert shown.count("image   step ") == 9
+    assert picture(tmp_path / "out.png").size == PICTURE
+
+
+def test_hidden_states_are_written_and_synonyms_are_alike(tmp_path: Path) -> None:
+    shown = succeed("hidden_states.py", "-o", "states.safetensors", folder=tmp_path)
+    rows = [[float(value) for value in re.findall(r"[+-]\d\.\d\d", line)] for line in shown.split("\n")[:4]]
+    assert rows[0][1] > max(rows[0][2:]) and rows[2][3] > max(rows[2][:2])
+    with safe_open(str(tmp_path / "states.safetensors"), framework="pt") as file:
+        assert len(list(file.keys())) == 8
+        states = file.get_tensor("0.text.hidden_states")
+        assert list(file.get_tensor("0.text.first_layers").shape) == [len(states), 2 * states.shape[1]]
+
+
+def test_fan_out_gives_two_pictures_with_their_own_steps(tmp_path: Path) -> None:
+    shown = succeed("fan_out.py", "--careful-steps", "6", "-o", "pictures", folder=tmp_path)
+    assert re.findall(r"(\w+) +(\d+) steps", shown) == [("draft", "4"), ("careful", "6")]
+    for stage in ("draft", "careful"):
+        assert picture(tmp_path / "pictures" / f"{stage}.png").size == PICTURE
+
+
+def test_a_custom_stage_puts_every_pixel_between_its_two_colours(tmp_path: Path) -> None:
+    succeed("custom_stage.py", "-o", "print.png", folder=tmp_path)
+    image = picture(tmp_path / "print.png")
+    assert image.size == PICTURE
+    dark, light = (60, 0, 90), (255, 240, 200)
+    for red, green, blue in set(image.convert("RGB").getdata()):
+        share = green / (light[1] - dark[1])
+        expected = (dark[channel] + share * (light[channel] - dark[channel]) for channel in range(3))
+        assert all(abs(got - value) <= 1.5 for got, value in zip((red, green, blue), expected, strict=True))
+
+
+def test_a_custom_stage_refuses_what_its_parameters_do_not_allow(tmp_path: Path) -> None:
+    done = run("custom_stage.py", "--strength", "2", folder=tmp_path)
+    assert done.returncode != 0 and "strength: got 2.0, expected 0 to 1" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_shows_what_was_asked_written_and_run_and_writes_pictures(tmp_path: Path) -> None:
+    shown = succeed("demo.py", "-o", "demo", folder=tmp_path)
+    assert shown.count("asked  ") == shown.count("wrote  ") == 3
+    assert max(map(len, shown.split("\n")[:-2])) <= 100
+    for stage in ("writer", "image"):
+        assert len(re.findall(rf"^   {stage} +[░█ ]*█", shown, flags=re.MULTILINE)) == 3
+    folder = tmp_path / "demo"
+    assert shown.rstrip().endswith(str(folder.resolve()))
+    assert {path.name for path in folder.iterdir()} == {"1.png", "2.png", "3.png", "sheet.png", "timeline.png"}
+    assert all(picture(folder / f"{n}.png").size == PICTURE for n in (1, 2, 3))
+    sheet = picture(folder / "sheet.png")
+    assert sheet.width > 3 * 256 and sheet.height > 256
+    assert picture(folder / "timeline.png").width == 900
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_has_a_test_and_says_how_it_is_run(path: Path) -> None:
+    assert f'"{path.name}"' in Path(__file__).read_text(encoding="utf-8")
+    assert f"python examples/{path.name}" in path.read_text(encoding="utf-8").split('"""')[1]
