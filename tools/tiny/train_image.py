@@ -37,6 +37,7 @@ CONFIG = dict(
 TIME_SHIFT = 3.0
 DROPPED_TEXT = 0.08
 ANSWER_SHARE = 0.15
+PURE_NOISE_SHARE = 0.35
 MUON_PREFIXES = ("layers.", "noise_refiner.", "context_refiner.")
 
 
@@ -94,9 +95,14 @@ class Batches:
         return self.data["latents"][rows].float(), states.float(), lengths
 
     def noise_levels(self) -> Tensor:
-        """Logit-normal, shifted towards noise, where the words decide."""
+        """[size] in [0, 1]. Logit-normal, shifted towards noise; a third of them next to pure noise.
+
+        Background and places show in a latent's mean, through almost any noise: only there must the words be read.
+        """
         level = torch.randn(self.size, generator=self.generator).sigmoid()
-        return TIME_SHIFT * level / (1 + (TIME_SHIFT - 1) * level)
+        shifted = TIME_SHIFT * level / (1 + (TIME_SHIFT - 1) * level)
+        almost_pure = 1 - 0.08 * torch.rand(self.size, generator=self.generator) ** 2
+        return torch.where(torch.rand(self.size, generator=self.generator) < PURE_NOISE_SHARE, almost_pure, shifted)
 
     def noise(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator)

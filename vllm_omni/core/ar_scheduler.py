@@ -70,12 +70,10 @@ class ARScheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, their blocks taken. Empty only when there is no work."""
         chunks: list[Chunk] = []
-        num_preemptions = self.num_preemptions
         for sequence in list(self._running):
             if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
                 self._continue(sequence, chunks)
-        if self.num_preemptions == num_preemptions:
-            self._admit(chunks)
+        self._admit(chunks)  # what was preempted just now finds no room: it lost at least one of the blocks it needs
         return chunks
 
     def advance(self, chunk: Chunk) -> None:

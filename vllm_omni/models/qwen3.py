@@ -173,8 +173,8 @@ class Qwen3Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
-        query, key, value = (x.view(len(x), -1, self.head_dim) for x in self.qkv_proj.project(states))  # [N, H or K, d]
-        query = rotate(self.q_norm(query), cos, sin)
+        query, key, value = (x.view(len(x), -1, self.head_dim) for x in self.qkv_proj.project(states))
+        query = rotate(self.q_norm(query), cos, sin)  # [N, H, d]; key and value [N, K, d]
         key = rotate(self.k_norm(key), cos, sin)
         attended = context.attention(query, key, value, context.kv_cache[index])
         return self.o_proj(attended.flatten(1))
