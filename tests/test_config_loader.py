@@ -277,6 +277,11 @@ def test_an_override_replaces_what_the_file_says(override: str, read: Any, value
     assert read(load_config(config, [override])) == value
 
 
+def test_overrides_that_are_one_string_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"overrides: got the string 'name=x', expected a list"):
+        load_config(toy(), "name=x")
+
+
 def test_later_overrides_win() -> None:
     assert load_config(toy(), ["source.width=8", "source.width=9"]).stages["source"].options.width == 9
 

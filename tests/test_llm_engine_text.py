@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from ar_helpers import (
 
 from vllm_omni.engine.base import StageDone, StageProgress
 from vllm_omni.engine.llm_engine import LLMEngine
+from vllm_omni.engine.text_processor import TextProcessor
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.request import OmniRequest
@@ -138,6 +142,20 @@ def test_the_tokenizer_is_found_beside_the_model_and_its_absence_is_said(tmp_pat
     done(run(make_encoder(model, tokenizer=str(tmp_path / "words")), make_task("hello"))["r"])
     with pytest.raises(ConfigError, match=r"tokenizer: found none in .*text_encoder or .*tokenizer"):
         make_encoder(model)
+
+
+def test_a_prompt_longer_than_the_tokenizer_expects_draws_no_warning(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stage has its own limit, and says so in its own words."""
+    shutil.copytree(folder, tmp_path / "model")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    content = json.loads(settings.read_text()) if settings.exists() else {}
+    settings.write_text(json.dumps({**content, "model_max_length": 4}))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    processor = TextProcessor(tmp_path / "model")
+    assert processor.tokenizer.model_max_length == 4 and len(processor.encode("one two three four five six")) > 4
+    assert not caplog.records
 
 
 def test_an_edge_brings_the_prompt(folder: Path) -> None:

@@ -33,6 +33,8 @@ def load_config(
     first part is a stage or a top-level key, the value is YAML and replaces what stood there. model: replaces the
     file's `model`. Raises ConfigError with the file, the whole key, what it got and what it expected.
     """
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides: got the string {brief(overrides)}, expected a list of strings")
     source = "config" if isinstance(config, Mapping) else str(find_config(config))
     try:
         tree = _copied(config) if isinstance(config, Mapping) else read_yaml(Path(source))

@@ -97,7 +97,10 @@ class TextProcessor:
             raise InvalidRequestError(
                 f"prompt: got text that is not valid Unicode ({error.reason} at {error.start})"
             ) from None
-        token_ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        encoded = self.tokenizer(
+            text, add_special_tokens=add_special_tokens, verbose=False
+        )  # lengths are checked later
+        token_ids: list[int] = encoded["input_ids"]
         return token_ids
 
 
