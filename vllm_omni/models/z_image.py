@@ -143,7 +143,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate).mul_(up))
+        return self.w2(F.silu(gate) * up)
 
 
 class Block(nn.Module):
