@@ -11,10 +11,12 @@ import dataclasses
 import enum
 import inspect
 import re
+import shlex
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, StageConfig
 from vllm_omni.engine.ar_input import DEFAULT_MAX_TOKENS
 from vllm_omni.engine.ar_options import AROptions, Tap
 from vllm_omni.engine.dit_options import DiTOptions, StepCacheOptions
+from vllm_omni.entrypoints.cli import build_parser
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.layers.sampler import SamplingRow
 from vllm_omni.models.z_image_pipeline import ZImagePipeline
@@ -350,6 +353,31 @@ def test_yaml_blocks_with_stages_are_configs_that_load(page: Path, tmp_path: Pat
         path = tmp_path / f"{index}.yaml"
         path.write_text(block, encoding="utf-8")
         build_graph(load_config(path))
+
+
+def shell_lines(page: Path) -> list[list[str]]:
+    blocks = re.findall(r"^```bash\n(.*?)^```$", read(page), flags=re.MULTILINE | re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_commands_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lines = shell_lines(ROOT / "README.md")
+    assert {line[0] for line in lines} == {"make", "pip", "python", "vllm-omni"}
+    for command, *arguments in lines:
+        if command == "vllm-omni":
+            build_parser().parse_args(arguments)
+        elif command == "make":
+            assert re.search(rf"^{arguments[0]}:", makefile, flags=re.MULTILINE)
+        elif command == "python":
+            assert arguments[0] == "-m" and find_spec(arguments[1])
+
+
+def test_the_readme_lists_the_folders_that_there_are() -> None:
+    listed = {cell.rstrip("/") for cell in first_cells(read(ROOT / "README.md"), "Folder")}
+    parts = {f"vllm_omni/{path.name}" for path in (ROOT / "vllm_omni").iterdir() if path.is_dir()}
+    assert all((ROOT / folder).is_dir() for folder in listed)
+    assert {part for part in parts if not part.endswith("__pycache__")} <= listed
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
