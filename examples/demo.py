@@ -23,7 +23,7 @@ CONFIG = "tiny_omni.yaml"
 PROMPTS = (
     "please paint a crimson ball to the left of a navy box",
     "could you draw me a golden five-pointed star beneath an emerald hoop",
-    "I would like a tiny violet lozenge and a turquoise pyramid to its right on a pale background",
+    "I would like a turquoise pyramid with a tiny violet lozenge to its right on a pale background",
 )
 COLUMNS = 100
 BAR = 46  # characters
@@ -168,7 +168,7 @@ def main() -> int:
         params = [DiffusionParams(seed=args.seed + index) for index in range(len(PROMPTS))]
         outputs = omni.generate(list(PROMPTS), params)
     total_s = time.perf_counter() - begin - loaded_s
-    print(f"{CONFIG}: a Qwen3 writes the scene; a diffusion transformer draws it from the writer's hidden states.")
+    print(f"{CONFIG}: a Qwen3 writes the scene, a DiT draws it from the hidden states of the words.")
     print(f"Loaded in {loaded_s:.1f} s, then {len(PROMPTS)} requests at once in {total_s:.1f} s.  ░ queued  █ ran\n")
 
     end_s = max((span.ended_s for output in outputs for span in spans(output)), default=1.0)

@@ -13,7 +13,7 @@ from dit_helpers import engine, pictures, random_pipeline, random_transformer, r
 from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.models.loader import load_weights, plan_loading
 from vllm_omni.models.packing import padded
-from vllm_omni.models.z_image import ZImageConfig, ZImageTransformer
+from vllm_omni.models.z_image import ZImageConfig, ZImageTransformer, real_product, rotated
 from vllm_omni.params import DiffusionParams
 
 PUBLISHED = dict(
@@ -129,3 +129,10 @@ def test_missing_left_over_and_misshapen_tensors_are_named(tmp_path: Path) -> No
 def test_what_the_model_does_not_compute_is_refused(change: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         ZImageConfig.from_dict({**PUBLISHED, **change})
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 2, 32), (3, 96, 6, 32)])
+def test_rotation_is_the_same_product_for_eyes_and_compilers(shape: tuple[int, ...]) -> None:
+    x, turns = torch.randn(shape), torch.randn(shape[1], shape[3] // 2, 2)
+    expected = real_product(x.unflatten(-1, (-1, 2)), turns[:, None]).flatten(-2)
+    torch.testing.assert_close(rotated(x, turns), expected)

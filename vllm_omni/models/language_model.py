@@ -55,7 +55,7 @@ class HiddenStateTaps:
         self, layers: Sequence[int], num_slots: int, hidden_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._columns = {layer: column for column, layer in enumerate(sorted(set(layers)))}
-        self._states = torch.zeros(len(self._columns), num_slots, hidden_size, dtype=dtype, device=device)
+        self._states = torch.empty(len(self._columns), num_slots, hidden_size, dtype=dtype, device=device)
 
     def write(self, layer: int, states: Tensor, slots: Tensor) -> None:
         """states: [>= N, D] of one layer, slots: [N]; layers that are not tapped are passed over."""

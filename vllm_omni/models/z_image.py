@@ -185,18 +185,30 @@ class FinalLayer(nn.Module):
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    return x * (1.0 + scale)
+    return torch.addcmul(x, x, scale)
 
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    return x + gate.tanh() * update
+    return torch.addcmul(x, gate.tanh(), update)
 
 
 def rotated(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates neighbouring pairs of [rows, L, H, head_dim] by rope [L, head_dim / 2, 2], in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope[:, None].unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    """Rotates neighbouring pairs of [rows, L, H, head_dim] by rope [L, head_dim / 2, 2], in float32.
+
+    One complex product is several times as fast as four real ones, except for a compiler, which fuses those.
+    """
+    pairs, turns = x.float().unflatten(-1, (-1, 2)), rope[:, None]
+    if torch.compiler.is_compiling():
+        return real_product(pairs, turns).flatten(-2).to(x.dtype)
+    product = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
+    return torch.view_as_real(product).flatten(-2).to(x.dtype)
+
+
+def real_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of complex numbers that stand as [..., 2]."""
+    (a_real, a_imaginary), (b_real, b_imaginary) = a.unbind(-1), b.unbind(-1)
+    real = a_real * b_real - a_imaginary * b_imaginary
+    return torch.stack([real, a_real * b_imaginary + a_imaginary * b_real], dim=-1)
 
 
 class ZImageTransformer(nn.Module):

@@ -47,7 +47,8 @@ class ModelRunner:
         self._attention = attention
         self._num_layers = config.num_layers if can_sample else max(tapped_layers, default=0)
         pool = (self._num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self._kv_cache = torch.zeros(pool, dtype=dtype, device=device)
+        # Not zeroed: nothing reads a slot before it is written, and pages that are never touched take no memory.
+        self._kv_cache = torch.empty(pool, dtype=dtype, device=device)
         num_slots = num_blocks * block_size
         self._taps = (
             HiddenStateTaps(tapped_layers, num_slots, config.hidden_size, dtype, device) if tapped_layers else None
