@@ -143,6 +143,7 @@ def test_sigmas_set_the_schedule(folder: Path) -> None:
         ({"guidance_scale": 1e6}, "guidance_scale"),
         ({"num_outputs": 1_000}, "num_outputs"),
         ({"strength": 0.5}, "strength"),
+        ({"negative_prompt": "blur", "guidance_scale": 0.0}, "negative_prompt"),
         ({"duration_s": 2.0}, "duration_s"),
         ({"extra": {"cfg_normalisation": 1.0}}, "cfg_normalization"),
         ({"extra": {"cfg_truncation": float("nan")}}, "cfg_truncation"),

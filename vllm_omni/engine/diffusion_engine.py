@@ -108,17 +108,7 @@ class DiffusionEngine(StageEngine):
     def check(self, request: OmniRequest, params: StageParams) -> None:
         params = _diffusion_params(params)
         self.model.check(params)
-        height, width = self.model.size(params)
-        limits = self._limits
-        guidance = _guidance(params, type(self.model))
-        for complaint in (
-            check_number("height * width", height * width, 1, limits.max_pixels, integer=True),
-            check_number("num_inference_steps", self._num_steps(params), 1, limits.max_inference_steps, integer=True),
-            check_number("guidance_scale", guidance, 0, limits.max_guidance_scale),
-            check_number("num_outputs", params.num_outputs or 1, 1, limits.max_outputs, integer=True),
-        ):
-            if complaint:
-                raise InvalidRequestError(f"{complaint} (limits.* of the config can raise this)")
+        self._check_limits(params)
         if params.sigmas is not None and params.num_inference_steps not in (None, len(params.sigmas)):
             raise InvalidRequestError(
                 f"sigmas: got {len(params.sigmas)} of them and num_inference_steps {params.num_inference_steps};"
@@ -129,6 +119,26 @@ class DiffusionEngine(StageEngine):
                 "output_type: got 'latent', but nobody reads the latents;"
                 f" list '{self.stage.name}.latents' in the config's outputs"
             )
+        self._check_guidance(request, params)
+
+    def _check_limits(self, params: DiffusionParams) -> None:
+        height, width = self.model.size(params)
+        limits = self._limits
+        for complaint in (
+            check_number("height * width", height * width, 1, limits.max_pixels, integer=True),
+            check_number("num_inference_steps", self._num_steps(params), 1, limits.max_inference_steps, integer=True),
+            check_number("guidance_scale", _guidance(params, type(self.model)), 0, limits.max_guidance_scale),
+            check_number("num_outputs", params.num_outputs or 1, 1, limits.max_outputs, integer=True),
+        ):
+            if complaint:
+                raise InvalidRequestError(f"{complaint} (limits.* of the config can raise this)")
+
+    def _check_guidance(self, request: OmniRequest, params: DiffusionParams) -> None:
+        guidance = _guidance(params, type(self.model))
+        if not self.model.guides(guidance) and (params.negative_prompt or request.negative_prompt):
+            raise InvalidRequestError(
+                f"negative_prompt: guidance_scale {guidance:g} never reads it; raise guidance_scale or leave it out"
+            )
         if self.model.guides(guidance) and "negative_prompt_embeds" not in self.stage.inputs:
             raise InvalidRequestError(
                 f"guidance_scale: got {guidance}, but stage {self.stage.name!r} has no input negative_prompt_embeds;"
@@ -137,10 +147,10 @@ class DiffusionEngine(StageEngine):
 
     def submit(self, task: StageTask) -> None:
         try:
-            states = self._begin(task)
-            for state in states:
+            job = _Job(task, self._begin(task))
+            self._jobs[task.request_id] = job
+            for state in job.states:
                 self._scheduler.add(state.key, state.num_tokens, state)
-            self._jobs[task.request_id] = _Job(task, states)
         except Exception as error:
             self._fail(task.request_id, error)
 

@@ -39,23 +39,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def free_memory_bytes(device: torch.device) -> int | None:
-    """Free memory of an accelerator, None where the operating system decides."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return None
-
-
 def total_memory_bytes(device: torch.device) -> int | None:
     """All memory of an accelerator, None where the operating system decides."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return None
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what was asked of it (for measurements)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
