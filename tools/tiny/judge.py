@@ -6,11 +6,15 @@ from itertools import permutations
 
 import numpy as np
 
-from tools.tiny.detect import LARGE_RADIUS, SMALL_RADIUS, Found, detect
+from tools.tiny.detect import Found, detect
 from tools.tiny.world import Scene, Thing
 
 GREY_RANGES = {"dark": (25, 90), "grey": (90, 168), "light": (168, 245)}
 NEAR, FAR = 0.4, 0.6
+# Half way between the sizes of the world (0.1, 0.14 and 0.19 of the side), for a circle; and how much farther from the
+# centre than a circle's edge the corners of the other shapes lie at the same size.
+MOST_SMALL, LEAST_LARGE = 0.12, 0.165
+CORNERS = {"circle": 1.0, "ring": 1.0, "square": 1.2, "diamond": 1.1, "triangle": 1.15, "star": 1.15}
 AXES = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "below": ("y", 1)}
 
 
@@ -37,11 +41,8 @@ def complaint(image: np.ndarray, scene: Scene) -> str | None:
 
 
 def is_thing(found: Found, thing: Thing) -> bool:
-    size_is_right = {
-        None: True,
-        "small": found.radius < SMALL_RADIUS * 1.12,
-        "large": found.radius > LARGE_RADIUS * 0.97,
-    }[thing.size]
+    nominal = found.radius / CORNERS[found.shape]
+    size_is_right = {None: True, "small": nominal < MOST_SMALL, "large": nominal > LEAST_LARGE}[thing.size]
     return found.colour == thing.colour and found.shape == thing.shape and size_is_right
 
 
