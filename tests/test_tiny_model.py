@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,6 +131,18 @@ def test_diffusers_draws_the_same_from_the_shipped_folder(image: Omni) -> None:
     assert output.error is None
     difference = np.abs(np.asarray(expected).astype(int) - np.asarray(output.images[0]).astype(int))
     assert difference.max() <= 2
+
+
+def test_training_is_one_command_that_resumes(tmp_path: Path) -> None:
+    """The whole way in a few steps, twice: the second time everything is already there."""
+    command = [sys.executable, "-m", "tools.tiny.train", "--quick"]
+    folders = ["--runs", str(tmp_path / "runs"), "--asset", str(tmp_path / "asset")]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    for _ in range(2):
+        subprocess.run([*command, *folders], check=True, capture_output=True, timeout=300, env=environment)
+    with Omni("tiny_omni.yaml", model=str(tmp_path / "asset"), progress=False) as omni:
+        output = omni.generate("a red ball", DiffusionParams(num_inference_steps=1))[0]
+    assert output.error is None and output.images[0].size == (128, 128)
 
 
 def test_a_sheet_of_pictures_is_written(tmp_path: Path) -> None:

@@ -15,7 +15,11 @@ from pathlib import Path
 
 from tools.tiny.assemble import assemble
 
-PARTS = ("train_text", "train_vae", "train_image")
+QUICK = {
+    "train_text": ["--steps", "2", "--batch-size", "4", "--judged", "4"],
+    "train_vae": ["--steps", "2", "--pictures", "32"],
+    "train_image": ["--steps", "2", "--pictures", "128", "--batch-size", "4"],
+}
 
 
 def main() -> None:
@@ -23,11 +27,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny-image"))
     parser.add_argument("--asset", type=Path, default=Path("vllm_omni/assets/tiny-image"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     args = parser.parse_args()
     folders = {"train_text": args.runs / "text", "train_vae": args.runs / "vae", "train_image": args.runs}
-    for part in PARTS:
-        command = [sys.executable, "-m", f"tools.tiny.{part}", "--folder", str(folders[part]), "--seed", str(args.seed)]
-        subprocess.run(command, check=True)
+    for part, folder in folders.items():
+        command = [sys.executable, "-m", f"tools.tiny.{part}", "--folder", str(folder), "--seed", str(args.seed)]
+        subprocess.run([*command, *(QUICK[part] if args.quick else ())], check=True)
     assemble(args.runs, args.asset)
 
 

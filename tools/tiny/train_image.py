@@ -179,8 +179,8 @@ def export(folder: Path, weights: dict[str, Tensor], whitening: Whitening) -> ZI
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-image"))
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--pictures", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=4100)
+    parser.add_argument("--pictures", type=int, default=25_600)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=0)

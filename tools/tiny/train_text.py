@@ -120,7 +120,9 @@ def rewriting_accuracy(
     return sum(text == scene for text, (_, scene) in zip(texts, pairs, strict=True)) / count
 
 
-def train(folder: Path, num_steps: int, batch_size: int, learning_rate: float, seed: int) -> Qwen3ForCausalLM:
+def train(
+    folder: Path, num_steps: int, batch_size: int, learning_rate: float, judged: int, seed: int
+) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(seed)
     model = Qwen3ForCausalLM(model_config(len(tokenizer)))
@@ -152,7 +154,7 @@ def train(folder: Path, num_steps: int, batch_size: int, learning_rate: float, s
     model.load_state_dict(average.weights, strict=False)
     model.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
-    seen, unseen = (rewriting_accuracy(model, tokenizer, 7, 400, flag) for flag in (False, True))
+    seen, unseen = (rewriting_accuracy(model, tokenizer, 7, judged, flag) for flag in (False, True))
     run.log(final_seen=seen, final_unseen=unseen)
     return model
 
@@ -163,9 +165,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--judged", type=int, default=400, help="held-out requests in the final judgement")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.folder, args.steps, args.batch_size, args.learning_rate, args.seed)
+    train(args.folder, args.steps, args.batch_size, args.learning_rate, args.judged, args.seed)
 
 
 if __name__ == "__main__":
