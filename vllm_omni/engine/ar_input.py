@@ -56,7 +56,7 @@ class PreparedPrompt:
 def read_prompt(options: AROptions, request: OmniRequest, inputs: Mapping[str, Any]) -> Prompt:
     """What a task's prompt is: what its edge brings, else the field of the request that the stage reads."""
     if "prompt" in inputs:
-        return inputs["prompt"]  # type: ignore[no-any-return]
+        return inputs["prompt"]
     return request.prompt if options.prompt == "prompt" else _negative_prompt(request)
 
 

@@ -24,4 +24,4 @@ class MergedLinear(nn.Linear):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: [N, in_features] -> one view [N, width] per part."""
-        return self(x).split(list(self.parts.values()), dim=-1)  # type: ignore[no-any-return]
+        return self(x).split(list(self.parts.values()), dim=-1)
