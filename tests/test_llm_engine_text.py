@@ -191,3 +191,13 @@ def test_the_negative_prompt_is_read_from_params_then_request(folder: Path, requ
     task = type(task)(OmniRequest(prompt="positive", request_id="r", **request_keys), "text", SamplingParams())
     reference = run(make_encoder(folder, chat_template=True), make_task(expected))["r"]
     assert torch.equal(states_of(run(engine, task)["r"]), states_of(reference))
+
+
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+def test_decoding_gives_what_the_tokenizer_gives(folder: Path, skip_special_tokens: bool) -> None:
+    processor = TextProcessor(folder)
+    for token_ids in torch.randint(0, len(processor.tokenizer), (50, 12)).tolist():
+        expected = processor.tokenizer.decode(
+            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        assert processor.decode(token_ids, skip_special_tokens) == expected

@@ -44,12 +44,17 @@ class TextProcessor:
     def __init__(
         self, folder: Path, *, chat_template: bool = True, template_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises whatever its parsers raise
             raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from error
+        # A token is decoded at every step, and the library's checks and conversions around that cost more than it does.
+        is_plain = isinstance(self.tokenizer, PreTrainedTokenizerFast) and (
+            type(self.tokenizer)._decode is PreTrainedTokenizerFast._decode
+        )
+        self._backend = self.tokenizer.backend_tokenizer if is_plain else None
         self._folder = folder
         self._has_template = bool(self.tokenizer.chat_template)
         self._applies_template = chat_template and self._has_template
@@ -69,6 +74,8 @@ class TextProcessor:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids, exactly as the tokens spell it."""
+        if self._backend is not None:
+            return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
         text: str = self.tokenizer.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )

@@ -119,22 +119,27 @@ class _DecodeGroup:
     rows: Tensor  # [G] rows of the query
     blocks: Tensor  # [G, blocks]
     mask: Tensor  # [G, P] bool, True where there is a token
+    is_vacant: Tensor  # [G, block_size] bool, True where the last block has none
 
     @classmethod
     def of(cls, metadata: AttentionMetadata, num_blocks: int, members: list[int]) -> _DecodeGroup:
         device = metadata.block_table.device
         lengths = torch.tensor([metadata.context_lens[index] for index in members], device=device)
+        mask = torch.arange(num_blocks * metadata.block_size, device=device) < lengths[:, None]
         return cls(
             rows=torch.tensor([metadata.query_starts[index] for index in members], device=device),
             blocks=metadata.block_table[torch.tensor(members, device=device), :num_blocks],
-            mask=torch.arange(num_blocks * metadata.block_size, device=device) < lengths[:, None],
+            mask=mask,
+            is_vacant=~mask[:, -metadata.block_size :],
         )
 
     def gather(self, kv_cache: Tensor) -> Tensor:
-        """[2, G, P, K, D]. Slots without a token are zeroed: what a former owner left there may be NaN, and 0 * NaN is
-        NaN.
+        """[2, G, P, K, D]. Slots without a token, all in the last block, are zeroed: what stands there may be NaN, and
+        0 * NaN is NaN.
         """
-        return kv_cache[:, self.blocks].flatten(2, 3).masked_fill_(~self.mask[None, :, :, None, None], 0)
+        blocks = kv_cache[:, self.blocks]  # [2, G, blocks, block_size, K, D]
+        blocks[:, :, -1].masked_fill_(self.is_vacant[None, :, :, None, None], 0)
+        return blocks.flatten(2, 3)
 
 
 def _causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
