@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_omni.config.schema import DiTCacheConfig
 from vllm_omni.core.caches.first_block import FirstBlockCache
 from vllm_omni.core.dit_cache_manager import DiTCacheManager
 from vllm_omni.core.step_scheduler import StepScheduler
@@ -14,7 +15,7 @@ from vllm_omni.errors import CacheError, SchedulerError
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    caches = DiTCacheManager(30)
+    caches = DiTCacheManager(max_bytes=30)
     for key in "abc":
         caches.set_cache(key, key.upper(), 10)
     assert caches.get_cache("a") == "A"
@@ -23,14 +24,14 @@ def test_the_least_recently_used_goes_first() -> None:
 
 
 def test_what_can_never_fit_is_refused_and_evicts_nobody() -> None:
-    caches = DiTCacheManager(10)
+    caches = DiTCacheManager(max_bytes=10)
     caches.set_cache("a", 1, 10)
     assert not caches.set_cache("b", 2, 11)
     assert "a" in caches and caches.get_stats()["refused"] == 1
 
 
 def test_hit_rate_counts_lookups() -> None:
-    caches = DiTCacheManager(10)
+    caches = DiTCacheManager(max_bytes=10)
     assert caches.get_hit_rate() == 0.0
     caches.set_cache("a", 1, 1)
     caches.get_cache("a")
@@ -39,7 +40,16 @@ def test_hit_rate_counts_lookups() -> None:
     with pytest.raises(CacheError):
         caches.set_cache("x", 1, -1)
     with pytest.raises(CacheError):
-        DiTCacheManager(-1)
+        DiTCacheManager(max_bytes=-1)
+
+
+def test_the_budget_comes_from_the_config_and_tensors_are_measured() -> None:
+    caches = DiTCacheManager(DiTCacheConfig(max_memory_mb=0.001))
+    assert caches.max_bytes == 1048
+    assert caches.set_cache("a", torch.zeros(100)) and caches.used_bytes == 400
+    assert caches.set_cache("b", {"x": torch.zeros(10), "y": [torch.zeros(5)]}) and caches.used_bytes == 460
+    assert not caches.set_cache("c", torch.zeros(1000)) and "a" in caches
+    assert caches.set_cache("d", "words") and caches.used_bytes > 460
 
 
 OPERATIONS = st.tuples(
@@ -49,7 +59,7 @@ OPERATIONS = st.tuples(
 
 @given(st.lists(OPERATIONS, max_size=60))
 def test_random_operations_keep_the_books(operations: list[tuple[str, int, int]]) -> None:
-    caches, kept = DiTCacheManager(100), {}
+    caches, kept = DiTCacheManager(max_bytes=100), {}
     for operation, key, size in operations:
         if operation == "set":
             assert caches.set_cache(key, (key, size), size)

@@ -6,12 +6,18 @@ One instance is one budget with least-recently-used eviction. It knows keys and 
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from vllm_omni.config.schema import DiTCacheConfig
 from vllm_omni.errors import CacheError
+
+MEGABYTE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +27,14 @@ class _Entry:
 
 
 class DiTCacheManager:
-    """Values under hashable keys, at most `max_bytes` together; the least recently used goes first."""
+    """Values under hashable keys, at most a budget together; the least recently used goes first.
 
-    def __init__(self, max_bytes: int) -> None:
+    The budget is the config's `max_memory_mb`, or `max_bytes` where that is given.
+    """
+
+    def __init__(self, config: DiTCacheConfig | None = None, *, max_bytes: int | None = None) -> None:
+        if max_bytes is None:
+            max_bytes = int((config or DiTCacheConfig()).max_memory_mb * MEGABYTE)
         if max_bytes < 0:
             raise CacheError(f"max_bytes: got {max_bytes}, expected at least 0")
         self.max_bytes = max_bytes
@@ -47,8 +58,12 @@ class DiTCacheManager:
         self._entries.move_to_end(key)
         return entry.value
 
-    def set_cache(self, key: Hashable, value: Any, num_bytes: int) -> bool:
-        """Keeps `value`, evicting others as needed. False (and nothing kept under `key`) when it can never fit."""
+    def set_cache(self, key: Hashable, value: Any, num_bytes: int | None = None) -> bool:
+        """Keeps `value`, evicting others as needed. False (and nothing kept under `key`) when it can never fit.
+
+        num_bytes: what it takes; None measures a tensor, or a mapping or sequence of tensors.
+        """
+        num_bytes = measured_bytes(value) if num_bytes is None else num_bytes
         if num_bytes < 0:
             raise CacheError(f"num_bytes of {key!r}: got {num_bytes}, expected at least 0")
         self.invalidate_cache(key)
@@ -102,3 +117,14 @@ class DiTCacheManager:
         total = sum(entry.num_bytes for entry in self._entries.values())
         if total != self.used_bytes or total > self.max_bytes:
             raise CacheError(f"cache holds {total} bytes, books say {self.used_bytes}, budget is {self.max_bytes}")
+
+
+def measured_bytes(value: Any) -> int:
+    """Bytes of a tensor, of all tensors in a mapping or sequence, or of any other object by itself."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(measured_bytes, value.values()))
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return sum(map(measured_bytes, value))
+    return sys.getsizeof(value)

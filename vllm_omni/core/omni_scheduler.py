@@ -44,7 +44,7 @@ class OmniScheduler:
         self._config = config
         self._graph = graph
         self._policy = make_policy(config.scheduler)
-        self._embeddings = DiTCacheManager(int(config.dit_cache.prompt_embeds_mb * MIB))
+        self._embeddings = DiTCacheManager(max_bytes=int(config.dit_cache.prompt_embeds_mb * MIB))
         self._is_started = False
         self._is_stopped = False
         self._num_admitted = 0
@@ -197,7 +197,7 @@ class OmniScheduler:
         self._check_update(config)
         policy = make_policy(config.scheduler)
         if config.dit_cache.prompt_embeds_mb != self._config.dit_cache.prompt_embeds_mb:
-            self._embeddings = DiTCacheManager(int(config.dit_cache.prompt_embeds_mb * MIB))
+            self._embeddings = DiTCacheManager(max_bytes=int(config.dit_cache.prompt_embeds_mb * MIB))
         self._policy, self._config = policy, config
 
     def check_integrity(self) -> None:

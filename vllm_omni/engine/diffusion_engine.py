@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.core.dit_cache_manager import DiTCacheManager
+from vllm_omni.core.dit_cache_manager import MEGABYTE, DiTCacheManager
 from vllm_omni.core.step_scheduler import StepScheduler
 from vllm_omni.engine.base import (
     EngineContext,
@@ -36,8 +36,6 @@ from vllm_omni.utils.checks import check_number
 from vllm_omni.utils.device import resolve_device, resolve_dtype
 from vllm_omni.utils.files import read_json, resolve_model_folder
 from vllm_omni.worker.diffusion_runner import NEGATIVE, POSITIVE, DiffusionRunner, DiffusionState
-
-MEGABYTE = 2**20
 
 
 @dataclass(slots=True)
@@ -98,7 +96,7 @@ class DiffusionEngine(StageEngine):
             (model_class.__name__, folder.resolve(), context.device, context.dtype),
             lambda: model_class.load(folder, context.device, context.dtype),
         )
-        self._caches = DiTCacheManager(int(context.config.dit_cache.max_memory_mb * MEGABYTE))
+        self._caches = DiTCacheManager(context.config.dit_cache)
         cache_type = resolve("step cache", options.cache.policy)
         self.runner = DiffusionRunner(self.model, cache_type, options.cache.threshold, self._caches)
         self._scheduler: StepScheduler[DiffusionState] = StepScheduler(options.max_batch_tokens, options.max_batch_size)

@@ -1,1 +1,1 @@
-"""entrypoints"""
+"""How the package is used: Omni, AsyncOmni and the command line."""

@@ -1,1 +1,1 @@
-"""Helpers below everything else: devices, validation of numbers, logging."""
+"""Helpers below everything else: devices, files, validation of numbers."""

@@ -1,1 +1,1 @@
-"""worker"""
+"""Runners: they hold weights and device memory and run one batch."""
