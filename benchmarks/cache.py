@@ -98,7 +98,7 @@ class Ours:
 
 
 def run(options: Options, limits: Limits | None = None) -> Report:
-    count, part = (4, 2) if options.is_quick else (160, 16)
+    count, part = (4, 2) if options.is_quick else (64, 16)
     variants = [Variant(steps, None) for steps in (STEPS[:2] if options.is_quick else STEPS)]
     variants += [
         Variant(steps, threshold)
