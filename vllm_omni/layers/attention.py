@@ -81,8 +81,8 @@ class SDPAAttention(PagedAttention):
     """torch's fused kernels: one call per prompt chunk, and one per group of single-token queries with equally many
     blocks.
 
-    A group is padded to whole blocks, which depends on the sequence alone, so that a row's result does not depend on
-    its batch-mates.
+    A group is padded to whole blocks, which depends on the sequence alone: batch-mates change a row's result by no more
+    than the rounding of torch's kernels.
     """
 
     def __init__(self, metadata: AttentionMetadata) -> None:

@@ -16,10 +16,6 @@ from vllm_omni.core.sequence import Sequence
 from vllm_omni.layers.attention import AttentionMetadata, PagedAttention, SDPAAttention
 from vllm_omni.models.language_model import ForwardContext, HiddenStateTaps, LanguageModel
 
-# A float32 product of fewer rows goes through other kernels on the CPU, which add up in another order; padding to this
-# many makes a row's result the same bits whatever its batch.
-MIN_ROWS = 4
-
 
 class ModelRunner:
     """One model with its own KV pool.
@@ -64,15 +60,13 @@ class ModelRunner:
         """Computes the tokens of all chunks -> logits [R, V] for those that sample, in their order."""
         token_ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
-        padding = [0] * (MIN_ROWS - len(token_ids))
         context = ForwardContext(self._attention(self._metadata(chunks)), self._kv_cache, self._num_layers, self._taps)
-        states = self._model(self._tensor(token_ids + padding), self._tensor(positions + padding), context)
+        states = self._model(self._tensor(token_ids), self._tensor(positions), context)
         ends = context.attention.metadata.query_starts[1:]
         rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
         if not rows:
             return states.new_empty(0, self._model.config.vocab_size)
-        padded_rows = rows + [0] * (MIN_ROWS - len(rows))
-        return self._model.compute_logits(states[self._tensor(padded_rows)])[: len(rows)]
+        return self._model.compute_logits(states[self._tensor(rows)])
 
     def tapped_states(self, sequence: Sequence, layers: Many[int], start: int, stop: int) -> Tensor:
         """The states [stop - start, len(layers) * D] of the tokens [start, stop) of a sequence that still holds its
