@@ -26,7 +26,7 @@ from vllm_omni.engine.base import (
 )
 from vllm_omni.engine.boundary import stage_error
 from vllm_omni.engine.dit_options import DiTOptions
-from vllm_omni.errors import ConfigError, InvalidRequestError, OmniError
+from vllm_omni.errors import ConfigError, InvalidRequestError, OmniError, StageError
 from vllm_omni.models.diffusion import DiffusionModel
 from vllm_omni.params import MAX_SEED, DiffusionParams, StageParams
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec
@@ -183,7 +183,7 @@ class DiffusionEngine(StageEngine):
         self._scheduler.check_integrity()
         held = sum(not state.is_done for job in self._jobs.values() for state in job.states)
         if held != len(self._scheduler):
-            raise AssertionError(f"{held} states are unfinished, {len(self._scheduler)} are scheduled")
+            raise StageError(f"{held} states are unfinished, {len(self._scheduler)} are scheduled")
 
     def _num_steps(self, params: DiffusionParams) -> int:
         if params.sigmas is not None:
