@@ -1,0 +1,1 @@
+"""Trains and judges `vllm_omni/assets/tiny-audio`: notes, chords, four timbres, at 16 kHz."""
