@@ -20,6 +20,7 @@ SPEEDS = ("slow", "fast")
 NOTE_S = {"slow": 0.5, "fast": 0.25}
 MAX_NOTES = 4
 MAX_CHORD = 3
+MIN_INTERVAL, MAX_SPAN = 3, 11  # semitones between a chord's neighbours, and from its lowest to its highest
 DURATION_S = 2.0
 HELD_OUT_SHARE = 10  # one in so many
 
@@ -77,13 +78,22 @@ def is_held_out(sound: Sound) -> bool:
     return int(hashlib.sha256(repr(meant).encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 
+def sample_chord(rng: random.Random, count: int) -> tuple[str, ...]:
+    """Notes from low to high, a minor third or more apart and within one octave."""
+    while True:
+        places = sorted(rng.sample(range(len(NOTES)), count))
+        gaps = [high - low for low, high in zip(places, places[1:], strict=False)]
+        if min(gaps) >= MIN_INTERVAL and sum(gaps) <= MAX_SPAN:
+            return tuple(NOTES[place] for place in places)
+
+
 def sample_sound(rng: random.Random, *, held_out: bool = False) -> Sound:
     """A random sound, one that is kept for judging or one that is not. Notes of a row may repeat, a chord's do not."""
     while True:
         is_chord = rng.random() < 0.3
         if is_chord:
             count = rng.choice(range(2, MAX_CHORD + 1))
-            notes = tuple(sorted(rng.sample(NOTES, count), key=NOTES.index))
+            notes = sample_chord(rng, count)
         else:
             count = rng.choices((1, 2, 3, 4), (0.25, 0.25, 0.25, 0.25))[0]
             notes = tuple(rng.choice(NOTES) for _ in range(count))
