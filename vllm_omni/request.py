@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from vllm_omni.audio import Audio
+
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
 P = TypeVar("P", bound=StageParams)
@@ -162,6 +164,7 @@ class StageResult:
 
     completions: tuple[Completion, ...] = ()
     images: tuple[Image, ...] = ()
+    audios: tuple[Audio, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +190,10 @@ class OmniOutput:
     @property
     def images(self) -> list[Image]:
         return [image for result in self.results.values() for image in result.images]
+
+    @property
+    def audios(self) -> list[Audio]:
+        return [audio for result in self.results.values() for audio in result.audios]
 
     @property
     def completions(self) -> list[Completion]:
