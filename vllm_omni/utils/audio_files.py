@@ -40,7 +40,7 @@ class AudioHeader:
 
 
 class AudioReader:
-    """A sound file that is open for reading (any container that libsndfile knows).
+    """A sound file that is open for reading (any container that libsndfile knows); a context manager.
 
     file: binary, seekable, at its beginning; it stays the caller's. name: how messages call it. Opening reads the
     header alone; InvalidRequestError for what is no sound, or has no sample rate.
@@ -100,8 +100,10 @@ class AudioReader:
             "save or copy it again"
         )
 
-    def close(self) -> None:
-        """Lets go of the decoder; the file stays open."""
+    def __enter__(self) -> AudioReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._sound.close()
 
 
