@@ -8,13 +8,15 @@ import random
 from pathlib import Path
 
 import torch
-from diffusers import AceStepPipeline, AutoencoderOobleck
+from diffusers import AutoencoderOobleck
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import trange
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Model
 
+from tools.tiny.audio.prompt import sound_prompt
 from tools.tiny.audio.render import render
+from tools.tiny.audio.train_text import LYRICS
 from tools.tiny.audio.train_vae import HOP, plain_convolutions
 from tools.tiny.audio.words import wording
 from tools.tiny.audio.world import DURATION_S, sample_sound
@@ -23,20 +25,6 @@ TEXT_LENGTH = 96
 SHORT_DURATIONS_S = (1.0, 1.5)
 SHORT_SHARE = 0.15
 CHUNK = 64
-
-
-def prompts(wordings: list[str], durations_s: list[float]) -> list[str]:
-    """What ACE-Step's pipeline feeds its text encoder for these captions."""
-    pipeline = AceStepPipeline.__new__(AceStepPipeline)
-    return [
-        AceStepPipeline._format_prompt(pipeline, words, audio_duration=seconds)[0]
-        for words, seconds in zip(wordings, durations_s, strict=True)
-    ]
-
-
-def empty_lyrics() -> str:
-    """What the pipeline looks up in the embedding table where there are no lyrics."""
-    return AceStepPipeline._format_prompt(AceStepPipeline.__new__(AceStepPipeline), "")[1]
 
 
 class TextStates:
@@ -80,7 +68,8 @@ def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, s
     for _ in trange(count // CHUNK, desc="training data", mininterval=10):
         sounds = [sample_sound(rng) for _ in range(CHUNK)]
         durations = [rng.choice(SHORT_DURATIONS_S) if rng.random() < SHORT_SHARE else DURATION_S for _ in sounds]
-        text_states, lengths = states.of(prompts([wording(sound, rng) for sound in sounds], durations))
+        texts = [sound_prompt(wording(sound, rng), seconds) for sound, seconds in zip(sounds, durations, strict=True)]
+        text_states, lengths = states.of(texts)
         samples = torch.stack([torch.from_numpy(render(sound)) for sound in sounds])[:, None]
         batch = {
             "latents": encoder(vae, samples).half(),
@@ -92,7 +81,7 @@ def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, s
             parts.setdefault(name, []).append(value)
     data = {name: torch.cat(values).contiguous() for name, values in parts.items()}
     data["silence"] = encode(vae, torch.zeros(1, 1, 48_000))[0, 50:250].half()
-    data["lyrics"] = states.embedded(empty_lyrics())
+    data["lyrics"] = states.embedded(LYRICS)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(data, file)
     return data
