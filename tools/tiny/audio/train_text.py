@@ -3,7 +3,7 @@ rewrites a loose request into lines of canonical words ('scene: ...', 'sound: ..
 encoder it reads prompts in the format of `AceStepPipeline`.
 
 Every example is a chat, or a prompt in that format with its meaning in canonical words behind it. The loss is on all
-tokens, so that the states of a prompt know what is meant before it is said.
+tokens, mostly on those of the answer: the states of a prompt know what is meant before it is said.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tools.tiny.audio.prompt import sound_prompt
 from tools.tiny.audio.words import is_held_out, wording
 from tools.tiny.audio.world import canonical, sample_sound
 from tools.tiny.muon import Optimizers
-from tools.tiny.train_text import CHAT_TEMPLATE, IGNORED, MAX_LENGTH, SPECIAL_TOKENS, model_config
+from tools.tiny.train_text import CHAT_TEMPLATE, MAX_LENGTH, SPECIAL_TOKENS, model_config
 from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
 
 VOCABULARY = 1500
@@ -30,6 +30,7 @@ KIND_SHARES = (0.3, 0.3, 0.3, 0.1)
 PROMPT_SHARE = 0.45
 PROMPT_KIND = "prompt"
 PARTS = 4
+READ_WEIGHT = 0.2  # of the loss on what is read; what is written weighs 1
 LYRICS = "# Languages\nen\n\n# Lyric\n<|endoftext|>"  # of a sound without words
 END = "<|im_end|>"
 MAX_ANSWER = 80
@@ -54,9 +55,11 @@ def example(kind: str, rng: random.Random, *, held_out: bool = False) -> tuple[s
             return sound_prompt(words, rng.choice((1, 2))), canonical(sound)
 
 
-def training_text(rng: random.Random) -> str:
+def training_example(rng: random.Random) -> tuple[str, str]:
+    """(what is read, what is written to the end), of a random kind."""
     kind = PROMPT_KIND if rng.random() < PROMPT_SHARE else rng.choices(KINDS, KIND_SHARES)[0]
-    return "".join(example(kind, rng)) + f"{END}\n"
+    read, answer = example(kind, rng)
+    return read, f"{answer}{END}\n"
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -76,7 +79,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((training_text(rng) + LYRICS for _ in range(40_000)), trainer)
+    tokenizer.train_from_iterator(("".join(training_example(rng)) + LYRICS for _ in range(40_000)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -94,31 +97,41 @@ def kept_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-Part = tuple[torch.Tensor, torch.Tensor]
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int) -> list[Part]:
-    """`size` examples in parts of similar length: (token ids, targets), both [size / PARTS, L] int64; padding carries
-    no loss.
+    """`size` examples in parts of similar length: (token ids, targets, weights of the targets), each
+    [size / PARTS, L]; padding weighs nothing.
     """
-    rows = sorted(tokenizer([training_text(rng) for _ in range(size)])["input_ids"], key=len)
-    parts = []
-    for part in (rows[start : start + size // PARTS] for start in range(0, size, size // PARTS)):
-        length = len(part[-1])
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in part])
-        targets = torch.tensor([row[1:] + [IGNORED] * (length - len(row) + 1) for row in part])
-        parts.append((ids, targets))
-    return parts
+    texts = [training_example(rng) for _ in range(size)]
+    read, written = (tokenizer(list(part))["input_ids"] for part in zip(*texts, strict=True))
+    rows = sorted(zip(read, written, strict=True), key=lambda row: len(row[0]) + len(row[1]))
+    return [padded(rows[start : start + size // PARTS]) for start in range(0, size, size // PARTS)]
+
+
+def padded(rows: list[tuple[list[int], list[int]]]) -> Part:
+    """rows: (tokens that are read, tokens that are written), the longest last."""
+    length = sum(map(len, rows[-1]))
+    ids = torch.zeros(len(rows), length + 1, dtype=torch.long)
+    weights = torch.zeros(len(rows), length)
+    for row, (read, written) in enumerate(rows):
+        end = len(read) + len(written)
+        ids[row, :end] = torch.tensor(read + written)
+        weights[row, : len(read) - 1] = READ_WEIGHT
+        weights[row, len(read) - 1 : end - 1] = 1.0
+    return ids[:, :-1], ids[:, 1:], weights
 
 
 def learn(model: Qwen3ForCausalLM, parts: list[Part]) -> float:
-    """Gradients of the mean loss over the targets of all parts; returns that loss."""
-    num_targets, total = sum(int((targets != IGNORED).sum()) for _, targets in parts), 0.0
-    for ids, targets in parts:
-        said = targets != IGNORED
+    """Gradients of the weighted mean loss over the targets of all parts; returns that loss."""
+    all_weights, total = sum(float(weights.sum()) for _, _, weights in parts), 0.0
+    for ids, targets, weights in parts:
+        said = weights > 0
         with torch.autocast("cpu", torch.bfloat16):
             logits = model.lm_head(model.model(input_ids=ids, use_cache=False).last_hidden_state[said])
-        loss = F.cross_entropy(logits.float(), targets[said], reduction="sum") / num_targets
+        losses = F.cross_entropy(logits.float(), targets[said], reduction="none")
+        loss = (losses * weights[said]).sum() / all_weights
         loss.backward()
         total += loss.item()
     return total
@@ -196,7 +209,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-audio/text"))
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=1900)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--judged", type=int, default=400, help="held-out examples of each kind in the final judgement")
