@@ -71,7 +71,7 @@ def test_models_lists_configs_kinds_and_checkpoints(capsys: pytest.CaptureFixtur
     assert main(["models"]) == 0
     shown = capsys.readouterr().out
     for word in (
-        "tiny_omni",
+        "tiny_scene",
         "z_image",
         "Qwen3ForCausalLM",
         "ZImagePipeline",
