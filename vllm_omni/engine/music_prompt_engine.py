@@ -37,7 +37,8 @@ TEXT_PORTS = ("caption", "lyrics", "plain_caption", "planner_prompt", "audio_cod
 class MusicPromptEngine(StageEngine):
     """Checks a request whole before it is admitted (headers of sounds included), and formats it when its turn comes.
 
-    Of the parameters it reads `duration_s`; the others are for the stage that makes the sound.
+    The caption is the request's prompt, or what an edge brings to the port `prompt`. Of the
+    parameters it reads `duration_s`; the others are for the stage that makes the sound.
     """
 
     options_type = MusicPromptOptions
@@ -54,7 +55,9 @@ class MusicPromptEngine(StageEngine):
         sound = TensorSpec((model.channels, "n"))
         texts = {port: TextSpec() for port in TEXT_PORTS}
         return StageSignature(
-            outputs={**texts, "music": DataSpec("music"), "source_audio": sound, "reference_audio": sound}
+            inputs={"prompt": TextSpec()},
+            outputs={**texts, "music": DataSpec("music"), "source_audio": sound, "reference_audio": sound},
+            required_inputs=frozenset(stage.inputs),
         )
 
     @classmethod
@@ -68,6 +71,7 @@ class MusicPromptEngine(StageEngine):
 
     def __init__(self, stage: StageConfig, context: EngineContext) -> None:
         self._name = stage.name
+        self._has_edge = "prompt" in stage.inputs
         self._device = context.device
         self._limits = context.config.limits
         self._wanted = context.wanted
@@ -76,7 +80,7 @@ class MusicPromptEngine(StageEngine):
         self._tasks: deque[StageTask] = deque()
 
     def check(self, request: OmniRequest, params: StageParams) -> None:
-        self._read(request, params)
+        self._read(request, params, "" if self._has_edge else request.prompt)
 
     def submit(self, task: StageTask) -> None:
         self._tasks.append(task)
@@ -101,13 +105,13 @@ class MusicPromptEngine(StageEngine):
     def get_stats(self) -> dict[str, Any]:
         return {"queued": len(self._tasks)}
 
-    def _read(self, request: OmniRequest, params: StageParams) -> MusicRequest:
+    def _read(self, request: OmniRequest, params: StageParams, caption: object) -> MusicRequest:
         if not isinstance(params, DiffusionParams):
             raise InvalidRequestError(f"params: got {type(params).__name__}, expected DiffusionParams")
-        return self._reader.read(request, params)
+        return self._reader.read(request, params, caption)
 
     def _payload(self, task: StageTask) -> StagePayload:
-        asked = self._read(task.request, task.params)
+        asked = self._read(task.request, task.params, task.inputs.get("prompt", task.request.prompt))
         sounds = {"source_audio": asked.audio, "reference_audio": asked.reference_audio}
         tensors = {port: self._decode(port, source) for port, source in sounds.items() if source is not None}
         return StagePayload(task.request_id, self._name, tensors, {**format_texts(asked), "music": asked.music()})
