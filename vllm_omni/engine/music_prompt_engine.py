@@ -39,7 +39,8 @@ TEXT_PORTS = ("caption", "lyrics", "plain_caption", "planner_prompt", "audio_cod
 class MusicPromptEngine(StageEngine):
     """Checks a request whole before it is admitted (headers of sounds included), and formats it when its turn comes.
 
-    Of the parameters it reads `duration_s`; the others are for the stage that makes the sound.
+    The caption is the request's prompt, or what an edge brings to the port `prompt`. Of the parameters it reads
+    `duration_s`; the others are for the stage that makes the sound.
     """
 
     options_type = MusicPromptOptions
