@@ -16,6 +16,7 @@ TABLES: dict[str, dict[str, str]] = {
     "stage kind": {
         "ar": "vllm_omni.engine.llm_engine:LLMEngine",
         "dit": "vllm_omni.engine.diffusion_engine:DiffusionEngine",
+        "diffusers": "vllm_omni.engine.diffusers_engine:DiffusersEngine",
     },
     "language model": {
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3:Qwen3",
