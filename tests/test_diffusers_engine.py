@@ -22,7 +22,9 @@ from vllm_omni.config.schema import LimitsConfig, StageConfig
 from vllm_omni.engine.base import StageDone, StageFailed, StageProgress
 from vllm_omni.engine.diffusers_engine import DiffusersEngine
 from vllm_omni.engine.diffusers_options import DiffusersOptions
+from vllm_omni.entrypoints.check import describe
 from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
+from vllm_omni.executor.memory import plan_memory
 from vllm_omni.params import DiffusionParams
 
 
@@ -256,6 +258,7 @@ def test_a_text_edge_replaces_the_prompt(audio: tuple[Path, StableAudioPipeline]
     sounds.submit(task("x", "a bell", params()))
     expected = made(run(sounds), "audio")["x"]
     stage = engine(audio[0], "audio", inputs={"prompt": "writer.text"})
+    assert DiffusersEngine.signature(stage.stage).required_inputs == {"prompt"}
     given = task("x", "something else", params())
     stage.submit(type(given)(given.request, "stage", given.params, {"prompt": "a bell"}))
     assert torch.equal(made(run(stage), "audio")["x"], expected)
@@ -275,6 +278,7 @@ BAD_SOUNDS: list[tuple[dict[str, Any], str]] = [
     ({"num_inference_steps": 10**6}, "num_inference_steps"),
     ({"guidance_scale": 1e6}, "guidance_scale"),
     ({"num_outputs": 1000}, "num_outputs"),
+    ({"duration_s": 1e5}, r"duration_s.*limits"),
     ({"output_type": "latent"}, "output_type"),
     ({"negative_prompt": "x" * 200_000}, "negative_prompt.*max_prompt_chars"),
 ]
@@ -420,5 +424,6 @@ def test_the_shipped_config_fits_a_stable_audio_folder(
 
     assert config_for_model(audio[0]).stem == "stable_audio"
     monkeypatch.setenv("OMNI_MODEL", str(audio[0]))
-    graph = build_graph(load_config("stable_audio"))
-    assert graph.outputs == ("audio",)
+    config = load_config("stable_audio")
+    report = describe(config, build_graph(config), plan_memory(config))
+    assert "audio · diffusers" in report and "one after another" in report

@@ -125,9 +125,24 @@ class StageEngine(ABC):
         return frozenset(stage.inputs)
 
     @classmethod
+    def request_keys(cls, stage: StageConfig) -> frozenset[str]:
+        """The keys of `OmniRequest.fields` that the stage reads; `check` answers for their values."""
+        return frozenset()
+
+    @classmethod
+    def reads_params(cls, stage: StageConfig) -> bool:
+        """Whether the stage looks at its parameters; a request that sets some which no stage reads is refused."""
+        return True
+
+    @classmethod
     def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
         """A key under which the payload of this task may serve later requests, or None where it must be computed."""
         return None
+
+    @classmethod
+    def note(cls, stage: StageConfig) -> str:
+        """What `vllm-omni check` should say of the stage besides ports and memory; empty for nothing."""
+        return ""
 
     @abstractmethod
     def __init__(self, stage: StageConfig, context: EngineContext) -> None: ...

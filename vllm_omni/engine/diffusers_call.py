@@ -132,6 +132,8 @@ class PipelineCall:
             raise InvalidRequestError("output_type: got 'latent', expected 'pil'; a hosted pipeline gives no latents")
         if params.guidance_scale is not None:
             check_limit("guidance_scale", params.guidance_scale, 0, limits.max_guidance_scale)
+        if params.duration_s is not None:
+            check_limit("duration_s", params.duration_s, 0, limits.max_duration_s)
         sides = (params.height or params.width, params.width or params.height)
         if sides[0] is not None and sides[1] is not None:
             check_limit("height * width", sides[0] * sides[1], 1, limits.max_pixels, integer=True)

@@ -63,6 +63,7 @@ class DiffusersEngine(StageEngine):
         return StageSignature(
             inputs={"prompt": TextSpec()},
             outputs={options.output: PORTS[options.output]},
+            required_inputs=frozenset(stage.inputs) & {"prompt"},  # a prompt that has an edge comes from nowhere else
             results=frozenset({options.output}),
         )
 
@@ -70,6 +71,10 @@ class DiffusersEngine(StageEngine):
     def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
         dtype = resolve_dtype(stage.dtype, resolve_device(stage.device))
         return MemoryPlan(weights_bytes=hosted_bytes(_folder(stage), dtype))
+
+    @classmethod
+    def note(cls, stage: StageConfig) -> str:
+        return "requests run one after another; its memory plan counts weights alone"
 
     def __init__(self, stage: StageConfig, context: EngineContext) -> None:
         folder, options = _folder(stage), _options(stage)
