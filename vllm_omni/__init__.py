@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_omni.audio import Audio
     from vllm_omni.entrypoints.async_omni import AsyncOmni
     from vllm_omni.entrypoints.omni import Omni
     from vllm_omni.params import DiffusionParams, SamplingParams
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncOmni": "vllm_omni.entrypoints.async_omni",
+    "Audio": "vllm_omni.audio",
     "DiffusionParams": "vllm_omni.params",
     "Omni": "vllm_omni.entrypoints.omni",
     "OmniOutput": "vllm_omni.request",
@@ -25,6 +27,7 @@ _HOMES = {
 }
 __all__ = [
     "AsyncOmni",
+    "Audio",
     "DiffusionParams",
     "Omni",
     "OmniOutput",

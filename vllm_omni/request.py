@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from vllm_omni.audio import Audio
+
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
 P = TypeVar("P", bound=StageParams)
 
-PROMPT_KEYS = frozenset(
-    {"prompt", "prompt_token_ids", "messages", "negative_prompt", "request_id", "priority", "timeout_s"}
-)
+TEXT_KEYS = ("prompt", "prompt_token_ids", "messages")
+PROMPT_KEYS = frozenset({*TEXT_KEYS, "negative_prompt", "request_id", "priority", "timeout_s"})
 MAX_ID_LENGTH = 256
 
 
@@ -52,7 +53,8 @@ class OmniRequest:
 
     prompt: text, token ids or chat messages. params: one object for every stage that takes its type, or {stage name:
     params}. priority: a key of the scheduler's `priority_weights`. timeout_s: seconds from admission to the
-    deadline; None takes the config's.
+    deadline; None takes the config's. fields: further inputs by name (`lyrics`, `audio`, ...), each read and checked by
+    a stage that says so (StageEngine.request_keys); None is as if it were not there.
     """
 
     prompt: Prompt
@@ -61,6 +63,7 @@ class OmniRequest:
     params: StageParams | Mapping[str, StageParams] | None = None
     priority: str = "normal"
     timeout_s: float | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not 0 < len(self.request_id) <= MAX_ID_LENGTH:
@@ -74,27 +77,27 @@ class OmniRequest:
             complaint = check_number("timeout_s", self.timeout_s, 0, above_low=True)
             if complaint:
                 raise InvalidRequestError(complaint)
+        object.__setattr__(self, "fields", _checked_fields(self.fields))
 
     @classmethod
     def from_prompt(
         cls, prompt: Prompt | Mapping[str, Any], params: StageParams | Mapping[str, StageParams] | None = None
     ) -> OmniRequest:
-        """A request from anything that `Omni.generate` takes as a prompt."""
+        """A request from anything that `Omni.generate` takes as a prompt; in a dict, keys beyond PROMPT_KEYS are
+        `fields`.
+        """
         if not isinstance(prompt, Mapping):
             return cls(prompt=prompt, params=params)
-        unknown = [key for key in prompt if key not in PROMPT_KEYS]
-        if unknown:
-            raise InvalidRequestError(
-                f"prompt[{unknown[0]!r}]: unknown key{did_you_mean(str(unknown[0]), PROMPT_KEYS)}"
-            )
-        texts = [key for key in ("prompt", "prompt_token_ids", "messages") if prompt.get(key) is not None]
+        fields = {key: value for key, value in prompt.items() if key not in PROMPT_KEYS}
+        texts = [key for key in TEXT_KEYS if prompt.get(key) is not None]
         if len(texts) != 1:
             raise InvalidRequestError(
                 f"prompt: got {texts or 'none'} of 'prompt', 'prompt_token_ids' and 'messages', expected exactly one"
+                + _near_misses(fields)
             )
         others = ("negative_prompt", "request_id", "priority", "timeout_s")
         rest = {key: prompt[key] for key in others if prompt.get(key) is not None}
-        return cls(prompt=prompt[texts[0]], params=params, **rest)
+        return cls(prompt=prompt[texts[0]], params=params, fields=fields, **rest)
 
     def params_for(self, stage: str, params_type: type[P]) -> P:
         """The parameters that the caller gave for one stage, unset where none were given."""
@@ -124,6 +127,21 @@ def _check_prompt(prompt: object) -> None:
         complaint = check_number(f"prompt[{index}]", token, 0, integer=True)
         if complaint:
             raise InvalidRequestError(complaint + " (a token id)")
+
+
+def _checked_fields(fields: object) -> dict[str, Any]:
+    if not isinstance(fields, Mapping):
+        raise InvalidRequestError(f"fields: got {type(fields).__name__}, expected a mapping")
+    for key in fields:
+        if not isinstance(key, str) or key in PROMPT_KEYS:
+            raise InvalidRequestError(f"fields: got the key {key!r:.80}, expected a name other than the request's own")
+    return dict(fields)
+
+
+def _near_misses(fields: Mapping[Any, Any]) -> str:
+    """Unknown keys that look like the one that holds the words."""
+    near = [f"{key!r:.80}{words}" for key in fields if "mean" in (words := did_you_mean(str(key), TEXT_KEYS))]
+    return f"; got {near[0]}" if near else ""
 
 
 def create_text_request(
@@ -162,6 +180,7 @@ class StageResult:
 
     completions: tuple[Completion, ...] = ()
     images: tuple[Image, ...] = ()
+    audios: tuple[Audio, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +206,10 @@ class OmniOutput:
     @property
     def images(self) -> list[Image]:
         return [image for result in self.results.values() for image in result.images]
+
+    @property
+    def audios(self) -> list[Audio]:
+        return [audio for result in self.results.values() for audio in result.audios]
 
     @property
     def completions(self) -> list[Completion]:

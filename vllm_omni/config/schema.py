@@ -51,6 +51,9 @@ class LimitsConfig:
     max_inference_steps: int = 1_000
     max_guidance_scale: float = 100.0
     max_outputs: int = 16
+    max_duration_s: float = 600.0
+    max_audio_s: float = 600.0
+    max_audio_mb: float = 200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,9 @@ class OmniConfig:
             check_number("limits.max_inference_steps", self.limits.max_inference_steps, 1, integer=True),
             check_number("limits.max_guidance_scale", self.limits.max_guidance_scale, 0),
             check_number("limits.max_outputs", self.limits.max_outputs, 1, integer=True),
+            check_number("limits.max_duration_s", self.limits.max_duration_s, 0, above_low=True),
+            check_number("limits.max_audio_s", self.limits.max_audio_s, 0, above_low=True),
+            check_number("limits.max_audio_mb", self.limits.max_audio_mb, 0, above_low=True),
         ]
         for name, weight in self.scheduler.priority_weights.items():
             complaints.append(check_number(f"scheduler.priority_weights.{name}", weight, 0, above_low=True))

@@ -125,6 +125,11 @@ class StageEngine(ABC):
         return frozenset(stage.inputs)
 
     @classmethod
+    def request_keys(cls, stage: StageConfig) -> frozenset[str]:
+        """The keys of `OmniRequest.fields` that the stage reads; `check` answers for their values."""
+        return frozenset()
+
+    @classmethod
     def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
         """A key under which the payload of this task may serve later requests, or None where it must be computed."""
         return None

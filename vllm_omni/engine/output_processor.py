@@ -1,4 +1,6 @@
-"""The last step of a request: what its output stages made becomes text, PIL images and tensors that the caller owns."""
+"""The last step of a request: what its output stages made becomes text, PIL images, sounds and tensors that the caller
+owns.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vllm_omni.audio import Audio
 from vllm_omni.core.request_state import RequestEnd
 from vllm_omni.engine.base import StageProgress
 from vllm_omni.engine.boundary import stage_boundary
-from vllm_omni.errors import OmniError, StageError
+from vllm_omni.errors import InvalidRequestError, OmniError, StageError
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
 
 IMAGE_PORT = "image"
+AUDIO_PORT = "audio"
 
 
 def make_output(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
@@ -62,17 +66,19 @@ def make_partial(event: StageProgress, stage: str, outputs: Sequence[str]) -> Om
 
 
 def make_result(payload: StagePayload) -> StageResult:
-    """Text from meta "completions" (Completions, or their fields; else a bare "text"), images from the tensor "image".
+    """Text from meta "completions" (Completions, or their fields; else a bare "text"), images from the tensor "image",
+    sounds from the tensor "audio" and meta "sample_rate".
 
-    image: uint8 [n, H, W, 3].
+    image: uint8 [N, H, W, 3]. audio: floating [N, channels, n].
     """
     completions = payload.meta.get("completions")
     if completions is None and "text" in payload.meta:
         completions = [payload.meta]
-    images = payload.tensors.get(IMAGE_PORT)
+    images, sounds = payload.tensors.get(IMAGE_PORT), payload.tensors.get(AUDIO_PORT)
     return StageResult(
         completions=tuple(_completion(item) for item in completions or ()),
         images=() if images is None else to_images(images, payload.source),
+        audios=() if sounds is None else to_audios(sounds, payload.meta.get("sample_rate"), payload.source),
     )
 
 
@@ -82,6 +88,20 @@ def to_images(pixels: Tensor, stage: str) -> tuple[Image.Image, ...]:
         got = f"{pixels.dtype} {list(pixels.shape)}"
         raise StageError(f"stage {stage!r}: image is {got}, expected torch.uint8 [n, H, W, 3]")
     return tuple(Image.fromarray(array) for array in pixels.detach().cpu().contiguous().numpy())
+
+
+def to_audios(sounds: Tensor, sample_rate: object, stage: str) -> tuple[Audio, ...]:
+    """sounds: floating [N, channels, n], any device; sample_rate: Hz -> N sounds. StageError for other tensors, for a
+    rate that is none, and for samples that are not finite.
+    """
+    if not sounds.is_floating_point() or sounds.dim() != 3:
+        got = f"{sounds.dtype} {list(sounds.shape)}"
+        raise StageError(f"stage {stage!r}: audio is {got}, expected floating point [N, channels, n]")
+    owned = sounds.detach().to("cpu", torch.float32, copy=True).contiguous()
+    try:
+        return tuple(Audio(array, sample_rate) for array in owned.numpy())  # type: ignore[arg-type]
+    except InvalidRequestError as error:
+        raise StageError(f"stage {stage!r}: audio: {error}") from error
 
 
 def _completion(item: Completion | Mapping[str, Any]) -> Completion:

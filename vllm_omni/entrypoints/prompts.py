@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,14 +49,7 @@ def make_request(prompt: PromptLike, params: Params | None) -> OmniRequest | Omn
             raise InvalidRequestError("params: got some in the request and some beside it, expected one of them")
         if params is None:
             return prompt
-        return OmniRequest(
-            prompt=prompt.prompt,
-            request_id=prompt.request_id,
-            negative_prompt=prompt.negative_prompt,
-            params=params,
-            priority=prompt.priority,
-            timeout_s=prompt.timeout_s,
-        )
+        return dataclasses.replace(prompt, params=params)
     except OmniError as error:
         given = prompt.get("request_id") if isinstance(prompt, Mapping) else None
         return rejected(given if isinstance(given, str) and given else new_request_id(), error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vllm_omni.config.graph import StageGraph
@@ -12,7 +12,7 @@ from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.executor.stage_host import StageHost
 from vllm_omni.params import StageParams
-from vllm_omni.request import OmniRequest
+from vllm_omni.request import PROMPT_KEYS, OmniRequest
 from vllm_omni.utils.checks import check_number, did_you_mean
 
 
@@ -23,12 +23,14 @@ class RequestPlanner:
         self._graph = graph
         self._hosts = hosts
         self._kept = kept_ports(graph)
+        self._keys = {name: host.engine_class.request_keys(host.stage) for name, host in hosts.items()}
 
     def plan(self, request: OmniRequest) -> RequestPlan:
         """Resolves parameters, asks every stage that the request needs, and sums the job's size."""
         self._check_params(request)
         params = {name: self._resolve(request, host) for name, host in self._hosts.items()}
         demand = self._graph.demand(lambda stage: self._needed_inputs(stage, request, params[stage]))
+        self._check_fields(request, demand)
         stages: dict[str, StagePlan] = {}
         job_size = 0.0
         for name in self._graph.order:
@@ -56,6 +58,18 @@ class RequestPlanner:
             raise InvalidRequestError(
                 f"params: got {got}, which no stage takes; expected {expected} or a dict of stage -> params"
             )
+
+    def _check_fields(self, request: OmniRequest, running: Collection[str]) -> None:
+        """Refuses what no stage of this request would read: a typo, or an input of a stage that rests."""
+        for key in request.fields:
+            readers = [name for name, keys in self._keys.items() if key in keys]
+            if not readers:
+                known = PROMPT_KEYS.union(*self._keys.values())
+                raise InvalidRequestError(f"prompt[{key!r:.80}]: unknown key{did_you_mean(key[:80], known)}")
+            if not any(name in running for name in readers):
+                raise InvalidRequestError(
+                    f"prompt[{key!r}]: stage {readers[0]!r} reads it, which does not run for this request; leave it out"
+                )
 
     def _resolve(self, request: OmniRequest, host: StageHost) -> StageParams:
         with stage_boundary(host.name):
