@@ -22,6 +22,7 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen3Model": "vllm_omni.models.qwen3:Qwen3",
     },
     "diffusion model": {
+        "AceStepPipeline": "vllm_omni.models.ace_step_pipeline:AceStepPipeline",
         "ZImagePipeline": "vllm_omni.models.z_image_pipeline:ZImagePipeline",
     },
     "step cache": {

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
-from vllm_omni.models.loader import weights_bytes
 from vllm_omni.utils.checks import check_number
 from vllm_omni.utils.files import read_json
 
@@ -138,9 +137,9 @@ class Oobleck:
             part.to(device=device, dtype=dtype).requires_grad_(False).eval()
         return cls(vae)
 
-    @staticmethod
-    def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
-        return weights_bytes(folder, dtype.itemsize)
+    def num_pieces(self, num_frames: int) -> int:
+        """How many pieces `decode` gives."""
+        return -(-num_frames // self.frames_of_chunk)
 
     def decode(self, latents: Tensor, frames_of_chunk: int | None = None) -> Iterator[Tensor]:
         """[T, C] -> the samples [channels, n], float32, of one chunk of frames after the other."""
@@ -182,12 +181,14 @@ class Oobleck:
 
 def folded(vae: nn.Module) -> nn.Module:
     """Weight norm recomputes a weight at every call, Snake1d its factors: both are done once, in place."""
+    from diffusers.models.autoencoders.autoencoder_oobleck import Snake1d
+
     for module in vae.modules():
         if hasattr(module, "weight_g"):
             nn.utils.remove_weight_norm(module)
     for parent in list(vae.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ == "Snake1d":
+            if isinstance(child, Snake1d):
                 setattr(parent, name, Snake(child.alpha.detach(), child.beta.detach()))
     return vae
 
