@@ -269,7 +269,7 @@ class AceStepPipeline(DiffusionModel):
 
 def _count(folder: Path, key: str) -> int:
     """A width from the `config.json` of a part."""
-    value = read_json(folder / "config.json").get(key)
+    value: Any = read_json(folder / "config.json").get(key)
     complaint = check_number(f"{folder}/config.json: {key}", value, 1, integer=True)
     if complaint:
         raise ConfigError(complaint)
