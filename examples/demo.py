@@ -1,14 +1,17 @@
-"""Three loose requests at once through tiny_omni.yaml: what was asked, what the writer wrote, and when every stage ran.
+"""Three loose requests at once through tiny_omni.yaml: a picture, a sound, and a picture with a sound; what was asked,
+what the thinker wrote, and when every stage ran.
 
     make demo        (or: python examples/demo.py -o out/demo)
 
-Writes the pictures, a contact sheet (sheet.png) and the timeline of all stages (timeline.png).
+Writes the pictures (n.png), the sounds (n.wav) with their spectrograms (n-sound.png), a contact sheet (sheet.png) and
+the timeline of all stages (timeline.png).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import textwrap
 import time
 from collections.abc import Sequence
@@ -17,19 +20,19 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vllm_omni import DiffusionParams, Omni, OmniOutput
+from vllm_omni import Audio, DiffusionParams, Omni, OmniOutput
 
 CONFIG = "tiny_omni.yaml"
 PROMPTS = (
     "please paint a crimson ball to the left of a navy box",
-    "could you draw me a golden five-pointed star beneath an emerald hoop",
-    "I would like a turquoise pyramid with a tiny violet lozenge to its right on a pale background",
+    "could you draw me a golden hoop and play a soft chord of a3 and e4 on a string",
+    "please play c4 then e4 then g4 quickly as a square wave",
 )
 COLUMNS = 100
-BAR = 46  # characters
-CELL, MARGIN, LINE = 256, 16, 18  # pixels
+BAR = 42  # characters
+CELL, PLOT, MARGIN, LINE = 256, 160, 16, 18  # pixels
 INK, PALE, PAPER = "#222222", "#8a8f98", "#ffffff"
-COLOURS = ("#3b6ea5", "#d9772b", "#4f9a5f", "#8d5aa8")
+COLOURS = ("#3b6ea5", "#d9772b", "#4f9a5f", "#8d5aa8", "#b8860b", "#c0504d", "#5f8a8b")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Span:
 def spans(output: OmniOutput) -> list[Span]:
     found = []
     for stage, did in output.metrics.items():
+        if did.get("skipped"):
+            continue
         start = did["started_s"]
         found.append(Span(stage, start - did["queued_s"], start, start + did["ran_s"]))
     return found
@@ -63,14 +68,14 @@ def report(prompt: str, output: OmniOutput, end_s: float) -> str:
     """What one request asked, got and did, in lines of at most 100 characters. end_s: where the bars end."""
     lines = paragraph("asked", prompt)
     lines += paragraph("wrote", output.text or "nothing") if output.error is None else []
-    lines += [f"   {'':{9 + BAR}} {'queued':>8} {'ran':>8} {'steps':>5} {'tokens':>6} {'cache hits':>10}"]
+    lines += [f"   {'':{13 + BAR}} {'queued':>8} {'ran':>8} {'steps':>5} {'tokens':>6} {'cache hits':>10}"]
     for span in spans(output):
         did = output.metrics[span.stage]
         ready, start, end = (round(moment / end_s * BAR) for moment in (span.ready_s, span.started_s, span.ended_s))
         bar = " " * ready + "░" * (start - ready) + "█" * max(end - start, 1)
         queued, ran = duration(did["queued_s"]), duration(did["ran_s"])
         counts = f"{did.get('steps', '-'):>5} {did.get('tokens', '-'):>6} {did.get('cache_hits', '-'):>10}"
-        lines.append(f"   {span.stage:8.8} {bar:{BAR}} {queued:>8} {ran:>8} {counts}")
+        lines.append(f"   {span.stage:12.12} {bar:{BAR}} {queued:>8} {ran:>8} {counts}")
     lines += paragraph("error", str(output.error)) if output.error is not None else []
     return "\n".join(lines)
 
@@ -80,12 +85,13 @@ def paragraph(label: str, text: str) -> list[str]:
 
 
 def contact_sheet(prompts: Sequence[str], outputs: Sequence[OmniOutput]) -> Image.Image:
-    """All pictures side by side, each with what was asked and what was written under it."""
+    """Pictures and spectrograms side by side, each with what was asked and what was written under it."""
     captions = []
     for prompt, output in zip(prompts, outputs, strict=True):
         got = f"wrote: {output.text}" if output.error is None else f"error: {output.error}"
         captions.append([(line, PALE) for line in wrapped(f"asked: {prompt}")] + [(line, INK) for line in wrapped(got)])
-    height = MARGIN + CELL + MARGIN // 2 + max(map(len, captions)) * LINE + MARGIN
+    below = MARGIN + CELL + MARGIN // 2 + PLOT + MARGIN // 2
+    height = below + max(map(len, captions)) * LINE + MARGIN
     sheet = Image.new("RGB", (MARGIN + len(outputs) * (CELL + MARGIN), height), PAPER)
     draw = ImageDraw.Draw(sheet)
     for index, (output, caption) in enumerate(zip(outputs, captions, strict=True)):
@@ -93,9 +99,19 @@ def contact_sheet(prompts: Sequence[str], outputs: Sequence[OmniOutput]) -> Imag
         for image in output.images[:1]:
             sheet.paste(image.resize((CELL, CELL), Image.Resampling.BICUBIC), (left, MARGIN))
         draw.rectangle((left, MARGIN, left + CELL - 1, MARGIN + CELL - 1), outline="#d0d4da")
+        for audio in output.audios[:1]:
+            sheet.paste(spectrogram(audio).resize((CELL, PLOT)), (left, MARGIN + CELL + MARGIN // 2))
         for row, (line, ink) in enumerate(caption):
-            draw.text((left, MARGIN + CELL + MARGIN // 2 + row * LINE), line, fill=ink, font=font())
+            draw.text((left, below + row * LINE), line, fill=ink, font=font())
     return sheet
+
+
+def spectrogram(audio: Audio) -> Image.Image:
+    """The picture that `audio.plot` makes."""
+    with tempfile.TemporaryDirectory() as folder:
+        audio.plot(Path(folder) / "sound.png")
+        with Image.open(Path(folder) / "sound.png") as image:
+            return image.convert("RGB")
 
 
 def timeline(prompts: Sequence[str], outputs: Sequence[OmniOutput], end_s: float, width: int = 900) -> Image.Image:
@@ -168,7 +184,7 @@ def main() -> int:
         params = [DiffusionParams(seed=args.seed + index) for index in range(len(PROMPTS))]
         outputs = omni.generate(list(PROMPTS), params)
     total_s = time.perf_counter() - begin - loaded_s
-    print(f"{CONFIG}: a Qwen3 writes the scene, a DiT draws it from the hidden states of the words.")
+    print(f"{CONFIG}: a Qwen3 writes a scene, a sound or both; one DiT draws, another plays, side by side.")
     print(f"Loaded in {loaded_s:.1f} s, then {len(PROMPTS)} requests at once in {total_s:.1f} s.  ░ queued  █ ran\n")
 
     end_s = max((span.ended_s for output in outputs for span in spans(output)), default=1.0)
@@ -176,9 +192,12 @@ def main() -> int:
         print(str(index) + report(prompt, output, end_s)[1:] + "\n")
         for image in output.images:
             image.save(args.output / f"{index}.png")
+        for audio in output.audios:
+            audio.save(args.output / f"{index}.wav")
+            audio.plot(args.output / f"{index}-sound.png")
     contact_sheet(PROMPTS, outputs).save(args.output / "sheet.png")
     timeline(PROMPTS, outputs, end_s).save(args.output / "timeline.png")
-    print(f"Pictures, sheet.png and timeline.png are in {args.output.resolve()}")
+    print(f"Pictures, sounds, sheet.png and timeline.png are in {args.output.resolve()}")
     return int(any(output.error is not None for output in outputs))
 
 

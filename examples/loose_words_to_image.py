@@ -20,7 +20,7 @@ def main() -> None:
 
     params = {"writer": SamplingParams(temperature=0.0), "image": DiffusionParams(seed=args.seed)}
     print(f"asked   {args.prompt}")
-    with Omni("tiny_omni") as omni:
+    with Omni("tiny_scene") as omni:
         for part in omni.stream(args.prompt, params):
             if part.finished:
                 break

@@ -16,10 +16,10 @@ FEW_STEPS = DiffusionParams(seed=3, num_inference_steps=2)
 
 def test_concurrent_requests_equal_the_offline_ones() -> None:
     async def concurrently() -> list[object]:
-        async with AsyncOmni("tiny_omni.yaml") as omni:
+        async with AsyncOmni("tiny_scene.yaml") as omni:
             return list(await asyncio.gather(*(omni.generate(words, FEW_STEPS) for words in WORDS)))
 
-    with Omni("tiny_omni.yaml", progress=False) as omni:
+    with Omni("tiny_scene.yaml", progress=False) as omni:
         offline = omni.generate(WORDS, FEW_STEPS)
     for here, there in zip(asyncio.run(concurrently()), offline, strict=True):
         assert here.text == there.text  # type: ignore[attr-defined]
@@ -29,7 +29,7 @@ def test_concurrent_requests_equal_the_offline_ones() -> None:
 
 def test_a_stream_gives_words_and_steps_then_one_final_output() -> None:
     async def collect() -> list[object]:
-        async with AsyncOmni("tiny_omni.yaml") as omni:
+        async with AsyncOmni("tiny_scene.yaml") as omni:
             return [part async for part in omni.stream("a violet star", FEW_STEPS)]
 
     parts = asyncio.run(collect())
@@ -42,7 +42,7 @@ def test_a_stream_gives_words_and_steps_then_one_final_output() -> None:
 
 def test_stopping_a_stream_and_missing_a_deadline_leave_nothing_behind() -> None:
     async def scenario() -> None:
-        async with AsyncOmni("tiny_omni.yaml") as omni:
+        async with AsyncOmni("tiny_scene.yaml") as omni:
             stream = omni.stream("a ball", DiffusionParams(seed=1, num_inference_steps=500))
             async for _ in stream:
                 break
@@ -60,7 +60,7 @@ def test_stopping_a_stream_and_missing_a_deadline_leave_nothing_behind() -> None
 
 def test_aborting_by_id_ends_the_request() -> None:
     async def scenario() -> None:
-        async with AsyncOmni("tiny_omni.yaml") as omni:
+        async with AsyncOmni("tiny_scene.yaml") as omni:
             params = DiffusionParams(seed=1, num_inference_steps=900)
             task = asyncio.create_task(omni.generate({"prompt": "a ball", "request_id": "mine"}, params))
             await asyncio.sleep(0.3)
@@ -71,7 +71,7 @@ def test_aborting_by_id_ends_the_request() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("config", ["tiny_image.yaml", "tiny_omni.yaml"])
+@pytest.mark.parametrize("config", ["tiny_image.yaml", "tiny_scene.yaml"])
 def test_shipped_configs_load_with_a_small_pool(config: str) -> None:
     """Every stage of a shipped config still works when its KV pool holds little more than one request."""
     stage = "text" if config == "tiny_image.yaml" else "writer"

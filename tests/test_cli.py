@@ -11,7 +11,7 @@ from PIL import Image
 from toy_stage import TOY_YAML, register_toys
 
 import vllm_omni
-from vllm_omni.config import OmniConfig, StageConfig
+from vllm_omni.config import EdgeConfig, OmniConfig, StageConfig
 from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.loader import load_config
 from vllm_omni.entrypoints.check import draw_graph
@@ -71,7 +71,7 @@ def test_models_lists_configs_kinds_and_checkpoints(capsys: pytest.CaptureFixtur
     assert main(["models"]) == 0
     shown = capsys.readouterr().out
     for word in (
-        "tiny_omni",
+        "tiny_scene",
         "z_image",
         "Qwen3ForCausalLM",
         "ZImagePipeline",
@@ -195,6 +195,37 @@ def test_the_drawing_of_edges_that_cross() -> None:
         "  ├─╯",
         "  ●        end",
     ]
+
+
+def test_a_condition_stands_on_the_edge_above_the_stage_that_it_keeps_waiting() -> None:
+    edges = {
+        "thinker": {},
+        "image": {"a": EdgeConfig("thinker.out", "scene"), "b": "thinker.out"},
+        "sound": {"a": EdgeConfig("thinker.out", "sound and n > 2"), "b": EdgeConfig("image.out", "n")},
+    }
+    stages = {name: StageConfig(name=name, kind="x", inputs=inputs) for name, inputs in edges.items()}
+    graph = StageGraph(stages, dict.fromkeys(stages, RELAY), ["sound"])
+    assert draw_graph(OmniConfig(stages=stages, outputs=("sound",)), graph) == [
+        "  ●    thinker · x",
+        "  ├─╮",
+        "  │ │  thinker.out -> a  when scene",
+        "  ● │  image · x",
+        "  ├─╯",
+        "  │    thinker.out -> a  when sound and n > 2",
+        "  │    image.out -> b  when n",
+        "  ●    sound · x  => sound",
+    ]
+
+
+def test_check_shows_the_condition_at_both_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_text(TOY_YAML)
+    assert main(["check", str(path), "--set", "loud.inputs.text.when='sound' in text"]) == 1
+    assert main(["check", str(path), "--set", "loud.inputs.text.when=\"'sound' in text\""]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.split("\n")]
+    assert "│ source.text -> text when 'sound' in text" in lines
+    assert "loud in text text <- source.text when 'sound' in text" in lines
+    assert "source out text text -> loud.text when 'sound' in text" in lines
 
 
 def test_every_stage_stands_once_in_the_drawing_and_no_rail_is_left_over() -> None:

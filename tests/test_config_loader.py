@@ -25,6 +25,18 @@ from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.utils.checks import check_number
 from vllm_omni.utils.device import DTYPES
 
+SHIPPED = {
+    "ace_step",
+    "ace_step_planner",
+    "qwen3",
+    "stable_audio",
+    "tiny_audio",
+    "tiny_image",
+    "tiny_omni",
+    "tiny_scene",
+    "z_image",
+}
+
 register_toys()
 
 
@@ -374,7 +386,7 @@ def test_a_bare_name_is_a_path_first_and_a_shipped_config_second(
 
 
 def test_every_shipped_config_is_a_mapping_with_stages_and_known_keys() -> None:
-    assert set(shipped_configs()) == {"qwen3", "tiny_image", "tiny_omni", "z_image"}
+    assert set(shipped_configs()) == SHIPPED
     for path in shipped_configs().values():
         tree = yaml.safe_load(path.read_text())
         assert set(tree) <= TOP_LEVEL_KEYS

@@ -27,10 +27,11 @@ from vllm_omni import errors, registry
 from vllm_omni.config.document import ConfigDocument, ResourcesGroup, SchedulerGroup
 from vllm_omni.config.graph import build_graph
 from vllm_omni.config.loader import load_config
-from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, StageConfig
+from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, StageConfig
 from vllm_omni.engine.ar_input import DEFAULT_MAX_TOKENS
 from vllm_omni.engine.ar_options import AROptions, Tap
 from vllm_omni.engine.dit_options import DiTOptions, StepCacheOptions
+from vllm_omni.engine.music_prompt_options import REQUEST_KEYS, MusicPromptOptions
 from vllm_omni.entrypoints.cli import build_parser
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.layers.sampler import SamplingRow
@@ -210,7 +211,7 @@ def test_every_exception_exists_and_every_config_key_is_a_key(page: Path) -> Non
 
 
 def field_names(found: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(found)]
+    return [field.metadata.get("key", field.name) for field in dataclasses.fields(found)]
 
 
 CONFIG_GROUPS: dict[str, tuple[Any, frozenset[str]]] = {
@@ -220,8 +221,10 @@ CONFIG_GROUPS: dict[str, tuple[Any, frozenset[str]]] = {
     "`dit_cache`": (DiTCacheConfig, frozenset()),
     "`limits`": (LimitsConfig, frozenset()),
     "Keys of every stage": (StageConfig, frozenset({"name", "options"})),
+    "Conditional edges": (EdgeConfig, frozenset()),
     "Keys of an `ar` stage": (AROptions, frozenset()),
     "Keys of a `dit` stage": (DiTOptions, frozenset()),
+    "Keys of a `music_prompt` stage": (MusicPromptOptions, frozenset()),
 }
 INNER_GROUPS = {"Keys of an `ar` stage": Tap, "Keys of a `dit` stage": StepCacheOptions}
 
@@ -236,7 +239,7 @@ def plain(value: Any) -> Any:
         return value.value
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
-    return value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -246,7 +249,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def check_config_row(row: Row, field: dataclasses.Field[Any]) -> None:
-    assert row[0] == f"`{field.name}`"
+    assert row[0] == f"`{field.metadata.get('key', field.name)}`"
     assert row[1] == type_words(field.type), field.name
     default = default_of(field)
     if default is dataclasses.MISSING:
@@ -272,7 +275,8 @@ def type_words(annotation: Any) -> str:
 @pytest.mark.parametrize("title", CONFIG_GROUPS)
 def test_every_config_key_stands_in_its_table_with_its_type_and_default(title: str) -> None:
     found, hidden = CONFIG_GROUPS[title]
-    fields = {field.name: field for field in dataclasses.fields(found) if field.name not in hidden}
+    fields = dict(zip(field_names(found), dataclasses.fields(found), strict=True))
+    fields = {name: field for name, field in fields.items() if name not in hidden}
     rows = config_tables(title)[0]
     assert sorted(row[0].strip("`") for row in rows) == sorted(fields)
     for row in rows:
@@ -284,6 +288,11 @@ def test_nested_config_keys_stand_in_their_table(title: str) -> None:
     rows = config_tables(title)[1]
     for row, field in zip(rows, dataclasses.fields(INNER_GROUPS[title]), strict=True):
         check_config_row(row, field)
+
+
+def test_every_request_key_of_music_has_a_row() -> None:
+    rows = first_cells(section(read(PAGES[1]), "Keys of a `music_prompt` stage"), "Request key")
+    assert len(rows) == len(set(rows)) and set(rows) == REQUEST_KEYS
 
 
 PARAMS = {"SamplingParams": SamplingParams, "DiffusionParams": DiffusionParams}

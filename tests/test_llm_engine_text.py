@@ -25,10 +25,11 @@ from ar_helpers import (
     tokens_of,
 )
 
+from vllm_omni.engine.ar_job import read_sections
 from vllm_omni.engine.base import StageDone, StageProgress
 from vllm_omni.engine.llm_engine import LLMEngine
 from vllm_omni.engine.text_processor import TextProcessor
-from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.errors import ConfigError, StageError
 from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.request import OmniRequest
 
@@ -166,12 +167,40 @@ def test_an_edge_brings_the_prompt(folder: Path) -> None:
     assert torch.equal(states_of(run(engine, task)["r"]), states_of(direct))
 
 
+@pytest.mark.parametrize(
+    ("text", "sections"),
+    [
+        ("scene: a red circle\nsound: C4", {"scene": "a red circle", "sound": "C4"}),
+        ("sound:C4 \r\nwords", {"sound": "C4"}),
+        ("hello\nscene:  one: two \nscene: three", {"scene": "one: two"}),
+        ("scene:", {"scene": ""}),
+        ("hello", {}),
+        (" scene: a\nScene: b\nscene : c\nmy scene: d\nscene", {}),
+        ("scene: a\u2028sound: b", {"scene": "a\u2028sound: b"}),
+    ],
+)
+def test_the_first_line_that_begins_with_a_label_is_its_section(text: str, sections: dict[str, str]) -> None:
+    assert read_sections(text, ("scene", "sound")) == sections
+
+
+def test_sections_stand_in_the_meta_and_leave_the_text_as_it_is(folder: Path) -> None:
+    engine = make_engine(folder, sections=["scene", "sound"])
+    signature = LLMEngine.signature(engine._stage)
+    assert set(signature.outputs) == {"text", "scene", "sound"} and signature.results == {"text"}
+    words = "sound: the end\nmore"
+    ids = make_tokenizer()(words)["input_ids"]
+    engine.submit(make_task("a", SamplingParams(temperature=0, max_tokens=len(ids), ignore_eos=True)))
+    meta = done(steer(engine, ids)[-1]).payload.meta
+    assert meta["text"] == words and meta["sound"] == "the end" and "scene" not in meta
+    assert set(meta) <= signature.meta
+
+
 def test_what_an_edge_brings_is_checked_too_and_fails_alone(folder: Path) -> None:
     engine = make_encoder(folder, inputs={"prompt": "writer.text"}, max_prompt_tokens=8)
     brought = {"good": "short", "long": "long " * 50, "empty": ""}
     ended = run(engine, *(make_task("x", None, name, {"prompt": text}) for name, text in brought.items()))
-    assert "expected at most 8 (max_prompt_tokens)" in failed(ended["long"], InvalidRequestError)
-    assert "no tokens" in failed(ended["empty"], InvalidRequestError)
+    assert "expected at most 8 (max_prompt_tokens)" in failed(ended["long"], StageError)
+    assert "what writer.text gave: prompt: got no tokens" in failed(ended["empty"], StageError)
     done(ended["good"])
 
 

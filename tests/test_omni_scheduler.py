@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from vllm_omni.config.graph import StageGraph
+from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.schema import (
     DiTCacheConfig,
     LimitsConfig,
@@ -48,6 +48,12 @@ def scheduler(graph: StageGraph | None = None, **changes: object) -> OmniSchedul
 
 def request(name: str = "r", **changes: object) -> OmniRequest:
     return OmniRequest(prompt="hi", request_id=name, **changes)
+
+
+def reader(**sources: str) -> StagePlan:
+    """The plan of a stage that reads `out` of one other: reader(b="a")."""
+    ((target, source),) = sources.items()
+    return StagePlan(StageParams(), (Edge(source, "out", target, "x"),))
 
 
 def payload(launch: Launch) -> StagePayload:
@@ -182,8 +188,8 @@ def test_a_tensor_is_let_go_when_its_last_reader_has_taken_it() -> None:
     plan = RequestPlan(
         {
             "a": StagePlan(StageParams()),
-            "b": StagePlan(StageParams(), {"x": ("a", "out")}),
-            "c": StagePlan(StageParams(), {"x": ("a", "out"), "y": ("b", "out")}),
+            "b": reader(b="a"),
+            "c": StagePlan(StageParams(), (Edge("a", "out", "c", "x"), Edge("b", "out", "c", "y"))),
         },
         {"c": frozenset({"out"})},
     )
@@ -231,9 +237,7 @@ def test_an_early_end_lets_go_of_every_tensor(ending: str) -> None:
 
 def test_only_what_a_plan_reads_is_awaited() -> None:
     machine = scheduler()
-    plan = RequestPlan(
-        {"a": StagePlan(StageParams()), "d": StagePlan(StageParams(), {"x": ("a", "out")})}, {"d": frozenset({"out"})}
-    )
+    plan = RequestPlan({"a": StagePlan(StageParams()), "d": reader(d="a")}, {"d": frozenset({"out"})})
     machine.schedule(request(), plan)
     run_to_end(machine)
     (end,) = machine.take_ends()
@@ -252,7 +256,7 @@ def test_a_missing_output_fails_the_request_and_names_both_stages() -> None:
 
 def test_a_request_that_nothing_can_advance_fails_instead_of_waiting_for_ever() -> None:
     machine = scheduler()
-    machine.schedule(request(), RequestPlan({"b": StagePlan(StageParams(), {"x": ("a", "out")})}))
+    machine.schedule(request(), RequestPlan({"b": reader(b="a")}))
     assert machine.tick(0.0) == []
     (end,) = machine.take_ends()
     assert end.status is RequestStatus.FAILED and "stages b" in str(end.error)
@@ -367,7 +371,7 @@ def test_metrics_tell_when_a_stage_was_ready_started_and_done() -> None:
 
 def cached_plan(key: str) -> RequestPlan:
     return RequestPlan(
-        {"a": StagePlan(StageParams(), {}, lambda inputs: key), "b": StagePlan(StageParams(), {"x": ("a", "out")})},
+        {"a": StagePlan(StageParams(), (), lambda inputs: key), "b": reader(b="a")},
         {"b": frozenset({"out"})},
     )
 
@@ -389,7 +393,7 @@ def test_a_known_key_skips_the_stage_and_says_so() -> None:
 
 def test_a_cached_payload_bears_the_id_of_the_request_that_gets_it() -> None:
     machine = scheduler(diamond(("a", "d")))
-    plan = RequestPlan({"a": StagePlan(StageParams(), {}, lambda inputs: "k")}, {"a": frozenset({"out"})})
+    plan = RequestPlan({"a": StagePlan(StageParams(), (), lambda inputs: "k")}, {"a": frozenset({"out"})})
     for name in ("first", "second"):
         machine.schedule(request(name), plan)
         run_to_end(machine)
@@ -420,7 +424,7 @@ def test_the_cache_stays_within_its_budget() -> None:
 def test_payloads_without_tensors_count_against_the_budget_too() -> None:
     machine = scheduler(dit_cache=DiTCacheConfig(prompt_embeds_mb=100 / 2**20))
     for index in range(30):
-        plan = RequestPlan({"a": StagePlan(StageParams(), {}, lambda inputs, key=str(index): key)})
+        plan = RequestPlan({"a": StagePlan(StageParams(), (), lambda inputs, key=str(index): key)})
         machine.schedule(request(), plan)
         machine.tick(0.0)
         machine.stage_done("r", "a", StagePayload("r", "a", meta={"text": "x" * 20}), {}, 0.0)
@@ -433,7 +437,7 @@ def test_a_key_that_cannot_be_made_fails_its_request_alone() -> None:
         raise StageError("no key")
 
     machine = scheduler()
-    machine.schedule(request("bad"), RequestPlan({"a": StagePlan(StageParams(), {}, broken)}))
+    machine.schedule(request("bad"), RequestPlan({"a": StagePlan(StageParams(), (), broken)}))
     machine.schedule(request("good"))
     assert stages_of(machine.tick(0.0)) == ["a"]
     (end,) = machine.take_ends()

@@ -92,7 +92,7 @@ def image() -> Iterator[Omni]:
 
 @pytest.fixture(scope="module")
 def omni() -> Iterator[Omni]:
-    with Omni("tiny_omni.yaml", progress=False) as loaded:
+    with Omni("tiny_scene.yaml", progress=False) as loaded:
         yield loaded
 
 
@@ -140,7 +140,7 @@ def test_training_is_one_command_that_resumes(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
     for _ in range(2):
         subprocess.run([*command, *folders], check=True, capture_output=True, timeout=300, env=environment)
-    with Omni("tiny_omni.yaml", model=str(tmp_path / "asset"), progress=False) as omni:
+    with Omni("tiny_scene.yaml", model=str(tmp_path / "asset"), progress=False) as omni:
         output = omni.generate("a red ball", DiffusionParams(num_inference_steps=1))[0]
     assert output.error is None and output.images[0].size == (128, 128)
 

@@ -116,6 +116,13 @@ class DiffusionParams(StageParams):
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", _checked_sigmas(self.sigmas))
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> DiffusionParams:
+        """As of every params class; of `extra`, each key that is not given takes its default."""
+        filled = StageParams.with_defaults(self, defaults)
+        if self.extra is None or defaults.get("extra") is None:
+            return filled
+        return dataclasses.replace(filled, extra={**defaults["extra"], **self.extra})
+
 
 _SAMPLING_RANGES: dict[str, dict[str, Any]] = {
     "temperature": {"low": 0, "high": 100},

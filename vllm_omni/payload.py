@@ -59,12 +59,14 @@ class StageSignature:
     """The ports of a stage, known from its configuration alone: what it reads and what it can give.
 
     results: the outputs that make up the stage's final answer: what a bare stage name in a config's `outputs` asks for.
+    meta: the keys that the payload's meta may hold besides its ports, for conditions to be checked; None: not said.
     """
 
     inputs: Mapping[str, PortSpec] = field(default_factory=dict)
     outputs: Mapping[str, PortSpec] = field(default_factory=dict)
     required_inputs: frozenset[str] = frozenset()
     results: frozenset[str] = frozenset()
+    meta: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

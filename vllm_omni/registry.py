@@ -16,6 +16,7 @@ TABLES: dict[str, dict[str, str]] = {
     "stage kind": {
         "ar": "vllm_omni.engine.llm_engine:LLMEngine",
         "dit": "vllm_omni.engine.diffusion_engine:DiffusionEngine",
+        "music_prompt": "vllm_omni.engine.music_prompt_engine:MusicPromptEngine",
     },
     "language model": {
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3:Qwen3",

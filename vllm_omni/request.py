@@ -188,7 +188,8 @@ class OmniOutput:
     """The answer to a request: partial (`finished` False, only in streams) or final.
 
     results: by stage, in the order of the config's `outputs`. tensors: by "stage.port". metrics: by stage: queued_s,
-    ran_s, started_s (after admission), steps, tokens, cache_hits and what else the stage counts.
+    ran_s, started_s (after admission), steps, tokens, cache_hits and what else the stage counts; of a stage that a
+    condition kept from running: skipped (True) and reason.
     error: why there is no (whole) result, or None.
     """
 

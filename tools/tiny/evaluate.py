@@ -101,10 +101,10 @@ def main() -> None:
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     params = {name: value for name, value in given.items() if value is not None}
     shares, pictures = {}, []
-    for config in ("tiny_image.yaml", "tiny_omni.yaml"):
+    for config in ("tiny_image.yaml", "tiny_scene.yaml"):
         with Omni(config, model=args.model, overrides=args.set) as omni:
             for case in CASES:
-                if case.is_loose == (config == "tiny_omni.yaml"):
+                if case.is_loose == (config == "tiny_scene.yaml"):
                     share, wrong, drawn = judge_case(omni, case, args.count, args.seed, params)
                     shares[case.name] = share
                     pictures += drawn[:SHEET_COLUMNS]

@@ -1,7 +1,7 @@
 """The training set of the image DiT: latents of drawings, and the text model's states of their words, computed once.
 
 Each scene has two texts: the canonical words as a prompt (what `tiny_image.yaml` encodes), and the same words as the
-text model's own answer to a loose request (what `tiny_omni.yaml` passes on).
+text model's own answer to a loose request (what `tiny_scene.yaml` passes on).
 """
 
 from __future__ import annotations

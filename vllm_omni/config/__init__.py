@@ -2,6 +2,7 @@
 
 from vllm_omni.config.schema import (
     DiTCacheConfig,
+    EdgeConfig,
     LimitsConfig,
     OmniConfig,
     SchedulerConfig,
@@ -9,4 +10,12 @@ from vllm_omni.config.schema import (
     StageConfig,
 )
 
-__all__ = ["DiTCacheConfig", "LimitsConfig", "OmniConfig", "SchedulerConfig", "SchedulerType", "StageConfig"]
+__all__ = [
+    "DiTCacheConfig",
+    "EdgeConfig",
+    "LimitsConfig",
+    "OmniConfig",
+    "SchedulerConfig",
+    "SchedulerType",
+    "StageConfig",
+]

@@ -30,7 +30,7 @@ _SCALAR_WORDS = {
 
 def build(cls: type[T], value: object, key: str = "") -> T:
     """An instance of the dataclass `cls`; `key` is where `value` stands, for messages."""
-    known = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.init}
+    known = fields_by_key(cls)
     given = _checked_mapping(value, key, f"a group of keys ({', '.join(known)})")
     for name in given:
         check_known(name, known, key)
@@ -39,7 +39,9 @@ def build(cls: type[T], value: object, key: str = "") -> T:
         if is_required and name not in given:
             raise ConfigError(f"{join(key, name)}: missing; it is required")
     hints = get_type_hints(cls)
-    converted = {name: convert(hints[name], item, join(key, name)) for name, item in given.items()}
+    converted = {
+        known[name].name: convert(hints[known[name].name], item, join(key, name)) for name, item in given.items()
+    }
     return construct(cls, converted, key)
 
 
@@ -48,8 +50,12 @@ def construct(cls: type[T], fields: Mapping[str, Any], key: str) -> T:
     try:
         return cls(**fields)
     except (ConfigError, InvalidRequestError) as error:
-        known = {field.name for field in dataclasses.fields(cast(Any, cls))}
-        raise ConfigError(under(key, str(error), known)) from error
+        raise ConfigError(under(key, str(error), fields_by_key(cls))) from error
+
+
+def fields_by_key(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """YAML key -> field. A key equals its field, but for words that Python keeps for itself (metadata "key")."""
+    return {f.metadata.get("key", f.name): f for f in dataclasses.fields(cast(Any, cls)) if f.init}
 
 
 def under(key: str, complaint: str, known: Collection[str]) -> str:

@@ -6,11 +6,12 @@ Pure: knows names and ports, no engine and no request.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_omni import registry
 from vllm_omni.config.builder import under
+from vllm_omni.config.condition import Condition
 from vllm_omni.config.document import STAGE_KEYS, check_stage_name
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.errors import ConfigError
@@ -20,12 +21,25 @@ from vllm_omni.utils.checks import did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """`source.source_port` feeds `target.target_port`."""
+    """`source.source_port` feeds `target.target_port`, where `when` holds of the meta of the source's payload.
+
+    is_text: whether words pass, which a stage may leave unwritten.
+    """
 
     source: str
     source_port: str
     target: str
     target_port: str
+    when: Condition | None = None
+    is_text: bool = False
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """What is read: a stage and one of its output ports."""
+        return (self.source, self.source_port)
+
+    def __str__(self) -> str:
+        return f"{self.source}.{self.source_port} -> {self.target}.{self.target_port}"
 
 
 class StageGraph:
@@ -142,18 +156,20 @@ def _signature(stage: StageConfig) -> StageSignature:
 def _read_edges(stages: Mapping[str, StageConfig], signatures: Mapping[str, StageSignature]) -> list[Edge]:
     edges = []
     for target, stage in stages.items():
-        for port, origin in stage.inputs.items():
+        for port, given in stage.edges.items():
             key = f"stages.{target}.inputs.{port}"
             expected = signatures[target].inputs.get(port)
             if expected is None:
                 raise ConfigError(
                     f"{key}: a {stage.kind!r} stage has no such input{_near(port, signatures[target].inputs)}"
                 )
-            source, source_port = _read_port(origin, signatures, key)
+            source, source_port = _read_port(given.source, signatures, key)
             if source == target:
-                raise ConfigError(f"{key}: got {origin!r}, its own output; expected another stage's")
-            _check_fit(signatures[source].outputs[source_port], expected, origin, key)
-            edges.append(Edge(source, source_port, target, port))
+                raise ConfigError(f"{key}: got {given.source!r}, its own output; expected another stage's")
+            _check_fit(signatures[source].outputs[source_port], expected, given.source, key)
+            condition = given.condition()
+            _check_names(condition, source, signatures[source], key)
+            edges.append(Edge(source, source_port, target, port, condition, isinstance(expected, TextSpec)))
     return edges
 
 
@@ -171,7 +187,16 @@ def _read_port(origin: str, signatures: Mapping[str, StageSignature], key: str) 
     return source, port
 
 
-def _near(name: str, known: Mapping[str, object] | Sequence[str]) -> str:
+def _check_names(condition: Condition | None, source: str, signature: StageSignature, key: str) -> None:
+    """Refuses a name that would be None for ever, where the source says what its meta holds."""
+    if condition is None or signature.meta is None:
+        return
+    known = signature.meta | {port for port, spec in signature.outputs.items() if not isinstance(spec, TensorSpec)}
+    for name in sorted(condition.names - known):
+        raise ConfigError(f"{key}.when: got {name!r}, but the meta of {source!r} has no such key{_near(name, known)}")
+
+
+def _near(name: str, known: Collection[str]) -> str:
     return did_you_mean(name, known) or " (it has none)"
 
 

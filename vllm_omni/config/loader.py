@@ -20,6 +20,8 @@ from vllm_omni.config.shipped import find_config
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, did_you_mean
 
+EDGE_DEPTH = len(("stages", "<stage>", "inputs", "<port>"))
+
 _DEVICE = re.compile(r"auto|[a-z]+(:\d+)?")
 _REFERS_TO_MODEL = re.compile(r"\$\{[^}]*\bmodel\b")
 
@@ -92,6 +94,8 @@ def _apply_override(tree: dict[str, Any], override: str, stage_names: Sequence[s
     for depth, part in enumerate(parts[:-1], start=1):
         if group.get(part) is None:
             group[part] = {}
+        if depth == EDGE_DEPTH and parts[2] == "inputs" and isinstance(group[part], str):
+            group[part] = {"from": group[part]}  # the short form of an edge gets a key more
         group = group[part]
         if not isinstance(group, dict):
             raise ConfigError(f"override {key!r}: {'.'.join(parts[:depth])} is {brief(group)}, not a group of keys")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_omni import registry
+from vllm_omni.config.condition import Condition
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
 
@@ -57,21 +58,55 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class EdgeConfig:
+    """Where an input comes from, and when. source ("from" in a YAML): "stage.port". when: a Condition on the meta of
+    the source's payload, None for always.
+    """
+
+    source: str = field(metadata={"key": "from"})
+    when: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            self.condition()
+        except ConfigError as error:
+            raise ConfigError(f"when: {error}") from error
+
+    @property
+    def stage(self) -> str:
+        """The stage that `source` names."""
+        return self.source.partition(".")[0]
+
+    def condition(self) -> Condition | None:
+        """`when`, read."""
+        return None if self.when is None else Condition.parse(self.when)
+
+
+EdgeLike = str | EdgeConfig
+
+
+@dataclass(frozen=True, slots=True)
 class StageConfig:
     """One stage. `options` is the dataclass of its kind, filled from the remaining YAML keys of the stage.
 
-    inputs: input port -> "stage.port". defaults: fields of the kind's params class. device and dtype: "auto" or a name.
+    inputs: input port -> "stage.port", or an EdgeConfig. defaults: fields of the kind's params class. device and dtype:
+    "auto" or a name.
     """
 
     name: str
     kind: str
     model: str | None = None
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, EdgeLike] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     executor: str = "inline"
     device: str = "auto"
     dtype: str = "auto"
     options: Any = None
+
+    @property
+    def edges(self) -> dict[str, EdgeConfig]:
+        """`inputs`, every one as an EdgeConfig."""
+        return {port: EdgeConfig(edge) if isinstance(edge, str) else edge for port, edge in self.inputs.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_omni.config.schema import OmniConfig
+from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.ar_options import AROptions, KVPoolPlan
+from vllm_omni.engine.base import StageTask
 from vllm_omni.engine.text_processor import TextProcessor
-from vllm_omni.errors import InvalidRequestError, ResourceError
+from vllm_omni.errors import InvalidRequestError, ResourceError, StageError
 from vllm_omni.models.language_model import LanguageModelConfig
 from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
 from vllm_omni.request import OmniRequest, Prompt
@@ -88,6 +89,16 @@ class ARInput:
                 f"min_tokens: got {params.min_tokens}, expected at most max_tokens ({params.max_tokens})"
             )
         return params
+
+    def prepare_task(self, task: StageTask, stage: StageConfig, params: SamplingParams) -> PreparedPrompt:
+        """As `prepare`; StageError where the words are another stage's, so that its name stands in it."""
+        prompt = read_prompt(self._options, task.request, task.inputs)
+        try:
+            return self.prepare(prompt, params)
+        except InvalidRequestError as error:
+            if "prompt" not in task.inputs:
+                raise
+            raise StageError(f"cannot read what {stage.edges['prompt'].source} gave: {error}") from error
 
     def prepare(self, prompt: Prompt, params: SamplingParams) -> PreparedPrompt:
         """Tokens within the limits; InvalidRequestError (or ResourceError: the KV pool is too small) for what cannot be

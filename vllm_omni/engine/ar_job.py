@@ -4,7 +4,7 @@ computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,8 +85,8 @@ class ARJob:
             return self.sequences[0].num_uncomputed_tokens == 0
         return all(sample.is_done for sample in self.samples.values())
 
-    def meta(self) -> dict[str, Any]:
-        """The payload's meta."""
+    def meta(self, sections: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The payload's meta. sections: labels to look for in the text."""
         counts: dict[str, Any] = {
             "prompt_tokens": len(self.prompt.token_ids),
             "truncated_tokens": self.prompt.num_truncated,
@@ -96,7 +96,7 @@ class ARJob:
         completions = [sample.completion() for sample in self.samples.values()]
         first = completions[0]
         words = {"text": first.text, "token_ids": list(first.token_ids), "finish_reason": first.finish_reason}
-        return {**words, "completions": completions, **counts}
+        return {**words, **read_sections(first.text, sections), "completions": completions, **counts}
 
     def metrics(self) -> dict[str, int]:
         """Counts for the caller. cache_hits: prompt tokens that the prefix cache served, of all samples."""
@@ -111,3 +111,15 @@ class ARJob:
         if self.prompt.num_truncated:
             metrics["truncated_tokens"] = self.prompt.num_truncated
         return metrics
+
+
+def read_sections(text: str, labels: Collection[str]) -> dict[str, str]:
+    """Label -> the words of the first line that begins with `label:`, stripped; labels without such a line are left
+    out.
+    """
+    found: dict[str, str] = {}
+    for line in text.split("\n"):
+        label, colon, words = line.partition(":")
+        if colon and label in labels:
+            found.setdefault(label, words.strip())
+    return found

@@ -13,6 +13,8 @@ from vllm_omni.utils.checks import check_number, did_you_mean
 TASKS = ("generate", "encode")
 PROMPTS = ("prompt", "negative_prompt")
 RESERVED_TEMPLATE_KEYS = ("conversation", "tokenize", "add_generation_prompt")
+WRITTEN_KEYS = frozenset({"text", "token_ids", "finish_reason", "completions"})
+META_KEYS = WRITTEN_KEYS | {"prompt_tokens", "truncated_tokens"}
 DEFAULT_MODEL_LEN = 4096
 DEFAULT_POOL_BYTES = 256 * 2**20
 
@@ -58,7 +60,8 @@ class AROptions:
     task: "generate" writes tokens, "encode" only computes states. prompt: which field of the request is read when no
     edge brings the prompt. tokenizer: its folder (default: the model's own, else `tokenizer` beside it). chat_template:
     whether plain strings become a user message in the tokenizer's template, where it has one; chat_template_kwargs go
-    to it. outputs: port -> hidden states to tap, see Tap. max_model_len: most tokens of a sequence (the model's
+    to it. outputs: port -> hidden states to tap, see Tap. sections: labels; the first written line that begins with
+    `label:` gives its other words to a text port of that name. max_model_len: most tokens of a sequence (the model's
     positions, at most 4096). max_prompt_tokens: most tokens of a prompt; a longer one is an error, or keeps its first
     tokens when truncate_prompt is set. max_num_seqs and max_num_batched_tokens bound one step. The KV pool has
     num_blocks blocks of block_size tokens, or as many as kv_memory_mb holds, or enough for max_num_seqs full sequences
@@ -71,6 +74,7 @@ class AROptions:
     chat_template: bool = True
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     outputs: Mapping[str, Any] = field(default_factory=dict)
+    sections: tuple[str, ...] = ()
     max_model_len: int | None = None
     max_prompt_tokens: int | None = None
     truncate_prompt: bool = False
@@ -100,6 +104,7 @@ class AROptions:
                 raise ConfigError(f"chat_template_kwargs.{name}: set by the stage itself; remove it")
         taps = {port: _tap(port, value, self.task) for port, value in self.outputs.items()}
         object.__setattr__(self, "outputs", taps)
+        object.__setattr__(self, "sections", _sections(self.sections, taps, self.task))
         if self.task == "encode" and not taps:
             raise ConfigError(
                 "outputs: nothing, expected at least one port for task encode, as hidden_states: {layers: [-2]}"
@@ -109,6 +114,11 @@ class AROptions:
     def taps(self) -> Mapping[str, Tap]:
         """`outputs`, checked."""
         return self.outputs
+
+    @property
+    def meta_keys(self) -> frozenset[str]:
+        """What the meta of a payload may hold."""
+        return META_KEYS.union(self.sections) if self.can_write else META_KEYS - WRITTEN_KEYS
 
     @property
     def can_write(self) -> bool:
@@ -204,3 +214,19 @@ def _tap(port: object, value: object, task: str) -> Tap:
     if tokens == "completion" and task == "encode":
         raise ConfigError(f"{where}.tokens: got 'completion', expected 'prompt': task encode writes nothing")
     return Tap(tuple(int(layer) for layer in layers), tokens)
+
+
+def _sections(labels: object, taps: Mapping[str, Tap], task: str) -> tuple[str, ...]:
+    if not isinstance(labels, Sequence) or isinstance(labels, str):
+        raise ConfigError(f"sections: got {labels!r}, expected a list of labels, as [scene, sound]")
+    for index, label in enumerate(labels):
+        where = f"sections[{index}]"
+        if not isinstance(label, str) or not label.isidentifier() or label in META_KEYS:
+            raise ConfigError(
+                f"{where}: got {label!r}, expected an identifier other than {', '.join(sorted(META_KEYS))}"
+            )
+        if label in taps or label in labels[:index]:
+            raise ConfigError(f"{where}: got {label!r}, which another port is called; choose another")
+    if labels and task == "encode":
+        raise ConfigError("sections: got some, expected none: task encode writes nothing")
+    return tuple(labels)

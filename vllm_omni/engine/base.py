@@ -130,6 +130,11 @@ class StageEngine(ABC):
         return frozenset()
 
     @classmethod
+    def reads_params(cls, stage: StageConfig) -> bool:
+        """Whether the stage looks at its parameters; a request that sets some which no stage reads is refused."""
+        return True
+
+    @classmethod
     def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
         """A key under which the payload of this task may serve later requests, or None where it must be computed."""
         return None

@@ -63,11 +63,21 @@ class LLMEngine(StageEngine):
             raise ConfigError(
                 f"{where}.prompt: got {options.prompt!r}, but inputs.prompt brings the prompt; keep one of them"
             )
+        if stage.defaults and not options.can_write:
+            raise ConfigError(
+                f"{where}.defaults: got {list(stage.defaults)}, but task encode samples nothing; remove it"
+            )
         options.model_len(config)
         layers = options.tapped_layers(config)
         outputs = {port: TensorSpec(("T", len(tapped) * config.hidden_size)) for port, tapped in layers.items()}
         text = {"text": TextSpec()} if options.can_write else {}
-        return StageSignature(inputs={"prompt": TextSpec()}, outputs={**text, **outputs}, results=frozenset(text))
+        return StageSignature(
+            inputs={"prompt": TextSpec()},
+            outputs={**text, **{label: TextSpec() for label in options.sections}, **outputs},
+            required_inputs=frozenset({"prompt"} & stage.inputs.keys()),  # the request's own is no stand-in for it
+            results=frozenset(text),
+            meta=options.meta_keys,
+        )
 
     @classmethod
     def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
@@ -81,6 +91,11 @@ class LLMEngine(StageEngine):
             kv_pool_bytes=pool.num_blocks * pool.block_bytes,
             activation_bytes=options.activation_bytes(model, itemsize),
         )
+
+    @classmethod
+    def reads_params(cls, stage: StageConfig) -> bool:
+        options: AROptions = stage.options
+        return options.can_write
 
     @classmethod
     def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
@@ -224,7 +239,7 @@ class LLMEngine(StageEngine):
             if self._options.taps[port].tokens == "completion":
                 bounds = (sequence.num_prompt_tokens, sequence.num_computed_tokens)
             tensors[port] = self._runner.tapped_states(sequence, layers, *bounds)
-        payload = StagePayload(job.task.request_id, self._stage.name, tensors, job.meta())
+        payload = StagePayload(job.task.request_id, self._stage.name, tensors, job.meta(self._options.sections))
         metrics = job.metrics()
         self._num_tokens += metrics["tokens"]
         self._num_cached_tokens += metrics["cache_hits"]
@@ -238,7 +253,7 @@ class LLMEngine(StageEngine):
 
     def _make_job(self, task: StageTask) -> ARJob:
         params = self._input.check_params(task.params, self._can_fan_out)
-        prompt = self._input.prepare(read_prompt(self._options, task.request, task.inputs), params)
+        prompt = self._input.prepare_task(task, self._stage, params)
         num_sequences = (params.n or 1) if self._options.can_write else 1
         sequences = [
             Sequence(
@@ -295,4 +310,4 @@ def _model_folder(stage: StageConfig) -> Path:
 
 
 def _feeds_others(stage: StageConfig, config: OmniConfig) -> bool:
-    return any(edge.split(".")[0] == stage.name for other in config.stages.values() for edge in other.inputs.values())
+    return any(edge.stage == stage.name for other in config.stages.values() for edge in other.edges.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from vllm_omni.config.graph import StageGraph
+from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.resources import GIB, MIB, format_bytes
 from vllm_omni.engine.base import MemoryPlan
@@ -21,11 +21,14 @@ def describe(config: OmniConfig, graph: StageGraph, plans: Mapping[str, MemoryPl
 
 
 def draw_graph(config: OmniConfig, graph: StageGraph) -> list[str]:
-    """One line a stage, in the order of running, with the edges as rails on the left."""
+    """One line a stage, in the order of running, with the edges as rails on the left; conditions stand above the stage
+    that they keep waiting.
+    """
     rails = _Rails()
     rows: list[tuple[str, str]] = []
     for stage in graph.order:
         rows += [(line, "") for line in rails.merge(stage)]
+        rows += [(rails.passing(), condition) for condition in _conditions(graph, stage)]
         rows.append((rails.node(stage), _label(config, graph, stage)))
         targets = dict.fromkeys(edge.target for edge in graph.edges_from(stage))
         rows += [(line, "") for line in rails.branch(stage, list(targets))]
@@ -37,6 +40,12 @@ def _label(config: OmniConfig, graph: StageGraph, stage: str) -> str:
     words = [stage, section.kind, *([section.model] if section.model else [])]
     given = [output for output in graph.outputs if output.partition(".")[0] == stage]
     return " · ".join(words) + (f"  => {', '.join(given)}" if given else "")
+
+
+def _conditions(graph: StageGraph, stage: str) -> Iterable[str]:
+    for edge in graph.edges_into(stage):
+        if edge.when is not None:
+            yield f"{edge.source}.{edge.source_port} -> {edge.target_port}  when {edge.when}"
 
 
 class _Rails:
@@ -58,6 +67,10 @@ class _Rails:
         column = (self._columns(stage) or [self._free_column(0)])[0]
         self._lanes[column] = stage
         return self._line(column, [], "●", "", "")
+
+    def passing(self) -> str:
+        """A line on which nothing branches."""
+        return "".join("  " if target is None else "│ " for target in self._lanes).rstrip()
 
     def branch(self, stage: str, targets: Sequence[str]) -> list[str]:
         """Opens a column for every edge out of a stage; its own goes to the first."""
@@ -104,7 +117,9 @@ def _ports(graph: StageGraph) -> list[str]:
     rows: list[tuple[str, ...]] = []
     for stage in graph.order:
         signature = graph.signatures[stage]
-        sources = {edge.target_port: f"{edge.source}.{edge.source_port}" for edge in graph.edges_into(stage)}
+        sources = {
+            edge.target_port: f"{edge.source}.{edge.source_port}{_when(edge)}" for edge in graph.edges_into(stage)
+        }
         for port, spec in signature.inputs.items():
             rows.append((stage, "in", port, str(spec), f"<- {sources[port]}" if port in sources else "not connected"))
         for port, spec in signature.outputs.items():
@@ -112,10 +127,14 @@ def _ports(graph: StageGraph) -> list[str]:
     return aligned(rows)
 
 
+def _when(edge: Edge) -> str:
+    return "" if edge.when is None else f" when {edge.when}"
+
+
 def _readers(graph: StageGraph, stage: str, port: str) -> Iterable[str]:
     for edge in graph.edges_from(stage):
         if edge.source_port == port:
-            yield f"-> {edge.target}.{edge.target_port}"
+            yield f"-> {edge.target}.{edge.target_port}{_when(edge)}"
     if stage in graph.result_stages and port in graph.signatures[stage].results:
         yield "=> result"
     if (stage, port) in graph.output_tensors:

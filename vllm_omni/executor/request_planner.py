@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vllm_omni.config.graph import StageGraph
-from vllm_omni.core.request_state import RequestPlan, StagePlan, kept_ports, read_inputs
+from vllm_omni.core.request_state import RequestPlan, StagePlan, kept_ports
 from vllm_omni.engine.base import StageTask
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.errors import InvalidRequestError, StageError
@@ -31,15 +32,19 @@ class RequestPlanner:
         params = {name: self._resolve(request, host) for name, host in self._hosts.items()}
         demand = self._graph.demand(lambda stage: self._needed_inputs(stage, request, params[stage]))
         self._check_fields(request, demand)
+        self._check_params_are_read(request, demand)
         stages: dict[str, StagePlan] = {}
         job_size = 0.0
-        for name in self._graph.order:
-            if name in demand:
-                host = self._hosts[name]
-                host.check(request, params[name])
-                job_size += _checked_size(name, host.job_size(request, params[name]))
-                inputs = read_inputs(self._graph, name, demand[name])
-                stages[name] = StagePlan(params[name], inputs, self._cache_key(request, name, params[name]))
+        for name, ports in demand.items():
+            host = self._hosts[name]
+            host.check(request, params[name])
+            job_size += _checked_size(name, host.job_size(request, params[name]))
+            stages[name] = StagePlan(
+                params[name],
+                tuple(edge for edge in self._graph.edges_into(name) if edge.target_port in ports),
+                self._cache_key(request, name, params[name]),
+                self._graph.signatures[name].required_inputs,
+            )
         return RequestPlan(stages, self._kept, job_size)
 
     def _check_params(self, request: OmniRequest) -> None:
@@ -71,6 +76,27 @@ class RequestPlanner:
                     f"prompt[{key!r}]: stage {readers[0]!r} reads it, which does not run for this request; leave it out"
                 )
 
+    def _check_params_are_read(self, request: OmniRequest, demand: Collection[str]) -> None:
+        """Refuses parameters that set something and that no stage would look at."""
+        given = request.params
+        if isinstance(given, Mapping):
+            for name, params in given.items():
+                if _words(params) and not self._reads_params(name):
+                    raise InvalidRequestError(
+                        f"params[{name!r}]: got {_words(params)}, but the stage samples nothing; leave it out"
+                    )
+        elif given is not None and _words(given):
+            types = {self._hosts[name].engine_class.params_type for name in demand if self._reads_params(name)}
+            if not isinstance(given, tuple(types)):
+                expected = " or ".join(sorted(kind.__name__ for kind in types)) or "none"
+                raise InvalidRequestError(
+                    f"params: got {_words(given)}, which no stage of this request reads; expected {expected}"
+                )
+
+    def _reads_params(self, name: str) -> bool:
+        host = self._hosts[name]
+        return host.engine_class.reads_params(host.stage)
+
     def _resolve(self, request: OmniRequest, host: StageHost) -> StageParams:
         with stage_boundary(host.name):
             return request.params_for(host.name, host.engine_class.params_type).with_defaults(host.stage.defaults)
@@ -90,6 +116,12 @@ class RequestPlanner:
                 return host.engine_class.cache_key(host.stage, StageTask(request, name, params, inputs))
 
         return cache_key
+
+
+def _words(params: StageParams) -> str:
+    """'SamplingParams with seed, n' for those that are set; '' where none is."""
+    names = [field.name for field in dataclasses.fields(params) if getattr(params, field.name) is not None]
+    return f"{type(params).__name__} with {', '.join(names)}" if names else ""
 
 
 def _checked_size(stage: str, size: float) -> float:

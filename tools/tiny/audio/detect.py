@@ -33,7 +33,8 @@ OVERTONES = {  # amplitude of overtones 2 to 5 over the fundamental's
 }
 MOST_OVERTONE = 0.8  # over the fundamental's amplitude, above which an overtone is a note of its own
 MOST_SUSTAINED_FALL = 0.6  # end level over start level of a note that is not plucked
-LEAST_PLUCKED_OVERTONE = 0.08
+PLUCK = 960  # samples at the start of a plucked note in which its overtones are still heard
+LEAST_PLUCKED_OVERTONE = 0.06
 LEAST_LOUD = 0.4  # half way, as ratios go, between the peaks of a soft note (0.2) and a loud one (0.8)
 DIP = 0.5  # level between two notes over the level beside
 
@@ -155,10 +156,10 @@ def timbre_of(samples: Samples, pitches: tuple[float, ...]) -> str:
     """From the start of a note, where all its overtones still sound, and from its end."""
     if not pitches:
         return "unknown"
-    start = Partials.of(samples[MARGIN : CELL - 3 * MARGIN])
-    ratios = overtone_ratios(start, pitches)
     if falls(samples):
-        return "plucked" if ratios[0] > LEAST_PLUCKED_OVERTONE else "unknown"
+        pluck = Partials.of(samples[MARGIN // 2 : MARGIN // 2 + PLUCK])
+        return "plucked" if overtone_ratios(pluck, pitches)[0] > LEAST_PLUCKED_OVERTONE else "unknown"
+    ratios = overtone_ratios(Partials.of(samples[MARGIN : CELL - 3 * MARGIN]), pitches)
     known = ~np.isnan(ratios)
     distances = {name: float(np.abs(ratios - shape)[known].mean()) for name, shape in OVERTONES.items()}
     return min(distances, key=lambda name: distances[name])
