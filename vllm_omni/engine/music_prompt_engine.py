@@ -5,7 +5,9 @@ It has no weights and takes no time, save for decoding the sounds that a request
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ TEXT_PORTS = ("caption", "lyrics", "plain_caption", "planner_prompt", "audio_cod
 class MusicPromptEngine(StageEngine):
     """Checks a request whole before it is admitted (headers of sounds included), and formats it when its turn comes.
 
-    The caption is the request's prompt, or what an edge brings to the port `prompt`. Of the
-    parameters it reads `duration_s`; the others are for the stage that makes the sound.
+    The caption is the request's prompt, or what an edge brings to the port `prompt`. Of the parameters it reads
+    `duration_s`; the others are for the stage that makes the sound.
     """
 
     options_type = MusicPromptOptions
@@ -57,7 +59,8 @@ class MusicPromptEngine(StageEngine):
         return StageSignature(
             inputs={"prompt": TextSpec()},
             outputs={**texts, "music": DataSpec("music"), "source_audio": sound, "reference_audio": sound},
-            required_inputs=frozenset(stage.inputs),
+            required_inputs=frozenset({"prompt"} & stage.inputs.keys()),  # the request's own is no stand-in for it
+            meta=frozenset(),
         )
 
     @classmethod
@@ -70,8 +73,7 @@ class MusicPromptEngine(StageEngine):
         return options.request_keys
 
     def __init__(self, stage: StageConfig, context: EngineContext) -> None:
-        self._name = stage.name
-        self._has_edge = "prompt" in stage.inputs
+        self._stage = stage
         self._device = context.device
         self._limits = context.config.limits
         self._wanted = context.wanted
@@ -80,7 +82,8 @@ class MusicPromptEngine(StageEngine):
         self._tasks: deque[StageTask] = deque()
 
     def check(self, request: OmniRequest, params: StageParams) -> None:
-        self._read(request, params, "" if self._has_edge else request.prompt)
+        self._check_own_params(request)
+        self._read(request, params, "" if "prompt" in self._stage.inputs else request.prompt)
 
     def submit(self, task: StageTask) -> None:
         self._tasks.append(task)
@@ -93,7 +96,7 @@ class MusicPromptEngine(StageEngine):
         try:
             return [StageDone(self._payload(task), {"steps": 1})]
         except Exception as error:
-            wrapped = error if isinstance(error, OmniError) else stage_error(self._name, error)
+            wrapped = error if isinstance(error, OmniError) else stage_error(self._stage.name, error)
             return [StageFailed(task.request_id, wrapped)]
 
     def abort(self, request_id: str) -> None:
@@ -105,16 +108,27 @@ class MusicPromptEngine(StageEngine):
     def get_stats(self) -> dict[str, Any]:
         return {"queued": len(self._tasks)}
 
-    def _read(self, request: OmniRequest, params: StageParams, caption: object) -> MusicRequest:
+    def _check_own_params(self, request: OmniRequest) -> None:
+        """Refuses what is set for this stage by its name and would not be read."""
+        name = self._stage.name
+        own = request.params.get(name) if isinstance(request.params, Mapping) else None
+        for field in dataclasses.fields(own) if own is not None else ():
+            if field.name != "duration_s" and getattr(own, field.name) is not None:
+                raise InvalidRequestError(
+                    f"params[{name!r}].{field.name}: this stage reads duration_s alone; set the rest for the stage "
+                    "that makes the sound"
+                )
+
+    def _read(self, request: OmniRequest, params: StageParams, prompt: object) -> MusicRequest:
         if not isinstance(params, DiffusionParams):
             raise InvalidRequestError(f"params: got {type(params).__name__}, expected DiffusionParams")
-        return self._reader.read(request, params, caption)
+        return self._reader.read(request, params, prompt)
 
     def _payload(self, task: StageTask) -> StagePayload:
         asked = self._read(task.request, task.params, task.inputs.get("prompt", task.request.prompt))
         sounds = {"source_audio": asked.audio, "reference_audio": asked.reference_audio}
         tensors = {port: self._decode(port, source) for port, source in sounds.items() if source is not None}
-        return StagePayload(task.request_id, self._name, tensors, {**format_texts(asked), "music": asked.music()})
+        return StagePayload(task.request_id, self._stage.name, tensors, {**format_texts(asked), "music": asked.music()})
 
     def _decode(self, port: str, source: object) -> Tensor:
         """float32 [channels, n] at the autoencoder's rate."""

@@ -85,11 +85,11 @@ class MusicRequestReader:
         self._max_duration_s = limits.max_duration_s if own is None else min(own, limits.max_duration_s)
         self._duration_key = "limits.max_duration_s" if own != self._max_duration_s else "the stage's max_duration_s"
 
-    def read(self, request: OmniRequest, params: DiffusionParams, caption: object) -> MusicRequest:
-        """caption: the words, of the request or of an edge. InvalidRequestError for whatever is out of bounds, missing,
-        or of no use to the task.
+    def read(self, request: OmniRequest, params: DiffusionParams, prompt: object) -> MusicRequest:
+        """prompt: the words that describe the music, the request's own or another stage's. InvalidRequestError for
+        whatever is out of bounds, missing, or of no use to the task.
         """
-        if not isinstance(caption, str):
+        if not isinstance(prompt, str):
             raise InvalidRequestError("prompt: got tokens or messages, expected a string that describes the music")
         fields = {key: value for key, value in request.fields.items() if value is not None}
         task = self._task(fields)
@@ -101,7 +101,7 @@ class MusicRequestReader:
         is_cover = task == "text2music" and bool(codes or self._is_planned)
         start, end = self._window(task, fields, duration_s)
         return MusicRequest(
-            caption=self._text("prompt", caption),
+            caption=self._text("prompt", prompt),
             lyrics=self._text("lyrics", fields.get("lyrics", "")),
             language=_language(fields.get("vocal_language", "en")),
             instruction=self._instruction(fields),
