@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,57 @@ def test_a_failing_request_harms_no_batch_mate(folder: Path) -> None:
     assert stage.get_stats()["running"] == 0
 
 
+def in_bands(stage: DiffusionEngine, monkeypatch: pytest.MonkeyPatch, num_given: int = 4) -> None:
+    """The stage decodes a picture in four bands of rows, and gives `num_given` of them."""
+    whole = stage.model.decode
+
+    def decode(latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield from next(whole(latents)).chunk(4)[:num_given]
+
+    monkeypatch.setattr(stage.model, "decode", decode)
+    monkeypatch.setattr(stage.model, "num_pieces", lambda latents: 4)
+    monkeypatch.setattr(stage.model, "assemble", lambda pieces, params: torch.cat(list(pieces)))
+
+
+def test_a_step_decodes_one_piece_of_the_oldest_while_others_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stage = engine(folder), engine(folder)
+    in_bands(stage, monkeypatch)
+    for one in (whole, stage):
+        one.submit(task("first", params(1, steps=1)))
+        one.submit(task("second", params(2, steps=2)))
+        one.submit(task("long", params(3, steps=9)))
+    expected = pictures(run(whole))
+    events = [stage.step() for _ in range(9)]
+    done = {e.request_id: n for n, step in enumerate(events) for e in step if isinstance(e, StageDone)}
+    assert done == {"first": 3, "second": 7}, "four pieces each, the second begins when the first is whole"
+    steps = [e.step for step in events for e in step if isinstance(e, StageProgress) and e.request_id == "long"]
+    assert steps == [*range(1, 10), 9], "one denoising step at each, then the first piece"
+    got = pictures({e.request_id: e for step in events for e in step if isinstance(e, StageDone)} | run(stage))
+    for key, picture in expected.items():
+        assert torch.equal(got[key], picture), key
+
+
+def test_an_abort_between_two_pieces_frees_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = engine(folder)
+    in_bands(stage, monkeypatch)
+    for key in "ab":
+        stage.submit(task(key, params(ord(key), steps=1, num_outputs=2)))
+    stage.step()
+    stage.abort("a")
+    stage.check_integrity()
+    assert set(run(stage)) == {"b"} and stage.get_stats()["running"] == 0
+
+
+def test_a_decoder_that_ends_early_fails_its_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = engine(folder)
+    in_bands(stage, monkeypatch, num_given=3)
+    stage.submit(task("a", params(steps=1)))
+    event = run(stage)["a"]
+    assert isinstance(event, StageFailed) and "3 of 4 pieces" in str(event.error)
+
+
 def test_a_batch_that_breaks_is_retried_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = engine(folder)
     for key in "abc":
@@ -221,10 +273,14 @@ def test_a_batch_that_breaks_is_retried_one_by_one(folder: Path, monkeypatch: py
 
 
 def test_neutral_guidance_needs_no_negative_prompt(folder: Path) -> None:
-    stage = engine(folder)
-    assert DiffusionEngine.needed_inputs(stage.stage, params(guidance=0.0)) == {"prompt_embeds"}
-    assert DiffusionEngine.needed_inputs(stage.stage, params(guidance=0.5)) == set(stage.stage.inputs)
-    assert DiffusionEngine.needed_inputs(stage.stage, DiffusionParams()) == set(stage.stage.inputs), "default is 5"
+    stage = engine(folder).stage
+
+    def needed(value: DiffusionParams) -> frozenset[str]:
+        return DiffusionEngine.needed_inputs(stage, task("x", value).request, value)
+
+    assert needed(params(guidance=0.0)) == {"prompt_embeds"}
+    assert needed(params(guidance=0.5)) == set(stage.inputs)
+    assert needed(DiffusionParams()) == set(stage.inputs), "default is 5"
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,7 +15,7 @@ from vllm_omni.config import StageConfig
 from vllm_omni.config.graph import Edge, StageGraph, build_graph
 from vllm_omni.config.loader import load_config
 from vllm_omni.errors import ConfigError
-from vllm_omni.payload import StageSignature, TensorSpec, TextSpec
+from vllm_omni.payload import DataSpec, StageSignature, TensorSpec, TextSpec
 
 register_toys()
 
@@ -63,6 +63,23 @@ def test_a_port_is_wanted_only_when_an_edge_or_an_output_reads_it() -> None:
     assert drawn.wanted_ports("image") == {"image"}
     assert guided(["image.latents"]).wanted_ports("image") == {"latents"}
     assert drawn.result_stages == ("image", "text") and drawn.output_tensors == (("negative", "states"),)
+
+
+def test_data_fits_data_of_the_same_name_and_nothing_else() -> None:
+    specs = {"music": DataSpec("music"), "layout": DataSpec("layout"), "text": TextSpec(), "states": STATES}
+    writer = StageSignature(outputs=specs)
+    for port, spec in specs.items():
+        reader = StageSignature(inputs={"in": spec}, outputs={"out": STATES}, required_inputs=frozenset({"in"}))
+        for origin, offered in specs.items():
+            stages = {"a": (writer, {}), "b": (reader, {"in": f"a.{origin}"})}
+            if origin == port:
+                assert graph(stages, ["b.out"]).edges_from("a") == (Edge("a", port, "b", "in"),)
+            else:
+                with pytest.raises(ConfigError) as error:
+                    graph(stages, ["b.out"])
+                assert all(str(word) in str(error.value) for word in ("stages.b.inputs.in", offered, spec))
+    with pytest.raises(ConfigError, match=r"outputs\[0\].*data 'music'"):
+        graph({"a": (writer, {})}, ["a.music"])
 
 
 def test_one_port_may_feed_many_stages() -> None:

@@ -213,7 +213,7 @@ class PictureEngine(ToyEngine):
         return StageSignature(inputs, outputs, frozenset({"states"}), results=frozenset({"image"}))
 
     @classmethod
-    def needed_inputs(cls, stage: StageConfig, params: Any) -> frozenset[str]:
+    def needed_inputs(cls, stage: StageConfig, request: OmniRequest, params: Any) -> frozenset[str]:
         return frozenset(stage.inputs) if params.guided else frozenset({"states"})
 
     def make(self, task: StageTask) -> StagePayload:

@@ -16,11 +16,12 @@ class TensorSpec:
 
     dims: tuple[int | str, ...]
 
-    def fits(self, other: TensorSpec) -> bool:
-        """Whether every pair of fixed dimensions agrees."""
-        return len(self.dims) == len(other.dims) and all(
-            a == b for a, b in zip(self.dims, other.dims, strict=True) if isinstance(a, int) and isinstance(b, int)
-        )
+    def fits(self, other: object) -> bool:
+        """Whether the other is a tensor too and every pair of fixed dimensions agrees."""
+        if not isinstance(other, TensorSpec) or len(self.dims) != len(other.dims):
+            return False
+        pairs = zip(self.dims, other.dims, strict=True)
+        return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
     def __str__(self) -> str:
         return "[" + ", ".join(map(str, self.dims)) + "]"
@@ -37,7 +38,20 @@ class TextSpec:
         return "text"
 
 
-PortSpec = TensorSpec | TextSpec
+@dataclass(frozen=True, slots=True)
+class DataSpec:
+    """A JSON object that writer and reader know by this name, such as "music"."""
+
+    name: str
+
+    def fits(self, other: object) -> bool:
+        return isinstance(other, DataSpec) and other.name == self.name
+
+    def __str__(self) -> str:
+        return f"data {self.name!r}"
+
+
+PortSpec = TensorSpec | TextSpec | DataSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +74,8 @@ class StagePayload:
     """What a stage made of one request.
 
     `tensors` holds the outputs that somebody wants, by port name, on the stage's device. `meta` holds plain JSON
-    values: for a text stage `text`, `token_ids`, `finish_reason`; a port that carries text is found there under its
-    name. In one process tensors pass by reference: the receiver must not write into them.
+    values: for a text stage `text`, `token_ids`, `finish_reason`; a port that carries text or data is found there under
+    its name. In one process tensors pass by reference: the receiver must not write into them.
     """
 
     request_id: str
@@ -70,7 +84,7 @@ class StagePayload:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def port(self, name: str) -> Any:
-        """The value of one port: a tensor, or text."""
+        """The value of one port: a tensor, text or data."""
         return self.tensors[name] if name in self.tensors else self.meta[name]
 
     @property

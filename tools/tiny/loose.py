@@ -79,6 +79,13 @@ FRAMES = (
 
 def loose(scene: Scene, rng: random.Random) -> str:
     """One loose request that means `scene`."""
+    words = scene_words(scene, rng)
+    request = rng.choice(FRAMES).format(words)
+    return request[0].upper() + request[1:] if rng.random() < 0.3 else request
+
+
+def scene_words(scene: Scene, rng: random.Random) -> str:
+    """Loose words for `scene` without the request around them."""
     phrases = [thing_words(thing, rng) for thing in scene.things]
     if len(phrases) == 1:
         words = phrases[0] + (f" {rng.choice(PLACE_WORDS[scene.layout])}" if scene.layout else "")
@@ -90,8 +97,7 @@ def loose(scene: Scene, rng: random.Random) -> str:
     if scene.background:
         ground = rng.choice(("background", "backdrop"))
         words += f" on {with_article(rng.choice(BACKGROUND_WORDS[scene.background]))} {ground}"
-    request = rng.choice(FRAMES).format(words)
-    return request[0].upper() + request[1:] if rng.random() < 0.3 else request
+    return words
 
 
 def thing_words(thing: Thing, rng: random.Random) -> str:

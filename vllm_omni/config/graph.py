@@ -201,16 +201,16 @@ def _near(name: str, known: Collection[str]) -> str:
 
 
 def _check_fit(given: PortSpec, expected: PortSpec, origin: str, key: str) -> None:
-    if isinstance(expected, TensorSpec) and isinstance(given, TensorSpec):
-        fits = expected.fits(given)
-    else:
-        fits = isinstance(expected, TextSpec) and isinstance(given, TextSpec)
-    if not fits:
+    if not expected.fits(given):
         raise ConfigError(f"{key}: {origin} gives {_words(given)}, expected {_words(expected)}")
 
 
 def _words(spec: PortSpec) -> str:
-    return "text" if isinstance(spec, TextSpec) else f"a tensor {spec}"
+    return f"a tensor {spec}" if isinstance(spec, TensorSpec) else str(spec)
+
+
+def _listing_instead(stage: str, spec: PortSpec) -> str:
+    return f"list the stage itself: {stage!r}" if isinstance(spec, TextSpec) else "list stages or tensors"
 
 
 def _read_outputs(
@@ -226,8 +226,9 @@ def _read_outputs(
             raise ConfigError(f"{key}: got {output!r} a second time")
         if "." in output:
             stage, port = _read_port(output, signatures, key)
-            if isinstance(signatures[stage].outputs[port], TextSpec):
-                raise ConfigError(f"{key}: got {output!r}, which is text; list the stage itself: {stage!r}")
+            spec = signatures[stage].outputs[port]
+            if not isinstance(spec, TensorSpec):
+                raise ConfigError(f"{key}: got {output!r}, which is {spec}; {_listing_instead(stage, spec)}")
             tensors.append((stage, port))
         elif output not in signatures:
             raise ConfigError(f"{key}: got {output!r}, but there is no such stage{did_you_mean(output, signatures)}")

@@ -118,8 +118,8 @@ class StageEngine(ABC):
         """What the stage will hold; reads configuration files and safetensors headers, never weights."""
 
     @classmethod
-    def needed_inputs(cls, stage: StageConfig, params: StageParams) -> frozenset[str]:
-        """The input ports that a request with these parameters (defaults applied) reads; others are not computed
+    def needed_inputs(cls, stage: StageConfig, request: OmniRequest, params: StageParams) -> frozenset[str]:
+        """The input ports that a request (its parameters have their defaults) reads; others are not computed
         for it.
         """
         return frozenset(stage.inputs)

@@ -1,4 +1,6 @@
-"""The diffusion stage: tasks become states, each step denoises all running ones, finished ones become pictures."""
+"""The diffusion stage: tasks become states, each step denoises all running ones and decodes one piece of a finished
+one.
+"""
 
 from __future__ import annotations
 
@@ -27,28 +29,29 @@ from vllm_omni.engine.base import (
 from vllm_omni.engine.boundary import stage_error
 from vllm_omni.engine.dit_options import DiTOptions
 from vllm_omni.errors import ConfigError, InvalidRequestError, OmniError, StageError
-from vllm_omni.models.diffusion import DiffusionModel
+from vllm_omni.models.diffusion import DiffusionModel, check_limit
 from vllm_omni.params import MAX_SEED, DiffusionParams, StageParams
-from vllm_omni.payload import StagePayload, StageSignature, TensorSpec
+from vllm_omni.payload import StagePayload, StageSignature
 from vllm_omni.registry import resolve
 from vllm_omni.request import OmniRequest
-from vllm_omni.utils.checks import check_number
 from vllm_omni.utils.device import resolve_device, resolve_dtype
 from vllm_omni.utils.files import read_json, resolve_model_folder
-from vllm_omni.worker.diffusion_runner import NEGATIVE, POSITIVE, DiffusionRunner, DiffusionState
+from vllm_omni.worker.diffusion_runner import DiffusionRunner, DiffusionState
 
 
 @dataclass(slots=True)
 class _Job:
-    """A task and its states, one per output. pictures: [H, W, 3] uint8 by output, as they get done."""
+    """A task and its states, one per output. outputs: by index, as they get decoded."""
 
     task: StageTask
     states: list[DiffusionState]
-    pictures: dict[int, Tensor] = field(default_factory=dict)
+    is_decoded: bool
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def is_done(self) -> bool:
-        return all(state.is_done for state in self.states)
+        done = len(self.outputs) if self.is_decoded else sum(state.is_done for state in self.states)
+        return done == len(self.states)
 
 
 class DiffusionEngine(StageEngine):
@@ -60,30 +63,23 @@ class DiffusionEngine(StageEngine):
     @classmethod
     def signature(cls, stage: StageConfig) -> StageSignature:
         folder = _folder(stage)
-        return StageSignature(
-            inputs=_model_class(folder).ports(folder),
-            outputs={"image": TensorSpec(("N", "H", "W", 3)), "latents": TensorSpec(("N", "C", "h", "w"))},
-            required_inputs=frozenset({"prompt_embeds"}),
-            results=frozenset({"image"}),
-        )
+        return _model_class(folder).signature(folder)
 
     @classmethod
     def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
         folder, options = _folder(stage), _options(stage)
-        dtype = resolve_dtype(stage.dtype, resolve_device(stage.device))
-        width = read_json(folder / "transformer" / "config.json").get("dim", 0)
+        model_class, dtype = _model_class(folder), resolve_dtype(stage.dtype, resolve_device(stage.device))
         cached = config.dit_cache.max_memory_mb * MEGABYTE if options.cache.policy != "none" else 0
         return MemoryPlan(
-            weights_bytes=_model_class(folder).weights_bytes(folder, dtype),
-            activation_bytes=options.max_batch_tokens * int(width) * dtype.itemsize * ACTIVATION_WIDTHS,
+            weights_bytes=model_class.weights_bytes(folder, dtype),
+            activation_bytes=options.max_batch_tokens * model_class.token_bytes(folder, dtype),
             step_cache_bytes=int(cached),
         )
 
     @classmethod
-    def needed_inputs(cls, stage: StageConfig, params: StageParams) -> frozenset[str]:
-        model_class = _model_class(_folder(stage))
-        guided = model_class.guides(_guidance(params, model_class))
-        return frozenset(port for port in stage.inputs if guided or port != "negative_prompt_embeds")
+    def needed_inputs(cls, stage: StageConfig, request: OmniRequest, params: StageParams) -> frozenset[str]:
+        folder = _folder(stage)
+        return _model_class(folder).needed_inputs(folder, frozenset(stage.inputs), request, _diffusion_params(params))
 
     def __init__(self, stage: StageConfig, context: EngineContext) -> None:
         folder, options = _folder(stage), _options(stage)
@@ -101,12 +97,15 @@ class DiffusionEngine(StageEngine):
         self.runner = DiffusionRunner(self.model, cache_type, options.cache.threshold, self._caches)
         self._scheduler: StepScheduler[DiffusionState] = StepScheduler(options.max_batch_tokens, options.max_batch_size)
         self._jobs: dict[str, _Job] = {}
+        self._decoding: deque[DiffusionState] = deque()
         self._events: deque[StageEvent] = deque()
 
     def check(self, request: OmniRequest, params: StageParams) -> None:
         params = _diffusion_params(params)
-        self.model.check(params)
-        self._check_limits(params)
+        self.model.check(request, params, frozenset(self.stage.inputs), self._limits)
+        num_steps, num_outputs = self.model.num_steps(params), params.num_outputs or 1
+        check_limit("num_inference_steps", num_steps, 1, self._limits.max_inference_steps, integer=True)
+        check_limit("num_outputs", num_outputs, 1, self._limits.max_outputs, integer=True)
         if params.sigmas is not None and params.num_inference_steps not in (None, len(params.sigmas)):
             raise InvalidRequestError(
                 f"sigmas: got {len(params.sigmas)} of them and num_inference_steps {params.num_inference_steps};"
@@ -117,46 +116,25 @@ class DiffusionEngine(StageEngine):
                 "output_type: got 'latent', but nobody reads the latents;"
                 f" list '{self.stage.name}.latents' in the config's outputs"
             )
-        self._check_guidance(request, params)
-
-    def _check_limits(self, params: DiffusionParams) -> None:
-        height, width = self.model.size(params)
-        limits = self._limits
-        for complaint in (
-            check_number("height * width", height * width, 1, limits.max_pixels, integer=True),
-            check_number("num_inference_steps", self._num_steps(params), 1, limits.max_inference_steps, integer=True),
-            check_number("guidance_scale", _guidance(params, type(self.model)), 0, limits.max_guidance_scale),
-            check_number("num_outputs", params.num_outputs or 1, 1, limits.max_outputs, integer=True),
-        ):
-            if complaint:
-                raise InvalidRequestError(f"{complaint} (limits.* of the config can raise this)")
-
-    def _check_guidance(self, request: OmniRequest, params: DiffusionParams) -> None:
-        guidance = _guidance(params, type(self.model))
-        if not self.model.guides(guidance) and (params.negative_prompt or request.negative_prompt):
-            raise InvalidRequestError(
-                f"negative_prompt: guidance_scale {guidance:g} never reads it; raise guidance_scale or leave it out"
-            )
-        if self.model.guides(guidance) and "negative_prompt_embeds" not in self.stage.inputs:
-            raise InvalidRequestError(
-                f"guidance_scale: got {guidance}, but stage {self.stage.name!r} has no input negative_prompt_embeds;"
-                " add the edge or turn guidance off"
-            )
 
     def submit(self, task: StageTask) -> None:
         try:
-            job = _Job(task, self._begin(task))
+            is_latent = _diffusion_params(task.params).output_type == "latent"
+            is_decoded = self.model.output_port in self._wanted and not is_latent
+            job = _Job(task, self._begin(task), is_decoded)
             self._jobs[task.request_id] = job
             for state in job.states:
-                self._scheduler.add(state.key, state.num_tokens, state)
+                self._scheduler.add(state.key, state.trajectory.num_tokens, state)
         except Exception as error:
             self._fail(task.request_id, error)
 
     def step(self) -> list[StageEvent]:
         states = self._scheduler.schedule()
         if states:
-            for state, output in self._predict(states):
-                self._advance(state, output)
+            for state, outputs in self._predict(states):
+                self._advance(state, outputs)
+        if self._decoding:
+            self._decode(self._decoding[0])
         events, self._events = list(self._events), deque()
         return events
 
@@ -164,16 +142,14 @@ class DiffusionEngine(StageEngine):
         job = self._jobs.pop(request_id, None)
         for state in job.states if job else ():
             self._scheduler.remove(state.key)
+        self._decoding = deque(state for state in self._decoding if state.request_id != request_id)
         self.runner.release(request_id)
 
     def has_work(self) -> bool:
         return bool(self._jobs or self._events)
 
     def job_size(self, request: OmniRequest, params: StageParams) -> float:
-        params = _diffusion_params(params)
-        height, width = self.model.size(params)
-        branches = 2 if self.model.guides(_guidance(params, type(self.model))) else 1
-        return float(height * width * self._num_steps(params) * branches * (params.num_outputs or 1)) * 1e-6
+        return self.model.job_size(request, _diffusion_params(params))
 
     def get_stats(self) -> dict[str, Any]:
         return {"running": len(self._jobs), **{f"step_cache_{k}": v for k, v in self._caches.get_stats().items()}}
@@ -184,36 +160,22 @@ class DiffusionEngine(StageEngine):
         held = sum(not state.is_done for job in self._jobs.values() for state in job.states)
         if held != len(self._scheduler):
             raise StageError(f"{held} states are unfinished, {len(self._scheduler)} are scheduled")
-
-    def _num_steps(self, params: DiffusionParams) -> int:
-        if params.sigmas is not None:
-            return len(params.sigmas)
-        return self.model.default_steps if params.num_inference_steps is None else params.num_inference_steps
+        if any(state.request_id not in self._jobs or not state.is_done for state in self._decoding):
+            raise StageError("a state is decoded that is unfinished, or whose request is gone")
 
     @torch.inference_mode()
     def _begin(self, task: StageTask) -> list[DiffusionState]:
         params = _diffusion_params(task.params)
-        texts = {POSITIVE: self.model.encode_text(task.inputs["prompt_embeds"])}
-        if "negative_prompt_embeds" in task.inputs:
-            texts[NEGATIVE] = self.model.encode_text(task.inputs["negative_prompt_embeds"])
-        height, width = self.model.size(params)
-        shape = self.model.latent_shape(height, width)
         seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
-        return [
-            DiffusionState(
-                request_id=task.request_id,
-                index=index,
-                params=params,
-                guidance_scale=_guidance(params, type(self.model)),
-                num_tokens=sum(self.model.num_tokens(height, width, len(text)) for text in texts.values()),
-                latents=_noise(shape, (seed + index) % (MAX_SEED + 1)).to(self._device),
-                sampler=self.model.sampler(params, self._num_steps(params), shape),
-                texts=texts,
-            )
-            for index in range(params.num_outputs or 1)
-        ]
+        prepared = self.model.prepare(task.inputs, params, seed)
+        states = []
+        for index in range(params.num_outputs or 1):
+            trajectory = self.model.trajectory(prepared, params)
+            noise = _noise(trajectory.latent_shape, (seed + index) % (MAX_SEED + 1)).to(self._device)
+            states.append(DiffusionState(task.request_id, index, params, trajectory, noise))
+        return states
 
-    def _predict(self, states: list[DiffusionState]) -> list[tuple[DiffusionState, Tensor]]:
+    def _predict(self, states: list[DiffusionState]) -> list[tuple[DiffusionState, list[Tensor]]]:
         """Model outputs; when the batch fails, state by state, so that only the guilty ones fail."""
         try:
             return list(zip(states, self.runner.predict(states), strict=True))
@@ -223,28 +185,48 @@ class DiffusionEngine(StageEngine):
                 return []
         return [pair for state in states if state.request_id in self._jobs for pair in self._predict([state])]
 
-    def _advance(self, state: DiffusionState, output: Tensor) -> None:
+    def _advance(self, state: DiffusionState, outputs: list[Tensor]) -> None:
         job = self._jobs.get(state.request_id)
         if job is None:
             return
         try:
-            self.runner.advance(state, output)
-            if state.is_done:
-                self._scheduler.remove(state.key)
-                if self._wants_picture(job):
-                    job.pictures[state.index] = self.runner.decode(state)
+            self.runner.advance(state, outputs)
         except Exception as error:
             self._fail(state.request_id, error)
             return
-        self._events.append(StageProgress(state.request_id, state.step, state.num_steps))
+        self._report(state)
+        if state.is_done:
+            self._scheduler.remove(state.key)
+            if job.is_decoded:
+                self._decoding.append(state)
         if job.is_done:
             self._finish(job)
+
+    def _decode(self, state: DiffusionState) -> None:
+        """One piece, so that other requests go on and an abort is prompt."""
+        job = self._jobs[state.request_id]
+        try:
+            output = self.runner.decode(state)
+        except Exception as error:
+            self._fail(state.request_id, error)
+            return
+        if output is None:
+            self._report(state)
+            return
+        self._decoding.popleft()
+        job.outputs[state.index] = output
+        state.pieces, state.decoder = [], None
+        if job.is_done:
+            self._finish(job)
+
+    def _report(self, state: DiffusionState) -> None:
+        self._events.append(StageProgress(state.request_id, state.step, state.num_steps))
 
     def _finish(self, job: _Job) -> None:
         request_id = job.task.request_id
         tensors = {}
-        if self._wants_picture(job):
-            tensors["image"] = torch.stack([job.pictures[index] for index in range(len(job.states))])
+        if job.is_decoded:
+            tensors[self.model.output_port] = torch.stack([job.outputs[index] for index in range(len(job.states))])
         if "latents" in self._wanted:
             tensors["latents"] = torch.stack([state.latents for state in job.states])
         metrics = {
@@ -252,19 +234,13 @@ class DiffusionEngine(StageEngine):
             "cache_hits": sum(state.num_reused for state in job.states),
         }
         self.abort(request_id)
-        self._events.append(StageDone(StagePayload(request_id, self.stage.name, tensors), metrics))
-
-    def _wants_picture(self, job: _Job) -> bool:
-        return "image" in self._wanted and _diffusion_params(job.task.params).output_type != "latent"
+        payload = StagePayload(request_id, self.stage.name, tensors, self.model.meta())
+        self._events.append(StageDone(payload, metrics))
 
     def _fail(self, request_id: str, error: Exception) -> None:
         self.abort(request_id)
         wrapped = error if isinstance(error, OmniError) else stage_error(self.stage.name, error)
         self._events.append(StageFailed(request_id, wrapped))
-
-
-# Hidden states, their normed copy, q, k, v, both halves of the feed-forward's input (8/3 each) and its product.
-ACTIVATION_WIDTHS = 14
 
 
 def _folder(stage: StageConfig) -> Path:
@@ -292,11 +268,6 @@ def _diffusion_params(params: StageParams) -> DiffusionParams:
     return params
 
 
-def _guidance(params: StageParams, model_class: type[DiffusionModel]) -> float:
-    scale = _diffusion_params(params).guidance_scale
-    return model_class.default_guidance if scale is None else scale
-
-
 def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normal float32, drawn on the CPU, so that a seed means the same picture on every device."""
+    """Standard normal float32, drawn on the CPU, so that a seed means the same output on every device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

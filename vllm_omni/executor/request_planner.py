@@ -29,7 +29,7 @@ class RequestPlanner:
         """Resolves parameters, asks every stage that the request needs, and sums the job's size."""
         self._check_params(request)
         params = {name: self._resolve(request, host) for name, host in self._hosts.items()}
-        demand = self._graph.demand(lambda stage: self._needed_inputs(stage, params[stage]))
+        demand = self._graph.demand(lambda stage: self._needed_inputs(stage, request, params[stage]))
         self._check_params_are_read(request, demand)
         stages: dict[str, StagePlan] = {}
         job_size = 0.0
@@ -87,10 +87,10 @@ class RequestPlanner:
         with stage_boundary(host.name):
             return request.params_for(host.name, host.engine_class.params_type).with_defaults(host.stage.defaults)
 
-    def _needed_inputs(self, name: str, params: StageParams) -> frozenset[str]:
+    def _needed_inputs(self, name: str, request: OmniRequest, params: StageParams) -> frozenset[str]:
         host = self._hosts[name]
         with stage_boundary(name):
-            return host.engine_class.needed_inputs(host.stage, params)
+            return host.engine_class.needed_inputs(host.stage, request, params)
 
     def _cache_key(
         self, request: OmniRequest, name: str, params: StageParams

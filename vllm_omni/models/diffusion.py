@@ -1,22 +1,26 @@
-"""The contract of a diffusion model as a stage runs it: geometry, text, guidance, blocks, pixels. One implementation
-per published pipeline.
+"""The contract of a diffusion model as a stage runs it, whatever it makes: one implementation per published pipeline.
 
-Knows no requests, no batching policy and no cache; holds weights only. Every tensor argument and result is on the
-model's device.
+A model holds weights and formulas; it knows no batching policy and no cache. A Trajectory is one output's way from
+noise to latents. Shapes are without a batch dimension: latents are [C, h, w] for pictures and [T, C] for sound.
+Every tensor argument and result is on the model's device.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from vllm_omni.config.schema import LimitsConfig
+from vllm_omni.errors import InvalidRequestError
 from vllm_omni.params import DiffusionParams
-from vllm_omni.payload import PortSpec
+from vllm_omni.payload import StageSignature
+from vllm_omni.request import OmniRequest
+from vllm_omni.utils.checks import check_number
 
 
 class Sampler(Protocol):
@@ -25,7 +29,7 @@ class Sampler(Protocol):
     timesteps: Tensor
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool) -> tuple[Tensor, ...]:
-        """[1, C, h, w] at this timestep -> the sample at the next one."""
+        """[1, *latent_shape] at this timestep -> the sample at the next one."""
 
 
 class TokenBatch(Protocol):
@@ -45,24 +49,48 @@ class TokenBatch(Protocol):
         """Packed row -> the row that `begin` was given."""
 
 
-class DiffusionModel(ABC):
-    """default_steps and default_guidance are the published pipeline's own fallbacks."""
+class Trajectory(ABC):
+    """One output's way from noise to latents. All that changes on it is its own: nothing is shared but weights and
+    what `prepare` made.
 
-    default_steps: ClassVar[int]
-    default_guidance: ClassVar[float]
+    latent_shape: of the noise it starts from. sampler: its timesteps are set. num_tokens: of all its branches in one
+    step. conditions: branch -> what `begin` takes for the row of that branch.
+    """
+
+    latent_shape: tuple[int, ...]
+    sampler: Sampler
+    num_tokens: int
+    conditions: Mapping[str, Any]
+
+    @abstractmethod
+    def branches(self, timestep: float) -> tuple[str, ...]:
+        """Which branches act at this timestep, the main one first. Asking changes nothing."""
+
+    @abstractmethod
+    def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
+        """The outputs of `branches(timestep)`, in order, each `latent_shape` -> what the sampler takes.
+
+        Called exactly once per denoising step, so it may keep state of its own (a guidance momentum).
+        """
+
+
+class DiffusionModel(ABC):
+    """output_port: the name of what it makes, "image" or "audio". num_blocks: how many `run_blocks` counts."""
+
+    output_port: ClassVar[str]
     num_blocks: int
 
     @classmethod
     @abstractmethod
-    def ports(cls, folder: Path) -> Mapping[str, PortSpec]:
-        """Input ports of the stage; `prompt_embeds` is required, `negative_prompt_embeds` is read when guidance
-        acts.
-        """
+    def signature(cls, folder: Path) -> StageSignature:
+        """The stage's ports: outputs are `output_port` [N, ...] and "latents" [N, ...], the result is `output_port`."""
 
     @classmethod
     @abstractmethod
-    def guides(cls, guidance_scale: float) -> bool:
-        """Whether this guidance scale makes the negative branch matter."""
+    def needed_inputs(
+        cls, folder: Path, connected: frozenset[str], request: OmniRequest, params: DiffusionParams
+    ) -> frozenset[str]:
+        """Of the connected input ports, those that this request makes the model read."""
 
     @classmethod
     @abstractmethod
@@ -71,36 +99,39 @@ class DiffusionModel(ABC):
 
     @classmethod
     @abstractmethod
+    def token_bytes(cls, folder: Path, dtype: torch.dtype) -> int:
+        """Activation bytes of one token at the widest moment of a block."""
+
+    @classmethod
+    @abstractmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """Reads the checkpoint."""
 
     @abstractmethod
-    def check(self, params: DiffusionParams) -> None:
-        """Raises InvalidRequestError for sizes and options that the model cannot run."""
+    def check(
+        self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig
+    ) -> None:
+        """Raises InvalidRequestError for what the model cannot run: sizes or duration, guidance, extra keys."""
 
     @abstractmethod
-    def size(self, params: DiffusionParams) -> tuple[int, int]:
-        """(height, width) in pixels, the model's own where the request names none."""
+    def num_steps(self, params: DiffusionParams) -> int:
+        """Denoising steps, the model's own number where the request names none."""
 
     @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """[C, h, w] of the latents of a picture."""
+    def job_size(self, request: OmniRequest, params: DiffusionParams) -> float:
+        """Rough seconds-like size of the whole request; only the order matters."""
 
     @abstractmethod
-    def num_tokens(self, height: int, width: int, text_length: int) -> int:
-        """Tokens of one row."""
+    def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Any:
+        """What all outputs of a request read: conditions encoded, source latents. Called once per request."""
 
     @abstractmethod
-    def sampler(self, params: DiffusionParams, num_steps: int, latent_shape: tuple[int, int, int]) -> Sampler:
-        """A fresh sampler, its timesteps set."""
+    def trajectory(self, prepared: Any, params: DiffusionParams) -> Trajectory:
+        """A fresh trajectory of what `prepare` gave. Called once per output."""
 
     @abstractmethod
-    def encode_text(self, prompt_embeds: Tensor) -> Tensor:
-        """[t, D] states of one prompt -> what `begin` takes for each of its rows."""
-
-    @abstractmethod
-    def begin(self, latents: Sequence[Tensor], timesteps: Sequence[float], texts: Sequence[Tensor]) -> TokenBatch:
-        """Embeds rows: float32 latents [C, h, w] and sampler timesteps (1000 is pure noise)."""
+    def begin(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Any]) -> TokenBatch:
+        """Embeds rows, each at its own timestep: float32 latents, timesteps of their samplers."""
 
     @abstractmethod
     def run_blocks(self, tokens: Any, start: int, stop: int) -> TokenBatch:
@@ -108,16 +139,27 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def finish(self, tokens: Any) -> list[Tensor]:
-        """What the sampler takes as model output, float32 [C, h, w], in `begin`'s order of rows."""
+        """The rows' outputs, float32 and shaped as their latents, in `begin`'s order of rows."""
 
     @abstractmethod
-    def guided_now(self, params: DiffusionParams, guidance_scale: float, timestep: float) -> bool:
-        """Whether the negative branch acts at this timestep."""
+    def num_pieces(self, latents: Tensor) -> int:
+        """How many pieces `decode` gives for such latents, at least 1."""
 
     @abstractmethod
-    def guide(self, positive: Tensor, negative: Tensor, guidance_scale: float, params: DiffusionParams) -> Tensor:
-        """Both branches' outputs, [C, h, w] each -> the guided one."""
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """The result piece by piece, in order; each is computed when it is asked for. A picture is one piece."""
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """[C, h, w] -> [H, W, 3] uint8."""
+    def assemble(self, pieces: Sequence[Tensor], params: DiffusionParams) -> Tensor:
+        """The finished output of one trajectory: a picture [H, W, 3] uint8, a sound [channels, n] float32."""
+
+    def meta(self) -> Mapping[str, Any]:
+        """Plain JSON that goes into the payload's meta: {"sample_rate": 48000} for sound."""
+        return {}
+
+
+def check_limit(name: str, value: object, low: float, high: float, *, integer: bool = False) -> None:
+    """InvalidRequestError unless value is a number within [low, high], `high` being one of the config's limits."""
+    complaint = check_number(name, value, low, high, integer=integer)
+    if complaint:
+        raise InvalidRequestError(f"{complaint} (limits.* of the config can raise this)")

@@ -1,14 +1,14 @@
-"""Runs one denoising step for a batch of diffusion states: model rows, step caches, guidance, sampler. Owns the step
-caches' memory.
+"""Runs one denoising step for a batch of diffusion states: model rows, step caches, sampler; then decodes, piece by
+piece. Owns the step caches' memory.
 
-Every state is its own: latents, sampler, texts and caches are shared with nobody. `predict` changes nothing but
-caches, so a batch that failed can be tried again row by row; `advance` commits.
+Every state is its own: latents, trajectory and caches are shared with nobody. `predict` changes nothing but caches,
+so a batch that failed can be tried again row by row; `advance` commits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,28 +16,25 @@ from torch import Tensor
 from vllm_omni.core.caches.base import StepCache
 from vllm_omni.core.dit_cache_manager import DiTCacheManager
 from vllm_omni.errors import StageError
-from vllm_omni.models.diffusion import DiffusionModel, Sampler, TokenBatch
+from vllm_omni.models.diffusion import DiffusionModel, TokenBatch, Trajectory
 from vllm_omni.params import DiffusionParams
-
-POSITIVE, NEGATIVE = "positive", "negative"
 
 
 @dataclass(slots=True)
 class DiffusionState:
-    """One picture (or other output) on its way. texts: by branch, from the model's `encode_text`. step: how many
-    are done.
+    """One output on its way. step: how many are done. num_reused: rows of steps that a step cache served. pieces:
+    what is decoded, `decoder` gives the rest.
     """
 
     request_id: str
     index: int
     params: DiffusionParams
-    guidance_scale: float
-    num_tokens: int
+    trajectory: Trajectory
     latents: Tensor
-    sampler: Sampler
-    texts: dict[str, Tensor]
     step: int = 0
     num_reused: int = 0
+    pieces: list[Tensor] = field(default_factory=list)
+    decoder: Iterator[Tensor] | None = None
 
     @property
     def key(self) -> str:
@@ -45,7 +42,7 @@ class DiffusionState:
 
     @property
     def num_steps(self) -> int:
-        return len(self.sampler.timesteps)
+        return len(self.trajectory.sampler.timesteps)
 
     @property
     def is_done(self) -> bool:
@@ -53,7 +50,7 @@ class DiffusionState:
 
     @property
     def timestep(self) -> float:
-        return float(self.sampler.timesteps[self.step])
+        return float(self.trajectory.sampler.timesteps[self.step])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,45 +77,43 @@ class DiffusionRunner:
         self._threshold = threshold
 
     @torch.inference_mode()
-    def predict(self, states: Sequence[DiffusionState]) -> list[Tensor]:
-        """The sampler's model output [C, h, w] for each state, guidance applied."""
-        rows = [row for state in states for row in self._rows(state)]
+    def predict(self, states: Sequence[DiffusionState]) -> list[list[Tensor]]:
+        """For each state the outputs of the branches that act now, in their order, each shaped as its latents."""
+        rows = [Row(state, branch) for state in states for branch in state.trajectory.branches(state.timestep)]
         tokens = self.model.begin(
             [row.state.latents for row in rows],
             [row.state.timestep for row in rows],
-            [row.state.texts[row.branch] for row in rows],
+            [row.state.trajectory.conditions[row.branch] for row in rows],
         )
         outputs = iter(self.model.finish(self._through_blocks(tokens, rows)))
-        return [self._guided(state, [next(outputs) for _ in self._rows(state)]) for state in states]
+        return [[next(outputs) for _ in state.trajectory.branches(state.timestep)] for state in states]
 
     @torch.inference_mode()
-    def advance(self, state: DiffusionState, output: Tensor) -> None:
-        """One sampler step. output: [C, h, w] from `predict`."""
-        timestep = state.sampler.timesteps[state.step]
-        state.latents = state.sampler.step(output[None], timestep, state.latents[None], return_dict=False)[0][0]
+    def advance(self, state: DiffusionState, outputs: Sequence[Tensor]) -> None:
+        """One sampler step. outputs: what `predict` gave for this state."""
+        trajectory = state.trajectory
+        output = trajectory.combine(outputs, state.timestep)
+        timestep = trajectory.sampler.timesteps[state.step]
+        state.latents = trajectory.sampler.step(output[None], timestep, state.latents[None], return_dict=False)[0][0]
         state.step += 1
         if state.is_done and not bool(torch.isfinite(state.latents).all()):
             raise StageError("the latents are not finite; use dtype bfloat16 or float32, or a smaller guidance_scale")
 
     @torch.inference_mode()
-    def decode(self, state: DiffusionState) -> Tensor:
-        """[H, W, 3] uint8."""
-        return self.model.decode(state.latents)
+    def decode(self, state: DiffusionState) -> Tensor | None:
+        """Decodes one more piece of a denoised state; the finished output with the last one, None before it."""
+        if state.decoder is None:
+            state.decoder = self.model.decode(state.latents)
+        num_pieces = self.model.num_pieces(state.latents)
+        piece = next(state.decoder, None)
+        if piece is None:
+            raise StageError(f"the decoder ended after {len(state.pieces)} of {num_pieces} pieces")
+        state.pieces.append(piece)
+        return self.model.assemble(state.pieces, state.params) if len(state.pieces) == num_pieces else None
 
     def release(self, request_id: str) -> None:
         """Frees the step caches of a request."""
         self.caches.invalidate_where(lambda key: isinstance(key, tuple) and key[0] == request_id)
-
-    def _rows(self, state: DiffusionState) -> list[Row]:
-        rows = [Row(state, POSITIVE)]
-        if self.model.guided_now(state.params, state.guidance_scale, state.timestep):
-            rows.append(Row(state, NEGATIVE))
-        return rows
-
-    def _guided(self, state: DiffusionState, outputs: list[Tensor]) -> Tensor:
-        if len(outputs) == 1:
-            return outputs[0]
-        return self.model.guide(outputs[0], outputs[1], state.guidance_scale, state.params)
 
     def _through_blocks(self, tokens: TokenBatch, rows: Sequence[Row]) -> TokenBatch:
         lead = self._cache_type.num_lead_blocks

@@ -1,0 +1,87 @@
+"""The training set of the sound DiT: latents of rendered sounds, and the text model's last states of ACE-Step's
+prompts for them, computed once.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderOobleck
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import trange
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Model
+
+from tools.tiny.audio.prompt import sound_prompt
+from tools.tiny.audio.render import render
+from tools.tiny.audio.train_text import LYRICS
+from tools.tiny.audio.train_vae import HOP, plain_convolutions
+from tools.tiny.audio.words import wording
+from tools.tiny.audio.world import DURATION_S, sample_sound
+
+TEXT_LENGTH = 96
+SHORT_DURATIONS_S = (1.0, 1.5)
+SHORT_SHARE = 0.15
+CHUNK = 64
+
+
+class TextStates:
+    """The text model's states after its last norm, padded to TEXT_LENGTH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.model = Qwen3Model.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def of(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """([n, TEXT_LENGTH, D], lengths [n])."""
+        inputs = self.tokenizer(texts, return_tensors="pt", padding=True)
+        states = self.model(input_ids=inputs["input_ids"]).last_hidden_state
+        padded = torch.zeros(len(texts), TEXT_LENGTH, states.shape[-1])
+        padded[:, : states.shape[1]] = states
+        return padded, inputs["attention_mask"].sum(1)
+
+    @torch.no_grad()
+    def embedded(self, text: str) -> Tensor:
+        """[L, D] rows of the embedding table."""
+        return self.model.get_input_embeddings()(self.tokenizer(text, return_tensors="pt")["input_ids"])[0]
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderOobleck, recordings: Tensor) -> Tensor:
+    """[n, 1, samples] -> [n, frames, channels]."""
+    return vae.encode(recordings).latent_dist.mode().transpose(1, 2)
+
+
+def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, seed: int) -> dict[str, Tensor]:
+    """latents [n, 200, 16], states [n, TEXT_LENGTH, D], lengths [n] (tokens) and frames [n]; computed once, then read
+    from `file`.
+    """
+    if file.exists():
+        return load_file(file)
+    rng, states = random.Random(seed), TextStates(text_folder)
+    vae = plain_convolutions(AutoencoderOobleck.from_pretrained(vae_folder)).eval()
+    encoder = torch.compile(encode)
+    parts: dict[str, list[Tensor]] = {}
+    for _ in trange(count // CHUNK, desc="training data", mininterval=10):
+        sounds = [sample_sound(rng) for _ in range(CHUNK)]
+        durations = [rng.choice(SHORT_DURATIONS_S) if rng.random() < SHORT_SHARE else DURATION_S for _ in sounds]
+        texts = [sound_prompt(wording(sound, rng), seconds) for sound, seconds in zip(sounds, durations, strict=True)]
+        text_states, lengths = states.of(texts)
+        samples = torch.stack([torch.from_numpy(render(sound)) for sound in sounds])[:, None]
+        batch = {
+            "latents": encoder(vae, samples).half(),
+            "states": text_states.half(),
+            "lengths": lengths,
+            "frames": torch.tensor([round(seconds * vae.config.sampling_rate) // HOP for seconds in durations]),
+        }
+        for name, value in batch.items():
+            parts.setdefault(name, []).append(value)
+    data = {name: torch.cat(values).contiguous() for name, values in parts.items()}
+    data["silence"] = encode(vae, torch.zeros(1, 1, 48_000))[0, 50:250].half()
+    data["lyrics"] = states.embedded(LYRICS)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(data, file)
+    return data

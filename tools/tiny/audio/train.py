@@ -1,0 +1,40 @@
+"""Trains the tiny sound model from nothing to the folder that ships, in one seeded, resumable command.
+
+    python -m tools.tiny.audio.train      # two cores: see tools/tiny/README.md for the wall time of each part
+
+Parts that are done are left alone; a part that was interrupted goes on from its checkpoint. Start over by removing
+the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.tiny.audio.assemble import assemble
+
+QUICK = {
+    "train_text": ["--steps", "2", "--batch-size", "4", "--judged", "4"],
+    "train_vae": ["--steps", "2", "--recordings", "32", "--batch-size", "2"],
+    "train_audio": ["--steps", "2", "--sounds", "128", "--batch-size", "4"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/tiny-audio"))
+    parser.add_argument("--asset", type=Path, default=Path("vllm_omni/assets/tiny-audio"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    args = parser.parse_args()
+    folders = {"train_text": args.runs / "text", "train_vae": args.runs / "vae", "train_audio": args.runs}
+    for part, folder in folders.items():
+        command = [sys.executable, "-m", f"tools.tiny.audio.{part}", "--folder", str(folder), "--seed", str(args.seed)]
+        subprocess.run([*command, *(QUICK[part] if args.quick else ())], check=True)
+    assemble(args.runs, args.asset)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Trains the sound DiT (diffusers AceStepTransformer1DModel) and its text projection by flow matching on cached
+latents and text states.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AceStepTransformer1DModel
+from diffusers.models.transformers.ace_step_transformer import _ace_step_rotary_freqs
+from diffusers.pipelines.ace_step import AceStepConditionEncoder
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tools.tiny.audio.audio_data import TEXT_LENGTH, training_data
+from tools.tiny.muon import Optimizers
+from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
+
+WIDTH = 192
+CHANNELS = 16
+SHIFT = 3.0
+PURE_NOISE_SHARE = 0.35
+FLOOR = 0.01
+SILENCE_FRAMES = 3000  # thirty seconds, what the timbre encoder is given where there is no reference
+TRANSFORMER = dict(
+    hidden_size=WIDTH,
+    intermediate_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=32,
+    in_channels=3 * CHANNELS,
+    audio_acoustic_hidden_dim=CHANNELS,
+    patch_size=5,
+    rope_theta=10000.0,
+    sliding_window=128,
+    encoder_hidden_size=WIDTH,
+    is_turbo=True,
+    model_version="turbo",
+)
+CONDITION_ENCODER = dict(
+    hidden_size=WIDTH,
+    intermediate_size=64,
+    text_hidden_dim=WIDTH,
+    timbre_hidden_dim=CHANNELS,
+    num_lyric_encoder_hidden_layers=1,
+    num_timbre_encoder_hidden_layers=1,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=32,
+)
+
+
+class SoundModel(nn.Module):
+    """The transformer, and what of the condition encoder learns: the text projection. Lyrics and timbre are the same
+    for every sound, so their encoders keep their first weights and give constants.
+    """
+
+    def __init__(self, data: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.transformer = AceStepTransformer1DModel(**TRANSFORMER)
+        self.project = nn.Linear(WIDTH, WIDTH, bias=False)
+        encoder = AceStepConditionEncoder(**CONDITION_ENCODER).eval().requires_grad_(False)
+        self.encoder = [encoder]  # in a list: neither trained nor saved with the rest
+        states = data["states"][:4000][torch.arange(TEXT_LENGTH) < data["lengths"][:4000, None]].float()
+        values, vectors = torch.linalg.eigh(torch.cov(states.T.double()))
+        whitening = vectors @ torch.diag((values.clamp(min=0) + FLOOR).rsqrt()) @ vectors.T
+        self.register_buffer("mean", states.mean(0))
+        self.register_buffer("whitening", whitening.float())
+        self.register_buffer("constant", self._constant_tokens(data))
+        self._initialise()
+
+    @torch.no_grad()
+    def _constant_tokens(self, data: dict[str, Tensor]) -> Tensor:
+        """[L, D]: the encoded empty lyrics, then the timbre of silence, as the pipeline orders them."""
+        encoder = self.encoder[0]
+        lyrics = data["lyrics"][None].float()
+        encoded = encoder.lyric_encoder(lyrics, torch.ones(lyrics.shape[:2], dtype=torch.bool))
+        silence = silence_latent(data["silence"], SILENCE_FRAMES)
+        timbre, _ = encoder.timbre_encoder(silence, torch.zeros(1, dtype=torch.long))
+        return torch.cat([encoded[0], timbre[0]])
+
+    def _initialise(self) -> None:
+        """Gates a little open, the output at zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or "proj_out_conv" in name or "time_proj" in name:
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        with torch.no_grad():
+            self.transformer.scale_shift_table.zero_()
+            for layer in self.transformer.layers:
+                layer.scale_shift_table.zero_()
+                layer.scale_shift_table[:, [2, 5]] = 0.3
+            for parameter in self.transformer.time_embed_r.parameters():
+                parameter.zero_()
+        self.transformer.time_embed_r.requires_grad_(False)
+
+    def offset(self) -> Tensor:
+        """[D]: what the whitening's mean comes to after both projections; moved into a bias at export."""
+        return self.transformer.condition_embedder.weight @ self.project.weight @ (self.whitening @ self.mean)
+
+    def condition(self, states: Tensor) -> Tensor:
+        """[B, T, D] text states -> [B, L + T, D] tokens for cross-attention."""
+        text = self.project(states @ self.whitening)
+        tokens = torch.cat([self.constant.expand(len(states), -1, -1), text], dim=1)
+        return self.transformer.condition_embedder(tokens) - self.offset()
+
+    def velocity(self, noisy: Tensor, level: Tensor, context: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
+        """The transformer's forward with padding of the text left out of attention. noisy: [B, T, C]."""
+        model = self.transformer
+        time, modulation = model.time_embed(level)
+        hidden = torch.cat([context.expand(len(noisy), -1, -1), noisy], dim=-1).transpose(1, 2)
+        hidden = model.proj_in_conv(hidden).transpose(1, 2)
+        condition = self.condition(states)
+        is_real = torch.arange(TEXT_LENGTH) < lengths[:, None]
+        is_real = torch.cat([is_real.new_ones(len(noisy), len(self.constant)), is_real], dim=1)
+        mask = torch.where(is_real, 0.0, -torch.inf)[:, None, None]
+        rope = _ace_step_rotary_freqs(hidden.shape[1], 32, 10000.0, hidden.device, hidden.dtype)
+        for layer in model.layers:
+            hidden = layer(hidden, rope, modulation, None, condition, mask)
+        shift, scale = (model.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
+        hidden = model.norm_out(hidden) * (1 + scale) + shift
+        return model.proj_out_conv(hidden.transpose(1, 2).to(model.proj_out_conv.weight.dtype)).transpose(1, 2)
+
+
+def silence_latent(silence: Tensor, frames: int) -> Tensor:
+    """[1, frames, C] of encoded silence, repeated."""
+    repeats = -(-frames // len(silence))
+    return silence.float().repeat(repeats, 1)[None, :frames]
+
+
+class Batches:
+    """Random batches of one length each: (latents, text states, text lengths)."""
+
+    def __init__(self, data: dict[str, Tensor], size: int, seed: int) -> None:
+        self.data, self.size = data, size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rows = {int(n): torch.nonzero(data["frames"] == n)[:, 0] for n in data["frames"].unique()}
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor]:
+        shares = torch.tensor([float(len(rows)) for rows in self.rows.values()])
+        frames = list(self.rows)[int(torch.multinomial(shares, 1, generator=self.generator))]
+        among = self.rows[frames]
+        rows = among[torch.randint(len(among), (self.size,), generator=self.generator)]
+        return (
+            self.data["latents"][rows, :frames].float(),
+            self.data["states"][rows].float(),
+            self.data["lengths"][rows],
+        )
+
+    def noise_levels(self) -> Tensor:
+        """[size] in [0, 1]: logit-normal, shifted towards noise; a third of them next to pure noise, where the words
+        must be read.
+        """
+        level = torch.randn(self.size, generator=self.generator).sigmoid()
+        shifted = SHIFT * level / (1 + (SHIFT - 1) * level)
+        almost_pure = 1 - 0.08 * torch.rand(self.size, generator=self.generator) ** 2
+        return torch.where(torch.rand(self.size, generator=self.generator) < PURE_NOISE_SHARE, almost_pure, shifted)
+
+    def noise(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator)
+
+
+def context_latents(silence: Tensor, frames: int) -> Tensor:
+    """[1, frames, 2 C]: nothing to keep, everything to make."""
+    source = silence_latent(silence, frames)
+    return torch.cat([source, torch.ones_like(source)], dim=-1)
+
+
+def loss(
+    model: SoundModel, clean: Tensor, noise: Tensor, level: Tensor, context: Tensor, states: Tensor, lengths: Tensor
+) -> Tensor:
+    """Mean squared error of the velocity (noise minus clean)."""
+    noisy = clean + level[:, None, None] * (noise - clean)
+    predicted = model.velocity(noisy, level, context, states, lengths)
+    return (predicted.float() - (noise - clean)).pow(2).mean()
+
+
+def train(
+    folder: Path, data: dict[str, Tensor], num_steps: int, batch_size: int, learning_rate: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = SoundModel(data)
+    optimizer = Optimizers(model, learning_rate, weight_decay=0.01, matrices=("transformer.layers.", "project."))
+    average = AveragedWeights(model, decay=0.998)
+    run = Run(folder, num_steps)
+    if state := run.resume():
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.weights = state["average"]
+        model.encoder[0].load_state_dict(state["encoder"])
+    batches = Batches(data, batch_size, seed + run.step)
+    compiled_loss = torch.compile(loss)
+    total = 0.0
+    while run.step < num_steps:
+        optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
+        clean, states, lengths = batches.next()
+        context = context_latents(data["silence"], clean.shape[1])
+        # Rows are short (40 tokens): plain matrix products are faster than the fused attention's backward.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            noise, levels = batches.noise(clean), batches.noise_levels()
+            value = compiled_loss(model, clean, noise, levels, context, states, lengths)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+        optimizer.step()
+        run.step += 1
+        total += value.item()
+        average.update(model, run.step)
+        if run.step % 50 == 0:
+            run.log(loss=total / 50)
+            total = 0.0
+        if run.should_save():
+            encoder = model.encoder[0].state_dict()
+            run.save(
+                model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, encoder=encoder
+            )
+
+
+def export(folder: Path, state: dict[str, dict[str, Tensor]], data: dict[str, Tensor]) -> None:
+    """Transformer and condition encoder under their published names, the whitening folded in, in bfloat16."""
+    model = SoundModel(data)
+    model.load_state_dict(state["model"])
+    model.load_state_dict(state["average"], strict=False)
+    encoder = model.encoder[0]
+    encoder.load_state_dict(state["encoder"])
+    with torch.no_grad():
+        encoder.text_projector.weight.copy_(model.project.weight @ model.whitening)
+        encoder.silence_latent.copy_(silence_latent(data["silence"], encoder.silence_latent.shape[1]))
+        encoder.null_condition_emb.zero_()
+        model.transformer.condition_embedder.bias -= model.offset()
+    model.transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    encoder.to(torch.bfloat16).save_pretrained(folder / "condition_encoder")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/tiny-audio"))
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--sounds", type=int, default=20_480)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    file = args.folder / "data.safetensors"
+    data = training_data(file, args.folder / "vae/vae", args.folder / "text", args.sounds, args.seed)
+    train(args.folder / "audio", data, args.steps, args.batch_size, args.learning_rate, args.seed)
+
+
+if __name__ == "__main__":
+    main()
