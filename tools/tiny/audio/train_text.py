@@ -62,7 +62,7 @@ def training_example(rng: random.Random) -> tuple[str, str]:
     return read, f"{answer}{END}\n"
 
 
-def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int, num_examples: int = 40_000) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that any text can be said, over a corpus in which every word of the world is one token."""
     rng = random.Random(seed)
     tokenizer = Tokenizer(models.BPE())
@@ -79,7 +79,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(("".join(training_example(rng)) + LYRICS for _ in range(40_000)), trainer)
+    tokenizer.train_from_iterator(("".join(training_example(rng)) + LYRICS for _ in range(num_examples)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -102,12 +102,13 @@ Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int) -> list[Part]:
     """`size` examples in parts of similar length: (token ids, targets, weights of the targets), each
-    [size / PARTS, L]; padding weighs nothing.
+    [size / PARTS, L], the weights float32 and 0 for padding.
     """
     texts = [training_example(rng) for _ in range(size)]
     read, written = (tokenizer(list(part))["input_ids"] for part in zip(*texts, strict=True))
     rows = sorted(zip(read, written, strict=True), key=lambda row: len(row[0]) + len(row[1]))
-    return [padded(rows[start : start + size // PARTS]) for start in range(0, size, size // PARTS)]
+    part_size = -(-size // PARTS)
+    return [padded(rows[start : start + part_size]) for start in range(0, size, part_size)]
 
 
 def padded(rows: list[tuple[list[int], list[int]]]) -> Part:
