@@ -17,6 +17,7 @@ TABLES: dict[str, dict[str, str]] = {
         "ar": "vllm_omni.engine.llm_engine:LLMEngine",
         "dit": "vllm_omni.engine.diffusion_engine:DiffusionEngine",
         "music_prompt": "vllm_omni.engine.music_prompt_engine:MusicPromptEngine",
+        "diffusers": "vllm_omni.engine.diffusers_engine:DiffusersEngine",
     },
     "language model": {
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3:Qwen3",
