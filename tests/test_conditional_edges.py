@@ -301,6 +301,15 @@ def test_words_that_were_not_written_fail_with_the_writer_the_section_and_the_fi
     assert "`when: sound`" in error
 
 
+def test_what_a_skipped_stage_would_have_read_need_not_be_there() -> None:
+    for inputs in ({"hint": "a.sound"}, {"states": "a.states"}):
+        run = Run(graph(end=(READER, {**inputs, "words": when("a.text", "n")})))
+        run.tick()
+        run.done("a", tensors={})
+        end = run.end()
+        assert end.error is None and end.metrics["end"]["skipped"] is True
+
+
 def test_a_tensor_that_was_not_given_is_no_matter_of_conditions() -> None:
     run = Run(graph(end=(READER, {"words": "a.text", "states": "a.states"})))
     run.tick()

@@ -32,6 +32,7 @@ from vllm_omni.engine.ar_input import DEFAULT_MAX_TOKENS
 from vllm_omni.engine.ar_options import AROptions, Tap
 from vllm_omni.engine.diffusers_options import DiffusersOptions
 from vllm_omni.engine.dit_options import DiTOptions, StepCacheOptions
+from vllm_omni.engine.music_prompt_options import REQUEST_KEYS, MusicPromptOptions
 from vllm_omni.entrypoints.cli import build_parser
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.layers.sampler import SamplingRow
@@ -224,6 +225,7 @@ CONFIG_GROUPS: dict[str, tuple[Any, frozenset[str]]] = {
     "Conditional edges": (EdgeConfig, frozenset()),
     "Keys of an `ar` stage": (AROptions, frozenset()),
     "Keys of a `dit` stage": (DiTOptions, frozenset()),
+    "Keys of a `music_prompt` stage": (MusicPromptOptions, frozenset()),
     "Keys of a `diffusers` stage": (DiffusersOptions, frozenset()),
 }
 INNER_GROUPS = {"Keys of an `ar` stage": Tap, "Keys of a `dit` stage": StepCacheOptions}
@@ -288,6 +290,11 @@ def test_nested_config_keys_stand_in_their_table(title: str) -> None:
     rows = config_tables(title)[1]
     for row, field in zip(rows, dataclasses.fields(INNER_GROUPS[title]), strict=True):
         check_config_row(row, field)
+
+
+def test_every_request_key_of_music_has_a_row() -> None:
+    rows = first_cells(section(read(PAGES[1]), "Keys of a `music_prompt` stage"), "Request key")
+    assert len(rows) == len(set(rows)) and set(rows) == REQUEST_KEYS
 
 
 PARAMS = {"SamplingParams": SamplingParams, "DiffusionParams": DiffusionParams}

@@ -24,6 +24,7 @@ FFT_SIZE = 32_768
 HZ_PER_BIN = SAMPLE_RATE / FFT_SIZE
 LOWEST_HZ, HIGHEST_HZ, HIGHEST_OVERTONE_HZ = 90.0, 1_400.0, 4_500.0
 QUIETEST, QUIET_SHARE = 0.003, 0.05  # a cell's highest peak, absolute and of all cells', below which it is silent
+MOST_TOGETHER = 5  # more peaks than that are noise
 PEAK_SHARE = 0.22  # of the highest peak, below which a peak is no note
 SAME_HZ = 12.0  # partials nearer than that cannot be told apart in a cell
 OVERTONES = {  # amplitude of overtones 2 to 5 over the fundamental's
@@ -33,7 +34,8 @@ OVERTONES = {  # amplitude of overtones 2 to 5 over the fundamental's
 }
 MOST_OVERTONE = 0.8  # over the fundamental's amplitude, above which an overtone is a note of its own
 MOST_SUSTAINED_FALL = 0.6  # end level over start level of a note that is not plucked
-LEAST_PLUCKED_OVERTONE = 0.08
+PLUCK = 960  # samples at the start of a plucked note in which its overtones are still heard
+LEAST_PLUCKED_OVERTONE = 0.06
 LEAST_LOUD = 0.4  # half way, as ratios go, between the peaks of a soft note (0.2) and a loud one (0.8)
 DIP = 0.5  # level between two notes over the level beside
 
@@ -120,7 +122,7 @@ def name_of(hertz: float) -> str:
 
 
 def fundamentals(partials: Partials) -> tuple[float, ...]:
-    """Hertz of every note, from low to high."""
+    """Hertz of every note, from low to high; none in noise."""
     found: list[tuple[float, float]] = []
     for hertz, amplitude in partials.peaks():
         explained = [
@@ -130,7 +132,7 @@ def fundamentals(partials: Partials) -> tuple[float, ...]:
         ]
         if amplitude > MOST_OVERTONE * sum(explained):
             found.append((hertz, amplitude))
-    return tuple(hertz for hertz, _ in found)
+    return tuple(hertz for hertz, _ in found) if len(found) <= MOST_TOGETHER else ()
 
 
 def goes_on(samples: Samples, boundary: int, before: tuple[float, ...], after: tuple[float, ...]) -> bool:
@@ -155,10 +157,10 @@ def timbre_of(samples: Samples, pitches: tuple[float, ...]) -> str:
     """From the start of a note, where all its overtones still sound, and from its end."""
     if not pitches:
         return "unknown"
-    start = Partials.of(samples[MARGIN : CELL - 3 * MARGIN])
-    ratios = overtone_ratios(start, pitches)
     if falls(samples):
-        return "plucked" if ratios[0] > LEAST_PLUCKED_OVERTONE else "unknown"
+        pluck = Partials.of(samples[MARGIN // 2 : MARGIN // 2 + PLUCK])
+        return "plucked" if overtone_ratios(pluck, pitches)[0] > LEAST_PLUCKED_OVERTONE else "unknown"
+    ratios = overtone_ratios(Partials.of(samples[MARGIN : CELL - 3 * MARGIN]), pitches)
     known = ~np.isnan(ratios)
     distances = {name: float(np.abs(ratios - shape)[known].mean()) for name, shape in OVERTONES.items()}
     return min(distances, key=lambda name: distances[name])
