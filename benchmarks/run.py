@@ -1,4 +1,4 @@
-"""Measures the package: `python benchmarks/run.py [images|text|startup|cache|limits|all ...] [--quick] [--json FILE]`.
+"""Measures the package: `python benchmarks/run.py [SUITE ...] [--quick] [--json FILE]`.
 
 Figures go to benchmarks/results; with --quick, which only shows that everything runs, they go nowhere but to --json.
 """
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from benchmarks import cache, images, limits, report, startup, text
+from benchmarks import audio, cache, images, limits, report, startup, text
 from benchmarks.limits import Limits
 from benchmarks.measure import Options, Report, available_cores, machine
 
@@ -24,6 +24,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "limits": limits.run,
     "images": images.run,
+    "audio": audio.run,
     "text": text.run,
     "startup": startup.run,
     "cache": cache.run,
@@ -53,14 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", default=["all"], choices=[*SUITES, "all"], metavar="SUITE")
+    parser.add_argument(
+        "suites",
+        nargs="*",
+        default=["all"],
+        choices=[*SUITES, "all"],
+        metavar="SUITE",
+        help=", ".join([*SUITES, "all"]),
+    )
     parser.add_argument("--quick", action="store_true", help="tiny counts, to see that it runs; writes no results")
     parser.add_argument("--json", type=Path, metavar="FILE", help="put all figures there as well")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each side of each case (default 7)")
     parser.add_argument(
         "--budget", type=float, default=120.0, metavar="S", help="no repeats beyond three after this long (default 120)"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `images`")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `images` and `audio`")
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     parser.add_argument("--threads", type=int, default=threads, help=f"of both sides (default {threads})")
     return parser

@@ -128,9 +128,10 @@ def test_an_edge_of_the_graph_carries_its_condition() -> None:
     drawn = graph(end=(READER, {"words": when("a.sound", "sound"), "states": "a.states"}))
     condition = Condition.parse("sound")
     assert drawn.edges_into("end") == (
-        Edge("a", "sound", "end", "words", condition, is_text=True),
+        Edge("a", "sound", "end", "words", condition),
         Edge("a", "states", "end", "states"),
     )
+    assert [edge.is_text for edge in drawn.edges] == [True, False]
     assert str(drawn.edges[0]) == "a.sound -> end.words" and drawn.wanted_ports("a") == {"text", "sound", "states"}
 
 
@@ -299,6 +300,15 @@ def test_words_that_were_not_written_fail_with_the_writer_the_section_and_the_fi
     error = str(run.end().error)
     assert "stage 'a' gave no 'sound' (it gave ['states', 'text']), which stage 'end' reads as 'words'" in error
     assert "`when: sound`" in error
+
+
+def test_what_a_skipped_stage_would_have_read_need_not_be_there() -> None:
+    for inputs in ({"hint": "a.sound"}, {"states": "a.states"}):
+        run = Run(graph(end=(READER, {**inputs, "words": when("a.text", "n")})))
+        run.tick()
+        run.done("a", tensors={})
+        end = run.end()
+        assert end.error is None and end.metrics["end"]["skipped"] is True
 
 
 def test_a_tensor_that_was_not_given_is_no_matter_of_conditions() -> None:

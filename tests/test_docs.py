@@ -30,6 +30,7 @@ from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, StageConfig
 from vllm_omni.engine.ar_input import DEFAULT_MAX_TOKENS
 from vllm_omni.engine.ar_options import AROptions, Tap
+from vllm_omni.engine.diffusers_options import DiffusersOptions
 from vllm_omni.engine.dit_options import DiTOptions, StepCacheOptions
 from vllm_omni.engine.music_prompt_options import REQUEST_KEYS, MusicPromptOptions
 from vllm_omni.entrypoints.cli import build_parser
@@ -225,6 +226,7 @@ CONFIG_GROUPS: dict[str, tuple[Any, frozenset[str]]] = {
     "Keys of an `ar` stage": (AROptions, frozenset()),
     "Keys of a `dit` stage": (DiTOptions, frozenset()),
     "Keys of a `music_prompt` stage": (MusicPromptOptions, frozenset()),
+    "Keys of a `diffusers` stage": (DiffusersOptions, frozenset()),
 }
 INNER_GROUPS = {"Keys of an `ar` stage": Tap, "Keys of a `dit` stage": StepCacheOptions}
 

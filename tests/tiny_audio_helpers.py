@@ -35,8 +35,8 @@ def geometric(name: str, sound: Sound, rng: np.random.Generator) -> NDArray[np.f
 
 
 def string(hertz: float, seconds: float) -> NDArray[np.float64]:
-    """A delay line of one period that begins as a string plucked at a fifth of its length and is smoothed a little every
-    time round; an all-pass filter tunes it between whole samples.
+    """A delay line of one period that begins as a string plucked at a fifth of its length and is smoothed a little
+    every time round; an all-pass filter tunes it between whole samples.
     """
     period = SAMPLE_RATE / hertz - SMOOTHING
     whole = int(period)

@@ -17,12 +17,14 @@ TABLES: dict[str, dict[str, str]] = {
         "ar": "vllm_omni.engine.llm_engine:LLMEngine",
         "dit": "vllm_omni.engine.diffusion_engine:DiffusionEngine",
         "music_prompt": "vllm_omni.engine.music_prompt_engine:MusicPromptEngine",
+        "diffusers": "vllm_omni.engine.diffusers_engine:DiffusersEngine",
     },
     "language model": {
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3:Qwen3",
         "Qwen3Model": "vllm_omni.models.qwen3:Qwen3",
     },
     "diffusion model": {
+        "AceStepPipeline": "vllm_omni.models.ace_step_pipeline:AceStepPipeline",
         "ZImagePipeline": "vllm_omni.models.z_image_pipeline:ZImagePipeline",
     },
     "step cache": {

@@ -153,13 +153,14 @@ class RequestState:
         started_s = self.running.pop(stage)
         self.done.add(stage)
         self.metrics[stage].update({"ran_s": now - started_s, **metrics})
-        for edge in self._edges_from(stage):
-            if edge.target in self.skipped:  # a moment ago, over another edge of this stage
-                continue
-            if _is_taken(edge, payload):
-                self._deliver(edge, payload, now)
-            else:
+        edges = self._edges_from(stage)
+        is_taken = [_is_taken(edge, payload) for edge in edges]
+        for edge, taken in zip(edges, is_taken, strict=True):
+            if not taken:
                 self._lose(edge, f"{edge}: when '{edge.when}' is false", now)
+        for edge, taken in zip(edges, is_taken, strict=True):
+            if taken and edge.target not in self.skipped:
+                self._deliver(edge, payload, now)
         if stage in self.plan.kept:
             tensors = {port: payload.tensors[port] for port in self.plan.kept[stage] if port in payload.tensors}
             self.payloads[stage] = replace(payload, tensors=tensors)
@@ -218,7 +219,7 @@ class RequestState:
         """The edge brings nothing: its stage goes on without it, or is skipped."""
         if self._is_required(edge):
             self._skip(edge.target, reason, now)
-        else:
+        elif edge.target not in self.skipped:  # over another edge, a moment ago
             self._leave_out(edge, now)
 
     def _skip(self, stage: str, reason: str, now: float) -> None:

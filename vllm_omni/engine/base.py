@@ -139,6 +139,11 @@ class StageEngine(ABC):
         """A key under which the payload of this task may serve later requests, or None where it must be computed."""
         return None
 
+    @classmethod
+    def note(cls, stage: StageConfig) -> str:
+        """What `vllm-omni check` should say of the stage besides ports and memory; empty for nothing."""
+        return ""
+
     @abstractmethod
     def __init__(self, stage: StageConfig, context: EngineContext) -> None: ...
 

@@ -27,9 +27,10 @@ from vllm_omni.engine.base import (
     StageTask,
 )
 from vllm_omni.engine.boundary import stage_error
+from vllm_omni.engine.diffusion_checks import check_counts, diffusion_params
 from vllm_omni.engine.dit_options import DiTOptions
 from vllm_omni.errors import ConfigError, InvalidRequestError, OmniError, StageError
-from vllm_omni.models.diffusion import DiffusionModel, check_limit
+from vllm_omni.models.diffusion import DiffusionModel
 from vllm_omni.params import MAX_SEED, DiffusionParams, StageParams
 from vllm_omni.payload import StagePayload, StageSignature
 from vllm_omni.registry import resolve
@@ -79,7 +80,7 @@ class DiffusionEngine(StageEngine):
     @classmethod
     def needed_inputs(cls, stage: StageConfig, request: OmniRequest, params: StageParams) -> frozenset[str]:
         folder = _folder(stage)
-        return _model_class(folder).needed_inputs(folder, frozenset(stage.inputs), request, _diffusion_params(params))
+        return _model_class(folder).needed_inputs(folder, frozenset(stage.inputs), request, diffusion_params(params))
 
     def __init__(self, stage: StageConfig, context: EngineContext) -> None:
         folder, options = _folder(stage), _options(stage)
@@ -101,16 +102,9 @@ class DiffusionEngine(StageEngine):
         self._events: deque[StageEvent] = deque()
 
     def check(self, request: OmniRequest, params: StageParams) -> None:
-        params = _diffusion_params(params)
+        params = diffusion_params(params)
         self.model.check(request, params, frozenset(self.stage.inputs), self._limits)
-        num_steps, num_outputs = self.model.num_steps(params), params.num_outputs or 1
-        check_limit("num_inference_steps", num_steps, 1, self._limits.max_inference_steps, integer=True)
-        check_limit("num_outputs", num_outputs, 1, self._limits.max_outputs, integer=True)
-        if params.sigmas is not None and params.num_inference_steps not in (None, len(params.sigmas)):
-            raise InvalidRequestError(
-                f"sigmas: got {len(params.sigmas)} of them and num_inference_steps {params.num_inference_steps};"
-                " leave one of the two out"
-            )
+        check_counts(params, self.model.num_steps(params), self._limits)
         if params.output_type == "latent" and "latents" not in self._wanted:
             raise InvalidRequestError(
                 "output_type: got 'latent', but nobody reads the latents;"
@@ -119,7 +113,7 @@ class DiffusionEngine(StageEngine):
 
     def submit(self, task: StageTask) -> None:
         try:
-            is_latent = _diffusion_params(task.params).output_type == "latent"
+            is_latent = diffusion_params(task.params).output_type == "latent"
             is_decoded = self.model.output_port in self._wanted and not is_latent
             job = _Job(task, self._begin(task), is_decoded)
             self._jobs[task.request_id] = job
@@ -149,7 +143,7 @@ class DiffusionEngine(StageEngine):
         return bool(self._jobs or self._events)
 
     def job_size(self, request: OmniRequest, params: StageParams) -> float:
-        return self.model.job_size(request, _diffusion_params(params))
+        return self.model.job_size(request, diffusion_params(params))
 
     def get_stats(self) -> dict[str, Any]:
         return {"running": len(self._jobs), **{f"step_cache_{k}": v for k, v in self._caches.get_stats().items()}}
@@ -165,7 +159,7 @@ class DiffusionEngine(StageEngine):
 
     @torch.inference_mode()
     def _begin(self, task: StageTask) -> list[DiffusionState]:
-        params = _diffusion_params(task.params)
+        params = diffusion_params(task.params)
         seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
         prepared = self.model.prepare(task.inputs, params, seed)
         states = []
@@ -260,12 +254,6 @@ def _model_class(folder: Path) -> type[DiffusionModel]:
     name = read_json(folder / "model_index.json").get("_class_name")
     model_class: type[DiffusionModel] = resolve("diffusion model", str(name))
     return model_class
-
-
-def _diffusion_params(params: StageParams) -> DiffusionParams:
-    if not isinstance(params, DiffusionParams):
-        raise InvalidRequestError(f"params: got {type(params).__name__}, expected DiffusionParams")
-    return params
 
 
 def _noise(shape: tuple[int, ...], seed: int) -> Tensor:

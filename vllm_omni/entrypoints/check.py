@@ -7,16 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.resources import GIB, MIB, format_bytes
-from vllm_omni.engine.base import MemoryPlan
+from vllm_omni.engine.base import MemoryPlan, StageEngine
 from vllm_omni.entrypoints.text_table import aligned
+from vllm_omni.registry import resolve
 
 
 def describe(config: OmniConfig, graph: StageGraph, plans: Mapping[str, MemoryPlan]) -> str:
     """The whole report, as lines of plain text."""
     model = f"  {config.model}" if config.model else ""
-    memory = _memory(config, plans)
+    notes, memory = _notes(config), _memory(config, plans)
     return "\n".join(
-        [f"{config.name}{model}", "", *draw_graph(config, graph), "", "Ports", *_ports(graph), "", *memory]
+        [f"{config.name}{model}", "", *draw_graph(config, graph), "", "Ports", *_ports(graph), "", *notes, *memory]
     )
 
 
@@ -139,6 +140,13 @@ def _readers(graph: StageGraph, stage: str, port: str) -> Iterable[str]:
         yield "=> result"
     if (stage, port) in graph.output_tensors:
         yield "=> tensor"
+
+
+def _notes(config: OmniConfig) -> list[str]:
+    engines: dict[str, type[StageEngine]] = {n: resolve("stage kind", s.kind) for n, s in config.stages.items()}
+    notes = {name: engine.note(config.stages[name]) for name, engine in engines.items()}
+    rows = [(name, note) for name, note in notes.items() if note]
+    return ["Notes", *aligned(rows), ""] if rows else []
 
 
 def _memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> list[str]:

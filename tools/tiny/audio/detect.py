@@ -24,6 +24,7 @@ FFT_SIZE = 32_768
 HZ_PER_BIN = SAMPLE_RATE / FFT_SIZE
 LOWEST_HZ, HIGHEST_HZ, HIGHEST_OVERTONE_HZ = 90.0, 1_400.0, 4_500.0
 QUIETEST, QUIET_SHARE = 0.003, 0.05  # a cell's highest peak, absolute and of all cells', below which it is silent
+MOST_TOGETHER = 5  # more peaks than that are noise
 PEAK_SHARE = 0.22  # of the highest peak, below which a peak is no note
 SAME_HZ = 12.0  # partials nearer than that cannot be told apart in a cell
 OVERTONES = {  # amplitude of overtones 2 to 5 over the fundamental's
@@ -121,7 +122,7 @@ def name_of(hertz: float) -> str:
 
 
 def fundamentals(partials: Partials) -> tuple[float, ...]:
-    """Hertz of every note, from low to high."""
+    """Hertz of every note, from low to high; none in noise."""
     found: list[tuple[float, float]] = []
     for hertz, amplitude in partials.peaks():
         explained = [
@@ -131,7 +132,7 @@ def fundamentals(partials: Partials) -> tuple[float, ...]:
         ]
         if amplitude > MOST_OVERTONE * sum(explained):
             found.append((hertz, amplitude))
-    return tuple(hertz for hertz, _ in found)
+    return tuple(hertz for hertz, _ in found) if len(found) <= MOST_TOGETHER else ()
 
 
 def goes_on(samples: Samples, boundary: int, before: tuple[float, ...], after: tuple[float, ...]) -> bool:

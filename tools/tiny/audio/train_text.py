@@ -25,7 +25,7 @@ from tools.tiny.muon import Optimizers
 from tools.tiny.train_text import CHAT_TEMPLATE, MAX_LENGTH, SPECIAL_TOKENS, model_config
 from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
 
-VOCABULARY = 1500
+VOCABULARY = 2000
 KIND_SHARES = (0.3, 0.3, 0.3, 0.1)
 PROMPT_SHARE = 0.45
 PROMPT_KIND = "prompt"
@@ -34,8 +34,9 @@ READ_WEIGHT = 0.2  # of the loss on what is read; what is written weighs 1
 LYRICS = "# Languages\nen\n\n# Lyric\n<|endoftext|>"  # of a sound without words
 END = "<|im_end|>"
 MAX_ANSWER = 80
-# As GPT-2's, but a note's name ('F#4', 'bb3') is one word and other digits stand alone.
-WORDS = r" ?[A-Ga-g][#b]?[345](?![\p{L}\p{N}])| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # the last: spaces
+# As GPT-2's, but a note's name ('F#4', 'bb3', 'F sharp 4', 'c#') is one word and other digits stand alone.
+NOTE = r" ?[A-Ga-g](?:[#b]| sharp| flat)?(?: ?[345])?(?![\p{L}\p{N}#])"
+WORDS = NOTE + r"| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def chat_prompt(words: str) -> str:
@@ -62,7 +63,7 @@ def training_example(rng: random.Random) -> tuple[str, str]:
     return read, f"{answer}{END}\n"
 
 
-def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int, num_examples: int = 40_000) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that any text can be said, over a corpus in which every word of the world is one token."""
     rng = random.Random(seed)
     tokenizer = Tokenizer(models.BPE())
@@ -79,7 +80,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(("".join(training_example(rng)) + LYRICS for _ in range(40_000)), trainer)
+    tokenizer.train_from_iterator(("".join(training_example(rng)) + LYRICS for _ in range(num_examples)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -102,12 +103,13 @@ Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int) -> list[Part]:
     """`size` examples in parts of similar length: (token ids, targets, weights of the targets), each
-    [size / PARTS, L]; padding weighs nothing.
+    [size / PARTS, L], the weights float32 and 0 for padding.
     """
     texts = [training_example(rng) for _ in range(size)]
     read, written = (tokenizer(list(part))["input_ids"] for part in zip(*texts, strict=True))
     rows = sorted(zip(read, written, strict=True), key=lambda row: len(row[0]) + len(row[1]))
-    return [padded(rows[start : start + size // PARTS]) for start in range(0, size, size // PARTS)]
+    part_size = -(-size // PARTS)
+    return [padded(rows[start : start + part_size]) for start in range(0, size, part_size)]
 
 
 def padded(rows: list[tuple[list[int], list[int]]]) -> Part:
@@ -209,7 +211,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-audio/text"))
-    parser.add_argument("--steps", type=int, default=1900)
+    parser.add_argument("--steps", type=int, default=2100)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--judged", type=int, default=400, help="held-out examples of each kind in the final judgement")

@@ -1,0 +1,23 @@
+"""The YAML keys of a `diffusers` stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_omni.errors import ConfigError
+
+OUTPUTS = ("image", "audio")
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusersOptions:
+    """output: what the pipeline makes, "image" or "audio". pipeline: the class of diffusers that runs the folder
+    (default: the one that its model_index.json names).
+    """
+
+    output: str
+    pipeline: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.output not in OUTPUTS:
+            raise ConfigError(f"output: got {self.output!r}, expected one of {', '.join(map(repr, OUTPUTS))}")

@@ -1,0 +1,25 @@
+"""What every stage that takes DiffusionParams checks in the same way."""
+
+from __future__ import annotations
+
+from vllm_omni.config.schema import LimitsConfig
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.models.diffusion import check_limit
+from vllm_omni.params import DiffusionParams, StageParams
+
+
+def diffusion_params(params: StageParams) -> DiffusionParams:
+    if not isinstance(params, DiffusionParams):
+        raise InvalidRequestError(f"params: got {type(params).__name__}, expected DiffusionParams")
+    return params
+
+
+def check_counts(params: DiffusionParams, num_steps: int, limits: LimitsConfig) -> None:
+    """Steps and outputs against the limits; `sigmas` and `num_inference_steps` must not contradict each other."""
+    check_limit("num_inference_steps", num_steps, 1, limits.max_inference_steps, integer=True)
+    check_limit("num_outputs", params.num_outputs or 1, 1, limits.max_outputs, integer=True)
+    if params.sigmas is not None and params.num_inference_steps not in (None, len(params.sigmas)):
+        raise InvalidRequestError(
+            f"sigmas: got {len(params.sigmas)} of them and num_inference_steps {params.num_inference_steps};"
+            " leave one of the two out"
+        )

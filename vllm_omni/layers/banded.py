@@ -1,0 +1,41 @@
+"""Attention within rows of equal length: of everything, or of a band around the diagonal. Knows no model.
+
+Legend: B rows, H query heads, K key-value heads, L tokens of a row, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_BLOCK = 64
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[B, H, q, d], [B, K, k, d] twice, bool mask [B, 1, q, k] -> [B, H, q, d]."""
+    grouped_queries = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped_queries)
+
+
+def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Attention of every token to those at most `window` away, block by block, so that time and memory grow with L and
+    not with its square. Shapes as `attention`, q = k = L.
+    """
+    num_rows, _, length, _ = query.shape
+    block = max(window, MIN_BLOCK)
+    num_blocks = -(-length // block)
+    missing = num_blocks * block - length
+    queries = F.pad(query, (0, 0, 0, missing)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
+    keys, values = (
+        F.pad(x, (0, 0, window, window + missing)).unfold(2, block + 2 * window, block).permute(0, 2, 1, 4, 3)
+        for x in (key, value)
+    )  # [rows, blocks, K, block + 2 window, d]
+    starts = torch.arange(num_blocks, device=query.device)[:, None, None] * block
+    at_query = starts + torch.arange(block, device=query.device)[:, None]
+    at_key = starts - window + torch.arange(block + 2 * window, device=query.device)
+    is_seen = ((at_query - at_key).abs() <= window) & (at_key >= 0) & (at_key < length)
+    is_seen |= at_query >= length  # padding must see something; it is cut off below
+    mask = is_seen[:, None].repeat(num_rows, 1, 1, 1)
+    attended = attention(queries, keys.flatten(0, 1), values.flatten(0, 1), mask)
+    return attended.unflatten(0, (num_rows, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
