@@ -9,7 +9,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import did_you_mean
 from vllm_omni.utils.files import read_json
 
-_BY_PIPELINE = {"ZImagePipeline": "z_image", "StableAudioPipeline": "stable_audio"}
+_BY_PIPELINE = {"AceStepPipeline": "ace_step", "StableAudioPipeline": "stable_audio", "ZImagePipeline": "z_image"}
 _BY_ARCHITECTURE = {"Qwen3ForCausalLM": "qwen3"}
 _BY_MODEL_TYPE = {"qwen3": "qwen3"}
 
