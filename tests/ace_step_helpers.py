@@ -34,8 +34,8 @@ from vllm_omni.request import OmniRequest
 CHANNELS = 8  # of the latents
 TEXT_WIDTH = 40  # of the condition encoder
 WORD_WIDTH = 32  # of the text encoder
-SAMPLE_RATE = 800
-HOP = 32
+SAMPLE_RATE = 1600
+HOP = 64
 PORTS = (
     "prompt_embeds",
     "lyric_embeds",
@@ -131,7 +131,7 @@ def random_pipeline(folder: Path, parts: Mapping[str, Any] | None = None, **tran
         initializer_range=0.2,
     )
     pipeline = AceStepPipeline(
-        vae=random_vae([2, 4, 4]),
+        vae=random_vae([2, 4, 8]),
         text_encoder=Qwen3Model(words).eval().requires_grad_(False),
         tokenizer=make_tokenizer(),
         transformer=random_transformer(**transformer),
