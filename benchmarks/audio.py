@@ -43,7 +43,7 @@ class Size:
 
 
 MIDDLE = Size(hidden=512, layers=8, decoder=32, strides=(2, 4, 4, 6, 10), sample_rate=48_000)
-TINY = Size(hidden=64, layers=2, decoder=8, strides=(2, 4), sample_rate=200)
+TINY = Size(hidden=64, layers=2, decoder=8, strides=(8, 8), sample_rate=1_600)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,7 @@ class Diffusers:
             self._pipeline(
                 prompt=words,
                 audio_duration=float(duration_s),
+                guidance_scale=1.0,
                 num_inference_steps=case.steps,
                 generator=self._generator().manual_seed(seed),
             )

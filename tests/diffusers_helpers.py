@@ -29,11 +29,11 @@ from vllm_omni.models.pool import ModelPool
 from vllm_omni.params import DiffusionParams
 from vllm_omni.request import OmniRequest
 
-RATE = 400
+RATE = 1600
 
 
 def random_stable_audio(folder: Path) -> StableAudioPipeline:
-    """2 channels at 400 Hz, 8 samples a latent frame, 64 frames: up to 1.28 s."""
+    """2 channels at 1600 Hz, 8 samples a latent frame, 256 frames: up to 1.28 s."""
     torch.manual_seed(0)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
@@ -51,7 +51,7 @@ def random_stable_audio(folder: Path) -> StableAudioPipeline:
         StableAudioProjectionModel(text_encoder_dim=16, conditioning_dim=16, min_value=0, max_value=8),
         T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16),
         StableAudioDiTModel(
-            sample_size=64,
+            sample_size=256,
             in_channels=4,
             num_layers=2,
             attention_head_dim=8,

@@ -14,7 +14,7 @@ import yaml
 from ar_helpers import PROMPT_STATES, make_engine, make_model_folder, make_task, make_tokenizer, run, states_of
 from diffusers import AceStepPipeline
 from diffusers.pipelines.ace_step.pipeline_ace_step import TASK_INSTRUCTIONS
-from test_music_prompt import codes, save_folder
+from music_helpers import codes, save_folder
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from toy_engine import register_toys

@@ -6,16 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+from music_helpers import save_folder
 from PIL import Image
 from toy_stage import TOY_YAML, register_toys
 
 import vllm_omni
+from vllm_omni import Audio
 from vllm_omni.config import EdgeConfig, OmniConfig, StageConfig
 from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.loader import load_config
 from vllm_omni.entrypoints.check import draw_graph
-from vllm_omni.entrypoints.cli import main, stage_params
+from vllm_omni.entrypoints.cli import main, prompt_inputs, stage_params
 from vllm_omni.entrypoints.output_files import OutputFiles
 from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
 from vllm_omni.payload import StageSignature, TensorSpec
@@ -247,10 +251,13 @@ def test_a_flag_that_no_stage_takes_is_an_error(toy_file: str) -> None:
         stage_params(load_config(toy_file), {**NO_FLAGS, "max_tokens": 3})
 
 
-def output(num_images: int = 0, text: str | None = None, error: StageError | None = None) -> OmniOutput:
+def output(
+    num_images: int = 0, text: str | None = None, error: StageError | None = None, num_sounds: int = 0
+) -> OmniOutput:
+    sounds = tuple(Audio(np.full((1, 800), index / 4, np.float32), 8000) for index in range(num_sounds))
     images = tuple(Image.new("RGB", (4, 4), (index, 0, 0)) for index in range(num_images))
     completions = () if text is None else (Completion(text=text, token_ids=(), finish_reason="stop"),)
-    results = {"stage": StageResult(completions=completions, images=images)}
+    results = {"stage": StageResult(completions=completions, images=images, audios=sounds)}
     status = RequestStatus.FAILED if error else RequestStatus.FINISHED
     return OmniOutput(request_id="r", status=status, results=results, error=error)
 
@@ -279,6 +286,82 @@ def test_a_folder_takes_pictures_and_text(tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "0.txt").read_text() == "red\n"
 
 
+def test_sounds_take_the_name_or_that_of_the_pictures_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    melody = OutputFiles(str(tmp_path / "melody.flac"))
+    assert names(melody.write([output(num_sounds=1)]), tmp_path) == ["melody.flac"]
+    assert names(melody.write([output(num_sounds=1), output(num_sounds=2)]), tmp_path) == [
+        "melody-0.flac",
+        "melody-1.flac",
+        "melody-2.flac",
+    ]
+    assert soundfile.read(tmp_path / "melody-2.flac")[0][0] == 0.25
+    assert names(melody.write([output(1, num_sounds=1)]), tmp_path) == ["melody.png", "melody.flac"]
+    assert names(OutputFiles(str(tmp_path / "a.b.jpg")).write([output(1, num_sounds=1)]), tmp_path) == [
+        "a.b.jpg",
+        "a.b.wav",
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert [str(path) for path in OutputFiles(None).write([output(1, num_sounds=2)])] == [
+        "out.png",
+        "out-0.wav",
+        "out-1.wav",
+    ]
+
+
+def test_a_folder_takes_sounds_beside_pictures_and_text(tmp_path: Path) -> None:
+    files = OutputFiles(f"{tmp_path}/answers/")
+    found = files.write([output(1, "red", num_sounds=1), output(0, num_sounds=2)])
+    assert names(found, tmp_path / "answers") == ["0.png", "0.wav", "0.txt", "1-0.wav", "1-1.wav"]
+
+
+def test_inputs_are_numbers_and_words() -> None:
+    given = [
+        "bpm=90",
+        "duration_s=2.5",
+        "lyrics=[verse] a=b",
+        'audio="9"',
+        'text="two\\nlines"',
+        "x=NaN",
+        "y=true",
+        "z=",
+    ]
+    assert prompt_inputs(given, "blurry") == {
+        "negative_prompt": "blurry",
+        "bpm": 90,
+        "duration_s": 2.5,
+        "lyrics": "[verse] a=b",
+        "audio": "9",
+        "text": "two\nlines",
+        "x": "NaN",
+        "y": "true",
+        "z": "",
+    }
+
+
+@pytest.mark.parametrize("given", [["bpm"], ["=3"], ["bpm=3", "bpm=4"], ["prompt=x"], ["negative_prompt=x"]])
+def test_an_input_is_said_once_and_has_a_value(given: list[str]) -> None:
+    with pytest.raises(InvalidRequestError, match="--input"):
+        prompt_inputs(given, "blurry")
+
+
+@pytest.mark.skipif(not HAS_OMNI, reason="Omni is not in this tree")
+def test_inputs_reach_the_stages_and_a_wrong_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_folder(tmp_path / "model")
+    path = tmp_path / "music.yaml"
+    path.write_text(
+        f"stages:\n  prompt: {{kind: music_prompt, model: {folder}}}\n"
+        "  reader: {kind: upper, inputs: {text: prompt.caption}}\noutputs: [reader]\n"
+    )
+    arguments = ["generate", "calm piano", "--config", str(path), "--input", "bpm=90"]
+    assert main([*arguments, "--input", "keyscale=F# minor", "--input", "duration_s=7.9"]) == 0
+    shown = capsys.readouterr().out
+    assert "# CAPTION\nCALM PIANO" in shown and "- BPM: 90\n" in shown and "- DURATION: 7 SECONDS" in shown
+    assert main([*arguments, "--input", "lirycs=la"]) == 1
+    assert "prompt['lirycs']: unknown key (did you mean 'lyrics'?)" in capsys.readouterr().err
+
+
 def test_tensors_go_to_safetensors_in_a_folder(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
@@ -294,8 +377,9 @@ def test_an_output_name_that_cannot_hold_the_answer_is_an_error(
 ) -> None:
     with pytest.raises(ConfigError, match=r"-o: got 'x\.gif', expected a folder or a file"):
         OutputFiles("x.gif")
-    with pytest.raises(ConfigError, match="no stage in `outputs` draws"):
-        OutputFiles(str(tmp_path / "x.png")).write([output(0, "words")])
+    for kind, name in (("picture", "x.png"), ("sound", "x.wav")):
+        with pytest.raises(ConfigError, match=f"{name}', but no answer holds a {kind}; give a folder for all kinds"):
+            OutputFiles(str(tmp_path / name)).write([output(0, "words")])
     assert OutputFiles(str(tmp_path / "x.png")).write([output(error=StageError("no memory"))]) == []
     monkeypatch.chdir(tmp_path)
     assert OutputFiles(None).write([output(0, "words")]) == []

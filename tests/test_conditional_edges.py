@@ -128,9 +128,10 @@ def test_an_edge_of_the_graph_carries_its_condition() -> None:
     drawn = graph(end=(READER, {"words": when("a.sound", "sound"), "states": "a.states"}))
     condition = Condition.parse("sound")
     assert drawn.edges_into("end") == (
-        Edge("a", "sound", "end", "words", condition, is_text=True),
+        Edge("a", "sound", "end", "words", condition),
         Edge("a", "states", "end", "states"),
     )
+    assert [edge.is_text for edge in drawn.edges] == [True, False]
     assert str(drawn.edges[0]) == "a.sound -> end.words" and drawn.wanted_ports("a") == {"text", "sound", "states"}
 
 

@@ -403,18 +403,25 @@ def test_output_must_be_said(audio: tuple[Path, StableAudioPipeline]) -> None:
 # The whole way
 
 
-def test_a_checkpoint_folder_alone_makes_pictures(picture: tuple[Path, ZImagePipeline]) -> None:
-    config = {
-        "stages": {"s": {"kind": "diffusers", "output": "image", "model": str(picture[0])}},
-        "outputs": ["s"],
-    }
+def test_pictures_come_out_of_a_graph(picture: tuple[Path, ZImagePipeline]) -> None:
+    stage = {"kind": "diffusers", "output": "image", "model": str(picture[0])}
     value = DiffusionParams(seed=3, height=32, width=32, guidance_scale=0.0, num_inference_steps=2)
-    with Omni(config, progress=False) as omni:
+    with Omni({"stages": {"s": stage}, "outputs": ["s"]}, progress=False) as omni:
         good, bad = omni.generate(["a circle", "a circle"], [value, DiffusionParams(duration_s=2.0)])
     settings = dict(height=32, width=32, guidance_scale=0.0, num_inference_steps=2)
     expected = picture[1]("a circle", generator=generator(3), **settings).images[0]
     assert good.error is None and np.array_equal(np.asarray(good.images[0]), np.asarray(expected))
     assert isinstance(bad.error, InvalidRequestError) and "duration_s" in str(bad.error)
+
+
+def test_a_stable_audio_folder_alone_makes_sounds(audio: tuple[Path, StableAudioPipeline]) -> None:
+    with Omni(model=str(audio[0]), progress=False) as omni:
+        (output,) = omni.generate("a bell", DiffusionParams(seed=3, duration_s=1.0, num_inference_steps=2))
+    expected = audio[1](
+        "a bell", audio_end_in_s=1.0, num_inference_steps=2, guidance_scale=7.0, generator=generator(3)
+    ).audios
+    (sound,) = output.audios
+    assert sound.sample_rate == RATE and np.array_equal(sound.samples, expected[0].numpy())
 
 
 def test_the_shipped_config_fits_a_stable_audio_folder(

@@ -13,9 +13,10 @@ import pytest
 import torch
 from diffusers import AceStepPipeline
 from diffusers.pipelines.ace_step.pipeline_ace_step import TASK_INSTRUCTIONS
+from music_helpers import HOP, POOL, RATE, codes, save_folder, sound
 from toy_engine import register_toys
 
-from vllm_omni import Audio, DiffusionParams, Omni, OmniRequest
+from vllm_omni import DiffusionParams, Omni, OmniRequest
 from vllm_omni.config.graph import build_graph
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
@@ -26,21 +27,8 @@ from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
 from vllm_omni.models.pool import ModelPool
 from vllm_omni.payload import DataSpec, TensorSpec, TextSpec
 
-RATE, HOP, POOL = 16_000, 640, 4
 TEXTS = frozenset({"caption", "lyrics", "plain_caption", "audio_codes", "music"})
 EVERYTHING = TEXTS | {"source_audio", "reference_audio"}
-
-
-def save_folder(folder: Path, vae: dict[str, Any] | None = None, pool: int | None = POOL) -> Path:
-    """The configuration files of an ACE-Step folder: stereo, 16 kHz, 25 latent frames a second, 4 of them a code."""
-    config = {"sampling_rate": RATE, "audio_channels": 2, "downsampling_ratios": [4, 4, 5, 8], **(vae or {})}
-    files: dict[str, Any] = {"model_index.json": {"_class_name": "AceStepPipeline"}, "vae/config.json": config}
-    if pool is not None:
-        files["audio_token_detokenizer/config.json"] = {"pool_window_size": pool}
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
-    return folder
 
 
 class Prompter:
@@ -79,15 +67,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def prompter(folder: Path) -> Prompter:
     return Prompter(folder)
-
-
-def sound(seconds: float = 2.0, rate: int = RATE, channels: int = 2) -> Audio:
-    times = np.arange(round(rate * seconds)) / rate
-    return Audio(np.stack([0.3 * np.sin(600 * (k + 1) * times) for k in range(channels)]).astype(np.float32), rate)
-
-
-def codes(count: int) -> str:
-    return "".join(f"<|audio_code_{7 * index}|>" for index in range(count))
 
 
 # Texts

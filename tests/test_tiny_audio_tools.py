@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AceStepPipeline
+from PIL import Image
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny_audio_helpers import synthesised
 from tools.tiny.audio.detect import hear
+from tools.tiny.audio.evaluate import CASES, faults_of, prompts_for
 from tools.tiny.audio.judge import judge
-from tools.tiny.audio.loose import KINDS, answer_for, loose_both, loose_sound, request
+from tools.tiny.audio.loose import KINDS, answer_for, ask, loose_both, loose_sound, request
 from tools.tiny.audio.prompt import sound_prompt
 from tools.tiny.audio.render import render
 from tools.tiny.audio.train_text import (
@@ -31,7 +33,7 @@ from tools.tiny.audio.train_text import (
     train_tokenizer,
     training_example,
 )
-from tools.tiny.audio.words import FLATS, is_held_out, wording
+from tools.tiny.audio.words import FLATS, is_held_out, spell, wording
 from tools.tiny.audio.world import (
     NOTES,
     TIMBRE_WORDS,
@@ -42,8 +44,11 @@ from tools.tiny.audio.world import (
     sample_sound,
 )
 from tools.tiny.audio.world import is_held_out as is_held_out_sound
+from tools.tiny.render import draw_scene
 from tools.tiny.world import sample_scene
+from vllm_omni import Audio, OmniOutput, RequestStatus
 from vllm_omni.models.qwen3 import Qwen3Config
+from vllm_omni.request import Completion, StageResult
 
 NAMED = re.compile(r"(?<![a-z])([a-g])(#|b| sharp| flat)? ?([345])", re.IGNORECASE)
 LOUDNESS_WORDS = re.compile(r"loud|soft|quiet|gentl|strong|forceful|volume", re.IGNORECASE)
@@ -168,7 +173,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def test_every_note_is_one_token_and_every_text_can_be_said(tokenizer: PreTrainedTokenizerFast) -> None:
     for name in NOTES:
-        assert [len(tokenizer.tokenize(text)) for text in (name, f" {name}", f" {name.lower()}")] == [1, 1, 1]
+        for text in (name, f" {name}", f" {name.lower()}", f" {spell(name, 'sharp', True)}"):
+            assert len(tokenizer.tokenize(text)) == 1, text
     for text in ("F sharp 4 and Db5, 8-bit", "naïve 音 \n\n tabs\t", sound_prompt("c#4", 2)):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -294,3 +300,40 @@ def test_silence_and_noise_are_no_notes_of_the_world() -> None:
         for samples in (np.zeros(32_000), 0.2 * noise, np.zeros(0)):
             verdict = judge(sound, samples)
             assert not (verdict.notes_right or verdict.timbre_right or verdict.is_right) and verdict.complaint
+
+
+def answered(text: str, images: tuple[Image.Image, ...] = (), audios: tuple[Audio, ...] = ()) -> OmniOutput:
+    results = {
+        "thinker": StageResult(completions=(Completion(text, (1,), "stop"),)),
+        "image": StageResult(images=images),
+        "sound": StageResult(audios=audios),
+    }
+    return OmniOutput(request_id="1", status=RequestStatus.FINISHED, results=results)
+
+
+def test_an_answer_is_right_only_with_its_words_its_picture_and_its_sound() -> None:
+    rng = random.Random(13)
+    for kind in KINDS:
+        asked, other = ask(kind, rng, held_out=True), ask("both", rng)
+        pictures = tuple(Image.fromarray(draw_scene(one.scene, rng)) for one in (asked, other) if one.scene)
+        recordings = tuple(Audio(render(one.sound)[None], 16_000) for one in (asked, other) if one.sound)
+        images, audios = (pictures[:1] if asked.scene else ()), (recordings[:1] if asked.sound else ())
+        right = faults_of(asked, answered(asked.answer, images, audios))
+        assert set(right.values()) == {None}
+        assert set(right) == {"words"} | ({"picture"} if asked.scene else set()) | ({"sound"} if asked.sound else set())
+        assert faults_of(asked, answered(other.answer, images, audios))["words"]
+        assert faults_of(asked, answered(asked.answer, pictures, audios))["words"]
+        assert faults_of(asked, answered(asked.answer, images, recordings))["words"]
+        if asked.scene:
+            assert faults_of(asked, answered(asked.answer, pictures[1:], audios))["picture"]
+        if asked.sound:
+            assert faults_of(asked, answered(asked.answer, images, recordings[1:]))["sound"]
+            assert faults_of(asked, answered(asked.answer, images))["sound"]
+
+
+def test_judged_prompts_are_distinct_held_out_and_of_their_kind() -> None:
+    for case in CASES:
+        prompts = prompts_for(case, 10, 1)
+        assert len({words for words, _ in prompts}) == 10 and prompts == prompts_for(case, 10, 1)
+        for words, sound in prompts:
+            assert case.accepts(sound) and is_held_out(words) and is_held_out_sound(sound)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_omni import registry
 from vllm_omni.config.builder import under
@@ -31,7 +31,7 @@ class Edge:
     target: str
     target_port: str
     when: Condition | None = None
-    is_text: bool = False
+    is_text: bool = field(default=False, compare=False)  # follows from the port
 
     @property
     def origin(self) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_omni import __version__
 from vllm_omni.errors import InvalidRequestError, OmniError
+from vllm_omni.request import TEXT_KEYS
+from vllm_omni.utils.checks import check_number
 
 if TYPE_CHECKING:
     from vllm_omni.config.schema import OmniConfig
@@ -22,6 +25,7 @@ DEFAULT_CONFIG = "tiny_image"
 EXAMPLES = """\
 examples:
   vllm-omni generate "a red circle left of a blue square" -o out.png
+  vllm-omni generate "C4 then E4 then G4, square, fast" --config tiny_audio -o melody.wav --input duration_s=2
   vllm-omni generate "could you draw me a crimson ball" --config tiny_omni -o out/ --metrics
   vllm-omni generate "a lighthouse at dusk" --model path/to/Z-Image-Turbo --steps 9 --height 1024 --width 1024
   vllm-omni generate "Why is the sky blue?" --model path/to/Qwen3-0.6B --max-tokens 200
@@ -80,7 +84,16 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="one request each")
     generate.add_argument("--config", metavar="X", help=f"a stage config (default: the model's, else {DEFAULT_CONFIG})")
     _add_config_options(generate)
-    generate.add_argument("-o", "--output", metavar="PATH", help="picture file or folder (default: out.png)")
+    generate.add_argument(
+        "-o", "--output", metavar="PATH", help="picture, sound (.wav .flac .ogg) or folder (default: out.png, out.wav)"
+    )
+    generate.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help='what a stage reads besides the prompt: bpm=90, lyrics="la la", audio=song.wav',
+    )
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
     _add_param_options(generate)
     generate.add_argument("--metrics", action="store_true", help="print what every stage did for every prompt")
@@ -112,7 +125,7 @@ def _add_param_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance", type=float, help="guidance scale")
     group.add_argument("--max-tokens", type=int, help="most tokens that a stage writes")
     group.add_argument("--temperature", type=float, help="0 is greedy")
-    group.add_argument("--n", type=int, help="pictures per prompt (texts, where the config draws none)")
+    group.add_argument("--n", type=int, help="pictures or sounds per prompt (texts, where the config makes none)")
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -121,10 +134,10 @@ def _generate(args: argparse.Namespace) -> int:
     from vllm_omni.entrypoints.output_files import OutputFiles
 
     files = OutputFiles(args.output)
+    inputs = prompt_inputs(args.input, args.negative_prompt)
     config = load_config(args.config or _config_of_model(args.model), args.set, args.model)
     params = stage_params(config, vars(args))
-    negative = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
-    prompts = [{"prompt": prompt, **negative} for prompt in args.prompts]
+    prompts = [{"prompt": prompt, **inputs} for prompt in args.prompts]
     with Omni(config, progress=not args.quiet) as omni:
         outputs = omni.generate(prompts, params)
     for output in outputs:
@@ -143,6 +156,32 @@ def _config_of_model(model: str | None) -> Path | str:
     from vllm_omni.utils.files import resolve_model_folder
 
     return config_for_model(resolve_model_folder(model))
+
+
+def prompt_inputs(given: Sequence[str], negative_prompt: str | None) -> dict[str, str | float]:
+    """Keys of a prompt dict, of every `--input key=value`. A value that is a number, or a string in double quotes, is
+    read as JSON ('90', '"90"', '"two\\nlines"'), any other as it stands.
+
+    Raises InvalidRequestError for a key that is missing, given twice, or said by another argument.
+    """
+    inputs: dict[str, str | float] = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+    for item in given:
+        key, equals, text = item.partition("=")
+        if not key or not equals:
+            raise InvalidRequestError(f"--input: got {item!r}, expected key=value such as duration_s=30")
+        if key in (*TEXT_KEYS, *inputs):
+            raise InvalidRequestError(f"--input {key}: the command line says it already; give it once")
+        inputs[key] = _input_value(text)
+    return inputs
+
+
+def _input_value(text: str) -> str | float:
+    try:
+        value: str | float = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    is_taken = isinstance(value, str) or check_number("", value) is None
+    return value if is_taken else text
 
 
 def stage_params(config: OmniConfig, flags: Mapping[str, Any]) -> dict[str, StageParams]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 from tools.tiny.audio import world as sounds
 from tools.tiny.audio.small_talk import small_talk
@@ -66,28 +67,41 @@ POLITE = (
 JOINERS = (" and ", " then ", ", also ", ", and ", " and then ", " and also ", ". ", "; ", ", then ")
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, what it means, and the answer that the thinker shall write."""
+
+    words: str
+    answer: str
+    scene: Scene | None = None
+    sound: Sound | None = None
+
+
 def request(kind: str, rng: random.Random, *, held_out: bool = False) -> tuple[str, str]:
-    """(request, answer), for training or, as texts and as sounds, kept for judging."""
+    """(request, answer) of `ask`."""
+    asked = ask(kind, rng, held_out=held_out)
+    return asked.words, asked.answer
+
+
+def ask(kind: str, rng: random.Random, *, held_out: bool = False) -> Asked:
+    """A request for training or, its text and its sound both, kept for judging."""
     while True:
-        scene = sample_scene(rng)
-        sound = sample_sound(rng, held_out=held_out)
-        words, answer = one_request(kind, scene, sound, rng, direct_share=0.0 if held_out else 0.3)
-        if is_held_out(words) == held_out:
-            return words, answer
+        asked = say(kind, sample_scene(rng), sample_sound(rng, held_out=held_out), rng, 0.0 if held_out else 0.3)
+        if is_held_out(asked.words) == held_out:
+            return asked
 
 
-def one_request(
-    kind: str, scene: Scene, sound: Sound, rng: random.Random, direct_share: float = 0.3
-) -> tuple[str, str]:
-    """(request, answer). direct_share: of the requests that are already in the words of the other models."""
+def say(kind: str, scene: Scene, sound: Sound, rng: random.Random, direct_share: float = 0.3) -> Asked:
+    """direct_share: of the requests that are already in the words of the other models."""
     is_direct = rng.random() < direct_share
     if kind == "scene":
-        return canonical(scene) if is_direct else loose(scene, rng), answer_for(scene, None)
+        return Asked(canonical(scene) if is_direct else loose(scene, rng), answer_for(scene, None), scene)
     if kind == "sound":
-        return wording(sound, rng) if is_direct else loose_sound(sound, rng), answer_for(None, sound)
+        words = wording(sound, rng) if is_direct else loose_sound(sound, rng)
+        return Asked(words, answer_for(None, sound), sound=sound)
     if kind == "both":
-        return loose_both(scene, sound, rng, is_direct), answer_for(scene, sound)
-    return small_talk(rng)
+        return Asked(loose_both(scene, sound, rng, is_direct), answer_for(scene, sound), scene, sound)
+    return Asked(*small_talk(rng))
 
 
 def answer_for(scene: Scene | None, sound: Sound | None) -> str:

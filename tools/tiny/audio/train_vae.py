@@ -154,7 +154,7 @@ def normalise_latents(vae: AutoencoderOobleck, samples: Tensor) -> None:
     channels = len(scale)
     vae.encoder.conv2.weight[:channels] /= scale[:, None, None]
     vae.encoder.conv2.bias[:channels] /= scale
-    vae.encoder.conv2.weight[channels:] = 0
+    vae.encoder.conv2.weight[channels:] *= 1e-4  # not 0: weight norm divides by the length
     vae.encoder.conv2.bias[channels:] = -12.0
 
 
