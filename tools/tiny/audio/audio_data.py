@@ -77,6 +77,14 @@ class Latents:
         return latents
 
 
+def drawn(rng: random.Random) -> tuple[list[Sound], list[float], list[str]]:
+    """CHUNK sounds of the training world, how many seconds of each are asked for, and the prompts that ask."""
+    sounds = [sample_sound(rng) for _ in range(CHUNK)]
+    durations = [rng.choice(SHORT_DURATIONS_S) if rng.random() < SHORT_SHARE else DURATION_S for _ in sounds]
+    asked = zip(sounds, durations, strict=True)
+    return sounds, durations, [sound_prompt(wording(sound, rng), seconds) for sound, seconds in asked]
+
+
 def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, seed: int) -> dict[str, Tensor]:
     """latents [n, 200, 16], states [n, TEXT_LENGTH, D], lengths [n] (tokens) and frames [n]; computed once, then read
     from `file`.
@@ -88,9 +96,7 @@ def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, s
     latents = Latents(vae)
     parts: dict[str, list[Tensor]] = {}
     for _ in trange(max(1, count // CHUNK), desc="training data", mininterval=10):
-        sounds = [sample_sound(rng) for _ in range(CHUNK)]
-        durations = [rng.choice(SHORT_DURATIONS_S) if rng.random() < SHORT_SHARE else DURATION_S for _ in sounds]
-        texts = [sound_prompt(wording(sound, rng), seconds) for sound, seconds in zip(sounds, durations, strict=True)]
+        sounds, durations, texts = drawn(rng)
         text_states, lengths = states.of(texts)
         batch = {
             "latents": latents.of(sounds).half(),
