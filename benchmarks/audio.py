@@ -42,7 +42,7 @@ class Size:
     sample_rate: int
 
 
-MIDDLE = Size(hidden=512, layers=8, decoder=32, strides=(2, 4, 4, 6, 10), sample_rate=48_000)
+MIDDLE = Size(hidden=512, layers=8, decoder=16, strides=(2, 4, 4, 6, 10), sample_rate=48_000)
 TINY = Size(hidden=64, layers=2, decoder=8, strides=(8, 8), sample_rate=1_600)
 
 
@@ -71,6 +71,7 @@ class Weights:
 
         from vllm_omni.utils.files import resolve_model_folder
 
+        _draw_no_progress_bars()
         torch.manual_seed(0)
         text = resolve_model_folder(TEXT_FOLDER)
         text_encoder = Qwen3Model.from_pretrained(text / "text_encoder", dtype=torch.float32)
@@ -121,13 +122,10 @@ class Diffusers:
     def __init__(self, folder: str, dtype: str) -> None:
         import torch
         from diffusers import AceStepPipeline
-        from diffusers.utils import logging
-        from transformers.utils import logging as text_logging
 
         from vllm_omni.utils.device import DTYPES
 
-        logging.disable_progress_bar()
-        text_logging.disable_progress_bar()
+        _draw_no_progress_bars()
         self._generator = torch.Generator
         self._pipeline = AceStepPipeline.from_pretrained(folder, torch_dtype=DTYPES[dtype])
         self._pipeline.set_progress_bar_config(disable=True)
@@ -205,6 +203,14 @@ def largest_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray])
 def _range(durations: Sequence[int]) -> str:
     low, high = min(durations), max(durations)
     return str(low) if low == high else f"{low}-{high}"
+
+
+def _draw_no_progress_bars() -> None:
+    from diffusers.utils import logging
+    from transformers.utils import logging as text_logging
+
+    logging.disable_progress_bar()
+    text_logging.disable_progress_bar()
 
 
 def _random_transformer(size: Size) -> Any:

@@ -222,6 +222,7 @@ def engine(
     threshold: float | None = None,
     wanted: frozenset[str] = frozenset({"audio", "latents"}),
     ports: tuple[str, ...] = PORTS,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> DiffusionEngine:
     stage = StageConfig(
@@ -232,7 +233,7 @@ def engine(
         options=DiTOptions(cache=StepCacheOptions(policy, threshold), **options),
     )
     config = OmniConfig(dit_cache=DiTCacheConfig(max_memory_mb=64.0))
-    context = EngineContext(config, torch.device("cpu"), torch.float32, ModelPool(), wanted)
+    context = EngineContext(config, torch.device("cpu"), dtype, ModelPool(), wanted)
     return DiffusionEngine(stage, context)
 
 

@@ -12,7 +12,7 @@ from diffusers import AceStepTransformer1DModel
 from torch import Tensor
 
 from vllm_omni.errors import CheckpointError, ConfigError
-from vllm_omni.layers.banded import attention, banded_attention
+from vllm_omni.layers.banded import attention, banded_attention, windowed_attention
 from vllm_omni.models.ace_step import AceStepTransformer
 from vllm_omni.models.ace_step_config import AceStepConfig
 from vllm_omni.models.frames import Condition
@@ -161,14 +161,15 @@ def test_chosen_rows_go_on_as_they_would_have_in_the_whole_batch(tmp_path: Path)
         assert_near(a, b, 1e-6)
 
 
-@pytest.mark.parametrize("length, window", [(2, 1), (64, 5), (65, 5), (130, 64), (200, 70), (129, 128), (300, 1)])
-def test_banded_attention_equals_the_masked_one(length: int, window: int) -> None:
+@pytest.mark.parametrize("length, window", [(2, 1), (64, 5), (65, 16), (130, 64), (280, 70), (129, 128), (300, 1)])
+def test_attention_of_a_window_equals_the_masked_one_for_every_length(length: int, window: int) -> None:
     query = torch.randn(3, 4, length, 8)
     key, value = torch.randn(2, 3, 2, length, 8)
     positions = torch.arange(length)
     band = (positions[:, None] - positions).abs() <= window
     expected = attention(query, key, value, band.expand(3, 1, length, length))
     torch.testing.assert_close(banded_attention(query, key, value, window), expected)
+    torch.testing.assert_close(windowed_attention(query, key, value, window), expected)
 
 
 @torch.no_grad()

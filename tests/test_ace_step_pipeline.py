@@ -152,6 +152,20 @@ def test_a_sound_alone_equals_itself_in_a_crowd_in_another_order_and_again(
     assert torch.equal(sounds(run(stage))[cases[0].name], found[2][cases[0].name])
 
 
+def test_bfloat16_runs_every_task_and_stays_near_float32(guided: tuple[AceStepPipeline, Path]) -> None:
+    pipeline, folder = guided
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        stage = engine(folder, dtype=dtype)
+        for case in GUIDED:
+            stage.submit(case.task(pipeline))
+        found.append(sounds(run(stage)))
+    exact, rough = found
+    assert all(sound.dtype == torch.float32 and sound.isfinite().all() for sound in rough.values())
+    for name in ("plain", "words", "unguided"):  # codes of a cover may fall on the other side of a boundary
+        assert (rough[name] - exact[name]).norm() < 0.2 * exact[name].norm(), name
+
+
 def test_output_i_of_a_request_is_the_sound_of_seed_plus_i(guided: tuple[AceStepPipeline, Path]) -> None:
     pipeline, folder = guided
     stage, case = engine(folder), GUIDED[0]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_BLOCK = 64
+MASKED_WINDOWS = 4  # rows of up to so many windows are faster with one mask over all of them than block by block
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -18,10 +19,21 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped_queries)
 
 
-def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Attention of every token to those at most `window` away, block by block, so that time and memory grow with L and
-    not with its square. Shapes as `attention`, q = k = L.
+def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Attention of every token to those at most `window` away, in the way that suits the length. Shapes as `attention`,
+    q = k = L.
     """
+    length = query.shape[2]
+    if length <= window + 1:
+        return attention(query, key, value)
+    if length > MASKED_WINDOWS * window:
+        return banded_attention(query, key, value, window)
+    positions = torch.arange(length, device=query.device)
+    return attention(query, key, value, ((positions[:, None] - positions).abs() <= window)[None, None])
+
+
+def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """`windowed_attention` block by block, so that time and memory grow with L and not with its square."""
     num_rows, _, length, _ = query.shape
     block = max(window, MIN_BLOCK)
     num_blocks = -(-length // block)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.layers.banded import attention, banded_attention
+from vllm_omni.layers.banded import attention, windowed_attention
 from vllm_omni.layers.linear import MergedLinear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.rotary import rotary_frequencies
@@ -86,10 +86,10 @@ class SelfAttention(nn.Module):
         query = rotated(query.unflatten(0, shape), span.rope).transpose(1, 2)  # [rows, H, L, d]
         key = rotated(key.unflatten(0, shape), span.rope).transpose(1, 2)
         value = value.unflatten(0, shape).transpose(1, 2)
-        if self.window is None or span.length <= self.window + 1:
+        if self.window is None:
             attended = attention(query, key, value)
         else:
-            attended = banded_attention(query, key, value, self.window)
+            attended = windowed_attention(query, key, value, self.window)
         return attended.transpose(1, 2).flatten(0, 1).flatten(1)
 
 

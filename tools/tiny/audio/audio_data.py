@@ -15,16 +15,17 @@ from tqdm import trange
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Model
 
 from tools.tiny.audio.prompt import sound_prompt
-from tools.tiny.audio.render import render
+from tools.tiny.audio.render import SAMPLE_RATE, render
 from tools.tiny.audio.train_text import LYRICS
 from tools.tiny.audio.train_vae import HOP, plain_convolutions
 from tools.tiny.audio.words import wording
-from tools.tiny.audio.world import DURATION_S, sample_sound
+from tools.tiny.audio.world import DURATION_S, Sound, sample_sound
 
 TEXT_LENGTH = 96
 SHORT_DURATIONS_S = (1.0, 1.5)
 SHORT_SHARE = 0.15
-CHUNK = 64
+CHUNK = 256
+MARGIN = 8
 
 
 class TextStates:
@@ -55,6 +56,27 @@ def encode(vae: AutoencoderOobleck, recordings: Tensor) -> Tensor:
     return vae.encode(recordings).latent_dist.mode().transpose(1, 2)
 
 
+class Latents:
+    """Latents of sounds: what sounds is encoded, the silence behind it is copied."""
+
+    def __init__(self, vae: AutoencoderOobleck) -> None:
+        self._vae = vae
+        self._encode = torch.compile(encode, dynamic=True)
+        self._silence = encode(vae, torch.zeros(1, 1, round(DURATION_S * SAMPLE_RATE)))[0]
+
+    def of(self, sounds: list[Sound]) -> Tensor:
+        """[n, 200, channels]; equal to encoding everything, as the encoder sees less than MARGIN frames far."""
+        latents = self._silence.repeat(len(sounds), 1, 1)
+        for seconds in {sound.sounding_s for sound in sounds}:
+            rows = [row for row, sound in enumerate(sounds) if sound.sounding_s == seconds]
+            length = round(seconds * SAMPLE_RATE)
+            end = min(length + 2 * MARGIN * HOP, round(DURATION_S * SAMPLE_RATE))
+            samples = torch.stack([torch.from_numpy(render(sounds[row])[:end]) for row in rows])[:, None]
+            frames = end // HOP if end == round(DURATION_S * SAMPLE_RATE) else length // HOP + MARGIN
+            latents[rows, :frames] = self._encode(self._vae, samples)[:, :frames]
+        return latents
+
+
 def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, seed: int) -> dict[str, Tensor]:
     """latents [n, 200, 16], states [n, TEXT_LENGTH, D], lengths [n] (tokens) and frames [n]; computed once, then read
     from `file`.
@@ -63,19 +85,18 @@ def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, s
         return load_file(file)
     rng, states = random.Random(seed), TextStates(text_folder)
     vae = plain_convolutions(AutoencoderOobleck.from_pretrained(vae_folder)).eval()
-    encoder = torch.compile(encode)
+    latents = Latents(vae)
     parts: dict[str, list[Tensor]] = {}
-    for _ in trange(count // CHUNK, desc="training data", mininterval=10):
+    for _ in trange(max(1, count // CHUNK), desc="training data", mininterval=10):
         sounds = [sample_sound(rng) for _ in range(CHUNK)]
         durations = [rng.choice(SHORT_DURATIONS_S) if rng.random() < SHORT_SHARE else DURATION_S for _ in sounds]
         texts = [sound_prompt(wording(sound, rng), seconds) for sound, seconds in zip(sounds, durations, strict=True)]
         text_states, lengths = states.of(texts)
-        samples = torch.stack([torch.from_numpy(render(sound)) for sound in sounds])[:, None]
         batch = {
-            "latents": encoder(vae, samples).half(),
+            "latents": latents.of(sounds).half(),
             "states": text_states.half(),
             "lengths": lengths,
-            "frames": torch.tensor([round(seconds * vae.config.sampling_rate) // HOP for seconds in durations]),
+            "frames": torch.tensor([round(seconds * SAMPLE_RATE) // HOP for seconds in durations]),
         }
         for name, value in batch.items():
             parts.setdefault(name, []).append(value)

@@ -162,7 +162,8 @@ def timbre_of(samples: Samples, pitches: tuple[float, ...]) -> str:
         return "plucked" if overtone_ratios(pluck, pitches)[0] > LEAST_PLUCKED_OVERTONE else "unknown"
     ratios = overtone_ratios(Partials.of(samples[MARGIN : CELL - 3 * MARGIN]), pitches)
     known = ~np.isnan(ratios)
-    distances = {name: float(np.abs(ratios - shape)[known].mean()) for name, shape in OVERTONES.items()}
+    roots = np.sqrt(ratios)  # so that a weak overtone counts: the ear hears levels
+    distances = {name: float(np.abs(roots - np.sqrt(shape))[known].mean()) for name, shape in OVERTONES.items()}
     return min(distances, key=lambda name: distances[name])
 
 
