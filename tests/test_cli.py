@@ -79,7 +79,8 @@ def test_models_lists_configs_kinds_and_checkpoints(capsys: pytest.CaptureFixtur
         "z_image",
         "Qwen3ForCausalLM",
         "ZImagePipeline",
-        "ar, dit",
+        "ar, diffusers, dit",
+        "music_prompt",
         "first_block",
         "Models that ship",
     ):

@@ -11,6 +11,7 @@ Legend: C latent channels, T latent frames, n samples, hop samples of a frame (t
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,14 +124,16 @@ class Oobleck:
         from diffusers import AutoencoderOobleck
 
         check_config(read_json(folder / "config.json"), f"{folder}/config.json")
-        vae, info = AutoencoderOobleck.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
+        with warnings.catch_warnings():  # of what diffusers builds it with, and what `folded` takes away
+            warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
+            vae, info = AutoencoderOobleck.from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
         refuse_incomplete(info, folder)
         folded(vae)
         for part in (vae.encoder, vae.decoder):
