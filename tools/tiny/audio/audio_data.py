@@ -106,9 +106,10 @@ def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, s
         }
         for name, value in batch.items():
             parts.setdefault(name, []).append(value)
-    data = {name: torch.cat(values).contiguous() for name, values in parts.items()}
+    data = {name: torch.cat(values) for name, values in parts.items()}
     data["silence"] = encode(vae, torch.zeros(1, 1, 48_000))[0, 50:250].half()
     data["lyrics"] = states.embedded(LYRICS)
     file.parent.mkdir(parents=True, exist_ok=True)
+    data = {name: value.contiguous() for name, value in data.items()}
     save_file(data, file)
     return data
