@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny_audio_helpers import synthesised
+from tools.tiny.audio import audio_data, train_vae
 from tools.tiny.audio.detect import hear
 from tools.tiny.audio.evaluate import CASES, faults_of, prompts_for
 from tools.tiny.audio.judge import judge
@@ -337,3 +338,26 @@ def test_judged_prompts_are_distinct_held_out_and_of_their_kind() -> None:
         assert len({words for words, _ in prompts}) == 10 and prompts == prompts_for(case, 10, 1)
         for words, sound in prompts:
             assert case.accepts(sound) and is_held_out(words) and is_held_out_sound(sound)
+
+
+def test_latents_of_what_sounds_equal_those_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    torch.manual_seed(0)
+    vae, rng = train_vae.fresh_model().eval(), random.Random(1)
+    sounds = [sample_sound(rng) for _ in range(6)]
+    samples = torch.stack([torch.from_numpy(render(sound)) for sound in sounds])[:, None]
+    everything = audio_data.encode(vae, samples)
+    assert torch.allclose(audio_data.Latents(vae).of(sounds), everything, atol=1e-4 * float(everything.abs().max()))
+
+
+def test_the_published_autoencoder_equals_the_trained_one_and_its_posterior_is_finite() -> None:
+    torch.manual_seed(0)
+    vae = train_vae.fresh_model().eval()
+    samples = train_vae.recordings(4, 0)
+    with torch.no_grad():
+        train_vae.normalise_latents(vae, samples)
+        posterior = train_vae.published(vae).eval().encode(samples).latent_dist
+        expected = vae.encode(samples).latent_dist.mean
+    assert torch.allclose(posterior.mean, expected, atol=1e-4)
+    assert posterior.std.isfinite().all() and posterior.std.max() < 1e-2
+    assert torch.allclose(expected.std(dim=(0, 2)), torch.ones(16), atol=1e-2)

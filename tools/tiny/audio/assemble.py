@@ -25,13 +25,13 @@ It knows no lyrics, no tempo and no key. Apache-2.0.
 
 
 def assemble(runs: Path, folder: Path) -> None:
-    """`runs` holds text/, vae/, audio/ and data.safetensors as the training scripts leave them."""
+    """`runs` holds text/, audio/, decoder/ and data.safetensors as the training scripts leave them."""
     shutil.rmtree(folder, ignore_errors=True)
     state = torch.load(runs / "audio/checkpoint.pt", weights_only=True)
     export(runs / "export", state, load_file(runs / "data.safetensors"))
     dtype = torch.bfloat16
     pipeline = AceStepPipeline(
-        vae=AutoencoderOobleck.from_pretrained(runs / "vae/vae", torch_dtype=dtype),
+        vae=AutoencoderOobleck.from_pretrained(runs / "decoder/vae", torch_dtype=dtype),
         text_encoder=Qwen3Model.from_pretrained(runs / "text/text_encoder", dtype=dtype),
         tokenizer=PreTrainedTokenizerFast.from_pretrained(runs / "text/tokenizer"),
         transformer=AceStepTransformer1DModel.from_pretrained(runs / "export/transformer", torch_dtype=dtype),

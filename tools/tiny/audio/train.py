@@ -19,6 +19,8 @@ QUICK = {
     "train_text": ["--steps", "2", "--batch-size", "4", "--judged", "4"],
     "train_vae": ["--steps", "2", "--recordings", "32", "--batch-size", "2"],
     "train_audio": ["--steps", "2", "--sounds", "128", "--batch-size", "4"],
+    "generated": ["--sounds", "64"],
+    "train_decoder": ["--steps", "2", "--sounds", "64", "--batch-size", "2"],
 }
 
 
@@ -29,9 +31,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     args = parser.parse_args()
-    folders = {"train_text": args.runs / "text", "train_vae": args.runs / "vae", "train_audio": args.runs}
-    for part, folder in folders.items():
-        command = [sys.executable, "-m", f"tools.tiny.audio.{part}", "--folder", str(folder), "--seed", str(args.seed)]
+    vae, data, generated = args.runs / "vae/vae", args.runs / "data.safetensors", args.runs / "generated.safetensors"
+    parts = {
+        "train_text": ["--folder", args.runs / "text"],
+        "train_vae": ["--folder", args.runs / "vae"],
+        "train_audio": ["--folder", args.runs],
+        "generated": ["--folder", args.runs],
+        "train_decoder": [*("--folder", args.runs / "decoder", "--vae", vae, "--data", data, "--generated", generated)],
+    }
+    for part, given in parts.items():
+        command = [sys.executable, "-m", f"tools.tiny.audio.{part}", "--seed", str(args.seed), *map(str, given)]
         subprocess.run([*command, *(QUICK[part] if args.quick else ())], check=True)
     assemble(args.runs, args.asset)
 

@@ -1,7 +1,7 @@
-"""Goes on training the decoder of the sound autoencoder alone: the encoder stays as the sound model knows it.
+"""Goes on training the decoder of the sound autoencoder alone; the encoder stays as the sound model knows it.
 
-First on encoded sounds with noise, while the sound model is trained; then also on latents that the sound model has made
-(`tools.tiny.audio.generated`), whose errors are the ones that the decoder will meet.
+In turn on encoded sounds with noise, and on latents that the sound model has made (`tools.tiny.audio.generated`), whose
+errors are the ones that the decoder will meet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diffusers import AutoencoderOobleck
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tools.tiny.audio.audio_data import CHUNK, drawn
+from tools.tiny.audio.audio_data import drawn
 from tools.tiny.audio.render import render
 from tools.tiny.audio.train_vae import HOP, plain_convolutions, published, spectra_distance
 from tools.tiny.muon import Optimizers
@@ -110,11 +110,13 @@ def main() -> None:
     args = parser.parse_args()
     vae = plain_convolutions(AutoencoderOobleck.from_pretrained(args.vae))
     latents = load_file(args.data)["latents"][: args.sounds]
-    samples = recordings(min(args.sounds, max(CHUNK, len(latents))), args.seed)
+    samples = recordings(len(latents), args.seed)
     sources = [Pairs(latents, samples, args.seed)]
     if args.generated is not None:
-        made = load_file(args.generated)["latents"]
-        sources.append(Pairs(made, samples[: len(made)], args.seed + 1))
+        made = load_file(args.generated)
+        sources.append(
+            Pairs(made["latents"], recordings(int(made["rows"][-1]) + 1, args.seed)[made["rows"]], args.seed + 1)
+        )
     train(args.folder, vae, sources, args.steps, args.batch_size, args.learning_rate, args.seed)
 
 
