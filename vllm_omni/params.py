@@ -90,7 +90,8 @@ class DiffusionParams(StageParams):
     decides which value is neutral: 0 for Z-Image, 1 for the usual form), negative_prompt (""), seed (none: fresh
     entropy), num_outputs (1), strength (image to image: 0 keeps the image, 1 ignores it), image, sigmas (one per
     step, descending, in (0, 1]), output_type ("pil" or "latent"), duration_s (audio), extra (model-specific: Z-Image
-    knows `cfg_normalization` and `cfg_truncation`).
+    knows `cfg_normalization` and `cfg_truncation`, ACE-Step `shift`, `cfg_interval_start`, `cfg_interval_end` and
+    `normalize`).
     """
 
     height: int | None = None
