@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 from PIL import Image
 from safetensors import safe_open
 
@@ -41,6 +42,12 @@ def picture(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
         return image
+
+
+def sound(path: Path) -> tuple[int, int]:
+    """(samples, rate)."""
+    samples, rate = soundfile.read(path)
+    return len(samples), rate
 
 
 def test_text_to_image_writes_a_picture_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
@@ -92,19 +99,37 @@ def test_a_custom_stage_refuses_what_its_parameters_do_not_allow(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_demo_shows_what_was_asked_written_and_run_and_writes_pictures(tmp_path: Path) -> None:
+def test_the_demo_shows_what_was_asked_written_and_run_and_writes_pictures_and_sounds(tmp_path: Path) -> None:
     shown = succeed("demo.py", "-o", "demo", folder=tmp_path)
     assert shown.count("asked  ") == shown.count("wrote  ") == 3
     assert max(map(len, shown.split("\n")[:-2])) <= 100
-    for stage in ("writer", "image"):
-        assert len(re.findall(rf"^   {stage} +[░█ ]*█", shown, flags=re.MULTILINE)) == 3
+    for stage, count in (("thinker", 3), ("image", 2), ("sound", 2)):
+        assert len(re.findall(rf"^   {stage} +[░█ ]*█", shown, flags=re.MULTILINE)) == count
     folder = tmp_path / "demo"
     assert shown.rstrip().endswith(str(folder.resolve()))
-    assert {path.name for path in folder.iterdir()} == {"1.png", "2.png", "3.png", "sheet.png", "timeline.png"}
-    assert all(picture(folder / f"{n}.png").size == PICTURE for n in (1, 2, 3))
+    made = {"1.png", "2.png", "2.wav", "2-sound.png", "3.wav", "3-sound.png", "sheet.png", "timeline.png"}
+    assert {path.name for path in folder.iterdir()} == made
+    assert all(picture(folder / f"{n}.png").size == PICTURE for n in (1, 2))
+    assert all(sound(folder / f"{n}.wav") == (32000, 16000) for n in (2, 3))
     sheet = picture(folder / "sheet.png")
     assert sheet.width > 3 * 256 and sheet.height > 256
     assert picture(folder / "timeline.png").width == 900
+
+
+def test_text_to_audio_writes_the_sound_and_its_spectrogram(tmp_path: Path) -> None:
+    shown = succeed("text_to_audio.py", "C4 then E4, square", "-o", "melody.flac", folder=tmp_path)
+    assert "melody.flac: 2 s at 16000 Hz" in shown
+    assert sound(tmp_path / "melody.flac") == (32000, 16000)
+    assert picture(tmp_path / "melody.png").width > 300
+
+
+def test_one_prompt_gives_a_picture_and_a_sound_and_skips_what_is_not_asked_for(tmp_path: Path) -> None:
+    prompts = ("show me a scarlet ball and play a C4 on a string", "paint a navy box")
+    shown = succeed("picture_and_sound.py", *prompts, "-o", "out", folder=tmp_path)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"0.png", "0.wav", "1.png"}
+    assert picture(tmp_path / "out" / "1.png").size == PICTURE and sound(tmp_path / "out" / "0.wav") == (32000, 16000)
+    assert re.findall(r"^skipped (.*)", shown, flags=re.MULTILINE)[0] == "nothing"
+    assert "sound_prompt" in re.findall(r"^skipped (.*)", shown, flags=re.MULTILINE)[1]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

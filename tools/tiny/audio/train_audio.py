@@ -133,23 +133,16 @@ def silence_latent(silence: Tensor, frames: int) -> Tensor:
 
 
 class Batches:
-    """Random batches of one length each: (latents, text states, text lengths)."""
+    """Random batches of (latents, text states, text lengths), of sounds of the whole length."""
 
     def __init__(self, data: dict[str, Tensor], size: int, seed: int) -> None:
         self.data, self.size = data, size
         self.generator = torch.Generator().manual_seed(seed)
-        self.rows = {int(n): torch.nonzero(data["frames"] == n)[:, 0] for n in data["frames"].unique()}
+        self.rows = torch.nonzero(data["frames"] == data["latents"].shape[1])[:, 0]
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
-        shares = torch.tensor([float(len(rows)) for rows in self.rows.values()])
-        frames = list(self.rows)[int(torch.multinomial(shares, 1, generator=self.generator))]
-        among = self.rows[frames]
-        rows = among[torch.randint(len(among), (self.size,), generator=self.generator)]
-        return (
-            self.data["latents"][rows, :frames].float(),
-            self.data["states"][rows].float(),
-            self.data["lengths"][rows],
-        )
+        rows = self.rows[torch.randint(len(self.rows), (self.size,), generator=self.generator)]
+        return self.data["latents"][rows].float(), self.data["states"][rows].float(), self.data["lengths"][rows]
 
     def noise_levels(self) -> Tensor:
         """[size] in [0, 1]: logit-normal, shifted towards noise; a third of them next to pure noise, where the words
@@ -193,12 +186,12 @@ def train(
         average.weights = state["average"]
         model.encoder[0].load_state_dict(state["encoder"])
     batches = Batches(data, batch_size, seed + run.step)
-    compiled_loss = torch.compile(loss)
+    context = context_latents(data["silence"], data["latents"].shape[1])
+    compiled_loss = torch.compile(loss, dynamic=False)
     total = 0.0
     while run.step < num_steps:
         optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
         clean, states, lengths = batches.next()
-        context = context_latents(data["silence"], clean.shape[1])
         # Rows are short (40 tokens): plain matrix products are faster than the fused attention's backward.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             noise, levels = batches.noise(clean), batches.noise_levels()
