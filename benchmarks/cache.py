@@ -29,7 +29,7 @@ class Variant:
     steps: int
     threshold: float | None
     seconds: list[float] = field(default_factory=list)
-    num_pictures: int = 0
+    num_made: int = 0
     num_right: int = 0
     num_replayed: int = 0
 
@@ -38,12 +38,12 @@ class Variant:
         return f"{self.steps} steps, " + ("no cache" if self.threshold is None else f"first_block {self.threshold:g}")
 
     @property
-    def picture_s(self) -> float:
-        return sum(self.seconds) / self.num_pictures
+    def made_s(self) -> float:
+        return sum(self.seconds) / self.num_made
 
     @property
     def right(self) -> float:
-        return self.num_right / self.num_pictures
+        return self.num_right / self.num_made
 
 
 class Ours:
@@ -110,7 +110,7 @@ def run(options: Options, limits: Limits | None = None) -> Report:
             for variant in variants:
                 seconds, right, replayed = us.call("draw", variant, start, start + part)[1]
                 variant.seconds.append(seconds)
-                variant.num_pictures += part
+                variant.num_made += part
                 variant.num_right += right
                 variant.num_replayed += replayed
         embeds = prompt_embeds(us, options)
@@ -127,7 +127,7 @@ def run(options: Options, limits: Limits | None = None) -> Report:
                     "name": variant.name,
                     "part_s": variant.seconds,
                     "right": variant.right,
-                    "replayed": variant.num_replayed / (variant.num_pictures * variant.steps),
+                    "replayed": variant.num_replayed / (variant.num_made * variant.steps),
                 }
                 for variant in variants
             ],
@@ -137,8 +137,8 @@ def run(options: Options, limits: Limits | None = None) -> Report:
 
 
 def cells(variant: Variant, variants: Sequence[Variant]) -> list[str]:
-    rates = [variant.num_pictures / len(variant.seconds) / seconds for seconds in variant.seconds]
-    replayed = variant.num_replayed / (variant.num_pictures * variant.steps)
+    rates = [variant.num_made / len(variant.seconds) / seconds for seconds in variant.seconds]
+    replayed = variant.num_replayed / (variant.num_made * variant.steps)
     return [variant.name, with_spread(rates), f"{replayed:.0%}", f"{variant.right:.1%}", baseline(variant, variants)]
 
 
@@ -146,7 +146,7 @@ def baseline(variant: Variant, variants: Sequence[Variant]) -> str:
     """What the most steps without a cache give that take no longer."""
     if variant.threshold is None:
         return ""
-    plain = [other for other in variants if other.threshold is None and other.picture_s <= variant.picture_s]
+    plain = [other for other in variants if other.threshold is None and other.made_s <= variant.made_s]
     if not plain:
         return "none is as fast"
     best = max(plain, key=lambda other: other.steps)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from benchmarks import audio, cache, decode_memory, images, limits, report, startup, text
+from benchmarks import audio, audio_cache, cache, decode_memory, images, limits, report, startup, text
 from benchmarks.limits import Limits
 from benchmarks.measure import Options, Report, available_cores, machine
 
@@ -29,6 +29,7 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "text": text.run,
     "startup": startup.run,
     "cache": cache.run,
+    "audio_cache": audio_cache.run,
 }
 
 
