@@ -1,4 +1,4 @@
-"""Step caches on the shipped sound model: sounds per second and the share judged right, against fewer steps without one.
+"""Step caches on the shipped sound model: sounds per second and the share judged right, against fewer steps without.
 
 As `benchmarks.cache`, with the detector of tools/tiny/audio as the judge.
 """
