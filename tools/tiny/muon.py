@@ -52,24 +52,26 @@ class Muon(torch.optim.Optimizer):
 
 class Optimizers:
     """Muon over the weight matrices whose names start with one of `matrices` (empty: all of them), AdamW over the
-    rest.
+    rest, at `rest` times the learning rate.
     """
 
-    def __init__(self, module: nn.Module, lr: float, weight_decay: float, matrices: Iterable[str] = ()) -> None:
+    def __init__(
+        self, module: nn.Module, lr: float, weight_decay: float, matrices: Iterable[str] = (), rest: float = 1.0
+    ) -> None:
         prefixes = tuple(matrices) or ("",)
-        inner, rest = [], []
+        inner, others = [], []
         for name, parameter in module.named_parameters():
-            (inner if parameter.ndim >= 2 and name.startswith(prefixes) else rest).append(parameter)
-        self.lr = lr
+            (inner if parameter.ndim >= 2 and name.startswith(prefixes) else others).append(parameter)
+        self.rates = (lr, lr * rest)
         self.parts = [
             Muon(inner, lr, weight_decay=weight_decay),
-            torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0),
+            torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0),
         ]
 
     def scale_learning_rate(self, factor: float) -> None:
-        for part in self.parts:
+        for part, rate in zip(self.parts, self.rates, strict=True):
             for group in part.param_groups:
-                group["lr"] = self.lr * factor
+                group["lr"] = rate * factor
 
     def zero_grad(self) -> None:
         for part in self.parts:

@@ -4,6 +4,7 @@ bfloat16.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -39,4 +40,7 @@ def assemble(runs: Path, folder: Path) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]  # its name in every version
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "README.md").write_text(CARD)
