@@ -2,6 +2,9 @@
 rewrites a loose request into lines of canonical words ('scene: ...', 'sound: ...'), and as the sound model's text
 encoder it reads prompts in the format of `AceStepPipeline`.
 
+A second loss keeps in every state which token it stands on: the sound model reads the last layer, which would else
+forget it for the sake of the next token (a linear probe found the right note in 71% of the states without it).
+
 Every example is a chat, or a prompt in that format with its meaning in canonical words behind it. The loss is on all
 tokens, mostly on those of the answer: the states of a prompt know what is meant before it is said.
 """
@@ -15,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tools.tiny.audio.loose import KINDS, request
@@ -30,6 +34,7 @@ KIND_SHARES = (0.3, 0.3, 0.3, 0.1)
 PROMPT_SHARE = 0.45
 PROMPT_KIND = "prompt"
 PARTS = 4
+KEEP_WEIGHT = 0.3  # of the loss on what a state stands on, over what is read
 READ_WEIGHT = 0.2  # of the loss on what is read; what is written weighs 1
 LYRICS = "# Languages\nen\n\n# Lyric\n<|endoftext|>"  # of a sound without words
 END = "<|im_end|>"
@@ -128,15 +133,26 @@ def padded(rows: list[tuple[list[int], list[int]]]) -> Part:
 def learn(model: Qwen3ForCausalLM, parts: list[Part]) -> float:
     """Gradients of the weighted mean loss over the targets of all parts; returns that loss."""
     all_weights, total = sum(float(weights.sum()) for _, _, weights in parts), 0.0
+    num_read = sum(int((weights == READ_WEIGHT).sum()) for _, _, weights in parts)
     for ids, targets, weights in parts:
-        said = weights > 0
+        said, is_read = weights > 0, weights == READ_WEIGHT
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model.lm_head(model.model(input_ids=ids, use_cache=False).last_hidden_state[said])
+            states = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = model.lm_head(states[said])
+            kept = F.linear(model.reader(states[is_read]), model.model.embed_tokens.weight.detach())
         losses = F.cross_entropy(logits.float(), targets[said], reduction="none")
         loss = (losses * weights[said]).sum() / all_weights
-        loss.backward()
+        keeping = F.cross_entropy(kept.float(), ids[is_read], reduction="sum") / num_read
+        (loss + KEEP_WEIGHT * keeping).backward()
         total += loss.item()
     return total
+
+
+def fresh_model(vocabulary: int) -> Qwen3ForCausalLM:
+    """The language model, and beside it a reader that is not published: states to what they stand on."""
+    model = Qwen3ForCausalLM(model_config(vocabulary))
+    model.reader = nn.Linear(model.config.hidden_size, model.config.hidden_size)
+    return model
 
 
 @torch.no_grad()
@@ -179,7 +195,7 @@ def train(
 ) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     tokenizer = kept_tokenizer(folder / "tokenizer", seed)
-    model = Qwen3ForCausalLM(model_config(len(tokenizer)))
+    model = fresh_model(len(tokenizer))
     optimizer = Optimizers(model, learning_rate, weight_decay=0.05, matrices=("model.layers.",))
     average = AveragedWeights(model)
     run = Run(folder, num_steps)
