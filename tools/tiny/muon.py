@@ -52,26 +52,24 @@ class Muon(torch.optim.Optimizer):
 
 class Optimizers:
     """Muon over the weight matrices whose names start with one of `matrices` (empty: all of them), AdamW over the
-    rest, at `rest` times the learning rate.
+    rest.
     """
 
-    def __init__(
-        self, module: nn.Module, lr: float, weight_decay: float, matrices: Iterable[str] = (), rest: float = 1.0
-    ) -> None:
+    def __init__(self, module: nn.Module, lr: float, weight_decay: float, matrices: Iterable[str] = ()) -> None:
         prefixes = tuple(matrices) or ("",)
-        inner, others = [], []
+        inner, rest = [], []
         for name, parameter in module.named_parameters():
-            (inner if parameter.ndim >= 2 and name.startswith(prefixes) else others).append(parameter)
-        self.rates = (lr, lr * rest)
+            (inner if parameter.ndim >= 2 and name.startswith(prefixes) else rest).append(parameter)
+        self.lr = lr
         self.parts = [
             Muon(inner, lr, weight_decay=weight_decay),
-            torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0),
+            torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0),
         ]
 
     def scale_learning_rate(self, factor: float) -> None:
-        for part, rate in zip(self.parts, self.rates, strict=True):
+        for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = self.lr * factor
 
     def zero_grad(self) -> None:
         for part in self.parts:
