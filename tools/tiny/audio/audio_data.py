@@ -19,9 +19,12 @@ from tools.tiny.audio.render import SAMPLE_RATE, render
 from tools.tiny.audio.train_text import LYRICS
 from tools.tiny.audio.train_vae import HOP, plain_convolutions
 from tools.tiny.audio.words import wording
-from tools.tiny.audio.world import DURATION_S, Sound, sample_sound
+from tools.tiny.audio.world import DURATION_S, NOTES, TIMBRES, Sound, sample_sound
 
 TEXT_LENGTH = 96
+PLACE_FRAMES = 5  # frames of a place of the transformer: its patch
+PLACES_PER_S = SAMPLE_RATE // HOP // PLACE_FRAMES
+ROLL_WIDTH = len(NOTES) + len(TIMBRES) + 1
 SHORT_DURATIONS_S = (1.0, 1.5)
 SHORT_SHARE = 0.15
 CHUNK = 256
@@ -83,6 +86,27 @@ def drawn(rng: random.Random) -> tuple[list[Sound], list[float], list[str]]:
     durations = [rng.choice(SHORT_DURATIONS_S) if rng.random() < SHORT_SHARE else DURATION_S for _ in sounds]
     asked = zip(sounds, durations, strict=True)
     return sounds, durations, [sound_prompt(wording(sound, rng), seconds) for sound, seconds in asked]
+
+
+def piano_roll(sound: Sound) -> Tensor:
+    """[places, ROLL_WIDTH] of zeros and ones: what sounds at each place. Notes, then timbres, then whether it is loud."""
+    roll = torch.zeros(round(DURATION_S * PLACES_PER_S), ROLL_WIDTH)
+    places = round(sound.note_s * PLACES_PER_S)
+    for index, note in enumerate(sound.notes):
+        start = 0 if sound.is_chord else index * places
+        roll[start : start + places, NOTES.index(note)] = 1
+    sounding = slice(0, round(sound.sounding_s * PLACES_PER_S))
+    roll[sounding, len(NOTES) + TIMBRES.index(sound.timbre)] = 1
+    roll[sounding, -1] = float(not sound.is_soft)
+    return roll
+
+
+def piano_rolls(count: int, seed: int) -> Tensor:
+    """[count, places, ROLL_WIDTH]: of the sounds of the training set, in its order."""
+    rng, found = random.Random(seed), []
+    while len(found) < count:
+        found += [piano_roll(sound) for sound in drawn(rng)[0]]
+    return torch.stack(found[:count])
 
 
 def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, seed: int) -> dict[str, Tensor]:
