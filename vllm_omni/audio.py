@@ -23,13 +23,15 @@ MAX_INLINE_S = 120.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audio:
-    """samples: float32 [channels, n], -1 to 1 at full scale, read-only (a view: not copied). sample_rate: Hz.
+    """samples: float32 [channels, n], -1 to 1 at full scale, read-only (a view: not copied). sample_rate: Hz. start:
+    where a part of a longer sound begins in it, in samples.
 
     InvalidRequestError for another shape or dtype, a rate outside 1,000 to 384,000 Hz, and samples that are not finite.
     """
 
     samples: Samples
     sample_rate: int
+    start: int = 0
 
     def __post_init__(self) -> None:
         complaint = check_number("sample_rate", self.sample_rate, MIN_SAMPLE_RATE, MAX_SAMPLE_RATE, integer=True)

@@ -60,6 +60,8 @@ class StageSignature:
 
     results: the outputs that make up the stage's final answer: what a bare stage name in a config's `outputs` asks for.
     meta: the keys that the payload's meta may hold besides its ports, for conditions to be checked; None: not said.
+    streamed_inputs: the ports whose value is always a sequence of StreamChunks, a whole payload being one chunk.
+    streamed_outputs: the ports that can be given row by row while the stage works.
     """
 
     inputs: Mapping[str, PortSpec] = field(default_factory=dict)
@@ -67,6 +69,33 @@ class StageSignature:
     required_inputs: frozenset[str] = frozenset()
     results: frozenset[str] = frozenset()
     meta: frozenset[str] | None = None
+    streamed_inputs: frozenset[str] = frozenset()
+    streamed_outputs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """Consecutive rows of a port (its first dimension), each new in exactly one chunk.
+
+    rows: [num_before + n + num_after, ...]: n >= 0 new ones between the context that is brought along. start: the index
+    in the whole port of the first new row. is_last: no chunk follows; then n may be 0.
+    """
+
+    rows: Tensor
+    start: int = 0
+    num_before: int = 0
+    num_after: int = 0
+    is_last: bool = False
+
+    @property
+    def new_rows(self) -> Tensor:
+        """[n, ...]: without context."""
+        return self.rows[self.num_before : len(self.rows) - self.num_after]
+
+    @property
+    def stop(self) -> int:
+        """The index in the whole port behind the last new row."""
+        return self.start + len(self.rows) - self.num_before - self.num_after
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,13 +58,32 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamConfig:
+    """How an edge hands its rows on while they are being made. Counts are rows (tokens, codes) of the port.
+
+    first_chunk, chunk: new rows of the first and of every later chunk. left_context: rows before them that a chunk
+    brings along again. look_ahead: rows behind them that must be there, and are brought along, unless the stream ends.
+    max_ahead: how far the writer may run ahead of what the reader has used up before it pauses. chunk_timeout_s: the
+    longest that a reader with nothing left to do may wait for its next chunk.
+    """
+
+    first_chunk: int = 1
+    chunk: int = 1
+    left_context: int = 0
+    look_ahead: int = 0
+    max_ahead: int = 4096
+    chunk_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
 class EdgeConfig:
-    """Where an input comes from, and when. source ("from" in a YAML): "stage.port". when: a Condition on the meta of
-    the source's payload, None for always.
+    """Where an input comes from, when, and how. source ("from" in a YAML): "stage.port". when: a Condition on the meta
+    of the source's payload, None for always. stream: None hands the port on whole when its stage is done.
     """
 
     source: str = field(metadata={"key": "from"})
     when: str | None = None
+    stream: StreamConfig | None = None
 
     def __post_init__(self) -> None:
         try:

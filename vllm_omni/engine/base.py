@@ -13,20 +13,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.errors import OmniError
+from vllm_omni.errors import OmniError, StageError
 from vllm_omni.params import StageParams
-from vllm_omni.payload import StagePayload, StageSignature
+from vllm_omni.payload import StagePayload, StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 
 if TYPE_CHECKING:
-    from torch import device, dtype
+    from torch import Tensor, device, dtype
 
     from vllm_omni.models.pool import ModelPool
 
 
 @dataclass(frozen=True, slots=True)
 class StageTask:
-    """One request's work in one stage: the inputs of its edges are complete, the parameters have their defaults."""
+    """One request's work in one stage: the parameters have their defaults; inputs are complete, but for the ports that
+    its signature lists as streamed: those hold their first StreamChunk, and `StageEngine.feed` brings the others.
+    """
 
     request: OmniRequest
     stage: str
@@ -49,6 +51,27 @@ class StageProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class StageRows:
+    """New rows [n, ...] of a streamed output port, in order. is_last: the port is complete, though the stage may go on;
+    what StageDone finds open is complete then. meta: as in the payload, where a reader needs it (a sample rate).
+    """
+
+    request_id: str
+    port: str
+    rows: Tensor
+    is_last: bool = False
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StageTook:
+    """The task has used up one more chunk of a streamed input; its writer may go on."""
+
+    request_id: str
+    port: str
+
+
+@dataclass(frozen=True, slots=True)
 class StageDone:
     """The task is finished. `metrics` are counts for the caller: steps, tokens, cache_hits, ..."""
 
@@ -68,7 +91,7 @@ class StageFailed:
     error: OmniError
 
 
-StageEvent = StageProgress | StageDone | StageFailed
+StageEvent = StageProgress | StageRows | StageTook | StageDone | StageFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +110,8 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class EngineContext:
-    """What an engine is given besides its own config. `wanted`: the output ports that somebody reads; others cost
-    nothing.
+    """What an engine is given besides its own config. `wanted`: the output ports that somebody reads whole;
+    `streamed`: those that somebody reads row by row. Others cost nothing.
     """
 
     config: OmniConfig
@@ -96,6 +119,7 @@ class EngineContext:
     dtype: dtype
     models: ModelPool
     wanted: frozenset[str]
+    streamed: frozenset[str] = frozenset()
 
 
 class StageEngine(ABC):
@@ -157,6 +181,18 @@ class StageEngine(ABC):
     def submit(self, task: StageTask) -> None:
         """Takes a task in; whatever is wrong with it comes back as a StageFailed event."""
 
+    def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
+        """The next chunk of a streamed input of a task that runs; what is wrong with it comes back as StageFailed."""
+        raise StageError(f"stage input {port!r} is not streamed")
+
+    def pause(self, request_id: str) -> None:
+        """Makes no more rows for this task until `resume`: its readers are behind. It keeps what it holds."""
+        raise StageError(f"request {request_id!r}: the stage streams nothing, so it cannot pause")
+
+    def resume(self, request_id: str) -> None:
+        """Ends a pause."""
+        raise StageError(f"request {request_id!r}: the stage streams nothing, so it cannot resume")
+
     @abstractmethod
     def step(self) -> list[StageEvent]:
         """One batch iteration over all submitted tasks."""
@@ -167,7 +203,7 @@ class StageEngine(ABC):
 
     @abstractmethod
     def has_work(self) -> bool:
-        """Whether `step` has something to do."""
+        """Whether `step` has something to do; tasks that wait for a chunk or are paused are nothing to do."""
 
     def job_size(self, request: OmniRequest, params: StageParams) -> float:
         """Rough seconds-like size of the task for shortest-job-first; only the order matters."""

@@ -15,7 +15,15 @@ from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.core.omni_scheduler import OmniScheduler
 from vllm_omni.core.request_state import Launch
-from vllm_omni.engine.base import EngineContext, StageDone, StageEngine, StageEvent, StageFailed, StageTask
+from vllm_omni.engine.base import (
+    EngineContext,
+    StageDone,
+    StageEngine,
+    StageEvent,
+    StageFailed,
+    StageProgress,
+    StageTask,
+)
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.engine.output_processor import make_output, make_partial
 from vllm_omni.errors import OmniError, SchedulerError, StageError
@@ -175,7 +183,7 @@ class OmniExecutor:
             self._scheduler.stage_done(event.request_id, stage, event.payload, event.metrics, self._clock())
         elif isinstance(event, StageFailed):
             self._scheduler.stage_failed(event.request_id, stage, event.error)
-        elif event.request_id in self._streaming:
+        elif isinstance(event, StageProgress) and event.request_id in self._streaming:
             self._outputs.append(make_partial(event, stage, self._graph.outputs))
 
     def _settle(self) -> None:

@@ -89,7 +89,7 @@ def drawn(rng: random.Random) -> tuple[list[Sound], list[float], list[str]]:
 
 
 def piano_roll(sound: Sound) -> Tensor:
-    """[places, ROLL_WIDTH] of zeros and ones: what sounds at each place. Notes, then timbres, then whether it is loud."""
+    """[places, ROLL_WIDTH] of zeros and ones: what sounds at each place: notes, timbres, whether it is loud."""
     roll = torch.zeros(round(DURATION_S * PLACES_PER_S), ROLL_WIDTH)
     places = round(sound.note_s * PLACES_PER_S)
     for index, note in enumerate(sound.notes):

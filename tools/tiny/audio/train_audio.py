@@ -28,6 +28,7 @@ PURE_NOISE_SHARE = 0.35
 FLOOR = 0.01
 READ_AFTER = 3  # blocks
 READING_WEIGHT = 1.0
+NOISE_GAIN = 2.0
 WEIGHT_DECAY = 0.1
 SILENCE_FRAMES = 3000  # thirty seconds, what the timbre encoder is given where there is no reference
 TRANSFORMER = dict(
@@ -90,13 +91,18 @@ class SoundModel(nn.Module):
         return torch.cat([encoded[0], timbre[0]])
 
     def _initialise(self) -> None:
-        """Gates a little open, the output at zero."""
+        """Gates a little open. The noise passes through: it is loud in the stream between the blocks, which has no norm
+        of its own, and read off again at the end.
+        """
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or "proj_out_conv" in name or "time_proj" in name:
+            if name.endswith("bias") or "time_proj" in name:
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         with torch.no_grad():
+            frame = nn.init.orthogonal_(torch.empty(WIDTH, CHANNELS * PLACE_FRAMES)).view(WIDTH, CHANNELS, PLACE_FRAMES)
+            self.transformer.proj_in_conv.weight.zero_()[:, 2 * CHANNELS :] = NOISE_GAIN * frame
+            self.transformer.proj_out_conv.weight.copy_(frame * (CHANNELS * PLACE_FRAMES / WIDTH) ** 0.5)
             self.transformer.scale_shift_table.zero_()
             for layer in self.transformer.layers:
                 layer.scale_shift_table.zero_()
@@ -202,7 +208,7 @@ def train(
 ) -> None:
     torch.manual_seed(seed)
     model = SoundModel(data)
-    # All matrices under Muon: with the embeddings under AdamW, whose steps are coherent over all inputs, the loss ran away.
+    # All matrices under Muon: AdamW's steps are coherent over all inputs, and with them the loss ran away.
     matrices = [name for name, parameter in model.named_parameters() if name.endswith("weight") and parameter.ndim > 1]
     optimizer = Optimizers(model, learning_rate, WEIGHT_DECAY, matrices)
     average = AveragedWeights(model, decay=0.998)
