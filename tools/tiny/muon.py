@@ -6,7 +6,7 @@ semi-orthogonal matrix, found with five Newton-Schulz iterations, so that every 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; updates have the root mean square of AdamW's (factor 0.2 of Moonlight)."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, params: Iterable[dict[str, object]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -52,24 +54,35 @@ class Muon(torch.optim.Optimizer):
 
 class Optimizers:
     """Muon over the weight matrices whose names start with one of `matrices` (empty: all of them), AdamW over the
-    rest.
+    rest. rates: prefixes of names -> the factor of the learning rate that holds for them.
     """
 
-    def __init__(self, module: nn.Module, lr: float, weight_decay: float, matrices: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: float,
+        weight_decay: float,
+        matrices: Iterable[str] = (),
+        rates: Mapping[str, float] = {},
+    ) -> None:
         prefixes = tuple(matrices) or ("",)
-        inner, rest = [], []
+        inner: dict[float, list[nn.Parameter]] = {}
+        rest: dict[float, list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
-            (inner if parameter.ndim >= 2 and name.startswith(prefixes) else rest).append(parameter)
+            rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), 1.0)
+            (inner if parameter.ndim >= 2 and name.startswith(prefixes) else rest).setdefault(rate, []).append(
+                parameter
+            )
         self.lr = lr
         self.parts = [
-            Muon(inner, lr, weight_decay=weight_decay),
-            torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0),
+            Muon(_groups(inner), lr, weight_decay=weight_decay),
+            torch.optim.AdamW(_groups(rest), lr, betas=(0.9, 0.99), weight_decay=0.0),
         ]
 
     def scale_learning_rate(self, factor: float) -> None:
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = self.lr * factor
+                group["lr"] = self.lr * group["rate"] * factor
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -85,3 +98,7 @@ class Optimizers:
     def load_state_dict(self, states: list[dict[str, object]]) -> None:
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
+
+
+def _groups(parameters: Mapping[float, list[nn.Parameter]]) -> list[dict[str, object]]:
+    return [{"params": members, "rate": rate} for rate, members in parameters.items()]

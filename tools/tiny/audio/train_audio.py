@@ -30,6 +30,10 @@ READ_AFTER = 3  # blocks
 READING_WEIGHT = 1.0
 NOISE_GAIN = 2.0
 WEIGHT_DECAY = 0.1
+# The time embedding is nearly the same vector for most inputs, so that steps on it add up: at the full rate the modulation
+# of all blocks grew until the stream of the first one was a hundred times as loud as the noise.
+RATES = {"transformer.time_embed.": 0.1}
+TIME_GAIN = 0.2
 SILENCE_FRAMES = 3000  # thirty seconds, what the timbre encoder is given where there is no reference
 TRANSFORMER = dict(
     hidden_size=WIDTH,
@@ -107,6 +111,7 @@ class SoundModel(nn.Module):
             for layer in self.transformer.layers:
                 layer.scale_shift_table.zero_()
                 layer.scale_shift_table[:, [2, 5]] = 0.3
+            self.transformer.time_embed.linear_2.weight *= TIME_GAIN
             for parameter in self.transformer.time_embed_r.parameters():
                 parameter.zero_()
         self.transformer.time_embed_r.requires_grad_(False)
@@ -208,9 +213,8 @@ def train(
 ) -> None:
     torch.manual_seed(seed)
     model = SoundModel(data)
-    # All matrices under Muon: AdamW's steps are coherent over all inputs, and with them the loss ran away.
     matrices = [name for name, parameter in model.named_parameters() if name.endswith("weight") and parameter.ndim > 1]
-    optimizer = Optimizers(model, learning_rate, WEIGHT_DECAY, matrices)
+    optimizer = Optimizers(model, learning_rate, WEIGHT_DECAY, matrices, RATES)
     average = AveragedWeights(model, decay=0.998)
     run = Run(folder, num_steps)
     if state := run.resume():
