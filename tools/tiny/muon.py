@@ -63,16 +63,15 @@ class Optimizers:
         lr: float,
         weight_decay: float,
         matrices: Iterable[str] = (),
-        rates: Mapping[str, float] = {},
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         prefixes = tuple(matrices) or ("",)
         inner: dict[float, list[nn.Parameter]] = {}
         rest: dict[float, list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
-            rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), 1.0)
-            (inner if parameter.ndim >= 2 and name.startswith(prefixes) else rest).setdefault(rate, []).append(
-                parameter
-            )
+            rate = next((rate for prefix, rate in (rates or {}).items() if name.startswith(prefix)), 1.0)
+            chosen = inner if parameter.ndim >= 2 and name.startswith(prefixes) else rest
+            chosen.setdefault(rate, []).append(parameter)
         self.lr = lr
         self.parts = [
             Muon(_groups(inner), lr, weight_decay=weight_decay),

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.tiny.image_data import TEXT_LENGTH, training_data
 from tools.tiny.muon import Optimizers
-from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
+from tools.tiny.training import Trainer
 from tools.tiny.whitening import Whitening
 from vllm_omni.models.packing import patchified
 from vllm_omni.models.z_image import ZImageConfig, ZImageTransformer
@@ -126,33 +126,16 @@ def train(
     model = fresh_model()
     initialise(model)
     optimizer = Optimizers(model, learning_rate, weight_decay=0.01, matrices=MUON_PREFIXES)
-    average = AveragedWeights(model, decay=0.998)
-    run = Run(folder, num_steps)
-    if state := run.resume():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.weights = state["average"]
-    batches = Batches(whitened(data, whitening_of(data)), batch_size, seed + run.step)
+    trainer = Trainer(folder, num_steps, model, optimizer, decay=0.998)
+    batches = Batches(whitened(data, whitening_of(data)), batch_size, seed + trainer.run.step)
     compiled_loss = torch.compile(loss)
-    total = 0.0
-    while run.step < num_steps:
-        optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
+    while trainer.begin():
         clean, states, lengths = batches.next()
         # Rows are short (96 tokens): plain matrix products are faster than the fused attention's backward.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             value = compiled_loss(model, clean, batches.noise(clean), batches.noise_levels(), states, lengths)
-        optimizer.zero_grad()
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        run.step += 1
-        total += value.item()
-        average.update(model, run.step)
-        if run.step % 50 == 0:
-            run.log(loss=total / 50)
-            total = 0.0
-        if run.should_save():
-            run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights)
+        trainer.step(loss=value.detach())
 
 
 def export(folder: Path, weights: dict[str, Tensor], whitening: Whitening) -> ZImageTransformer2DModel:

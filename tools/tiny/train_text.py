@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tools.tiny.loose import is_held_out, loose
 from tools.tiny.muon import Optimizers
-from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
+from tools.tiny.training import Trainer
 from tools.tiny.world import canonical, sample_scene
 
 VOCABULARY = 1024
@@ -127,35 +127,23 @@ def train(
     tokenizer = train_tokenizer(seed)
     model = Qwen3ForCausalLM(model_config(len(tokenizer)))
     optimizer = Optimizers(model, learning_rate, weight_decay=0.05, matrices=("model.layers.",))
-    average = AveragedWeights(model)
-    run = Run(folder, num_steps)
-    if state := run.resume():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.weights = state["average"]
-    rng = random.Random(seed + 1 + run.step)
-    while run.step < num_steps:
-        optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
+    trainer = Trainer(folder, num_steps, model, optimizer)
+    rng = random.Random(seed + 1 + trainer.run.step)
+    while trainer.begin():
         ids, targets = batch(tokenizer, rng, batch_size)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        run.step += 1
-        average.update(model, run.step)
-        if run.step % 200 == 0:
-            seen, unseen = (rewriting_accuracy(model, tokenizer, run.step, 64, flag) for flag in (False, True))
-            run.log(loss=loss.item(), seen=seen, unseen=unseen)
-        if run.should_save():
-            run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights)
-    model.load_state_dict(average.weights, strict=False)
+        trainer.step(loss=loss.detach())
+        if trainer.is_at(200):
+            seen, unseen = (rewriting_accuracy(model, tokenizer, trainer.run.step, 64, flag) for flag in (False, True))
+            trainer.run.log(seen=seen, unseen=unseen)
+    trainer.finish()
     model.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     seen, unseen = (rewriting_accuracy(model, tokenizer, 7, judged, flag) for flag in (False, True))
-    run.log(final_seen=seen, final_unseen=unseen)
+    trainer.run.log(final_seen=seen, final_unseen=unseen)
     return model
 
 

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 
 from tools.tiny.muon import Optimizers
 from tools.tiny.render import SIZE, draw_scene
-from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
+from tools.tiny.training import Trainer
 from tools.tiny.world import sample_scene
 
 CONFIG = dict(
@@ -75,29 +75,17 @@ def train(folder: Path, num_steps: int, num_pictures: int, learning_rate: float,
     generator = torch.Generator().manual_seed(seed)
     vae = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
     optimizer = Optimizers(vae, learning_rate, weight_decay=0.01)
-    average = AveragedWeights(vae)
-    run = Run(folder, num_steps)
-    if state := run.resume():
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.weights = state["average"]
-        generator.manual_seed(seed + run.step)
+    trainer = Trainer(folder, num_steps, vae, optimizer)
+    generator.manual_seed(seed + trainer.run.step)
     data = pictures(num_pictures, seed)
     held = batch(pictures(16, seed + 1), 1, generator)
-    while run.step < num_steps:
-        optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
-        reconstruction, divergence = loss_terms(vae, batch(data, run.step, generator))
-        optimizer.zero_grad()
+    while trainer.begin():
+        reconstruction, divergence = loss_terms(vae, batch(data, trainer.run.step, generator))
         (reconstruction + KL_WEIGHT * divergence).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        run.step += 1
-        average.update(vae, run.step)
-        if run.step % 50 == 0:
-            run.log(reconstruction=reconstruction.item(), divergence=divergence.item(), psnr=psnr(vae, held))
-        if run.should_save():
-            run.save(model=vae.state_dict(), optimizer=optimizer.state_dict(), average=average.weights)
-    vae.load_state_dict(average.weights)
+        trainer.step(reconstruction=reconstruction.detach(), divergence=divergence.detach())
+        if trainer.is_at(50):
+            trainer.run.log(psnr=psnr(vae, held))
+    trainer.finish()
     normalise_latents(vae, data[:512])
     vae.save_pretrained(folder / "vae")
     return vae

@@ -1,5 +1,5 @@
-"""What the three training scripts share: schedule, averaged weights, resumable checkpoints, a log that a person
-can read.
+"""What the training scripts share: one step of training, schedule, averaged weights, resumable checkpoints, a log that
+a person can read.
 """
 
 from __future__ import annotations
@@ -7,10 +7,15 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from tools.tiny.muon import Optimizers
+
+LOG_EVERY = 50  # steps
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup: int = 100) -> float:
@@ -75,3 +80,68 @@ class Run:
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(" ".join(f"{k}={v}" for k, v in line.items()), flush=True)
+
+
+class Trainer:
+    """A module in training: `while trainer.begin(): ...; loss.backward(); trainer.step()`.
+
+    Goes on where the folder's checkpoint ends. constants: modules that are not trained, but belong to the result.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        num_steps: int,
+        module: nn.Module,
+        optimizer: Optimizers,
+        *,
+        decay: float = 0.999,
+        constants: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.run = Run(folder, num_steps)
+        self.module, self.optimizer = module, optimizer
+        self.average = AveragedWeights(module, decay)
+        self._constants = constants or {}
+        self._totals: dict[str, float] = {}
+        if state := self.run.resume():
+            module.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.average.weights = state["average"]
+            for name, constant in self._constants.items():
+                constant.load_state_dict(state[name])
+
+    def begin(self) -> bool:
+        """Prepares the next step; False when all are done."""
+        if self.run.step >= self.run.num_steps:
+            return False
+        self.optimizer.scale_learning_rate(learning_rate_factor(self.run.step, self.run.num_steps))
+        self.optimizer.zero_grad()
+        return True
+
+    def step(self, **losses: Tensor | float) -> None:
+        """Takes the step along the gradients. losses: for the log, which gives their means over `every` steps."""
+        trained = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        self.optimizer.step()
+        self.run.step += 1
+        self.average.update(self.module, self.run.step)
+        for name, value in losses.items():
+            self._totals[name] = self._totals.get(name, 0.0) + float(value) / LOG_EVERY
+        if self.is_at(LOG_EVERY):
+            self.run.log(**self._totals)
+            self._totals = {}
+        if self.run.should_save():
+            self.run.save(
+                model=self.module.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                average=self.average.weights,
+                **{name: constant.state_dict() for name, constant in self._constants.items()},
+            )
+
+    def is_at(self, every: int) -> bool:
+        """Whether another so many steps are done."""
+        return self.run.step % every == 0
+
+    def finish(self) -> None:
+        """The module takes its averaged weights."""
+        self.module.load_state_dict(self.average.weights, strict=False)

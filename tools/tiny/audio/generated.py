@@ -24,7 +24,7 @@ def generate(model: SoundModel, noise: Tensor, context: Tensor, states: Tensor, 
     levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
     latents = noise
     for level, following in zip(levels[:-1], levels[1:], strict=True):
-        velocity, _ = model(latents, level.expand(len(latents)), context, states, lengths)
+        velocity, *_ = model(latents, level.expand(len(latents)), context, states, lengths)
         latents = latents + (following - level) * velocity.float()
     return latents
 

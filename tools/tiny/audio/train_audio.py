@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.tiny.audio.audio_data import PLACE_FRAMES, ROLL_WIDTH, TEXT_LENGTH, piano_rolls, training_data
 from tools.tiny.muon import Optimizers
-from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
+from tools.tiny.training import Trainer
 
 WIDTH = 192
 CHANNELS = 16
@@ -28,12 +28,13 @@ PURE_NOISE_SHARE = 0.35
 FLOOR = 0.01
 READ_AFTER = 3  # blocks
 READING_WEIGHT = 1.0
+POWER_WEIGHT = 2e-3
 NOISE_GAIN = 2.0
 WEIGHT_DECAY = 0.1
-# The time embedding is nearly the same vector for most inputs, so that steps on it add up: at the full rate the modulation
-# of all blocks grew until the stream of the first one was a hundred times as loud as the noise.
+# The time embedding is nearly the same vector for most inputs, so that steps on it add up: at the full rate the
+# modulation of all blocks grew until the stream of the first one was a hundred times as loud as the noise.
 RATES = {"transformer.time_embed.": 0.1}
-TIME_GAIN = 0.2
+TIME_GAIN = 1.0
 SILENCE_FRAMES = 3000  # thirty seconds, what the timbre encoder is given where there is no reference
 TRANSFORMER = dict(
     hidden_size=WIDTH,
@@ -128,9 +129,9 @@ class SoundModel(nn.Module):
 
     def forward(
         self, noisy: Tensor, level: Tensor, context: Tensor, states: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The transformer's forward with padding of the text left out of attention. noisy: [B, T, C] -> velocity like
-        it, and logits of what sounds [B, T / PLACE_FRAMES, ROLL_WIDTH].
+        it, logits of what sounds [B, T / PLACE_FRAMES, ROLL_WIDTH], and the stream's mean square behind the blocks.
         """
         model = self.transformer
         time, modulation = model.time_embed(level)
@@ -141,15 +142,16 @@ class SoundModel(nn.Module):
         is_real = torch.cat([is_real.new_ones(len(noisy), len(self.constant)), is_real], dim=1)
         mask = torch.where(is_real, 0.0, -torch.inf)[:, None, None]
         rope = _ace_step_rotary_freqs(hidden.shape[1], 32, 10000.0, hidden.device, hidden.dtype)
-        for layer in model.layers[:READ_AFTER]:
+        streams = []
+        for layer in model.layers:
             hidden = layer(hidden, rope, modulation, None, condition, mask)
-        read = self.reader(nn.functional.rms_norm(hidden, (WIDTH,)))
-        for layer in model.layers[READ_AFTER:]:
-            hidden = layer(hidden, rope, modulation, None, condition, mask)
+            streams.append(hidden)
+        read = self.reader(nn.functional.rms_norm(streams[READ_AFTER - 1], (WIDTH,)))
+        power = torch.stack([stream.float().pow(2).mean() for stream in streams]).mean()
         shift, scale = (model.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
         hidden = model.norm_out(hidden) * (1 + scale) + shift
         velocity = model.proj_out_conv(hidden.transpose(1, 2).to(model.proj_out_conv.weight.dtype)).transpose(1, 2)
-        return velocity, read
+        return velocity, read, power
 
 
 def silence_latent(silence: Tensor, frames: int) -> Tensor:
@@ -199,13 +201,15 @@ def losses(
     states: Tensor,
     lengths: Tensor,
     roll: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the velocity (noise minus clean), and how badly it is read what sounds."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean squared error of the velocity (noise minus clean), how badly it is read what sounds, and the stream's mean
+    square.
+    """
     noisy = clean + level[:, None, None] * (noise - clean)
-    velocity, read = model(noisy, level, context, states, lengths)
+    velocity, read, power = model(noisy, level, context, states, lengths)
     error = (velocity.float() - (noise - clean)).pow(2).mean()
     surprise = nn.functional.binary_cross_entropy_with_logits(read.float(), roll, reduction="none")
-    return error, surprise.sum(-1).mean()
+    return error, surprise.sum(-1).mean(), power
 
 
 def train(
@@ -215,39 +219,18 @@ def train(
     model = SoundModel(data)
     matrices = [name for name, parameter in model.named_parameters() if name.endswith("weight") and parameter.ndim > 1]
     optimizer = Optimizers(model, learning_rate, WEIGHT_DECAY, matrices, RATES)
-    average = AveragedWeights(model, decay=0.998)
-    run = Run(folder, num_steps)
-    if state := run.resume():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.weights = state["average"]
-        model.encoder[0].load_state_dict(state["encoder"])
-    batches = Batches(data, piano_rolls(len(data["latents"]), seed), batch_size, seed + run.step)
+    trainer = Trainer(folder, num_steps, model, optimizer, decay=0.998, constants={"encoder": model.encoder[0]})
+    batches = Batches(data, piano_rolls(len(data["latents"]), seed), batch_size, seed + trainer.run.step)
     context = context_latents(data["silence"], data["latents"].shape[1])
     compiled_losses = torch.compile(losses, dynamic=False)
-    totals = torch.zeros(2)
-    while run.step < num_steps:
-        optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
+    while trainer.begin():
         clean, states, lengths, roll = batches.next()
         # Rows are short (40 tokens): plain matrix products are faster than the fused attention's backward.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             noise, levels = batches.noise(clean), batches.noise_levels()
-            error, surprise = compiled_losses(model, clean, noise, levels, context, states, lengths, roll)
-        optimizer.zero_grad()
-        (error + READING_WEIGHT * surprise).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
-        optimizer.step()
-        run.step += 1
-        totals += torch.stack([error, surprise]).detach()
-        average.update(model, run.step)
-        if run.step % 50 == 0:
-            run.log(**dict(zip(("loss", "reading"), (totals / 50).tolist(), strict=True)))
-            totals.zero_()
-        if run.should_save():
-            encoder = model.encoder[0].state_dict()
-            run.save(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, encoder=encoder
-            )
+            error, surprise, power = compiled_losses(model, clean, noise, levels, context, states, lengths, roll)
+        (error + READING_WEIGHT * surprise + POWER_WEIGHT * power).backward()
+        trainer.step(loss=error.detach(), reading=surprise.detach(), power=power.detach())
 
 
 def export(folder: Path, state: dict[str, dict[str, Tensor]], data: dict[str, Tensor]) -> None:

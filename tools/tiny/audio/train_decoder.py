@@ -20,7 +20,7 @@ from tools.tiny.audio.audio_data import drawn
 from tools.tiny.audio.render import render
 from tools.tiny.audio.train_vae import HOP, plain_convolutions, published, spectra_distance
 from tools.tiny.muon import Optimizers
-from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
+from tools.tiny.training import Trainer
 
 CROP, EDGE = 72, 8  # frames; what is decoded next to an edge is not judged
 NOISE = 0.15  # the most, in deviations of a latent
@@ -69,30 +69,14 @@ def train(
     torch.manual_seed(seed)
     kernels = [name for name, _ in vae.decoder.named_parameters() if name.endswith("weight")]
     optimizer = Optimizers(vae.decoder, lr, weight_decay=0.01, matrices=kernels)
-    average = AveragedWeights(vae.decoder, decay=0.998)
-    run = Run(folder, num_steps)
-    if state := run.resume():
-        vae.decoder.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.weights = state["average"]
-    compiled_loss, total = torch.compile(loss), 0.0
-    while run.step < num_steps:
-        optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
-        is_generated = run.step % len(sources) > 0
-        value = compiled_loss(vae, *sources[run.step % len(sources)].next(size, 0.0 if is_generated else NOISE))
-        optimizer.zero_grad()
+    trainer = Trainer(folder, num_steps, vae.decoder, optimizer, decay=0.998)
+    compiled_loss = torch.compile(loss)
+    while trainer.begin():
+        index = trainer.run.step % len(sources)
+        value = compiled_loss(vae, *sources[index].next(size, NOISE if index == 0 else 0.0))
         value.backward()
-        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-        optimizer.step()
-        run.step += 1
-        total += value.item()
-        average.update(vae.decoder, run.step)
-        if run.step % 50 == 0:
-            run.log(loss=total / 50)
-            total = 0.0
-        if run.should_save():
-            run.save(model=vae.decoder.state_dict(), optimizer=optimizer.state_dict(), average=average.weights)
-    vae.decoder.load_state_dict(average.weights, strict=False)
+        trainer.step(loss=value.detach())
+    trainer.finish()
     published(vae).save_pretrained(folder / "vae")
 
 

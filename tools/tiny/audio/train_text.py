@@ -27,7 +27,7 @@ from tools.tiny.audio.words import is_held_out, wording
 from tools.tiny.audio.world import canonical, sample_sound
 from tools.tiny.muon import Optimizers
 from tools.tiny.train_text import CHAT_TEMPLATE, MAX_LENGTH, SPECIAL_TOKENS, model_config
-from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
+from tools.tiny.training import Trainer
 
 VOCABULARY = 2000
 KIND_SHARES = (0.3, 0.3, 0.3, 0.1)
@@ -197,30 +197,16 @@ def train(
     tokenizer = kept_tokenizer(folder / "tokenizer", seed)
     model = fresh_model(len(tokenizer))
     optimizer = Optimizers(model, learning_rate, weight_decay=0.05, matrices=("model.layers.",))
-    average = AveragedWeights(model)
-    run = Run(folder, num_steps)
-    if state := run.resume():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.weights = state["average"]
-    rng = random.Random(seed + 1 + run.step)
-    while run.step < num_steps:
-        optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
-        optimizer.zero_grad()
-        loss = learn(model, batches(tokenizer, rng, batch_size))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        run.step += 1
-        average.update(model, run.step)
-        if run.step % 50 == 0:
-            run.log(loss=loss)
-        if run.step % 200 == 0:
-            run.log(**accuracies(model, tokenizer, run.step, 64))
-        if run.should_save():
-            run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights)
-    model.load_state_dict(average.weights, strict=False)
+    trainer = Trainer(folder, num_steps, model, optimizer)
+    rng = random.Random(seed + 1 + trainer.run.step)
+    while trainer.begin():
+        trainer.step(loss=learn(model, batches(tokenizer, rng, batch_size)))
+        if trainer.is_at(200):
+            trainer.run.log(**accuracies(model, tokenizer, trainer.run.step, 64))
+    trainer.finish()
     model.model.save_pretrained(folder / "text_encoder")  # as `AceStepPipeline` loads it; writing uses the embeddings
-    run.log(**{f"final_{kind}": share for kind, share in accuracies(model, tokenizer, 7, judged, show=10).items()})
+    final = accuracies(model, tokenizer, 7, judged, show=10)
+    trainer.run.log(**{f"final_{kind}": share for kind, share in final.items()})
     return model
 
 

@@ -21,7 +21,7 @@ from torch.nn.utils import remove_weight_norm
 from tools.tiny.audio.render import SAMPLE_RATE, render
 from tools.tiny.audio.world import sample_sound
 from tools.tiny.muon import Optimizers
-from tools.tiny.training import AveragedWeights, Run, learning_rate_factor
+from tools.tiny.training import Trainer
 
 CONFIG = dict(
     encoder_hidden_size=32,
@@ -116,30 +116,18 @@ def train(folder: Path, num_steps: int, num_recordings: int, batch_size: int, le
     vae = fresh_model()
     kernels = [name for name, _ in vae.named_parameters() if name.endswith("weight")]
     optimizer = Optimizers(vae, learning_rate, weight_decay=0.01, matrices=kernels)
-    average = AveragedWeights(vae)
-    run = Run(folder, num_steps)
-    if state := run.resume():
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.weights = state["average"]
-        generator.manual_seed(seed + run.step)
+    trainer = Trainer(folder, num_steps, vae, optimizer)
+    generator.manual_seed(seed + trainer.run.step)
     data, held = recordings(num_recordings, seed), recordings(16, seed + 1)
     compiled_terms = torch.compile(loss_terms)
-    while run.step < num_steps:
-        optimizer.scale_learning_rate(learning_rate_factor(run.step, num_steps))
+    while trainer.begin():
         waveform, spectrum = compiled_terms(vae, crops(data, batch_size, generator))
-        optimizer.zero_grad()
         (waveform + 2 * spectrum).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        run.step += 1
-        average.update(vae, run.step)
-        if run.step % 50 == 0:
+        trainer.step(waveform=waveform.detach(), spectrum=spectrum.detach())
+        if trainer.is_at(50):
             clean, noisy = (signal_to_noise_db(vae, held, noise) for noise in (0.0, NOISE))
-            run.log(waveform=waveform.item(), spectrum=spectrum.item(), clean_db=clean, noisy_db=noisy)
-        if run.should_save():
-            run.save(model=vae.state_dict(), optimizer=optimizer.state_dict(), average=average.weights)
-    vae.load_state_dict(average.weights, strict=False)
+            trainer.run.log(clean_db=clean, noisy_db=noisy)
+    trainer.finish()
     normalise_latents(vae, data[:256])
     published(vae).save_pretrained(folder / "vae")
 
