@@ -102,7 +102,7 @@ class Trainer:
         self.module, self.optimizer = module, optimizer
         self.average = AveragedWeights(module, decay)
         self._constants = constants or {}
-        self._totals: dict[str, float] = {}
+        self._recent: dict[str, list[float]] = {}
         if state := self.run.resume():
             module.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -119,17 +119,17 @@ class Trainer:
         return True
 
     def step(self, **losses: Tensor | float) -> None:
-        """Takes the step along the gradients. losses: for the log, which gives their means over `every` steps."""
+        """Takes the step along the gradients. losses: for the log, which gives their means since its last line."""
         trained = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimizer.step()
         self.run.step += 1
         self.average.update(self.module, self.run.step)
         for name, value in losses.items():
-            self._totals[name] = self._totals.get(name, 0.0) + float(value) / LOG_EVERY
+            self._recent.setdefault(name, []).append(float(value))
         if self.is_at(LOG_EVERY):
-            self.run.log(**self._totals)
-            self._totals = {}
+            self.run.log(**{name: sum(values) / len(values) for name, values in self._recent.items()})
+            self._recent = {}
         if self.run.should_save():
             self.run.save(
                 model=self.module.state_dict(),
