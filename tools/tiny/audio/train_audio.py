@@ -2,7 +2,8 @@
 latents and text states.
 
 A second loss asks the third block which notes, timbre and level sound at each place. Without it the words are hardly
-found: what they change in the latents is a pattern of phases whose mean over all notes is zero.
+found: what they change in the latents is a pattern of phases whose mean over all notes is zero. A third keeps the
+stream between the blocks from growing: no norm bounds it, and in a loud one the noise, which must pass, is lost.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PURE_NOISE_SHARE = 0.35
 FLOOR = 0.01
 READ_AFTER = 3  # blocks
 READING_WEIGHT = 1.0
-POWER_WEIGHT = 2e-3
+POWER_WEIGHT = 5e-3
 NOISE_GAIN = 2.0
 WEIGHT_DECAY = 0.1
 # The time embedding is nearly the same vector for most inputs, so that steps on it add up: at the full rate the
@@ -131,7 +132,7 @@ class SoundModel(nn.Module):
         self, noisy: Tensor, level: Tensor, context: Tensor, states: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The transformer's forward with padding of the text left out of attention. noisy: [B, T, C] -> velocity like
-        it, logits of what sounds [B, T / PLACE_FRAMES, ROLL_WIDTH], and the stream's mean square behind the blocks.
+        it, logits of what sounds [B, T / PLACE_FRAMES, ROLL_WIDTH], and the mean square of stream and condition.
         """
         model = self.transformer
         time, modulation = model.time_embed(level)
@@ -147,7 +148,7 @@ class SoundModel(nn.Module):
             hidden = layer(hidden, rope, modulation, None, condition, mask)
             streams.append(hidden)
         read = self.reader(nn.functional.rms_norm(streams[READ_AFTER - 1], (WIDTH,)))
-        power = torch.stack([stream.float().pow(2).mean() for stream in streams]).mean()
+        power = torch.stack([stream.float().pow(2).mean() for stream in (*streams, condition)]).mean()
         shift, scale = (model.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
         hidden = model.norm_out(hidden) * (1 + scale) + shift
         velocity = model.proj_out_conv(hidden.transpose(1, 2).to(model.proj_out_conv.weight.dtype)).transpose(1, 2)
@@ -202,8 +203,8 @@ def losses(
     lengths: Tensor,
     roll: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean squared error of the velocity (noise minus clean), how badly it is read what sounds, and the stream's mean
-    square.
+    """Mean squared error of the velocity (noise minus clean), how badly it is read what sounds, and how loud the
+    stream between the blocks is.
     """
     noisy = clean + level[:, None, None] * (noise - clean)
     velocity, read, power = model(noisy, level, context, states, lengths)
