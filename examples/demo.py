@@ -96,11 +96,13 @@ def contact_sheet(prompts: Sequence[str], outputs: Sequence[OmniOutput]) -> Imag
     draw = ImageDraw.Draw(sheet)
     for index, (output, caption) in enumerate(zip(outputs, captions, strict=True)):
         left = MARGIN + index * (CELL + MARGIN)
-        for image in output.images[:1]:
-            sheet.paste(image.resize((CELL, CELL), Image.Resampling.BICUBIC), (left, MARGIN))
-        draw.rectangle((left, MARGIN, left + CELL - 1, MARGIN + CELL - 1), outline="#d0d4da")
-        for audio in output.audios[:1]:
-            sheet.paste(spectrogram(audio).resize((CELL, PLOT)), (left, MARGIN + CELL + MARGIN // 2))
+        shown = [image.resize((CELL, CELL), Image.Resampling.BICUBIC) for image in output.images[:1]]
+        shown += [spectrogram(audio).resize((CELL, PLOT)) for audio in output.audios[:1]]
+        y = below - sum(picture.height + MARGIN // 2 for picture in shown)  # what there is stands above its words
+        for picture in shown:
+            sheet.paste(picture, (left, y))
+            draw.rectangle((left, y, left + CELL - 1, y + picture.height - 1), outline="#d0d4da")
+            y += picture.height + MARGIN // 2
         for row, (line, ink) in enumerate(caption):
             draw.text((left, below + row * LINE), line, fill=ink, font=font())
     return sheet
