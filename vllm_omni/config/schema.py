@@ -45,7 +45,11 @@ class DiTCacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:
-    """The largest values that a request may ask for; checked before any work."""
+    """The largest values that a request may ask for or bring along; checked before any work.
+
+    max_pixels: of a picture that is made; max_image_pixels: of one that a prompt brings, and of each frame of a video.
+    max_images: in all messages of a prompt. max_video_frames: of the file or array, before frames are picked.
+    """
 
     max_prompt_chars: int = 100_000
     max_pixels: int = 4_194_304
@@ -55,6 +59,11 @@ class LimitsConfig:
     max_duration_s: float = 600.0
     max_audio_s: float = 600.0
     max_audio_mb: float = 200.0
+    max_image_pixels: int = 50_000_000
+    max_images: int = 64
+    max_video_s: float = 600.0
+    max_video_frames: int = 40_000
+    max_video_mb: float = 500.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +178,11 @@ class OmniConfig:
             check_number("limits.max_duration_s", self.limits.max_duration_s, 0, above_low=True),
             check_number("limits.max_audio_s", self.limits.max_audio_s, 0, above_low=True),
             check_number("limits.max_audio_mb", self.limits.max_audio_mb, 0, above_low=True),
+            check_number("limits.max_image_pixels", self.limits.max_image_pixels, 1, integer=True),
+            check_number("limits.max_images", self.limits.max_images, 0, integer=True),
+            check_number("limits.max_video_s", self.limits.max_video_s, 0, above_low=True),
+            check_number("limits.max_video_frames", self.limits.max_video_frames, 1, integer=True),
+            check_number("limits.max_video_mb", self.limits.max_video_mb, 0, above_low=True),
         ]
         for name, weight in self.scheduler.priority_weights.items():
             complaints.append(check_number(f"scheduler.priority_weights.{name}", weight, 0, above_low=True))

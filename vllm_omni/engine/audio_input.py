@@ -11,8 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +22,9 @@ from vllm_omni.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, Audio
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.utils.audio_files import BLOCK_FRAMES, AudioHeader, AudioReader, Samples
-from vllm_omni.utils.checks import brief, check_number, did_you_mean
+from vllm_omni.utils.checks import check_number, did_you_mean
+from vllm_omni.utils.source_files import check_num_bytes, open_source_file
 
-MEGABYTE = 2**20
 # Full scale of integer samples, and what they hold at rest.
 INTEGER_SCALES = {"int16": (2.0**15, 0.0), "int32": (2.0**31, 0.0), "uint8": (2.0**7, 2.0**7)}
 FLOATS = ("float16", "float32", "float64")
@@ -122,22 +121,9 @@ def _opened(source: object, channels: int, limits: LimitsConfig, name: str, stac
 
 
 def _open_file(source: str | os.PathLike[str], limits: LimitsConfig, name: str, stack: ExitStack) -> _Sound:
-    file = stack.enter_context(_opened_binary(source, name))
+    file = stack.enter_context(open_source_file(source, name, "a sound file"))
     _check_size(os.fstat(file.fileno()).st_size, limits, name)
     return _FileSound(stack.enter_context(AudioReader(file, name)))
-
-
-def _opened_binary(source: str | os.PathLike[str], name: str) -> BinaryIO:
-    shown = f"{name}: got {brief(os.fspath(source))}"
-    try:
-        path = Path(source).expanduser()
-        if not path.exists() or path.is_file():
-            return path.open("rb")
-    except OSError as error:
-        raise InvalidRequestError(f"{shown}, which cannot be read ({error.strerror}); expected a sound file") from None
-    except (ValueError, RuntimeError):  # a NUL, or a home folder that is none
-        raise InvalidRequestError(f"{shown}, which is no name of a file") from None
-    raise InvalidRequestError(f"{shown}, a folder or a device, expected a sound file")
 
 
 def _open_array(source: object, limits: LimitsConfig, name: str) -> _Sound:
@@ -176,10 +162,7 @@ def _parted(source: object, name: str) -> tuple[Any, Any]:
 
 
 def _check_size(num_bytes: int, limits: LimitsConfig, name: str) -> None:
-    if num_bytes > limits.max_audio_mb * MEGABYTE:
-        raise InvalidRequestError(
-            f"{name}: got {num_bytes / MEGABYTE:.1f} MB, expected at most {limits.max_audio_mb:g} (limits.max_audio_mb)"
-        )
+    check_num_bytes(num_bytes, limits.max_audio_mb, name, "max_audio_mb")
 
 
 def _check_header(header: AudioHeader, channels: int, limits: LimitsConfig, name: str) -> None:

@@ -1,0 +1,1 @@
+"""Messages with images, sounds and videos -> what a model takes."""

@@ -1,0 +1,118 @@
+"""How one image, sound or video lies among the tokens, and the positions (time, height, width) of a whole prompt.
+
+The layout and the numbers are those of Qwen2.5-Omni (arXiv:2503.20215, section 2.2, "TMRoPE").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MediaClock:
+    """positions_per_second: steps of the time axis. seconds_per_chunk: how much of a video stands before the sound of
+    the same seconds.
+    """
+
+    positions_per_second: int
+    seconds_per_chunk: float
+
+    @property
+    def positions_per_chunk(self) -> int:
+        return int(self.positions_per_second * self.seconds_per_chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSpan:
+    """The tokens of one part of a message.
+
+    grid: (time, height, width) in tokens; None for a sound. num_audio_tokens: of a sound, or of a video's sound track.
+    """
+
+    kind: str
+    grid: tuple[int, int, int] | None = None
+    second_per_grid: float = 0.0
+    num_audio_tokens: int = 0
+
+    @property
+    def has_track(self) -> bool:
+        return self.kind == "video" and self.num_audio_tokens > 0
+
+    @property
+    def num_grid_tokens(self) -> int:
+        if self.grid is None:
+            return 0
+        time, height, width = self.grid
+        return time * height * width
+
+    @property
+    def num_tokens(self) -> int:
+        """A sound track brings a beginning and an ending token of its own."""
+        return self.num_grid_tokens + self.num_audio_tokens + 2 * self.has_track
+
+    def grid_positions(self, clock: MediaClock) -> Tensor:
+        """[3, n] int64, from 0 on."""
+        assert self.grid is not None
+        time, height, width = self.grid
+        steps = (torch.arange(time) * torch.tensor(self.second_per_grid) * clock.positions_per_second).long()
+        axes = torch.meshgrid(steps, torch.arange(height), torch.arange(width), indexing="ij")
+        return torch.stack([axis.flatten() for axis in axes])
+
+    def audio_positions(self) -> Tensor:
+        """[3, n] int64, from 0 on."""
+        return torch.arange(self.num_audio_tokens).expand(3, -1)
+
+    def pieces(self, clock: MediaClock) -> Iterator[tuple[str, Tensor]]:
+        """(kind, positions [3, n]) of runs of tokens of one kind; a sound track follows its video chunk by chunk."""
+        if not self.has_track:
+            yield self.kind, self.audio_positions() if self.grid is None else self.grid_positions(clock)
+            return
+        video = _chunks(self.grid_positions(clock), clock.positions_per_chunk)
+        audio = _chunks(self.audio_positions(), clock.positions_per_chunk)
+        for index in range(max(len(video), len(audio))):
+            for kind, chunks in (("video", video), ("audio", audio)):
+                if index < len(chunks):
+                    yield kind, chunks[index]
+
+
+def rope_index(num_tokens: int, placed: Sequence[tuple[int, MediaSpan]], clock: MediaClock) -> tuple[Tensor, int]:
+    """Positions [3, num_tokens] int64 of a prompt, and what is added to the index of a later token to give its own.
+
+    placed: in order, (index of the first token that stands for a part, its span). Text advances all three axes together
+    from one beyond the largest position of the run of tokens before it. A sound track's beginning token has the
+    position of the token before it, its ending token that of the token behind it.
+    """
+    parts: list[Tensor] = []
+    done = position = 0
+    for start, span in placed:
+        parts.append(_text(position, start - done))
+        position += start - done
+        if span.has_track:
+            parts.append(_text(position - 1, 1))
+        first = position
+        for _, positions in span.pieces(clock):
+            parts.append(positions + first)
+            position = int(parts[-1].max()) + 1
+        if span.has_track:
+            parts.append(_text(position, 1))
+        done = start + span.num_tokens
+    parts.append(_text(position, num_tokens - done))
+    positions = torch.cat(parts, dim=1)
+    return positions, int(positions.max()) + 1 - num_tokens
+
+
+def _text(first: int, num_tokens: int) -> Tensor:
+    return torch.arange(first, first + num_tokens).expand(3, -1)
+
+
+def _chunks(positions: Tensor, length: int) -> list[Tensor]:
+    """Cut where the time first reaches the end of the chunk; a jump over several ends is one cut."""
+    cuts = [0]
+    for index, time in enumerate(positions[0].tolist()):
+        if time >= len(cuts) * length:
+            cuts.append(index)
+    return [positions[:, start:stop] for start, stop in zip(cuts, [*cuts[1:], positions.shape[1]], strict=True)]
