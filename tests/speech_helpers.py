@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
 
 SPEAKERS = ("Chelsie", "Ethan")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -140,4 +142,82 @@ def save_tiny_omni(folder: Path, seed: int = 0, config: Qwen2_5OmniConfig | None
     model = tiny_reference(seed, config)
     model.save_pretrained(folder, max_shard_size="100KB")
     torch.save(tiny_speakers(seed), folder / "spk_dict.pt")
+    return folder
+
+
+IM_START, IM_END, UNKNOWN = 96, 97, 98
+WORDS = {
+    "<|im_start|>": IM_START,
+    "<|im_end|>": IM_END,
+    "<|endoftext|>": UNKNOWN,
+    "<|AUDIO|>": SPECIAL["audio"],
+    "<|IMAGE|>": SPECIAL["image"],
+    "<|VIDEO|>": SPECIAL["video"],
+    "<|audio_bos|>": SPECIAL["audio_bos"],
+    "<|audio_eos|>": SPECIAL["audio_eos"],
+    "<|vision_bos|>": 106,
+    "<|vision_eos|>": 107,
+}
+NAMED = {
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>"
+    "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+    "{% elif part['type'] == 'video' %}<|vision_bos|><|VIDEO|><|vision_eos|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PROCESSOR = dict(  # one file for images, videos and sounds, as published
+    image_processor_type="Qwen2VLImageProcessor",
+    feature_extractor_type="WhisperFeatureExtractor",
+    processor_class="Qwen2_5OmniProcessor",
+    image_mean=[0.48, 0.46, 0.41],
+    image_std=[0.27, 0.26, 0.28],
+    min_pixels=64,
+    max_pixels=64 * 64,
+    patch_size=4,
+    merge_size=2,
+    temporal_patch_size=2,
+    chunk_length=20,
+    feature_size=16,
+    hop_length=160,
+    n_fft=400,
+    padding_side="right",
+    padding_value=0.0,
+    dither=0.0,
+    return_attention_mask=True,
+    sampling_rate=16000,
+)
+
+
+def save_processor(folder: Path) -> Path:
+    """Tokenizer (one token a character of ASCII), chat template and the settings of images, videos and sounds."""
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocabulary = {character: index for index, character in enumerate(characters)} | WORDS
+    vocabulary |= {f"<|spare_{index}|>": index for index in range(128) if index not in vocabulary.values()}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(list(WORDS))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=NAMED,
+    )
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     return folder

@@ -51,10 +51,12 @@ def new_request_id() -> str:
 class OmniRequest:
     """One prompt and all that belongs to it.
 
-    prompt: text, token ids or chat messages. params: one object for every stage that takes its type, or {stage name:
-    params}. priority: a key of the scheduler's `priority_weights`. timeout_s: seconds from admission to the
-    deadline; None takes the config's. fields: further inputs by name (`lyrics`, `audio`, ...), each read and checked by
-    a stage that says so (StageEngine.request_keys); None is as if it were not there.
+    prompt: text, token ids or chat messages, whose content is a text or a list of parts: {"type": "text", "text": ...}
+    and, for a stage whose model reads them, image, audio and video, each with its source under its own name. params:
+    one object for every stage that takes its type, or {stage name: params}. priority: a key of the scheduler's
+    `priority_weights`. timeout_s: seconds from admission to the deadline; None takes the config's. fields: further
+    inputs by name (`lyrics`, `audio`, ...), each read and checked by a stage that says so (StageEngine.request_keys);
+    None is as if it were not there.
     """
 
     prompt: Prompt
@@ -121,7 +123,8 @@ def _check_prompt(prompt: object) -> None:
     if all(isinstance(item, Mapping) for item in prompt):
         for index, message in enumerate(prompt):
             if not isinstance(message.get("role"), str) or "content" not in message:
-                raise InvalidRequestError(f"prompt[{index}]: got {message!r:.80}, expected 'role' and 'content'")
+                keys = sorted(map(str, message))
+                raise InvalidRequestError(f"prompt[{index}]: got the keys {keys}, expected 'role' and 'content'")
         return
     for index, token in enumerate(prompt):
         complaint = check_number(f"prompt[{index}]", token, 0, integer=True)

@@ -14,6 +14,7 @@ from vllm_omni.request import Prompt
 from vllm_omni.utils.files import read_json, resolve_model_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TEMPLATE_FILE = "chat_template.json"  # where a checkpoint with a processor keeps it, if not with the tokenizer
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer gives for bytes that are no character yet
 
 
@@ -50,6 +51,8 @@ class TextProcessor:
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises whatever its parsers raise
             raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from error
+        if (folder / TEMPLATE_FILE).is_file():
+            self.tokenizer.chat_template = read_json(folder / TEMPLATE_FILE)["chat_template"]
         # A token is decoded at every step, and the library's checks and conversions around that cost more than it does.
         is_plain = isinstance(self.tokenizer, PreTrainedTokenizerFast) and (
             type(self.tokenizer)._decode is PreTrainedTokenizerFast._decode

@@ -1,0 +1,150 @@
+"""Pixels -> patches as the vision encoder of Qwen2-VL and its kin reads them (arXiv:2409.12191, section 2.1).
+
+Legend: T frames, H and W pixels, p patch size, m merge size (m x m patches are one token), t frames of a patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.utils.files import read_json
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BICUBIC = 3
+MAX_ASPECT_RATIO = 200
+VIDEO_TOKENS = (128, 768)  # of a frame; of Qwen2.5-Omni's processor, which reads them from no file
+
+
+@dataclass(frozen=True, slots=True)
+class VisionGrid:
+    """Sizes and colours of one kind of picture. min_pixels and max_pixels: of a frame when it has been resized."""
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float
+
+    @property
+    def factor(self) -> int:
+        """Pixels at the side of a token."""
+        return self.patch_size * self.merge_size
+
+    def fit(self, height: int, width: int, name: str) -> tuple[int, int]:
+        """The size to which a picture is resized; InvalidRequestError for one that no patches cover well."""
+        if min(height, width) < self.factor:
+            raise InvalidRequestError(
+                f"{name}: got {width}x{height} pixels, expected at least {self.factor}x{self.factor}, "
+                "one token of the model; enlarge it"
+            )
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise InvalidRequestError(
+                f"{name}: got {width}x{height} pixels, expected sides that differ at most {MAX_ASPECT_RATIO} times; "
+                "cut it"
+            )
+        sides = [round(side / self.factor) * self.factor for side in (height, width)]
+        if sides[0] * sides[1] > self.max_pixels:
+            scale = math.sqrt(height * width / self.max_pixels)
+            sides = [max(1, math.floor(side / scale / self.factor)) * self.factor for side in (height, width)]
+        elif sides[0] * sides[1] < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / (height * width))
+            sides = [math.ceil(side * scale / self.factor) * self.factor for side in (height, width)]
+        return sides[0], sides[1]
+
+    def tokens(self, num_frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(time, height, width) in tokens of pictures that have been resized to `size`."""
+        return -(-num_frames // self.temporal_patch_size), size[0] // self.factor, size[1] // self.factor
+
+    def patches(self, frames: Tensor) -> Tensor:
+        """frames: uint8 [T, 3, H, W], resized. Returns float32 [patches, 3*t*p*p], the patches of a token together."""
+        t, m, p = self.temporal_patch_size, self.merge_size, self.patch_size
+        scale = 1.0 / self.rescale_factor
+        mean = torch.tensor(self.mean)[:, None, None] * scale
+        std = torch.tensor(self.std)[:, None, None] * scale
+        normal = (frames.float() - mean) / std
+        missing = -len(frames) % t
+        normal = torch.cat([normal, normal[-1:].expand(missing, -1, -1, -1)])
+        height, width = frames.shape[-2:]
+        # [T/t, t, 3, H/pm, m, p, W/pm, m, p]
+        split = normal.view(-1, t, 3, height // (p * m), m, p, width // (p * m), m, p)
+        return split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * t * p * p)
+
+
+def resized(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """frame: uint8 [H, W, 3]. Returns uint8 [3, *size], bicubic."""
+    image = frame.permute(2, 0, 1)
+    if image.shape[1:] == size:
+        return image.contiguous()
+    return functional.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSettings:
+    """What a checkpoint folder says of images and of videos. min_frames and max_frames: that are picked of a video."""
+
+    image: VisionGrid
+    video: VisionGrid
+    min_frames: int
+    max_frames: int
+
+    @classmethod
+    def of(cls, folder: Path) -> VisionSettings:
+        """ConfigError for a way of processing that is not known here, CheckpointError for a missing file."""
+        image = _section(folder, "image_processor", ("preprocessor_config.json",))
+        video = _section(folder, "video_processor", ("video_preprocessor_config.json", "preprocessor_config.json"))
+        token_pixels = _grid(video, folder).factor ** 2
+        return cls(
+            image=_grid(image, folder, _pixels(image)),
+            video=_grid(video, folder, (VIDEO_TOKENS[0] * token_pixels, VIDEO_TOKENS[1] * token_pixels)),
+            min_frames=int(video.get("min_frames", 4)),
+            max_frames=int(video.get("max_frames", 768)),
+        )
+
+
+def _section(folder: Path, name: str, files: tuple[str, ...]) -> Mapping[str, Any]:
+    """Where the library looks: one file for all processors, else a file of its own."""
+    joint = folder / "processor_config.json"
+    if joint.is_file():
+        section = read_json(joint).get(name)
+        if isinstance(section, Mapping):
+            return section
+    found = [folder / file for file in files if (folder / file).is_file()]
+    return read_json(found[0] if found else folder / files[-1])
+
+
+def _grid(section: Mapping[str, Any], folder: Path, pixels: tuple[int, int] = (1, 1)) -> VisionGrid:
+    for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if section.get(key, True) is not True:
+            raise ConfigError(f"{folder}: got {key} {section[key]!r}, expected true: pictures are prepared that way")
+    if section.get("resample", BICUBIC) != BICUBIC:
+        raise ConfigError(f"{folder}: got resample {section['resample']!r}, expected {BICUBIC} (bicubic)")
+    return VisionGrid(
+        patch_size=int(section.get("patch_size", 14)),
+        merge_size=int(section.get("merge_size", 2)),
+        temporal_patch_size=int(section.get("temporal_patch_size", 2)),
+        min_pixels=pixels[0],
+        max_pixels=pixels[1],
+        mean=tuple(section.get("image_mean", CLIP_MEAN)),
+        std=tuple(section.get("image_std", CLIP_STD)),
+        rescale_factor=float(section.get("rescale_factor", 1 / 255)),
+    )
+
+
+def _pixels(section: Mapping[str, Any]) -> tuple[int, int]:
+    size = section.get("size") or {}
+    least = section.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+    most = section.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+    return int(least), int(most)
