@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import av
@@ -52,10 +53,24 @@ def video_bytes(
     options: dict[str, str] | None = None,
 ) -> bytes:
     """The frames as H.264 (or VP8 in webm), near lossless; sound: float32 [channels, n]."""
-    file = io.BytesIO()
-    codecs = ("libvpx", "libopus") if form == "webm" else ("libx264", "aac")
-    with av.open(file, "w", format=form, options=options or {}) as container:
-        stream = container.add_stream(codecs[0], rate=fps, options={} if form == "webm" else {"crf": "1"})
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"video.{form}"
+        _write_video(path, frames, fps, sound, sound_rate, options or {})
+        return path.read_bytes()
+
+
+def _write_video(
+    path: Path,
+    frames: list[np.ndarray[Any, Any]],
+    fps: int,
+    sound: np.ndarray[Any, Any] | None,
+    sound_rate: int,
+    options: dict[str, str],
+) -> None:
+    is_webm = path.suffix == ".webm"
+    codecs = ("libvpx", "libopus") if is_webm else ("libx264", "aac")
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codecs[0], rate=fps, options={} if is_webm else {"crf": "1"})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
         layout = {None: "", 1: "mono", 2: "stereo"}[None if sound is None else len(sound)]
         track = container.add_stream(codecs[1], rate=sound_rate, layout=layout) if sound is not None else None
@@ -69,7 +84,6 @@ def video_bytes(
             block.sample_rate, block.pts = sound_rate, 0
             container.mux(track.encode(block))
             container.mux(track.encode())
-    return file.getvalue()
 
 
 def sound_file_bytes_in_mp4(samples: np.ndarray[Any, Any]) -> bytes:

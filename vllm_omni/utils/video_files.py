@@ -117,13 +117,15 @@ class VideoReader:
         num_frames = stream.frames or self._count_packets()
         if num_frames < 1:
             raise InvalidRequestError(f"{self._name}: got a video without frames, expected at least one")
-        return VideoHeader(stream.height, stream.width, num_frames, float(rate), self._sound_header())
+        fps = float(rate)
+        return VideoHeader(stream.height, stream.width, num_frames, fps, self._sound_header(num_frames / fps))
 
-    def _sound_header(self) -> AudioHeader | None:
+    def _sound_header(self, video_s: float) -> AudioHeader | None:
+        """video_s: the length of the video, which stands in where none is said of the sound."""
         if not self._container.streams.audio:
             return None
         stream = self._container.streams.audio[0]
-        length_s = 0.0
+        length_s = video_s
         if stream.duration is not None and stream.time_base is not None:
             length_s = float(stream.duration * stream.time_base)
         elif self._container.duration is not None:

@@ -119,11 +119,9 @@ class MediaProcessor:
             seconds = check_audio(part.source, channels=1, limits=self._limits, name=part.name)
             return MediaSpan("audio", num_audio_tokens=self._sound.num_tokens(seconds, part.name))
         plan = self._videos.plan(part)
-        num_audio_tokens = 0
-        if use_audio_in_video and plan.sound is not None:
-            self._check_track(plan.sound.duration_s, part.name)
-            num_audio_tokens = self._sound.num_tokens(plan.sound.duration_s, f"{part.name}'s sound track")
-        return self._video_span(plan, self._vision.video.fit(*plan.size, part.name), num_audio_tokens)
+        size = self._vision.video.fit(*plan.size, part.name)
+        has_track = use_audio_in_video and plan.sound is not None
+        return self._video_span(plan, size, self._track_tokens(plan, part) if has_track else 0)
 
     def _read(self, part: MediaPart, use_audio_in_video: bool) -> MediaContent:
         if part.kind == "image":
@@ -147,10 +145,8 @@ class MediaProcessor:
         size = (frames.shape[2], frames.shape[3])
         num_audio_tokens, sound = 0, {}
         if use_audio_in_video and plan.sound is not None:
-            samples, rate = self._videos.sound(part)
-            name = f"{part.name}'s sound track"
-            self._check_track(samples.shape[1] / rate, part.name)
-            features, num_audio_tokens = self._features((samples, rate), name)
+            self._track_tokens(plan, part)
+            features, num_audio_tokens = self._features(self._videos.sound(part), f"{part.name}'s sound track")
             sound = {"audio": {"features": features}}
         span = self._video_span(plan, size, num_audio_tokens)
         inputs = {**_grid_inputs(grid, frames, size), "second_per_grid": torch.tensor(span.second_per_grid)}
@@ -169,12 +165,15 @@ class MediaProcessor:
         features = self._sound.features(samples)
         return features, tokens_of_frames(features.shape[1])
 
-    def _check_track(self, duration_s: float, name: str) -> None:
-        if duration_s > self._limits.max_audio_s:
+    def _track_tokens(self, plan: VideoPlan, part: MediaPart) -> int:
+        """Of a video's sound track, as its header says; InvalidRequestError for one beyond the limits."""
+        assert plan.sound is not None
+        if plan.sound.duration_s > self._limits.max_audio_s:
             raise InvalidRequestError(
-                f"{name}: got {duration_s:.2f} s of sound in a video, expected at most {self._limits.max_audio_s:g} s "
-                "(limits.max_audio_s); cut it, or set use_audio_in_video to false"
+                f"{part.name}: got {plan.sound.duration_s:.2f} s of sound in a video, expected at most "
+                f"{self._limits.max_audio_s:g} s (limits.max_audio_s); cut it, or set use_audio_in_video to false"
             )
+        return self._sound.num_tokens(plan.sound.duration_s, f"{part.name}'s sound track")
 
 
 def _grid_inputs(grid: VisionGrid, frames: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
