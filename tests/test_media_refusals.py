@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from media_helpers import RATE, image_bytes, picture, sound_bytes, sound_file_bytes_in_mp4, tone, video_bytes
 from PIL import Image
 from speech_helpers import save_processor, tiny_config
@@ -357,3 +359,30 @@ def test_a_webm_that_counts_no_frames_is_read(options: dict[str, str], media: Me
     prompt = media.read(user(part("video", content)), True)
     assert [item.kind for item in prompt.items] == ["video", "audio"]
     assert prompt.items[0].inputs["grid_thw"].tolist()[0] == 2
+
+
+ORIGINALS = {
+    "image": image_bytes(picture(24, 24)),
+    "audio": sound_bytes(tone(0.05)),
+    "video": video_bytes(FRAMES[:2], 2, tone(0.5)),
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(sorted(ORIGINALS)),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6),
+    share=st.sampled_from([1.0, 1.0, 0.99, 0.7, 0.1]),
+)
+def test_a_file_with_wrong_bytes_is_read_or_refused(
+    kind: str, flips: list[tuple[float, int]], share: float, media: MediaProcessor
+) -> None:
+    content = bytearray(cut(ORIGINALS[kind], share))
+    for place, value in flips:
+        content[int(place * (len(content) - 1))] = value
+    messages = user(part(kind, bytes(content)))
+    for run in (media.check, media.read):
+        try:
+            run(messages, True)
+        except InvalidRequestError as error:
+            assert not ADDRESS.search(str(error))
