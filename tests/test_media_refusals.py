@@ -155,6 +155,7 @@ def cut(content: bytes, share: float) -> bytes:
     return content[: int(len(content) * share)]
 
 
+SOUNDING = video_bytes(FRAMES, 4, tone(1.0))
 NOISE = np.random.default_rng(0).integers(0, 255, (20, 64, 136, 3), dtype=np.uint8)
 
 
@@ -179,6 +180,8 @@ NOISE = np.random.default_rng(0).integers(0, 255, (20, 64, 136, 3), dtype=np.uin
         (lambda: cut(video_bytes(FRAMES), 0.5), "got a file that is no whole video"),
         (lambda: b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n", "got a file that is no whole video"),
         (lambda: b"ffconcat version 1.0\nfile '/etc/passwd'\n", "got a file that is no whole video"),
+        (lambda: video_bytes(FRAMES).replace(b"avc1", b"zzzz"), "got a video of an unknown codec"),
+        (lambda: SOUNDING.replace(b"mp4a", b"zzzz"), "got a video with sound of an unknown codec"),
         (lambda: "https://example.org/a.mp4", "an address, and nothing is fetched"),
         (lambda: "rtsp://example.org/a", "an address, and nothing is fetched"),
         (lambda: "/tmp", "a folder or a device, expected a video file"),

@@ -109,6 +109,10 @@ class VideoReader:
         if not self._container.streams.video:
             raise InvalidRequestError(f"{self._name}: got a file without pictures, expected a video ({EXPECTED})")
         stream = self._container.streams.video[0]
+        if not _can_decode(stream):
+            raise InvalidRequestError(
+                f"{self._name}: got a video of an unknown codec, expected one that FFmpeg decodes"
+            )
         rate = stream.average_rate or stream.guessed_rate
         if not rate or rate <= 0 or stream.width < 1 or stream.height < 1:
             raise InvalidRequestError(
@@ -125,6 +129,10 @@ class VideoReader:
         if not self._container.streams.audio:
             return None
         stream = self._container.streams.audio[0]
+        if not _can_decode(stream):
+            raise InvalidRequestError(
+                f"{self._name}: got a video with sound of an unknown codec, expected one that FFmpeg decodes"
+            )
         length_s = video_s
         if stream.duration is not None and stream.time_base is not None:
             length_s = float(stream.duration * stream.time_base)
@@ -140,20 +148,20 @@ class VideoReader:
             raise self._damaged(error) from None
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
-        self._container.seek(0)
         # A stream may hold other sizes than its header names; the decoder is to refuse them before it makes room.
         max_pixels = (self.header.height + CODING_MARGIN) * (self.header.width + CODING_MARGIN)
         self._container.streams.video[0].codec_context.options = {"max_pixels": str(max_pixels)}
         try:
+            self._container.seek(0)
             yield from self._container.decode(video=0)
         except av.error.FFmpegError as error:
             raise self._damaged(error) from None
 
     def _sound_blocks(self) -> Iterator[Samples]:
         """[n] each, whatever the codec gives."""
-        self._container.seek(0)
         as_floats = av.AudioResampler(format="fltp")
         try:
+            self._container.seek(0)
             for frame in self._container.decode(audio=0):
                 for part in as_floats.resample(frame):
                     yield part.to_ndarray().mean(axis=0, dtype=np.float32)
@@ -177,6 +185,12 @@ class VideoReader:
 
     def __exit__(self, *error: object) -> None:
         self._container.close()
+
+
+def _can_decode(stream: av.VideoStream | av.AudioStream) -> bool:
+    """A stream of a codec that FFmpeg does not know has no context, though the types promise one."""
+    context: object = stream.codec_context
+    return context is not None
 
 
 def _upright(frame: av.VideoFrame) -> Frame:

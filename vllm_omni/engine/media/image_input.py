@@ -18,7 +18,7 @@ from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.utils.source_files import open_source_file
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that runs or fetches something
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # PIL reads dozens, one of them by running a program
 SOURCES = "a path, the bytes of a file, a PIL image or a numpy array uint8 [height, width, 3] or [height, width]"
 
 
