@@ -181,7 +181,10 @@ NOISE = np.random.default_rng(0).integers(0, 255, (20, 64, 136, 3), dtype=np.uin
         (lambda: b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n", "got a file that is no whole video"),
         (lambda: b"ffconcat version 1.0\nfile '/etc/passwd'\n", "got a file that is no whole video"),
         (lambda: video_bytes(FRAMES).replace(b"avc1", b"zzzz"), "got a video of an unknown codec"),
-        (lambda: SOUNDING.replace(b"mp4a", b"zzzz"), "got a video with sound of an unknown codec"),
+        (
+            lambda: SOUNDING.replace(b"mp4a", b"zzzz").replace(b"esds", b"zzzz"),
+            "got a video with sound of an unknown codec",
+        ),
         (lambda: "https://example.org/a.mp4", "an address, and nothing is fetched"),
         (lambda: "rtsp://example.org/a", "an address, and nothing is fetched"),
         (lambda: "/tmp", "a folder or a device, expected a video file"),
