@@ -13,7 +13,7 @@ from test_omni_scheduler import request
 from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import EdgeConfig, OmniConfig, StageConfig
 from vllm_omni.core.omni_scheduler import OmniScheduler
-from vllm_omni.core.request_state import Launch
+from vllm_omni.core.orders import Launch
 from vllm_omni.errors import StageError
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec
 from vllm_omni.request import RequestStatus
@@ -161,7 +161,7 @@ class Play:
                 assert model.done == model.started and model.done | skipped == set(self.case.edges)
                 assert set(end.payloads) == set(self.case.outputs) - skipped
         for name, model in self.alive():
-            state = self.machine._running.get(name)
+            state = self.machine._ledger.running.get(name)
             assert state is None or set(state.skipped) == model.skipped()
 
 

@@ -214,8 +214,7 @@ def _check_stream(edge: Edge, signatures: Mapping[str, StageSignature], key: str
     given, taken = signatures[edge.source].streamed_outputs, signatures[edge.target].streamed_inputs
     if edge.source_port not in given:
         raise ConfigError(
-            f"{key}: {edge.source!r} gives {edge.source_port!r} only whole; remove `stream`"
-            f"{_or_one_of('read', given)}"
+            f"{key}: {edge.source!r} gives {edge.source_port!r} only whole; remove `stream`{_or_one_of('read', given)}"
         )
     if edge.target_port not in taken:
         raise ConfigError(

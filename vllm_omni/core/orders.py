@@ -13,7 +13,7 @@ from vllm_omni.request import OmniRequest
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A stage that now counts as running. Its inputs are complete, but for streamed ones: those hold the first chunk."""
+    """A stage that now counts as running. Its inputs are complete, but that streamed ones hold the first chunk."""
 
     request: OmniRequest
     stage: str

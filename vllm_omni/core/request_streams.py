@@ -6,12 +6,14 @@ Knows which stages run only as an argument, and nothing of their whole inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
 from vllm_omni.config.graph import Edge
 from vllm_omni.core.edge_stream import EdgeStream
-from vllm_omni.errors import SchedulerError, StageError
+from vllm_omni.errors import RequestTimeoutError, SchedulerError, StageError
 from vllm_omni.payload import StagePayload, StreamChunk
 
 
@@ -40,22 +42,23 @@ class RequestStreams:
         return chunk
 
     def push(self, origin: tuple[str, str], rows: Tensor, is_last: bool) -> list[Edge]:
-        """Takes rows of a stage's port; the edges that have their first chunk by that. StageError for bad rows."""
+        """Takes rows of a stage's port; the edges that have a chunk by that, and had none. StageError for bad rows."""
         return self._write(origin, lambda stream: stream.push(rows, is_last))
 
     def close(self, payload: StagePayload) -> list[Edge]:
         """Their writer is done: what it gave no rows of is taken from its payload; as `push` otherwise."""
         self.paused.discard(payload.source)
-        edges: list[Edge] = []
-        for origin in {edge.origin for edge in self._streams if edge.source == payload.source}:
-            edges += self._write(origin, lambda stream, port=origin[1]: _complete(stream, payload, port))
-        return edges
+        begun: list[Edge] = []
+        for port in {edge.source_port for edge in self._streams if edge.source == payload.source}:
+            begun += self._write((payload.source, port), partial(_complete, payload=payload, port=port))
+        return begun
 
     def took(self, stage: str, port: str, now: float) -> None:
         """A reader has used up a chunk; what came over no stream is not counted. StageError when it had none."""
         for edge, stream in self._streams.items():
             if (edge.target, edge.target_port) == (stage, port):
-                _blaming(edge, lambda stream=stream: stream.took(now))
+                with _blaming(edge):
+                    stream.took(now)
 
     def drop(self, edges: Iterable[Edge]) -> None:
         """Nobody will read these any more, or write them."""
@@ -76,18 +79,21 @@ class RequestStreams:
         self.paused = full
         return to_pause, to_resume
 
-    def overdue(self, running: Collection[str], now: float) -> Edge | None:
-        """An edge whose reader has waited for longer than it may. Time does not count while its writer can do nothing
-        about it: while that pauses, or waits for a chunk itself.
+    def overdue(self, now: float) -> RequestTimeoutError | None:
+        """What to say when a reader has waited longer than its edge allows. Time does not count while the writer can do
+        nothing about it: while it is paused, or waits for a chunk itself.
         """
         waiting = {edge: stream for edge, stream in self._streams.items() if stream.waiting_since is not None}
         held = self.paused | {edge.target for edge in waiting}
         for edge, stream in waiting.items():
             assert edge.stream is not None and stream.waiting_since is not None
+            limit_s = edge.stream.chunk_timeout_s
             if edge.source in held:
                 stream.waiting_since = now
-            elif now - stream.waiting_since >= edge.stream.chunk_timeout_s:
-                return edge
+            elif now - stream.waiting_since >= limit_s:
+                return RequestTimeoutError(
+                    f"{edge}: no chunk came for {limit_s:g} s; raise the edge's chunk_timeout_s if it is just slow"
+                )
         return None
 
     def check_integrity(self, running: Collection[str], settled: Collection[str]) -> None:
@@ -108,7 +114,8 @@ class RequestStreams:
         for edge, stream in self._streams.items():
             if edge.origin == origin:
                 had_chunk = stream.has_chunk
-                _blaming(edge, lambda stream=stream: write(stream))
+                with _blaming(edge):
+                    write(stream)
                 if stream.has_chunk and not had_chunk:
                     begun.append(edge)
         return begun
@@ -122,8 +129,9 @@ def _complete(stream: EdgeStream, payload: StagePayload, port: str) -> None:
     stream.close()
 
 
-def _blaming(edge: Edge, act: Callable[[], None]) -> None:
+@contextmanager
+def _blaming(edge: Edge) -> Iterator[None]:
     try:
-        act()
+        yield
     except StageError as error:
         raise StageError(f"{edge}: {error}") from error

@@ -22,8 +22,8 @@ def describe(config: OmniConfig, graph: StageGraph, plans: Mapping[str, MemoryPl
 
 
 def draw_graph(config: OmniConfig, graph: StageGraph) -> list[str]:
-    """One line a stage, in the order of running, with the edges as rails on the left; conditions and streams stand above
-    the stage that they keep waiting.
+    """One line a stage, in the order of running, with the edges as rails on the left; conditions and streams stand
+    above the stage that they keep waiting.
     """
     rails = _Rails()
     rows: list[tuple[str, str]] = []
