@@ -26,6 +26,7 @@ class RequestStreams:
     def __init__(self, edges: Iterable[Edge]) -> None:
         self._streams = {edge: EdgeStream(edge.stream) for edge in edges if edge.stream is not None}
         self.paused: set[str] = set()
+        self._ended: set[tuple[str, str]] = set()
 
     def touches(self, stage: str) -> bool:
         """Whether a stage writes or reads a stream."""
@@ -43,6 +44,10 @@ class RequestStreams:
 
     def push(self, origin: tuple[str, str], rows: Tensor, is_last: bool) -> list[Edge]:
         """Takes rows of a stage's port; the edges that have a chunk by that, and had none. StageError for bad rows."""
+        if origin in self._ended:
+            raise StageError(f"stage {origin[0]!r} gave rows of {origin[1]!r} after the last")
+        if is_last:
+            self._ended.add(origin)
         return self._write(origin, lambda stream: stream.push(rows, is_last))
 
     def close(self, payload: StagePayload) -> list[Edge]:
