@@ -275,7 +275,7 @@ class OmniScheduler:
         to_pause, to_resume = streams.change_pauses(state.running)
         orders += [Pause(request_id, stage) for stage in sorted(to_pause)]
         orders += [Resume(request_id, stage) for stage in sorted(to_resume)]
-        late = streams.overdue(now)
+        late = streams.overdue(state.running, now)
         if late is not None:
             self._ledger.counts["timed_out"] += 1
             self.fail(request_id, late)

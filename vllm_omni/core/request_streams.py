@@ -84,20 +84,22 @@ class RequestStreams:
         self.paused = full
         return to_pause, to_resume
 
-    def overdue(self, now: float) -> RequestTimeoutError | None:
+    def overdue(self, running: Collection[str], now: float) -> RequestTimeoutError | None:
         """What to say when a reader has waited longer than its edge allows. Time does not count while the writer can do
-        nothing about it: while it is paused, or waits for a chunk itself.
+        nothing about it, being paused or waiting for a chunk itself, as long as some other stage can.
         """
         waiting = {edge: stream for edge, stream in self._streams.items() if stream.waiting_since is not None}
         held = self.paused | {edge.target for edge in waiting}
         for edge, stream in waiting.items():
             assert edge.stream is not None and stream.waiting_since is not None
             limit_s = edge.stream.chunk_timeout_s
-            if edge.source in held:
+            if edge.source in held and not held.issuperset(running):
                 stream.waiting_since = now
             elif now - stream.waiting_since >= limit_s:
+                fix = "max_ahead of what it feeds" if edge.source in self.paused else "the edge's chunk_timeout_s"
+                state = "which is paused, " if edge.source in self.paused else ""
                 return RequestTimeoutError(
-                    f"{edge}: no chunk came for {limit_s:g} s; raise the edge's chunk_timeout_s if it is just slow"
+                    f"{edge}: no chunk came from {edge.source!r}, {state}for {limit_s:g} s; raise {fix}"
                 )
         return None
 
