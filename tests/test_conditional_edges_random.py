@@ -5,6 +5,7 @@ is given which chunks, and who is held back.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,25 +97,25 @@ def span(chunk: StreamChunk) -> Span:
     return (chunk.start, chunk.stop, chunk.num_before, chunk.num_after, chunk.is_last)
 
 
-def cut(num_rows: int, is_ended: bool, stream: StreamConfig) -> list[Span]:
-    """The chunks that the rows make so far: start, stop, context before and after, whether it is the last."""
-    spans: list[Span] = []
-    start = 0
-    while True:
+def cut(num_rows: int, is_ended: bool, stream: StreamConfig, given: Sequence[Span] = ()) -> list[Span]:
+    """The chunks so far (start, stop, context before and after, whether it is the last): those that were given before,
+    and what can be made of the rows there are now.
+    """
+    spans = list(given)
+    while not spans or not spans[-1][-1]:
+        start = spans[-1][1] if spans else 0
         stop = start + (stream.chunk if spans else stream.first_chunk)
         if not is_ended and stop + stream.look_ahead > num_rows:
-            return spans
+            break
         stop = min(stop, num_rows)
         after = min(stream.look_ahead, num_rows - stop)
         spans.append((start, stop, min(stream.left_context, start), after, is_ended and stop == num_rows))
-        if spans[-1][-1]:
-            return spans
-        start = stop
+    return spans
 
 
 class Model:
     """What must be true of one request, given which of its stages have started and which are done, the rows they wrote,
-    which of them said that they were the last, and how many chunks were taken over an edge (reader, source).
+    which of them said that they were the last, and over each edge (reader, source) what was given and how much taken.
     """
 
     def __init__(self, case: Case, meta: dict[str, dict[str, int]]) -> None:
@@ -124,23 +125,19 @@ class Model:
         self.done: set[str] = set()
         self.rows: dict[str, int] = dict.fromkeys(case.edges, 0)
         self.ended: set[str] = set()
+        self.given: dict[tuple[str, str], list[Span]] = {}
         self.taken: dict[tuple[str, str], int] = {}
 
     def is_lost(self, stage: str, source: str, skipped: set[str]) -> bool:
         text = self.case.edges[stage][source].when
         return source in skipped or (source in self.done and not CONDITIONS[text](self.meta[source]))
 
-    def chunks(self, stage: str, source: str) -> list[Span]:
-        """What a reader that runs must have been given."""
-        stream = self.case.edges[stage][source].stream
-        assert stream is not None
-        return cut(self.rows[source], source in self.ended, stream)
-
     def is_there(self, stage: str, source: str) -> bool:
         """Whether an input that is not lost is."""
-        if self.case.edges[stage][source].stream is None:
+        stream = self.case.edges[stage][source].stream
+        if stream is None:
             return source in self.done
-        return source in self.started and bool(self.rows[source]) and bool(self.chunks(stage, source))
+        return bool(self.rows[source]) and bool(cut(self.rows[source], source in self.ended, stream))
 
     def streams(self) -> list[tuple[str, str, StreamConfig]]:
         """(reader, source, how), where the reader runs and could start with it."""
@@ -148,13 +145,13 @@ class Model:
             (stage, source, how.stream)
             for stage in self.started - self.done
             for source, how in self.case.edges[stage].items()
-            if how.stream and (stage, source) in self.taken
+            if how.stream and (stage, source) in self.given
         ]
 
     def paused(self) -> set[str]:
         full = set()
         for stage, source, stream in self.streams():
-            used = self.chunks(stage, source)[: self.taken[stage, source]]
+            used = self.given[stage, source][: self.taken[stage, source]]
             num_ahead = self.rows[source] - (used[-1][1] if used else 0)
             if source not in self.ended and num_ahead >= stream.max_ahead:
                 full.add(source)
@@ -197,7 +194,6 @@ class Play:
         self.machine = OmniScheduler(OmniConfig(), case.graph())
         self.models = {f"r{index}": Model(case, meta) for index, meta in enumerate(case.metas)}
         self.in_flight: list[Launch] = []
-        self.given: dict[tuple[str, str, str], list[Span]] = {}
         self.paused: set[tuple[str, str]] = set()
         self.values: list[weakref.ref[Any]] = []
         self.ended: dict[str, Any] = {}
@@ -206,6 +202,7 @@ class Play:
 
     def tick(self) -> None:
         expected = {(name, stage): ports for name, model in self.alive() for stage, ports in model.ready().items()}
+        before = {name: dict(model.given) for name, model in self.alive()}
         orders = self.machine.tick(0.0)
         launches = [order for order in orders if isinstance(order, Launch)]
         assert {(launch.request.request_id, launch.stage): set(launch.inputs) for launch in launches} == expected
@@ -215,8 +212,10 @@ class Play:
         self.check()
         for name, model in self.alive():
             assert {stage for request_id, stage in self.paused if request_id == name} == model.paused()
-            for stage, source, _ in model.streams():
-                assert self.given[name, stage, source] == model.chunks(stage, source)
+            for stage, source, stream in model.streams():
+                chunks = before[name].get((stage, source), [])
+                expected_chunks = cut(model.rows[source], source in model.ended, stream, chunks)
+                assert model.given[stage, source] == expected_chunks
 
     def take(self, order: Launch | Feed | Pause | Resume) -> None:
         if isinstance(order, Launch):
@@ -226,17 +225,17 @@ class Play:
             for source, value in order.inputs.items():
                 if isinstance(value, StreamChunk):
                     model.taken[order.stage, source] = 0
-                    self.give(name, order.stage, source, value)
+                    self.give(model, order.stage, source, value)
         elif isinstance(order, Feed):
-            self.give(order.request_id, order.stage, order.port, order.chunk)
+            self.give(self.models[order.request_id], order.stage, order.port, order.chunk)
         elif isinstance(order, Pause):
             assert (order.request_id, order.stage) not in self.paused
             self.paused.add((order.request_id, order.stage))
         else:
             self.paused.remove((order.request_id, order.stage))
 
-    def give(self, name: str, stage: str, source: str, chunk: StreamChunk) -> None:
-        self.given.setdefault((name, stage, source), []).append(span(chunk))
+    def give(self, model: Model, stage: str, source: str, chunk: StreamChunk) -> None:
+        model.given[stage, source] = [*model.given.get((stage, source), []), span(chunk)]
         begin = chunk.start - chunk.num_before
         assert torch.equal(chunk.rows, torch.arange(begin, begin + len(chunk.rows)))
 
@@ -264,11 +263,11 @@ class Play:
         """A stage at work takes a chunk, where it has one."""
         launch = self.in_flight[index % len(self.in_flight)]
         name, stage = launch.request.request_id, launch.stage
-        taken = self.models[name].taken
-        for (reader, source), num_taken in list(taken.items()):
-            if reader == stage and num_taken < len(self.given[name, stage, source]) and name not in self.ended:
+        model = self.models[name]
+        for (reader, source), num_taken in list(model.taken.items()):
+            if reader == stage and num_taken < len(model.given[stage, source]) and name not in self.ended:
                 self.machine.stage_took(name, stage, source, 0.0)
-                taken[stage, source] += 1
+                model.taken[stage, source] += 1
                 self.check()
                 return
 
@@ -328,17 +327,18 @@ def test_exactly_those_stages_run_that_the_conditions_leave_and_are_given_what_w
     play = Play(case)
     play.tick()
     gives_up = data.draw(st.sampled_from([None, None, "fail", "abort"]))
-    moves = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=8 * len(case.edges)))
+    moves = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=12, max_size=40))
     for move, index in moves:
         if not play.alive():
             break
         if move == 0 and gives_up:
             play.give_up("r1", gives_up == "fail")
             gives_up = None
-        elif move < 3 or not play.in_flight:
+        elif move == 1 or not play.in_flight:
             play.tick()
         elif move < 6:
-            play.write(index, num_rows=move - 2, is_last=index > 7)
+            play.write(index, num_rows=max(move - 1, 0), is_last=index == 9)
+            play.tick()
         elif move < 8:
             play.use_up(index)
         else:
