@@ -297,7 +297,7 @@ def test_a_reader_that_gets_no_chunk_in_time_ends_the_request_and_names_the_firs
     clock.now = 8.0
     (output,) = finish(loop).values()
     assert isinstance(output.error, RequestTimeoutError) and output.status is RequestStatus.FAILED
-    assert str(output.error).startswith("talker.codes -> voice.codes: no chunk came from 'talker', for 8 s; raise the")
+    assert str(output.error).startswith("talker.codes -> voice.codes: no chunk came for 8 s; raise the edge's")
     assert loop.get_metrics()["timed_out"] == 1
     assert_at_rest(loop)
 

@@ -96,11 +96,10 @@ class RequestStreams:
             if edge.source in held and not held.issuperset(running):
                 stream.waiting_since = now
             elif now - stream.waiting_since >= limit_s:
-                fix = "max_ahead of what it feeds" if edge.source in self.paused else "the edge's chunk_timeout_s"
-                state = "which is paused, " if edge.source in self.paused else ""
-                return RequestTimeoutError(
-                    f"{edge}: no chunk came from {edge.source!r}, {state}for {limit_s:g} s; raise {fix}"
-                )
+                fix = "raise the edge's chunk_timeout_s"
+                if edge.source in self.paused:
+                    fix = f"{edge.source!r} is paused for a reader that waits too; raise max_ahead of the edges from it"
+                return RequestTimeoutError(f"{edge}: no chunk came for {limit_s:g} s; {fix}")
         return None
 
     def check_integrity(self, running: Collection[str], settled: Collection[str]) -> None:
