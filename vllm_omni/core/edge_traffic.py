@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +39,12 @@ class EdgeTraffic:
         elif isinstance(value, Tensor):
             counts.bytes += _num_bytes(value)
             counts.rows += len(value) if value.dim() else 0
+
+    def count_inputs(self, edges: Iterable[Edge], inputs: Mapping[str, Any]) -> None:
+        """What a stage starts with went over its edges, but for those that brought it nothing."""
+        for edge in edges:
+            if edge.target_port in inputs:
+                self.count(edge, inputs[edge.target_port])
 
     def get_stats(self) -> dict[str, dict[str, int]]:
         """'a.out -> b.in' -> bytes, rows, chunks."""

@@ -260,9 +260,7 @@ class OmniScheduler:
                 self._complete(state, stage, mine, {"cached": True, "steps": 0}, now)
                 return []
             state.cache_keys[stage] = key
-        for edge in plan.edges:
-            if edge.target_port in inputs:
-                self._traffic.count(edge, inputs[edge.target_port])
+        self._traffic.count_inputs(plan.edges, inputs)
         return [Launch(state.request, stage, plan.params, inputs)]
 
     def _stream(self, state: RequestState, now: float) -> list[Order]:
