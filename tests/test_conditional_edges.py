@@ -16,7 +16,9 @@ from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import EdgeConfig, OmniConfig, StageConfig
 from vllm_omni.core.omni_scheduler import OmniScheduler
-from vllm_omni.core.request_state import Launch, RequestEnd, RequestPlan, StagePlan, default_plan
+from vllm_omni.core.orders import Launch
+from vllm_omni.core.request_plan import RequestPlan, StagePlan, default_plan
+from vllm_omni.core.request_state import RequestEnd
 from vllm_omni.errors import ConfigError, StageError
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec, TextSpec
@@ -109,7 +111,7 @@ def test_an_override_sets_the_condition_of_either_form(edge: Any) -> None:
     [
         ({"when": "n"}, "stages.loud.inputs.text.from: missing; it is required"),
         ({"from": "source.text", "wehn": "n"}, "stages.loud.inputs.text.wehn: unknown key (did you mean 'when'?)"),
-        ({"from": "source.text", "stream": {}}, "stages.loud.inputs.text.stream: unknown key (known: from, when)"),
+        ({"from": "source.text", "strem": {}}, "stages.loud.inputs.text.strem: unknown key (did you mean 'stream'?)"),
         ({"source": "source.text"}, "stages.loud.inputs.text.source: unknown key"),
         ({"from": 3}, "stages.loud.inputs.text.from: got 3, expected a string"),
         ({"from": "source.text", "when": True}, "stages.loud.inputs.text.when: got True, expected a string"),
@@ -392,7 +394,7 @@ def test_an_early_end_of_a_request_with_skipped_stages_leaves_nothing(ending: st
 def test_integrity_notices_a_stage_that_waits_in_vain() -> None:
     run = Run(graph(end=(READER, {"words": "a.text", "hint": "a.sound"})))
     run.tick()
-    state = run.machine._running["r"]
+    state = run.machine._ledger.running["r"]
     state._awaited["end"] = [edge for edge in state._awaited["end"] if edge.target_port != "words"]
     state.missing["end"] = 1
     with pytest.raises(Exception, match="will never have \\['words'\\]"):

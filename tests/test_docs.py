@@ -27,7 +27,7 @@ from vllm_omni import errors, registry
 from vllm_omni.config.document import ConfigDocument, ResourcesGroup, SchedulerGroup
 from vllm_omni.config.graph import build_graph
 from vllm_omni.config.loader import load_config
-from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, StageConfig
+from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, StageConfig, StreamConfig
 from vllm_omni.engine.ar_input import DEFAULT_MAX_TOKENS
 from vllm_omni.engine.ar_options import AROptions, Tap
 from vllm_omni.engine.diffusers_options import DiffusersOptions
@@ -223,6 +223,7 @@ CONFIG_GROUPS: dict[str, tuple[Any, frozenset[str]]] = {
     "`limits`": (LimitsConfig, frozenset()),
     "Keys of every stage": (StageConfig, frozenset({"name", "options"})),
     "Conditional edges": (EdgeConfig, frozenset()),
+    "Streamed edges": (StreamConfig, frozenset()),
     "Keys of an `ar` stage": (AROptions, frozenset()),
     "Keys of a `dit` stage": (DiTOptions, frozenset()),
     "Keys of a `music_prompt` stage": (MusicPromptOptions, frozenset()),

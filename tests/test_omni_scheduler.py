@@ -17,7 +17,8 @@ from vllm_omni.config.schema import (
     StageConfig,
 )
 from vllm_omni.core.omni_scheduler import OmniScheduler
-from vllm_omni.core.request_state import Launch, RequestPlan, StagePlan
+from vllm_omni.core.orders import Launch
+from vllm_omni.core.request_plan import RequestPlan, StagePlan
 from vllm_omni.errors import (
     ConfigError,
     QueueFullError,

@@ -12,7 +12,7 @@ from vllm_omni.config.schema import (
     SchedulerConfig,
     SchedulerType,
 )
-from vllm_omni.core.request_state import Launch
+from vllm_omni.core.orders import Launch
 from vllm_omni.errors import (
     QueueFullError,
     StageError,

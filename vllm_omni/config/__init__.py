@@ -8,6 +8,7 @@ from vllm_omni.config.schema import (
     SchedulerConfig,
     SchedulerType,
     StageConfig,
+    StreamConfig,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "SchedulerConfig",
     "SchedulerType",
     "StageConfig",
+    "StreamConfig",
 ]

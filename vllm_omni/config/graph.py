@@ -13,7 +13,7 @@ from vllm_omni import registry
 from vllm_omni.config.builder import under
 from vllm_omni.config.condition import Condition
 from vllm_omni.config.document import STAGE_KEYS, check_stage_name
-from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.config.schema import OmniConfig, StageConfig, StreamConfig
 from vllm_omni.errors import ConfigError
 from vllm_omni.payload import PortSpec, StageSignature, TensorSpec, TextSpec
 from vllm_omni.utils.checks import did_you_mean
@@ -23,7 +23,8 @@ from vllm_omni.utils.checks import did_you_mean
 class Edge:
     """`source.source_port` feeds `target.target_port`, where `when` holds of the meta of the source's payload.
 
-    is_text: whether words pass, which a stage may leave unwritten.
+    stream: how rows are handed on while they are being made; None hands the port on whole. is_text: whether words pass,
+    which a stage may leave unwritten. takes_chunks: whether the reader is given StreamChunks, even of a whole port.
     """
 
     source: str
@@ -32,6 +33,8 @@ class Edge:
     target_port: str
     when: Condition | None = None
     is_text: bool = field(default=False, compare=False)  # follows from the port
+    stream: StreamConfig | None = None
+    takes_chunks: bool = field(default=False, compare=False)  # follows from the port
 
     @property
     def origin(self) -> tuple[str, str]:
@@ -76,12 +79,16 @@ class StageGraph:
         return self._from[stage]
 
     def wanted_ports(self, stage: str) -> frozenset[str]:
-        """The output ports of a stage that an edge or `outputs` reads; the others need not be computed."""
-        wanted = {edge.source_port for edge in self._from[stage]}
+        """The output ports of a stage that an edge or `outputs` reads whole."""
+        wanted = {edge.source_port for edge in self._from[stage] if edge.stream is None}
         wanted |= {port for source, port in self.output_tensors if source == stage}
         if stage in self.result_stages:
             wanted |= self.signatures[stage].results
         return frozenset(wanted)
+
+    def streamed_ports(self, stage: str) -> frozenset[str]:
+        """The output ports of a stage that an edge reads row by row; those that nobody reads need not be computed."""
+        return frozenset(edge.source_port for edge in self._from[stage] if edge.stream is not None)
 
     def demand(self, needed: Callable[[str], frozenset[str]]) -> Mapping[str, frozenset[str]]:
         """Which stages run for one request, in topological order, and which of their connected inputs they read.
@@ -169,7 +176,11 @@ def _read_edges(stages: Mapping[str, StageConfig], signatures: Mapping[str, Stag
             _check_fit(signatures[source].outputs[source_port], expected, given.source, key)
             condition = given.condition()
             _check_names(condition, source, signatures[source], key)
-            edges.append(Edge(source, source_port, target, port, condition, isinstance(expected, TextSpec)))
+            takes_chunks = port in signatures[target].streamed_inputs
+            is_text = isinstance(expected, TextSpec)
+            edge = Edge(source, source_port, target, port, condition, is_text, given.stream, takes_chunks)
+            _check_stream(edge, signatures, f"{key}.stream")
+            edges.append(edge)
     return edges
 
 
@@ -194,6 +205,25 @@ def _check_names(condition: Condition | None, source: str, signature: StageSigna
     known = signature.meta | {port for port, spec in signature.outputs.items() if not isinstance(spec, TensorSpec)}
     for name in sorted(condition.names - known):
         raise ConfigError(f"{key}.when: got {name!r}, but the meta of {source!r} has no such key{_near(name, known)}")
+
+
+def _check_stream(edge: Edge, signatures: Mapping[str, StageSignature], key: str) -> None:
+    """Refuses a stream that the source cannot give or the reader cannot take."""
+    if edge.stream is None:
+        return
+    given, taken = signatures[edge.source].streamed_outputs, signatures[edge.target].streamed_inputs
+    if edge.source_port not in given:
+        raise ConfigError(
+            f"{key}: {edge.source!r} gives {edge.source_port!r} only whole; remove `stream`{_or_one_of('read', given)}"
+        )
+    if edge.target_port not in taken:
+        raise ConfigError(
+            f"{key}: {edge.target!r} reads {edge.target_port!r} only whole; remove `stream`{_or_one_of('feed', taken)}"
+        )
+
+
+def _or_one_of(verb: str, ports: Collection[str]) -> str:
+    return f", or {verb} a port that streams: {', '.join(sorted(ports))}" if ports else ""
 
 
 def _near(name: str, known: Collection[str]) -> str:

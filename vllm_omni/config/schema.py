@@ -83,6 +83,25 @@ class StreamConfig:
     max_ahead: int = 4096
     chunk_timeout_s: float = 60.0
 
+    def __post_init__(self) -> None:
+        complaints = [
+            check_number("first_chunk", self.first_chunk, 1, integer=True),
+            check_number("chunk", self.chunk, 1, integer=True),
+            check_number("left_context", self.left_context, 0, integer=True),
+            check_number("look_ahead", self.look_ahead, 0, integer=True),
+            check_number("max_ahead", self.max_ahead, 1, integer=True),
+            check_number("chunk_timeout_s", self.chunk_timeout_s, 0, above_low=True),
+        ]
+        for complaint in complaints:
+            if complaint:
+                raise ConfigError(complaint)
+        least = max(self.first_chunk, self.chunk) + self.look_ahead
+        if self.max_ahead < least:
+            raise ConfigError(
+                f"max_ahead: got {self.max_ahead}, expected at least {least}, the rows of a chunk and its look_ahead; "
+                "with fewer the writer would pause before a chunk is there"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class EdgeConfig:
@@ -99,6 +118,11 @@ class EdgeConfig:
             self.condition()
         except ConfigError as error:
             raise ConfigError(f"when: {error}") from error
+        if self.when is not None and self.stream is not None:
+            raise ConfigError(
+                f"stream: cannot stand beside 'when' ({brief(self.when)}), which is decided when the source is done; "
+                "remove one of the two"
+            )
 
     @property
     def stage(self) -> str:

@@ -1,35 +1,40 @@
 """Admission, order and routing of requests through the stages: a pure state machine.
 
-Time is an argument, nothing runs by itself and no engine is known: `tick` says which stages to launch, `stage_done`
-and `stage_failed` tell what became of them, and `take_ends` gives every request's one and only end.
+Time is an argument, nothing runs by itself and no engine is known: `tick` says which stages to launch, feed, pause and
+resume, `stage_rows`, `stage_took`, `stage_done` and `stage_failed` tell what they did, and `take_ends` gives every
+request's one and only end.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import OmniConfig
+from vllm_omni.core.config_update import check_update
 from vllm_omni.core.dit_cache_manager import DiTCacheManager
+from vllm_omni.core.edge_traffic import EdgeTraffic
+from vllm_omni.core.orders import Feed, Launch, Order, Pause, Resume
 from vllm_omni.core.policies import make_policy
-from vllm_omni.core.request_state import Launch, RequestEnd, RequestPlan, RequestState, default_plan
+from vllm_omni.core.request_ledger import RequestLedger
+from vllm_omni.core.request_plan import RequestPlan, default_plan
+from vllm_omni.core.request_state import RequestEnd, RequestState
 from vllm_omni.core.resources import MIB
 from vllm_omni.errors import (
-    ConfigError,
     OmniError,
     QueueFullError,
     RequestAbortedError,
     RequestTimeoutError,
     SchedulerError,
+    StageError,
 )
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import OmniRequest, RequestStatus
 from vllm_omni.utils.checks import did_you_mean
-
-CHANGEABLE = frozenset({"scheduler", "dit_cache", "request_timeout", "worker_timeout"})
 
 
 class OmniScheduler:
@@ -47,11 +52,8 @@ class OmniScheduler:
         self._embeddings = DiTCacheManager(max_bytes=int(config.dit_cache.prompt_embeds_mb * MIB))
         self._is_started = False
         self._is_stopped = False
-        self._num_admitted = 0
-        self._waiting: dict[str, RequestState] = {}
-        self._running: dict[str, RequestState] = {}
-        self._ends: dict[str, RequestEnd] = {}
-        self._counts: Counter[str] = Counter()
+        self._ledger = RequestLedger()
+        self._traffic = EdgeTraffic()
 
     def start(self) -> None:
         """Accepts requests, also again after `stop`; may be called twice."""
@@ -64,18 +66,20 @@ class OmniScheduler:
     def shutdown(self) -> None:
         """At once: admits nothing more, everything unfinished ends ABORTED."""
         self.stop()
-        for request_id in [*self._waiting, *self._running]:
-            self._end(request_id, RequestStatus.ABORTED, RequestAbortedError("the scheduler was shut down"))
+        for state in self._ledger.unfinished():
+            self._ledger.end(
+                state.request.request_id, RequestStatus.ABORTED, RequestAbortedError("the scheduler was shut down")
+            )
 
     def ensure_accepts(self, request_id: str) -> None:
         """Raises SchedulerError when stopped or when the id is in use, QueueFullError when too many wait."""
         if self._is_stopped:
             raise SchedulerError(f"request {request_id!r}: the scheduler is stopped; call start() or make a new one")
-        self._ensure_unused(request_id)
+        self._ledger.ensure_unused(request_id)
         limit = self._config.scheduler.max_queue_size
-        if len(self._waiting) >= limit:
+        if len(self._ledger.waiting) >= limit:
             raise QueueFullError(
-                f"{len(self._waiting)} requests wait; retry later or raise scheduler.max_queue_size ({limit})"
+                f"{len(self._ledger.waiting)} requests wait; retry later or raise scheduler.max_queue_size ({limit})"
             )
 
     def schedule(self, request: OmniRequest, plan: RequestPlan | None = None, *, now: float = 0.0) -> bool:
@@ -89,45 +93,66 @@ class OmniScheduler:
         if request.priority not in weights:
             raise SchedulerError(f"priority: got {request.priority!r}{did_you_mean(str(request.priority), weights)}")
         timeout_s = self._config.request_timeout if request.timeout_s is None else request.timeout_s
-        state = RequestState(request, plan or default_plan(self._graph), self._num_admitted, now, timeout_s)
-        self._num_admitted += 1
-        self._waiting[request.request_id] = state
+        order = self._ledger.num_admitted
+        self._ledger.admit(RequestState(request, plan or default_plan(self._graph), order, now, timeout_s))
         return True
 
     def reject(self, request: OmniRequest, error: OmniError) -> None:
         """Ends a request that was never admitted; SchedulerError when its id is in use."""
-        self._ensure_unused(request.request_id)
-        self._counts[RequestStatus.REJECTED.value] += 1
-        self._ends[request.request_id] = RequestEnd(request, RequestStatus.REJECTED, error=error)
+        self._ledger.reject(request, error)
 
     def abort(self, request_id: str) -> None:
         """Ends a request ABORTED; an unknown or finished one is left alone."""
-        self._end(request_id, RequestStatus.ABORTED, RequestAbortedError(f"request {request_id!r} was aborted"))
+        self._ledger.end(request_id, RequestStatus.ABORTED, RequestAbortedError(f"request {request_id!r} was aborted"))
 
     def fail(self, request_id: str, error: OmniError) -> None:
         """Ends a request FAILED; an unknown or finished one is left alone."""
-        self._end(request_id, RequestStatus.FAILED, error)
+        self._ledger.end(request_id, RequestStatus.FAILED, error)
 
-    def tick(self, now: float) -> list[Launch]:
-        """Ends what is overdue, starts waiting requests up to `max_running`, launches what has complete inputs."""
-        for state in [*self._waiting.values(), *self._running.values()]:
+    def tick(self, now: float) -> list[Order]:
+        """Ends what is overdue, starts waiting requests up to `max_running`, launches what has its inputs and hands on
+        what was streamed. The orders are to be carried out as they come.
+        """
+        for state in self._ledger.unfinished():
             if now >= state.deadline_s:
                 self._time_out(state)
         self._start_waiting(now)
-        launches: list[Launch] = []
-        for request_id, state in list(self._running.items()):
-            while state.ready and request_id in self._running:
-                launches += self._launch(state, next(iter(state.ready)), now)
+        orders: list[Order] = []
+        for request_id, state in list(self._ledger.running.items()):
+            while state.ready and request_id in self._ledger.running:
+                orders += self._launch(state, next(iter(state.ready)), now)
+            if request_id in self._ledger.running:
+                orders += self._stream(state, now)
             if state.is_stalled:
                 missing = ", ".join(state.missing)
                 self.fail(request_id, SchedulerError(f"nothing runs that could feed the stages {missing}"))
-        return launches
+        return orders
+
+    def stage_rows(self, request_id: str, stage: str, port: str, rows: Tensor, is_last: bool, now: float) -> None:
+        """A launched stage has made new rows [n, ...] of a port. Late news is dropped."""
+        state = self._ledger.working_on(request_id, stage)
+        if state is None:
+            return
+        try:
+            state.take_rows(stage, port, rows, is_last, now)
+        except StageError as error:
+            self.fail(request_id, error)
+
+    def stage_took(self, request_id: str, stage: str, port: str, now: float) -> None:
+        """A launched stage has used up one more chunk of an input. Late news is dropped."""
+        state = self._ledger.working_on(request_id, stage)
+        if state is None:
+            return
+        try:
+            state.take_took(stage, port, now)
+        except StageError as error:
+            self.fail(request_id, error)
 
     def stage_done(
         self, request_id: str, stage: str, payload: StagePayload, metrics: Mapping[str, Any], now: float
     ) -> None:
         """Takes a launched stage's payload. Late news (the request ended, the stage does not run) is dropped."""
-        state = self._working_on(request_id, stage)
+        state = self._ledger.working_on(request_id, stage)
         if state is None:
             return
         key = state.cache_keys.pop(stage, None)
@@ -138,7 +163,7 @@ class OmniScheduler:
 
     def stage_failed(self, request_id: str, stage: str, error: OmniError) -> None:
         """A launched stage gave up: the request ends FAILED with this error. Late news is dropped."""
-        state = self._working_on(request_id, stage)
+        state = self._ledger.working_on(request_id, stage)
         if state is None:
             return
         state.drop(stage)
@@ -146,27 +171,25 @@ class OmniScheduler:
 
     def take_ends(self) -> list[RequestEnd]:
         """Every end since the last call, in order; each request has exactly one. Its id is free again."""
-        ends = list(self._ends.values())
-        self._ends.clear()
-        return ends
+        return self._ledger.take_ends()
 
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished, or its end has not been taken."""
-        return bool(self._waiting or self._running or self._ends)
+        return not self._ledger.is_empty
 
     def in_flight(self) -> set[tuple[str, str]]:
         """(request id, stage) of every launched stage that is still to end."""
-        return {(request_id, stage) for request_id, state in self._running.items() for stage in state.running}
+        return set(self._ledger.in_flight())
 
     def get_status(self) -> dict[str, Any]:
         """Gauges; safe to call from another thread."""
         return {
             "running": self._is_started,
             "accepting": not self._is_stopped,
-            "queue_size": len(self._waiting),
-            "running_requests": len(self._running),
-            "processed_requests": self._counts["processed"],
+            "queue_size": len(self._ledger.waiting),
+            "running_requests": len(self._ledger.running),
+            "processed_requests": self._ledger.counts["processed"],
             "cache_hit_rate": self._embeddings.get_hit_rate(),
             "policy": str.__str__(self._config.scheduler.policy),
             "max_queue_size": self._config.scheduler.max_queue_size,
@@ -174,14 +197,18 @@ class OmniScheduler:
         }
 
     def get_metrics(self) -> dict[str, Any]:
-        """Counters since construction: admitted, ends by status, timeouts, stray events, the prompt-embedding cache."""
-        ends = {status.value: self._counts[status.value] for status in RequestStatus if status.is_final}
+        """Counters since construction: admitted, ends by status, timeouts, stray events, the prompt-embedding cache,
+        what went over every edge.
+        """
+        counts = self._ledger.counts
+        ends = {status.value: counts[status.value] for status in RequestStatus if status.is_final}
         return {
-            "admitted": self._num_admitted,
+            "admitted": self._ledger.num_admitted,
             **ends,
-            "timed_out": self._counts["timed_out"],
-            "stray_events": self._counts["stray_events"],
+            "timed_out": counts["timed_out"],
+            "stray_events": counts["stray_events"],
             "prompt_embeds": self._embeddings.get_stats(),
+            "edges": self._traffic.get_stats(),
         }
 
     def get_config(self) -> OmniConfig:
@@ -194,7 +221,7 @@ class OmniScheduler:
         cannot change: ConfigError.
         """
         config.validate()
-        self._check_update(config)
+        check_update(self._config, config, self._graph is not None, self._ledger.unfinished())
         policy = make_policy(config.scheduler)
         if config.dit_cache.prompt_embeds_mb != self._config.dit_cache.prompt_embeds_mb:
             self._embeddings = DiTCacheManager(max_bytes=int(config.dit_cache.prompt_embeds_mb * MIB))
@@ -202,55 +229,26 @@ class OmniScheduler:
 
     def check_integrity(self) -> None:
         """Raises an OmniError when a request is in two places, a count is wrong or something is held in vain."""
-        admitted_ends = [key for key, end in self._ends.items() if end.status is not RequestStatus.REJECTED]
-        places = [*self._waiting, *self._running, *admitted_ends]
-        if len(places) != len(set(places)):
-            raise SchedulerError(f"a request is in two places: {sorted(places)}")
-        unfinished = len(self._waiting) + len(self._running)
-        if self._num_admitted != unfinished + self._counts["processed"]:
-            raise SchedulerError(
-                f"{self._num_admitted} admitted, {unfinished} unfinished, {self._counts['processed']} ended"
-            )
-        for state in [*self._waiting.values(), *self._running.values()]:
-            state.check_integrity()
-        if any(state.running or state.done for state in self._waiting.values()):
-            raise SchedulerError("a waiting request has launched stages")
+        self._ledger.check_integrity()
         self._embeddings.check_integrity()
 
-    def _ensure_unused(self, request_id: str) -> None:
-        if request_id in self._waiting or request_id in self._running or request_id in self._ends:
-            raise SchedulerError(f"request_id: {request_id!r} is in use by an unfinished request; ids must be unique")
-
-    def _check_update(self, config: OmniConfig) -> None:
-        if self._graph is not None:
-            for field in dataclasses.fields(OmniConfig):
-                if field.name not in CHANGEABLE and getattr(config, field.name) != getattr(self._config, field.name):
-                    raise ConfigError(
-                        f"{field.name}: cannot change while stages are loaded; close this one and make another"
-                    )
-            if config.dit_cache.max_memory_mb != self._config.dit_cache.max_memory_mb:
-                raise ConfigError("dit_cache.max_memory_mb: cannot change while stages are loaded")
-        for state in [*self._waiting.values(), *self._running.values()]:
-            if state.priority not in config.scheduler.priority_weights:
-                raise ConfigError(
-                    f"scheduler.priority_weights: {state.priority!r} is missing, but an unfinished request has it"
-                )
-
     def _start_waiting(self, now: float) -> None:
-        if len(self._running) >= self._config.scheduler.max_running:
+        if len(self._ledger.running) >= self._config.scheduler.max_running:
             return
-        startable = {key: state for key, state in self._waiting.items() if state.plan.stages}
-        while startable and len(self._running) < self._config.scheduler.max_running:
+        startable = {key: state for key, state in self._ledger.waiting.items() if state.plan.stages}
+        while startable and len(self._ledger.running) < self._config.scheduler.max_running:
             request_id = self._policy.pick(startable.values(), now).request.request_id
             del startable[request_id]
-            self._running[request_id] = self._waiting.pop(request_id)
+            self._ledger.start(request_id)
 
     def _launch(self, state: RequestState, stage: str, now: float) -> list[Launch]:
-        """The launch of a ready stage; none when the cache answers for it or its key cannot be made."""
+        """The launch of a ready stage; none when the cache answers for it or its key cannot be made. What streams is
+        not cached: its inputs are not complete yet, or its rows are not kept.
+        """
         plan = state.plan.stages[stage]
         inputs = state.launch(stage, now)
         try:
-            key = plan.cache_key(inputs)
+            key = None if state.streams.touches(stage) else plan.cache_key(inputs)
         except OmniError as error:
             state.drop(stage)
             self.fail(state.request.request_id, error)
@@ -262,7 +260,24 @@ class OmniScheduler:
                 self._complete(state, stage, mine, {"cached": True, "steps": 0}, now)
                 return []
             state.cache_keys[stage] = key
+        self._traffic.count_inputs(plan.edges, inputs)
         return [Launch(state.request, stage, plan.params, inputs)]
+
+    def _stream(self, state: RequestState, now: float) -> list[Order]:
+        """Hands chunks to running readers, holds back writers that are too far ahead of them, lets others go on."""
+        request_id, streams = state.request.request_id, state.streams
+        orders: list[Order] = []
+        for edge, chunk in streams.hand_over(state.running):
+            self._traffic.count(edge, chunk)
+            orders.append(Feed(request_id, edge.target, edge.target_port, chunk))
+        to_pause, to_resume = streams.change_pauses(state.running)
+        orders += [Pause(request_id, stage) for stage in sorted(to_pause)]
+        orders += [Resume(request_id, stage) for stage in sorted(to_resume)]
+        late = streams.overdue(state.running, now)
+        if late is not None:
+            self._ledger.counts["timed_out"] += 1
+            self.fail(request_id, late)
+        return orders
 
     def _complete(
         self, state: RequestState, stage: str, payload: StagePayload, metrics: Mapping[str, Any], now: float
@@ -274,27 +289,11 @@ class OmniScheduler:
             self.fail(request_id, error)
             return
         if state.is_done:
-            self._end(request_id, RequestStatus.FINISHED, None)
-
-    def _working_on(self, request_id: str, stage: str) -> RequestState | None:
-        """The request that the stage works on; None, and a stray event counted, where it does not."""
-        state = self._running.get(request_id)
-        if state is not None and stage in state.running:
-            return state
-        self._counts["stray_events"] += 1
-        return None
+            self._ledger.end(request_id, RequestStatus.FINISHED, None)
 
     def _time_out(self, state: RequestState) -> None:
         request_id, limit_s = state.request.request_id, state.deadline_s - state.admitted_s
-        where = ", ".join([*state.running, *state.ready]) if request_id in self._running else "the queue"
-        self._counts["timed_out"] += 1
+        where = ", ".join([*state.running, *state.ready]) if request_id in self._ledger.running else "the queue"
+        self._ledger.counts["timed_out"] += 1
         message = f"request {request_id!r} was not done within {limit_s:g} s (it was in {where}); raise timeout_s"
-        self._end(request_id, RequestStatus.FAILED, RequestTimeoutError(message))
-
-    def _end(self, request_id: str, status: RequestStatus, error: OmniError | None) -> None:
-        state = self._running.pop(request_id, None) or self._waiting.pop(request_id, None)
-        if state is None:
-            return
-        self._counts["processed"] += 1
-        self._counts[status.value] += 1
-        self._ends[request_id] = state.end(status, error)
+        self.fail(request_id, RequestTimeoutError(message))

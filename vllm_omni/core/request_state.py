@@ -1,63 +1,23 @@
 """One request's way through its stages: what it still waits for, what runs, what is skipped, which outputs somebody has
-yet to read.
+yet to read. What goes over streamed edges is `RequestStreams`' part.
 
 Knows no other request, no engine and no clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from vllm_omni.config.graph import Edge, StageGraph
+from vllm_omni.config.graph import Edge
+from vllm_omni.core.request_plan import RequestPlan
+from vllm_omni.core.request_streams import RequestStreams
 from vllm_omni.errors import OmniError, SchedulerError, StageError
-from vllm_omni.params import StageParams
-from vllm_omni.payload import StagePayload
+from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.request import OmniRequest, RequestStatus
-
-
-def _never_cached(inputs: Mapping[str, Any]) -> str | None:
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class StagePlan:
-    """How one request uses one stage.
-
-    edges: those into the stage that are read, one a port. cache_key: complete inputs -> a key under which the payload
-    may serve other requests, or None; may raise an OmniError. required_inputs: the ports without which the stage does
-    not run.
-    """
-
-    params: StageParams
-    edges: Sequence[Edge] = ()
-    cache_key: Callable[[Mapping[str, Any]], str | None] = _never_cached
-    required_inputs: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class RequestPlan:
-    """The stages of one request in topological order.
-
-    kept: the stages whose payload the caller gets -> the tensors of it to keep. job_size: for shortest job first.
-    """
-
-    stages: Mapping[str, StagePlan] = field(default_factory=dict)
-    kept: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    job_size: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A stage whose inputs are complete and that now counts as running."""
-
-    request: OmniRequest
-    stage: str
-    params: StageParams
-    inputs: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,35 +32,12 @@ class RequestEnd:
     abandoned: tuple[str, ...] = ()
 
 
-def default_plan(graph: StageGraph | None) -> RequestPlan:
-    """Every stage that the graph's outputs call for, all its edges read, parameters unset."""
-    if graph is None:
-        return RequestPlan()
-    demand = graph.demand(lambda stage: frozenset(graph.signatures[stage].inputs))
-    stages = {
-        stage: StagePlan(
-            StageParams(), graph.edges_into(stage), required_inputs=graph.signatures[stage].required_inputs
-        )
-        for stage in demand
-    }
-    return RequestPlan(stages, kept_ports(graph))
-
-
-def kept_ports(graph: StageGraph) -> dict[str, frozenset[str]]:
-    """Stages that `outputs` lists -> the ports to keep of their payloads: the port it names, or the stage's results."""
-    kept: dict[str, frozenset[str]] = {}
-    for entry in graph.outputs:
-        stage, _, port = entry.partition(".")
-        ports = frozenset({port}) if port else graph.signatures[stage].results
-        kept[stage] = kept.get(stage, frozenset()) | ports
-    return kept
-
-
 class RequestState:
     """A stage of the plan is in exactly one of `missing` (inputs to come), `ready`, `running`, `done` and `skipped`.
 
-    missing: how many inputs are to come. skipped: why. A stage that has not started counts on the edges in `_awaited`;
-    an edge leaves them when its stage starts or is skipped, or when it turns out to bring nothing.
+    missing: how many inputs are to come; a streamed one is there with its first chunk. skipped: why. A stage that has
+    not started counts on the edges in `_awaited`; an edge leaves them when its stage starts or is skipped, or when it
+    turns out to bring nothing.
     """
 
     def __init__(self, request: OmniRequest, plan: RequestPlan, order: int, now: float, timeout_s: float) -> None:
@@ -117,6 +54,7 @@ class RequestState:
         self.payloads: dict[str, StagePayload] = {}
         self.metrics: dict[str, dict[str, Any]] = {}
         self.cache_keys: dict[str, str] = {}
+        self.streams = RequestStreams(edge for stage in plan.stages.values() for edge in stage.edges)
         self._awaited = {name: list(stage.edges) for name, stage in plan.stages.items()}
         self._values: dict[tuple[str, str], Any] = {}
 
@@ -142,9 +80,21 @@ class RequestState:
         ready_s = self.ready.pop(stage)
         self.running[stage] = now
         self.metrics[stage] = {"queued_s": now - ready_s, "started_s": now - self.admitted_s}
-        inputs = {edge.target_port: self._values[edge.origin] for edge in self._awaited.pop(stage)}
+        inputs = {edge.target_port: self._input(edge) for edge in self._awaited.pop(stage)}
         self._let_go()
         return inputs
+
+    def take_rows(self, stage: str, port: str, rows: Tensor, is_last: bool, now: float) -> None:
+        """New rows of a running stage's port, for those that read it streamed; StageError where they cannot be."""
+        if rows.numel():
+            self.metrics[stage].setdefault("first_rows_s", now - self.running[stage])
+        self._begin(self.streams.push((stage, port), rows, is_last), now)
+
+    def take_took(self, stage: str, port: str, now: float) -> None:
+        """A running stage has used up a chunk of a port; StageError where it had none."""
+        if not any(edge.target_port == port and edge.takes_chunks for edge in self.plan.stages[stage].edges):
+            raise StageError(f"stage {stage!r} used up a chunk of {port!r}, an input that brings it none")
+        self.streams.took(stage, port, now)
 
     def complete(self, stage: str, payload: StagePayload, metrics: Mapping[str, Any], now: float) -> None:
         """Marks a running stage done, hands its outputs to those readers whose condition holds, and skips what cannot
@@ -153,7 +103,8 @@ class RequestState:
         started_s = self.running.pop(stage)
         self.done.add(stage)
         self.metrics[stage].update({"ran_s": now - started_s, **metrics})
-        edges = self._edges_from(stage)
+        self.streams.drop(self.plan.stages[stage].edges)
+        edges = [edge for edge in self._edges_from(stage) if edge.stream is None]
         is_taken = [_is_taken(edge, payload) for edge in edges]
         for edge, taken in zip(edges, is_taken, strict=True):
             if not taken:
@@ -161,6 +112,7 @@ class RequestState:
         for edge, taken in zip(edges, is_taken, strict=True):
             if taken and edge.target not in self.skipped:
                 self._deliver(edge, payload, now)
+        self._begin(self.streams.close(payload), now)
         if stage in self.plan.kept:
             tensors = {port: payload.tensors[port] for port in self.plan.kept[stage] if port in payload.tensors}
             self.payloads[stage] = replace(payload, tensors=tensors)
@@ -185,18 +137,19 @@ class RequestState:
             raise SchedulerError(f"{where}: stages {places}, expected each of the plan once")
         if {*self.missing, *self.ready} != set(self._awaited):
             raise SchedulerError(f"{where}: inputs of {list(self._awaited)}, expected those of the stages to start")
-        awaited = {edge.origin for edges in self._awaited.values() for edge in edges}
+        awaited = self._whole_origins()
         if not awaited.issuperset(self._values):
             raise SchedulerError(f"{where}: holds {list(self._values)}, read are {sorted(awaited)}")
+        self.streams.check_integrity(self.running, self.done.union(self.skipped))
         for stage in self._awaited:
             self._check_waiting(stage, where)
 
     def _check_waiting(self, stage: str, where: str) -> None:
         """A stage that has not started: its count, that nothing it needs is lost, and that somebody wants it."""
         edges, plan = self._awaited[stage], self.plan.stages[stage]
-        num_missing = sum(edge.source not in self.done for edge in edges)
+        num_missing = sum(not self._is_there(edge) for edge in edges)
         if self.missing.get(stage, 0) != num_missing or any(
-            (edge.source in self.done) != (edge.origin in self._values) for edge in edges
+            (edge.source in self.done) != (edge.origin in self._values) for edge in edges if edge.stream is None
         ):
             raise SchedulerError(
                 f"{where}: {stage!r} misses {num_missing} inputs, books say {self.missing.get(stage, 0)}"
@@ -210,6 +163,22 @@ class RequestState:
     def _edges_from(self, stage: str) -> list[Edge]:
         """What stages that have not started still expect of this one."""
         return [edge for edges in self._awaited.values() for edge in edges if edge.source == stage]
+
+    def _is_there(self, edge: Edge) -> bool:
+        return edge.source in self.done if edge.stream is None else self.streams.has_chunk(edge)
+
+    def _input(self, edge: Edge) -> Any:
+        """What a stage starts with."""
+        if edge.stream is not None:
+            return self.streams.first_chunk(edge)
+        value = self._values[edge.origin]
+        return StreamChunk(value, is_last=True) if edge.takes_chunks else value
+
+    def _begin(self, edges: Iterable[Edge], now: float) -> None:
+        """These edges have a chunk, which is the first where the reader has not started."""
+        for edge in edges:
+            if edge.target in self.missing:
+                self._count_down(edge.target, now)
 
     def _deliver(self, edge: Edge, payload: StagePayload, now: float) -> None:
         self._values[edge.origin] = _value_for(edge, payload)
@@ -230,6 +199,7 @@ class RequestState:
             if stage in self.skipped:
                 continue
             sources = [edge.source for edge in self._awaited.pop(stage)]
+            self.streams.drop(self.plan.stages[stage].edges)
             self.missing.pop(stage, None)
             self.ready.pop(stage, None)
             self.skipped[stage] = reason
@@ -247,6 +217,7 @@ class RequestState:
 
     def _leave_out(self, edge: Edge, now: float) -> None:
         self._awaited[edge.target].remove(edge)
+        self.streams.drop([edge])
         self._count_down(edge.target, now)
 
     def _is_in_vain(self, stage: str) -> bool:
@@ -261,8 +232,12 @@ class RequestState:
             del self.missing[stage]
             self.ready[stage] = now
 
+    def _whole_origins(self) -> set[tuple[str, str]]:
+        """What stages that have not started read whole."""
+        return {edge.origin for edges in self._awaited.values() for edge in edges if edge.stream is None}
+
     def _let_go(self) -> None:
-        awaited = {edge.origin for edges in self._awaited.values() for edge in edges}
+        awaited = self._whole_origins()
         self._values = {origin: value for origin, value in self._values.items() if origin in awaited}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_omni.audio import Audio
 from vllm_omni.core.request_state import RequestEnd
-from vllm_omni.engine.base import StageProgress
+from vllm_omni.engine.base import StageProgress, StageRows
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.errors import InvalidRequestError, OmniError, StageError
 from vllm_omni.payload import StagePayload
@@ -53,8 +53,12 @@ def make_output(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
     )
 
 
-def make_partial(event: StageProgress, stage: str, outputs: Sequence[str]) -> OmniOutput:
-    """A RUNNING output: how far the stage is and, where `outputs` lists it, what it has newly written."""
+def make_partial(event: StageProgress | StageRows, stage: str, outputs: Sequence[str]) -> OmniOutput | None:
+    """A RUNNING output: how far the stage is and, where `outputs` lists it, what it has newly written. None for rows,
+    which other stages read.
+    """
+    if isinstance(event, StageRows):
+        return None
     is_listed = any(entry.partition(".")[0] == stage for entry in outputs)
     piece = Completion(text=event.text, token_ids=(), finish_reason=None)
     return OmniOutput(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from vllm_omni.config.graph import Edge, StageGraph
-from vllm_omni.config.schema import OmniConfig
+from vllm_omni.config.schema import OmniConfig, StreamConfig
 from vllm_omni.core.resources import GIB, MIB, format_bytes
 from vllm_omni.engine.base import MemoryPlan, StageEngine
 from vllm_omni.entrypoints.text_table import aligned
@@ -22,14 +22,14 @@ def describe(config: OmniConfig, graph: StageGraph, plans: Mapping[str, MemoryPl
 
 
 def draw_graph(config: OmniConfig, graph: StageGraph) -> list[str]:
-    """One line a stage, in the order of running, with the edges as rails on the left; conditions stand above the stage
-    that they keep waiting.
+    """One line a stage, in the order of running, with the edges as rails on the left; conditions and streams stand
+    above the stage that they keep waiting.
     """
     rails = _Rails()
     rows: list[tuple[str, str]] = []
     for stage in graph.order:
         rows += [(line, "") for line in rails.merge(stage)]
-        rows += [(rails.passing(), condition) for condition in _conditions(graph, stage)]
+        rows += [(rails.passing(), remark) for remark in _remarks(graph, stage)]
         rows.append((rails.node(stage), _label(config, graph, stage)))
         targets = dict.fromkeys(edge.target for edge in graph.edges_from(stage))
         rows += [(line, "") for line in rails.branch(stage, list(targets))]
@@ -43,10 +43,20 @@ def _label(config: OmniConfig, graph: StageGraph, stage: str) -> str:
     return " · ".join(words) + (f"  => {', '.join(given)}" if given else "")
 
 
-def _conditions(graph: StageGraph, stage: str) -> Iterable[str]:
+def _remarks(graph: StageGraph, stage: str) -> Iterable[str]:
     for edge in graph.edges_into(stage):
         if edge.when is not None:
             yield f"{edge.source}.{edge.source_port} -> {edge.target_port}  when {edge.when}"
+        if edge.stream is not None:
+            yield f"{edge.source}.{edge.source_port} ⇶ {edge.target_port}  {_rhythm(edge.stream)}"
+
+
+def _rhythm(stream: StreamConfig) -> str:
+    """'4, 25 … rows, 25 before, 12 after': the first chunk, all others, the context that they bring along."""
+    sizes = dict.fromkeys((stream.first_chunk, stream.chunk))
+    contexts = {"before": stream.left_context, "after": stream.look_ahead}
+    words = [f"{', '.join(map(str, sizes))} … rows", *(f"{rows} {side}" for side, rows in contexts.items() if rows)]
+    return ", ".join(words)
 
 
 class _Rails:
@@ -119,7 +129,7 @@ def _ports(graph: StageGraph) -> list[str]:
     for stage in graph.order:
         signature = graph.signatures[stage]
         sources = {
-            edge.target_port: f"{edge.source}.{edge.source_port}{_when(edge)}" for edge in graph.edges_into(stage)
+            edge.target_port: f"{edge.source}.{edge.source_port}{_how(edge)}" for edge in graph.edges_into(stage)
         }
         for port, spec in signature.inputs.items():
             rows.append((stage, "in", port, str(spec), f"<- {sources[port]}" if port in sources else "not connected"))
@@ -128,14 +138,16 @@ def _ports(graph: StageGraph) -> list[str]:
     return aligned(rows)
 
 
-def _when(edge: Edge) -> str:
+def _how(edge: Edge) -> str:
+    if edge.stream is not None:
+        return f" ⇶ {_rhythm(edge.stream)}"
     return "" if edge.when is None else f" when {edge.when}"
 
 
 def _readers(graph: StageGraph, stage: str, port: str) -> Iterable[str]:
     for edge in graph.edges_from(stage):
         if edge.source_port == port:
-            yield f"-> {edge.target}.{edge.target_port}{_when(edge)}"
+            yield f"-> {edge.target}.{edge.target_port}{_how(edge)}"
     if stage in graph.result_stages and port in graph.signatures[stage].results:
         yield "=> result"
     if (stage, port) in graph.output_tensors:

@@ -8,6 +8,7 @@ from typing import Any
 from vllm_omni.config.schema import StageConfig
 from vllm_omni.engine.base import EngineContext, StageEngine, StageEvent, StageTask
 from vllm_omni.params import StageParams
+from vllm_omni.payload import StreamChunk
 from vllm_omni.request import OmniRequest
 
 
@@ -32,6 +33,18 @@ class StageExecutor(ABC):
 
     @abstractmethod
     def submit(self, task: StageTask) -> None: ...
+
+    @abstractmethod
+    def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
+        """As StageEngine.feed."""
+
+    @abstractmethod
+    def pause(self, request_id: str) -> None:
+        """As StageEngine.pause."""
+
+    @abstractmethod
+    def resume(self, request_id: str) -> None:
+        """As StageEngine.resume."""
 
     @abstractmethod
     def poll(self) -> list[StageEvent]:

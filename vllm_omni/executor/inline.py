@@ -9,6 +9,7 @@ from vllm_omni.engine.base import EngineContext, StageEngine, StageEvent, StageT
 from vllm_omni.errors import StageError
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.params import StageParams
+from vllm_omni.payload import StreamChunk
 from vllm_omni.request import OmniRequest
 
 
@@ -33,6 +34,15 @@ class InlineExecutor(StageExecutor):
 
     def submit(self, task: StageTask) -> None:
         self._started().submit(task)
+
+    def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
+        self._started().feed(request_id, port, chunk)
+
+    def pause(self, request_id: str) -> None:
+        self._started().pause(request_id)
+
+    def resume(self, request_id: str) -> None:
+        self._started().resume(request_id)
 
     def poll(self) -> list[StageEvent]:
         engine = self._started()

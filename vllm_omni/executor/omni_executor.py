@@ -14,7 +14,7 @@ from vllm_omni import registry
 from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.core.omni_scheduler import OmniScheduler
-from vllm_omni.core.request_state import Launch
+from vllm_omni.core.orders import Feed, Launch, Order, Pause
 from vllm_omni.engine.base import (
     EngineContext,
     StageDone,
@@ -22,7 +22,9 @@ from vllm_omni.engine.base import (
     StageEvent,
     StageFailed,
     StageProgress,
+    StageRows,
     StageTask,
+    StageTook,
 )
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.engine.output_processor import make_output, make_partial
@@ -86,11 +88,11 @@ class OmniExecutor:
     def step(self) -> list[OmniOutput]:
         """One step of every stage that has work: the outputs that this made, partial and final."""
         for name, host in self._hosts.items():
-            self._launch()
+            self._carry_out_orders()
             self._settle()
             for event in host.poll(self._clock, self._scheduler.get_config().worker_timeout):
                 self._take(name, event)
-        self._launch()
+        self._carry_out_orders()
         return self.take_outputs()
 
     def take_outputs(self) -> list[OmniOutput]:
@@ -157,6 +159,7 @@ class OmniExecutor:
             dtype=resolve_dtype(stage.dtype, device),
             models=self._models,
             wanted=self._graph.wanted_ports(stage.name),
+            streamed=self._graph.streamed_ports(stage.name),
         )
         executor: StageExecutor = registry.resolve("executor", stage.executor)(engine_class, stage, context)
         try:
@@ -167,24 +170,56 @@ class OmniExecutor:
             raise
         return StageHost(stage, engine_class, executor)
 
-    def _launch(self) -> None:
-        for launch in self._scheduler.tick(self._clock()):
-            self._submit(launch)
+    def _carry_out_orders(self) -> None:
+        for order in self._scheduler.tick(self._clock()):
+            request_id = order.request.request_id if isinstance(order, Launch) else order.request_id
+            try:
+                self._carry_out(order)
+            except StageError as error:
+                self._scheduler.stage_failed(request_id, order.stage, error)
 
-    def _submit(self, launch: Launch) -> None:
-        task = StageTask(launch.request, launch.stage, launch.params, launch.inputs)
-        try:
-            self._hosts[launch.stage].submit(task)
-        except StageError as error:
-            self._scheduler.stage_failed(task.request_id, launch.stage, error)
+    def _carry_out(self, order: Order) -> None:
+        host = self._hosts[order.stage]
+        if isinstance(order, Launch):
+            host.submit(StageTask(order.request, order.stage, order.params, order.inputs))
+        elif isinstance(order, Feed):
+            host.feed(order.request_id, order.port, order.chunk)
+        elif isinstance(order, Pause):
+            host.pause(order.request_id)
+        else:
+            host.resume(order.request_id)
 
     def _take(self, stage: str, event: StageEvent) -> None:
+        now = self._clock()
         if isinstance(event, StageDone):
-            self._scheduler.stage_done(event.request_id, stage, event.payload, event.metrics, self._clock())
+            self._scheduler.stage_done(event.request_id, stage, event.payload, event.metrics, now)
         elif isinstance(event, StageFailed):
             self._scheduler.stage_failed(event.request_id, stage, event.error)
-        elif isinstance(event, StageProgress) and event.request_id in self._streaming:
-            self._outputs.append(make_partial(event, stage, self._graph.outputs))
+        elif isinstance(event, StageTook):
+            self._scheduler.stage_took(event.request_id, stage, event.port, now)
+        else:
+            if isinstance(event, StageRows):
+                self._take_rows(stage, event, now)
+            if event.request_id in self._streaming:
+                self._add_partial(stage, event)
+
+    def _take_rows(self, stage: str, event: StageRows, now: float) -> None:
+        streamed = self._graph.signatures[stage].streamed_outputs
+        if event.port in streamed:
+            self._scheduler.stage_rows(event.request_id, stage, event.port, event.rows, event.is_last, now)
+        else:
+            words = f"stage {stage!r} gave rows of {event.port!r}, expected one of {sorted(streamed)}"
+            self._scheduler.fail(event.request_id, StageError(words))
+
+    def _add_partial(self, stage: str, event: StageProgress | StageRows) -> None:
+        try:
+            with stage_boundary(stage):
+                partial = make_partial(event, stage, self._graph.outputs)
+        except OmniError as error:
+            self._scheduler.fail(event.request_id, error)
+            return
+        if partial is not None:
+            self._outputs.append(partial)
 
     def _settle(self) -> None:
         """Turns every end into its output, and makes the stages that still work on it forget it."""

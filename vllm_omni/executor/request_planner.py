@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vllm_omni.config.graph import StageGraph
-from vllm_omni.core.request_state import RequestPlan, StagePlan, kept_ports
+from vllm_omni.core.request_plan import RequestPlan, StagePlan, kept_ports
 from vllm_omni.engine.base import StageTask
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.errors import InvalidRequestError, StageError

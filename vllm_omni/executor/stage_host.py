@@ -1,12 +1,14 @@
 """The guard of one stage: what its engine does wrong becomes a failure of the tasks it holds, never of the loop.
 
-Knows the tasks that the stage holds and since when it is silent; not what comes before or after the stage.
+Knows the tasks that the stage holds, which of them wait for a chunk or are paused, and since when it is silent; not
+what comes before or after the stage.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from vllm_omni.config.schema import StageConfig
 from vllm_omni.engine.base import StageDone, StageEngine, StageEvent, StageFailed, StageTask
@@ -14,6 +16,7 @@ from vllm_omni.engine.boundary import describe, stage_boundary, stage_error
 from vllm_omni.errors import StageError
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.params import StageParams
+from vllm_omni.payload import StreamChunk
 from vllm_omni.request import OmniRequest
 
 MAX_RAISES = 2
@@ -23,7 +26,8 @@ class StageHost:
     """One stage, its executor and its tasks.
 
     An engine that raises from `step` loses its tasks and goes on; raising twice without a finished task in between, or
-    being unable to forget the tasks cleanly, marks the stage dead: `check` then raises, and new tasks fail.
+    being unable to forget the tasks cleanly, marks the stage dead: `check` then raises, and new tasks fail. paused: the
+    tasks that were told to make no more rows.
     """
 
     def __init__(self, stage: StageConfig, engine_class: type[StageEngine], executor: StageExecutor) -> None:
@@ -31,7 +35,9 @@ class StageHost:
         self.engine_class = engine_class
         self.executor = executor
         self.tasks: set[str] = set()
+        self.paused: set[str] = set()
         self.cause_of_death: Exception | None = None
+        self._open: dict[str, set[str]] = {}  # tasks -> streamed inputs of which more chunks will come
         self._num_raises = 0
         self._quiet_since: float | None = None
 
@@ -55,18 +61,39 @@ class StageHost:
         self._ensure_alive()
         if not self.tasks:
             self._quiet_since = None
-        try:
-            self.executor.submit(task)
-        except Exception as error:
-            self._forget(task.request_id)
-            raise stage_error(self.name, error) from error
         self.tasks.add(task.request_id)
+        with self._losing(task.request_id):
+            self.executor.submit(task)
+        chunks = {port: value for port, value in task.inputs.items() if isinstance(value, StreamChunk)}
+        self._open[task.request_id] = {port for port, chunk in chunks.items() if not chunk.is_last}
+
+    def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
+        """Hands a chunk over, where the task is still there; StageError, and the task is lost, when that fails."""
+        if request_id in self.tasks:
+            with self._losing(request_id):
+                self.executor.feed(request_id, port, chunk)
+            if chunk.is_last:
+                self._open[request_id].discard(port)
+
+    def pause(self, request_id: str) -> None:
+        """Holds a task back, where it is still there; StageError, and the task is lost, when that fails."""
+        if request_id in self.tasks:
+            with self._losing(request_id):
+                self.executor.pause(request_id)
+            self.paused.add(request_id)
+
+    def resume(self, request_id: str) -> None:
+        """Ends a pause; StageError, and the task is lost, when that fails."""
+        if request_id in self.tasks:
+            with self._losing(request_id):
+                self.executor.resume(request_id)
+            self.paused.discard(request_id)
 
     def poll(self, clock: Callable[[], float], worker_timeout: float) -> list[StageEvent]:
         """What the stage reports. Failures carry a StageError; a raise, or being stuck, fails all tasks.
 
         Stuck is a stage that reports nothing for `worker_timeout` seconds after a step that reported nothing, or one
-        that has nothing to do and yet holds tasks.
+        that has nothing to do and yet holds tasks that neither wait for a chunk nor are paused.
         """
         if not self.tasks:
             return []
@@ -80,11 +107,16 @@ class StageHost:
     def abort(self, request_id: str) -> None:
         """Forgets a task; unknown ones are fine."""
         if request_id in self.tasks:
-            self.tasks.discard(request_id)
+            self._settle(request_id)
             self._forget(request_id)
 
     def check_integrity(self) -> None:
-        """Raises what the engine finds wrong with itself."""
+        """Raises what the engine finds wrong with itself, and StageError when books are kept of a task that is gone."""
+        if self.tasks != set(self._open) or not self.paused <= self.tasks:
+            raise StageError(
+                f"stage {self.name!r}: holds {sorted(self.tasks)}, has streams of {sorted(self._open)}, pauses of "
+                f"{sorted(self.paused)}"
+            )
         if self.cause_of_death is None:
             self.executor.check_integrity()
 
@@ -92,7 +124,7 @@ class StageHost:
         if isinstance(event, StageDone):
             self._num_raises = 0
         if isinstance(event, StageDone | StageFailed):
-            self.tasks.discard(event.request_id)
+            self._settle(event.request_id)
         if isinstance(event, StageFailed):
             return StageFailed(event.request_id, stage_error(self.name, event.error))
         return event
@@ -101,19 +133,22 @@ class StageHost:
         if not self.tasks:
             return []
         if not has_work:
-            return self._fail_all(StageError("the engine has nothing to do, but has not finished this task"))
+            self._quiet_since = None
+            idle = [task for task in self.tasks if not self._open[task] and task not in self.paused]
+            return self._fail(idle, StageError("the engine has nothing to do, but has not finished this task"))
         if has_events or self._quiet_since is None:
             self._quiet_since = now
         elif now - self._quiet_since >= worker_timeout:
             silence_s = now - self._quiet_since
-            return self._fail_all(
-                StageError(f"no progress for {silence_s:.1f} s; raise scheduler.worker_timeout_s if it is just slow")
+            return self._fail(
+                self.tasks,
+                StageError(f"no progress for {silence_s:.1f} s; raise scheduler.worker_timeout_s if it is just slow"),
             )
         return []
 
     def _break(self, error: Exception) -> list[StageEvent]:
         self._num_raises += 1
-        failures = self._fail_all(error)
+        failures = self._fail(self.tasks, error)
         try:
             self.executor.check_integrity()
         except Exception as broken:
@@ -122,11 +157,26 @@ class StageHost:
             self._die(error)
         return failures
 
-    def _fail_all(self, cause: Exception) -> list[StageEvent]:
-        failed = sorted(self.tasks)
+    def _fail(self, tasks: Iterable[str], cause: Exception) -> list[StageEvent]:
+        failed = sorted(tasks)
         for request_id in failed:
             self.abort(request_id)
         return [StageFailed(request_id, stage_error(self.name, cause)) for request_id in failed]
+
+    @contextmanager
+    def _losing(self, request_id: str) -> Iterator[None]:
+        """A task whose engine raises over it is lost."""
+        try:
+            yield
+        except Exception as error:
+            self.abort(request_id)
+            raise stage_error(self.name, error) from error
+
+    def _settle(self, request_id: str) -> None:
+        """Strikes a task off the books."""
+        self.tasks.discard(request_id)
+        self.paused.discard(request_id)
+        self._open.pop(request_id, None)
 
     def _forget(self, request_id: str) -> None:
         try:
