@@ -36,8 +36,9 @@ class Geometry:
     samples there follow one another
     - a convolution of odd kernel k, dilation d, padded to keep the length: output [a, b) reads input
       [a - d (k - 1) / 2, b + d (k - 1) / 2);
-    - a transposed convolution of kernel k, stride s, padding p = (k - s) / 2: input i reaches outputs i s - p .. i s -
-      p + k - 1, so output [a, b) reads input [ceil((a + p - k + 1) / s), floor((b - 1 + p) / s) + 1); n inputs give n s;
+    - a transposed convolution of kernel k, stride s, padding p = (k - s) / 2: input i reaches outputs
+      i s - p .. i s - p + k - 1, so output [a, b) reads input [ceil((a + p - k + 1) / s), floor((b - 1 + p) / s) + 1);
+      n inputs give n s;
     - an activation at twice the rate, between two filters of 12 taps: up, input i reaches 2 i - 5 .. 2 i + 6; down,
       output j reads 2 j - 5 .. 2 j + 6; together output j reads inputs j - 5 .. j + 5.
     A residual block of kernel k and dilations d is, for each d, an activation, a convolution of dilation d, an
@@ -146,6 +147,12 @@ class BigVGAN(nn.Module):
         self.activation_post = Activation(channels[-1])
         self.conv_post = nn.Conv1d(channels[-1], 1, EDGE_KERNEL, padding=edge, bias=False)
 
+    def settle(self) -> None:
+        """Writes the filters' taps, which no checkpoint holds, into a model that was built on the meta device."""
+        for module in self.modules():
+            if isinstance(module, Activation):
+                module.taps = low_pass_taps().to(module.taps.device)
+
     def forward(self, mel: Tensor) -> Tensor:
         """[T, M] natural logarithms of amplitudes -> [1, T hop]."""
         return self.synthesise(normalised_decibels(mel).T[None])[0].clamp(-1.0, 1.0)
@@ -186,12 +193,11 @@ def normalised_decibels(mel: Tensor) -> Tensor:
 
 def low_pass_taps() -> Tensor:
     """[1, 1, 12] windowed sinc that halves the band (Kaiser window; transition 0.3 of the rate), its sum 1."""
-    with torch.device("cpu"):  # also while a model is built on the meta device
-        half = FILTER_TAPS // 2
-        attenuation = 2.285 * (half - 1) * math.pi * 4 * 0.3 + 7.95
-        window = torch.kaiser_window(FILTER_TAPS, periodic=False, beta=0.1102 * (attenuation - 8.7))
-        taps = window * torch.sinc(0.5 * (torch.arange(FILTER_TAPS) - half + 0.5))
-        return (taps / taps.sum()).view(1, 1, -1)
+    half = FILTER_TAPS // 2
+    attenuation = 2.285 * (half - 1) * math.pi * 4 * 0.3 + 7.95
+    window = torch.kaiser_window(FILTER_TAPS, periodic=False, beta=0.1102 * (attenuation - 8.7))
+    taps = window * torch.sinc(0.5 * (torch.arange(FILTER_TAPS) - half + 0.5))
+    return (taps / taps.sum()).view(1, 1, -1)
 
 
 def _frames_of_piece(config: BigVGANConfig, max_activation_bytes: int) -> int:

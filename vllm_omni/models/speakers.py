@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ class Speakers:
             raw = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise ConfigError(f"{path}: missing; it belongs to the published folder and holds the voices") from None
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except Exception as error:  # torch has no class of its own for a file that it refuses
             raise CheckpointError(f"{path}: damaged, or holds more than tensors and numbers ({error})") from error
         if not isinstance(raw, Mapping) or not raw:
             raise CheckpointError(f"{path}: got {type(raw).__name__}, expected a mapping from names to voices")

@@ -126,10 +126,13 @@ class BigVGANConfig:
         for rate, kernel in zip(self.upsample_rates, self.upsample_kernel_sizes, strict=True):
             if kernel < rate or (kernel - rate) % 2:
                 raise ConfigError(
-                    f"{where}: upsample_kernel_sizes: got {kernel} for the rate {rate}, expected {rate}, {rate + 2}, ..."
+                    f"{where}: upsample_kernel_sizes: got {kernel}, expected {rate} (the rate), {rate + 2}, ..."
                 )
         if self.channels[-1] < 1:
-            raise ConfigError(f"{where}: upsample_initial_channel: got {self.upsample_initial_channel}, too few to halve")
+            raise ConfigError(
+                f"{where}: upsample_initial_channel: got {self.upsample_initial_channel}, expected at least "
+                f"{2 ** len(self.upsample_rates)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
