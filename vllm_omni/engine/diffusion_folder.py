@@ -19,8 +19,8 @@ CHECKPOINT_CONFIG = "config.json"
 def folder_of(stage: StageConfig) -> Path:
     if stage.model is None:
         raise ConfigError(
-            f"stages.{stage.name}.model: missing; expected a diffusers pipeline folder, or a transformers folder and the"
-            " key 'part'"
+            f"stages.{stage.name}.model: missing; expected a diffusers pipeline folder, or a transformers folder"
+            " beside the key 'part'"
         )
     return resolve_model_folder(stage.model)
 

@@ -29,9 +29,9 @@ class StepCacheOptions:
 
 @dataclass(frozen=True, slots=True)
 class DiTOptions:
-    """part: which diffusion model of a transformers folder that holds several models ("token2wav"); None for a diffusers
-    pipeline folder. cache: the step cache. max_batch_tokens and max_batch_size bound one denoising step's batch (a
-    larger request runs alone).
+    """part: which model of a transformers folder that holds several ("token2wav"); None for a diffusers pipeline's
+    folder. cache: the step cache. max_batch_tokens and max_batch_size bound one denoising step's batch (a larger
+    request runs alone).
     """
 
     part: str | None = None

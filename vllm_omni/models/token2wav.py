@@ -50,8 +50,8 @@ UNUSED_FIELDS = ("height", "width", "strength", "image", "sigmas", "negative_pro
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """What trajectories of one chunk read. context: [T, D] of the guided branch, from mel frame `start` on, of which the
-    frames `kept` are the result.
+    """What trajectories of one chunk read. context: [T, D] of the guided branch, from mel frame `start` on, of which
+    the frames `kept` are the result.
     """
 
     voice: Voice

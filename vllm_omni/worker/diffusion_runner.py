@@ -22,8 +22,8 @@ from vllm_omni.params import DiffusionParams
 
 @dataclass(slots=True)
 class DiffusionState:
-    """One output, or one chunk of it, on its way. step: how many are done. num_reused: rows of steps that a step cache served. pieces:
-    what is decoded, `decoder` gives the rest.
+    """One output, or one chunk of it, on its way. step: how many are done. num_reused: rows of steps that a step cache
+    served. pieces: what is decoded, `decoder` gives the rest.
     """
 
     request_id: str
