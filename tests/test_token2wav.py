@@ -69,7 +69,7 @@ def test_ten_points_are_36_steps_of_one_evaluation_each(folder: Path) -> None:
 
 
 def test_the_three_eighths_rule_is_exact_for_cubics_and_points_sway_towards_the_noise() -> None:
-    sampler, sample = RungeKuttaSampler(4, torch.device("cpu")), torch.zeros(1, 1, 1)
+    sampler, sample = RungeKuttaSampler(4), torch.zeros(1, 1, 1)
     for time in sampler.timesteps:
         sample = sampler.step((4 * time**3)[None, None, None], time, sample, return_dict=False)[0]
     assert abs(float(sample) - 1.0) < 1e-6

@@ -143,7 +143,7 @@ class DiffusionModel(ABC):
     @abstractmethod
     def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Any:
         """What all outputs of a request read: conditions encoded, source latents. Called once per request; inputs: by
-        port (without the streamed one) and by request key.
+        port (without the streamed one) and by request key (None where the request has none).
         """
 
     def prepare_chunk(self, prepared: Any, chunk: StreamChunk) -> Any:
@@ -169,11 +169,11 @@ class DiffusionModel(ABC):
         """The rows' outputs, float32 and shaped as their latents, in `begin`'s order of rows."""
 
     @abstractmethod
-    def num_pieces(self, latents: Tensor, kept: slice = slice(None)) -> int:
+    def num_pieces(self, latents: Tensor, kept: slice) -> int:
         """How many pieces `decode` gives for such latents, at least 1."""
 
     @abstractmethod
-    def decode(self, latents: Tensor, kept: slice = slice(None)) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
         """The result piece by piece, in order; each is computed when it is asked for. A picture is one piece. kept: the
         trajectory's; where it is not everything, only chunks make it so (see `streamed_input`).
         """

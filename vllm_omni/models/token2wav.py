@@ -201,7 +201,6 @@ class Token2Wav(DiffusionModel):
             self.num_steps(params),
             _guidance(params),
             self.config.dit.mel_dim,
-            self._device,
         )
 
     def begin(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Condition]) -> Blocks:
@@ -214,10 +213,10 @@ class Token2Wav(DiffusionModel):
     def finish(self, tokens: Blocks) -> list[Tensor]:
         return self.transformer.finish(tokens)
 
-    def num_pieces(self, latents: Tensor, kept: slice = slice(None)) -> int:
+    def num_pieces(self, latents: Tensor, kept: slice) -> int:
         return self.vocoder.num_pieces(len(latents[kept]))
 
-    def decode(self, latents: Tensor, kept: slice = slice(None)) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
         return self.vocoder.decode(latents, kept)
 
     def assemble(self, pieces: Sequence[Tensor], params: DiffusionParams) -> Tensor:

@@ -30,12 +30,12 @@ class RungeKuttaSampler:
     next velocity is wanted.
     """
 
-    def __init__(self, num_points: int, device: torch.device) -> None:
+    def __init__(self, num_points: int) -> None:
         points = time_points(num_points)
         starts, ends = points[:-1], points[1:]
         self._spans = (ends - starts).tolist()
         thirds = [starts + (ends - starts) * (third / 3) for third in (1, 2)]
-        self.timesteps = torch.stack([starts, *thirds, ends], dim=1).flatten().to(device)
+        self.timesteps = torch.stack([starts, *thirds, ends], dim=1).flatten()
         self._velocities: list[Tensor] = []
         self._start: Tensor | None = None
         self._interval = 0
@@ -68,11 +68,10 @@ class Token2WavTrajectory(Trajectory):
         num_points: int,
         guidance_scale: float,
         mel_dim: int,
-        device: torch.device,
     ) -> None:
         num_frames = len(conditions[MAIN].context)
         self.latent_shape = (num_frames, mel_dim)
-        self.sampler = RungeKuttaSampler(num_points, device)
+        self.sampler = RungeKuttaSampler(num_points)
         self.conditions = conditions
         self.num_tokens = num_frames * len(conditions)
         self.kept = kept
