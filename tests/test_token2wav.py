@@ -7,12 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from speech_helpers import SPEAKERS, TOKEN2WAV, save_tiny_omni, tiny_config, tiny_reference
-from token2wav_helpers import MEL, SAMPLES, codes, engine, params, reference_sound, run, sound, stage_config, task
+from speech_helpers import SPEAKERS, TOKEN2WAV, save_tiny_omni, tiny_config, tiny_reference, tiny_speakers
+from token2wav_helpers import (
+    MEL,
+    SAMPLES,
+    SPEECH_YAML,
+    codes,
+    engine,
+    params,
+    reference_sound,
+    register_spell,
+    run,
+    sound,
+    stage_config,
+    task,
+)
 
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.engine.base import StageDone, StageFailed, StageProgress
 from vllm_omni.engine.diffusion_engine import DiffusionEngine
+from vllm_omni.entrypoints.cli import main
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError, StageError
 from vllm_omni.models.loader import plan_loading
 from vllm_omni.models.pool import ModelPool
@@ -256,6 +270,19 @@ def test_only_the_part_s_weights_are_planned_for(folder: Path) -> None:
     assert "float32" in DiffusionEngine.note(stage)
 
 
+def test_check_shows_the_stage_with_its_ports_and_its_float32(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_spell()
+    path = tmp_path / "speech.yaml"
+    path.write_text(SPEECH_YAML.replace("FOLDER", str(folder)))
+    assert main(["check", str(path)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.split("\n")]
+    assert "speech token2wav holds its weights and computes in float32, whatever dtype says" in lines
+    assert "speech in codes [T] <- talker.codes" in lines
+    assert "out audio [N, 1, n] => result" in lines or "speech out audio [N, 1, n] => result" in lines
+
+
 @pytest.mark.parametrize(
     "part, words",
     [(None, "part: missing.*token2wav"), ("token2wave", "did you mean 'token2wav'"), ("talker", "talker")],
@@ -263,6 +290,21 @@ def test_only_the_part_s_weights_are_planned_for(folder: Path) -> None:
 def test_the_part_must_be_one_that_diffuses(folder: Path, part: str | None, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         DiffusionEngine.signature(stage_config(folder, part=part))
+
+
+def test_voices_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for change in (
+        {"cond": torch.zeros(1, 13)},
+        {"ref_mel": torch.zeros(1, 30, 21)},
+        {"ref_mel": torch.zeros(1, 4, 20)},
+    ):
+        voices = tiny_speakers()
+        voices["Ethan"].update(change)
+        torch.save(voices, tmp_path / "spk_dict.pt")
+        with pytest.raises(CheckpointError, match=r"'Ethan': got cond .* expected \[12\] and \[more than 4, 20\]"):
+            engine(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from unittest import mock
 import torch
 from speech_helpers import SPEAKERS, tiny_config, tiny_reference
 from torch import Tensor
+from toy_stage import ToyEngine, UpperOptions
 
+from vllm_omni import registry
 from vllm_omni.config.schema import DiTCacheConfig, OmniConfig, StageConfig
 from vllm_omni.engine.base import EngineContext, StageDone, StageEvent, StageRows, StageTask, StageTook
 from vllm_omni.engine.diffusion_engine import DiffusionEngine
@@ -19,12 +21,34 @@ from vllm_omni.engine.dit_options import DiTOptions, StepCacheOptions
 from vllm_omni.models.pool import ModelPool
 from vllm_omni.models.token2wav_trajectory import frame_noise
 from vllm_omni.params import DiffusionParams
-from vllm_omni.payload import StreamChunk
+from vllm_omni.payload import StageSignature, StreamChunk, TensorSpec
 from vllm_omni.request import OmniRequest
 
+SPEECH_YAML = """\
+name: speech
+stages:
+  talker: {kind: spell}
+  speech: {kind: dit, model: FOLDER, part: token2wav, inputs: {codes: talker.codes}}
+outputs: [speech]
+"""
 MEL, REPEATS, HOP, NUM_CODES = 20, 2, 30, 60
 SAMPLES = REPEATS * HOP  # of a code
 PUBLISHED_BIGVGAN = dict(upsample_rates=[5, 3, 2, 2, 2, 2], upsample_kernel_sizes=[11, 7, 4, 4, 4, 4])
+
+
+class SpellStage(ToyEngine):
+    """A code per letter."""
+
+    options_type = UpperOptions
+
+    @classmethod
+    def signature(cls, stage: StageConfig) -> StageSignature:
+        return StageSignature(outputs={"codes": TensorSpec(("T",))})
+
+
+def register_spell() -> None:
+    """Adds the row; may be called twice."""
+    registry.register("stage kind", "spell", f"{__name__}:SpellStage")
 
 
 def stage_config(folder: Path, policy: str = "none", threshold: float | None = None, **options: Any) -> StageConfig:

@@ -27,11 +27,11 @@ from vllm_omni.engine.base import (
     StageTook,
 )
 from vllm_omni.engine.boundary import stage_error
-from vllm_omni.engine.diffusion_checks import check_counts, diffusion_params
+from vllm_omni.engine.diffusion_checks import check_counts, check_readers, diffusion_params
 from vllm_omni.engine.diffusion_folder import folder_of, model_class_of, options_of
 from vllm_omni.engine.diffusion_job import DiffusionJob
 from vllm_omni.engine.dit_options import DiTOptions
-from vllm_omni.errors import InvalidRequestError, OmniError, StageError
+from vllm_omni.errors import OmniError, StageError
 from vllm_omni.models.diffusion import DiffusionModel
 from vllm_omni.params import MAX_SEED, DiffusionParams, StageParams
 from vllm_omni.payload import StagePayload, StageSignature, StreamChunk
@@ -102,41 +102,25 @@ class DiffusionEngine(StageEngine):
         params = diffusion_params(params)
         self.model.check(request, params, frozenset(self.stage.inputs), self._limits)
         check_counts(params, self.model.num_steps(params), self._limits)
-        if params.output_type == "latent" and "latents" not in self._wanted:
-            raise InvalidRequestError(
-                "output_type: got 'latent', but nobody reads the latents;"
-                f" list '{self.stage.name}.latents' in the config's outputs"
-            )
-        if self.model.output_port in self._streamed and (params.num_outputs or 1) > 1:
-            raise InvalidRequestError(
-                f"num_outputs: got {params.num_outputs}, expected 1 where the result is handed on while it is made"
-            )
+        check_readers(params, self.stage.name, self._wanted, self.model.output_port in self._streamed)
 
     def submit(self, task: StageTask) -> None:
         try:
             job = self._jobs[task.request_id] = self._prepared(task)
-            port = self.model.streamed_input
-            if port is None:
+            if self.model.streamed_input is None:
                 self._begin(job, job.prepared)
-            else:
-                job.expect_chunks()
-                job.take(port, task.inputs.get(port))
-                self._begin_chunks(job)
         except Exception as error:
             self._fail(task.request_id, error)
+            return
+        if self.model.streamed_input is not None:
+            self._go_on(job, task.inputs.get(self.model.streamed_input))
 
     def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
         """Chunks for a task that is no longer here are dropped: it may have failed while they were on their way."""
         if port != self.model.streamed_input:
             super().feed(request_id, port, chunk)
-        job = self._jobs.get(request_id)
-        if job is None:
-            return
-        try:
-            job.take(port, chunk)
-            self._begin_chunks(job)
-        except Exception as error:
-            self._fail(request_id, error)
+        if request_id in self._jobs:
+            self._go_on(self._jobs[request_id], chunk)
 
     def pause(self, request_id: str) -> None:
         """Chunks that have begun are finished; no further one begins."""
@@ -148,14 +132,9 @@ class DiffusionEngine(StageEngine):
     def resume(self, request_id: str) -> None:
         if self.model.streamed_input is None:
             super().resume(request_id)
-        job = self._jobs.get(request_id)
-        if job is None:
-            return
-        job.is_paused = False
-        try:
-            self._begin_chunks(job)
-        except Exception as error:
-            self._fail(request_id, error)
+        if request_id in self._jobs:
+            self._jobs[request_id].is_paused = False
+            self._go_on(self._jobs[request_id])
 
     def step(self) -> list[StageEvent]:
         states = self._scheduler.schedule()
@@ -201,11 +180,26 @@ class DiffusionEngine(StageEngine):
         inputs = {port: value for port, value in task.inputs.items() if port != self.model.streamed_input}
         fields = {key: task.request.fields.get(key) for key in self._request_keys}
         is_read = self.model.output_port in self._wanted | self._streamed
-        is_decoded = is_read and params.output_type != "latent"
-        return DiffusionJob(task, params, seed, self.model.prepare({**inputs, **fields}, params, seed), is_decoded)
+        return DiffusionJob(
+            task=task,
+            params=params,
+            seed=seed,
+            prepared=self.model.prepare({**inputs, **fields}, params, seed),
+            is_decoded=is_read and params.output_type != "latent",
+            is_complete=self.model.streamed_input is None,
+        )
+
+    def _go_on(self, job: DiffusionJob, *chunks: object) -> None:
+        """Takes the chunks that have come and begins what waits."""
+        try:
+            for chunk in chunks:
+                job.take(str(self.model.streamed_input), chunk)
+            self._begin_waiting(job)
+        except Exception as error:
+            self._fail(job.request_id, error)
 
     @torch.inference_mode()
-    def _begin_chunks(self, job: DiffusionJob) -> None:
+    def _begin_waiting(self, job: DiffusionJob) -> None:
         while job.waiting and not job.is_paused:
             chunk = job.waiting.popleft()
             if chunk.stop > chunk.start:

@@ -21,8 +21,8 @@ from vllm_omni.worker.diffusion_runner import DiffusionState
 class DiffusionJob:
     """A task in parts: one per output or, where its input comes in chunks, one per chunk of the only output.
 
-    prepared: what the model made of its inputs. is_decoded: whether somebody reads the decoded result. is_chunked:
-    there is more than one chunk. is_complete: no further one follows. next_start: where it must start. waiting: chunks
+    prepared: what the model made of its inputs. is_decoded: whether somebody reads the decoded result. is_complete:
+    no chunk follows any more. is_chunked: there is more than one. next_start: where it must start. waiting: chunks
     that are here and not begun. running: the parts on their way, by number; outputs, latents: what is kept of finished
     ones.
     """
@@ -32,8 +32,8 @@ class DiffusionJob:
     seed: int
     prepared: Any
     is_decoded: bool
+    is_complete: bool
     is_chunked: bool = False
-    is_complete: bool = True
     is_paused: bool = False
     next_start: int = 0
     num_parts: int = 0
@@ -56,20 +56,17 @@ class DiffusionJob:
     def is_done(self) -> bool:
         return self.is_complete and not self.waiting and not self.running
 
-    def expect_chunks(self) -> None:
-        """The input comes in chunks: nothing is complete before the last one is here."""
-        self.is_complete = False
-
     def take(self, port: str, chunk: object) -> None:
         """Queues the next chunk; StageError unless it continues the one before it."""
         if not isinstance(chunk, StreamChunk):
             raise StageError(f"{port}: got {type(chunk).__name__}, expected a StreamChunk")
         if self.is_complete:
             raise StageError(f"{port}: got a chunk from {chunk.start} on, expected none after the last one")
-        if chunk.start != self.next_start or not 0 <= chunk.num_before <= chunk.start or chunk.stop < chunk.start:
+        is_whole = 0 <= chunk.num_before <= chunk.start and chunk.num_after >= 0 and chunk.stop >= chunk.start
+        if chunk.start != self.next_start or not is_whole:
             raise StageError(
-                f"{port}: got the rows {chunk.start} to {chunk.stop} with {chunk.num_before} before them, expected a"
-                f" chunk from {self.next_start} on"
+                f"{port}: got the rows {chunk.start} to {chunk.stop} with {chunk.num_before} before and"
+                f" {chunk.num_after} behind them, expected a chunk from {self.next_start} on"
             )
         if not chunk.is_last and self.num_outputs > 1:
             raise InvalidRequestError(

@@ -30,7 +30,7 @@ from vllm_omni.models.diffusion import DiffusionModel, check_limit
 from vllm_omni.models.loader import Target, load_weights, tensor_shapes
 from vllm_omni.models.speakers import Speakers
 from vllm_omni.models.token2wav_blocks import Blocks
-from vllm_omni.models.token2wav_config import SAMPLE_RATE, Token2WavConfig
+from vllm_omni.models.token2wav_config import SAMPLE_RATE, DiTConfig, Token2WavConfig
 from vllm_omni.models.token2wav_dit import Condition, Token2WavTransformer, Voice
 from vllm_omni.models.token2wav_trajectory import EVALUATIONS, MAIN, NEUTRAL_GUIDANCE, NULL, Token2WavTrajectory
 from vllm_omni.params import DiffusionParams
@@ -142,14 +142,7 @@ class Token2Wav(DiffusionModel):
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Token2Wav:
         """In float32; `dtype` is not asked (see the module)."""
         config, speakers = Token2WavConfig.from_folder(folder), Speakers.load(folder)
-        dit = config.dit
-        for name in speakers.names:
-            speaker = speakers.get(name)
-            if speaker.cond.shape != (dit.enc_emb_dim,) or speaker.ref_mel.shape[1] != dit.mel_dim:
-                raise CheckpointError(
-                    f"{folder}: speaker {name!r}: got cond {list(speaker.cond.shape)} and ref_mel"
-                    f" {list(speaker.ref_mel.shape)}, expected [{dit.enc_emb_dim}] and [T, {dit.mel_dim}]"
-                )
+        _check_speakers(speakers, config.dit, folder)
         with torch.device("meta"):
             modules = Token2WavModules(config)
         modules.to_empty(device=device).float().requires_grad_(False).eval()
@@ -188,7 +181,7 @@ class Token2Wav(DiffusionModel):
             start = first
         repeats = self.config.dit.repeats
         kept = slice((chunk.start - start) * repeats, (chunk.stop - start) * repeats)
-        context = self.transformer.encode_codes(chunk.rows[start - first :].to(self._device), prepared)
+        context = self.transformer.encode_codes(chunk.rows[start - first :].to(self._device, torch.int64), prepared)
         return Stretch(prepared, context, start * repeats, kept)
 
     def trajectory(self, prepared: Stretch, params: DiffusionParams) -> Token2WavTrajectory:
@@ -240,6 +233,20 @@ class Token2Wav(DiffusionModel):
             raise StageError(
                 f"codes: got {chunk.stop + chunk.num_after}, expected at most {self.config.max_codes} (max_position_"
                 "embeddings of the model); ask for a shorter answer"
+            )
+
+
+def _check_speakers(speakers: Speakers, dit: DiTConfig, folder: Path) -> None:
+    """CheckpointError for voices of other widths, or too short to be mirrored at their ends."""
+    kinds = zip(dit.enc_kernel_sizes, dit.enc_dilations, strict=True)
+    shortest = max((dilation * (kernel - 1) + 1) // 2 for kernel, dilation in kinds)
+    for name in speakers.names:
+        speaker = speakers.get(name)
+        num_frames, width = speaker.ref_mel.shape
+        if speaker.cond.shape != (dit.enc_emb_dim,) or width != dit.mel_dim or num_frames <= shortest:
+            raise CheckpointError(
+                f"{folder}: speaker {name!r}: got cond {list(speaker.cond.shape)} and ref_mel [{num_frames}, {width}],"
+                f" expected [{dit.enc_emb_dim}] and [more than {shortest}, {dit.mel_dim}]"
             )
 
 
