@@ -208,11 +208,11 @@ def in_bands(stage: DiffusionEngine, monkeypatch: pytest.MonkeyPatch, num_given:
     """The stage decodes a picture in four bands of rows, and gives `num_given` of them."""
     whole = stage.model.decode
 
-    def decode(latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        yield from next(whole(latents)).chunk(4)[:num_given]
+    def decode(latents: torch.Tensor, kept: slice) -> Iterator[torch.Tensor]:
+        yield from next(whole(latents, kept)).chunk(4)[:num_given]
 
     monkeypatch.setattr(stage.model, "decode", decode)
-    monkeypatch.setattr(stage.model, "num_pieces", lambda latents: 4)
+    monkeypatch.setattr(stage.model, "num_pieces", lambda latents, kept: 4)
     monkeypatch.setattr(stage.model, "assemble", lambda pieces, params: torch.cat(list(pieces)))
 
 

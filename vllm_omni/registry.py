@@ -25,6 +25,8 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "diffusion model": {
         "AceStepPipeline": "vllm_omni.models.ace_step_pipeline:AceStepPipeline",
+        "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.token2wav:Token2Wav",
+        "Qwen2_5OmniModel.token2wav": "vllm_omni.models.token2wav:Token2Wav",
         "ZImagePipeline": "vllm_omni.models.z_image_pipeline:ZImagePipeline",
     },
     "step cache": {

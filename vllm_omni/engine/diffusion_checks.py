@@ -23,3 +23,15 @@ def check_counts(params: DiffusionParams, num_steps: int, limits: LimitsConfig) 
             f"sigmas: got {len(params.sigmas)} of them and num_inference_steps {params.num_inference_steps};"
             " leave one of the two out"
         )
+
+
+def check_readers(params: DiffusionParams, stage: str, wanted: frozenset[str], is_streamed: bool) -> None:
+    """What is asked for must have a reader, and a result that is handed on while it is made must be one."""
+    if params.output_type == "latent" and "latents" not in wanted:
+        raise InvalidRequestError(
+            f"output_type: got 'latent', but nobody reads the latents; list '{stage}.latents' in the config's outputs"
+        )
+    if is_streamed and (params.num_outputs or 1) > 1:
+        raise InvalidRequestError(
+            f"num_outputs: got {params.num_outputs}, expected 1 where the result is handed on while it is made"
+        )

@@ -29,15 +29,19 @@ class StepCacheOptions:
 
 @dataclass(frozen=True, slots=True)
 class DiTOptions:
-    """cache: the step cache. max_batch_tokens and max_batch_size bound one denoising step's batch (a larger
+    """part: which model of a transformers folder that holds several ("token2wav"); None for a diffusers pipeline's
+    folder. cache: the step cache. max_batch_tokens and max_batch_size bound one denoising step's batch (a larger
     request runs alone).
     """
 
+    part: str | None = None
     cache: StepCacheOptions = field(default_factory=StepCacheOptions)
     max_batch_tokens: int = 4096
     max_batch_size: int = 64
 
     def __post_init__(self) -> None:
+        if self.part is not None and not isinstance(self.part, str):
+            raise ConfigError(f"part: got {self.part!r:.80}, expected a name")
         for name in ("max_batch_tokens", "max_batch_size"):
             complaint = check_number(name, getattr(self, name), 1, integer=True)
             if complaint:

@@ -190,10 +190,10 @@ class AceStepPipeline(DiffusionModel):
     def finish(self, tokens: Frames) -> list[Tensor]:
         return [velocity.float() for velocity in self.transformer.finish(tokens)]
 
-    def num_pieces(self, latents: Tensor) -> int:
+    def num_pieces(self, latents: Tensor, kept: slice) -> int:
         return self.vae.num_pieces(len(latents))
 
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
         return self.vae.decode(latents)
 
     def assemble(self, pieces: Sequence[Tensor], params: DiffusionParams) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from vllm_omni.config.schema import LimitsConfig
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.params import DiffusionParams
-from vllm_omni.payload import StageSignature
+from vllm_omni.payload import StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import check_number
 
@@ -54,13 +54,19 @@ class Trajectory(ABC):
     what `prepare` made.
 
     latent_shape: of the noise it starts from. sampler: its timesteps are set. num_tokens: of all its branches in one
-    step. conditions: branch -> what `begin` takes for the row of that branch.
+    step. conditions: branch -> what `begin` takes for the row of that branch. kept: which rows of the latents are the
+    result; the others are its context.
     """
 
     latent_shape: tuple[int, ...]
     sampler: Sampler
     num_tokens: int
     conditions: Mapping[str, Any]
+    kept: slice = slice(None)
+
+    def noise(self, seed: int) -> Tensor:
+        """Standard normal float32 `latent_shape`, drawn on the CPU, so that a seed means the same on every device."""
+        return torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
     @abstractmethod
     def branches(self, timestep: float) -> tuple[str, ...]:
@@ -75,9 +81,12 @@ class Trajectory(ABC):
 
 
 class DiffusionModel(ABC):
-    """output_port: the name of what it makes, "image" or "audio". num_blocks: how many `run_blocks` counts."""
+    """output_port: the name of what it makes, "image" or "audio". streamed_input: the input port, if any, that it takes
+    chunk by chunk (`prepare_chunk`). num_blocks: how many `run_blocks` counts.
+    """
 
     output_port: ClassVar[str]
+    streamed_input: ClassVar[str | None] = None
     num_blocks: int
 
     @classmethod
@@ -91,6 +100,16 @@ class DiffusionModel(ABC):
         cls, folder: Path, connected: frozenset[str], request: OmniRequest, params: DiffusionParams
     ) -> frozenset[str]:
         """Of the connected input ports, those that this request makes the model read."""
+
+    @classmethod
+    def request_keys(cls, folder: Path) -> frozenset[str]:
+        """The keys of `OmniRequest.fields` that it reads; `prepare` finds them among its inputs."""
+        return frozenset()
+
+    @classmethod
+    def note(cls, folder: Path) -> str:
+        """What `vllm-omni check` should say of the model; empty for nothing."""
+        return ""
 
     @classmethod
     @abstractmethod
@@ -123,11 +142,19 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Any:
-        """What all outputs of a request read: conditions encoded, source latents. Called once per request."""
+        """What all outputs of a request read: conditions encoded, source latents. Called once per request; inputs: by
+        port (without the streamed one) and by request key (None where the request has none).
+        """
+
+    def prepare_chunk(self, prepared: Any, chunk: StreamChunk) -> Any:
+        """What `trajectory` reads for one chunk of `streamed_input`, at least one of its rows being new. prepared: what
+        `prepare` gave.
+        """
+        raise StageError(f"{type(self).__name__} takes nothing chunk by chunk")
 
     @abstractmethod
     def trajectory(self, prepared: Any, params: DiffusionParams) -> Trajectory:
-        """A fresh trajectory of what `prepare` gave. Called once per output."""
+        """A fresh trajectory of what `prepare`, or `prepare_chunk`, gave. Called once per output and chunk."""
 
     @abstractmethod
     def begin(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Any]) -> TokenBatch:
@@ -142,12 +169,14 @@ class DiffusionModel(ABC):
         """The rows' outputs, float32 and shaped as their latents, in `begin`'s order of rows."""
 
     @abstractmethod
-    def num_pieces(self, latents: Tensor) -> int:
+    def num_pieces(self, latents: Tensor, kept: slice) -> int:
         """How many pieces `decode` gives for such latents, at least 1."""
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """The result piece by piece, in order; each is computed when it is asked for. A picture is one piece."""
+    def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
+        """The result piece by piece, in order; each is computed when it is asked for. A picture is one piece. kept: the
+        trajectory's; where it is not everything, only chunks make it so (see `streamed_input`).
+        """
 
     @abstractmethod
     def assemble(self, pieces: Sequence[Tensor], params: DiffusionParams) -> Tensor:

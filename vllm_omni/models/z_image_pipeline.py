@@ -197,10 +197,10 @@ class ZImagePipeline(DiffusionModel):
     def finish(self, tokens: Tokens) -> list[Tensor]:
         return [-velocity.float() for velocity in self.transformer.finish(tokens)]
 
-    def num_pieces(self, latents: Tensor) -> int:
+    def num_pieces(self, latents: Tensor, kept: slice) -> int:
         return 1
 
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
         config = self.vae.config
         scaled = (latents[None] / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
         decoded = self.vae.decode(scaled.contiguous(memory_format=torch.channels_last)).sample[0]

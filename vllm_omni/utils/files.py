@@ -11,7 +11,7 @@ from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.utils.checks import did_you_mean
 
 ASSET_SCHEME = "asset://"
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "spk_dict.pt"]
 
 
 def assets_folder() -> Path:

@@ -22,8 +22,8 @@ from vllm_omni.params import DiffusionParams
 
 @dataclass(slots=True)
 class DiffusionState:
-    """One output on its way. step: how many are done. num_reused: rows of steps that a step cache served. pieces:
-    what is decoded, `decoder` gives the rest.
+    """One output, or one chunk of it, on its way. step: how many are done. num_reused: rows of steps that a step cache
+    served. pieces: what is decoded, `decoder` gives the rest.
     """
 
     request_id: str
@@ -103,17 +103,18 @@ class DiffusionRunner:
     def decode(self, state: DiffusionState) -> Tensor | None:
         """Decodes one more piece of a denoised state; the finished output with the last one, None before it."""
         if state.decoder is None:
-            state.decoder = self.model.decode(state.latents)
-        num_pieces = self.model.num_pieces(state.latents)
+            state.decoder = self.model.decode(state.latents, state.trajectory.kept)
+        num_pieces = self.model.num_pieces(state.latents, state.trajectory.kept)
         piece = next(state.decoder, None)
         if piece is None:
             raise StageError(f"the decoder ended after {len(state.pieces)} of {num_pieces} pieces")
         state.pieces.append(piece)
         return self.model.assemble(state.pieces, state.params) if len(state.pieces) == num_pieces else None
 
-    def release(self, request_id: str) -> None:
-        """Frees the step caches of a request."""
-        self.caches.invalidate_where(lambda key: isinstance(key, tuple) and key[0] == request_id)
+    def release(self, request_id: str, index: int | None = None) -> None:
+        """Frees the step caches of a request, or of one of its states."""
+        owner = (request_id,) if index is None else (request_id, index)
+        self.caches.invalidate_where(lambda key: isinstance(key, tuple) and key[: len(owner)] == owner)
 
     def _through_blocks(self, tokens: TokenBatch, rows: Sequence[Row]) -> TokenBatch:
         lead = self._cache_type.num_lead_blocks
