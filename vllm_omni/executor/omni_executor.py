@@ -39,7 +39,7 @@ from vllm_omni.utils.device import resolve_device, resolve_dtype
 
 
 class OmniExecutor:
-    """Loads every stage of a config and runs requests through them.
+    """Loads every stage that a config's outputs call for and runs requests through them.
 
     Constructing checks the memory plan before any weights load (ResourceError), and leaves nothing behind when a stage
     cannot load. clock: seconds, monotonic.
@@ -48,6 +48,7 @@ class OmniExecutor:
     def __init__(self, config: OmniConfig, graph: StageGraph, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._graph = graph
+        config = graph.without_idle(config)
         self._scheduler = OmniScheduler(config, graph)
         self._memory = reserve_memory(config, plan_memory(config))
         self._models = ModelPool()
