@@ -11,7 +11,8 @@ import pytest
 import torch
 from loop_helpers import engine, executor, finish, request
 from toy_engine import TextParams
-from toy_voice import PIECES, RATE, num_samples, ramp, speech_config
+from toy_sound import PIECES, RATE, chain_config, num_samples, ramp, speech_config
+from toy_stream import StreamParams
 
 from vllm_omni import AsyncOmni, Audio, Omni, OmniOutput, RequestStatus
 from vllm_omni.engine.base import StageProgress, StageRows
@@ -150,14 +151,66 @@ def test_rows_of_other_ports_do_not_reach_the_caller() -> None:
     assert not sounds(parts) and final.error is None and final.audios
 
 
+# Through a chain of streamed stages
+
+
+def test_the_first_sound_comes_while_its_codes_are_still_being_written() -> None:
+    with Omni(chain_config(first_chunk=2, chunk=4, left_context=3, look_ahead=1)) as omni:
+        *parts, final = omni.stream("a", {"talker": StreamParams(rows=15)})
+    pieces = sounds(parts)
+    assert [(audio.start, audio.samples.shape[1]) for audio in pieces] == [(0, 2), (2, 4), (6, 4), (10, 4), (14, 1)]
+    assert np.array_equal(np.concatenate([audio.samples for audio in pieces], axis=1), final.audios[0].samples)
+    first = next(index for index, part in enumerate(parts) if part.audios)
+    talked = [["talker" in part.metrics for part in some].count(True) for some in (parts[:first], parts)]
+    assert talked == [3, 15]  # two codes and one ahead, of fifteen
+    assert final.metrics["talker"]["first_rows_s"] > 0 and final.metrics["speaker"]["first_rows_s"] >= 0
+
+
+@pytest.mark.parametrize("how", ["close", "exception", "interrupt in feed", "interrupt in step"])
+def test_giving_up_in_the_middle_of_a_chain_ends_all_of_it_at_once(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Omni(chain_config(chunk=2, max_ahead=4)) as omni:
+        speaker = engine(omni._executor, "speaker")
+
+        def interrupted(*_: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+            with closing(omni.stream("a", {"talker": StreamParams(rows=900)})) as stream:
+                for part in stream:
+                    if not part.audios:
+                        continue
+                    assert both_stages_run(omni)
+                    if how == "exception":
+                        raise ZeroDivisionError
+                    if how == "close":
+                        break
+                    monkeypatch.setattr(speaker, how.split()[-1], interrupted)
+            raise ZeroDivisionError  # after `close`, which raises nothing itself
+        monkeypatch.undo()
+        assert_all_is_freed(omni)
+        assert omni.get_metrics()["aborted"] == 1
+        assert omni.generate("b")[0].audios[0].samples.shape == (2, 6)
+
+
+def test_a_caller_that_reads_slowly_gets_the_same_and_nobody_runs_ahead() -> None:
+    with Omni(chain_config(chunk=3, max_ahead=3)) as omni:
+        quick = list(omni.stream("a", {"talker": StreamParams(rows=20)}))
+        slow = []
+        for part in omni.stream("b", {"talker": StreamParams(rows=20), "speaker": StreamParams(every=4)}):
+            slow.append(part)
+            omni.generate("c")  # the loop goes on for others between two pieces
+    assert [audio.start for audio in sounds(slow)] == [audio.start for audio in sounds(quick)]
+    assert np.array_equal(slow[-1].audios[0].samples, quick[-1].audios[0].samples)
+
+
 # Giving up
 
 
 def assert_all_is_freed(omni: Omni | AsyncOmni) -> None:
     loop = omni._executor
     assert loop.scheduler.in_flight() == set() and not loop.has_work() and not loop._partials
-    assert {name: stage["tasks"] for name, stage in loop.get_status()["stages"].items()} == {"text": 0, "voice": 0}
-    assert not any(engine(loop, stage).work for stage in ("text", "voice"))
+    stages = loop.get_status()["stages"]
+    assert len(stages) == 2 and not any(stage["tasks"] or engine(loop, name).work for name, stage in stages.items())
     loop.check_integrity()
 
 

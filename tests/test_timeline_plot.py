@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from toy_engine import PictureParams, TextParams, toy_config
-from toy_voice import speech_config
+from toy_sound import speech_config
 
 from vllm_omni import Omni, OmniOutput, RequestStatus
 from vllm_omni.errors import InvalidRequestError

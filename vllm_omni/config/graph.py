@@ -90,8 +90,13 @@ class StageGraph:
         return frozenset(wanted)
 
     def streamed_ports(self, stage: str) -> frozenset[str]:
-        """The output ports of a stage that an edge reads row by row; those that nobody reads need not be computed."""
-        return frozenset(edge.source_port for edge in self._from[stage] if edge.stream is not None)
+        """The output ports of a stage that somebody reads row by row: an edge, or the caller where `outputs` lists the
+        stage.
+        """
+        ports = {edge.source_port for edge in self._from[stage] if edge.stream is not None}
+        if stage in self.result_stages:
+            ports |= self.signatures[stage].results & self.signatures[stage].streamed_outputs
+        return frozenset(ports)
 
     def demand(self, needed: Callable[[str], frozenset[str]]) -> Mapping[str, frozenset[str]]:
         """Which stages run for one request, in topological order, and which of their connected inputs they read.

@@ -1,6 +1,5 @@
-"""A small stage kind that makes sound piece by piece: "toy_voice", a ramp over two channels, no model.
-
-Its parameters are the toy text's; what else a task's `do` may be stands at VoiceEngine.
+"""Two small stage kinds that make sound piece by piece, a ramp over two channels: "toy_sound" by itself, "toy_speaker"
+from the codes that a "toy_writer" streams to it.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 from toy_engine import TextParams, ToyEngine, ToyOptions, Work, toy_config, toy_stage
+from toy_stream import ROWS, Voice, stream_config, streamed
+from toy_stream import Work as StreamWork
 
 from vllm_omni import registry
 from vllm_omni.config.schema import OmniConfig, StageConfig
@@ -29,8 +30,8 @@ def num_samples(num_steps: int) -> int:
     return sum(PIECES[step % len(PIECES)] for step in range(num_steps))
 
 
-class VoiceEngine(ToyEngine):
-    """Each step adds rows to the port "audio". `do` may also be flat_rows, no_rate, nan_rows: pieces that are no sound;
+class SoundEngine(ToyEngine):
+    """The toy text's parameters. Each step adds rows to the port "audio". `do` may also be flat_rows, no_rate, nan_rows: pieces that are no sound;
     other_port: rows that are not for the caller.
     """
 
@@ -64,15 +65,51 @@ class VoiceEngine(ToyEngine):
         return StagePayload(task.request_id, self.stage.name, {"audio": whole}, {"sample_rate": RATE})
 
 
-def register_voice() -> None:
-    registry.register("stage kind", "toy_voice", "toy_voice:VoiceEngine")
+class SpeakerEngine(Voice):
+    """The sound of a code is the code itself, [i, i] steps high; misbehaves as Voice."""
+
+    @classmethod
+    def signature(cls, stage: StageConfig) -> StageSignature:
+        return StageSignature(
+            inputs={"codes": ROWS},
+            outputs={"audio": TensorSpec((1, 2, "n"))},
+            required_inputs=frozenset({"codes"}),
+            results=frozenset({"audio"}),
+            streamed_inputs=frozenset({"codes"}),
+            streamed_outputs=frozenset({"audio"}),
+        )
+
+    def advance(self, request_id: str, work: StreamWork, params: Any) -> list[StageEvent]:
+        return [self._as_sound(event) for event in super().advance(request_id, work, params)]
+
+    def finish(self, request_id: str, port: str) -> StageDone:
+        whole = torch.cat(self.work.pop(request_id).made) * SCALE
+        payload = StagePayload(request_id, self.stage.name, {"audio": whole.T[None]}, {"sample_rate": RATE})
+        return StageDone(payload, {"steps": 1})
+
+    def _as_sound(self, event: StageEvent) -> StageEvent:
+        if not isinstance(event, StageRows):
+            return event
+        return StageRows(event.request_id, "audio", event.rows * SCALE, meta={"sample_rate": RATE})
+
+
+def register_sound() -> None:
+    registry.register("stage kind", "toy_sound", "toy_sound:SoundEngine")
+    registry.register("stage kind", "toy_speaker", "toy_sound:SpeakerEngine")
 
 
 def speech_config(step_s: float = 0.0, **changes: Any) -> OmniConfig:
     """A stage that writes beside one that sounds."""
-    register_voice()
+    register_sound()
     stages = {
         "text": toy_stage("text", "toy_text", step_s=step_s),
-        "voice": toy_stage("voice", "toy_voice", step_s=step_s),
+        "voice": toy_stage("voice", "toy_sound", step_s=step_s),
     }
     return toy_config(**{"stages": stages, "outputs": ("text", "voice"), **changes})
+
+
+def chain_config(**keys: Any) -> OmniConfig:
+    """talker ⇶ speaker; keys: of the stream between them."""
+    register_sound()
+    inputs = {"codes": streamed("talker.codes", **keys)}
+    return stream_config({"speaker": inputs}, ["speaker"], speaker={"kind": "toy_speaker"})
