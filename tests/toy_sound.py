@@ -31,8 +31,8 @@ def num_samples(num_steps: int) -> int:
 
 
 class SoundEngine(ToyEngine):
-    """The toy text's parameters. Each step adds rows to the port "audio". `do` may also be flat_rows, no_rate, nan_rows: pieces that are no sound;
-    other_port: rows that are not for the caller.
+    """The toy text's parameters; each step adds rows to the port "audio". `do` may be flat_rows, no_rate, nan_rows too:
+    pieces that are no sound; other_port: rows that are not for the caller.
     """
 
     options_type = ToyOptions
