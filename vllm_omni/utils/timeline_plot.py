@@ -58,7 +58,7 @@ def _draw_stage(axes: Any, row: int, did: Mapping[str, Any], end_s: float) -> No
     words = _duration(did["ran_s"])
     if "first_rows_s" in did:
         first = did["first_rows_s"]
-        axes.plot([start + first], [row], marker="D", color=FIRST, markeredgecolor="white", linestyle="none")
+        axes.plot([start + first], [row], marker="D", color=FIRST, markeredgecolor="white", clip_on=False)
         words += f", first rows after {_duration(first)}"
     axes.annotate(words, (_end_s(did), row), **BESIDE)
 
