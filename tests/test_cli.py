@@ -113,6 +113,19 @@ def test_check_says_which_ports_nobody_connects_or_reads(capsys: pytest.CaptureF
     assert "loud in states [T, 4] not connected" in lines and "source out states [T, 4] not computed" in lines
 
 
+def test_check_says_what_is_not_loaded_and_plans_without_it(toy_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", toy_file, "--set", "outputs=[source]"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.split("\n")]
+    assert "not loaded, since no output calls for them: loud" in lines
+    assert "source out states [T, 4] not computed" in lines and "all 68.5 MiB" in lines
+    assert not any(line.startswith("loud") for line in lines)
+
+
+def test_flags_leave_out_the_stages_that_are_not_loaded(toy_file: str) -> None:
+    config = load_config(toy_file, ["outputs=[source]"])
+    assert list(stage_params(config, {**NO_FLAGS, "seed": 3})) == ["source"]
+
+
 def test_a_plan_beyond_the_budget_is_shown_and_fails(toy_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", toy_file, "--set", "resources.max_memory_gb=0.01"]) == 1
     captured = capsys.readouterr()

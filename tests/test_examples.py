@@ -132,6 +132,15 @@ def test_one_prompt_gives_a_picture_and_a_sound_and_skips_what_is_not_asked_for(
     assert "sound_prompt" in re.findall(r"^skipped (.*)", shown, flags=re.MULTILINE)[1]
 
 
+@pytest.mark.parametrize("name", ["speech_chat.py", "stream_speech.py"])
+def test_an_example_of_speech_without_a_checkpoint_says_how_to_get_and_name_one(name: str, tmp_path: Path) -> None:
+    done = run(name, folder=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "needs the folder of a Qwen2.5-Omni checkpoint" in done.stderr
+    assert f"python examples/{name} --model " in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_example_has_a_test_and_says_how_it_is_run(path: Path) -> None:
     assert f'"{path.name}"' in Path(__file__).read_text(encoding="utf-8")

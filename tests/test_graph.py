@@ -133,8 +133,8 @@ def test_a_listed_stage_runs_even_when_no_edge_is_read() -> None:
             ["stages.text.inputs.x", "no such input (it has none)"],
         ),
         (
-            lambda: graph({"text": (ENCODER, {}), "idle": (ENCODER, {})}, ["text"]),
-            ["stages.idle: contributes to no output"],
+            lambda: graph({"text": (ENCODER, {}), "idle": (ENCODER, {"x": "text.text"})}, ["text"]),
+            ["stages.idle.inputs.x", "no such input"],
         ),
         (lambda: guided([]), ["outputs: got nothing"]),
         (lambda: guided(["imgae"]), ["outputs[0]: got 'imgae'", "did you mean 'image'"]),
@@ -277,8 +277,20 @@ def test_demand_is_the_closure_of_what_is_read_and_nothing_else(dag: Any, data: 
     assert list(demand) == [stage for stage in relays(inputs, outputs).order if stage in demand]
 
 
-@given(dags())
-def test_a_stage_outside_the_outputs_is_refused(dag: Any) -> None:
-    inputs, outputs, _ = dag
-    with pytest.raises(ConfigError, match=r"stages\.idle: contributes to no output"):
-        relays({**inputs, "idle": {}}, outputs)
+@given(dags(), st.data())
+def test_what_no_output_calls_for_is_idle_and_reads_nothing(dag: Any, data: st.DataObject) -> None:
+    inputs, _, _ = dag
+    listed = data.draw(st.lists(st.sampled_from(sorted(inputs)), min_size=1, unique=True))
+    called_for, frontier = set(listed), list(listed)
+    while frontier:
+        sources = {origin.split(".")[0] for origin in inputs[frontier.pop()].values()}
+        frontier += sources - called_for
+        called_for |= sources
+    drawn = relays(inputs, listed)
+    assert set(drawn.order) == called_for == set(drawn.signatures) and set(drawn.idle) == set(inputs) - called_for
+    assert len(drawn.order) + len(drawn.idle) == len(inputs)
+    assert all({edge.source, edge.target} <= called_for for edge in drawn.edges)
+    assert len(drawn.edges) == sum(len(inputs[stage]) for stage in called_for)
+    for stage in drawn.order:
+        assert {edge.target for edge in drawn.edges_from(stage)} <= called_for
+        assert bool(drawn.wanted_ports(stage)) == (stage in listed or bool(drawn.edges_from(stage)))

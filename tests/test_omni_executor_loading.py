@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from loop_helpers import answer, executor, request
+from loop_helpers import answer, engine, executor, request
 from toy_engine import PictureParams, TextEngine, toy_config, toy_stage
 
 from vllm_omni import registry
@@ -32,6 +32,19 @@ def test_memory_is_checked_before_anything_loads() -> None:
         executor(dataclasses.replace(config, stages=stages, max_memory_gb=2.0))
     for words in ("encode 1.00 GiB", "guide 1.00 GiB", "picture 1.00 GiB", "resources.max_memory_gb"):
         assert words in str(caught.value)
+
+
+def test_stages_that_no_output_calls_for_are_neither_planned_nor_loaded() -> None:
+    config = toy_config()
+    broken = toy_stage("picture", "toy_picture", {"states": "encode.states"}, fails_to_load=True, weights_bytes=2**60)
+    stages = {"encode": config.stages["encode"], "picture": broken}
+    loop = executor(dataclasses.replace(config, stages=stages, outputs=("encode",)))
+    assert list(loop.get_metrics()["stages"]) == ["encode"] and "picture" not in loop.get_metrics()["memory"]
+    assert engine(loop, "encode").wanted == {"text"}
+    output = answer(loop, request("r", "ab"))
+    assert output.text == "abab" and list(output.metrics) == ["encode"]
+    refused = answer(loop, request("s", params={"picture": PictureParams(seed=1)}))
+    assert "'picture'" in str(refused.error) and "not loaded" in str(refused.error)
 
 
 def test_stages_of_one_kind_and_folder_count_their_weights_once(tmp_path: Any) -> None:

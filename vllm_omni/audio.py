@@ -12,6 +12,7 @@ import numpy as np
 
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.utils.checks import check_number
+from vllm_omni.utils.files import check_suffix
 
 if TYPE_CHECKING:
     from vllm_omni.utils.audio_files import Samples
@@ -66,7 +67,7 @@ class Audio:
         from vllm_omni.utils.audio_files import FORMATS, write_audio
 
         path = Path(path).expanduser()
-        _check_suffix(path, tuple(FORMATS))
+        check_suffix(path, tuple(FORMATS))
         with path.open("wb") as file:
             write_audio(self.samples, self.sample_rate, file, path.suffix.lower())
 
@@ -75,7 +76,7 @@ class Audio:
         from vllm_omni.utils.audio_plot import draw_audio
 
         path = Path(path).expanduser()
-        _check_suffix(path, (".png",))
+        check_suffix(path, (".png",))
         draw_audio(self.samples, self.sample_rate, path)
 
     def __repr__(self) -> str:
@@ -92,8 +93,3 @@ class Audio:
         write_audio(self.samples, self.sample_rate, file, ".wav")
         content = base64.b64encode(file.getvalue()).decode()
         return f'<audio controls src="data:audio/wav;base64,{content}" title="{self!r}"></audio>'
-
-
-def _check_suffix(path: Path, known: tuple[str, ...]) -> None:
-    if path.suffix.lower() not in known:
-        raise InvalidRequestError(f"path: got {str(path)!r}, expected a name that ends in {' or '.join(known)}")

@@ -6,11 +6,13 @@ import enum
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.utils.checks import check_number, did_you_mean
+from vllm_omni.utils.files import check_suffix
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -191,8 +193,9 @@ class OmniOutput:
     """The answer to a request: partial (`finished` False, only in streams) or final.
 
     results: by stage, in the order of the config's `outputs`. tensors: by "stage.port". metrics: by stage: queued_s,
-    ran_s, started_s (after admission), steps, tokens, cache_hits and what else the stage counts; of a stage that a
-    condition kept from running: skipped (True) and reason.
+    ran_s, started_s (after admission), first_rows_s (after the stage's start, where it gives its rows as they are
+    made), steps, tokens, cache_hits and what else the stage counts; of a stage that a condition kept from running:
+    skipped (True) and reason.
     error: why there is no (whole) result, or None.
     """
 
@@ -235,3 +238,21 @@ class OmniOutput:
     @property
     def finish_reason(self) -> str | None:
         return self.completions[0].finish_reason if self.completions else None
+
+    def plot_timeline(self, path: str | Path) -> None:
+        """Writes a `.png`: when each stage waited and worked, and where its first rows came; of a final output whose
+        request was admitted.
+
+        InvalidRequestError for another suffix and for an output without such times, OSError when the file cannot be
+        written.
+        """
+        from vllm_omni.utils.timeline_plot import draw_timeline
+
+        if not self.finished or not self.metrics:
+            raise InvalidRequestError(
+                f"plot_timeline: got an output that is {self.status.value} and has no times of stages, expected the "
+                "final one of a request that ran"
+            )
+        path = Path(path).expanduser()
+        check_suffix(path, (".png",))
+        draw_timeline(self.metrics, path)

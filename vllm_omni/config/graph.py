@@ -46,9 +46,10 @@ class Edge:
 
 
 class StageGraph:
-    """A checked DAG; never changes.
+    """A checked DAG; never changes. All stages are checked, but those that no output calls for are left out of it.
 
-    order: stage names, each after all that feed it (among equals, in the order of the config). edges: all of them.
+    idle: the names of those. order: stage names, each after all that feed it (among equals, in the order of the
+    config). edges, signatures: all that belong to these.
     outputs: as the config lists them. result_stages: those outputs that name a stage (its final text, images or audio).
     output_tensors: those that name a tensor, as (stage, port).
     """
@@ -60,15 +61,17 @@ class StageGraph:
         for name in stages:
             check_stage_name(name)
         self.signatures = dict(signatures)
-        self.edges = tuple(_read_edges(stages, signatures))
-        self._into: dict[str, tuple[Edge, ...]] = {s: tuple(e for e in self.edges if e.target == s) for s in stages}
-        self._from: dict[str, tuple[Edge, ...]] = {s: tuple(e for e in self.edges if e.source == s) for s in stages}
+        self._connect(stages, _read_edges(stages, signatures))
         self._check_required_inputs()
         self.order = self._sorted()
         self.outputs = tuple(outputs)
         self.result_stages, self.output_tensors = _read_outputs(self.outputs, signatures)
         self._ends = frozenset(self.result_stages) | {stage for stage, _ in self.output_tensors}
-        self._check_all_contribute()
+        called_for = self._called_for()
+        self.idle = tuple(stage for stage in stages if stage not in called_for)
+        self.order = tuple(stage for stage in self.order if stage in called_for)
+        self.signatures = {stage: signatures[stage] for stage in self.order}
+        self._connect(self.order, [edge for edge in self.edges if edge.target in called_for])
 
     def edges_into(self, stage: str) -> tuple[Edge, ...]:
         """What feeds a stage, in the order of its `inputs`."""
@@ -87,8 +90,13 @@ class StageGraph:
         return frozenset(wanted)
 
     def streamed_ports(self, stage: str) -> frozenset[str]:
-        """The output ports of a stage that an edge reads row by row; those that nobody reads need not be computed."""
-        return frozenset(edge.source_port for edge in self._from[stage] if edge.stream is not None)
+        """The output ports of a stage that somebody reads row by row: an edge, or the caller where `outputs` lists the
+        stage.
+        """
+        ports = {edge.source_port for edge in self._from[stage] if edge.stream is not None}
+        if stage in self.result_stages:
+            ports |= self.signatures[stage].results & self.signatures[stage].streamed_outputs
+        return frozenset(ports)
 
     def demand(self, needed: Callable[[str], frozenset[str]]) -> Mapping[str, frozenset[str]]:
         """Which stages run for one request, in topological order, and which of their connected inputs they read.
@@ -102,6 +110,15 @@ class StageGraph:
             if is_read or stage in self._ends:
                 reads[stage] = needed(stage) & {edge.target_port for edge in self._into[stage]}
         return {stage: reads[stage] for stage in self.order if stage in reads}
+
+    def without_idle(self, config: OmniConfig) -> OmniConfig:
+        """The configuration that this graph is of, with the stages of `order` alone: what is to be loaded."""
+        return dataclasses.replace(config, stages={n: s for n, s in config.stages.items() if n not in self.idle})
+
+    def _connect(self, stages: Collection[str], edges: Sequence[Edge]) -> None:
+        self.edges = tuple(edges)
+        self._into: dict[str, tuple[Edge, ...]] = {s: tuple(e for e in edges if e.target == s) for s in stages}
+        self._from: dict[str, tuple[Edge, ...]] = {s: tuple(e for e in edges if e.source == s) for s in stages}
 
     def _check_required_inputs(self) -> None:
         for stage, edges in self._into.items():
@@ -130,15 +147,13 @@ class StageGraph:
             path.append(next(edge.source for edge in self._into[path[-1]] if edge.source in waiting))
         return path[path.index(path[-1]) :][::-1]
 
-    def _check_all_contribute(self) -> None:
-        used = set(self._ends)
+    def _called_for(self) -> frozenset[str]:
+        """The stages that `outputs` lists, and all that feed these."""
+        found = set(self._ends)
         for stage in reversed(self.order):
-            if any(edge.target in used for edge in self._from[stage]):
-                used.add(stage)
-            if stage not in used:
-                raise ConfigError(
-                    f"stages.{stage}: contributes to no output; list it in 'outputs', feed it to a stage, or remove it"
-                )
+            if any(edge.target in found for edge in self._from[stage]):
+                found.add(stage)
+        return frozenset(found)
 
 
 def build_graph(config: OmniConfig) -> StageGraph:

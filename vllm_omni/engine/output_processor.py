@@ -1,5 +1,5 @@
-"""The last step of a request: what its output stages made becomes text, PIL images, sounds and tensors that the caller
-owns.
+"""What the caller sees of a request: its output stages' text, PIL images, sounds and tensors, piece by piece while they
+are made and whole at the end. All of it is the caller's own.
 """
 
 from __future__ import annotations
@@ -53,20 +53,45 @@ def make_output(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
     )
 
 
-def make_partial(event: StageProgress | StageRows, stage: str, outputs: Sequence[str]) -> OmniOutput | None:
-    """A RUNNING output: how far the stage is and, where `outputs` lists it, what it has newly written. None for rows,
-    which other stages read.
+class PartialOutputs:
+    """The partial outputs of one request, to be made in the order of its events: it counts the samples of each stage.
+
+    outputs: the config's entries.
     """
-    if isinstance(event, StageRows):
-        return None
-    is_listed = any(entry.partition(".")[0] == stage for entry in outputs)
-    piece = Completion(text=event.text, token_ids=(), finish_reason=None)
-    return OmniOutput(
-        request_id=event.request_id,
-        status=RequestStatus.RUNNING,
-        results={stage: StageResult(completions=(piece,))} if event.text and is_listed else {},
-        metrics={stage: {"step": event.step, "num_steps": event.num_steps}},
-    )
+
+    def __init__(self, outputs: Sequence[str]) -> None:
+        self._outputs = outputs
+        self._listed = frozenset(entry.partition(".")[0] for entry in outputs)
+        self._num_samples: dict[str, int] = {}
+
+    def make(self, event: StageProgress | StageRows, stage: str) -> OmniOutput | None:
+        """A RUNNING output: how far the stage is and, where `outputs` lists it, what it has newly written, or the sound
+        that it has newly made. None for rows that the caller does not get; StageError for rows that are no sound.
+        """
+        if isinstance(event, StageProgress):
+            return self._progress(event, stage)
+        if event.port != AUDIO_PORT or stage not in self._outputs or not event.rows.numel():
+            return None
+        return self._sound(event, stage)
+
+    def _progress(self, event: StageProgress, stage: str) -> OmniOutput:
+        piece = Completion(text=event.text, token_ids=(), finish_reason=None)
+        return OmniOutput(
+            request_id=event.request_id,
+            status=RequestStatus.RUNNING,
+            results={stage: StageResult(completions=(piece,))} if event.text and stage in self._listed else {},
+            metrics={stage: {"step": event.step, "num_steps": event.num_steps}},
+        )
+
+    def _sound(self, event: StageRows, stage: str) -> OmniOutput:
+        if event.rows.dim() != 2:
+            raise StageError(f"stage {stage!r}: rows of audio are {list(event.rows.shape)}, expected [n, channels]")
+        start = self._num_samples.get(stage, 0)
+        self._num_samples[stage] = start + len(event.rows)
+        audios = to_audios(event.rows.T[None], event.meta.get("sample_rate"), stage, start)
+        return OmniOutput(
+            request_id=event.request_id, status=RequestStatus.RUNNING, results={stage: StageResult(audios=audios)}
+        )
 
 
 def make_result(payload: StagePayload) -> StageResult:
@@ -94,16 +119,16 @@ def to_images(pixels: Tensor, stage: str) -> tuple[Image.Image, ...]:
     return tuple(Image.fromarray(array) for array in pixels.detach().cpu().contiguous().numpy())
 
 
-def to_audios(sounds: Tensor, sample_rate: object, stage: str) -> tuple[Audio, ...]:
-    """sounds: floating [N, channels, n], any device; sample_rate: Hz -> N sounds. StageError for other tensors, for a
-    rate that is none, and for samples that are not finite.
+def to_audios(sounds: Tensor, sample_rate: object, stage: str, start: int = 0) -> tuple[Audio, ...]:
+    """sounds: floating [N, channels, n], any device; sample_rate: Hz; start: as Audio's -> N sounds. StageError for
+    other tensors, for a rate that is none, and for samples that are not finite.
     """
     if not sounds.is_floating_point() or sounds.dim() != 3:
         got = f"{sounds.dtype} {list(sounds.shape)}"
         raise StageError(f"stage {stage!r}: audio is {got}, expected floating point [N, channels, n]")
     owned = sounds.detach().to("cpu", torch.float32, copy=True).contiguous()
     try:
-        return tuple(Audio(array, sample_rate) for array in owned.numpy())  # type: ignore[arg-type]
+        return tuple(Audio(array, sample_rate, start) for array in owned.numpy())  # type: ignore[arg-type]
     except InvalidRequestError as error:
         raise StageError(f"stage {stage!r}: audio: {error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -47,8 +47,10 @@ class AsyncOmni:
         with _Subscription(self._loop, request, stream=False) as subscription:
             return await subscription.next()
 
-    async def stream(self, prompt: PromptLike, params: Params | None = None) -> AsyncIterator[OmniOutput]:
-        """Partial outputs as they are made, then exactly one final output. Leaving early aborts the request."""
+    async def stream(self, prompt: PromptLike, params: Params | None = None) -> AsyncGenerator[OmniOutput, None]:
+        """Partial outputs as they are made (new text, new pieces of sound), then exactly one final output that holds
+        all of it. Leaving early (`aclose`, cancelling the task) aborts the request between two steps.
+        """
         request = make_request(prompt, params)
         if isinstance(request, OmniOutput):
             yield request

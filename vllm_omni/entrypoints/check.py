@@ -13,12 +13,11 @@ from vllm_omni.registry import resolve
 
 
 def describe(config: OmniConfig, graph: StageGraph, plans: Mapping[str, MemoryPlan]) -> str:
-    """The whole report, as lines of plain text."""
+    """The whole report, as lines of plain text. config, plans: of the stages that are loaded."""
     model = f"  {config.model}" if config.model else ""
     notes, memory = _notes(config), _memory(config, plans)
-    return "\n".join(
-        [f"{config.name}{model}", "", *draw_graph(config, graph), "", "Ports", *_ports(graph), "", *notes, *memory]
-    )
+    drawing = [*draw_graph(config, graph), *_idle(graph)]
+    return "\n".join([f"{config.name}{model}", "", *drawing, "", "Ports", *_ports(graph), "", *notes, *memory])
 
 
 def draw_graph(config: OmniConfig, graph: StageGraph) -> list[str]:
@@ -34,6 +33,10 @@ def draw_graph(config: OmniConfig, graph: StageGraph) -> list[str]:
         targets = dict.fromkeys(edge.target for edge in graph.edges_from(stage))
         rows += [(line, "") for line in rails.branch(stage, list(targets))]
     return aligned(rows)
+
+
+def _idle(graph: StageGraph) -> list[str]:
+    return [f"not loaded, since no output calls for them: {', '.join(graph.idle)}"] if graph.idle else []
 
 
 def _label(config: OmniConfig, graph: StageGraph, stage: str) -> str:

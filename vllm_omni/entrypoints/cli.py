@@ -192,11 +192,10 @@ def stage_params(config: OmniConfig, flags: Mapping[str, Any]) -> dict[str, Stag
     from vllm_omni import registry
     from vllm_omni.config.graph import build_graph
 
-    signatures = build_graph(config).signatures
     types = {
-        name: registry.resolve("stage kind", stage.kind).params_type
-        for name, stage in config.stages.items()
-        if signatures[name].results
+        name: registry.resolve("stage kind", config.stages[name].kind).params_type
+        for name, signature in build_graph(config).signatures.items()
+        if signature.results
     }
     fields = {name: {field.name for field in dataclasses.fields(params_type)} for name, params_type in types.items()}
     given: dict[str, dict[str, Any]] = {}
@@ -231,6 +230,7 @@ def _check(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.set, args.model)
     graph = build_graph(config)
+    config = graph.without_idle(config)
     plans = plan_memory(config)
     print(describe(config, graph, plans))
     reserve_memory(config, plans)

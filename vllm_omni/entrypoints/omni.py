@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from types import TracebackType
 from typing import Any
@@ -83,10 +83,12 @@ class Omni:
                         outputs[output.request_id] = output
         return [item if isinstance(item, OmniOutput) else outputs[item] for item in order]
 
-    def stream(self, prompt: PromptLike, params: Params | None = None) -> Iterator[OmniOutput]:
-        """Partial outputs of one prompt as they are made, then exactly one final output.
+    def stream(self, prompt: PromptLike, params: Params | None = None) -> Generator[OmniOutput, None, None]:
+        """Partial outputs of one prompt as they are made (new text, new pieces of sound), then exactly one final output
+        that holds all of it.
 
-        The request begins at the first `next`; closing the iterator early aborts it. Several may be open at once.
+        The request begins at the first `next`. Closing the generator early, or an interrupt, aborts it in all stages at
+        once; leaving a `for` over it closes it, `contextlib.closing` does where it has a name. Several may be open.
         """
         self._ensure_open()
         request = make_request(prompt, params)

@@ -27,7 +27,7 @@ from vllm_omni.engine.base import (
     StageTook,
 )
 from vllm_omni.engine.boundary import stage_boundary
-from vllm_omni.engine.output_processor import make_output, make_partial
+from vllm_omni.engine.output_processor import PartialOutputs, make_output
 from vllm_omni.errors import OmniError, SchedulerError, StageError
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.executor.memory import plan_memory, reserve_memory
@@ -39,7 +39,7 @@ from vllm_omni.utils.device import resolve_device, resolve_dtype
 
 
 class OmniExecutor:
-    """Loads every stage of a config and runs requests through them.
+    """Loads every stage that a config's outputs call for and runs requests through them.
 
     Constructing checks the memory plan before any weights load (ResourceError), and leaves nothing behind when a stage
     cannot load. clock: seconds, monotonic.
@@ -48,12 +48,13 @@ class OmniExecutor:
     def __init__(self, config: OmniConfig, graph: StageGraph, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._graph = graph
+        config = graph.without_idle(config)
         self._scheduler = OmniScheduler(config, graph)
         self._memory = reserve_memory(config, plan_memory(config))
         self._models = ModelPool()
         self._hosts: dict[str, StageHost] = {}
         self._outputs: list[OmniOutput] = []
-        self._streaming: set[str] = set()
+        self._partials: dict[str, PartialOutputs] = {}
         try:
             for name in graph.order:
                 self._hosts[name] = self._load(config, config.stages[name])
@@ -78,7 +79,7 @@ class OmniExecutor:
             self._scheduler.reject(request, error)
             return
         if stream:
-            self._streaming.add(request.request_id)
+            self._partials[request.request_id] = PartialOutputs(self._graph.outputs)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once; its final output is the next `take_outputs`'. Unknown or finished ones are fine."""
@@ -200,8 +201,7 @@ class OmniExecutor:
         else:
             if isinstance(event, StageRows):
                 self._take_rows(stage, event, now)
-            if event.request_id in self._streaming:
-                self._add_partial(stage, event)
+            self._add_partial(stage, event)
 
     def _take_rows(self, stage: str, event: StageRows, now: float) -> None:
         streamed = self._graph.signatures[stage].streamed_outputs
@@ -212,9 +212,11 @@ class OmniExecutor:
             self._scheduler.fail(event.request_id, StageError(words))
 
     def _add_partial(self, stage: str, event: StageProgress | StageRows) -> None:
+        """Hands the caller what is new, where the request streams; what cannot be shown ends it."""
+        partials = self._partials.get(event.request_id)
         try:
             with stage_boundary(stage):
-                partial = make_partial(event, stage, self._graph.outputs)
+                partial = None if partials is None else partials.make(event, stage)
         except OmniError as error:
             self._scheduler.fail(event.request_id, error)
             return
@@ -226,5 +228,5 @@ class OmniExecutor:
         for end in self._scheduler.take_ends():
             for stage in end.abandoned:
                 self._hosts[stage].abort(end.request.request_id)
-            self._streaming.discard(end.request.request_id)
+            self._partials.pop(end.request.request_id, None)
             self._outputs.append(make_output(end, self._graph.outputs))

@@ -52,6 +52,10 @@ class RequestPlanner:
             return
         if isinstance(request.params, Mapping):
             for name, given in request.params.items():
+                if name in self._graph.idle:
+                    raise InvalidRequestError(
+                        f"params[{name!r}]: the stage is not loaded, since no output calls for it"
+                    )
                 if name not in self._hosts:
                     raise InvalidRequestError(f"params[{name!r}]: unknown stage{did_you_mean(str(name), self._hosts)}")
                 if given is None:

@@ -1,13 +1,14 @@
-"""Where models and stage configs live on disk, and JSON side files. Reads no weights."""
+"""Where models and stage configs live on disk, JSON side files, and names of files to write. Reads no weights."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.errors import CheckpointError, ConfigError
+from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
 from vllm_omni.utils.checks import did_you_mean
 
 ASSET_SCHEME = "asset://"
@@ -65,3 +66,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: got a JSON {type(content).__name__}, expected an object")
     return content
+
+
+def check_suffix(path: Path, known: Collection[str]) -> None:
+    """Raises InvalidRequestError for a file to be written whose name says another format."""
+    if path.suffix.lower() not in known:
+        raise InvalidRequestError(f"path: got {str(path)!r}, expected a name that ends in {' or '.join(known)}")
