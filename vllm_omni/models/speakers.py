@@ -75,7 +75,7 @@ def _speaker(name: object, entry: Any, path: Path) -> Speaker:
     if isinstance(token, Tensor) and token.numel() == 1:
         token = token.item()
     complaint = check_number("bos_token", token, 0, integer=True)
-    if complaint:
+    if complaint or token is None:
         raise CheckpointError(f"{where}: {complaint}")
     return Speaker(int(token), _tensor(entry, "cond", 2, where), _tensor(entry, "ref_mel", 3, where))
 
