@@ -1,6 +1,4 @@
-"""The voices of a Qwen2.5-Omni checkpoint: its spk_dict.pt, read by torch's loader of plain tensors and checked. Knows
-no model.
-"""
+"""The voices of a published Qwen2.5-Omni folder, from `spk_dict.pt`."""
 
 from __future__ import annotations
 
@@ -13,16 +11,16 @@ import torch
 from torch import Tensor
 
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
-from vllm_omni.utils.checks import brief, check_number, did_you_mean
+from vllm_omni.utils.checks import check_number, did_you_mean
 
 FILE = "spk_dict.pt"
-PREFERRED = "Chelsie"
+DEFAULT_SPEAKER = "Chelsie"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Speaker:
-    """bos_token: the text token that starts a reply in this voice. cond: [1, C] float32, the speaker's embedding.
-    ref_mel: [1, F, mel bins] float32, a sound of the voice.
+    """bos_token: the text token that starts the talker's reply. cond: [E] speaker vector. ref_mel: [T, mel bins] a
+    reference sound. Both float32, on the CPU.
     """
 
     bos_token: int
@@ -30,64 +28,67 @@ class Speaker:
     ref_mel: Tensor
 
 
-@dataclass(frozen=True, slots=True)
 class Speakers:
-    """Speaker by name, in the order of the file."""
+    """By name, in the order of the file."""
 
-    by_name: Mapping[str, Speaker]
+    def __init__(self, voices: Mapping[str, Speaker]) -> None:
+        self._voices = dict(voices)
 
     @classmethod
     def load(cls, folder: Path) -> Speakers:
-        """From a checkpoint folder; ConfigError without the file, CheckpointError for anything else in it."""
+        """ConfigError when the file is missing, CheckpointError when it holds something else than speakers. Tensors
+        alone are read from it: nothing is unpickled.
+        """
         path = folder / FILE
-        if not path.is_file():
-            raise ConfigError(f"{path}: missing; speech needs the speakers of the checkpoint, copy the file there")
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # the reader raises whatever the bytes make it raise
-            raise CheckpointError(f"{path}: cannot be read as plain tensors ({error})") from error
-        if not isinstance(content, dict) or not content:
-            raise CheckpointError(f"{path}: got {type(content).__name__}, expected speakers by name, at least one")
-        return cls({name: _speaker(name, entry, path) for name, entry in content.items()})
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: missing; it belongs to the published folder and holds the voices") from None
+        except Exception as error:  # torch has no class of its own for a file that it refuses
+            raise CheckpointError(f"{path}: damaged, or holds more than tensors and numbers ({error})") from error
+        if not isinstance(raw, Mapping) or not raw:
+            raise CheckpointError(f"{path}: got {type(raw).__name__}, expected a mapping from names to voices")
+        return cls({str(name): _speaker(value, f"{path}: {name}") for name, value in raw.items()})
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._voices)
 
     @property
     def default(self) -> str:
-        return PREFERRED if PREFERRED in self.by_name else next(iter(self.by_name))
+        return DEFAULT_SPEAKER if DEFAULT_SPEAKER in self._voices else self.names[0]
 
-    def find(self, name: object) -> Speaker:
-        """The speaker that a request asks for, None the default; InvalidRequestError with the list for another."""
+    def get(self, name: object) -> Speaker:
+        """The voice of that name, the default one for None; InvalidRequestError for an unknown one."""
+        return self._voices[self.resolve(name)]
+
+    def resolve(self, name: object) -> str:
+        """The name itself, the default one for None; InvalidRequestError for an unknown one."""
         if name is None:
-            name = self.default
-        if not isinstance(name, str) or name not in self.by_name:
-            near = did_you_mean(name, self.by_name) if isinstance(name, str) else ""
-            hint = near if "mean" in near else ""
-            raise InvalidRequestError(
-                f"speaker: got {brief(name)}, expected one of {', '.join(sorted(self.by_name))}{hint}"
-            )
-        return self.by_name[name]
+            return self.default
+        if not isinstance(name, str) or name not in self._voices:
+            raise InvalidRequestError(f"speaker: got {name!r:.80}{did_you_mean(str(name)[:80], self.names)}")
+        return name
 
 
-def _speaker(name: object, entry: Any, path: Path) -> Speaker:
-    where = f"{path}: {brief(name)}"
-    if not isinstance(name, str) or not isinstance(entry, dict):
-        raise CheckpointError(f"{where}: got {type(entry).__name__}, expected a mapping under a name")
-    token = entry.get("bos_token")
-    if isinstance(token, Tensor) and token.numel() == 1:
-        token = token.item()
-    complaint = check_number("bos_token", token, 0, integer=True)
-    if complaint or token is None:
-        raise CheckpointError(f"{where}: {complaint}")
-    return Speaker(int(token), _tensor(entry, "cond", 2, where), _tensor(entry, "ref_mel", 3, where))
+def _speaker(raw: object, where: str) -> Speaker:
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{where}: got {type(raw).__name__}, expected bos_token, cond and ref_mel")
+    complaint = check_number(f"{where}: bos_token", raw.get("bos_token"), 0, integer=True)
+    if complaint:
+        raise CheckpointError(complaint)
+    cond = _tensor(raw, "cond", 2, where)
+    ref_mel = _tensor(raw, "ref_mel", 3, where)
+    return Speaker(int(raw["bos_token"]), cond[0], ref_mel[0])
 
 
-def _tensor(entry: Mapping[str, Any], key: str, num_dims: int, where: str) -> Tensor:
-    tensor = entry.get(key)
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout is not torch.strided:
-        raise CheckpointError(f"{where}: {key}: got {type(tensor).__name__}, expected a tensor of numbers")
-    if tensor.ndim != num_dims or len(tensor) != 1 or not tensor.numel():
-        raise CheckpointError(
-            f"{where}: {key}: got the shape {list(tensor.shape)}, expected {num_dims} dimensions, the first of size 1"
-        )
-    if not tensor.isfinite().all():
-        raise CheckpointError(f"{where}: {key}: got NaN or infinity, expected finite numbers")
-    return tensor.float()
+def _tensor(raw: Mapping[str, Any], key: str, num_dims: int, where: str) -> Tensor:
+    """A finite, dense float tensor [1, ...] as float32."""
+    value = raw.get(key)
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+    if not is_dense or value.ndim != num_dims or value.shape[0] != 1 or value.numel() == 0:
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise CheckpointError(f"{where}: {key}: got {got}, expected floats [1{', ...' * (num_dims - 1)}]")
+    if not bool(torch.isfinite(value).all()):
+        raise CheckpointError(f"{where}: {key}: got values that are not finite")
+    return value.detach().float().contiguous()
