@@ -2,8 +2,8 @@
 tensors.
 
 A block that is computed whole is entered under a sha256 over the hash of the block before it and the content of its own
-tokens; a hit also compares that content. Freed blocks keep their entry until they are taken for something else, least recently used
-first.
+tokens; a hit also compares that content. Freed blocks keep their entry until they are taken for something else, least
+recently used first.
 """
 
 from __future__ import annotations

@@ -35,12 +35,12 @@ class Sequence:
 
     sequence_id: unique in its engine and increasing with arrival. max_tokens: the most tokens, prompt included, that it
     can ever hold in the KV pool. is_writing: whether a token is to be sampled once every known token is computed; an
-    encoded prompt never writes. num_computed_tokens: how many tokens, from the first on, have their keys and values in
-    the pool; num_reached_tokens: the most that ever had. num_cached_tokens: how many prompt tokens the prefix cache served at the first admission (None before it).
-    content_ids: what makes tokens the same for the prefix cache, where the id alone does not say it (a placeholder for
-    an image); None: the token ids. num_ready_tokens: how many tokens have all their inputs and may be computed (None:
-    every known one). is_paused: nothing of it is computed for now. block_hashes: the hash chain of the full blocks, as
-    far as it was needed; it outlives preemption.
+    encoded prompt never writes. content_ids: what makes tokens the same for the prefix cache, where the id alone does
+    not say it (a placeholder for an image); None: the token ids. num_ready_tokens: how many tokens have all their
+    inputs and may be computed (None: every known one). is_paused: nothing of it is computed for now.
+    num_computed_tokens: how many tokens, from the first on, have their keys and values in the pool; num_reached_tokens:
+    the most that ever had. num_cached_tokens: how many prompt tokens the prefix cache served at the first admission
+    (None before it). block_hashes: the hash chain of the full blocks, as far as it was needed; it outlives preemption.
     """
 
     sequence_id: int

@@ -174,6 +174,14 @@ def locate_fused(model: nn.Module, name: str) -> Target | None:
     return Target(f"{owner}.{kind}", merged.rows(module)) if isinstance(merged, MergedLinear) else None
 
 
+def sub_config(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object inside a config.json."""
+    inner = raw.get(key)
+    if not isinstance(inner, Mapping):
+        raise ConfigError(f"{where}: {key}: got {type(inner).__name__}, expected an object")
+    return inner
+
+
 def count_of(raw: Mapping[str, Any], key: str, where: str) -> int:
     """A positive integer of a config.json."""
     complaint = check_number(f"{where}: {key}", raw.get(key), 1, integer=True)

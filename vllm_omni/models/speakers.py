@@ -84,11 +84,12 @@ def _speaker(raw: object, where: str) -> Speaker:
 
 def _tensor(raw: Mapping[str, Any], key: str, num_dims: int, where: str) -> Tensor:
     """A finite, dense float tensor [1, ...] as float32."""
-    value = raw.get(key)
-    is_dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+    value, expected = raw.get(key), f"floats [1{', n' * (num_dims - 1)}]"
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{where}: {key}: got {type(value).__name__}, expected {expected}")
+    is_dense = value.layout == torch.strided and value.is_floating_point()
     if not is_dense or value.ndim != num_dims or value.shape[0] != 1 or value.numel() == 0:
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise CheckpointError(f"{where}: {key}: got {got}, expected floats [1{', ...' * (num_dims - 1)}]")
+        raise CheckpointError(f"{where}: {key}: got {value.dtype} {list(value.shape)}, expected {expected}")
     if not bool(torch.isfinite(value).all()):
         raise CheckpointError(f"{where}: {key}: got values that are not finite")
     return value.detach().float().contiguous()
