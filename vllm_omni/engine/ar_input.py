@@ -14,6 +14,7 @@ from vllm_omni.engine.base import StageTask
 from vllm_omni.engine.text_processor import TextProcessor
 from vllm_omni.errors import InvalidRequestError, ResourceError, StageError
 from vllm_omni.models.language_model import LanguageModelConfig
+from vllm_omni.models.media import MediaPrompt
 from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
 from vllm_omni.request import OmniRequest, Prompt
 
@@ -47,11 +48,14 @@ class ARLimits:
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
-    """A prompt's tokens, checked. num_truncated: how many its end lost. max_new_tokens: room for written ones."""
+    """A prompt's tokens, checked. num_truncated: how many its end lost. max_new_tokens: room for written ones. media:
+    what stands for its placeholder tokens, None for words alone.
+    """
 
     token_ids: list[int]
     num_truncated: int
     max_new_tokens: int
+    media: MediaPrompt | None = None
 
 
 def read_prompt(options: AROptions, request: OmniRequest, inputs: Mapping[str, Any]) -> Prompt:
@@ -100,10 +104,12 @@ class ARInput:
                 raise
             raise StageError(f"cannot read what {stage.edges['prompt'].source} gave: {error}") from error
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> PreparedPrompt:
+    def prepare(self, prompt: Prompt | MediaPrompt, params: SamplingParams) -> PreparedPrompt:
         """Tokens within the limits; InvalidRequestError (or ResourceError: the KV pool is too small) for what cannot be
         run.
         """
+        if isinstance(prompt, MediaPrompt):
+            return self._prepare_media(prompt, params)
         num_chars = _num_chars(prompt)
         if num_chars > self._limits.max_prompt_chars:
             raise InvalidRequestError(
@@ -114,6 +120,20 @@ class ARInput:
         if not token_ids:
             raise InvalidRequestError("prompt: got no tokens, expected at least one")
         kept = self._truncate(token_ids)
+        return PreparedPrompt(kept, len(token_ids) - len(kept), self._room_after(kept, params))
+
+    def _prepare_media(self, prompt: MediaPrompt, params: SamplingParams) -> PreparedPrompt:
+        if self._options.part != "thinker":
+            raise InvalidRequestError("prompt: got media, expected words; this stage's model reads nothing else")
+        token_ids = [int(token) for token in prompt.token_ids]
+        if not token_ids or len(self._truncate(token_ids)) < len(token_ids):
+            raise InvalidRequestError(
+                f"prompt: got {len(token_ids)} tokens, one or more of which would be cut off; media cannot be truncated"
+            )
+        return PreparedPrompt(token_ids, 0, self._room_after(token_ids, params), prompt)
+
+    def _room_after(self, kept: list[int], params: SamplingParams) -> int:
+        """How many tokens may be written behind those of a prompt, which are checked."""
         self._check_vocabulary("prompt", kept)
         room = 0
         if self._options.can_write:
@@ -124,7 +144,7 @@ class ARInput:
             raise InvalidRequestError(
                 f"min_tokens: got {params.min_tokens}, expected at most {room}, the room after {len(kept)} tokens"
             )
-        return PreparedPrompt(kept, len(token_ids) - len(kept), room)
+        return room
 
     def _truncate(self, token_ids: list[int]) -> list[int]:
         limit, key = self._limits.model_len - (1 if self._options.can_write else 0), "max_model_len"
