@@ -1,7 +1,10 @@
-"""A thinker and a talker of a tiny checkpoint joined by a plain loop, and what transformers says of the same request."""
+"""A thinker and a talker of a tiny checkpoint joined by a plain loop, and what transformers says of the same
+request.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,6 +210,7 @@ class Speech:
         self.failed: dict[str, StageFailed] = {}
         self.speakers: dict[str, str] = {}
         self.speech = SPEECH
+        self.num_given: Counter[str] = Counter()
         self._ports: dict[str, dict[str, tuple[list[Tensor], int, bool]]] = {}
         self._started: set[str] = set()
 
@@ -277,5 +281,6 @@ class Speech:
         if given < 0 or (size == 0 and not is_last) or (given == len(rows) and given and not is_last):
             return None
         ends = is_last and given + size == len(rows)
+        self.num_given[port] += 1
         self._ports[name][port] = (parts, -1 if ends else given + size, is_last)
         return StreamChunk(rows[given : given + size], start=given, is_last=ends)
