@@ -49,7 +49,7 @@ class ARLimits:
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
     """A prompt's tokens, checked. num_truncated: how many its end lost. max_new_tokens: room for written ones. media:
-    what stands for its placeholder tokens, None for words alone.
+    the prompt with its positions and encoder inputs, None for text alone.
     """
 
     token_ids: list[int]
@@ -109,7 +109,7 @@ class ARInput:
         run.
         """
         if isinstance(prompt, MediaPrompt):
-            return self._prepare_media(prompt, params)
+            return self._prepare_read(prompt, params)
         num_chars = _num_chars(prompt)
         if num_chars > self._limits.max_prompt_chars:
             raise InvalidRequestError(
@@ -120,29 +120,31 @@ class ARInput:
         if not token_ids:
             raise InvalidRequestError("prompt: got no tokens, expected at least one")
         kept = self._truncate(token_ids)
-        return PreparedPrompt(kept, len(token_ids) - len(kept), self._room_after(kept, params))
+        self._check_vocabulary("prompt", kept)
+        return PreparedPrompt(kept, len(token_ids) - len(kept), self._room(len(kept), params))
 
-    def _prepare_media(self, prompt: MediaPrompt, params: SamplingParams) -> PreparedPrompt:
+    def _prepare_read(self, read: MediaPrompt, params: SamplingParams) -> PreparedPrompt:
+        """Of a prompt whose media are read already; it is never cut."""
+        token_ids = [int(token) for token in read.token_ids]
         if self._options.part != "thinker":
             raise InvalidRequestError("prompt: got media, expected words; this stage's model reads nothing else")
-        token_ids = [int(token) for token in prompt.token_ids]
         if not token_ids or len(self._truncate(token_ids)) < len(token_ids):
             raise InvalidRequestError(
-                f"prompt: got {len(token_ids)} tokens, one or more of which would be cut off; media cannot be truncated"
+                f"prompt: got {len(token_ids)} tokens with their media, expected fewer; media cannot be truncated"
             )
-        return PreparedPrompt(token_ids, 0, self._room_after(token_ids, params), prompt)
+        self._check_vocabulary("prompt", token_ids)
+        return PreparedPrompt(token_ids, 0, self._room(len(token_ids), params), read)
 
-    def _room_after(self, kept: list[int], params: SamplingParams) -> int:
-        """How many tokens may be written behind those of a prompt, which are checked."""
-        self._check_vocabulary("prompt", kept)
+    def _room(self, num_tokens: int, params: SamplingParams) -> int:
+        """How many tokens may be written after a prompt of this length."""
         room = 0
         if self._options.can_write:
             wanted = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
-            room = min(wanted, self._limits.model_len - len(kept), max(self._limits.pool_tokens - len(kept), 1))
-        self._check_pool(len(kept) + (1 if room else 0))
+            room = min(wanted, self._limits.model_len - num_tokens, max(self._limits.pool_tokens - num_tokens, 1))
+        self._check_pool(num_tokens + (1 if room else 0))
         if (params.min_tokens or 0) > room and self._options.can_write:
             raise InvalidRequestError(
-                f"min_tokens: got {params.min_tokens}, expected at most {room}, the room after {len(kept)} tokens"
+                f"min_tokens: got {params.min_tokens}, expected at most {room}, the room after {num_tokens} tokens"
             )
         return room
 

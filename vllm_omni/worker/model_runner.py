@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -20,8 +19,6 @@ from vllm_omni.layers.attention import AttentionMetadata, PagedAttention, SDPAAt
 from vllm_omni.models.language_model import ForwardContext, HiddenStateTaps, LanguageModel, MediaReader
 from vllm_omni.models.media import MediaItem
 from vllm_omni.models.sequence_inputs import InputRows, TokenInputs
-
-NO_INPUTS: Mapping[int, TokenInputs] = MappingProxyType({})
 
 
 class ModelRunner:
@@ -73,10 +70,11 @@ class ModelRunner:
         return self._kv_cache.numel() * self._kv_cache.element_size() + (self._taps.num_bytes if self._taps else 0)
 
     @torch.inference_mode()
-    def run(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs] = NO_INPUTS) -> Tensor:
+    def run(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs] | None = None) -> Tensor:
         """Computes the tokens of all chunks -> logits [R, V] for those that sample, in their order. inputs: by sequence
         id, of the tokens of its chunk, where they are more than ids.
         """
+        inputs = inputs or {}
         token_ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
         attention = self._attention(self._metadata(chunks))
         input_rows = self._input_rows(chunks, inputs) if inputs else None
