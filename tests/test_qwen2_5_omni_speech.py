@@ -169,7 +169,7 @@ def test_streamed_rows_are_the_whole_tensors_given_once(folder: Path, model: Any
     lengths = {"prompt_states": num_prompt, "reply_states": num_words - 1, "prompt_positions": num_prompt}
     for port, length in lengths.items():
         rows = [event for event in events if isinstance(event, StageRows) and event.port == port]
-        assert [event.is_last for event in rows] == [False] * (len(rows) - 1) + [port != "reply_states"]
+        assert [event.is_last for event in rows] == [False] * (len(rows) - 1) + [True]
         joined = torch.cat([event.rows for event in rows])
         assert len(joined) == length
         torch.testing.assert_close(joined, whole.payload.tensors[port], rtol=1e-4, atol=1e-5)
@@ -178,6 +178,14 @@ def test_streamed_rows_are_the_whole_tensors_given_once(folder: Path, model: Any
     indices = torch.cat([item.indices for item in prompt.items])
     embeddings = whole.payload.tensors["prompt_states"][:, :32]
     assert not embeddings[indices].any() and embeddings.any(1).sum() == num_prompt - len(indices)
+
+
+@pytest.mark.parametrize("num_words", [1, 2])
+def test_a_reply_ends_with_its_last_row_or_says_that_it_has_none(num_words: int, folder: Path, pool: ModelPool) -> None:
+    params = SamplingParams(temperature=0, max_tokens=num_words, ignore_eos=True)
+    _, events = run_thinker(make_engine(folder, "thinker", pool), [5, 6], params=params)
+    rows = [event for event in events if isinstance(event, StageRows) and event.port == "reply_states"]
+    assert [(tuple(event.rows.shape), event.is_last) for event in rows] == [((num_words - 1, 64), True)]
 
 
 def test_what_nobody_reads_is_neither_kept_nor_given(folder: Path, pool: ModelPool) -> None:

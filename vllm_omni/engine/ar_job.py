@@ -110,13 +110,13 @@ class TextJob(ARJob):
 
     def take(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
         events: list[StageEvent] = []
-        if self.states is not None:
-            events += self.states.rows(self._runner.tapped_states)
         if token is not None:
             written = self.samples[sequence.sequence_id]
             text = written.write(token)
             if sequence is self.sequences[0]:
                 events.append(StageProgress(sequence.request_id, written.num_written, written.max_new_tokens, text))
+        if self.states is not None:
+            events += self.states.rows(self._runner.tapped_states)
         return events
 
     @property

@@ -44,9 +44,12 @@ class ThinkerStates:
         self._device = device
         self._sent = {PROMPT: 0, REPLY: sequence.num_prompt_tokens}  # the first token that has not been given yet
         self._has_sent_positions = False
+        self._closed: set[str] = set()
 
     def rows(self, read: StateReader) -> list[StageRows]:
-        """What is new since the last call; read: states of computed tokens, as ModelRunner.tapped_states."""
+        """What is new since the last call, a written token taken in; a reply of one word has no row, and says so.
+        read: states of computed tokens, as ModelRunner.tapped_states.
+        """
         events: list[StageRows] = []
         request_id = self._sequence.request_id
         if POSITIONS in self._streamed and not self._has_sent_positions:
@@ -54,9 +57,10 @@ class ThinkerStates:
             events.append(StageRows(request_id, POSITIONS, self._positions(), is_last=True))
         for port, stop in self._ends().items():
             start = self._sent[port]
-            if port in self._streamed and start < stop:
+            is_last = self._is_whole(port, stop)
+            if port in self._streamed and port not in self._closed and (start < stop or is_last):
                 self._sent[port] = stop
-                is_last = port == PROMPT and stop == self._sequence.num_prompt_tokens
+                self._closed.update([port] if is_last else ())
                 events.append(StageRows(request_id, port, self._states(read, start, stop), is_last))
         return events
 
@@ -68,6 +72,11 @@ class ThinkerStates:
             if port in self._wanted:
                 found[port] = self._states(read, starts[port], stop)
         return found
+
+    def _is_whole(self, port: str, stop: int) -> bool:
+        if port == PROMPT:
+            return stop == self._sequence.num_prompt_tokens
+        return self._sequence.num_tokens > self._sequence.num_prompt_tokens and not self._sequence.is_writing
 
     def _ends(self) -> dict[str, int]:
         sequence = self._sequence
