@@ -201,12 +201,16 @@ class PoolContent:
         """Computes tokens [start, end), which read everything before them."""
         self.check(sequence, start)
         for position in range(start, end):
-            self._slots[self._slot(sequence, position)] = tuple(sequence.token_ids[: position + 1])
+            self._slots[self._slot(sequence, position)] = tuple(_content(sequence)[: position + 1])
 
     def check(self, sequence: Sequence, end: int) -> None:
         """Tokens [0, end) stand where the block table says."""
         for position in range(end):
-            assert self._slots[self._slot(sequence, position)] == tuple(sequence.token_ids[: position + 1])
+            assert self._slots[self._slot(sequence, position)] == tuple(_content(sequence)[: position + 1])
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         return sequence.block_table[position // self._block_size] * self._block_size + position % self._block_size
+
+
+def _content(sequence: Sequence) -> list[int]:
+    return sequence.token_ids if sequence.content_ids is None else sequence.content_ids

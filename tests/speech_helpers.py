@@ -139,11 +139,11 @@ def tiny_speakers(seed: int = 0) -> dict[str, dict[str, object]]:
 
 
 def save_tiny_omni(folder: Path, seed: int = 0, config: Qwen2_5OmniConfig | None = None) -> Path:
-    """Weights in several shards, config.json, generation_config.json and spk_dict.pt."""
+    """Weights in several shards, config.json, generation_config.json, spk_dict.pt and the processor."""
     model = tiny_reference(seed, config)
     model.save_pretrained(folder, max_shard_size="100KB")
     torch.save(tiny_speakers(seed), folder / "spk_dict.pt")
-    return folder
+    return save_processor(folder)
 
 
 IM_START, IM_END, UNKNOWN = 96, 97, 98

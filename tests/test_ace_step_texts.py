@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Model
 from vllm_omni import Omni
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.shipped import config_for_model, shipped_configs
-from vllm_omni.models.qwen3 import Qwen3Layer
+from vllm_omni.models.decoder import DecoderLayer
 
 OUTPUTS = ["text.hidden_states", "plain_text.hidden_states", "lyrics.embeddings"]
 
@@ -132,7 +132,7 @@ def test_words_beyond_what_the_model_reads_are_refused_not_cut(
 def test_a_stage_of_embeddings_alone_runs_no_layer_and_keeps_no_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Qwen3Layer, "forward", lambda *_: pytest.fail("a layer ran"))
+    monkeypatch.setattr(DecoderLayer, "forward", lambda *_: pytest.fail("a layer ran"))
     outputs = {"h": {"layers": [0]}}
     folder = make_model_folder(tmp_path, base_model=True)
     engine = make_engine(folder, task="encode", wanted=["h"], outputs=outputs, num_blocks=64, max_num_batched_tokens=7)

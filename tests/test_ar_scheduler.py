@@ -25,16 +25,22 @@ class Simulation:
         self.living: list[Sequence] = []
         self.count = 0
 
-    def add(self, prompt: list[int], num_new: int = 4, is_writing: bool = True) -> Sequence:
+    def add(
+        self, prompt: list[int], num_new: int = 4, is_writing: bool = True, num_ready: int | None = None
+    ) -> Sequence:
         self.count += 1
         room = len(prompt) + (num_new if is_writing else 0)
         sequence = Sequence(self.count, f"r{self.count}", list(prompt), max_tokens=room, is_writing=is_writing)
+        sequence.num_ready_tokens = num_ready
         self.scheduler.add(sequence)
         self.living.append(sequence)
         return sequence
 
     def step(self) -> list[Chunk]:
+        has_work = self.scheduler.has_work()
         chunks = self.scheduler.schedule()
+        # the prefix cache may serve all that is ready, and then there is no work any more
+        assert bool(chunks) == has_work or not (chunks or self.scheduler.has_work()), "work to do must be done"
         self.check_limits(chunks)
         for chunk in chunks:
             self.content.compute(chunk.sequence, chunk.start, chunk.end)
@@ -53,11 +59,17 @@ class Simulation:
         assert len(chunks) <= self.max_num_seqs
         assert len({chunk.sequence.sequence_id for chunk in chunks}) == len(chunks)
         assert all(chunk.num_tokens > 0 and chunk.start == chunk.sequence.position for chunk in chunks)
-        assert bool(chunks) == self.scheduler.has_work(), "a step with work to do must do some"
+        assert all(chunk.end <= (chunk.sequence.num_ready_tokens or chunk.end) for chunk in chunks)
+        assert not any(chunk.sequence.is_paused for chunk in chunks)
 
     def end(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
         self.living.remove(sequence)
+
+    def release(self) -> None:
+        """Everything is there and nobody is paused."""
+        for sequence in self.living:
+            sequence.num_ready_tokens, sequence.is_paused = None, False
 
     def drain(self) -> None:
         for _ in range(2000):
@@ -165,6 +177,58 @@ def test_a_chunk_advances_once() -> None:
         simulation.scheduler.advance(chunk)
 
 
+def test_nothing_is_computed_before_it_is_ready() -> None:
+    simulation = Simulation()
+    sequence = simulation.add(list(range(6)), num_new=3, num_ready=4)
+    chunk = simulation.step()[0]
+    assert (chunk.start, chunk.end, chunk.samples) == (0, 4, False)
+    assert not simulation.scheduler.has_work() and simulation.step() == []
+    assert len(sequence.block_table) == 1, "it keeps its blocks"
+    sequence.num_ready_tokens = 6
+    assert [(chunk.start, chunk.end, chunk.samples) for chunk in simulation.step()] == [(4, 6, True)]
+    assert not simulation.scheduler.has_work(), "the written token waits for its input"
+    simulation.release()
+    simulation.drain()
+
+
+def test_a_paused_sequence_keeps_its_blocks_and_others_overtake_it() -> None:
+    simulation = Simulation()
+    first, second = simulation.add([1] * 5, num_new=8), simulation.add([2] * 5, num_new=8)
+    simulation.step()
+    first.is_paused = True
+    held = list(first.block_table)
+    while not second.is_finished:
+        assert [chunk.sequence for chunk in simulation.step()] == [second]
+    assert first.block_table == held and not simulation.scheduler.has_work()
+    first.is_paused = False
+    simulation.drain()
+
+
+@pytest.mark.parametrize("is_paused", [True, False])
+def test_what_waits_is_preempted_by_an_older_one_that_lacks_blocks(is_paused: bool) -> None:
+    simulation = Simulation(num_blocks=4, block_size=4)
+    old, idle = simulation.add([1] * 7, num_new=9), simulation.add([2] * 8, num_new=1)
+    idle.num_ready_tokens, idle.is_paused = 5, is_paused
+    while not old.is_finished:
+        assert simulation.step()[0].sequence is old
+    assert (old.num_preemptions, idle.num_preemptions) == (0, 0 if is_paused else 1)
+    simulation.release()
+    simulation.drain()
+
+
+def test_an_idle_one_gives_way_when_nothing_else_could_run_even_to_a_younger_one() -> None:
+    simulation = Simulation(num_blocks=4, block_size=4, max_num_seqs=1)
+    idle = simulation.add([1] * 12, num_new=4, num_ready=12)
+    simulation.step()
+    young = simulation.add([2] * 8, num_new=2)
+    for _ in range(3):
+        assert [chunk.sequence for chunk in simulation.step()] == [young]
+    assert idle.num_preemptions == 1 and young.is_finished
+    simulation.release()
+    simulation.drain()
+    assert idle.num_tokens == 16
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random arrivals, steps and aborts in pools so small that preemption is usual."""
 
@@ -173,12 +237,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.simulation = Simulation(num_blocks=6, block_size=2, max_num_seqs=4, budget=5)
 
     @rule(
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8), num_new=st.integers(1, 4), is_writing=st.booleans()
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),
+        num_new=st.integers(1, 4),
+        is_writing=st.booleans(),
+        num_ready=st.none() | st.integers(0, 8),
     )
-    def arrive(self, prompt: list[int], num_new: int, is_writing: bool) -> None:
-        self.simulation.add(prompt, num_new, is_writing)
+    def arrive(self, prompt: list[int], num_new: int, is_writing: bool, num_ready: int | None) -> None:
+        self.simulation.add(prompt, num_new, is_writing, num_ready)
 
-    @precondition(lambda self: self.simulation.scheduler.has_work())
+    @precondition(lambda self: self.simulation.living)
+    @rule(data=st.data(), more=st.none() | st.integers(1, 3))
+    def supply(self, data: st.DataObject, more: int | None) -> None:
+        """Further inputs of a sequence come, or all of them."""
+        sequence = data.draw(st.sampled_from(self.simulation.living))
+        if sequence.num_ready_tokens is not None:
+            sequence.num_ready_tokens = None if more is None else sequence.num_ready_tokens + more
+
+    @precondition(lambda self: self.simulation.living)
+    @rule(data=st.data())
+    def pause_or_resume(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.simulation.living))
+        sequence.is_paused = not sequence.is_paused
+
     @rule(count=st.integers(1, 4))
     def step(self, count: int) -> None:
         for _ in range(count):
@@ -194,6 +274,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.simulation.scheduler.check_integrity()
 
     def teardown(self) -> None:
+        self.simulation.release()
         self.simulation.drain()
         assert not self.simulation.living
 

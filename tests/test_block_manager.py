@@ -18,8 +18,8 @@ from vllm_omni.errors import CacheError
 SIZE = 4
 
 
-def make_sequence(tokens: list[int], number: int = 0) -> Sequence:
-    return Sequence(number, f"r{number}", list(tokens), max_tokens=len(tokens) + 8)
+def make_sequence(tokens: list[int], number: int = 0, content: list[int] | None = None) -> Sequence:
+    return Sequence(number, f"r{number}", list(tokens), max_tokens=len(tokens) + 8, content_ids=content)
 
 
 def compute_all(blocks: BlockManager, sequence: Sequence) -> Sequence:
@@ -55,6 +55,32 @@ def test_a_wholly_cached_prompt_leaves_its_last_token_to_compute(length: int) ->
     again = make_sequence(list(range(length)), 2)
     blocks.allocate(again)
     assert again.num_computed_tokens == (length - 1) // SIZE * SIZE < length
+
+
+def test_tokens_of_another_content_are_not_shared_and_those_of_the_same_are() -> None:
+    blocks = BlockManager(16, SIZE)
+    wide = [1 << 255 | number for number in range(3)]
+    compute_all(blocks, first := make_sequence([7] * 9, 1, [7, *wide, 7, 7, 7, 7, 7]))
+    same = make_sequence([7] * 9, 2, [7, *wide, 7, 7, 7, 7, 6])
+    blocks.allocate(same)
+    assert same.block_table == first.block_table[:2]
+    other = make_sequence([7] * 9, 3, [7, *wide[::-1], 7, 7, 7, 7, 7])
+    plain = make_sequence([7] * 9, 4)
+    for stranger in (other, plain):
+        blocks.allocate(stranger)
+        assert stranger.block_table == []
+    compute_all(blocks, twin := make_sequence([7] * 9, 5, [7] * 9))
+    again = make_sequence([7] * 9, 6)
+    blocks.allocate(again)
+    assert again.block_table == twin.block_table[:2], "content ids that are the token ids say nothing new"
+
+
+def test_a_written_token_is_its_own_content() -> None:
+    sequence = make_sequence([7, 7], 1, [1 << 200, 7])
+    sequence.append(5)
+    assert sequence.content_ids == [1 << 200, 7, 5]
+    with pytest.raises(ValueError, match="1 content ids for 2 tokens"):
+        make_sequence([7, 7], 2, [7])
 
 
 def test_identical_prompts_in_one_step_stay_consistent() -> None:
@@ -192,10 +218,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.living: list[Sequence] = []
         self.count = 0
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9))
-    def arrive(self, tokens: list[int]) -> None:
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), has_media=st.booleans())
+    def arrive(self, tokens: list[int], has_media: bool) -> None:
+        """With media, the tokens are all alike and only their content tells them apart."""
         self.count += 1
-        self.living.append(make_sequence(tokens, self.count))
+        content = [token + (token << 90) for token in tokens] if has_media else None
+        self.living.append(make_sequence([1] * len(tokens) if has_media else tokens, self.count, content))
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())

@@ -268,8 +268,8 @@ def test_a_damaged_tokenizer_is_an_error_that_names_the_folder(tmp_path: Path) -
 def test_the_end_of_sequence_ids_fall_back_to_config_and_tokenizer(tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model")
     (model / "generation_config.json").unlink()
-    assert make_engine(model)._eos_ids == {2}
+    assert make_engine(model)._work._eos_ids == {2}
     edit_json(model / "config.json", eos_token_id=7)
-    assert make_engine(model)._eos_ids == {7}
+    assert make_engine(model)._work._eos_ids == {7}
     edit_json(model / "config.json", eos_token_id=None)
-    assert make_engine(model)._eos_ids == {2}
+    assert make_engine(model)._work._eos_ids == {2}

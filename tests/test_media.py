@@ -61,14 +61,14 @@ def test_an_item_says_exactly_what_its_encoder_reads() -> None:
 def test_speakers_are_found_by_name_and_the_preferred_one_without(tmp_path: Path) -> None:
     torch.save(tiny_speakers(), tmp_path / "spk_dict.pt")
     speakers = Speakers.load(tmp_path)
-    assert list(speakers.by_name) == list(SPEAKERS)
-    assert speakers.find(None) is speakers.find("Chelsie")
-    assert speakers.find("Ethan").bos_token == 112
-    assert speakers.find("Ethan").ref_mel.shape == (1, 35, 20)
-    with pytest.raises(InvalidRequestError, match=r"got 'ethan', expected one of Chelsie, Ethan .did you mean 'Ethan'"):
-        speakers.find("ethan")
-    with pytest.raises(InvalidRequestError, match="got 3, expected one of"):
-        speakers.find(3)
+    assert speakers.names == list(SPEAKERS)
+    assert speakers.get(None) is speakers.get("Chelsie")
+    assert speakers.get("Ethan").bos_token == 112
+    assert speakers.get("Ethan").ref_mel.shape == (35, 20)
+    with pytest.raises(InvalidRequestError, match=r"got 'ethan' .did you mean 'Ethan'"):
+        speakers.get("ethan")
+    with pytest.raises(InvalidRequestError, match=r"got 3 .known: Chelsie, Ethan"):
+        speakers.get(3)
 
 
 def test_without_the_preferred_speaker_the_first_is_the_default(tmp_path: Path) -> None:
@@ -79,13 +79,13 @@ def test_without_the_preferred_speaker_the_first_is_the_default(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ([], "got list"),
-        ({}, "at least one"),
+        ([], "got list, expected a mapping"),
+        ({}, "got dict"),
         ({"A": 3}, "got int"),
         ({"A": {**tiny_speakers()["Ethan"], "bos_token": "x"}}, "bos_token: got 'x'"),
-        ({"A": {**tiny_speakers()["Ethan"], "cond": torch.zeros(12)}}, r"cond: got the shape \[12\]"),
-        ({"A": {**tiny_speakers()["Ethan"], "ref_mel": torch.zeros(1, 0, 20)}}, "ref_mel: got the shape"),
-        ({"A": {**tiny_speakers()["Ethan"], "ref_mel": torch.full((1, 3, 20), float("nan"))}}, "NaN"),
+        ({"A": {**tiny_speakers()["Ethan"], "cond": torch.zeros(12)}}, r"cond: got torch.float32 \[12\]"),
+        ({"A": {**tiny_speakers()["Ethan"], "ref_mel": torch.zeros(1, 0, 20)}}, "ref_mel: got torch.float32"),
+        ({"A": {**tiny_speakers()["Ethan"], "ref_mel": torch.full((1, 3, 20), float("nan"))}}, "not finite"),
         ({"A": {**tiny_speakers()["Ethan"], "ref_mel": torch.zeros(1, 3, 20).to_sparse()}}, "ref_mel"),
     ],
 )
@@ -99,5 +99,5 @@ def test_a_missing_or_pickled_speaker_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"spk_dict\.pt: missing"):
         Speakers.load(tmp_path)
     torch.save({"A": Path("x")}, tmp_path / "spk_dict.pt")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="holds more than"):
         Speakers.load(tmp_path)

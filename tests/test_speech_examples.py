@@ -1,4 +1,4 @@
-"""The examples of speech run with a tiny random checkpoint. To be added to tests/test_examples.py."""
+"""The examples of speech run with a tiny random checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
-from speech_helpers import save_processor, save_tiny_omni
+from speech_helpers import save_tiny_omni
 from test_examples import picture, sound, succeed
 
 from vllm_omni import Audio, Omni, SamplingParams
@@ -19,9 +19,7 @@ LITTLE = ("--max-tokens", "6", "--max-seconds", "0.8")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = save_tiny_omni(tmp_path_factory.mktemp("qwen_omni"))
-    save_processor(folder)
-    return str(folder)
+    return str(save_tiny_omni(tmp_path_factory.mktemp("qwen_omni")))
 
 
 def test_speech_chat_answers_in_words_and_sound_with_its_own_picture_and_tone(tmp_path: Path, checkpoint: str) -> None:

@@ -22,6 +22,10 @@ TABLES: dict[str, dict[str, str]] = {
     "language model": {
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3:Qwen3",
         "Qwen3Model": "vllm_omni.models.qwen3:Qwen3",
+        "Qwen2_5OmniForConditionalGeneration.thinker": "vllm_omni.models.qwen2_5_omni_thinker:Thinker",
+        "Qwen2_5OmniForConditionalGeneration.talker": "vllm_omni.models.qwen2_5_omni_talker:Talker",
+        "Qwen2_5OmniModel.thinker": "vllm_omni.models.qwen2_5_omni_thinker:Thinker",
+        "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni_talker:Talker",
     },
     "diffusion model": {
         "AceStepPipeline": "vllm_omni.models.ace_step_pipeline:AceStepPipeline",

@@ -6,6 +6,7 @@ Owns the queues and, through its BlockManager, the blocks. Knows no tensors, no 
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
@@ -34,9 +35,12 @@ class ARScheduler:
     """First come, first served. A step holds at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
 
     Running sequences are served in the order of their arrival, then waiting ones are admitted. A prompt takes all of
-    the budget that is left, so only the newest running sequence can still be in its prompt, and a long prompt holds up
-    nobody who writes. When blocks run out the newest is preempted and will be computed again, so that the oldest never
-    lacks any. Every running sequence is older than every waiting one.
+    the budget that is left, so a long prompt holds up nobody who writes. When blocks run out the newest is preempted
+    and will be computed again, so that the oldest never lacks any.
+
+    A sequence may be idle: paused, or nothing of it is ready to be computed. It keeps its blocks and its place, and
+    others overtake it. When all the blocks or places that someone needs are held by idle ones, and nothing else can
+    run, the newest idle one gives way, whatever its age: what it waits for may wait for the others.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -56,7 +60,8 @@ class ARScheduler:
         return len(self._running)
 
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        """Whether there is a token to compute; idle sequences are no work."""
+        return any(sequence.num_computable_tokens for sequence in (*self._running, *self._waiting))
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence; ResourceError when the whole pool could not hold it."""
@@ -69,6 +74,14 @@ class ARScheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, their blocks taken. Empty only when there is no work."""
+        chunks = self._fill_step()
+        while not chunks and self.has_work():
+            idle = [sequence for sequence in self._running if not sequence.num_computable_tokens]
+            self._preempt(idle[-1])
+            chunks = self._fill_step()
+        return chunks
+
+    def _fill_step(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in list(self._running):
             if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
@@ -85,6 +98,7 @@ class ARScheduler:
                 f"queue, expected one from token {sequence.position} in the running queue"
             )
         sequence.num_computed_tokens = chunk.end
+        sequence.num_reached_tokens = max(sequence.num_reached_tokens, chunk.end)
         self.blocks.commit(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -106,9 +120,10 @@ class ARScheduler:
                     raise CacheError(
                         f"sequence {sequence.sequence_id}: {sequence.status.value} in the {status.value} queue"
                     )
-        ids = [sequence.sequence_id for sequence in (*self._running, *self._waiting)]
-        if ids != sorted(set(ids)):
-            raise CacheError(f"sequences out of order: {ids}")
+        for queue in (self._running, self._waiting):
+            ids = [sequence.sequence_id for sequence in queue]
+            if ids != sorted(set(ids)):
+                raise CacheError(f"sequences out of order: {ids}")
         for sequence in self._waiting:
             if sequence.cache_state is not CacheState.UNALLOCATED:
                 raise CacheError(
@@ -117,7 +132,7 @@ class ARScheduler:
         self.blocks.check_integrity([*self._running, *self._waiting])
 
     def _continue(self, sequence: Sequence, chunks: list[Chunk]) -> None:
-        num_tokens = min(sequence.num_uncomputed_tokens, self._budget(chunks))
+        num_tokens = min(sequence.num_computable_tokens, self._budget(chunks))
         if num_tokens == 0:
             return
         while not self.blocks.can_grow(sequence, sequence.num_computed_tokens + num_tokens):
@@ -128,17 +143,20 @@ class ARScheduler:
         self._take(sequence, num_tokens, chunks)
 
     def _admit(self, chunks: list[Chunk]) -> None:
-        while self._waiting and len(self._running) < self._max_num_seqs:
-            sequence, budget = self._waiting[0], self._budget(chunks)
-            if budget == 0 or not self.blocks.can_admit(sequence):
+        for sequence in [sequence for sequence in self._waiting if sequence.num_computable_tokens]:
+            budget = self._budget(chunks)
+            if budget == 0 or len(self._running) == self._max_num_seqs or not self.blocks.can_admit(sequence):
                 return
-            self._waiting.popleft()
-            self._running.append(sequence)
+            self._waiting.remove(sequence)
+            insort(self._running, sequence, key=_order)
             sequence.status = SequenceStatus.RUNNING
             self.blocks.allocate(sequence)
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
-            self._take(sequence, min(sequence.num_uncomputed_tokens, budget), chunks)
+            sequence.num_reached_tokens = max(sequence.num_reached_tokens, sequence.num_computed_tokens)
+            num_tokens = min(sequence.num_computable_tokens, budget)
+            if num_tokens:  # none when the prefix cache served all that is ready
+                self._take(sequence, num_tokens, chunks)
 
     def _take(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk]) -> None:
         start = sequence.num_computed_tokens
@@ -148,7 +166,7 @@ class ARScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._waiting.appendleft(sequence)
+        insort(self._waiting, sequence, key=_order)
         self.blocks.preempt(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1
@@ -156,3 +174,7 @@ class ARScheduler:
 
     def _budget(self, chunks: list[Chunk]) -> int:
         return self._max_num_batched_tokens - sum(chunk.num_tokens for chunk in chunks)
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence.sequence_id

@@ -1,9 +1,9 @@
 """Who holds which block of the paged KV pool, and which blocks can serve a prompt again. Holds numbers only, no
 tensors.
 
-A block that is computed whole is entered under a sha256 over the hash of the block before it and its own tokens; a hit
-also compares the tokens. Freed blocks keep their entry until they are taken for something else, least recently used
-first.
+A block that is computed whole is entered under a sha256 over the hash of the block before it and the content of its own
+tokens; a hit also compares that content. Freed blocks keep their entry until they are taken for something else, least
+recently used first.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ ROOT_HASH = sha256(b"the empty prefix").digest()
 
 @dataclass(slots=True)
 class Block:
-    """One block. `key` (its chained hash) is set while the block may serve prefixes; then `parent` and `token_ids` say
-    of what.
+    """One block. `key` (its chained hash) is set while the block may serve prefixes; then `parent` and `content_ids`
+    say of what.
     """
 
     num_references: int = 0
     key: bytes | None = None
     parent: bytes = ROOT_HASH
-    token_ids: tuple[int, ...] = ()
+    content_ids: tuple[int, ...] = ()
 
 
 class BlockManager:
@@ -111,7 +111,7 @@ class BlockManager:
             if block.key is None and key not in self._cached:
                 block.key = key
                 block.parent = sequence.block_hashes[index - 1] if index else ROOT_HASH
-                block.token_ids = self._tokens(sequence, index)
+                block.content_ids = self._content(sequence, index)
                 self._cached[key] = sequence.block_table[index]
 
     def free(self, sequence: Sequence) -> None:
@@ -173,7 +173,7 @@ class BlockManager:
                 break
             block = self._blocks[number]
             parent = sequence.block_hashes[index - 1] if index else ROOT_HASH
-            if block.parent != parent or block.token_ids != self._tokens(sequence, index):
+            if block.parent != parent or block.content_ids != self._content(sequence, index):
                 break
             found.append(number)
         return found
@@ -181,12 +181,13 @@ class BlockManager:
     def _hash(self, sequence: Sequence, index: int) -> bytes:
         chain = sequence.block_hashes
         while len(chain) <= index:
-            tokens = b"".join(token.to_bytes(8, "little") for token in self._tokens(sequence, len(chain)))
-            chain.append(sha256((chain[-1] if chain else ROOT_HASH) + tokens).digest())
+            content = b"".join(token.to_bytes(32, "little") for token in self._content(sequence, len(chain)))
+            chain.append(sha256((chain[-1] if chain else ROOT_HASH) + content).digest())
         return chain[index]
 
-    def _tokens(self, sequence: Sequence, index: int) -> tuple[int, ...]:
-        return tuple(sequence.token_ids[index * self.block_size : (index + 1) * self.block_size])
+    def _content(self, sequence: Sequence, index: int) -> tuple[int, ...]:
+        ids = sequence.token_ids if sequence.content_ids is None else sequence.content_ids
+        return tuple(ids[index * self.block_size : (index + 1) * self.block_size])
 
     def _release(self, sequence: Sequence) -> None:
         for number in reversed(sequence.block_table):  # a prefix outlives what follows it

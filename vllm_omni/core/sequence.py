@@ -35,9 +35,12 @@ class Sequence:
 
     sequence_id: unique in its engine and increasing with arrival. max_tokens: the most tokens, prompt included, that it
     can ever hold in the KV pool. is_writing: whether a token is to be sampled once every known token is computed; an
-    encoded prompt never writes. num_computed_tokens: how many tokens, from the first on, have their keys and values in
-    the pool. num_cached_tokens: how many prompt tokens the prefix cache served at the first admission (None before it).
-    block_hashes: the hash chain of the full blocks of `token_ids`, as far as it was needed; it outlives preemption.
+    encoded prompt never writes. content_ids: what makes tokens the same for the prefix cache, where the id alone does
+    not say it (a placeholder for an image); None: the token ids. num_ready_tokens: how many tokens have all their
+    inputs and may be computed (None: every known one). is_paused: nothing of it is computed for now.
+    num_computed_tokens: how many tokens, from the first on, have their keys and values in the pool; num_reached_tokens:
+    the most that ever had. num_cached_tokens: how many prompt tokens the prefix cache served at the first admission
+    (None before it). block_hashes: the hash chain of the full blocks, as far as it was needed; it outlives preemption.
     """
 
     sequence_id: int
@@ -45,8 +48,12 @@ class Sequence:
     token_ids: list[int]
     max_tokens: int
     is_writing: bool = True
+    content_ids: list[int] | None = None
+    num_ready_tokens: int | None = None
+    is_paused: bool = False
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
+    num_reached_tokens: int = 0
     num_cached_tokens: int | None = None
     num_preemptions: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
@@ -56,6 +63,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        if self.content_ids is not None and len(self.content_ids) != len(self.token_ids):
+            raise ValueError(f"got {len(self.content_ids)} content ids for {len(self.token_ids)} tokens")
 
     @property
     def num_tokens(self) -> int:
@@ -66,6 +75,17 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Known tokens whose keys and values are not in the pool."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_computable_tokens(self) -> int:
+        """Uncomputed tokens that are to be computed now: 0 while it is paused or waits for its inputs. What a preempted
+        one had computed is computed again only when something new follows it.
+        """
+        if self.is_paused:
+            return 0
+        known = len(self.token_ids)
+        ready = known if self.num_ready_tokens is None else min(known, self.num_ready_tokens)
+        return ready - self.num_computed_tokens if ready > self.num_reached_tokens else 0
 
     @property
     def position(self) -> int:
@@ -84,3 +104,5 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Takes a sampled token in."""
         self.token_ids.append(token_id)
+        if self.content_ids is not None:
+            self.content_ids.append(token_id)

@@ -120,10 +120,14 @@ class ARInput:
                 raise
             raise StageError(f"cannot read what {stage.edges['prompt'].source} gave: {error}") from error
 
-    def prepare(self, prompt: Prompt, params: SamplingParams, use_audio_in_video: bool = False) -> PreparedPrompt:
+    def prepare(
+        self, prompt: Prompt | MediaPrompt, params: SamplingParams, use_audio_in_video: bool = False
+    ) -> PreparedPrompt:
         """Tokens within the limits; InvalidRequestError (or ResourceError: the KV pool is too small) for what cannot be
         run. Media are decoded.
         """
+        if isinstance(prompt, MediaPrompt):
+            return self._prepare_read(prompt, params)
         self._check_chars(prompt)
         if is_messages(prompt):
             if self._media is not None and has_media(prompt):
@@ -142,7 +146,12 @@ class ARInput:
         self, media: MediaProcessor, messages: Messages, params: SamplingParams, use_audio_in_video: bool
     ) -> PreparedPrompt:
         self._check_length(media.check(messages, use_audio_in_video))
-        read = media.read(messages, use_audio_in_video)
+        return self._prepare_read(media.read(messages, use_audio_in_video), params)
+
+    def _prepare_read(self, read: MediaPrompt, params: SamplingParams) -> PreparedPrompt:
+        """Of a prompt whose media are read already; it is never cut."""
+        if self._options.part != "thinker":
+            raise InvalidRequestError("prompt: got media, expected words; this stage's model reads nothing else")
         self._check_length(len(read.token_ids))
         self._check_vocabulary("messages", read.token_ids)
         return PreparedPrompt(list(read.token_ids), 0, self._room(len(read.token_ids), params), read)

@@ -1,4 +1,4 @@
-"""One task at work in an AR stage: its samples, what they have written, and the answer that they make. Schedules and
+"""One task of words in an AR stage: its samples, what they have written, and the answer that they make. Schedules and
 computes nothing.
 """
 
@@ -8,12 +8,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from vllm_omni.core.ar_scheduler import Chunk
 from vllm_omni.core.sequence import Sequence
 from vllm_omni.engine.ar_input import PreparedPrompt
-from vllm_omni.engine.base import StageTask
+from vllm_omni.engine.ar_work import ARJob
+from vllm_omni.engine.base import StageEvent, StageProgress, StageTask
 from vllm_omni.engine.text_processor import TextStream
+from vllm_omni.engine.thinker_states import ThinkerStates
 from vllm_omni.layers.sampler import SampledToken, SamplingRow
+from vllm_omni.models.media_inputs import MediaInputs
+from vllm_omni.models.sequence_inputs import TokenInputs
 from vllm_omni.request import Completion
+from vllm_omni.worker.model_runner import ModelRunner
 
 
 @dataclass(slots=True)
@@ -69,15 +77,47 @@ class Sample:
         return Completion(self.stream.text, tuple(self.sequence.output_token_ids), self.finish_reason, logprobs)
 
 
-@dataclass(slots=True)
-class ARJob:
-    """A task and its sequences: n samples when it writes, one sequence and no sample when it only encodes."""
+@dataclass(frozen=True, slots=True)
+class TappedPort:
+    """layers: indices into `hidden_states`. of_completion: the written tokens' states, else the prompt's."""
 
-    task: StageTask
-    prompt: PreparedPrompt
-    sequences: list[Sequence]
-    samples: dict[int, Sample] = field(default_factory=dict)  # by sequence id
-    num_steps: int = 0
+    layers: tuple[int, ...]
+    of_completion: bool
+
+
+class TextJob(ARJob):
+    """A prompt and its sequences: n samples when it writes, one sequence and no sample when it only encodes.
+
+    taps: the ports of tapped states that somebody reads whole, with their layers and whether they are the written
+    tokens'. states: of a thinker, whose states go out row by row.
+    """
+
+    def __init__(self, task: StageTask, prompt: PreparedPrompt, runner: ModelRunner, sections: tuple[str, ...]) -> None:
+        super().__init__(task)
+        self.prompt = prompt
+        self.samples: dict[int, Sample] = {}  # by sequence id
+        self.taps: dict[str, TappedPort] = {}
+        self.media: MediaInputs | None = None
+        self.states: ThinkerStates | None = None
+        self._runner = runner
+        self._sections = sections
+
+    def inputs_of(self, chunk: Chunk) -> TokenInputs | None:
+        return None if self.media is None else self.media.between(chunk.start, chunk.end)
+
+    def row_of(self, sequence: Sequence) -> SamplingRow:
+        return self.samples[sequence.sequence_id].row
+
+    def take(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
+        events: list[StageEvent] = []
+        if token is not None:
+            written = self.samples[sequence.sequence_id]
+            text = written.write(token)
+            if sequence is self.sequences[0]:
+                events.append(StageProgress(sequence.request_id, written.num_written, written.max_new_tokens, text))
+        if self.states is not None:
+            events += self.states.rows(self._runner.tapped_states)
+        return events
 
     @property
     def is_done(self) -> bool:
@@ -85,8 +125,21 @@ class ARJob:
             return self.sequences[0].num_uncomputed_tokens == 0
         return all(sample.is_done for sample in self.samples.values())
 
-    def meta(self, sections: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The payload's meta. sections: labels to look for in the text."""
+    def is_over(self, sequence: Sequence) -> bool:
+        sample = self.samples.get(sequence.sequence_id)
+        return sample is not None and sample.is_done
+
+    def tensors(self) -> dict[str, Tensor]:
+        sequence = self.sequences[0]
+        found: dict[str, Tensor] = {}
+        for port, tap in self.taps.items():
+            bounds = (0, sequence.num_prompt_tokens)
+            if tap.of_completion:
+                bounds = (sequence.num_prompt_tokens, sequence.num_computed_tokens)
+            found[port] = self._runner.tapped_states(sequence, tap.layers, *bounds)
+        return found | (self.states.tensors(self._runner.tapped_states) if self.states is not None else {})
+
+    def meta(self) -> dict[str, Any]:
         counts: dict[str, Any] = {
             "prompt_tokens": len(self.prompt.token_ids),
             "truncated_tokens": self.prompt.num_truncated,
@@ -96,10 +149,10 @@ class ARJob:
         completions = [sample.completion() for sample in self.samples.values()]
         first = completions[0]
         words = {"text": first.text, "token_ids": list(first.token_ids), "finish_reason": first.finish_reason}
-        return {**words, **read_sections(first.text, sections), "completions": completions, **counts}
+        return {**words, **read_sections(first.text, self._sections), "completions": completions, **counts}
 
     def metrics(self) -> dict[str, int]:
-        """Counts for the caller. cache_hits: prompt tokens that the prefix cache served, of all samples."""
+        """cache_hits: prompt tokens that the prefix cache served, of all samples."""
         num_prompt = len(self.prompt.token_ids)
         metrics = {
             "steps": self.num_steps,

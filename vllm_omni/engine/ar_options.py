@@ -12,6 +12,13 @@ from vllm_omni.utils.checks import check_number, did_you_mean
 
 TASKS = ("generate", "encode")
 PROMPTS = ("prompt", "negative_prompt")
+PARTS = ("thinker", "talker")
+STATE_PORTS = ("prompt_states", "reply_states")  # of a thinker, without being declared
+THINKER_PORTS = frozenset({*STATE_PORTS, "prompt_positions"})
+WORD_KEYS = (
+    *("task", "prompt", "tokenizer", "chat_template", "chat_template_kwargs", "outputs", "sections"),
+    *("max_prompt_tokens", "truncate_prompt"),
+)
 RESERVED_TEMPLATE_KEYS = ("conversation", "tokenize", "add_generation_prompt")
 WRITTEN_KEYS = frozenset({"text", "token_ids", "finish_reason", "completions"})
 META_KEYS = WRITTEN_KEYS | {"prompt_tokens", "truncated_tokens"}
@@ -57,7 +64,8 @@ class KVPoolPlan:
 class AROptions:
     """What the YAML of an AR stage may say.
 
-    task: "generate" writes tokens, "encode" only computes states. prompt: which field of the request is read when no
+    part: which model of a checkpoint that holds several ("thinker", "talker"); None where it is one model. task:
+    "generate" writes tokens, "encode" only computes states. prompt: which field of the request is read when no
     edge brings the prompt. tokenizer: its folder (default: the model's own, else `tokenizer` beside it). chat_template:
     whether plain strings become a user message in the tokenizer's template, where it has one; chat_template_kwargs go
     to it. outputs: port -> hidden states to tap, see Tap. sections: labels; the first written line that begins with
@@ -68,6 +76,7 @@ class AROptions:
     in at most 256 MB.
     """
 
+    part: str | None = None
     task: str = "generate"
     prompt: str = "prompt"
     tokenizer: str | None = None
@@ -86,26 +95,21 @@ class AROptions:
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
+        if self.part is not None:
+            _check_choice("part", self.part, PARTS)
         _check_choice("task", self.task, TASKS)
         _check_choice("prompt", self.prompt, PROMPTS)
-        for name in ("chat_template", "truncate_prompt", "prefix_caching"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected true or false")
+        self._check_types()
         self._check_limits()
-        if self.kv_memory_mb is not None and self.num_blocks is not None:
-            raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
-        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
-            raise ConfigError(f"tokenizer: got {self.tokenizer!r}, expected a folder")
-        for name in ("chat_template_kwargs", "outputs"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
-        for name in self.chat_template_kwargs:
-            if name in RESERVED_TEMPLATE_KEYS:
-                raise ConfigError(f"chat_template_kwargs.{name}: set by the stage itself; remove it")
+        if self.part == "talker":
+            self._refuse_words()
         taps = {port: _tap(port, value, self.task) for port, value in self.outputs.items()}
         object.__setattr__(self, "outputs", taps)
         object.__setattr__(self, "sections", _sections(self.sections, taps, self.task))
-        if self.task == "encode" and not taps:
+        taken = THINKER_PORTS.intersection((*taps, *self.sections)) if self.part == "thinker" else ()
+        if taken:
+            raise ConfigError(f"outputs: got {', '.join(sorted(taken))}, which a thinker has by itself; remove it")
+        if self.task == "encode" and not taps and self.part is None:
             raise ConfigError(
                 "outputs: nothing, expected at least one port for task encode, as hidden_states: {layers: [-2]}"
             )
@@ -117,7 +121,7 @@ class AROptions:
 
     @property
     def meta_keys(self) -> frozenset[str]:
-        """What the meta of a payload may hold."""
+        """What the meta of a payload of written text may hold."""
         return META_KEYS.union(self.sections) if self.can_write else META_KEYS - WRITTEN_KEYS
 
     @property
@@ -136,10 +140,16 @@ class AROptions:
         return self.max_model_len
 
     def tapped_layers(self, config: LanguageModelConfig) -> dict[str, tuple[int, ...]]:
-        """Port -> indices of its layers, counted from the start."""
-        return {
+        """Port -> indices of its layers, counted from the start; of a thinker the embeddings and the last states,
+        too.
+        """
+        layers = {
             port: tap.resolved_layers(config.num_layers, f"outputs.{port}.layers") for port, tap in self.taps.items()
         }
+        if self.part == "thinker":
+            ports = STATE_PORTS if self.can_write else STATE_PORTS[:1]
+            layers |= dict.fromkeys(ports, (0, config.num_layers))
+        return layers
 
     def plan_pool(self, config: LanguageModelConfig, itemsize: int) -> KVPoolPlan:
         """The KV pool, as if every declared port were wanted; ConfigError when not one block fits into kv_memory_mb."""
@@ -169,6 +179,29 @@ class AROptions:
         layer = self.max_num_batched_tokens * (4 * config.hidden_size + 3 * config.intermediate_size) * itemsize
         logits = self.max_num_seqs * config.vocab_size * (itemsize + 4) if self.can_write else 0
         return max(layer, logits)
+
+    def _check_types(self) -> None:
+        for name in ("chat_template", "truncate_prompt", "prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected true or false")
+        if self.kv_memory_mb is not None and self.num_blocks is not None:
+            raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
+            raise ConfigError(f"tokenizer: got {self.tokenizer!r}, expected a folder")
+        for name in ("chat_template_kwargs", "outputs"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
+        for name in self.chat_template_kwargs:
+            if name in RESERVED_TEMPLATE_KEYS:
+                raise ConfigError(f"chat_template_kwargs.{name}: set by the stage itself; remove it")
+
+    def _refuse_words(self) -> None:
+        """Keys about words: a talker reads states and writes codes."""
+        plain = AROptions()
+        for key in WORD_KEYS:
+            value = getattr(self, key)
+            if value != getattr(plain, key) and (value or key == "chat_template"):
+                raise ConfigError(f"{key}: got {value!r}, but part talker reads and writes no words; remove it")
 
     def _check_limits(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):

@@ -17,6 +17,7 @@ from vllm_omni.errors import OmniError, StageError
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils.files import resolve_model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, device, dtype
@@ -140,6 +141,12 @@ class StageEngine(ABC):
     @abstractmethod
     def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
         """What the stage will hold; reads configuration files and safetensors headers, never weights."""
+
+    @classmethod
+    def weights_key(cls, stage: StageConfig) -> tuple[str, ...]:
+        """What two stages must have in common to share their weights."""
+        folder = "" if stage.model is None else str(resolve_model_folder(stage.model).resolve())
+        return (stage.kind, folder or f"of {stage.name} alone")
 
     @classmethod
     def needed_inputs(cls, stage: StageConfig, request: OmniRequest, params: StageParams) -> frozenset[str]:

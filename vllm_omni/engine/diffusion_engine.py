@@ -64,6 +64,10 @@ class DiffusionEngine(StageEngine):
         )
 
     @classmethod
+    def weights_key(cls, stage: StageConfig) -> tuple[str, ...]:
+        return (*super().weights_key(stage), options_of(stage).part or "")
+
+    @classmethod
     def needed_inputs(cls, stage: StageConfig, request: OmniRequest, params: StageParams) -> frozenset[str]:
         folder, connected = folder_of(stage), frozenset(stage.inputs)
         return model_class_of(stage, folder).needed_inputs(folder, connected, request, diffusion_params(params))

@@ -1,5 +1,5 @@
-"""The AR stage kind: schedule, run, postprocess. Joins tokenizer, scheduler, runner and sampler; each of them does its
-own work.
+"""The AR stage kind: schedule, run, postprocess. Joins work, scheduler, runner and sampler; each of them does its own
+part.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.core.ar_scheduler import ARScheduler
+from vllm_omni.core.ar_scheduler import ARScheduler, Chunk
 from vllm_omni.core.block_manager import BlockManager
 from vllm_omni.core.sequence import Sequence
-from vllm_omni.engine.ar_input import ARInput, ARLimits, read_prompt
-from vllm_omni.engine.ar_job import ARJob, Sample
+from vllm_omni.engine.ar_input import read_prompt
 from vllm_omni.engine.ar_options import AROptions
+from vllm_omni.engine.ar_work import ARJob, ARWork
 from vllm_omni.engine.base import (
     EngineContext,
     MemoryPlan,
@@ -25,17 +25,18 @@ from vllm_omni.engine.base import (
     StageEngine,
     StageEvent,
     StageFailed,
-    StageProgress,
     StageTask,
 )
 from vllm_omni.engine.boundary import stage_error
-from vllm_omni.engine.text_processor import TextProcessor, TextStream, end_of_sequence_ids, find_tokenizer
+from vllm_omni.engine.talker_work import TalkerWork
+from vllm_omni.engine.text_work import TextWork
 from vllm_omni.errors import ConfigError, OmniError, StageError
-from vllm_omni.layers.sampler import SampledToken, SamplingRow, sample
-from vllm_omni.models.language_model import load_language_model, model_key, read_model_config
+from vllm_omni.layers.sampler import SampledToken, sample
+from vllm_omni.models.language_model import load_language_model, model_key, read_model_config, tensor_prefix
 from vllm_omni.models.loader import weights_bytes
+from vllm_omni.models.sequence_inputs import TokenInputs
 from vllm_omni.params import SamplingParams, StageParams
-from vllm_omni.payload import StagePayload, StageSignature, TensorSpec, TextSpec
+from vllm_omni.payload import StagePayload, StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.device import resolve_device, resolve_dtype
 from vllm_omni.utils.files import resolve_model_folder
@@ -43,8 +44,8 @@ from vllm_omni.worker.model_runner import ModelRunner
 
 
 class LLMEngine(StageEngine):
-    """A language model over a paged KV pool. Task `generate` writes text, task `encode` computes the hidden states of a
-    prompt.
+    """A language model over a paged KV pool: it writes text or computes the hidden states of a prompt (TextWork), or
+    speaks (TalkerWork).
     """
 
     options_type = AROptions
@@ -52,45 +53,30 @@ class LLMEngine(StageEngine):
 
     @classmethod
     def signature(cls, stage: StageConfig) -> StageSignature:
-        options: AROptions = stage.options
-        config = read_model_config(_model_folder(stage))
-        where = f"stages.{stage.name}"
-        if options.can_write and not config.can_write:
-            raise ConfigError(
-                f"{where}.task: got 'generate', but the model has no head; use task: encode or a Qwen3ForCausalLM"
-            )
-        if options.prompt != "prompt" and "prompt" in stage.inputs:
-            raise ConfigError(
-                f"{where}.prompt: got {options.prompt!r}, but inputs.prompt brings the prompt; keep one of them"
-            )
-        if stage.defaults and not options.can_write:
-            raise ConfigError(
-                f"{where}.defaults: got {list(stage.defaults)}, but task encode samples nothing; remove it"
-            )
-        options.model_len(config)
-        layers = options.tapped_layers(config)
-        outputs = {port: TensorSpec(("T", len(tapped) * config.hidden_size)) for port, tapped in layers.items()}
-        text = {"text": TextSpec()} if options.can_write else {}
-        return StageSignature(
-            inputs={"prompt": TextSpec()},
-            outputs={**text, **{label: TextSpec() for label in options.sections}, **outputs},
-            required_inputs=frozenset({"prompt"} & stage.inputs.keys()),  # the request's own is no stand-in for it
-            results=frozenset(text),
-            meta=options.meta_keys,
-        )
+        folder = _model_folder(stage)
+        return _work_of(stage).signature(stage, folder, read_model_config(folder, stage.options.part))
 
     @classmethod
     def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
         options: AROptions = stage.options
         folder = _model_folder(stage)
-        model = read_model_config(folder)
+        model = read_model_config(folder, options.part)
         itemsize = resolve_dtype(stage.dtype, resolve_device(stage.device)).itemsize
         pool = options.plan_pool(model, itemsize)
         return MemoryPlan(
-            weights_bytes=weights_bytes(folder, itemsize),
+            weights_bytes=weights_bytes(folder, itemsize, tensor_prefix(options.part)),
             kv_pool_bytes=pool.num_blocks * pool.block_bytes,
             activation_bytes=options.activation_bytes(model, itemsize),
         )
+
+    @classmethod
+    def request_keys(cls, stage: StageConfig) -> frozenset[str]:
+        return _work_of(stage).request_keys(stage.options)
+
+    @classmethod
+    def weights_key(cls, stage: StageConfig) -> tuple[str, ...]:
+        options: AROptions = stage.options
+        return (*super().weights_key(stage), options.part or "")
 
     @classmethod
     def reads_params(cls, stage: StageConfig) -> bool:
@@ -100,7 +86,7 @@ class LLMEngine(StageEngine):
     @classmethod
     def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
         options: AROptions = stage.options
-        if options.can_write:
+        if options.can_write or options.part is not None:
             return None
         prompt = read_prompt(options, task.request, task.inputs)
         content = prompt if isinstance(prompt, str) else [dict(x) if isinstance(x, Mapping) else int(x) for x in prompt]
@@ -110,23 +96,13 @@ class LLMEngine(StageEngine):
     def __init__(self, stage: StageConfig, context: EngineContext) -> None:
         self.signature(stage)
         self._stage = stage
-        self._options: AROptions = stage.options
+        options: AROptions = stage.options
         folder = _model_folder(stage)
-        config = read_model_config(folder)
-        self._pool = self._options.plan_pool(config, context.dtype.itemsize)
-        self._taps = {p: layers for p, layers in self._options.tapped_layers(config).items() if p in context.wanted}
-        self._can_fan_out = not self._taps and not _feeds_others(stage, context.config)
-        self._processor = TextProcessor(
-            find_tokenizer(folder, self._options.tokenizer),
-            chat_template=self._options.chat_template,
-            template_kwargs=self._options.chat_template_kwargs,
-        )
-        self._input = ARInput(
-            self._options, self._processor, ARLimits.of(self._options, config, self._pool, context.config)
-        )
-        self._eos_ids = end_of_sequence_ids(folder, self._processor.tokenizer)
-        blocks = BlockManager(self._pool.num_blocks, self._options.block_size, self._options.prefix_caching)
-        self._scheduler = ARScheduler(blocks, self._options.max_num_seqs, self._options.max_num_batched_tokens)
+        config = read_model_config(folder, options.part)
+        self._pool = options.plan_pool(config, context.dtype.itemsize)
+        self._work = _work_of(stage)(stage, context, folder, config, self._pool)
+        blocks = BlockManager(self._pool.num_blocks, options.block_size, self._work.prefix_caching)
+        self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens)
         self._runner = self._load(folder, context)
         self._jobs: dict[str, ARJob] = {}
         self._events: list[StageEvent] = []
@@ -134,9 +110,7 @@ class LLMEngine(StageEngine):
         self._num_tokens = self._num_cached_tokens = 0
 
     def check(self, request: OmniRequest, params: StageParams) -> None:
-        checked = self._input.check_params(params, self._can_fan_out)
-        if "prompt" not in self._stage.inputs:
-            self._input.prepare(read_prompt(self._options, request, {}), checked)
+        self._work.check(request, params)
 
     def submit(self, task: StageTask) -> None:
         if task.request_id in self._jobs:
@@ -144,25 +118,50 @@ class LLMEngine(StageEngine):
                 f"request {task.request_id!r}: submitted twice to stage {self._stage.name!r}; identifiers are unique"
             )
         try:
-            job = self._make_job(task)
+            job = self._work.start(task, self._sequence_ids, self._runner)
             for sequence in job.sequences:
                 self._scheduler.add(sequence)
             self._jobs[task.request_id] = job
         except Exception as error:
-            self._events.append(StageFailed(task.request_id, self._omni_error(error)))
+            self._events.append(self._fail(task.request_id, error))
+            return
+        for port, value in task.inputs.items():
+            if isinstance(value, StreamChunk):
+                self.feed(task.request_id, port, value)
+
+    def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
+        job = self._jobs.get(request_id)
+        if job is None:  # it ended while the chunk was on its way
+            return
+        num_queued = len(job.sequences)
+        try:
+            self._events += job.feed(port, chunk)
+            for sequence in job.sequences[num_queued:]:
+                self._scheduler.add(sequence)
+        except Exception as error:
+            del job.sequences[num_queued:]  # what could not be queued
+            self._events.append(self._fail(request_id, error))
+
+    def pause(self, request_id: str) -> None:
+        if request_id in self._jobs:
+            self._jobs[request_id].is_paused = True
+
+    def resume(self, request_id: str) -> None:
+        if request_id in self._jobs:
+            self._jobs[request_id].is_paused = False
 
     def step(self) -> list[StageEvent]:
         events, self._events = self._events, []
-        chunks = self._scheduler.schedule()
+        chunks, inputs = self._gather(self._scheduler.schedule(), events)
         if not chunks:
             return events
-        logits = self._runner.run(chunks)
+        logits = self._runner.run(chunks, inputs)
         for chunk in chunks:
             self._scheduler.advance(chunk)
         for request_id in {chunk.sequence.request_id for chunk in chunks}:
             self._jobs[request_id].num_steps += 1
         writing = [chunk.sequence for chunk in chunks if chunk.samples]
-        rows = [self._jobs[sequence.request_id].samples[sequence.sequence_id].row for sequence in writing]
+        rows = [self._jobs[sequence.request_id].row_of(sequence) for sequence in writing]
         tokens = dict(zip((sequence.sequence_id for sequence in writing), sample(logits, rows), strict=True))
         for chunk in chunks:
             events += self._postprocess(chunk.sequence, tokens.get(chunk.sequence.sequence_id))
@@ -176,13 +175,7 @@ class LLMEngine(StageEngine):
         return bool(self._events) or self._scheduler.has_work()
 
     def job_size(self, request: OmniRequest, params: StageParams) -> float:
-        """In forward passes of one token, a prompt token counting a tenth."""
-        prompt = read_prompt(self._options, request, {})
-        num_prompt_tokens = len(prompt) / 4 if isinstance(prompt, str) else len(prompt)
-        num_new_tokens = 0
-        if self._options.can_write and isinstance(params, SamplingParams):
-            num_new_tokens = (params.max_tokens or 256) * (params.n or 1)
-        return num_prompt_tokens / 10 + num_new_tokens
+        return self._work.job_size(request, params)
 
     def get_stats(self) -> dict[str, Any]:
         blocks = self._scheduler.blocks
@@ -206,108 +199,77 @@ class LLMEngine(StageEngine):
                 f"stage {self._stage.name!r}: {living} sequences in its jobs, another number in its scheduler"
             )
 
+    def _gather(self, chunks: list[Chunk], events: list[StageEvent]) -> tuple[list[Chunk], dict[int, TokenInputs]]:
+        """The inputs of all chunks by sequence id; a task whose inputs cannot be made fails, and its chunks go."""
+        inputs: dict[int, TokenInputs] = {}
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.is_finished:  # it failed a moment ago, in another of its samples
+                continue
+            try:
+                found = self._jobs[sequence.request_id].inputs_of(chunk)
+            except Exception as error:
+                events.append(self._fail(sequence.request_id, error))
+                continue
+            if found is not None:
+                inputs[sequence.sequence_id] = found
+        return [chunk for chunk in chunks if not chunk.sequence.is_finished], inputs
+
     def _postprocess(self, sequence: Sequence, token: SampledToken | StageError | None) -> list[StageEvent]:
         job = self._jobs.get(sequence.request_id)
         if job is None:  # it failed a moment ago, in another of its samples
             return []
         try:
-            return self._take(job, sequence, token)
+            if isinstance(token, StageError):
+                raise token
+            events = job.take(sequence, token)
+            if job.is_done:
+                events.append(self._finish(job))
+            elif job.is_over(sequence):
+                self._scheduler.remove(sequence)
+            return events
         except Exception as error:
-            self._forget(sequence.request_id)
-            return [StageFailed(sequence.request_id, self._omni_error(error))]
-
-    def _take(self, job: ARJob, sequence: Sequence, token: SampledToken | StageError | None) -> list[StageEvent]:
-        if isinstance(token, StageError):
-            raise token
-        events: list[StageEvent] = []
-        written = job.samples.get(sequence.sequence_id)
-        if token is not None and written is not None:
-            text = written.write(token)
-            if sequence is job.sequences[0]:
-                events.append(StageProgress(sequence.request_id, written.num_written, written.max_new_tokens, text))
-        if job.is_done:
-            events.append(self._finish(job))
-        elif written is not None and written.is_done:
-            self._scheduler.remove(sequence)
-        return events
+            return [self._fail(sequence.request_id, error)]
 
     def _finish(self, job: ARJob) -> StageDone:
-        tensors = {}
-        for port, layers in self._taps.items():
-            sequence = job.sequences[0]
-            bounds = (0, sequence.num_prompt_tokens)
-            if self._options.taps[port].tokens == "completion":
-                bounds = (sequence.num_prompt_tokens, sequence.num_computed_tokens)
-            tensors[port] = self._runner.tapped_states(sequence, layers, *bounds)
-        payload = StagePayload(job.task.request_id, self._stage.name, tensors, job.meta(self._options.sections))
+        payload = StagePayload(job.task.request_id, self._stage.name, job.tensors(), job.meta())
         metrics = job.metrics()
         self._num_tokens += metrics["tokens"]
         self._num_cached_tokens += metrics["cache_hits"]
         self._forget(job.task.request_id)
         return StageDone(payload, metrics)
 
+    def _fail(self, request_id: str, error: Exception) -> StageFailed:
+        self._forget(request_id)
+        return StageFailed(request_id, error if isinstance(error, OmniError) else stage_error(self._stage.name, error))
+
     def _forget(self, request_id: str) -> None:
         job = self._jobs.pop(request_id, None)
         for sequence in job.sequences if job else ():
             self._scheduler.remove(sequence)
 
-    def _make_job(self, task: StageTask) -> ARJob:
-        params = self._input.check_params(task.params, self._can_fan_out)
-        prompt = self._input.prepare_task(task, self._stage, params)
-        num_sequences = (params.n or 1) if self._options.can_write else 1
-        sequences = [
-            Sequence(
-                next(self._sequence_ids),
-                task.request_id,
-                list(prompt.token_ids),
-                max_tokens=len(prompt.token_ids) + prompt.max_new_tokens,
-                is_writing=self._options.can_write,
-            )
-            for _ in range(num_sequences)
-        ]
-        job = ARJob(task, prompt, sequences)
-        if self._options.can_write:
-            for index, sequence in enumerate(sequences):
-                job.samples[sequence.sequence_id] = self._make_sample(sequence, params, index, prompt.max_new_tokens)
-        return job
-
-    def _make_sample(self, sequence: Sequence, params: SamplingParams, index: int, max_new_tokens: int) -> Sample:
-        eos_ids = frozenset() if params.ignore_eos else self._eos_ids
-        ending_ids = eos_ids | frozenset(params.stop_token_ids or ())
-        skip_special_tokens = True if params.skip_special_tokens is None else params.skip_special_tokens
-        return Sample(
-            sequence=sequence,
-            row=SamplingRow(params, sequence.token_ids, ending_ids, index),
-            stream=TextStream(self._processor, params.stop or (), skip_special_tokens),
-            ending_ids=ending_ids,
-            max_new_tokens=max_new_tokens,
-            runs_last_token=any(self._options.taps[port].tokens == "completion" for port in self._taps),
-        )
-
     def _load(self, folder: Path, context: EngineContext) -> ModelRunner:
+        options: AROptions = self._stage.options
         model = context.models.get(
-            model_key(folder, context.device, context.dtype),
-            lambda: load_language_model(folder, context.device, context.dtype),
+            model_key(folder, context.device, context.dtype, options.part),
+            lambda: load_language_model(folder, context.device, context.dtype, options.part),
         )
         return ModelRunner(
             model,
             num_blocks=self._pool.num_blocks,
-            block_size=self._options.block_size,
-            tapped_layers=[layer for layers in self._taps.values() for layer in layers],
-            can_sample=self._options.can_write,
+            block_size=options.block_size,
+            tapped_layers=sorted(self._work.tapped_layers),
+            can_sample=self._work.can_write,
             device=context.device,
             dtype=context.dtype,
         )
 
-    def _omni_error(self, error: Exception) -> OmniError:
-        return error if isinstance(error, OmniError) else stage_error(self._stage.name, error)
+
+def _work_of(stage: StageConfig) -> type[ARWork]:
+    return TalkerWork if stage.options.part == "talker" else TextWork
 
 
 def _model_folder(stage: StageConfig) -> Path:
     if stage.model is None:
         raise ConfigError(f"stages.{stage.name}.model: missing, expected the folder of a language model")
     return resolve_model_folder(stage.model)
-
-
-def _feeds_others(stage: StageConfig, config: OmniConfig) -> bool:
-    return any(edge.stage == stage.name for other in config.stages.values() for edge in other.edges.values())

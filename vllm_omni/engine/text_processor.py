@@ -30,10 +30,15 @@ def find_tokenizer(model_folder: Path, configured: str | None) -> Path:
     )
 
 
-def end_of_sequence_ids(model_folder: Path, tokenizer: Any) -> frozenset[int]:
-    """What ends a text: from generation_config.json, else from config.json, else the tokenizer's own."""
-    for name in ("generation_config.json", "config.json"):
-        ids = read_json(model_folder / name).get("eos_token_id") if (model_folder / name).is_file() else None
+def end_of_sequence_ids(model_folder: Path, tokenizer: Any, part: str | None = None) -> frozenset[int]:
+    """What ends a text: from generation_config.json, else from config.json (and what it holds of the part), else the
+    tokenizer's own.
+    """
+    files = [model_folder / name for name in ("generation_config.json", "config.json")]
+    configs = [read_json(file) for file in files if file.is_file()]
+    inner = configs[-1].get(f"{part}_config", {}) if part and configs else {}
+    for config in (*configs, inner, inner.get("text_config", {})):
+        ids = config.get("eos_token_id")
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)
     return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])

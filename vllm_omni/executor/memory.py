@@ -7,11 +7,10 @@ import dataclasses
 from torch import device as Device
 
 from vllm_omni import registry
-from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.resources import GIB, MIB, MemoryBudget
 from vllm_omni.engine.base import MemoryPlan, StageEngine
 from vllm_omni.utils.device import resolve_device, resolve_dtype, total_memory_bytes
-from vllm_omni.utils.files import resolve_model_folder
 
 PROMPT_CACHE = "prompt-embedding cache"
 FIX_TOTAL = "raise resources.max_memory_gb, or plan less: a smaller KV pool, dit_cache.max_memory_mb, bfloat16"
@@ -25,11 +24,11 @@ def plan_memory(config: OmniConfig) -> dict[str, MemoryPlan]:
     for name, stage in config.stages.items():
         engine_class: type[StageEngine] = registry.resolve("stage kind", stage.kind)
         plan = engine_class.plan_memory(stage, config)
-        key = _weights_key(stage)
-        if key is not None and key in seen:
+        device = resolve_device(stage.device)
+        key = (*engine_class.weights_key(stage), str(device), str(resolve_dtype(stage.dtype, device)))
+        if key in seen:
             plan = dataclasses.replace(plan, weights_bytes=0)
-        if key is not None:
-            seen.add(key)
+        seen.add(key)
         plans[name] = plan
     return plans
 
@@ -45,14 +44,6 @@ def reserve_memory(config: OmniConfig, plans: dict[str, MemoryPlan]) -> MemoryBu
             on_device = MemoryBudget(int(config.max_gpu_utilization * total), f"memory of {device}", FIX_DEVICE)
             on_device.reserve_all({name: shares[name] for name in names})
     return budget
-
-
-def _weights_key(stage: StageConfig) -> tuple[str, ...] | None:
-    if stage.model is None:
-        return None
-    device = resolve_device(stage.device)
-    folder = resolve_model_folder(stage.model).resolve()
-    return (stage.kind, str(folder), str(device), str(resolve_dtype(stage.dtype, device)))
 
 
 def _by_device(config: OmniConfig) -> dict[Device, list[str]]:

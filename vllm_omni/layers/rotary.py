@@ -1,14 +1,17 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), scaled as transformers scales it. Knows no model."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), scaled as transformers scales it, and in sections over time,
+height and width (M-RoPE, Qwen2-VL, arXiv 2409.12191). Knows no model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
+from vllm_omni.utils.checks import check_number
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -17,18 +20,28 @@ class RotaryEmbedding(nn.Module):
     """Cosines and sines of the positions.
 
     rope: the keys of transformers' `rope_parameters` (`rope_type`, `rope_theta`, `factor`, ...). Positions stay below
-    `max_positions`, where the dynamic type equals the default one.
+    `max_positions`, where the dynamic type equals the default one. `mrope_section` among the keys says how many
+    frequencies turn with time, height and width.
     """
 
     def __init__(self, head_dim: int, max_positions: int, rope: Mapping[str, Any]) -> None:
         super().__init__()
         self.frequencies, self.scale = rotary_frequencies(head_dim, max_positions, rope)
+        self.axes = _section_axes(rope.get("mrope_section"), head_dim)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions: [N] int64 -> cos and sin, [N, 1, head_dim], rounded to `dtype`."""
+        """positions: [N] int64, or [3, N] where there are sections -> cos and sin, [N, 1, head_dim], rounded to
+        `dtype`.
+        """
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
-        angles = positions[:, None].float() * self.frequencies
+        if positions.ndim == 1:
+            places = positions[:, None]
+        else:
+            assert self.axes is not None, "positions of three axes for a model without mrope_section"
+            self.axes = self.axes.to(positions.device)
+            places = positions[self.axes].T  # [N, head_dim / 2]
+        angles = places.float() * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
@@ -52,6 +65,21 @@ def rotary_frequencies(head_dim: int, max_positions: int, rope: Mapping[str, Any
         if rope_type == "default":
             return 1.0 / (rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)), 1.0
         return _scaled_frequencies(head_dim, max_positions, rope)
+
+
+def _section_axes(sections: object, head_dim: int) -> Tensor | None:
+    """[head_dim / 2] int64: the axis (time 0, height 1, width 2) that turns each frequency; None without sections."""
+    if sections is None:
+        return None
+    sizes = list(sections) if isinstance(sections, Sequence) and not isinstance(sections, str) else []
+    is_wrong = len(sizes) != 3 or any(check_number("", size, 0, integer=True) for size in sizes)
+    if is_wrong or 2 * sum(sizes) != head_dim:
+        raise ConfigError(
+            f"rope_parameters.mrope_section: got {sections!r}, expected three counts that sum to {head_dim // 2}, "
+            "half of head_dim"
+        )
+    with torch.device("cpu"):
+        return torch.arange(3).repeat_interleave(torch.tensor(sizes))
 
 
 def _scaled_frequencies(head_dim: int, max_positions: int, rope: Mapping[str, Any]) -> tuple[Tensor, float]:

@@ -6,6 +6,7 @@ Knows no batch and no request. Legend: N tokens of a step, D hidden size, V voca
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from vllm_omni import registry
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.attention import PagedAttention
 from vllm_omni.models.loader import load_weights
+from vllm_omni.models.media import MediaItem
+from vllm_omni.models.sequence_inputs import InputRows
 from vllm_omni.utils.files import read_json
 
 
@@ -76,13 +79,14 @@ class ForwardContext:
     """What a forward pass needs besides tokens and positions.
 
     kv_cache: [num_layers, 2, blocks, block_size, kv heads, head size]. num_layers: how many layers run; when all do,
-    the final norm follows.
+    the final norm follows. input_rows: what joins or replaces embeddings, for models that are fed such.
     """
 
     attention: PagedAttention
     kv_cache: Tensor
     num_layers: int
     taps: HiddenStateTaps | None = None
+    input_rows: InputRows | None = None
 
     def tap(self, layer: int, states: Tensor) -> None:
         """Offers the states of one index of `hidden_states`, [N, D]."""
@@ -96,43 +100,79 @@ class LanguageModel(Protocol):
     config: LanguageModelConfig
 
     def __call__(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """token_ids, positions: [N] int64 -> the last states that were computed, [N, D]."""
+        """token_ids: [N], positions: [N] or, where sequences have positions of three axes, [3, N], int64 -> the last
+        states that were computed, [N, D].
+        """
 
     def compute_logits(self, states: Tensor) -> Tensor:
         """states: [R, D] after the final norm -> [R, V]."""
 
 
-def model_class(raw_config: Mapping[str, Any], where: str) -> Any:
-    """The registered class for the `architectures` of a config.json."""
+class MediaReader(Protocol):
+    """A language model that reads media, too."""
+
+    def encode(self, item: MediaItem) -> Tensor:
+        """One image, audio or video -> the rows [M, D] that stand for its placeholder tokens."""
+
+
+class ComputedBuffers(ABC):
+    """A module with buffers that no checkpoint holds."""
+
+    @abstractmethod
+    def fill_buffers(self) -> None:
+        """Computes them; called when the module has its memory."""
+
+
+def model_class(raw_config: Mapping[str, Any], where: str, part: str | None = None) -> Any:
+    """The registered class for the `architectures` of a config.json, and for the part where several models share it."""
     architectures = raw_config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ConfigError(f"{where}: architectures: got {architectures!r}, expected a list of one name")
-    return registry.resolve("language model", architectures[0])
+    name = str(architectures[0])
+    parts = [row.partition(".")[2] for row in registry.names("language model") if row.startswith(f"{name}.")]
+    if part not in parts if parts else part is not None:
+        raise ConfigError(
+            f"{where}: got part {part!r} of {name}, expected "
+            + (f"one of {', '.join(parts)}; set the stage's `part`" if parts else "none; it is one model")
+        )
+    return registry.resolve("language model", f"{name}.{part}" if part else name)
 
 
-def read_model_config(folder: Path) -> LanguageModelConfig:
+def read_model_config(folder: Path, part: str | None = None) -> LanguageModelConfig:
     """The parsed config.json of a language model folder; ConfigError for anything that the model class does not
     support.
     """
     where = folder / "config.json"
     raw = read_json(where)
-    config: LanguageModelConfig = model_class(raw, str(where)).read_config(raw, str(where))
+    config: LanguageModelConfig = model_class(raw, str(where), part).read_config(raw, str(where))
     return config
 
 
-def model_key(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, str, str, str]:
+def tensor_prefix(part: str | None) -> str:
+    """How the published names of a part's tensors begin."""
+    return f"{part}." if part else ""
+
+
+def model_key(
+    folder: Path, device: torch.device, dtype: torch.dtype, part: str | None = None
+) -> tuple[str, str, str, str]:
     """What makes two loaded models the same: their key in a ModelPool."""
-    name = model_class(read_json(folder / "config.json"), str(folder)).__name__
+    name = model_class(read_json(folder / "config.json"), str(folder), part).__name__
     return name, str(folder.resolve()), str(device), str(dtype)
 
 
-def load_language_model(folder: Path, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+def load_language_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, part: str | None = None
+) -> LanguageModel:
     """The model of a folder, built without initialising and filled from its safetensors files."""
     where = folder / "config.json"
     raw = read_json(where)
-    build = model_class(raw, str(where))
+    build = model_class(raw, str(where), part)
     with torch.device("meta"):
         model: nn.Module = build(build.read_config(raw, str(where)))
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    load_weights(model, folder)
+    load_weights(model, folder, tensor_prefix(part))
+    for module in model.modules():
+        if isinstance(module, ComputedBuffers):
+            module.fill_buffers()
     return model  # type: ignore[return-value]

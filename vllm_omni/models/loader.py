@@ -9,7 +9,7 @@ works on the meta device too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from vllm_omni.errors import CheckpointError
 from vllm_omni.utils.files import read_json
@@ -45,8 +45,17 @@ class Loadable(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file, from the index or from the one file in the folder."""
+def tensor_files(folder: Path, prefix: str = "") -> dict[str, Path]:
+    """Tensor name -> safetensors file, from the index or from the one file in the folder; names that begin with the
+    prefix alone.
+    """
+    found = {name: file for name, file in _all_tensor_files(folder).items() if name.startswith(prefix)}
+    if not found:
+        raise CheckpointError(f"{folder}: no tensor whose name begins with {prefix!r}; is it another checkpoint?")
+    return found
+
+
+def _all_tensor_files(folder: Path) -> dict[str, Path]:
     indices = sorted(folder.glob("*" + INDEX_SUFFIX))
     if indices:
         weight_map = read_json(indices[0]).get("weight_map")
@@ -66,10 +75,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, from the headers alone."""
+def tensor_shapes(folder: Path, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, from the headers alone; names that begin with the prefix."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for file, names in _by_file(tensor_files(folder)).items():
+    for file, names in _by_file(tensor_files(folder, prefix)).items():
         with _opened(file) as handle:
             for name in names:
                 with _reading(name, file):
@@ -103,10 +112,12 @@ def plan_loading(model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: 
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fills every parameter of `model` (already on its device) from the memory-mapped files of `folder`."""
-    files = tensor_files(folder)
-    plan = plan_loading(model, tensor_shapes(folder), str(folder))  # type: ignore[arg-type]
+def load_weights(model: nn.Module, folder: Path, prefix: str = "") -> None:
+    """Fills every parameter of `model` (already on its device) from the memory-mapped files of `folder`; with a prefix
+    from the tensors of such names alone.
+    """
+    files = tensor_files(folder, prefix)
+    plan = plan_loading(model, tensor_shapes(folder, prefix), str(folder))  # type: ignore[arg-type]
     parameters = dict(model.named_parameters())
     for file, names in _by_file({name: files[name] for name in plan}).items():
         with _opened(file) as handle:
@@ -118,10 +129,25 @@ def load_weights(model: nn.Module, folder: Path) -> None:
                     destination.copy_(handle.get_tensor(name))
 
 
-def weights_bytes(folder: Path, itemsize: int) -> int:
-    """Bytes of all tensors of a folder once they are loaded with this item size."""
+def load_rows(folder: Path, name: str, indices: Sequence[int], width: int) -> Tensor:
+    """The rows [len(indices), width] of one published tensor, in the file's dtype; nothing else of it is read."""
+    file = tensor_files(folder, name)[name]
+    with _opened(file) as handle, _reading(name, file):
+        rows = handle.get_slice(name)
+        shape = list(rows.get_shape())
+        if len(shape) != 2 or shape[1] != width or not all(0 <= index < shape[0] for index in indices):
+            raise CheckpointError(
+                f"{file}: {name!r} has shape {shape}, expected rows {sorted(set(indices))} of width {width}"
+            )
+        return torch.cat([rows[index : index + 1] for index in indices])
+
+
+def weights_bytes(folder: Path, itemsize: int, prefix: str = "") -> int:
+    """Bytes of all tensors of a folder (whose names begin with the prefix) once they are loaded with this item
+    size.
+    """
     total = 0
-    for shape in tensor_shapes(folder).values():
+    for shape in tensor_shapes(folder, prefix).values():
         count = 1
         for size in shape:
             count *= size

@@ -6,7 +6,9 @@ sampling.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from torch import Tensor
 from vllm_omni.core.ar_scheduler import Chunk
 from vllm_omni.core.sequence import Sequence
 from vllm_omni.layers.attention import AttentionMetadata, PagedAttention, SDPAAttention
-from vllm_omni.models.language_model import ForwardContext, HiddenStateTaps, LanguageModel
+from vllm_omni.models.language_model import ForwardContext, HiddenStateTaps, LanguageModel, MediaReader
+from vllm_omni.models.media import MediaItem
+from vllm_omni.models.sequence_inputs import InputRows, TokenInputs
 
 
 class ModelRunner:
@@ -51,22 +55,41 @@ class ModelRunner:
         )
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self._kv_cache.dtype
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the KV pool and of the tapped states."""
         return self._kv_cache.numel() * self._kv_cache.element_size() + (self._taps.num_bytes if self._taps else 0)
 
     @torch.inference_mode()
-    def run(self, chunks: Many[Chunk]) -> Tensor:
-        """Computes the tokens of all chunks -> logits [R, V] for those that sample, in their order."""
+    def run(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs] | None = None) -> Tensor:
+        """Computes the tokens of all chunks -> logits [R, V] for those that sample, in their order. inputs: by sequence
+        id, of the tokens of its chunk, where they are more than ids.
+        """
+        inputs = inputs or {}
         token_ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
-        positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
-        context = ForwardContext(self._attention(self._metadata(chunks)), self._kv_cache, self._num_layers, self._taps)
-        states = self._model(self._tensor(token_ids), self._tensor(positions), context)
-        ends = context.attention.metadata.query_starts[1:]
+        attention = self._attention(self._metadata(chunks))
+        input_rows = self._input_rows(chunks, inputs) if inputs else None
+        context = ForwardContext(attention, self._kv_cache, self._num_layers, self._taps, input_rows)
+        states = self._model(self._tensor(token_ids), self._positions(chunks, inputs), context)
+        ends = attention.metadata.query_starts[1:]
         rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
         if not rows:
             return states.new_empty(0, self._model.config.vocab_size)
         return self._model.compute_logits(states[self._tensor(rows)])
+
+    @torch.inference_mode()
+    def encode(self, item: MediaItem) -> Tensor:
+        """The rows [M, D] of one image, audio or video."""
+        return cast(MediaReader, self._model).encode(item)
 
     def tapped_states(self, sequence: Sequence, layers: Many[int], start: int, stop: int) -> Tensor:
         """The states [stop - start, len(layers) * D] of the tokens [start, stop) of a sequence that still holds its
@@ -75,6 +98,28 @@ class ModelRunner:
         if self._taps is None or stop > sequence.num_computed_tokens:
             raise ValueError(f"layers {list(layers)} of tokens [{start}, {stop}): not tapped, or not computed yet")
         return self._taps.read(layers, self._tensor(self._slots(sequence, start, stop)))
+
+    def _positions(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> Tensor:
+        """[N], or [3, N] in a step with sequences that have positions of their own."""
+        if not inputs:
+            return self._tensor([position for chunk in chunks for position in range(chunk.start, chunk.end)])
+        parts = [
+            inputs[chunk.sequence.sequence_id].positions
+            if chunk.sequence.sequence_id in inputs
+            else torch.arange(chunk.start, chunk.end, device=self._device).expand(3, -1)
+            for chunk in chunks
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _input_rows(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> InputRows | None:
+        parts: list[tuple[int, InputRows]] = []
+        start = 0
+        for chunk in chunks:
+            found = inputs.get(chunk.sequence.sequence_id)
+            if found is not None and found.rows is not None:
+                parts.append((start, found.rows))
+            start += chunk.num_tokens
+        return InputRows.join(parts)
 
     def _metadata(self, chunks: Many[Chunk]) -> AttentionMetadata:
         starts = [0]

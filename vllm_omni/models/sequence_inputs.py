@@ -1,0 +1,70 @@
+"""What tokens of a sequence are besides their ids: positions of their own, and rows that replace or join their
+embeddings. A sequence without SequenceInputs is its token ids alone.
+
+Legend: n tokens of a sequence, N of a step, M of them with rows, E width of the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputRows:
+    """indices: [M] int64, the tokens that have a row, each once. rows: [M, E]. is_added: [M] bool, whether a row joins
+    the token's embedding (else it stands in its place).
+    """
+
+    indices: Tensor
+    rows: Tensor
+    is_added: Tensor
+
+    def merge(self, embeddings: Tensor) -> Tensor:
+        """embeddings: [N, E] -> [N, E]."""
+        own = torch.where(self.is_added[:, None], embeddings[self.indices], 0)
+        return embeddings.index_copy(0, self.indices, own + self.rows.to(embeddings.dtype))
+
+    @classmethod
+    def join(cls, parts: Sequence[tuple[int, InputRows]]) -> InputRows | None:
+        """The rows of several sequences as one; each comes with the index of its first token in the step."""
+        if not parts:
+            return None
+        return cls(
+            torch.cat([part.indices + start for start, part in parts]),
+            torch.cat([part.rows for _, part in parts]),
+            torch.cat([part.is_added for _, part in parts]),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenInputs:
+    """Some consecutive tokens. positions: [3, n] int64 (time, height, width). rows: their indices count from the first
+    of these tokens.
+    """
+
+    positions: Tensor
+    rows: InputRows | None = None
+
+
+class SequenceInputs(Protocol):
+    """The inputs of one sequence, the same whenever they are asked for: preemption recomputes from them."""
+
+    def between(self, start: int, stop: int) -> TokenInputs:
+        """Of the tokens [start, stop). May compute, and may raise what is wrong with this sequence."""
+
+
+def continued_positions(positions: Tensor, delta: int, start: int, stop: int) -> Tensor:
+    """positions: [3, T] of the first T tokens; a later token t stands at t + delta on every axis -> [3, stop -
+    start].
+    """
+    length = positions.shape[1]
+    known = positions[:, start : min(stop, length)]
+    if stop <= length:
+        return known
+    later = torch.arange(max(start, length), stop, device=positions.device) + delta
+    return torch.cat([known, later.expand(3, -1)], dim=1)
