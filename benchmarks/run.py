@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from benchmarks import audio, audio_cache, cache, decode_memory, images, limits, report, startup, text
+from benchmarks import audio, audio_cache, cache, decode_memory, images, limits, report, speech, startup, text
 from benchmarks.limits import Limits
 from benchmarks.measure import Options, Report, available_cores, machine
 
@@ -25,6 +25,7 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "limits": limits.run,
     "images": images.run,
     "audio": audio.run,
+    "speech": speech.run,
     "decode_memory": decode_memory.run,
     "text": text.run,
     "startup": startup.run,

@@ -107,7 +107,7 @@ class Duel:
     """
 
     case: str
-    amount: int
+    amount: float
     us_s: list[float] = field(default_factory=list)
     peer_s: list[float] = field(default_factory=list)
     agreement: str = ""

@@ -112,6 +112,15 @@ class Spoken(Exception):
     """Ends the reference where its codes are known."""
 
 
+def restore_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """`generate` drops a mask of ones alone, but it is by a mask that the talker knows to add the marks of the
+    begin and to use positions of three axes; rows that are padded have both.
+    """
+    past = kwargs["past_key_values"].get_seq_length()
+    new = (kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]).shape[1]
+    return args, {**kwargs, "attention_mask": torch.ones(1, past + new, dtype=torch.long)}
+
+
 @torch.no_grad()
 def reference(model: Any, case: Case, speaker: str = "Chelsie", **limits: int) -> tuple[list[int], list[int]]:
     """Words and codes of transformers' generate, greedy."""
@@ -121,14 +130,6 @@ def reference(model: Any, case: Case, speaker: str = "Chelsie", **limits: int) -
     def note(_: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         found.append(args[0])
         raise Spoken
-
-    def restore_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """`generate` drops a mask of ones alone, but it is by a mask that the talker knows to add the marks of the
-        begin and to use positions of three axes; rows that are padded have both.
-        """
-        past = kwargs["past_key_values"].get_seq_length()
-        new = (kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]).shape[1]
-        return args, {**kwargs, "attention_mask": torch.ones(1, past + new, dtype=torch.long)}
 
     words = {"max_new_tokens": WORDS, "eos_token_id": EOS, **limits}
     media = {**case.theirs, "attention_mask": torch.ones_like(ids)}

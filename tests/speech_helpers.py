@@ -99,6 +99,7 @@ TOKEN2WAV = dict(
         mel_dim=20, upsample_initial_channel=32, upsample_rates=[5, 3, 2], upsample_kernel_sizes=[11, 7, 4]
     ),
 )
+MASK = 63
 CODEC_EOS = (60, 62)  # what ends the talker: pad and end
 
 
@@ -121,6 +122,7 @@ def tiny_reference(seed: int = 0, config: Qwen2_5OmniConfig | None = None) -> Qw
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         model.token2wav.code2wav_bigvgan_model.conv_post.weight.mul_(0.05)  # a waveform that is not clipped
+        model.talker.codec_head.weight[MASK] = 0  # it is no code, and is never the best choice
     model.speaker_map = tiny_speakers(seed)
     return model
 
