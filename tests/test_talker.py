@@ -99,8 +99,10 @@ def test_the_ends_of_speech_are_pad_and_end_and_the_begin_is_never_written(folde
         written.update(done.payload.tensors["codes"].tolist())
         reasons[done.payload.meta["finish_reason"]] += 1
     assert 61 not in written and not set(CODEC_EOS) & set(written) and len(written) > 40
+    assert max(written) <= 59, "a code that token2wav has no sound for"
     assert reasons["stop"] > 0
-    speak(engine, SamplingParams(**hot, seed=0, ignore_eos=True), "free")
+    free = speak(engine, SamplingParams(**hot, seed=0, ignore_eos=True), "free")
+    assert len(codes_of(free)) == 150 and max(codes_of(free)) <= 59
     assert_clean(engine)
 
 

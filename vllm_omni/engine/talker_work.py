@@ -114,6 +114,6 @@ class TalkerWork(ARWork):
         sequence = Sequence(sequence_id, request_id, prompt, max_tokens=len(prompt) + max_new_tokens)
         eos_ids = frozenset() if params.ignore_eos else frozenset({model.codec_pad, model.codec_end})
         ending_ids = eos_ids | frozenset(params.stop_token_ids or ())
-        bias = {**(params.logit_bias or {}), model.codec_bos: NEVER}
+        bias = {**(params.logit_bias or {}), **dict.fromkeys(model.silent_codes - ending_ids, NEVER)}
         row = SamplingRow(dataclasses.replace(params, logit_bias=bias), prompt, ending_ids)
         return CodeSampling(sequence, row, ending_ids, max_new_tokens)

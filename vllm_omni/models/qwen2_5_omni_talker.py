@@ -27,7 +27,8 @@ TEXT_EMBEDDINGS = "thinker.model.embed_tokens.weight"
 @dataclass(frozen=True, slots=True)
 class TalkerConfig(DecoderConfig):
     """The decoder, the width of what it is fed, and its marks: codes that are no sound (begin, end, pad, and the mask
-    that stands for the prompt), and text tokens of the thinker behind the reply (end, pad).
+    that stands for the prompt), and text tokens of the thinker behind the reply (end, pad). last_sound: the highest
+    code that the checkpoint's token2wav has a sound for.
     """
 
     embedding_size: int
@@ -37,10 +38,17 @@ class TalkerConfig(DecoderConfig):
     codec_mask: int
     text_end: int
     text_pad: int
+    last_sound: int
 
     @property
     def can_write(self) -> bool:
         return True
+
+    @property
+    def silent_codes(self) -> frozenset[int]:
+        """What is never to be spoken: marks, and codes without a sound."""
+        marks = {self.codec_bos, self.codec_end, self.codec_pad, self.codec_mask}
+        return frozenset({*marks, *range(self.last_sound + 1, self.vocab_size)})
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], where: str) -> TalkerConfig:
@@ -60,6 +68,7 @@ class TalkerConfig(DecoderConfig):
             codec_mask=_token(talker, "tts_codec_mask_token_id", inside, last),
             text_end=_token(talker, "tts_text_end_token_id", inside),
             text_pad=_token(talker, "tts_text_pad_token_id", inside),
+            last_sound=_last_sound(raw, where, last),
         )
 
 
@@ -111,6 +120,15 @@ def load_text_rows(
     """Text token -> its embedding [E] in the thinker, read from the checkpoint row by row."""
     rows = load_rows(folder, TEXT_EMBEDDINGS, token_ids, width)
     return dict(zip(token_ids, rows.to(device=device, dtype=dtype), strict=True))
+
+
+def _last_sound(raw: Mapping[str, Any], where: str, last: int) -> int:
+    """The last code but where token2wav has fewer."""
+    if "token2wav_config" not in raw:
+        return last
+    inside = sub_config(raw, "token2wav_config", where)
+    dit = sub_config(inside, "dit_config", f"{where}: token2wav_config")
+    return min(last, count_of(dit, "num_embeds", f"{where}: token2wav_config.dit_config"))
 
 
 def _token(raw: Mapping[str, Any], key: str, where: str, most: int | None = None) -> int:
