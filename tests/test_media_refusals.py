@@ -255,7 +255,7 @@ def ar_input(
         max_prompt_chars=1000,
         max_outputs=4,
     )
-    return ARInput(AROptions(), text, limits, media)
+    return ARInput(AROptions(part="thinker"), text, limits, media)
 
 
 def test_a_prompt_with_media_is_prepared_with_room_for_an_answer(text: TextProcessor, media: MediaProcessor) -> None:
