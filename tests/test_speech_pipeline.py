@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from speech_engines import restore_mask
 from speech_helpers import CODEC_EOS, save_tiny_omni, tiny_reference
 
 from vllm_omni import DiffusionParams, Omni, OmniOutput, SamplingParams
+from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.models.token2wav_trajectory import frame_noise
 
 PROMPTS = ([1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 20, 21, 22], [40, 41, 42])
@@ -214,3 +220,76 @@ def test_speakers_differ(folder: Path) -> None:
             [{"prompt_token_ids": PROMPTS[0], "speaker": name} for name in ("Chelsie", "Ethan")], params()
         )
         assert codes_of(first) != codes_of(second)
+
+
+def bad_parts() -> dict[str, tuple[dict[str, Any], str]]:
+    """What a message may hold that cannot be run -> words of the refusal."""
+    silence = np.zeros(0, np.float32)
+    hours = np.broadcast_to(np.zeros(1, np.float32), (10 * 3600 * 16_000,))
+    return {
+        "a dot": ({"type": "image", "image": Image.new("RGB", (1, 1))}, "1x1"),
+        "a wall": ({"type": "image", "image": huge_png()}, "max_image_pixels"),
+        "no sound": ({"type": "audio", "audio": (silence, 16_000)}, "audio"),
+        "ten hours": ({"type": "audio", "audio": (hours, 16_000)}, "audio"),
+        "no frames": ({"type": "video", "video": np.zeros((0, 8, 8, 3), np.uint8)}, "video"),
+        "a page of the web": ({"type": "image", "image": "https://example.org/cat.png"}, "image"),
+        "smell": ({"type": "smell", "smell": b"rose"}, "smell"),
+    }
+
+
+def huge_png() -> bytes:
+    """A PNG whose header says 30000x30000."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("name", bad_parts())
+def test_bad_media_are_refused_and_harm_nobody(omni: Omni, references: list[Spoken], name: str) -> None:
+    part, words = bad_parts()[name]
+    bad = {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]}
+    refused, right = omni.generate([bad, {"prompt_token_ids": PROMPTS[0]}], params())
+    assert isinstance(refused.error, InvalidRequestError) and words in str(refused.error)
+    assert codes_of(right) == references[0].codes
+    assert_idle(omni)
+
+
+def test_text_beyond_the_context_is_refused(omni: Omni) -> None:
+    (output,) = omni.generate({"prompt": "why " * 600}, params())
+    assert isinstance(output.error, InvalidRequestError) and "tokens" in str(output.error)
+
+
+def test_a_missing_or_damaged_file_is_named_at_load(folder: Path, tmp_path: Path) -> None:
+    for name in ("spk_dict.pt", "model-00005-of-00012.safetensors"):
+        copy = tmp_path / name.partition(".")[0]
+        shutil.copytree(folder, copy)
+        (copy / name).unlink()
+        with pytest.raises(OmniError, match=name):
+            make(copy)
+        (copy / name).write_bytes(b"\x10" * 300)
+        with pytest.raises(OmniError, match=name):
+            make(copy)
+
+
+def test_an_image_a_sound_and_words_in_words_and_sound_out(omni: Omni) -> None:
+    tone = np.sin(np.arange(8_000) * 0.2).astype(np.float32)
+    content = [
+        {"type": "image", "image": Image.new("RGB", (24, 24), "red")},
+        {"type": "audio", "audio": (tone, 16_000)},
+        {"type": "text", "text": "What are these?"},
+    ]
+    first, again, other = omni.generate(
+        [
+            {"messages": [{"role": "user", "content": content}]},
+            {"messages": [{"role": "user", "content": content}]},
+            {"messages": [{"role": "user", "content": content[2:]}]},
+        ],
+        params(),
+    )
+    assert first.error is None and first.audios[0].samples.size
+    assert codes_of(first) == codes_of(again) and first.token_ids == again.token_ids
+    assert (first.token_ids, codes_of(first)) != (other.token_ids, codes_of(other))
