@@ -346,6 +346,7 @@ def test_the_ports_are_known_from_the_folder(folder: Path) -> None:
     [
         ({"default_duration_s": 0}, "default_duration_s: got 0, expected more than 0"),
         ({"max_duration_s": 2.0}, r"default_duration_s: got 60, expected at most max_duration_s \(2\)"),
+        ({"min_duration_s": 90.0}, r"default_duration_s: got 60, expected at least min_duration_s \(90\)"),
         ({"fields": ["lyrics", "tempo"]}, r"fields: got 'tempo' \(known: "),
         ({"fields": ["lyric"]}, r"fields: got 'lyric' \(did you mean 'lyrics'\?\)"),
     ],

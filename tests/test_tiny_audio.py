@@ -52,23 +52,20 @@ def test_the_shipped_folder_is_small_and_complete() -> None:
         assert (folder / name).is_file()
 
 
-@pytest.mark.xfail(reason="the sound model has not learned its words yet: tools/tiny/audio/README.md", strict=True)
 def test_the_shipped_model_plays_what_was_asked(audio: Omni) -> None:
     """A small sample of what tools/tiny/audio/evaluate.py measures; wide enough not to fail by chance at the goals."""
     rng = random.Random(77)
     sounds = [sample_sound(rng, held_out=True) for _ in range(32)]
     outputs = audio.generate([wording(sound, rng) for sound in sounds], DiffusionParams(seed=1))
     verdicts = [judge(sound, samples(output)[0]) for sound, output in zip(sounds, outputs, strict=True)]
-    assert sum(verdict.notes_right for verdict in verdicts) >= 26, [verdict.complaint for verdict in verdicts]
-    assert sum(verdict.timbre_right for verdict in verdicts) >= 25, [verdict.complaint for verdict in verdicts]
+    assert sum(verdict.notes_right for verdict in verdicts) >= 28, [verdict.complaint for verdict in verdicts]
+    assert sum(verdict.timbre_right for verdict in verdicts) >= 26, [verdict.complaint for verdict in verdicts]
 
 
 def test_a_sound_is_two_seconds_of_float32_mono_at_16_khz(audio: Omni) -> None:
     sound = audio.generate("C4, square", DiffusionParams(seed=1))[0].audios[0]
     assert sound.samples.dtype == np.float32 and sound.samples.shape == (1, 32000)
     assert sound.sample_rate == 16000 and sound.duration_s == 2.0
-    shorter = audio.generate({"prompt": "C4, square", "duration_s": 1.5}, DiffusionParams(seed=1))[0]
-    assert shorter.audios[0].duration_s == 1.5
 
 
 def test_soft_is_softer_than_loud(audio: Omni) -> None:
@@ -77,7 +74,7 @@ def test_soft_is_softer_than_loud(audio: Omni) -> None:
 
 
 def test_a_sound_is_the_same_alone_in_a_crowd_in_another_order_and_on_replay(audio: Omni) -> None:
-    prompts: list[Any] = ["C4 then E4, fast", {"prompt": "a soft A3", "duration_s": 1.0}, "chord of C4 and G4, square"]
+    prompts: list[Any] = ["C4 then E4, fast", "a soft A3", "chord of C4 and G4, square"]
     params = [DiffusionParams(seed=seed, num_inference_steps=4 + seed) for seed in range(3)]
     alone = [samples(audio.generate(prompt, given)[0]) for prompt, given in zip(prompts, params, strict=True)]
     crowd = [samples(output) for output in audio.generate(prompts, params)]
@@ -104,6 +101,7 @@ def test_diffusers_plays_the_same_from_the_shipped_folder(audio: Omni) -> None:
     [
         ({"lyrics": "la la"}, "unknown key"),
         ({"duration_s": 3}, "at most 2"),
+        ({"duration_s": 1}, "at least 2"),
         ({"duration_s": 0}, "duration_s"),
         ({"duration_s": -1}, "duration_s"),
         ({"duration_s": 1e6}, "duration_s"),
@@ -152,7 +150,7 @@ def test_the_branches_run_side_by_side(omni: Omni) -> None:
 
 
 def test_a_failing_sound_fails_its_request_alone_and_stops_its_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Omni("tiny_omni.yaml", progress=False) as omni:
+    with Omni("tiny_omni.yaml", overrides=["sound_prompt.min_duration_s=1"], progress=False) as omni:
         hosts = omni._executor._hosts
         model = hosts["sound"].executor._engine.model  # type: ignore[attr-defined]
         begin = model.begin

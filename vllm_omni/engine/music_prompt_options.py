@@ -36,16 +36,18 @@ REQUEST_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class MusicPromptOptions:
-    """default_duration_s: of requests that neither say it nor bring a sound. max_duration_s: the model's own limit,
-    besides `limits.max_duration_s`. fields: the request keys that the model understands; None: all of REQUEST_KEYS.
+    """default_duration_s: of requests that neither say it nor bring a sound. min_duration_s, max_duration_s: the
+    model's own limits, besides `limits.max_duration_s`. fields: the request keys that the model understands; None: all
+    of REQUEST_KEYS.
     """
 
     default_duration_s: float = 60.0
+    min_duration_s: float | None = None
     max_duration_s: float | None = None
     fields: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("default_duration_s", "max_duration_s"):
+        for name in ("default_duration_s", "min_duration_s", "max_duration_s"):
             value = getattr(self, name)
             complaint = None if value is None else check_number(name, value, 0, above_low=True)
             if complaint:
@@ -54,6 +56,11 @@ class MusicPromptOptions:
             raise ConfigError(
                 f"default_duration_s: got {self.default_duration_s:g}, expected at most max_duration_s "
                 f"({self.max_duration_s:g})"
+            )
+        if self.min_duration_s is not None and self.default_duration_s < self.min_duration_s:
+            raise ConfigError(
+                f"default_duration_s: got {self.default_duration_s:g}, expected at least min_duration_s "
+                f"({self.min_duration_s:g})"
             )
         for name in self.fields or ():
             if name not in REQUEST_KEYS:

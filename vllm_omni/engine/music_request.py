@@ -80,6 +80,7 @@ class MusicRequestReader:
         self._limits = limits
         self._wanted = wanted
         self._default_duration_s = options.default_duration_s
+        self._min_duration_s = options.min_duration_s or 0.0
         self._is_planned = "planner_prompt" in wanted
         own = options.max_duration_s
         self._max_duration_s = limits.max_duration_s if own is None else min(own, limits.max_duration_s)
@@ -196,6 +197,11 @@ class MusicRequestReader:
         if duration_s > self._max_duration_s:
             raise InvalidRequestError(
                 f"duration_s: got {duration_s:g}, expected at most {self._max_duration_s:g} ({self._duration_key})"
+            )
+        if duration_s < self._min_duration_s:
+            raise InvalidRequestError(
+                f"duration_s: got {duration_s:g}, expected at least {self._min_duration_s:g} "
+                "(the stage's min_duration_s)"
             )
         return duration_s
 

@@ -18,8 +18,8 @@ from tools.tiny.audio.train_audio import export
 
 CARD = """# tiny-audio
 
-A text-to-sound model of notes and chords in the format of diffusers' AceStepPipeline (16 kHz, mono, at most two
-seconds), trained from scratch for this package by `python -m tools.tiny.audio.train` on sounds that the tool plays
+A text-to-sound model of notes and chords in the format of diffusers' AceStepPipeline (16 kHz, mono, two
+seconds long), trained from scratch for this package by `python -m tools.tiny.audio.train` on sounds that the tool plays
 itself. Its text encoder also rewrites loose requests into lines of canonical words, for this model and for tiny-image.
 It knows no lyrics, no tempo and no key. Apache-2.0.
 """

@@ -25,8 +25,6 @@ TEXT_LENGTH = 96
 PLACE_FRAMES = 5  # frames of a place of the transformer: its patch
 PLACES_PER_S = SAMPLE_RATE // HOP // PLACE_FRAMES
 ROLL_WIDTH = len(NOTES) + len(TIMBRES) + 1
-SHORT_DURATIONS_S = (1.0, 1.5)
-SHORT_SHARE = 0.15
 CHUNK = 256
 MARGIN = 8
 
@@ -80,12 +78,10 @@ class Latents:
         return latents
 
 
-def drawn(rng: random.Random) -> tuple[list[Sound], list[float], list[str]]:
-    """CHUNK sounds of the training world, how many seconds of each are asked for, and the prompts that ask."""
+def drawn(rng: random.Random) -> tuple[list[Sound], list[str]]:
+    """CHUNK sounds of the training world, and the prompts that ask for them."""
     sounds = [sample_sound(rng) for _ in range(CHUNK)]
-    durations = [rng.choice(SHORT_DURATIONS_S) if rng.random() < SHORT_SHARE else DURATION_S for _ in sounds]
-    asked = zip(sounds, durations, strict=True)
-    return sounds, durations, [sound_prompt(wording(sound, rng), seconds) for sound, seconds in asked]
+    return sounds, [sound_prompt(wording(sound, rng), DURATION_S) for sound in sounds]
 
 
 def piano_roll(sound: Sound) -> Tensor:
@@ -110,9 +106,7 @@ def piano_rolls(count: int, seed: int) -> Tensor:
 
 
 def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, seed: int) -> dict[str, Tensor]:
-    """latents [n, 200, 16], states [n, TEXT_LENGTH, D], lengths [n] (tokens) and frames [n]; computed once, then read
-    from `file`.
-    """
+    """latents [n, 200, 16], states [n, TEXT_LENGTH, D], lengths [n] (tokens); computed once, then read from `file`."""
     if file.exists():
         return load_file(file)
     rng, states = random.Random(seed), TextStates(text_folder)
@@ -120,13 +114,12 @@ def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, s
     latents = Latents(vae)
     parts: dict[str, list[Tensor]] = {}
     for _ in trange(max(1, count // CHUNK), desc="training data", mininterval=10):
-        sounds, durations, texts = drawn(rng)
+        sounds, texts = drawn(rng)
         text_states, lengths = states.of(texts)
         batch = {
             "latents": latents.of(sounds).half(),
             "states": text_states.half(),
             "lengths": lengths,
-            "frames": torch.tensor([round(seconds * SAMPLE_RATE) // HOP for seconds in durations]),
         }
         for name, value in batch.items():
             parts.setdefault(name, []).append(value)

@@ -162,15 +162,14 @@ def silence_latent(silence: Tensor, frames: int) -> Tensor:
 
 
 class Batches:
-    """Random batches of (latents, text states, text lengths, piano rolls), of sounds of the whole length."""
+    """Random batches of (latents, text states, text lengths, piano rolls)."""
 
     def __init__(self, data: dict[str, Tensor], rolls: Tensor, size: int, seed: int) -> None:
         self.data, self.rolls, self.size = data, rolls, size
         self.generator = torch.Generator().manual_seed(seed)
-        self.rows = torch.nonzero(data["frames"] == data["latents"].shape[1])[:, 0]
 
     def next(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = self.rows[torch.randint(len(self.rows), (self.size,), generator=self.generator)]
+        rows = torch.randint(len(self.rolls), (self.size,), generator=self.generator)
         data = self.data
         return data["latents"][rows].float(), data["states"][rows].float(), data["lengths"][rows], self.rolls[rows]
 
@@ -253,10 +252,10 @@ def export(folder: Path, state: dict[str, dict[str, Tensor]], data: dict[str, Te
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-audio"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--sounds", type=int, default=12_288)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     file = args.folder / "data.safetensors"

@@ -97,10 +97,8 @@ def main() -> None:
     samples = recordings(len(latents), args.seed)
     sources = [Pairs(latents, samples, args.seed)]
     if args.generated is not None:
-        made = load_file(args.generated)
-        sources.append(
-            Pairs(made["latents"], recordings(int(made["rows"][-1]) + 1, args.seed)[made["rows"]], args.seed + 1)
-        )
+        made = load_file(args.generated)["latents"]
+        sources.append(Pairs(made, recordings(len(made), args.seed), args.seed + 1))
     train(args.folder, vae, sources, args.steps, args.batch_size, args.learning_rate, args.seed)
 
 
