@@ -8,6 +8,8 @@ its first sound comes then. It takes several requests as one batch of prompts of
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +25,20 @@ from benchmarks.sides import Duel, SideProcess, duels
 
 CONFIG = "qwen_omni"
 COUNTS = (1, 4)
+TEXT_FOLDER = "asset://tiny-image"  # whose tokenizer stands in: prompts are token ids, answers are counted
+PROCESSOR = dict(
+    image_mean=[0.5, 0.5, 0.5],
+    image_std=[0.5, 0.5, 0.5],
+    min_pixels=3136,
+    max_pixels=12845056,
+    patch_size=14,
+    merge_size=2,
+    temporal_patch_size=2,
+    feature_size=128,
+    hop_length=160,
+    n_fft=400,
+    sampling_rate=16000,
+)
 CODES_PER_S = 50
 CODEBOOK, CODEC_VOCABULARY = 8193, 8448
 TIMELINE = Path(__file__).resolve().parent / "results" / "speech_timeline.png"
@@ -68,6 +84,8 @@ class Weights:
         import torch
         from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
 
+        from vllm_omni.utils.files import resolve_model_folder
+
         torch.manual_seed(0)
         model = Qwen2_5OmniForConditionalGeneration(Qwen2_5OmniConfig(**_configs(size)))
         with torch.no_grad():
@@ -76,6 +94,8 @@ class Weights:
         model.save_pretrained(folder)
         voice = {"bos_token": 10, "cond": torch.randn(1, 192), "ref_mel": torch.randn(1, 300, 80)}
         torch.save({"Chelsie": voice}, Path(folder) / "spk_dict.pt")
+        shutil.copytree(resolve_model_folder(TEXT_FOLDER) / "tokenizer", folder, dirs_exist_ok=True)
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
 
 
 class Ours:
@@ -138,6 +158,7 @@ class Transformers:
         self._model.token2wav.register_forward_pre_hook(
             lambda module, arguments: self._codes.extend(arguments[0].tolist())
         )
+        self._model.talker.register_forward_pre_hook(_with_mask, with_kwargs=True)
 
     def run(self, case: Case, repeat: int) -> list[list[int]]:
         import torch
@@ -207,6 +228,15 @@ def cases(options: Options, size: Size) -> list[tuple[str, int, Case]]:
 def same_codes(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> str:
     pairs = [(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)]
     return f"{sum(a == b for a, b in pairs) / len(pairs):.1%}"
+
+
+def _with_mask(module: Any, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """transformers 5.23 drops a mask of ones, without which its talker leaves out the marks of the begin."""
+    import torch
+
+    new = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
+    length = named["past_key_values"].get_seq_length() + new.shape[1]
+    return arguments, {**named, "attention_mask": torch.ones(len(new), length, dtype=torch.long)}
 
 
 def _configs(size: Size) -> dict[str, Any]:
