@@ -224,3 +224,9 @@ def save_processor(folder: Path) -> Path:
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     return folder
+
+
+def save_readable(folder: Path) -> Path:
+    """What is needed to read prompts: the processor and config.json, no weights."""
+    tiny_config().save_pretrained(folder)
+    return save_processor(folder)

@@ -13,7 +13,7 @@ import soxr
 import torch
 from media_helpers import RATE, picture, reference_processor, sound_bytes, tone, video_bytes
 from PIL import Image
-from speech_helpers import CHAT_TEMPLATE, PROCESSOR, SPECIAL, save_processor, tiny_config
+from speech_helpers import CHAT_TEMPLATE, PROCESSOR, SPECIAL, save_readable
 from test_rope_index import reference as rope_reference
 from transformers import Qwen2_5OmniProcessor
 
@@ -33,9 +33,7 @@ WIDE = [picture(64, 136, seed) for seed in range(4)]  # 136 tokens: nothing is r
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save_processor(tmp_path_factory.mktemp("omni"))
-    tiny_config().save_pretrained(path)
-    return path
+    return save_readable(tmp_path_factory.mktemp("omni"))
 
 
 @pytest.fixture(scope="module")

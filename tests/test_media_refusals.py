@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from media_helpers import RATE, image_bytes, picture, sound_bytes, sound_file_bytes_in_mp4, tone, video_bytes
 from PIL import Image
-from speech_helpers import save_processor, tiny_config
+from speech_helpers import save_readable
 
 from vllm_omni.config.schema import LimitsConfig, OmniConfig
 from vllm_omni.engine.ar_input import ARInput, ARLimits
@@ -37,9 +37,7 @@ FRAMES = [picture(64, 136, seed) for seed in range(4)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save_processor(tmp_path_factory.mktemp("omni"))
-    tiny_config().save_pretrained(path)
-    return path
+    return save_readable(tmp_path_factory.mktemp("omni"))
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,6 @@ WEIGHT_DECAY = 0.1
 # The time embedding is nearly the same vector for most inputs, so that steps on it add up: at the full rate the
 # modulation of all blocks grew until the stream of the first one was a hundred times as loud as the noise.
 RATES = {"transformer.time_embed.": 0.1}
-TIME_GAIN = 1.0
 SILENCE_FRAMES = 3000  # thirty seconds, what the timbre encoder is given where there is no reference
 TRANSFORMER = dict(
     hidden_size=WIDTH,
@@ -113,7 +112,6 @@ class SoundModel(nn.Module):
             for layer in self.transformer.layers:
                 layer.scale_shift_table.zero_()
                 layer.scale_shift_table[:, [2, 5]] = 0.3
-            self.transformer.time_embed.linear_2.weight *= TIME_GAIN
             for parameter in self.transformer.time_embed_r.parameters():
                 parameter.zero_()
         self.transformer.time_embed_r.requires_grad_(False)
