@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.banded import attention, windowed_attention
-from vllm_omni.layers.linear import MergedLinear
+from vllm_omni.layers.linear import Linear, MergedLinear, linear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.rotary import rotary_frequencies
 from vllm_omni.models.ace_step_config import SLIDING, AceStepConfig
@@ -47,9 +47,9 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(TIME_FREQUENCIES, width)
-        self.linear_2 = nn.Linear(width, width)
-        self.time_proj = nn.Linear(width, 6 * width)
+        self.linear_1 = Linear(TIME_FREQUENCIES, width)
+        self.linear_2 = Linear(width, width)
+        self.time_proj = Linear(width, 6 * width)
 
     def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
         half = TIME_FREQUENCIES // 2
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         parts = {"to_q": query, "to_k": key, "to_v": key}
         self.qkv = MergedLinear(config.hidden_size, parts, bias=config.attention_bias)
-        self.out = nn.Linear(query, config.hidden_size, bias=config.attention_bias)
+        self.out = Linear(query, config.hidden_size, bias=config.attention_bias)
         self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -100,9 +100,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.to_q = nn.Linear(config.hidden_size, query, bias=config.attention_bias)
+        self.to_q = Linear(config.hidden_size, query, bias=config.attention_bias)
         self.keys_values = MergedLinear(config.hidden_size, {"to_k": key, "to_v": key}, bias=config.attention_bias)
-        self.out = nn.Linear(query, config.hidden_size, bias=config.attention_bias)
+        self.out = Linear(query, config.hidden_size, bias=config.attention_bias)
         self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -124,7 +124,7 @@ class FeedForward(nn.Module):
         super().__init__()
         parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         self.gate_up = MergedLinear(config.hidden_size, parts)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up.project(x)
@@ -197,7 +197,7 @@ class AceStepTransformer(nn.Module):
         self.proj_in_conv = nn.Conv1d(3 * channels, width, kernel_size=patch, stride=patch)
         self.time_embed = TimeEmbedding(width)
         self.time_embed_r = TimeEmbedding(width)
-        self.condition_embedder = nn.Linear(config.encoder_hidden_size, width)
+        self.condition_embedder = Linear(config.encoder_hidden_size, width)
         self.blocks = [Block(config, index) for index in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(self.blocks)
         self.norm_out = RMSNorm(width, config.rms_norm_eps)
@@ -233,7 +233,7 @@ class AceStepTransformer(nn.Module):
         }
         for name, tensor in folded.items():
             self.register_buffer(name, tensor.contiguous(), persistent=False)
-        self.time_embed_r.to("meta")
+        del self.time_embed_r
 
     def encode_text(self, states: Tensor) -> Text:
         """[t, E] states of the condition encoder -> what cross-attention reads; the same for every step."""
@@ -243,7 +243,7 @@ class AceStepTransformer(nn.Module):
     def encode_context(self, context: Tensor) -> Tensor:
         """[T, 2 C] source latents and mask -> [L, D], the part of the embedded input that no step changes."""
         patches = self._patches(context.to(self.context_in.dtype))
-        return F.linear(patches, self.context_in, _bias(self.proj_in_conv))
+        return linear(patches, self.context_in, _bias(self.proj_in_conv))
 
     def begin(self, latents: Sequence[Tensor], timesteps: Tensor, conditions: Sequence[Condition]) -> Frames:
         """Embeds rows. latents: [T, C] each; timesteps: [R] in [0, 1], 1 is noise."""
@@ -253,7 +253,7 @@ class AceStepTransformer(nn.Module):
         context = joined([conditions[row].context for row in order])
         embedding, modulation = self.time_embed(timesteps[list(order)])
         return Frames(
-            hidden=context + F.linear(rows, self.noise_in),
+            hidden=context + linear(rows, self.noise_in),
             embedding=embedding + self.still_embedding,
             modulation=modulation + self.still_modulation,
             groups=grouped([lengths[row] for row in order]),
@@ -274,7 +274,7 @@ class AceStepTransformer(nn.Module):
         rows = self.scale_shift_table + frames.embedding[:, None]
         spans = frames.spans(self._rope_table(frames))
         normed = per_span(modulated, spans, self.norm_out(frames.hidden), row=rows)
-        patches = F.linear(normed, self.frames_out, self.frames_out_bias).split(frames.lengths)
+        patches = linear(normed, self.frames_out, self.frames_out_bias).split(frames.lengths)
         channels = self.config.audio_acoustic_hidden_dim
         placed = dict(zip(frames.order, zip(patches, frames.num_frames, strict=True), strict=True))
         return [

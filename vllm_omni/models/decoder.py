@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
-from vllm_omni.layers.linear import MergedLinear
+from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies, rotate
 from vllm_omni.models.language_model import ForwardContext
@@ -134,7 +134,7 @@ class DecoderAttention(nn.Module):
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {"q_proj": query, "k_proj": key, "v_proj": key}
         self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.output_bias)
+        self.o_proj = Linear(query, config.hidden_size, bias=config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
 
@@ -154,7 +154,7 @@ class DecoderMLP(nn.Module):
         super().__init__()
         parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         self.gate_up_proj = MergedLinear(config.hidden_size, parts)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
         gate, up = self.gate_up_proj.project(states)

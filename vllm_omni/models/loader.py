@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vllm_omni.errors import CheckpointError
+from vllm_omni.layers.linear import pack_linears
 from vllm_omni.utils.files import read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -114,7 +115,7 @@ def plan_loading(model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path, prefix: str = "") -> None:
     """Fills every parameter of `model` (already on its device) from the memory-mapped files of `folder`; with a prefix
-    from the tensors of such names alone.
+    from the tensors of such names alone. Then the weights are laid out for inference.
     """
     files = tensor_files(folder, prefix)
     plan = plan_loading(model, tensor_shapes(folder, prefix), str(folder))  # type: ignore[arg-type]
@@ -127,6 +128,7 @@ def load_weights(model: nn.Module, folder: Path, prefix: str = "") -> None:
                 destination = destination if target.rows is None else destination[target.rows]
                 with _reading(name, file):
                     destination.copy_(handle.get_tensor(name))
+    pack_linears(model)
 
 
 def load_rows(folder: Path, name: str, indices: Sequence[int], width: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.linear import Linear
 from vllm_omni.models.decoder import Decoder, DecoderConfig, count_of, locate_fused, sub_config
 from vllm_omni.models.language_model import ForwardContext
 from vllm_omni.models.loader import Target, load_rows
@@ -81,9 +82,9 @@ class Talker(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.thinker_to_talker_proj = nn.Linear(config.embedding_size, config.hidden_size)
+        self.thinker_to_talker_proj = Linear(config.embedding_size, config.hidden_size)
         self.decoder = Decoder(config)
-        self.codec_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.codec_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> TalkerConfig:

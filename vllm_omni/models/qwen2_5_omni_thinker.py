@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.linear import Linear, linear
 from vllm_omni.models.decoder import Decoder, DecoderConfig, locate_fused, sub_config
 from vllm_omni.models.language_model import ForwardContext
 from vllm_omni.models.loader import Target
@@ -59,7 +59,7 @@ class Thinker(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.decoder = Decoder(config)
-        head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head = head
         self.encoders = MediaEncoders(config.vision, config.audio, config.hidden_size, config.where)
 
@@ -77,7 +77,7 @@ class Thinker(nn.Module):
 
     def compute_logits(self, states: Tensor) -> Tensor:
         """states: [R, D] after the final norm -> [R, V]."""
-        return F.linear(states, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return linear(states, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(states)
 
     def encode(self, item: MediaItem) -> Tensor:
         """The rows [M, D] that stand for an image, an audio or a video."""

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.linear import Linear, linear
 from vllm_omni.models.decoder import Decoder, DecoderConfig, locate_fused
 from vllm_omni.models.language_model import ForwardContext
 from vllm_omni.models.loader import Target
@@ -53,7 +53,7 @@ class Qwen3(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.decoder = Decoder(config)
         has_own_head = config.has_head and not config.tie_word_embeddings
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if has_own_head else None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False) if has_own_head else None
 
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> Qwen3Config:
@@ -66,7 +66,7 @@ class Qwen3(nn.Module):
 
     def compute_logits(self, states: Tensor) -> Tensor:
         """states: [R, D] after the final norm -> [R, V]."""
-        return F.linear(states, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return linear(states, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(states)
 
     def locate(self, name: str) -> Target | None:
         """The parameter for a published name, with or without the `model.` prefix."""

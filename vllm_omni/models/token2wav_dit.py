@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.banded import attention
-from vllm_omni.layers.linear import MergedLinear
+from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.rotary import rotary_frequencies
 from vllm_omni.models.loader import Target
 from vllm_omni.models.speakers import Speaker
@@ -69,8 +69,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(TIME_FREQUENCIES, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = Linear(TIME_FREQUENCIES, width)
+        self.linear_2 = Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor:
         half = TIME_FREQUENCIES // 2
@@ -87,7 +87,7 @@ class BlockAttention(nn.Module):
         self.head_dim = config.head_dim
         width = config.num_attention_heads * config.head_dim
         self.qkv = MergedLinear(config.hidden_size, {"to_q": width, "to_k": width, "to_v": width}, bias=True)
-        self.out = nn.Linear(width, config.hidden_size)
+        self.out = Linear(width, config.hidden_size)
 
     def forward(self, x: Tensor, view: View, rope: Tensor) -> Tensor:
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.project(x))  # [B, S, H, d]
@@ -106,10 +106,10 @@ class Layer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.reach = (int(index in config.look_backward_layers), int(index in config.look_ahead_layers))
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = Linear(width, 6 * width)
         self.attn = BlockAttention(config)
-        self.ff_in = nn.Linear(width, width * config.ff_mult)
-        self.ff_out = nn.Linear(width * config.ff_mult, width)
+        self.ff_in = Linear(width, width * config.ff_mult)
+        self.ff_out = Linear(width * config.ff_mult, width)
 
     def forward(self, x: Tensor, blocks: Blocks) -> Tensor:
         modulation = self.modulation(blocks.time)[blocks.layout.row_of_block, None]  # [B, 1, 6 D]
@@ -134,8 +134,8 @@ class Token2WavTransformer(nn.Module):
         self.blocks = [Layer(config, index) for index in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(self.blocks)
         self.reaches = {layer.reach for layer in self.blocks}
-        self.modulation_out = nn.Linear(width, 2 * width)
-        self.proj_out = nn.Linear(width, config.mel_dim)
+        self.modulation_out = Linear(width, 2 * width)
+        self.proj_out = Linear(width, config.mel_dim)
         self._frequencies, _ = rotary_frequencies(config.head_dim, 0, {"rope_theta": config.rope_theta})
 
     def encode_voice(self, speaker: Speaker) -> Voice:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.models.loader import Target
 from vllm_omni.models.packing import (
@@ -97,7 +98,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, TIME_HIDDEN), nn.SiLU(), nn.Linear(TIME_HIDDEN, width))
+        self.mlp = nn.Sequential(Linear(TIME_FREQUENCIES, TIME_HIDDEN), nn.SiLU(), Linear(TIME_HIDDEN, width))
 
     def forward(self, time: Tensor) -> Tensor:
         half = TIME_FREQUENCIES // 2
@@ -113,8 +114,8 @@ class Attention(nn.Module):
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()
         self.head_dim = config.dim // config.n_heads
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.qkv = Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = Linear(config.dim, config.dim, bias=False)
         self.norm_q = RMSNorm(self.head_dim, ATTENTION_EPS) if config.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(self.head_dim, ATTENTION_EPS) if config.qk_norm else nn.Identity()
 
@@ -138,8 +139,8 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = int(dim / 3 * 8)
-        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w13 = Linear(dim, 2 * hidden, bias=False)
+        self.w2 = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -157,7 +158,7 @@ class Block(nn.Module):
         self.attention_norm2 = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm1 = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm2 = RMSNorm(config.dim, config.norm_eps)
-        self.adaLN_modulation = nn.Linear(config.modulation_width, 4 * config.dim) if modulated else None
+        self.adaLN_modulation = Linear(config.modulation_width, 4 * config.dim) if modulated else None
 
     def forward(self, x: Tensor, spans: Sequence[Span], condition: Tensor | None = None) -> Tensor:
         if self.adaLN_modulation is None:
@@ -176,8 +177,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.dim, PATCH * PATCH * config.in_channels)
-        self.adaLN_modulation = nn.Linear(config.modulation_width, config.dim)
+        self.linear = Linear(config.dim, PATCH * PATCH * config.in_channels)
+        self.adaLN_modulation = Linear(config.modulation_width, config.dim)
 
     def forward(self, x: Tensor, spans: Sequence[Span], condition: Tensor) -> Tensor:
         scale = self.adaLN_modulation(F.silu(condition))
@@ -217,9 +218,9 @@ class ZImageTransformer(nn.Module):
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()
         self.config = config
-        self.x_embedder = nn.Linear(PATCH * PATCH * config.in_channels, config.dim)
+        self.x_embedder = Linear(PATCH * PATCH * config.in_channels, config.dim)
         self.cap_norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
-        self.cap_embedder = nn.Linear(config.cap_feat_dim, config.dim)
+        self.cap_embedder = Linear(config.cap_feat_dim, config.dim)
         self.t_embedder = TimestepEmbedder(config.modulation_width)
         self.noise_refiner = nn.ModuleList(Block(config) for _ in range(config.n_refiner_layers))
         self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
