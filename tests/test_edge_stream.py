@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,8 +35,9 @@ def spans(chunks: list[StreamChunk]) -> list[tuple[int, int]]:
 @st.composite
 def stream_configs(draw: st.DrawFn) -> StreamConfig:
     first, chunk, ahead = draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.integers(0, 4))
-    most = max(first, chunk) + ahead + draw(st.integers(0, 8))
-    return StreamConfig(first, chunk, draw(st.integers(0, 7)), ahead, most)
+    largest = draw(st.one_of(st.none(), st.integers(chunk, 20)))
+    most = max(first, chunk, largest or 0) + ahead + draw(st.integers(0, 8))
+    return StreamConfig(first, chunk, draw(st.integers(0, 7)), ahead, most, max_chunk=largest)
 
 
 Pushes = list[tuple[int, bool, bool]]
@@ -54,7 +57,7 @@ def test_chunks_put_together_are_the_rows_whatever_the_pushes(
         if pops:
             popped = drain(stream)
             chunks += popped
-            assert stream.num_held < config.left_context + max(config.first_chunk, config.chunk) + config.look_ahead
+            assert stream.num_held < config.left_context + config.largest_chunk + config.look_ahead
             if popped and takes:
                 stream.took(0.0)
         stream.check_integrity()
@@ -68,9 +71,8 @@ def test_chunks_put_together_are_the_rows_whatever_the_pushes(
 
 
 def check_contexts(chunks: list[StreamChunk], config: StreamConfig, whole: Tensor) -> None:
-    start = 0
-    for index, chunk in enumerate(chunks):
-        size = config.chunk if index else config.first_chunk
+    start, sizes = 0, sizes_of(config)
+    for chunk, size in zip(chunks, sizes, strict=False):
         assert chunk.start == start and chunk.num_before == min(config.left_context, start)
         assert chunk.stop - chunk.start <= size
         if not chunk.is_last:
@@ -78,6 +80,32 @@ def check_contexts(chunks: list[StreamChunk], config: StreamConfig, whole: Tenso
         assert chunk.num_after == min(config.look_ahead, len(whole) - chunk.stop)
         assert torch.equal(chunk.rows, whole[start - chunk.num_before : chunk.stop + chunk.num_after])
         start = chunk.stop
+
+
+def sizes_of(config: StreamConfig) -> Iterator[int]:
+    yield config.first_chunk
+    size = config.chunk
+    while True:
+        yield size
+        size = max(size, min(2 * size, config.max_chunk or size))
+
+
+def test_chunks_double_up_to_their_largest() -> None:
+    stream = EdgeStream(StreamConfig(first_chunk=1, chunk=3, max_chunk=10, look_ahead=1))
+    stream.push(rows(0, 40), True)
+    assert [chunk.stop - chunk.start for chunk in drain(stream)] == [1, 3, 6, 10, 10, 10]
+
+
+def test_a_reader_is_on_its_first_chunk_until_it_has_used_it_up() -> None:
+    stream = EdgeStream(StreamConfig(first_chunk=2, chunk=2))
+    assert not stream.is_on_first_chunk
+    stream.push(rows(0, 4))
+    assert not stream.is_on_first_chunk
+    stream.pop()
+    stream.pop()
+    assert stream.is_on_first_chunk
+    stream.took(0.0)
+    assert not stream.is_on_first_chunk
 
 
 def test_a_chunk_waits_for_its_look_ahead_and_the_rest_comes_when_the_stream_ends() -> None:

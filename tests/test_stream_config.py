@@ -64,6 +64,11 @@ def test_an_override_makes_changes_and_removes_a_stream(edge: Any) -> None:
         ({"max_ahead": 0}, "stream.max_ahead: got 0, expected at least 1"),
         ({"max_ahead": 15, "first_chunk": 4, "look_ahead": 12}, "stream.max_ahead: got 15, expected at least 16"),
         ({"max_ahead": 36, "chunk": 25, "look_ahead": 12}, "stream.max_ahead: got 36, expected at least 37"),
+        ({"chunk": 5, "max_chunk": 4}, "stream.max_chunk: got 4, expected at least 5"),
+        (
+            {"max_ahead": 60, "chunk": 25, "max_chunk": 50, "look_ahead": 12},
+            "stream.max_ahead: got 60, expected at least 62",
+        ),
         ({"chunks": 3}, "stream.chunks: unknown key (did you mean 'chunk'?)"),
     ],
 )

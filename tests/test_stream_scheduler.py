@@ -98,6 +98,44 @@ def test_a_reader_that_starts_after_its_writer_is_done_is_given_chunk_after_chun
     assert run.tick() == ["launch c", "feed c.x 1-2", "feed c.x 2-3"]
 
 
+def test_while_a_busy_stage_is_on_its_first_chunk_all_before_it_are_held_back() -> None:
+    run = Run(("c",), a={}, b={"x": streamed("a.out")}, c={"x": streamed("b.out")})
+    stages = {"a", "b", "c"}
+    run.tick()
+    assert run.machine.hold_back(stages) == set()
+    run.rows("a")
+    run.tick()
+    assert run.machine.hold_back(stages) == {"a"}, "b has its first chunk"
+    assert run.machine.hold_back({"a", "c"}) == set(), "b has nothing to do, so nobody waits for it"
+    run.took("b", "x")
+    assert run.machine.hold_back(stages) == set()
+    run.rows("b")
+    run.tick()
+    assert run.machine.hold_back(stages) == {"a", "b"}
+    run.took("c", "x")
+    assert run.machine.hold_back(stages) == set()
+
+
+def test_time_does_not_count_for_a_reader_whose_writer_is_held_back() -> None:
+    run = Run(("c",), a={}, b={"x": streamed("a.out", chunk_timeout_s=10)}, c={"x": streamed("b.out")})
+    run.tick()
+    run.rows("a")
+    run.tick()
+    run.took("b", "x")
+    run.rows("b")
+    run.tick()
+    run.machine.hold_back({"b", "c"})
+    run.tick(now=100.0)
+    assert not run.machine.take_ends()
+    run.took("c", "x")
+    run.machine.hold_back({"b", "c"})
+    run.tick(now=109.0)
+    assert not run.machine.take_ends()
+    run.tick(now=110.0)
+    (end,) = run.machine.take_ends()
+    assert isinstance(end.error, RequestTimeoutError) and "a.out -> b.x" in str(end.error)
+
+
 def test_a_reader_that_has_not_started_holds_no_writer_back_until_it_does() -> None:
     run = Run(("c",), a={}, b={}, c={"x": streamed("a.out", max_ahead=2), "y": "b.out"})
     run.tick()

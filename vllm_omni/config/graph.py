@@ -81,6 +81,14 @@ class StageGraph:
         """What a stage feeds."""
         return self._from[stage]
 
+    def before(self, stages: Collection[str]) -> frozenset[str]:
+        """The stages that any of these depends on, directly or not."""
+        found: set[str] = set()
+        for stage in reversed(self.order):
+            if stage in stages or stage in found:
+                found |= {edge.source for edge in self._into[stage]}
+        return frozenset(found)
+
     def wanted_ports(self, stage: str) -> frozenset[str]:
         """The output ports of a stage that an edge or `outputs` reads whole."""
         wanted = {edge.source_port for edge in self._from[stage] if edge.stream is None}

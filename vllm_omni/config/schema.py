@@ -73,7 +73,8 @@ class StreamConfig:
     first_chunk, chunk: new rows of the first and of every later chunk. left_context: rows before them that a chunk
     brings along again. look_ahead: rows behind them that must be there, and are brought along, unless the stream ends.
     max_ahead: how far the writer may run ahead of what the reader has used up before it pauses. chunk_timeout_s: the
-    longest that a reader with nothing left to do may wait for its next chunk.
+    longest that a reader with nothing left to do may wait for its next chunk. max_chunk: chunks grow, each later one
+    twice the one before it up to so many; None keeps them all at `chunk`.
     """
 
     first_chunk: int = 1
@@ -82,11 +83,18 @@ class StreamConfig:
     look_ahead: int = 0
     max_ahead: int = 4096
     chunk_timeout_s: float = 60.0
+    max_chunk: int | None = None
+
+    @property
+    def largest_chunk(self) -> int:
+        """New rows of the largest chunk."""
+        return max(self.first_chunk, self.chunk, self.max_chunk or 0)
 
     def __post_init__(self) -> None:
         complaints = [
             check_number("first_chunk", self.first_chunk, 1, integer=True),
             check_number("chunk", self.chunk, 1, integer=True),
+            None if self.max_chunk is None else check_number("max_chunk", self.max_chunk, self.chunk, integer=True),
             check_number("left_context", self.left_context, 0, integer=True),
             check_number("look_ahead", self.look_ahead, 0, integer=True),
             check_number("max_ahead", self.max_ahead, 1, integer=True),
@@ -95,7 +103,7 @@ class StreamConfig:
         for complaint in complaints:
             if complaint:
                 raise ConfigError(complaint)
-        least = max(self.first_chunk, self.chunk) + self.look_ahead
+        least = self.largest_chunk + self.look_ahead
         if self.max_ahead < least:
             raise ConfigError(
                 f"max_ahead: got {self.max_ahead}, expected at least {least}, the rows of a chunk and its look_ahead; "

@@ -30,6 +30,8 @@ class EdgeStream:
         self._first = 0
         self._num_handed = 0
         self._num_used = 0
+        self._next_size = config.first_chunk
+        self._later_size = config.chunk
         self._untaken: deque[int] = deque()  # new rows of the chunks that the reader has yet to use up
         self._empty: Tensor | None = None
         self._is_closed = False
@@ -44,6 +46,11 @@ class EdgeStream:
     def is_full(self) -> bool:
         """Whether the writer is so far ahead of what has been used up that it must pause."""
         return not self._is_closed and self.num_written - self._num_used >= self._config.max_ahead
+
+    @property
+    def is_on_first_chunk(self) -> bool:
+        """Whether the reader has been given its first chunk, and has not used it up."""
+        return bool(self._untaken) and not self._num_used
 
     @property
     def num_held(self) -> int:
@@ -85,6 +92,7 @@ class EdgeStream:
             num_new = min(num_new, self.num_written - start)
             num_after = min(num_after, self.num_written - start - num_new)
         num_before = min(self._config.left_context, start)
+        self._grow()
         self._num_handed += num_new
         self._untaken.append(num_new)
         self._is_finished = self._is_closed and self._num_handed == self.num_written
@@ -116,9 +124,9 @@ class EdgeStream:
                 f"a stream has {self.num_written} rows: {self._num_handed} handed over, {self._num_used} used up"
             )
 
-    @property
-    def _next_size(self) -> int:
-        return self._config.chunk if self._num_handed else self._config.first_chunk
+    def _grow(self) -> None:
+        self._next_size = self._later_size
+        self._later_size = max(self._later_size, min(2 * self._later_size, self._config.max_chunk or 0))
 
     def _check_shape(self, rows: Tensor) -> None:
         if not rows.dim():

@@ -8,7 +8,7 @@ request's one and only end.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +54,7 @@ class OmniScheduler:
         self._is_stopped = False
         self._ledger = RequestLedger()
         self._traffic = EdgeTraffic()
+        self._held_back: frozenset[str] = frozenset()
 
     def start(self) -> None:
         """Accepts requests, also again after `stop`; may be called twice."""
@@ -127,6 +128,18 @@ class OmniScheduler:
                 missing = ", ".join(state.missing)
                 self.fail(request_id, SchedulerError(f"nothing runs that could feed the stages {missing}"))
         return orders
+
+    def hold_back(self, busy: Collection[str]) -> frozenset[str]:
+        """The stages not to be stepped now, because a busy stage that they come before works on the first chunk
+        of a stream: somebody waits for its first sound, and stages that share a device would only delay it. busy:
+        stages that could do a step.
+        """
+        urgent: set[str] = set()
+        if self._graph is not None:
+            for state in self._ledger.running.values():
+                urgent |= state.streams.on_first_chunk(state.running)
+            self._held_back = self._graph.before(urgent.intersection(busy))
+        return self._held_back
 
     def stage_rows(self, request_id: str, stage: str, port: str, rows: Tensor, is_last: bool, now: float) -> None:
         """A launched stage has made new rows [n, ...] of a port. Late news is dropped."""
@@ -273,7 +286,7 @@ class OmniScheduler:
         to_pause, to_resume = streams.change_pauses(state.running)
         orders += [Pause(request_id, stage) for stage in sorted(to_pause)]
         orders += [Resume(request_id, stage) for stage in sorted(to_resume)]
-        late = streams.overdue(state.running, now)
+        late = streams.overdue(state.running, self._held_back, now)
         if late is not None:
             self._ledger.counts["timed_out"] += 1
             self.fail(request_id, late)

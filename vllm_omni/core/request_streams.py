@@ -84,16 +84,21 @@ class RequestStreams:
         self.paused = full
         return to_pause, to_resume
 
-    def overdue(self, running: Collection[str], now: float) -> RequestTimeoutError | None:
-        """What to say when a reader has waited longer than its edge allows. Time does not count while the writer can do
-        nothing about it, being paused or waiting for a chunk itself, as long as some other stage can.
+    def on_first_chunk(self, running: Collection[str]) -> set[str]:
+        """The running readers that have not used up what they began with."""
+        return {edge.target for edge, stream in self._streams.items() if stream.is_on_first_chunk} & set(running)
+
+    def overdue(self, running: Collection[str], held_back: Collection[str], now: float) -> RequestTimeoutError | None:
+        """What to say when a reader has waited longer than its edge allows. Time does not count while its writer is
+        held back for others, or can do nothing about it, being paused or waiting for a chunk itself, as long as some
+        other stage can.
         """
         waiting = {edge: stream for edge, stream in self._streams.items() if stream.waiting_since is not None}
         held = self.paused | {edge.target for edge in waiting}
         for edge, stream in waiting.items():
             assert edge.stream is not None and stream.waiting_since is not None
             limit_s = edge.stream.chunk_timeout_s
-            if edge.source in held and not held.issuperset(running):
+            if edge.source in held_back or (edge.source in held and not held.issuperset(running)):
                 stream.waiting_since = now
             elif now - stream.waiting_since >= limit_s:
                 fix = "raise the edge's chunk_timeout_s"

@@ -87,10 +87,13 @@ class OmniExecutor:
         self._settle()
 
     def step(self) -> list[OmniOutput]:
-        """One step of every stage that has work: the outputs that this made, partial and final."""
+        """One step of every stage that has work and is not held back: the outputs that this made, partial and final."""
+        held_back = self._scheduler.hold_back([name for name, host in self._hosts.items() if host.has_work()])
         for name, host in self._hosts.items():
             self._carry_out_orders()
             self._settle()
+            if name in held_back:
+                continue
             for event in host.poll(self._clock, self._scheduler.get_config().worker_timeout):
                 self._take(name, event)
         self._carry_out_orders()

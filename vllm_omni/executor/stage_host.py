@@ -104,6 +104,13 @@ class StageHost:
             return self._break(error)
         return events + self._stuck(bool(events), has_work, clock(), worker_timeout)
 
+    def has_work(self) -> bool:
+        """Whether a step would do something; a stage that cannot say is stepped, which tells why."""
+        try:
+            return bool(self.tasks) and self.executor.has_work()
+        except Exception:
+            return False
+
     def abort(self, request_id: str) -> None:
         """Forgets a task; unknown ones are fine."""
         if request_id in self.tasks:
