@@ -187,8 +187,8 @@ class Writer(StreamEngine):
 
 
 class Voice(StreamEngine):
-    """Takes a chunk every `every` steps. do: never_takes, takes_twice, takes_other, raise_feed, leave (done after one
-    chunk), fail (after one chunk), raise_pause, lose (done with the last chunk and yet silent).
+    """Takes a chunk every `every` steps. do: never_takes, takes_twice, takes_other, raise_feed, leave (done after two
+    chunks), fail (after one chunk), raise_pause, lose (done with the last chunk and yet silent).
     """
 
     @classmethod
@@ -233,7 +233,8 @@ class Voice(StreamEngine):
             return [*events, *self.fail(request_id)]
         if params.do == "lose" and chunk.is_last:
             return events
-        return [*events, self.finish(request_id, "sound")] if chunk.is_last or params.do == "leave" else events
+        is_over = chunk.is_last or (params.do == "leave" and len(work.made) == 2)
+        return [*events, self.finish(request_id, "sound")] if is_over else events
 
     def _give(self, request_id: str, chunk: StreamChunk) -> None:
         assert isinstance(chunk, StreamChunk)
