@@ -6,6 +6,7 @@ its arithmetic, whichever takes longer. Attention over the few tokens so far is 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -63,11 +64,16 @@ class Probe:
     """Measures this process's machine."""
 
     def gemm_gflop_s(self, dtype: str, size: int, seconds: float) -> float:
-        """The best rate of square products."""
+        """The best rate of square products, by torch's own way or by that of the package's linear layers."""
         import torch
 
+        from vllm_omni.layers.linear import Linear
+
         a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
-        return 2 * size**3 / fastest(lambda: a @ b, seconds) / GIGA
+        layer = Linear(size, size, bias=False).to(a.dtype)
+        layer.pack()
+        with torch.inference_mode():
+            return 2 * size**3 / min(fastest(lambda: a @ b, seconds), fastest(lambda: layer(a), seconds)) / GIGA
 
     def read_gb_s(self, num_floats: int, seconds: float) -> float:
         """The best rate of reading float32 once."""
@@ -83,9 +89,12 @@ class Probe:
 
         from vllm_omni import DiffusionParams, Omni
 
-        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+        counted = {
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+            torch.ops.mkldnn._linear_pointwise: linear_flops,
+        }
         with Omni("tiny_image.yaml", device="cpu", dtype="float32", progress=False) as omni:
-            counter = FlopCounterMode(display=False, custom_mapping=attention)
+            counter = FlopCounterMode(display=False, custom_mapping=counted)
             with counter:
                 omni.generate("a red circle", DiffusionParams(seed=0, guidance_scale=0.0))
             planned = omni.get_metrics()["memory"]["planned_bytes"]
@@ -96,6 +105,11 @@ def attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any)
     """Shapes [B, H, L, D] -> two products."""
     batch, heads, num_queries, head_dim = query
     return int(4 * batch * heads * num_queries * key[2] * head_dim)
+
+
+def linear_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    """Shapes [..., in] and [out, in]."""
+    return int(2 * math.prod(x) * weight[0])
 
 
 def fastest(work: Callable[[], Any], seconds: float) -> float:

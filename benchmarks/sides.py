@@ -136,7 +136,7 @@ class Duel:
 def duels(
     us: SideProcess,
     peer: SideProcess,
-    cases: Iterable[tuple[str, int, Any]],
+    cases: Iterable[tuple[str, float, Any]],
     compare: Callable[[Any, Any], str],
     options: Options,
 ) -> list[Duel]:
