@@ -157,6 +157,17 @@ def test_closing_a_stream_early_aborts_its_request_and_frees_its_id() -> None:
         assert omni.generate(prompt)[0].text == "aa"
 
 
+def test_a_stream_that_is_closed_late_leaves_a_later_request_of_its_id_alone() -> None:
+    with text_omni() as omni:
+        prompt = {"prompt": "a", "request_id": "mine"}
+        first = omni.stream(prompt, TextParams(steps=2))
+        assert [next(first).text, next(first).text] == ["a", "a"]  # the final output came with the second, unread
+        second = omni.stream(prompt, TextParams(steps=5))
+        next(second)
+        first.close()
+        assert list(second)[-1].text == "aaaaa"
+
+
 def test_streams_and_generate_may_interleave() -> None:
     with text_omni() as omni:
         first, second = omni.stream("a", TextParams(steps=4)), omni.stream("b", TextParams(steps=4))

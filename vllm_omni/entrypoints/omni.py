@@ -138,7 +138,7 @@ class Omni:
                     if not mailbox and (waiting or unfinished):
                         self._step()
         finally:
-            self._abort(unfinished)
+            self._abort(unfinished, mailbox)
 
     def _feed(
         self, waiting: deque[OmniRequest], unfinished: set[str], mailbox: deque[OmniOutput], stream: bool
@@ -152,8 +152,8 @@ class Omni:
             except SchedulerError as error:
                 mailbox.append(rejected(request.request_id, error))
             else:
-                unfinished.add(request.request_id)
                 self._mailboxes[request.request_id] = mailbox
+                unfinished.add(request.request_id)
             waiting.popleft()
 
     def _step(self) -> None:
@@ -168,11 +168,13 @@ class Omni:
                 if output.finished:
                     del self._mailboxes[output.request_id]
 
-    def _abort(self, request_ids: set[str]) -> None:
+    def _abort(self, request_ids: set[str], mailbox: deque[OmniOutput]) -> None:
+        """Aborts what still delivers into this mailbox; an id whose request has ended may be another's by now."""
         with self._lock:
             for request_id in request_ids:
-                self._mailboxes.pop(request_id, None)
-                self._executor.abort(request_id)
+                if self._mailboxes.get(request_id) is mailbox:
+                    del self._mailboxes[request_id]
+                    self._executor.abort(request_id)
             self._route(self._executor.take_outputs())
 
     def _ensure_open(self) -> None:
