@@ -295,6 +295,20 @@ def test_a_condition_that_cannot_be_decided_fails_its_request_alone() -> None:
     run.machine.check_integrity()
 
 
+@pytest.mark.parametrize(
+    "inputs",
+    [{"words": when("a.text", "n > 3")}, {"words": "a.sound"}, {"words": "a.text", "states": "a.states"}],
+    ids=["undecided", "not written", "empty"],
+)
+def test_what_a_stage_gave_is_the_callers_though_no_reader_can_go_on_with_it(inputs: Inputs) -> None:
+    run = Run(graph(outputs=("a", "a.states", "end"), end=(READER, inputs)))
+    run.tick()
+    run.done("a", tensors={"states": torch.zeros(0, 4)})
+    end = run.end()
+    assert end.status is RequestStatus.FAILED and isinstance(end.error, StageError)
+    assert end.payloads["a"].meta["text"] == "a" and end.payloads["a"].tensors["states"].shape == (0, 4)
+
+
 def test_words_that_were_not_written_fail_with_the_writer_the_section_and_the_fix() -> None:
     run = Run(graph(end=(READER, {"words": "a.sound"})))
     run.tick()

@@ -98,11 +98,15 @@ class RequestState:
 
     def complete(self, stage: str, payload: StagePayload, metrics: Mapping[str, Any], now: float) -> None:
         """Marks a running stage done, hands its outputs to those readers whose condition holds, and skips what cannot
-        run without the others. StageError when an output is not there, or when a condition cannot be decided.
+        run without the others. StageError when an output is not there, or when a condition cannot be decided; what the
+        caller gets of this stage is kept all the same.
         """
         started_s = self.running.pop(stage)
         self.done.add(stage)
         self.metrics[stage].update({"ran_s": now - started_s, **metrics})
+        if stage in self.plan.kept:
+            tensors = {port: payload.tensors[port] for port in self.plan.kept[stage] if port in payload.tensors}
+            self.payloads[stage] = replace(payload, tensors=tensors)
         self.streams.drop(self.plan.stages[stage].edges)
         edges = [edge for edge in self._edges_from(stage) if edge.stream is None]
         is_taken = [_is_taken(edge, payload) for edge in edges]
@@ -113,9 +117,6 @@ class RequestState:
             if taken and edge.target not in self.skipped:
                 self._deliver(edge, payload, now)
         self._begin(self.streams.close(payload), now)
-        if stage in self.plan.kept:
-            tensors = {port: payload.tensors[port] for port in self.plan.kept[stage] if port in payload.tensors}
-            self.payloads[stage] = replace(payload, tensors=tensors)
 
     def drop(self, stage: str) -> None:
         """A running stage gave up: there will be no payload."""
