@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from loop_helpers import engine, executor, finish, request
-from toy_engine import TextParams
+from toy_engine import TextParams, text_config
 from toy_sound import PIECES, RATE, chain_config, num_samples, ramp, speech_config
 from toy_stream import StreamParams
 
@@ -71,6 +71,13 @@ def test_progress_still_tells_the_step_and_the_new_words() -> None:
     assert listed is not None and other is not None
     assert listed.text == "ab" and listed.metrics == {"text": {"step": 2, "num_steps": 9}}
     assert other.text is None and other.metrics == {"encode": {"step": 3, "num_steps": 9}}
+
+
+def test_words_of_a_stage_whose_tensor_alone_is_listed_are_no_more_given_in_pieces_than_whole() -> None:
+    with Omni(text_config(outputs=("text.states",))) as omni:
+        *parts, final = omni.stream("ab")
+    assert [part.metrics["text"]["step"] for part in parts] == [1, 2]
+    assert not any(part.text for part in parts) and final.text is None and list(final.tensors) == ["text.states"]
 
 
 def test_a_piece_is_the_callers_own() -> None:

@@ -261,4 +261,5 @@ def toy_config(**changes: Any) -> OmniConfig:
 
 def text_config(step_s: float = 0.0, **changes: Any) -> OmniConfig:
     """One stage that writes."""
-    return toy_config(stages={"text": toy_stage("text", "toy_text", step_s=step_s)}, outputs=("text",), **changes)
+    stages = {"text": toy_stage("text", "toy_text", step_s=step_s)}
+    return toy_config(**{"stages": stages, "outputs": ("text",), **changes})

@@ -61,12 +61,11 @@ class PartialOutputs:
 
     def __init__(self, outputs: Sequence[str]) -> None:
         self._outputs = outputs
-        self._listed = frozenset(entry.partition(".")[0] for entry in outputs)
         self._num_samples: dict[str, int] = {}
 
     def make(self, event: StageProgress | StageRows, stage: str) -> OmniOutput | None:
-        """A RUNNING output: how far the stage is and, where `outputs` lists it, what it has newly written, or the sound
-        that it has newly made. None for rows that the caller does not get; StageError for rows that are no sound.
+        """A RUNNING output: how far the stage is and, where `outputs` lists the stage itself, what it has newly
+        written, or the sound that it has newly made. None for rows that the caller does not get; StageError for rows that are no sound.
         """
         if isinstance(event, StageProgress):
             return self._progress(event, stage)
@@ -79,7 +78,7 @@ class PartialOutputs:
         return OmniOutput(
             request_id=event.request_id,
             status=RequestStatus.RUNNING,
-            results={stage: StageResult(completions=(piece,))} if event.text and stage in self._listed else {},
+            results={stage: StageResult(completions=(piece,))} if event.text and stage in self._outputs else {},
             metrics={stage: {"step": event.step, "num_steps": event.num_steps}},
         )
 
