@@ -81,7 +81,8 @@ def test_a_key_of_a_stage_that_rests_is_an_error_and_is_read_when_it_runs(omni: 
     with omni:
         assert "prompt['echo']: stage 'guide' reads it, which does not run for this request" in refusal(omni, echo="x")
         (output,) = omni.generate({"prompt": "a", "echo": "x"}, PictureParams(guided=True))
-    assert output.error is None
+        (unset,) = omni.generate({"prompt": "a", "echo": None})
+    assert output.error is None and unset.error is None
 
 
 def test_a_typo_in_the_key_of_the_words_is_named() -> None:

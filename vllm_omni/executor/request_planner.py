@@ -70,12 +70,12 @@ class RequestPlanner:
 
     def _check_fields(self, request: OmniRequest, running: Collection[str]) -> None:
         """Refuses what no stage of this request would read: a typo, or an input of a stage that rests."""
-        for key in request.fields:
+        for key, value in request.fields.items():
             readers = [name for name, keys in self._keys.items() if key in keys]
             if not readers:
                 known = PROMPT_KEYS.union(*self._keys.values())
                 raise InvalidRequestError(f"prompt[{key!r:.80}]: unknown key{did_you_mean(key[:80], known)}")
-            if not any(name in running for name in readers):
+            if value is not None and not any(name in running for name in readers):
                 raise InvalidRequestError(
                     f"prompt[{key!r}]: stage {readers[0]!r} reads it, which does not run for this request; leave it out"
                 )
