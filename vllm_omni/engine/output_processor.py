@@ -65,7 +65,8 @@ class PartialOutputs:
 
     def make(self, event: StageProgress | StageRows, stage: str) -> OmniOutput | None:
         """A RUNNING output: how far the stage is and, where `outputs` lists the stage itself, what it has newly
-        written, or the sound that it has newly made. None for rows that the caller does not get; StageError for rows that are no sound.
+        written, or the sound that it has newly made. None for rows that the caller does not get; StageError for rows
+        that are no sound.
         """
         if isinstance(event, StageProgress):
             return self._progress(event, stage)
