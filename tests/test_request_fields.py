@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from toy_engine import PictureParams, TextEngine, register_toys, toy_stage
+from toy_engine import PictureParams, TextEngine, TextParams, register_toys, toy_stage
 
 from vllm_omni import Omni, OmniRequest, registry
 from vllm_omni.config.schema import OmniConfig, StageConfig
@@ -83,6 +83,16 @@ def test_a_key_of_a_stage_that_rests_is_an_error_and_is_read_when_it_runs(omni: 
         (output,) = omni.generate({"prompt": "a", "echo": "x"}, PictureParams(guided=True))
         (unset,) = omni.generate({"prompt": "a", "echo": None})
     assert output.error is None and unset.error is None
+
+
+def test_parameters_of_a_stage_that_rests_are_an_error_and_are_read_when_it_runs(omni: Omni) -> None:
+    by_stage = {"guide": TextParams(steps=3), "picture": PictureParams(guided=False)}
+    with omni:
+        words = "params['guide']: got TextParams with steps, but the stage does not run for this request"
+        assert words in refusal(omni, by_stage)
+        assert omni.generate("a", {**by_stage, "guide": TextParams()})[0].error is None
+        (output,) = omni.generate("a", {**by_stage, "picture": PictureParams(guided=True)})
+    assert output.error is None and output.metrics["guide"]["steps"] == 3
 
 
 def test_a_typo_in_the_key_of_the_words_is_named() -> None:

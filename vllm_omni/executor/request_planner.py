@@ -85,9 +85,10 @@ class RequestPlanner:
         given = request.params
         if isinstance(given, Mapping):
             for name, params in given.items():
-                if _words(params) and not self._reads_params(name):
+                if _words(params) and not (name in demand and self._reads_params(name)):
+                    why = "samples nothing" if name in demand else "does not run for this request"
                     raise InvalidRequestError(
-                        f"params[{name!r}]: got {_words(params)}, but the stage samples nothing; leave it out"
+                        f"params[{name!r}]: got {_words(params)}, but the stage {why}; leave it out"
                     )
         elif given is not None and _words(given):
             types = {self._hosts[name].engine_class.params_type for name in demand if self._reads_params(name)}
