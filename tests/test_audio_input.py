@@ -21,6 +21,7 @@ from vllm_omni import Audio
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.engine.audio_input import check_audio, read_audio
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.utils.audio_files import AudioReader
 
 LIMITS = LimitsConfig(max_audio_s=20.0, max_audio_mb=4.0)
 
@@ -195,6 +196,20 @@ def wav(rate: int = 16_000, num_frames: int = 1600, declared: int | None = None,
 )
 def test_what_cannot_be_read_is_refused_before_it_is_decoded(source: Any, words: str) -> None:
     assert words in refusal(source)
+
+
+def test_a_header_of_a_million_empty_parts_is_given_up_soon() -> None:
+    class Counted(io.BytesIO):
+        num_reads = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            self.num_reads += 1
+            return super().read(size)
+
+    file = Counted(b"RIFF\xff\xff\xff\x00WAVE" + b"junk\x00\x00\x00\x00" * 1_000_000)
+    with pytest.raises(InvalidRequestError, match="no sound"):
+        AudioReader(file, "audio")
+    assert file.num_reads < 10_000
 
 
 def test_the_length_is_refused_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

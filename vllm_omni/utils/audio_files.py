@@ -22,6 +22,7 @@ BLOCK_FRAMES = 65_536
 # libsndfile format and subtype by suffix: 16 bit PCM plays everywhere, 24 bit FLAC keeps what is soft.
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
 UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # what a WAV says that was written into a pipe
+MAX_WAV_CHUNKS = 1_000  # that are looked at for the samples
 MAX_VORBIS_RATE = 200_000  # libvorbis has no mode beyond, and crashes instead of saying so
 MAX_MISSING_S = 0.1  # a compressed file may be that much shorter than it says
 
@@ -143,7 +144,10 @@ def _wav_header(file: BinaryIO) -> AudioHeader | None:
     if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
         return None
     rate = channels = frame_bytes = 0
-    while len(head := file.read(8)) == 8:
+    for _ in range(MAX_WAV_CHUNKS):
+        head = file.read(8)
+        if len(head) < 8:
+            return None
         kind, size = struct.unpack("<4sI", head)
         if kind == b"data":
             is_known = frame_bytes and size not in UNKNOWN_SIZES
