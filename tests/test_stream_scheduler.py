@@ -149,6 +149,16 @@ def test_a_reader_that_has_not_started_holds_no_writer_back_until_it_does() -> N
     assert run.tick() == ["resume a"]
 
 
+def test_a_writer_that_ends_in_spite_of_a_pause_is_not_resumed() -> None:
+    run = Run(("b",), a={}, b={"x": streamed("a.out", max_ahead=2)})
+    assert run.tick() == ["launch a"]
+    run.rows("a")
+    run.rows("a")
+    assert run.tick() == ["launch b", "feed b.x 1-2", "pause a"]
+    run.done("a")
+    assert run.tick() == ["feed b.x 2-2"]
+
+
 def test_rows_for_a_reader_that_is_skipped_are_let_go() -> None:
     run = Run(("a", "c"), a={}, b={}, c={"y": streamed("a.out"), "x": EdgeConfig("b.out", "n")})
     run.tick()

@@ -79,7 +79,6 @@ class RequestStreams:
     def change_pauses(self, running: Collection[str]) -> tuple[set[str], set[str]]:
         """Stages that must pause now, and those that may go on."""
         full = {edge.source for edge, stream in self._streams.items() if stream.is_full and edge.target in running}
-        full &= set(running)
         to_pause, to_resume = full - self.paused, self.paused - full
         self.paused = full
         return to_pause, to_resume
@@ -133,8 +132,6 @@ class RequestStreams:
 
 
 def _complete(stream: EdgeStream, payload: StagePayload, port: str) -> None:
-    if stream.is_closed:
-        return
     if not stream.num_written and port in payload.tensors:
         stream.push(payload.tensors[port])
     stream.close()
