@@ -67,18 +67,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="vllm-omni",
         description="Multi-stage omni-modal inference: language models and diffusion models as stages of one graph.",
         epilog=EXAMPLES,
-        formatter_class=layout,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vllm-omni {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
 
+    check = commands.add_parser("check", help="validate a config, draw its graph, plan its memory; loads no weights")
+    check.set_defaults(run=_check)
+    check.add_argument("config", metavar="CONFIG", help="a YAML file or the name of a shipped config")
+    _add_config_options(check)
+
+    models = commands.add_parser("models", help="list shipped configs and models, and what is supported")
+    models.set_defaults(run=_models)
+    return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     generate = commands.add_parser(
-        "generate", help="run prompts through a graph", epilog=EXAMPLES, formatter_class=layout
+        "generate",
+        help="run prompts through a graph",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     generate.set_defaults(run=_generate)
     generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="one request each")
@@ -98,15 +112,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_param_options(generate)
     generate.add_argument("--metrics", action="store_true", help="print what every stage did for every prompt")
     generate.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no names of written files")
-
-    check = commands.add_parser("check", help="validate a config, draw its graph, plan its memory; loads no weights")
-    check.set_defaults(run=_check)
-    check.add_argument("config", metavar="CONFIG", help="a YAML file or the name of a shipped config")
-    _add_config_options(check)
-
-    models = commands.add_parser("models", help="list shipped configs and models, and what is supported")
-    models.set_defaults(run=_models)
-    return parser
 
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
