@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import io
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +218,15 @@ def test_after_close_calls_are_refused_and_open_streams_end_aborted() -> None:
     with pytest.raises(SchedulerError, match="closed"):
         next(omni.stream("b"))
     assert omni.get_metrics()["aborted"] == 1
+
+
+@pytest.mark.parametrize("do", ["reject", "reject_bug", "fail", "raise"])
+def test_a_caller_that_keeps_an_error_keeps_no_engine(do: str) -> None:
+    with text_omni() as omni:
+        (output,) = omni.generate("a", TextParams(do=do))
+        held = weakref.ref(engine(omni, "text"))
+    gc.collect()
+    assert output.error is not None and held() is None
 
 
 def test_outputs_lost_to_an_interrupt_are_an_error_and_not_a_hang() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm_omni.audio import Audio
 from vllm_omni.core.request_state import RequestEnd
 from vllm_omni.engine.base import StageProgress, StageRows
-from vllm_omni.engine.boundary import stage_boundary
+from vllm_omni.engine.boundary import let_go, stage_boundary
 from vllm_omni.errors import InvalidRequestError, OmniError, StageError
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
@@ -24,33 +24,13 @@ AUDIO_PORT = "audio"
 
 
 def make_output(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
-    """The final OmniOutput, `outputs` being the config's entries; what a failed request did finish is given as well."""
-    results: dict[str, StageResult] = {}
-    tensors: dict[str, Tensor] = {}
-    status, error = end.status, end.error
-    try:
-        for entry in outputs:
-            stage, _, port = entry.partition(".")
-            payload = end.payloads.get(stage)
-            if payload is None:
-                continue
-            with stage_boundary(stage):
-                if not port:
-                    results[stage] = make_result(payload)
-                elif port in payload.tensors:
-                    tensors[entry] = payload.tensors[port].detach().clone()
-                else:
-                    raise StageError(f"stage {stage!r} gave no {port!r}, which `outputs` lists")
-    except OmniError as failure:
-        results, tensors, status, error = {}, {}, RequestStatus.FAILED, error or failure
-    return OmniOutput(
-        request_id=end.request.request_id,
-        status=status,
-        results=results,
-        tensors=tensors,
-        metrics=end.metrics,
-        error=error,
-    )
+    """The final OmniOutput, `outputs` being the config's entries; what a failed request did finish is given as well. A
+    caller who keeps its error keeps no engine by that.
+    """
+    output = _output_of(end, outputs)
+    if output.error is not None:
+        let_go(output.error)
+    return output
 
 
 class PartialOutputs:
@@ -131,6 +111,35 @@ def to_audios(sounds: Tensor, sample_rate: object, stage: str, start: int = 0) -
         return tuple(Audio(array, sample_rate, start) for array in owned.numpy())  # type: ignore[arg-type]
     except InvalidRequestError as error:
         raise StageError(f"stage {stage!r}: audio: {error}") from error
+
+
+def _output_of(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
+    results: dict[str, StageResult] = {}
+    tensors: dict[str, Tensor] = {}
+    status, error = end.status, end.error
+    try:
+        for entry in outputs:
+            stage, _, port = entry.partition(".")
+            payload = end.payloads.get(stage)
+            if payload is None:
+                continue
+            with stage_boundary(stage):
+                if not port:
+                    results[stage] = make_result(payload)
+                elif port in payload.tensors:
+                    tensors[entry] = payload.tensors[port].detach().clone()
+                else:
+                    raise StageError(f"stage {stage!r} gave no {port!r}, which `outputs` lists")
+    except OmniError as failure:
+        results, tensors, status, error = {}, {}, RequestStatus.FAILED, error or failure
+    return OmniOutput(
+        request_id=end.request.request_id,
+        status=status,
+        results=results,
+        tensors=tensors,
+        metrics=end.metrics,
+        error=error,
+    )
 
 
 def _completion(item: Completion | Mapping[str, Any]) -> Completion:
