@@ -247,6 +247,14 @@ def test_an_abort_between_two_pieces_frees_all(folder: Path, monkeypatch: pytest
     assert set(run(stage)) == {"b"} and stage.get_stats()["running"] == 0
 
 
+def test_what_an_aborted_task_had_to_say_is_not_said_of_its_successor(folder: Path) -> None:
+    stage = engine(folder)
+    stage.submit(task("x", params(6), length=1000))
+    stage.abort("x")
+    stage.submit(task("x", params(1)))
+    assert isinstance(run(stage)["x"], StageDone)
+
+
 def test_a_decoder_that_ends_early_fails_its_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = engine(folder)
     in_bands(stage, monkeypatch, num_given=3)

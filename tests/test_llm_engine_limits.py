@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,15 @@ def test_the_default_pool_is_bounded_and_says_by_what(folder: Path) -> None:
     assert (small.num_blocks, small.limited_by) == (64 * 16, "max_num_seqs")
     assert large.limited_by == "the default of 256 MB"
     assert 255 * 2**20 < large.num_blocks * large.block_bytes <= 256 * 2**20
+
+
+def test_a_pool_that_is_given_allows_all_positions_and_is_no_larger_than_they_need(folder: Path) -> None:
+    config = dataclasses.replace(read_model_config(folder), max_position_embeddings=20_000)
+    assert AROptions().model_len(config) == 4096
+    for options in (AROptions(kv_memory_mb=8.0), AROptions(num_blocks=7)):
+        assert options.model_len(config) == 20_000
+    plan = AROptions(kv_memory_mb=2**20, max_num_seqs=2).plan_pool(config, 4)
+    assert (plan.num_blocks, plan.limited_by) == (2 * 1250, "max_num_seqs")
 
 
 def LLMEngine_config(folder: Path) -> Any:

@@ -162,6 +162,20 @@ def test_a_silent_stage_is_given_up_after_worker_timeout() -> None:
     loop.check_integrity()
 
 
+def test_the_silence_of_a_stage_that_is_held_back_is_not_its_own() -> None:
+    clock, config = Clock(), toy_config(worker_timeout=10.0, request_timeout=1000.0)
+    loop = OmniExecutor(config, build_graph(config), clock=clock)
+    loop.add_request(request(params={"encode": TextParams(do="hang")}))
+    loop.step()
+    host = loop._hosts["encode"]
+    for _ in range(3):
+        clock.now += 9.0
+        host.hold()
+        assert loop.step() == []
+    clock.now += 10.0
+    assert [output.status for output in loop.step()] == [RequestStatus.FAILED]
+
+
 def test_a_stage_that_reports_each_of_its_long_steps_is_not_silent() -> None:
     clock, config = Clock(), toy_config(worker_timeout=10.0, request_timeout=1000.0)
     loop = OmniExecutor(config, build_graph(config), clock=clock)

@@ -155,7 +155,8 @@ def test_streamed_as_shipped_gives_the_same_codes_and_begins_to_sound_before_the
 
 
 def test_preemption_under_a_tiny_pool_changes_no_code(folder: Path, references: list[Spoken]) -> None:
-    pools = [f"{stage}.{key}" for stage in ("thinker", "talker") for key in ("block_size=4", "num_blocks=22")]
+    keys = ("block_size=4", "kv_memory_mb=null", "num_blocks=22")
+    pools = [f"{stage}.{key}" for stage in ("thinker", "talker") for key in keys]
     with make(folder, *pools) as omni:
         outputs = speak(omni, *PROMPTS)
         assert sum(output.metrics["talker"]["preemptions"] for output in outputs) > 0

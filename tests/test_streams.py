@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Mapping
@@ -145,6 +146,13 @@ def test_what_streams_is_not_cached_and_what_does_not_is() -> None:
     outputs = [answer(loop, request(name)) for name in ("one", "two")]
     assert torch.equal(outputs[0].tensors["late.sound"], outputs[1].tensors["late.sound"])
     assert log(loop, "talker") == log(loop, "voice") == ["submit", "submit"] and log(loop, "late") == ["submit"]
+
+
+def test_an_update_of_the_configuration_may_name_stages_that_rest() -> None:
+    config: OmniConfig = stream_config({"voice": VOICE, "late": {"codes": "talker.codes"}}, ["voice.sound"])
+    loop = OmniExecutor(config, build_graph(config))
+    loop.scheduler.update_config(dataclasses.replace(config, request_timeout=5.0))
+    assert loop.scheduler.get_config().request_timeout == 5.0 and "late" not in loop.scheduler.get_config().stages
 
 
 # Holding back

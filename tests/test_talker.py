@@ -122,6 +122,10 @@ def test_what_a_request_leaves_unset_is_as_published(folder: Path, pool: ModelPo
         (SamplingParams(n=2), {}, "n: got 2, expected 1"),
         (SamplingParams(stop_token_ids=[64]), {}, "stop_token_ids: got 64.*by stage"),
         (SamplingParams(logit_bias={99: 1.0}), {}, "logit_bias: got 99"),
+        (SamplingParams(stop="x"), {}, "stop: speech has no words.*by stage"),
+        (SamplingParams(logprobs=0), {}, "logprobs: speech has no words"),
+        (SamplingParams(skip_special_tokens=True), {}, "skip_special_tokens: speech has no words"),
+        (SamplingParams(min_tokens=5, max_tokens=4), {}, "min_tokens: got 5, expected at most max_tokens"),
         (DiffusionParams(), {}, "expected SamplingParams"),
     ],
 )

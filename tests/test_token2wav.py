@@ -34,6 +34,7 @@ from vllm_omni.models.token2wav import Token2WavModules
 from vllm_omni.models.token2wav_config import Token2WavConfig
 from vllm_omni.models.token2wav_trajectory import RungeKuttaSampler, frame_noise, time_points
 from vllm_omni.params import DiffusionParams
+from vllm_omni.request import OmniRequest
 
 POOL = ModelPool()
 
@@ -233,6 +234,12 @@ def test_bad_requests_are_refused_with_their_field(folder: Path, bad: dict[str, 
     stage, value = engine(folder, pool=POOL), DiffusionParams(**bad)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match=field):
         stage.check(task("x", codes(3), value).request, value)
+
+
+def test_a_requests_own_negative_prompt_is_refused_too(folder: Path) -> None:
+    stage = engine(folder, pool=POOL)
+    with pytest.raises(InvalidRequestError, match="negative_prompt"):
+        stage.check(OmniRequest(prompt="x", negative_prompt="noise"), params())
 
 
 @pytest.mark.parametrize("speaker", ["Chelsi", "../spk_dict", 3, ["Ethan"]])

@@ -234,6 +234,7 @@ class OmniScheduler:
         cannot change: ConfigError.
         """
         config.validate()
+        config = config if self._graph is None else self._graph.without_idle(config)
         check_update(self._config, config, self._graph is not None, self._ledger.unfinished())
         policy = make_policy(config.scheduler)
         if config.dit_cache.prompt_embeds_mb != self._config.dit_cache.prompt_embeds_mb:

@@ -70,10 +70,10 @@ class AROptions:
     whether plain strings become a user message in the tokenizer's template, where it has one; chat_template_kwargs go
     to it. outputs: port -> hidden states to tap, see Tap. sections: labels; the first written line that begins with
     `label:` gives its other words to a text port of that name. max_model_len: most tokens of a sequence (the model's
-    positions, at most 4096). max_prompt_tokens: most tokens of a prompt; a longer one is an error, or keeps its first
-    tokens when truncate_prompt is set. max_num_seqs and max_num_batched_tokens bound one step. The KV pool has
-    num_blocks blocks of block_size tokens, or as many as kv_memory_mb holds, or enough for max_num_seqs full sequences
-    in at most 256 MB.
+    positions, but 4096 at most where the size of the KV pool is not given). max_prompt_tokens: most tokens of a prompt;
+    a longer one is an error, or keeps its first tokens when truncate_prompt is set. max_num_seqs and
+    max_num_batched_tokens bound one step. The KV pool has num_blocks blocks of block_size tokens, or enough for
+    max_num_seqs full sequences in at most kv_memory_mb (256).
     """
 
     part: str | None = None
@@ -131,7 +131,12 @@ class AROptions:
     def model_len(self, config: LanguageModelConfig) -> int:
         """Most tokens of one sequence; ConfigError when more are asked for than the model has positions."""
         if self.max_model_len is None:
-            return min(config.max_position_embeddings, DEFAULT_MODEL_LEN)
+            is_pool_given = self.kv_memory_mb is not None or self.num_blocks is not None
+            return (
+                config.max_position_embeddings
+                if is_pool_given
+                else min(config.max_position_embeddings, DEFAULT_MODEL_LEN)
+            )
         if self.max_model_len > config.max_position_embeddings:
             raise ConfigError(
                 f"max_model_len: got {self.max_model_len}, expected at most {config.max_position_embeddings}, "
@@ -161,18 +166,16 @@ class AROptions:
         block_bytes = token_bytes * self.block_size
         if self.num_blocks is not None:
             return KVPoolPlan(self.num_blocks, block_bytes, "num_blocks")
-        if self.kv_memory_mb is not None:
-            num_blocks = int(self.kv_memory_mb * 2**20) // block_bytes
-            if num_blocks == 0:
-                raise ConfigError(
-                    f"kv_memory_mb: got {self.kv_memory_mb:g}, expected at least {block_bytes / 2**20:.3g}, one block"
-                )
-            return KVPoolPlan(num_blocks, block_bytes, "kv_memory_mb")
         needed = -(-self.model_len(config) // self.block_size) * self.max_num_seqs
-        affordable = max(1, DEFAULT_POOL_BYTES // block_bytes)
-        return KVPoolPlan(
-            min(needed, affordable), block_bytes, "max_num_seqs" if needed <= affordable else "the default of 256 MB"
-        )
+        if self.kv_memory_mb is None:
+            affordable, limit = max(1, DEFAULT_POOL_BYTES // block_bytes), "the default of 256 MB"
+        else:
+            affordable, limit = int(self.kv_memory_mb * 2**20) // block_bytes, "kv_memory_mb"
+        if affordable == 0:
+            raise ConfigError(
+                f"kv_memory_mb: got {self.kv_memory_mb:g}, expected at least {block_bytes / 2**20:.3g}, one block"
+            )
+        return KVPoolPlan(min(needed, affordable), block_bytes, "max_num_seqs" if needed <= affordable else limit)
 
     def activation_bytes(self, config: LanguageModelConfig, itemsize: int) -> int:
         """The widest moment of a step: a layer's residual, normed states and MLP, or the logits with a float32 copy."""

@@ -151,11 +151,8 @@ class DiffusionEngine(StageEngine):
         return events
 
     def abort(self, request_id: str) -> None:
-        job = self._jobs.pop(request_id, None)
-        for state in job.running.values() if job else ():
-            self._scheduler.remove(state.key)
-        self._decoding = deque(state for state in self._decoding if state.request_id != request_id)
-        self.runner.release(request_id)
+        self._events = deque(event for event in self._events if event.request_id != request_id)
+        self._forget(request_id)
 
     def has_work(self) -> bool:
         return bool(len(self._scheduler) or self._decoding or self._events)
@@ -290,11 +287,18 @@ class DiffusionEngine(StageEngine):
             tensors[port] = job.joined(job.outputs, dim=1)
         if "latents" in self._wanted:
             tensors["latents"] = job.joined(job.latents, dim=0)
-        self.abort(job.request_id)
+        self._forget(job.request_id)
         payload = StagePayload(job.request_id, self.stage.name, tensors, self.model.meta())
         self._events.append(StageDone(payload, {"steps": job.num_steps, "cache_hits": job.num_reused}))
 
+    def _forget(self, request_id: str) -> None:
+        job = self._jobs.pop(request_id, None)
+        for state in job.running.values() if job else ():
+            self._scheduler.remove(state.key)
+        self._decoding = deque(state for state in self._decoding if state.request_id != request_id)
+        self.runner.release(request_id)
+
     def _fail(self, request_id: str, error: Exception) -> None:
-        self.abort(request_id)
+        self._forget(request_id)
         wrapped = error if isinstance(error, OmniError) else stage_error(self.stage.name, error)
         self._events.append(StageFailed(request_id, wrapped))

@@ -118,10 +118,9 @@ class LLMEngine(StageEngine):
                 f"request {task.request_id!r}: submitted twice to stage {self._stage.name!r}; identifiers are unique"
             )
         try:
-            job = self._work.start(task, self._sequence_ids, self._runner)
+            job = self._jobs[task.request_id] = self._work.start(task, self._sequence_ids, self._runner)
             for sequence in job.sequences:
                 self._scheduler.add(sequence)
-            self._jobs[task.request_id] = job
         except Exception as error:
             self._events.append(self._fail(task.request_id, error))
             return

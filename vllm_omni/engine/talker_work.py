@@ -28,6 +28,7 @@ from vllm_omni.worker.model_runner import ModelRunner
 DEFAULTS = {"temperature": 0.9, "top_k": 40, "top_p": 0.8, "repetition_penalty": 1.05}  # as published
 DEFAULT_MAX_TOKENS = 4096
 NEVER = -1e9
+BY_STAGE = "for text and speech give the parameters by stage, {stage: params}"
 
 
 class TalkerWork(ARWork):
@@ -75,12 +76,18 @@ class TalkerWork(ARWork):
         self._speakers.get(request.fields.get("speaker"))
         if (params.n or 1) > 1:
             raise InvalidRequestError(f"n: got {params.n}, expected 1: a reply is spoken once")
+        for name in ("stop", "logprobs", "skip_special_tokens"):
+            if getattr(params, name) is not None:
+                raise InvalidRequestError(f"{name}: speech has no words, and does not read it; {BY_STAGE}")
+        if params.max_tokens is not None and (params.min_tokens or 0) > params.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens: got {params.min_tokens}, expected at most max_tokens ({params.max_tokens})"
+            )
         for name, tokens in (("stop_token_ids", params.stop_token_ids or ()), ("logit_bias", params.logit_bias or ())):
             for token in tokens:
                 if token >= self._model.vocab_size:
                     raise InvalidRequestError(
-                        f"{name}: got {token}, expected a code below {self._model.vocab_size}; for text and speech "
-                        "give the parameters by stage, {stage: params}"
+                        f"{name}: got {token}, expected a code below {self._model.vocab_size}; {BY_STAGE}"
                     )
 
     def start(self, task: StageTask, sequence_ids: Iterator[int], runner: ModelRunner) -> TalkerJob:

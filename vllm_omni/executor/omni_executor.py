@@ -93,6 +93,7 @@ class OmniExecutor:
             self._carry_out_orders()
             self._settle()
             if name in held_back:
+                host.hold()
                 continue
             for event in host.poll(self._clock, self._scheduler.get_config().worker_timeout):
                 self._take(name, event)

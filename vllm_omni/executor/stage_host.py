@@ -104,8 +104,14 @@ class StageHost:
             return self._break(error)
         return events + self._stuck(bool(events), has_work, clock(), worker_timeout)
 
+    def hold(self) -> None:
+        """It is not stepped for now; its silence meanwhile is not its own."""
+        self._quiet_since = None
+
     def has_work(self) -> bool:
-        """Whether a step would do something; a stage that cannot say is stepped, which tells why."""
+        """Whether a step would do something. Not of a stage that cannot say: what is wrong with it shows when it is
+        stepped.
+        """
         try:
             return bool(self.tasks) and self.executor.has_work()
         except Exception:

@@ -154,7 +154,8 @@ class Token2Wav(DiffusionModel):
         self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig
     ) -> None:
         for name in UNUSED_FIELDS:
-            if getattr(params, name) not in (None, ""):
+            given = request.negative_prompt if name == "negative_prompt" else None
+            if getattr(params, name) not in (None, "") or given:
                 raise InvalidRequestError(f"{name}: token2wav makes sound of codes and does not read it; leave it out")
         if params.output_type == "pil":
             raise InvalidRequestError("output_type: got 'pil', which is for pictures; leave it unset for sound")
