@@ -2,145 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from published_omni import PUBLISHED, rope
 from safetensors import safe_open
 from speech_helpers import save_tiny_omni, tiny_config
 from torch import Tensor
 from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniRotaryEmbedding
 
 from vllm_omni.errors import CheckpointError, ConfigError
+from vllm_omni.layers.rotary import RotaryEmbedding
 from vllm_omni.models import loader
 from vllm_omni.models.language_model import load_language_model, model_class, read_model_config
 from vllm_omni.models.loader import load_rows, plan_loading, tensor_files, weights_bytes
 from vllm_omni.models.qwen2_5_omni_talker import TEXT_EMBEDDINGS, load_text_rows
+from vllm_omni.models.token2wav_config import Token2WavConfig
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
-TOKENS = {
-    "audio_token_index": 151646,
-    "image_token_index": 151655,
-    "video_token_index": 151656,
-    "audio_start_token_id": 151647,
-    "audio_end_token_id": 151648,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "position_id_per_seconds": 25,
-    "seconds_per_chunk": 2,
-}
-VISION = {
-    "depth": 32,
-    "embed_dim": 1280,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-    "hidden_act": "silu",
-    "hidden_size": 1280,
-    "in_channels": 3,
-    "in_chans": 3,
-    "intermediate_size": 3420,
-    "model_type": "qwen2_5_omni_vision_encoder",
-    "num_heads": 16,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "spatial_patch_size": 14,
-    "temporal_patch_size": 2,
-    "tokens_per_second": 25,
-    "window_size": 112,
-}
-AUDIO = {
-    "activation_function": "gelu",
-    "d_model": 1280,
-    "encoder_attention_heads": 20,
-    "encoder_ffn_dim": 5120,
-    "encoder_layers": 32,
-    "max_source_positions": 1500,
-    "model_type": "qwen2_5_omni_audio_encoder",
-    "n_window": 100,
-    "num_hidden_layers": 32,
-    "num_mel_bins": 128,
-    "scale_embedding": False,
-}
-DECODER = {
-    "hidden_act": "silu",
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "use_sliding_window": False,
-}
-
-
-def rope(*sections: int) -> dict[str, Any]:
-    return {"rope_scaling": {"mrope_section": list(sections), "rope_type": "default", "type": "default"}}
-
-
-def published(hidden_size: int, text: dict[str, Any], talker: dict[str, Any]) -> dict[str, Any]:
-    """As config.json says it, without what neither part reads."""
-    codes = {"tts_codec_start": 8293, "tts_codec_end": 8294, "tts_codec_pad": 8292, "tts_codec_mask": 8296}
-    words = {"tts_text_start": 151860, "tts_text_end": 151861, "tts_text_pad": 151859}
-    return {
-        "architectures": ["Qwen2_5OmniModel"],
-        "model_type": "qwen2_5_omni",
-        "enable_audio_output": True,
-        "thinker_config": {
-            **TOKENS,
-            "text_config": {**DECODER, "hidden_size": hidden_size, **text},
-            "vision_config": {**VISION, "out_hidden_size": hidden_size},
-            "audio_config": {**AUDIO, "output_dim": hidden_size},
-        },
-        "talker_config": {
-            **TOKENS,
-            **DECODER,
-            **{f"{name}_token_id": value for name, value in (codes | words).items()},
-            "embedding_size": hidden_size,
-            "vocab_size": 8448,
-            "hidden_size": 896,
-            "num_hidden_layers": 24,
-            **talker,
-        },
-    }
-
-
-PUBLISHED = {
-    "3B": published(
-        2048,
-        {
-            "intermediate_size": 11008,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 36,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            **rope(16, 24, 24),
-        },
-        {
-            "head_dim": 64,
-            "intermediate_size": 4864,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            **rope(16, 16, 0),
-        },
-    ),
-    "7B": published(
-        3584,
-        {
-            "intermediate_size": 18944,
-            "num_attention_heads": 28,
-            "num_hidden_layers": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-            **rope(16, 24, 24),
-        },
-        {
-            "head_dim": 128,
-            "intermediate_size": 18944,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 4,
-            **rope(16, 24, 24),
-        },
-    ),
-}
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +50,7 @@ def test_the_names_of_the_published_format_are_those_of_a_saved_checkpoint(folde
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_configurations_load_with_nothing_missing_or_left_over(size: str) -> None:
+    """The configurations are those of the files, with their sources in published_omni."""
     raw = PUBLISHED[size]
     shapes = meta_shapes(Qwen2_5OmniConfig(thinker_config=raw["thinker_config"], talker_config=raw["talker_config"]))
     for part in ("thinker", "talker"):
@@ -179,6 +63,35 @@ def test_published_configurations_load_with_nothing_missing_or_left_over(size: s
         for damaged in ({k: v for k, v in own.items() if k != name}, {**own, f"{name}.scale": (1,)}):
             with pytest.raises(CheckpointError):
                 plan_loading(ours, damaged, size)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_what_published_configurations_leave_out_is_what_the_reference_takes(size: str) -> None:
+    raw = {**PUBLISHED[size]}
+    for keys in (("rope_theta",), ("rope_theta", "rope_scaling")):
+        text = without(raw["thinker_config"]["text_config"], keys)
+        talker = without({**raw["talker_config"], **rope(16, 24, 24), "head_dim": 128}, keys)
+        raw |= {"thinker_config": {**raw["thinker_config"], "text_config": text}, "talker_config": talker}
+        theirs = Qwen2_5OmniConfig(thinker_config=raw["thinker_config"], talker_config=talker)
+        for part, config in (("thinker", theirs.thinker_config.text_config), ("talker", theirs.talker_config)):
+            reference = Qwen2_5OmniRotaryEmbedding(config)
+            read = model_class(raw, size, part).read_config(raw, size)
+            ours = RotaryEmbedding(read.head_dim, read.max_position_embeddings, read.rope)
+            torch.testing.assert_close(ours.frequencies, reference.inv_freq)
+            assert ours.axes is not None and ours.axes.bincount().tolist() == list(reference.mrope_section)
+
+
+def test_the_published_token2wav_has_the_references_sizes_under_other_names() -> None:
+    for raw in PUBLISHED.values():
+        assert Token2WavConfig.from_dict(raw["token2wav_config"]) == Token2WavConfig.from_dict({})
+        for token2wav in (raw["token2wav_config"], {}, None):
+            given = without(raw, ["token2wav_config"]) | ({} if token2wav is None else {"token2wav_config": token2wav})
+            config = model_class(given, "config.json", "talker").read_config(given, "config.json")
+            assert config.last_sound == (8447 if token2wav is None else 8193)
+
+
+def without(raw: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: value for key, value in raw.items() if key not in keys}
 
 
 @pytest.mark.parametrize("part", ["thinker", "talker"])
@@ -248,6 +161,8 @@ def test_a_part_that_is_no_language_model_is_refused(folder: Path, part: str | N
         ("talker", {"rope_parameters": {"mrope_section": [2, 3, 4], "rope_theta": 1e4}}, "expected three counts that"),
         ("talker", {"tts_codec_end_token_id": 64}, "tts_codec_end_token_id: got 64"),
         ("talker", {"embedding_size": 0}, "embedding_size: got 0"),
+        ("talker", {"rms_norm_eps": "small"}, "rms_norm_eps: got 'small'"),
+        ("talker", {"rope_parameters": {"rope_theta": 1e4}}, r"mrope_section: got \(16, 24, 24\)"),
     ],
 )
 def test_a_wrong_configuration_is_an_error_that_names_the_key(

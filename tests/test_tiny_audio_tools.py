@@ -202,7 +202,7 @@ def test_training_resumes_and_gives_an_encoder_that_can_write(
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     for num_steps in (1, 2):
-        trained = train(tmp_path, num_steps, batch_size=6, learning_rate=3e-3, judged=2, seed=0)
+        trained = train(tmp_path, num_steps, batch_size=6, learning_rate=3e-3, judged=2, seed=0, num_examples=1)
     logged = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert logged == [1, 2]
     encoder = AutoModel.from_pretrained(tmp_path / "text_encoder").eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 
+from tools.tiny import train
 from tools.tiny.detect import detect
 from tools.tiny.evaluate import CASES, judge_case, prompts_for
 from tools.tiny.judge import complaint, is_right
@@ -133,14 +135,24 @@ def test_diffusers_draws_the_same_from_the_shipped_folder(image: Omni) -> None:
     assert difference.max() <= 2
 
 
-def test_training_is_one_command_that_resumes(tmp_path: Path) -> None:
-    """The whole way in a few steps, twice: the second time everything is already there."""
-    command = [sys.executable, "-m", "tools.tiny.train", "--quick"]
-    folders = ["--runs", str(tmp_path / "runs"), "--asset", str(tmp_path / "asset")]
-    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
-    for _ in range(2):
-        subprocess.run([*command, *folders], check=True, capture_output=True, timeout=300, env=environment)
-    with Omni("tiny_scene.yaml", model=str(tmp_path / "asset"), progress=False) as omni:
+def test_training_is_one_command_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way in a few steps, then once more without a result: only what is missing is made again."""
+    runs, asset = tmp_path / "runs", tmp_path / "asset"
+    arguments = ["--quick", "--runs", str(runs), "--asset", str(asset)]
+    command = [sys.executable, "-m", "tools.tiny.train", *arguments]
+    subprocess.run(
+        command, check=True, capture_output=True, timeout=300, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    )
+    weights = {path: path.read_bytes() for path in asset.rglob("*.safetensors")}
+    written = {path: path.stat().st_mtime_ns for path in [*runs.rglob("checkpoint.pt"), runs / "data.safetensors"]}
+    assert len(written) == 4 and weights
+    shutil.rmtree(asset)
+    shutil.rmtree(runs / "image")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    train.main(arguments)
+    assert {path: path.read_bytes() for path in asset.rglob("*.safetensors")} == weights
+    assert [path for path, at in written.items() if path.stat().st_mtime_ns != at] == [runs / "image/checkpoint.pt"]
+    with Omni("tiny_scene.yaml", model=str(asset), progress=False) as omni:
         output = omni.generate("a red ball", DiffusionParams(num_inference_steps=1))[0]
     assert output.error is None and output.images[0].size == (128, 128)
 

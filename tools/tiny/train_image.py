@@ -5,6 +5,7 @@ transformer.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -159,7 +160,7 @@ def export(folder: Path, weights: dict[str, Tensor], whitening: Whitening) -> ZI
     return published
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-image"))
     parser.add_argument("--steps", type=int, default=4100)
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     data = training_data(
         args.folder / "data.safetensors", args.folder / "vae/vae", args.folder / "text", args.pictures, args.seed
     )

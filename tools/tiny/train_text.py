@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,10 +40,12 @@ def example(rng: random.Random, canonical_share: float = 0.3) -> tuple[str, str]
             return request, canonical(scene)
 
 
-def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int, num_examples: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that any text can be said, over a corpus in which every word of the world is one token."""
     rng = random.Random(seed)
-    corpus = [f"{request}\n{scene}\nuser\nassistant\n" for request, scene in (example(rng) for _ in range(40_000))]
+    corpus = [
+        f"{request}\n{scene}\nuser\nassistant\n" for request, scene in (example(rng) for _ in range(num_examples))
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -121,10 +124,11 @@ def rewriting_accuracy(
 
 
 def train(
-    folder: Path, num_steps: int, batch_size: int, learning_rate: float, judged: int, seed: int
+    folder: Path, num_steps: int, batch_size: int, learning_rate: float, judged: int, seed: int, num_examples: int
 ) -> Qwen3ForCausalLM:
+    """num_examples: that the tokenizer is trained on."""
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(seed)
+    tokenizer = train_tokenizer(seed, num_examples)
     model = Qwen3ForCausalLM(model_config(len(tokenizer)))
     optimizer = Optimizers(model, learning_rate, weight_decay=0.05, matrices=("model.layers.",))
     trainer = Trainer(folder, num_steps, model, optimizer)
@@ -147,16 +151,17 @@ def train(
     return model
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-image/text"))
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--judged", type=int, default=400, help="held-out requests in the final judgement")
+    parser.add_argument("--examples", type=int, default=40_000, help="that the tokenizer is trained on")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    train(args.folder, args.steps, args.batch_size, args.learning_rate, args.judged, args.seed)
+    args = parser.parse_args(arguments)
+    train(args.folder, args.steps, args.batch_size, args.learning_rate, args.judged, args.seed, args.examples)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ FUSED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+PLAIN_ROPE: Mapping[str, Any] = {"rope_theta": 10000.0}
+OMNI_ROPE: Mapping[str, Any] = {"rope_theta": 1000000.0, "mrope_section": (16, 24, 24)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,12 @@ class DecoderConfig:
     head_norms: bool
 
     @classmethod
-    def fields_from(cls, raw: Mapping[str, Any], where: str, head_dim: int | None) -> dict[str, Any]:
+    def fields_from(
+        cls, raw: Mapping[str, Any], where: str, head_dim: int | None, rope: Mapping[str, Any] = PLAIN_ROPE
+    ) -> dict[str, Any]:
         """The fields of this class that a config.json of any age gives, the biases and norms apart; ConfigError with
         the key for what is missing, wrong or not supported. head_dim: where the file has none, None for an equal share.
+        rope: the keys that the file leaves out, as transformers has them for this family.
         """
         _refuse_unsupported(raw, where)
         heads = count_of(raw, "num_attention_heads", where)
@@ -72,8 +77,8 @@ class DecoderConfig:
             "max_position_embeddings": count_of(
                 {"max_position_embeddings": 32768, **raw}, "max_position_embeddings", where
             ),
-            "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
-            "rope": _rope(raw, where),
+            "rms_norm_eps": _epsilon(raw, where),
+            "rope": _rope(raw, where, rope),
         }
         if heads % fields["num_kv_heads"] or fields["head_dim"] % 2:
             raise ConfigError(
@@ -207,11 +212,19 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _epsilon(raw: Mapping[str, Any], where: str) -> float:
+    epsilon = raw.get("rms_norm_eps", 1e-6)
+    complaint = check_number(f"{where}: rms_norm_eps", epsilon, 0)
+    if complaint:
+        raise ConfigError(complaint)
+    return float(epsilon)
+
+
+def _rope(raw: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ConfigError(f"{where}: rope_parameters: got {rope!r}, expected an object")
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **rope}
+    rope = {**defaults, "rope_theta": raw.get("rope_theta", defaults["rope_theta"]), **rope}
     _refuse_unsupported({"partial_rotary_factor": rope.get("partial_rotary_factor")}, where)
     old_type = rope.pop("type", "default")
     rope["rope_type"] = rope.get("rope_type", old_type)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.linear import Linear
-from vllm_omni.models.decoder import Decoder, DecoderConfig, count_of, locate_fused, sub_config
+from vllm_omni.models.decoder import OMNI_ROPE, Decoder, DecoderConfig, count_of, locate_fused, sub_config
 from vllm_omni.models.language_model import ForwardContext
 from vllm_omni.models.loader import Target, load_rows
+from vllm_omni.models.token2wav_config import DiTConfig
 from vllm_omni.utils.checks import check_number
 
 HEAD_DIM = 128  # where the file has none
@@ -58,7 +59,7 @@ class TalkerConfig(DecoderConfig):
         inside = f"{where}: talker_config"
         last = count_of(talker, "vocab_size", inside) - 1
         return cls(
-            **cls.fields_from(talker, inside, HEAD_DIM),
+            **cls.fields_from(talker, inside, HEAD_DIM, OMNI_ROPE),
             qkv_bias=True,
             output_bias=False,
             head_norms=False,
@@ -128,8 +129,8 @@ def _last_sound(raw: Mapping[str, Any], where: str, last: int) -> int:
     if "token2wav_config" not in raw:
         return last
     inside = sub_config(raw, "token2wav_config", where)
-    dit = sub_config(inside, "dit_config", f"{where}: token2wav_config")
-    return min(last, count_of(dit, "num_embeds", f"{where}: token2wav_config.dit_config"))
+    dit = DiTConfig.from_dict(inside.get("dit_config") or {}, f"{where}: token2wav_config.dit_config")
+    return min(last, dit.num_embeds)
 
 
 def _token(raw: Mapping[str, Any], key: str, where: str, most: int | None = None) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vllm_omni.layers.linear import Linear, linear
-from vllm_omni.models.decoder import Decoder, DecoderConfig, locate_fused, sub_config
+from vllm_omni.models.decoder import OMNI_ROPE, Decoder, DecoderConfig, locate_fused, sub_config
 from vllm_omni.models.language_model import ForwardContext
 from vllm_omni.models.loader import Target
 from vllm_omni.models.media import MediaItem
@@ -40,7 +40,7 @@ class ThinkerConfig(DecoderConfig):
         inside = f"{where}: thinker_config"
         text = sub_config(thinker, "text_config", inside)
         return cls(
-            **cls.fields_from(text, f"{inside}.text_config", head_dim=None),
+            **cls.fields_from(text, f"{inside}.text_config", head_dim=None, rope=OMNI_ROPE),
             qkv_bias=True,
             output_bias=False,
             head_norms=False,

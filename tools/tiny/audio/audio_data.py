@@ -113,8 +113,8 @@ def training_data(file: Path, vae_folder: Path, text_folder: Path, count: int, s
     vae = plain_convolutions(AutoencoderOobleck.from_pretrained(vae_folder)).eval()
     latents = Latents(vae)
     parts: dict[str, list[Tensor]] = {}
-    for _ in trange(max(1, count // CHUNK), desc="training data", mininterval=10):
-        sounds, texts = drawn(rng)
+    for start in trange(0, count, CHUNK, desc="training data", mininterval=10):
+        sounds, texts = (part[: count - start] for part in drawn(rng))
         text_states, lengths = states.of(texts)
         batch = {
             "latents": latents.of(sounds).half(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,12 +30,12 @@ def generate(model: SoundModel, noise: Tensor, context: Tensor, states: Tensor, 
     return latents
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-audio"))
     parser.add_argument("--sounds", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     data = load_file(args.folder / "data.safetensors")
     state = torch.load(args.folder / "audio/checkpoint.pt", weights_only=True)
     model = SoundModel(data)

@@ -9,6 +9,7 @@ stream between the blocks from growing: no norm bounds it, and in a loud one the
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -247,7 +248,7 @@ def export(folder: Path, state: dict[str, dict[str, Tensor]], data: dict[str, Te
     encoder.to(torch.bfloat16).save_pretrained(folder / "condition_encoder")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-audio"))
     parser.add_argument("--steps", type=int, default=6000)
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     file = args.folder / "data.safetensors"
     data = training_data(file, args.folder / "vae/vae", args.folder / "text", args.sounds, args.seed)
     train(args.folder / "audio", data, args.steps, args.batch_size, args.learning_rate, args.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def train(
     published(vae).save_pretrained(folder / "vae")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-audio/decoder"))
     parser.add_argument("--vae", type=Path, default=Path("runs/tiny-audio/vae/vae"))
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     vae = plain_convolutions(AutoencoderOobleck.from_pretrained(args.vae))
     latents = load_file(args.data)["latents"][: args.sounds]
     samples = recordings(len(latents), args.seed)

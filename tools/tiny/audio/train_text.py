@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def training_example(rng: random.Random) -> tuple[str, str]:
     return read, f"{answer}{END}\n"
 
 
-def train_tokenizer(seed: int, num_examples: int = 40_000) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int, num_examples: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that any text can be said, over a corpus in which every word of the world is one token."""
     rng = random.Random(seed)
     tokenizer = Tokenizer(models.BPE())
@@ -96,10 +97,10 @@ def train_tokenizer(seed: int, num_examples: int = 40_000) -> PreTrainedTokenize
     )
 
 
-def kept_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
+def kept_tokenizer(folder: Path, seed: int, num_examples: int) -> PreTrainedTokenizerFast:
     """The run's tokenizer, trained when it starts."""
     if not folder.exists():
-        train_tokenizer(seed).save_pretrained(folder)
+        train_tokenizer(seed, num_examples).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -191,10 +192,11 @@ def accuracies(
 
 
 def train(
-    folder: Path, num_steps: int, batch_size: int, learning_rate: float, judged: int, seed: int
+    folder: Path, num_steps: int, batch_size: int, learning_rate: float, judged: int, seed: int, num_examples: int
 ) -> Qwen3ForCausalLM:
+    """num_examples: that a new tokenizer is trained on."""
     torch.manual_seed(seed)
-    tokenizer = kept_tokenizer(folder / "tokenizer", seed)
+    tokenizer = kept_tokenizer(folder / "tokenizer", seed, num_examples)
     model = fresh_model(len(tokenizer))
     optimizer = Optimizers(model, learning_rate, weight_decay=0.05, matrices=("model.layers.",))
     trainer = Trainer(folder, num_steps, model, optimizer)
@@ -210,16 +212,17 @@ def train(
     return model
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-audio/text"))
     parser.add_argument("--steps", type=int, default=2100)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--judged", type=int, default=400, help="held-out examples of each kind in the final judgement")
+    parser.add_argument("--examples", type=int, default=40_000, help="that the tokenizer is trained on")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    train(args.folder, args.steps, args.batch_size, args.learning_rate, args.judged, args.seed)
+    args = parser.parse_args(arguments)
+    train(args.folder, args.steps, args.batch_size, args.learning_rate, args.judged, args.seed, args.examples)
 
 
 if __name__ == "__main__":
