@@ -20,10 +20,6 @@ NO_MODEL = """\
 --model: this example needs the folder of a Qwen2.5-Omni checkpoint. Get one, about 12 GB, and name it:
   hf download Qwen/Qwen2.5-Omni-3B --local-dir Qwen2.5-Omni-3B
   python examples/speech_chat.py --model Qwen2.5-Omni-3B"""
-SYSTEM = (  # what the model was taught to speak under; its template says something else where a chat has none
-    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
-    "visual inputs, as well as generating text and speech."
-)
 CODES_PER_S = 50
 
 
@@ -48,7 +44,7 @@ def main() -> None:
     if args.audio is not None or args.image is None:
         parts.append({"type": "audio", "audio": args.audio or tone()})
     parts.append({"type": "text", "text": args.question})
-    prompt: dict[str, Any] = {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": parts}]}
+    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": parts}]}
     if args.speaker is not None:
         prompt["speaker"] = args.speaker
     params = {

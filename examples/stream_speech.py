@@ -22,10 +22,6 @@ NO_MODEL = """\
 --model: this example needs the folder of a Qwen2.5-Omni checkpoint. Get one, about 12 GB, and name it:
   hf download Qwen/Qwen2.5-Omni-3B --local-dir Qwen2.5-Omni-3B
   python examples/stream_speech.py --model Qwen2.5-Omni-3B"""
-SYSTEM = (  # what the model was taught to speak under; its template says something else where a chat has none
-    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
-    "visual inputs, as well as generating text and speech."
-)
 CODES_PER_S = 50
 
 
@@ -61,8 +57,7 @@ def main() -> None:
     if args.model is None:
         raise SystemExit(NO_MODEL)
 
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": args.question}]
-    prompt: dict[str, Any] = {"messages": messages}
+    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": args.question}]}
     if args.speaker is not None:
         prompt["speaker"] = args.speaker
     params = {

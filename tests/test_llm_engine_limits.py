@@ -256,6 +256,7 @@ def test_the_cache_key_covers_what_determines_the_states(folder: Path) -> None:
         ({"sections": ["h"], "outputs": WRITTEN_STATES}, r"sections\[0\]: got 'h', which another port"),
         ({"sections": ["a"], "task": "encode", "outputs": PROMPT_STATES}, "sections: got some, .* writes nothing"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize: set by the stage itself"),
+        ({"system_prompt": ["be kind"]}, "system_prompt: got \\['be kind'\\], expected text"),
         ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected at least 1"),
         ({"block_size": None}, "block_size: got null"),
         ({"kv_memory_mb": float("nan")}, "kv_memory_mb: got nan"),

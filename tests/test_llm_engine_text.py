@@ -126,6 +126,16 @@ def test_the_chat_template_applies_to_strings_and_messages_alike(folder: Path) -
     assert len(states_of(as_it_is)) == len(make_tokenizer()("hello")["input_ids"])
 
 
+def test_the_system_prompt_comes_first_where_a_chat_has_none_of_its_own(folder: Path) -> None:
+    options = {"chat_template": True, "system_prompt": "be kind"}
+    system, user = {"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}
+    expected = states_of(run(make_encoder(folder, chat_template=True), make_task([system, user]))["r"])
+    for prompt in ("hello", [user], [system, user]):
+        assert torch.equal(states_of(run(make_encoder(folder, **options), make_task(prompt))["r"]), expected)
+    own = states_of(run(make_encoder(folder, **options), make_task([{**system, "content": "be brief"}, user]))["r"])
+    assert own.shape != expected.shape or not torch.equal(own, expected)
+
+
 def test_without_a_template_strings_pass_and_messages_do_not(tmp_path: Path) -> None:
     engine = make_encoder(make_model_folder(tmp_path / "model", template=None), chat_template=True)
     done(run(engine, make_task("hello"))["r"])

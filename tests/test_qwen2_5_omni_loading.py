@@ -90,6 +90,13 @@ def test_the_published_token2wav_has_the_references_sizes_under_other_names() ->
             assert config.last_sound == (8447 if token2wav is None else 8193)
 
 
+@pytest.mark.parametrize("name", ["dim", "depth", "heads"])
+def test_an_old_name_that_says_something_else_is_refused(name: str) -> None:
+    raw = PUBLISHED["7B"]["token2wav_config"]
+    with pytest.raises(ConfigError, match=f"dit_config: {name}: got 7"):
+        Token2WavConfig.from_dict({**raw, "dit_config": {**raw["dit_config"], name: 7}})
+
+
 def without(raw: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if key not in keys}
 

@@ -16,7 +16,7 @@ PARTS = ("thinker", "talker")
 STATE_PORTS = ("prompt_states", "reply_states")  # of a thinker, without being declared
 THINKER_PORTS = frozenset({*STATE_PORTS, "prompt_positions"})
 WORD_KEYS = (
-    *("task", "prompt", "tokenizer", "chat_template", "chat_template_kwargs", "outputs", "sections"),
+    *("task", "prompt", "tokenizer", "chat_template", "chat_template_kwargs", "system_prompt", "outputs", "sections"),
     *("max_prompt_tokens", "truncate_prompt"),
 )
 RESERVED_TEMPLATE_KEYS = ("conversation", "tokenize", "add_generation_prompt")
@@ -68,12 +68,13 @@ class AROptions:
     "generate" writes tokens, "encode" only computes states. prompt: which field of the request is read when no
     edge brings the prompt. tokenizer: its folder (default: the model's own, else `tokenizer` beside it). chat_template:
     whether plain strings become a user message in the tokenizer's template, where it has one; chat_template_kwargs go
-    to it. outputs: port -> hidden states to tap, see Tap. sections: labels; the first written line that begins with
-    `label:` gives its other words to a text port of that name. max_model_len: most tokens of a sequence (the model's
-    positions, but 4096 at most where the size of the KV pool is not given). max_prompt_tokens: most tokens of a prompt;
-    a longer one is an error, or keeps its first tokens when truncate_prompt is set. max_num_seqs and
-    max_num_batched_tokens bound one step. The KV pool has num_blocks blocks of block_size tokens, or enough for
-    max_num_seqs full sequences in at most kv_memory_mb (256).
+    to it. system_prompt: the system message of chats that have none; None leaves that to the template. outputs:
+    port -> hidden states to tap, see Tap. sections: labels; the first written line that begins with `label:` gives its
+    other words to a text port of that name. max_model_len: most tokens of a sequence (the model's positions, but 4096
+    at most where the size of the KV pool is not given). max_prompt_tokens: most tokens of a prompt; a longer one is an
+    error, or keeps its first tokens when truncate_prompt is set. max_num_seqs and max_num_batched_tokens bound one
+    step. The KV pool has num_blocks blocks of block_size tokens, or enough for max_num_seqs full sequences in at most
+    kv_memory_mb (256).
     """
 
     part: str | None = None
@@ -82,6 +83,7 @@ class AROptions:
     tokenizer: str | None = None
     chat_template: bool = True
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    system_prompt: str | None = None
     outputs: Mapping[str, Any] = field(default_factory=dict)
     sections: tuple[str, ...] = ()
     max_model_len: int | None = None
@@ -191,6 +193,8 @@ class AROptions:
             raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):
             raise ConfigError(f"tokenizer: got {self.tokenizer!r}, expected a folder")
+        if self.system_prompt is not None and not isinstance(self.system_prompt, str):
+            raise ConfigError(f"system_prompt: got {self.system_prompt!r}, expected text")
         for name in ("chat_template_kwargs", "outputs"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a mapping")

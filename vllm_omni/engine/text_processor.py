@@ -48,7 +48,12 @@ class TextProcessor:
     """One tokenizer, read from its folder."""
 
     def __init__(
-        self, folder: Path, *, chat_template: bool = True, template_kwargs: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        *,
+        chat_template: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+        system_prompt: str | None = None,
     ) -> None:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -67,6 +72,7 @@ class TextProcessor:
         self._has_template = bool(self.tokenizer.chat_template)
         self._applies_template = chat_template and self._has_template
         self._template_kwargs = dict(template_kwargs or {})
+        self._system_prompt = system_prompt
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, of chat messages, or of a list that already holds ids; InvalidRequestError when it
@@ -94,6 +100,8 @@ class TextProcessor:
             raise ConfigError(
                 f"{self._folder}: the tokenizer has no chat template, which messages need; give the prompt as a string"
             )
+        if self._system_prompt is not None and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": self._system_prompt}, *messages]
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],

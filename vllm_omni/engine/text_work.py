@@ -90,6 +90,7 @@ class TextWork(ARWork):
             find_tokenizer(folder, self._options.tokenizer),
             chat_template=self._options.chat_template,
             template_kwargs=self._options.chat_template_kwargs,
+            system_prompt=self._options.system_prompt,
         )
         limits = ARLimits.of(self._options, model, pool, context.config)
         reads_media = self._options.part == "thinker"

@@ -155,7 +155,8 @@ class Token2Wav(DiffusionModel):
     ) -> None:
         for name in UNUSED_FIELDS:
             given = request.negative_prompt if name == "negative_prompt" else None
-            if getattr(params, name) not in (None, "") or given:
+            value = given or getattr(params, name)
+            if value is not None and not (isinstance(value, str) and not value):
                 raise InvalidRequestError(f"{name}: token2wav makes sound of codes and does not read it; leave it out")
         if params.output_type == "pil":
             raise InvalidRequestError("output_type: got 'pil', which is for pictures; leave it unset for sound")

@@ -16,6 +16,7 @@ from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.files import read_json
 
 T = TypeVar("T")
+OLD_NAMES = {"dim": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"}  # of published files
 SAMPLE_RATE = 24_000  # the published models'; their config does not say it
 
 
@@ -55,6 +56,12 @@ class DiTConfig:
         if kind != "default":
             raise ConfigError(f"{where}: rope_parameters.rope_type: got {brief(kind)}, expected 'default'")
         config = _filled(cls, {**raw, **{key: rope[key] for key in ("rope_theta",) if key in rope}}, where)
+        for old, name in OLD_NAMES.items():
+            if old in raw and raw[old] != getattr(config, name):
+                raise ConfigError(
+                    f"{where}: {old}: got {brief(raw[old])}, but {name} is {getattr(config, name)}, and that is what "
+                    f"counts; set {name} to the same"
+                )
         config._check(where)
         return config
 
