@@ -32,7 +32,8 @@ class Decoder:
         import torch
         from diffusers import AutoencoderOobleck
 
-        from vllm_omni.models.oobleck import Oobleck, folded
+        from vllm_omni.models.oobleck import Oobleck
+        from vllm_omni.models.oobleck_layers import folded, laid_out
         from vllm_omni.utils.device import DTYPES
 
         torch.manual_seed(0)
@@ -45,7 +46,8 @@ class Decoder:
             sampling_rate=48_000,
         ).to(DTYPES[dtype])
         self._vae.requires_grad_(False).eval()
-        self._oobleck = Oobleck(folded(self._vae), MAX_ACTIVATION_BYTES) if side == "in chunks" else None
+        is_ours = side == "in chunks"
+        self._oobleck = Oobleck(laid_out(folded(self._vae)), MAX_ACTIVATION_BYTES) if is_ours else None
 
     def run(self, duration_s: int, repeat: int) -> list[float]:
         """Evenly spaced samples of the sound."""

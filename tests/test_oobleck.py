@@ -49,6 +49,28 @@ def test_chunks_of_any_size_join_to_what_the_reference_decodes_whole(tmp_path: P
 
 @pytest.mark.parametrize("strides", STRIDES)
 @torch.no_grad()
+def test_tiles_of_any_size_join_to_what_the_reference_decodes_whole(tmp_path: Path, strides: list[int]) -> None:
+    reference, ours = pair(tmp_path, strides)
+    latents = drawn(41, 8)
+    expected = reference.decode(latents.T[None]).sample[0]
+    for tile in (9, 50, 333):
+        ours.samples_of_tile = tile
+        for chunk in (20, None):
+            assert_near(torch.cat(list(ours.decode(latents, chunk)), dim=1), expected)
+
+
+@torch.no_grad()
+def test_on_the_cpu_channels_lie_inside_from_layer_to_layer(tmp_path: Path) -> None:
+    _, ours = pair(tmp_path, [2, 4])
+    hidden, strides = ours.decoder.conv1(drawn(1, 8, 9)), []
+    for layer in (*ours.decoder.block, ours.decoder.snake1, ours.decoder.conv2):
+        hidden = layer(hidden)
+        strides.append(hidden.stride(1))
+    assert strides == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@torch.no_grad()
 def test_chunks_of_any_size_join_to_what_the_reference_encodes_whole(tmp_path: Path, strides: list[int]) -> None:
     reference, ours = pair(tmp_path, strides)
     hop = ours.geometry.hop

@@ -3,7 +3,7 @@ that a sound takes is bounded by the chunk, not by its duration, and the chunks 
 
 What a range of the output depends on is a range of the input, found exactly by walking the layers backwards
 (`Geometry`). A chunk is computed from that range and everything else is cut off, so chunked equals whole but for the
-order of float additions.
+order of float additions. The last blocks of the decoder, most of its work, go through a chunk in tiles in the same way.
 
 Legend: C latent channels, T latent frames, n samples, hop samples of a frame (the product of the strides).
 """
@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
+from vllm_omni.models.oobleck_layers import folded, laid_out
 from vllm_omni.utils.checks import check_number
 from vllm_omni.utils.files import read_json
 
 MAX_ACTIVATION_BYTES = 2**27  # of the widest layer of a chunk; a few of these live at once
+TILED_BLOCKS = 2  # the last ones of the decoder: at a high rate, and with a reach that is short in latent frames
+TILE_BYTES = 2**22  # of the widest layer of a tile; a few of these stay in a processor's cache
 MIN_STD = 1e-4
 RESIDUAL_REACH = 3 * (1 + 3 + 9)  # three residual units in a row, kernel 7 (3 to each side), dilations 1, 3 and 9
 EDGE_REACH = 3  # the convolutions next to samples and, in the decoder, next to the latents: kernel 7
@@ -68,12 +71,17 @@ class Geometry:
 
     def frames_behind(self, start: int, stop: int) -> tuple[int, int]:
         """The latent frames that the decoder's samples [start, stop) depend on."""
+        start, stop = self.inputs_behind(start, stop, len(self.strides))
+        return start - EDGE_REACH, stop + EDGE_REACH
+
+    def inputs_behind(self, start: int, stop: int, num_blocks: int) -> tuple[int, int]:
+        """What of the input of the decoder's last `num_blocks` blocks its samples [start, stop) depend on."""
         start, stop = start - EDGE_REACH, stop + EDGE_REACH
-        for stride in self.strides:
+        for stride in self.strides[:num_blocks]:
             start, stop = start - RESIDUAL_REACH, stop + RESIDUAL_REACH
             padding = padding_of(stride)
             start, stop = -(-(start + padding - 2 * stride + 1) // stride), (stop - 1 + padding) // stride + 1
-        return start - EDGE_REACH, stop + EDGE_REACH
+        return start, stop
 
     def samples_behind(self, start: int, stop: int) -> tuple[int, int]:
         """The samples that the encoder's frames [start, stop) depend on."""
@@ -89,22 +97,6 @@ def padding_of(stride: int) -> int:
     return -(-stride // 2)
 
 
-class Snake(nn.Module):
-    """x + sin(a x)^2 / b with both factors ready (diffusers' Snake1d exponentiates them at every call)."""
-
-    frequency: Tensor
-    amplitude: Tensor
-
-    def __init__(self, alpha: Tensor, beta: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("frequency", alpha.exp())
-        self.register_buffer("amplitude", (beta.exp() + 1e-9).reciprocal())
-
-    def forward(self, x: Tensor) -> Tensor:
-        wave = (x * self.frequency).sin_()
-        return torch.addcmul(x, wave.square_(), self.amplitude)
-
-
 class Oobleck:
     """Encoder and decoder of a `vae` folder, weight norms folded away. Frozen; shared by all requests."""
 
@@ -114,9 +106,11 @@ class Oobleck:
         self.channels = int(vae.config.audio_channels)
         self.latent_channels = int(vae.config.decoder_input_channels)
         self.geometry = Geometry(tuple(vae.config.downsampling_ratios))
-        self.frames_of_chunk = _frames_of_chunk(vae, max_activation_bytes)
         weight = self.decoder.conv2.weight
         self._device, self._dtype = weight.device, weight.dtype
+        self.frames_of_chunk = _frames_of_chunk(vae, max_activation_bytes)
+        tile_bytes = TILE_BYTES if weight.is_cpu else max_activation_bytes
+        self.samples_of_tile = max(1, tile_bytes // (vae.config.decoder_channels * weight.element_size()))
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Oobleck:
@@ -138,7 +132,7 @@ class Oobleck:
         folded(vae)
         for part in (vae.encoder, vae.decoder):
             part.to(device=device, dtype=dtype).requires_grad_(False).eval()
-        return cls(vae)
+        return cls(laid_out(vae) if device.type == "cpu" else vae)
 
     def num_pieces(self, num_frames: int) -> int:
         """How many pieces `decode` gives."""
@@ -154,7 +148,26 @@ class Oobleck:
             low, high = self.geometry.frames_behind(start, stop)
             low, high = max(low, 0), min(high, num_frames)
             window = latents[low:high].T[None].to(self._device, self._dtype)
-            yield self.decoder(window)[0, :, start - low * hop : stop - low * hop].float()
+            yield self._decoded(window, start - low * hop, stop - low * hop)
+
+    def _decoded(self, window: Tensor, start: int, stop: int) -> Tensor:
+        """The samples [start, stop) of the latents [1, C, T], float32."""
+        blocks = list(self.decoder.block)
+        hidden = self.decoder.conv1(window)
+        for block in blocks[:-TILED_BLOCKS]:
+            hidden = block(hidden)
+        samples = torch.empty(self.channels, stop - start, device=self._device)
+        hop = math.prod(self.geometry.strides[:TILED_BLOCKS])
+        for first in range(start, stop, self.samples_of_tile):
+            last = min(first + self.samples_of_tile, stop)
+            low, high = self.geometry.inputs_behind(first, last, TILED_BLOCKS)
+            low = max(low, 0)
+            tile = hidden[:, :, low:high]
+            for block in blocks[-TILED_BLOCKS:]:
+                tile = block(tile)
+            tile = self.decoder.conv2(self.decoder.snake1(tile))
+            samples[:, first - start : last - start] = tile[0, :, first - low * hop : last - low * hop]
+        return samples
 
     def encode(self, audio: Tensor, generator: torch.Generator, frames_of_chunk: int | None = None) -> Tensor:
         """[channels, n] -> a draw [T, C] from the posterior, float32: mean + std * noise, the noise from the CPU
@@ -180,20 +193,6 @@ class Oobleck:
         first = max(low, 0) // hop  # a chunk must start where a frame does
         window = audio[:, first * hop : max(high, 0)][None].to(self._device, self._dtype)
         return self.encoder(window)[0, :, start - first : stop - first]
-
-
-def folded(vae: nn.Module) -> nn.Module:
-    """Weight norm recomputes a weight at every call, Snake1d its factors: both are done once, in place."""
-    from diffusers.models.autoencoders.autoencoder_oobleck import Snake1d
-
-    for module in vae.modules():
-        if hasattr(module, "weight_g"):
-            nn.utils.remove_weight_norm(module)
-    for parent in list(vae.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Snake1d):
-                setattr(parent, name, Snake(child.alpha.detach(), child.beta.detach()))
-    return vae
 
 
 def check_config(raw: dict[str, Any], where: str) -> None:
