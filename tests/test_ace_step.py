@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ace_step_helpers import CHANNELS, TEXT_WIDTH, random_transformer
 from diffusers import AceStepTransformer1DModel
 from torch import Tensor
 
 from vllm_omni.errors import CheckpointError, ConfigError
-from vllm_omni.layers.banded import attention, banded_attention, windowed_attention
+from vllm_omni.layers.banded import attention, banded_attention, short_attention, windowed_attention
 from vllm_omni.models.ace_step import AceStepTransformer
 from vllm_omni.models.ace_step_config import AceStepConfig
 from vllm_omni.models.frames import Condition
@@ -170,6 +171,16 @@ def test_attention_of_a_window_equals_the_masked_one_for_every_length(length: in
     expected = attention(query, key, value, band.expand(3, 1, length, length))
     torch.testing.assert_close(banded_attention(query, key, value, window), expected)
     torch.testing.assert_close(windowed_attention(query, key, value, window), expected)
+
+
+@pytest.mark.parametrize("num_heads, num_keys", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("length, num_read", [(1, 1), (7, 30), (130, 9)])
+def test_short_attention_equals_the_plain_one(num_heads: int, num_keys: int, length: int, num_read: int) -> None:
+    query = torch.randn(3, length, num_heads, 8).transpose(1, 2)
+    key, value = torch.randn(2, 3, num_keys, num_read, 8)
+    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    torch.testing.assert_close(short_attention(query, key, value), expected)
+    torch.testing.assert_close(attention(query, key, value), expected)
 
 
 @torch.no_grad()

@@ -10,13 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_BLOCK = 64
+MAX_SHORT_SCORES = 2**18  # of a row: up to so many, two float32 products on the CPU beat the blocks of flash attention
 MASKED_WINDOWS = 4  # rows of up to so many windows are faster with one mask over all of them than block by block
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """[B, H, q, d], [B, K, k, d] twice, bool mask [B, 1, q, k] -> [B, H, q, d]."""
+    scores_of_row = query.shape[1] * query.shape[2] * key.shape[2]
+    if mask is None and query.is_cpu and query.dtype == torch.float32 and scores_of_row <= MAX_SHORT_SCORES:
+        return short_attention(query, key, value)
     grouped_queries = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped_queries)
+
+
+def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`attention` with all scores in memory at once, the queries that share a key in one multiplication."""
+    num_rows, num_heads, length, size = query.shape
+    stacked = num_rows * key.shape[1]
+    queries = query.reshape(stacked, -1, size)  # [B K, H / K q, d]
+    keys, values = key.reshape(stacked, -1, size), value.reshape(stacked, -1, size)
+    unread = queries.new_empty(1, 1, 1)
+    scores = torch.baddbmm(unread, queries, keys.transpose(1, 2), beta=0, alpha=size**-0.5)
+    return torch.bmm(scores.softmax(dim=-1), values).view(num_rows, num_heads, length, size)
 
 
 def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
