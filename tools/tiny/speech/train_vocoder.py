@@ -18,6 +18,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniTo
 
 from tools.tiny.muon import Optimizers
 from tools.tiny.speech.mel import HOP, log_mel
+from tools.tiny.speech.quick_activation import with_quick_activations
 from tools.tiny.speech.recordings import Pieces, Recording, recordings
 from tools.tiny.training import Trainer
 
@@ -86,7 +87,7 @@ def mel_error(vocoder: Qwen2_5OmniToken2WavBigVGANModel, data: list[Recording]) 
 def train(folder: Path, num_steps: int, num_recordings: int, batch_size: int, learning_rate: float, seed: int) -> None:
     """The result is the folder's `vocoder.safetensors`."""
     torch.manual_seed(seed)
-    vocoder = fresh_model()
+    vocoder = with_quick_activations(fresh_model())
     kernels = [name for name, parameter in vocoder.named_parameters() if parameter.ndim == 3]
     trainer = Trainer(folder, num_steps, vocoder, Optimizers(vocoder, learning_rate, 0.01, matrices=kernels))
     pieces = Pieces(recordings(num_recordings, seed), PIECE, seed + trainer.run.step)
