@@ -22,6 +22,7 @@ ESPEAK_RATE, ESPEAK_HEADER_BYTES, ESPEAK_GAP = 22_050, 44, 12
 LEAD_CODES, TAIL_CODES = 4, 8  # silence before the first word and after the last
 WINDOW = 120  # samples whose energy is looked at together
 SILENCE = 0.003  # root mean square below which a window is silent
+JOINED = ("no one", "no, one")  # espeak-ng says the first in one breath
 MIN_PAUSE_S = 0.1  # silence inside a word (before p, t, k) is shorter, that between words longer
 
 Samples = NDArray[np.float32]
@@ -50,7 +51,7 @@ def has_synthesiser() -> bool:
 
 def speak(words: Sequence[str], voice: Voice = VOICE) -> Samples:
     """[n * 480] samples in which the words follow each other after short pauses."""
-    pieces = [on_grid(piece) for piece in split(synthesised(" ".join(words), voice))]
+    pieces = [on_grid(piece) for piece in split(synthesised(" ".join(words).replace(*JOINED), voice))]
     if len(pieces) != len(words):
         raise NoSynthesiser(f"Got {len(pieces)} sounds for {len(words)} words, {' '.join(words)!r}: expected one each.")
     parts = [silence(LEAD_CODES)]

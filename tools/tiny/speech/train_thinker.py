@@ -133,7 +133,7 @@ def train(folder: Path, num_steps: int, batch_size: int, learning_rate: float, j
     torch.manual_seed(seed)
     tokenizer = kept_tokenizer(folder / "tokenizer", seed)
     model = Qwen2_5OmniThinkerForConditionalGeneration(thinker_config(len(tokenizer)))
-    optimizer = Optimizers(model, learning_rate, weight_decay=0.05, matrices=("model.layers.",))
+    optimizer = Optimizers(model, learning_rate, weight_decay=0.05, matrices=("model.language_model.layers.",))
     trainer = Trainer(folder, num_steps, model, optimizer, decay=0.995)
     rng = random.Random(seed + 1 + trainer.run.step)
     while trainer.begin():
