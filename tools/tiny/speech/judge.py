@@ -1,5 +1,5 @@
-"""Which words a recording holds, from the waveform alone: it is cut at its pauses, and each piece is compared with every
-word of the world as other voices say it, by cepstra and dynamic time warping. The nearest word is the answer.
+"""Which words a recording holds, from the waveform alone: it is cut at its pauses, and each piece is compared with
+every word of the world as other voices say it, by cepstra and dynamic time warping. The nearest word is the answer.
 
 Legend: P pieces, R references, T frames of 10 ms, C cepstral features.
 """

@@ -54,7 +54,7 @@ def answer(words: Sentence) -> str:
 def request(words: Sentence, rng: random.Random) -> str:
     """One of the ways to ask for these words."""
     wording = rng.choice(REQUESTS)
-    if ":" not in wording and "{}" != wording and rng.random() < 0.15:
+    if ":" not in wording and wording != "{}" and rng.random() < 0.15:
         wording = wording.replace(" {}", ": {}")
     listed = listing(words, rng)
     if rng.random() < 0.15:

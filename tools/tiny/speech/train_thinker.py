@@ -95,7 +95,9 @@ def batch(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(token ids, targets, weights of the targets), each [size, L]; the weights are 0 for padding."""
-    read, written = (tokenizer(list(part))["input_ids"] for part in zip(*(example(rng) for _ in range(size)), strict=True))
+    read, written = (
+        tokenizer(list(part))["input_ids"] for part in zip(*(example(rng) for _ in range(size)), strict=True)
+    )
     rows = [(first, [*second, ENDING]) for first, second in zip(read, written, strict=True)]
     length = max(len(first) + len(second) for first, second in rows)
     ids = torch.full((size, length + 1), PADDING)
