@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+from tests.tiny_speech_helpers import assert_loads_whole
 from tools.tiny.speech import synthesise
 from tools.tiny.speech.evaluate import Judged, figures, held_out
 from tools.tiny.speech.judge import Verdict, hear, judge, pieces
@@ -78,7 +80,7 @@ def test_speech_is_whole_codes_silent_around_every_word_and_the_same_again() -> 
 
 
 @needs_voice
-@pytest.mark.parametrize("voice", [synthesise.VOICE, Voice(speed=165, pitch=30), Voice(variant="en-gb")])
+@pytest.mark.parametrize("voice", [synthesise.VOICE, Voice(speed=165, pitch=30), Voice(speed=115, pitch=85)])
 def test_the_judge_hears_other_voices_than_its_own(voice: Voice) -> None:
     verdicts = [judge(words, speak(words, voice)) for words in some_sentences(6, 5, is_kept=True)]
     rights = [word for verdict in verdicts for word in verdict.right]
@@ -166,7 +168,7 @@ def test_a_row_learns_its_codes_and_the_end_and_nothing_of_the_prompt(text: Text
 @needs_voice
 def test_a_quick_training_gives_a_folder_that_transformers_loads_whole(tmp_path: Path) -> None:
     arguments = ["--runs", tmp_path / "runs", "--asset", tmp_path / "asset", "--quick"]
-    subprocess.run([sys.executable, "-m", "tools.tiny.speech.train", *map(str, arguments)], check=True)
-    model, found = Qwen2_5OmniForConditionalGeneration.from_pretrained(tmp_path / "asset", output_loading_info=True)
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert list(model.speaker_map) == ["Reader"]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    command = [sys.executable, "-m", "tools.tiny.speech.train", *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True, timeout=600, env=environment)
+    assert_loads_whole(tmp_path / "asset")

@@ -59,6 +59,7 @@ def thinker_config(vocabulary: int) -> Qwen2_5OmniThinkerConfig:
             "rope_parameters": rope(4, 6, 6),
             "tie_word_embeddings": False,
             "pad_token_id": PADDING,
+            "eos_token_id": ENDING,
         },
         vision_config={
             "depth": 1,

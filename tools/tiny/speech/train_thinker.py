@@ -56,7 +56,7 @@ def example(rng: random.Random, *, held_out: bool = False) -> tuple[str, str]:
     return chat_prompt(request(words, rng)), answer(words)
 
 
-def train_tokenizer(seed: int, num_examples: int = 40_000) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int, num_examples: int = 10_000) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that any text can be said, over a corpus in which every word of the world is one token; every
     figure stands alone.
     """
