@@ -131,13 +131,15 @@ def test_quick_activations_have_the_values_and_gradients_of_the_published_ones()
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5 * float(theirs.grad.abs().max()), rtol=1e-3)
 
 
-def test_distance_of_spectra_hears_pitch_and_loudness_but_no_delay() -> None:
-    wanted = tone(400)[None]
-    near = train_vocoder.spectra_distance(tone(400, num_samples=4830)[None, 30:], wanted)
-    louder = train_vocoder.spectra_distance(tone(400, amplitude=0.6)[None], wanted)
-    higher = train_vocoder.spectra_distance(tone(450)[None], wanted)
-    assert float(train_vocoder.spectra_distance(wanted, wanted)) == 0
-    assert 5 * near < louder < higher
+def test_distance_of_spectra_hears_pitch_loudness_and_jumps_of_phase_but_no_delay() -> None:
+    wanted = tone(400, num_samples=9600)[None]
+    delayed = tone(400, num_samples=9630)[None, 30:]
+    louder = tone(400, amplitude=0.6, num_samples=9600)[None]
+    higher = tone(450, num_samples=9600)[None]
+    jumping = torch.cat([wanted[:, start : start + HOP] * (-1) ** (start // HOP) for start in range(0, 9600, HOP)], 1)
+    found = [float(train_vocoder.spectra_distance(one, wanted)) for one in (wanted, delayed, louder, higher, jumping)]
+    assert found[0] == 0
+    assert 20 * found[1] < found[2] < found[3] < found[4]
 
 
 class Oracle(Qwen2_5OmniToken2WavDiTModel):

@@ -1,7 +1,7 @@
 """Trains the vocoder: transformers' BigVGAN of Qwen2.5-Omni, small, from log-mel spectrograms to samples.
 
-The loss is the distance of short-time spectra at several resolutions. What lies at the edges of a piece, where the
-vocoder lacks its context, is not judged.
+The loss is the distance of short-time spectra at several resolutions, of magnitudes and of how phases turn. What lies
+at the edges of a piece, where the vocoder lacks its context, is not judged.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniBigVGANConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavBigVGANModel
 
 from tools.tiny.muon import Optimizers
-from tools.tiny.speech.mel import HOP, log_mel
+from tools.tiny.speech.mel import HOP, SAMPLE_RATE, log_mel
 from tools.tiny.speech.quick_activation import with_quick_activations
 from tools.tiny.speech.recordings import Pieces, Recording, recordings
 from tools.tiny.training import Trainer
@@ -31,9 +30,10 @@ CONFIG = dict(
     upsample_kernel_sizes=[7, 8, 8, 11],
 )
 PIECE, EDGE = 54, 3  # frames; what is decoded next to an edge is not judged
-NOISE = 0.1  # the most, in logarithms of amplitudes
-STFT_SIZES = (128, 256, 512, 1024, 2048)
+NOISE = 0.05  # the most, in logarithms of amplitudes
+STFT_SIZES = (128, 256, 512, 1024, 2048, 4096)
 LOG_FLOOR = 3e-3
+TURNING_WEIGHT = 2.0
 
 
 def fresh_model() -> Qwen2_5OmniToken2WavBigVGANModel:
@@ -52,20 +52,40 @@ def fresh_model() -> Qwen2_5OmniToken2WavBigVGANModel:
 
 
 def spectra(samples: Tensor, size: int) -> Tensor:
-    """Magnitudes [B, size / 2 + 1, frames]; noise of deviation one has about one everywhere."""
+    """Complex [B, size / 2 + 1, frames]; noise of deviation one has the magnitude one or so everywhere."""
     window = torch.hann_window(size)
     found = torch.stft(samples, size, size // 4, window=window, center=False, return_complex=True)
-    return (torch.view_as_real(found).square().sum(-1) + 1e-9).sqrt() / window.square().sum().sqrt()
+    return found / window.square().sum().sqrt()
 
 
 def spectra_distance(decoded: Tensor, wanted: Tensor) -> Tensor:
-    """Of the logarithms and of the square roots of magnitudes, the mean over the resolutions. [B, n] each."""
+    """How far spectra are from each other, low frequencies counting more as they do in hearing; the mean over the
+    resolutions. [B, n] each. Compared are magnitudes, and how phases turn from frame to frame: magnitudes alone leave
+    a rough voice, whose harmonics lose their phase.
+    """
     distances = []
     for size in STFT_SIZES:
         ours, theirs = spectra(decoded, size), spectra(wanted, size)
-        logarithms = F.l1_loss((ours + LOG_FLOOR).log(), (theirs + LOG_FLOOR).log())
-        distances.append(logarithms + 4 * F.l1_loss(ours.sqrt(), theirs.sqrt()))
+        our_size, their_size = magnitudes(ours), magnitudes(theirs)
+        apart = (our_size / their_size).log().abs() + 4 * (our_size.sqrt() - their_size.sqrt()).abs()
+        turned = (turning(ours) - turning(theirs)).square().sum(-1).add(1e-8).sqrt()
+        hertz = torch.linspace(0, SAMPLE_RATE / 2, size // 2 + 1)[:, None]
+        weights = 1 / (1 + hertz / 700)
+        weights = weights / weights.mean()
+        distances.append((apart * weights).mean() + TURNING_WEIGHT * (turned * weights).mean())
     return torch.stack(distances).mean()
+
+
+def magnitudes(spectrum: Tensor) -> Tensor:
+    return (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt() + LOG_FLOOR
+
+
+def turning(spectrum: Tensor) -> Tensor:
+    """[B, F, T] -> [B, F, T - 1, 2]: by how much the phase of every band turns until the next frame, as a complex
+    number of the size of a magnitude's square root.
+    """
+    products = torch.view_as_real(spectrum[..., 1:] * spectrum[..., :-1].conj())
+    return products / (products.square().sum(-1, keepdim=True) + 1e-8) ** 0.375
 
 
 def decode(vocoder: Qwen2_5OmniToken2WavBigVGANModel, mel: Tensor) -> Tensor:
@@ -109,7 +129,7 @@ def train(folder: Path, num_steps: int, num_recordings: int, batch_size: int, le
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-speech/vocoder"))
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--recordings", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
