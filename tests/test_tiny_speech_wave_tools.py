@@ -138,7 +138,7 @@ def test_distance_of_spectra_hears_pitch_loudness_and_jumps_of_phase_but_no_dela
     higher = tone(450, num_samples=9600)[None]
     jumping = torch.cat([wanted[:, start : start + HOP] * (-1) ** (start // HOP) for start in range(0, 9600, HOP)], 1)
     found = [float(train_vocoder.spectra_distance(one, wanted)) for one in (wanted, delayed, louder, higher, jumping)]
-    assert found[0] == 0
+    assert found[0] < 1e-3
     assert 20 * found[1] < found[2] < found[3] < found[4]
 
 
