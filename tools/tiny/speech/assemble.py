@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from tools.tiny.speech import token2wav
-from tools.tiny.speech.shapes import ENDING, PADDING, READER
+from tools.tiny.speech.shapes import ENDING, PADDING, READER, thinker_config
 
 PROCESSOR = {  # as published: one file for images, videos and sounds
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -67,7 +67,7 @@ def joined(runs: Path) -> Qwen2_5OmniForConditionalGeneration:
     thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(runs / "thinker/thinker", dtype=torch.float32)
     talker = Qwen2_5OmniTalkerForConditionalGeneration.from_pretrained(runs / "talker/talker", dtype=torch.float32)
     config = Qwen2_5OmniConfig(
-        thinker_config=thinker.config.to_dict(),
+        thinker_config=thinker_config(thinker.config.text_config.vocab_size).to_dict(),
         talker_config=talker.config.to_dict(),
         token2wav_config=token2wav.config(),
     )
@@ -75,6 +75,5 @@ def joined(runs: Path) -> Qwen2_5OmniForConditionalGeneration:
     model.thinker.load_state_dict(thinker.state_dict())
     model.talker.load_state_dict(talker.state_dict())
     model.token2wav.load_state_dict(token2wav.trained(runs).state_dict())
-    for part in (model, model.thinker):
-        part.generation_config.update(eos_token_id=ENDING, pad_token_id=PADDING)
+    model.generation_config.update(eos_token_id=ENDING, pad_token_id=PADDING)
     return model
