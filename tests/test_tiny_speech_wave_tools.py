@@ -203,9 +203,12 @@ def test_batches_begin_with_a_whole_code() -> None:
 
 @needs_voice
 def test_a_quick_training_gives_parts_that_speak(tmp_path: Path) -> None:
-    codebook = Codebook.fit([one.mel for one in recordings(20, seed=0)])
-    train_vocoder.train(tmp_path / "vocoder", 2, 8, 1, 1e-3, seed=0)
+    data = recordings(20, seed=0)
+    codebook = Codebook.fit([one.mel for one in data])
     train_dit.train(tmp_path / "dit", codebook, 2, 4, 2, 1e-3, seed=0)
+    redrawn = train_dit.redrawn(data[:2], tmp_path / "dit", codebook, seed=0)
+    assert all(one.mel.shape == other.mel.shape for one, other in zip(redrawn, data, strict=False))
+    train_vocoder.train(tmp_path / "vocoder", data[:4] + redrawn, 2, 1, 1e-3, seed=0)
     model, voice = token2wav.trained(tmp_path), token2wav.voice(tmp_path)
     samples = token2wav.spoken(model, voice, torch.tensor([0, 5, 9, 0]), seed=1)
     assert samples.shape == (4 * 480,) and bool(samples.isfinite().all())

@@ -36,8 +36,8 @@ def main() -> None:
         "train_thinker": ["--folder", args.runs / "thinker"],
         "train_codes": ["--folder", args.runs],
         "train_talker": ["--folder", args.runs / "talker", "--thinker", args.runs / "thinker", *codebook],
-        "train_vocoder": ["--folder", args.runs / "vocoder"],
         "train_dit": ["--folder", args.runs / "dit", *codebook],
+        "train_vocoder": ["--folder", args.runs / "vocoder", "--dit", args.runs / "dit", *codebook],
     }
     for part, given in parts.items():
         command = [sys.executable, "-m", f"tools.tiny.speech.{part}", "--seed", str(args.seed), *map(str, given)]

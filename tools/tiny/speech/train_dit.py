@@ -7,10 +7,11 @@ sampler integrates it. A share of the rows has no condition: codes 0, a silent v
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniDiTConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavDiTModel
@@ -125,10 +126,19 @@ def loss(
 def sample(
     model: Qwen2_5OmniToken2WavDiTModel, codes: Tensor, voice: dict[str, Tensor], seed: int, num_points: int = 4
 ) -> Tensor:
-    """[n] -> [2 n, 80], by the published sampler at fewer points: ten are hardly better."""
+    """[n] -> [2 n, 80], by the published sampler at fewer points and without guidance: more is hardly better."""
     torch.manual_seed(seed)
-    found = model.sample(voice["cond"], voice["ref_mel"], codes[None], num_steps=num_points)
+    found = model.sample(voice["cond"], voice["ref_mel"], codes[None], num_steps=num_points, guidance_scale=0.0)
     return found[0].T.contiguous()
+
+
+def redrawn(data: list[Recording], folder: Path, codebook: Codebook, seed: int) -> list[Recording]:
+    """The recordings, their spectrograms as the model trained in `folder` makes them of their codes."""
+    model = Qwen2_5OmniToken2WavDiTModel(Qwen2_5OmniDiTConfig(**CONFIG))
+    model.load_state_dict(load_file(folder / "dit.safetensors"))
+    voice = load_file(folder / "speaker.safetensors")
+    mels = [sample(model, codebook.encode(one.mel), voice, seed + row) for row, one in enumerate(data)]
+    return [replace(one, mel=mel) for one, mel in zip(data, mels, strict=True)]
 
 
 def mel_error(model: nn.Module, data: list[Recording], codebook: Codebook, voice: dict[str, Tensor]) -> float:
@@ -174,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-speech/dit"))
     parser.add_argument("--codebook", type=Path, default=Path("runs/tiny-speech/codebook.safetensors"))
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--recordings", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)

@@ -1,7 +1,8 @@
 """Trains the vocoder: transformers' BigVGAN of Qwen2.5-Omni, small, from log-mel spectrograms to samples.
 
 The loss is the distance of short-time spectra at several resolutions, of magnitudes and of how phases turn. What lies
-at the edges of a piece, where the vocoder lacks its context, is not judged.
+at the edges of a piece, where the vocoder lacks its context, is not judged. Half of the spectrograms are those that the
+flow matching model makes of a recording's codes: such it will meet.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5O
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavBigVGANModel
 
 from tools.tiny.muon import Optimizers
+from tools.tiny.speech.codes import Codebook
 from tools.tiny.speech.mel import HOP, SAMPLE_RATE, log_mel
 from tools.tiny.speech.quick_activation import with_quick_activations
 from tools.tiny.speech.recordings import Pieces, Recording, recordings
+from tools.tiny.speech.train_dit import redrawn
 from tools.tiny.training import Trainer
 
 CONFIG = dict(
@@ -104,13 +107,15 @@ def mel_error(vocoder: Qwen2_5OmniToken2WavBigVGANModel, data: list[Recording]) 
     return float(torch.stack(errors).mean())
 
 
-def train(folder: Path, num_steps: int, num_recordings: int, batch_size: int, learning_rate: float, seed: int) -> None:
+def train(
+    folder: Path, data: list[Recording], num_steps: int, batch_size: int, learning_rate: float, seed: int
+) -> None:
     """The result is the folder's `vocoder.safetensors`."""
     torch.manual_seed(seed)
     vocoder = with_quick_activations(fresh_model())
     kernels = [name for name, parameter in vocoder.named_parameters() if parameter.ndim == 3]
     trainer = Trainer(folder, num_steps, vocoder, Optimizers(vocoder, learning_rate, 0.01, matrices=kernels))
-    pieces = Pieces(recordings(num_recordings, seed), PIECE, seed + trainer.run.step)
+    pieces = Pieces(data, PIECE, seed + trainer.run.step)
     held = recordings(4, seed, held_out=True)
     kept = slice(EDGE * HOP, (PIECE - EDGE) * HOP)
     while trainer.begin():
@@ -129,13 +134,17 @@ def train(folder: Path, num_steps: int, num_recordings: int, batch_size: int, le
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-speech/vocoder"))
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--recordings", type=int, default=800)
+    parser.add_argument("--dit", type=Path, default=Path("runs/tiny-speech/dit"))
+    parser.add_argument("--codebook", type=Path, default=Path("runs/tiny-speech/codebook.safetensors"))
+    parser.add_argument("--steps", type=int, default=1900)
+    parser.add_argument("--recordings", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.folder, args.steps, args.recordings, args.batch_size, args.learning_rate, args.seed)
+    data = recordings(args.recordings, args.seed)
+    data += redrawn(data, args.dit, Codebook.load(args.codebook), args.seed)
+    train(args.folder, data, args.steps, args.batch_size, args.learning_rate, args.seed)
 
 
 if __name__ == "__main__":
