@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-speech/talker"))
     parser.add_argument("--thinker", type=Path, default=Path("runs/tiny-speech/thinker"))
     parser.add_argument("--codebook", type=Path, default=Path("runs/tiny-speech/codebook.safetensors"))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--sentences", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
