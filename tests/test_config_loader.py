@@ -35,6 +35,7 @@ SHIPPED = {
     "tiny_image",
     "tiny_omni",
     "tiny_scene",
+    "tiny_speech",
     "z_image",
 }
 

@@ -1,0 +1,1 @@
+"""Trains and judges `vllm_omni/assets/tiny-speech`: a voice that reads out one to five words it knows."""
