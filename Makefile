@@ -1,4 +1,4 @@
-# make setup: a virtual environment with the package and its tools · make demo: three pictures · make test · make lint · make bench
+# make setup: a virtual environment with the package and its tools · make demo: pictures, sounds, speech · make test · make lint · make bench
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml setup.py
 
 demo: setup
 	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/tiny_speech.py "can you read out: 3 7 red?" -o out/demo/speech.wav
 
 test: setup
 	$(BIN)/python -m pytest --cov=vllm_omni --cov-fail-under=85
