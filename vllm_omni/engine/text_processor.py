@@ -5,7 +5,8 @@ Knows no model and no sampling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ class TextProcessor:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            with _only_errors_logged():
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    str(folder), local_files_only=True, trust_remote_code=False
+                )
         except Exception as error:  # the library raises whatever its parsers raise
             raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from error
         if (folder / TEMPLATE_FILE).is_file():
@@ -188,3 +192,18 @@ class TextStream:
         given = self.text[self._num_given : end]
         self._num_given = max(self._num_given, end)
         return given
+
+
+@contextmanager
+def _only_errors_logged() -> Iterator[None]:
+    """The library reads the model's configuration to find the tokenizer's class, and complains of what it finds there:
+    of a published talker's text tokens that they are no codes.
+    """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
