@@ -141,6 +141,12 @@ def test_an_example_of_speech_without_a_checkpoint_says_how_to_get_and_name_one(
     assert not list(tmp_path.iterdir())
 
 
+def test_tiny_speech_reads_out_what_it_is_asked_to(tmp_path: Path) -> None:
+    shown = succeed("tiny_speech.py", "say stop", "-o", "reply.wav", folder=tmp_path)
+    samples, rate = sound(tmp_path / "reply.wav")
+    assert rate == 24_000 and "wrote   stop" in shown and f"{samples / rate:.2f} s" in shown
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_example_has_a_test_and_says_how_it_is_run(path: Path) -> None:
     assert f'"{path.name}"' in Path(__file__).read_text(encoding="utf-8")

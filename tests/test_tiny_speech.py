@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_examples import sound, succeed
 from transformers import AutoTokenizer
 
 from tests.tiny_speech_helpers import assert_loads_whole
@@ -70,9 +68,3 @@ def test_speech_is_the_same_alone_in_a_crowd_and_in_pieces(omni: Omni) -> None:
     *parts, whole = omni.stream(prompts[1], DiffusionParams(seed=3))
     assert len([part for part in parts if part.audios]) > 1
     np.testing.assert_allclose(whole.audios[0].samples, crowd[1].audios[0].samples, atol=1e-4)
-
-
-def test_the_example_writes_a_file(tmp_path: Path) -> None:
-    shown = succeed("tiny_speech.py", "say stop", "-o", "reply.wav", folder=tmp_path)
-    samples, rate = sound(tmp_path / "reply.wav")
-    assert rate == 24_000 and "wrote   stop" in shown and f"{samples / rate:.2f} s" in shown
