@@ -1,4 +1,4 @@
-"""What all tests need: random-operation tests do not fail because the machine is busy (no deadlines, no complaints about
+"""What all tests need: random-operation tests do not fail because the machine is busy (no deadlines, no word about
 slow data), and an interrupt interrupts, also where a shell started the tests in the background.
 """
 
