@@ -68,7 +68,7 @@ def joined(runs: Path) -> Qwen2_5OmniForConditionalGeneration:
     talker = Qwen2_5OmniTalkerForConditionalGeneration.from_pretrained(runs / "talker/talker", dtype=torch.float32)
     config = Qwen2_5OmniConfig(
         thinker_config=thinker_config(thinker.config.text_config.vocab_size).to_dict(),
-        talker_config=talker.config.to_dict(),
+        talker_config={**talker.config.to_dict(), "_name_or_path": ""},
         token2wav_config=token2wav.config(),
     )
     model = Qwen2_5OmniForConditionalGeneration(config)
