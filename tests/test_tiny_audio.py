@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import pytest
 import torch
 from diffusers import AceStepPipeline
 
+from tests.training_helpers import assert_one_command_that_resumes
 from tools.tiny.audio import train
 from tools.tiny.audio.judge import judge
 from tools.tiny.audio.loose import request
@@ -183,21 +180,7 @@ def test_the_thinker_understands_held_out_requests(omni: Omni) -> None:
 
 def test_training_is_one_command_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way in a few steps, then once more without a result: only what is missing is made again."""
-    runs, asset = tmp_path / "runs", tmp_path / "asset"
-    arguments = ["--quick", "--runs", str(runs), "--asset", str(asset)]
-    command = [sys.executable, "-m", "tools.tiny.audio.train", *arguments]
-    subprocess.run(
-        command, check=True, capture_output=True, timeout=600, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}
-    )
-    weights = {path: path.read_bytes() for path in asset.rglob("*.safetensors")}
-    written = {path: path.stat().st_mtime_ns for path in [*runs.rglob("checkpoint.pt"), runs / "data.safetensors"]}
-    assert len(written) == 5 and weights
-    shutil.rmtree(asset)
-    shutil.rmtree(runs / "decoder")
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    train.main(arguments)
-    assert {path: path.read_bytes() for path in asset.rglob("*.safetensors")} == weights
-    assert [path for path, at in written.items() if path.stat().st_mtime_ns != at] == [runs / "decoder/checkpoint.pt"]
+    asset = assert_one_command_that_resumes(train, tmp_path, "decoder", 5, monkeypatch)
     with Omni("tiny_audio.yaml", model=str(asset), progress=False) as omni:
         output = omni.generate("a C4", DiffusionParams(num_inference_steps=1))[0]
     assert output.error is None and output.audios[0].duration_s == 2.0

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +11,7 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 
+from tests.training_helpers import assert_one_command_that_resumes
 from tools.tiny import train
 from tools.tiny.detect import detect
 from tools.tiny.evaluate import CASES, judge_case, prompts_for
@@ -137,21 +134,7 @@ def test_diffusers_draws_the_same_from_the_shipped_folder(image: Omni) -> None:
 
 def test_training_is_one_command_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way in a few steps, then once more without a result: only what is missing is made again."""
-    runs, asset = tmp_path / "runs", tmp_path / "asset"
-    arguments = ["--quick", "--runs", str(runs), "--asset", str(asset)]
-    command = [sys.executable, "-m", "tools.tiny.train", *arguments]
-    subprocess.run(
-        command, check=True, capture_output=True, timeout=300, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}
-    )
-    weights = {path: path.read_bytes() for path in asset.rglob("*.safetensors")}
-    written = {path: path.stat().st_mtime_ns for path in [*runs.rglob("checkpoint.pt"), runs / "data.safetensors"]}
-    assert len(written) == 4 and weights
-    shutil.rmtree(asset)
-    shutil.rmtree(runs / "image")
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    train.main(arguments)
-    assert {path: path.read_bytes() for path in asset.rglob("*.safetensors")} == weights
-    assert [path for path, at in written.items() if path.stat().st_mtime_ns != at] == [runs / "image/checkpoint.pt"]
+    asset = assert_one_command_that_resumes(train, tmp_path, "image", 4, monkeypatch)
     with Omni("tiny_scene.yaml", model=str(asset), progress=False) as omni:
         output = omni.generate("a red ball", DiffusionParams(num_inference_steps=1))[0]
     assert output.error is None and output.images[0].size == (128, 128)

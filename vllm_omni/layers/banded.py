@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_omni.utils.device import is_cpu
+
 MIN_BLOCK = 64
 MAX_SHORT_SCORES = 2**18  # of a row: up to so many, two float32 products on the CPU beat the blocks of flash attention
 MASKED_WINDOWS = 4  # rows of up to so many windows are faster with one mask over all of them than block by block
@@ -17,7 +19,7 @@ MASKED_WINDOWS = 4  # rows of up to so many windows are faster with one mask ove
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """[B, H, q, d], [B, K, k, d] twice, bool mask [B, 1, q, k] -> [B, H, q, d]."""
     scores_of_row = query.shape[1] * query.shape[2] * key.shape[2]
-    if mask is None and query.is_cpu and query.dtype == torch.float32 and scores_of_row <= MAX_SHORT_SCORES:
+    if mask is None and is_cpu(query.device) and query.dtype == torch.float32 and scores_of_row <= MAX_SHORT_SCORES:
         return short_attention(query, key, value)
     grouped_queries = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped_queries)

@@ -24,6 +24,7 @@ from torch import Tensor
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
 from vllm_omni.models.oobleck_layers import folded, laid_out
 from vllm_omni.utils.checks import check_number
+from vllm_omni.utils.device import is_cpu
 from vllm_omni.utils.files import read_json
 
 MAX_ACTIVATION_BYTES = 2**27  # of the widest layer of a chunk; a few of these live at once
@@ -109,7 +110,7 @@ class Oobleck:
         weight = self.decoder.conv2.weight
         self._device, self._dtype = weight.device, weight.dtype
         self.frames_of_chunk = _frames_of_chunk(vae, max_activation_bytes)
-        tile_bytes = TILE_BYTES if weight.is_cpu else max_activation_bytes
+        tile_bytes = TILE_BYTES if is_cpu(weight.device) else max_activation_bytes
         self.samples_of_tile = max(1, tile_bytes // (vae.config.decoder_channels * weight.element_size()))
 
     @classmethod
@@ -132,7 +133,7 @@ class Oobleck:
         folded(vae)
         for part in (vae.encoder, vae.decoder):
             part.to(device=device, dtype=dtype).requires_grad_(False).eval()
-        return cls(laid_out(vae) if device.type == "cpu" else vae)
+        return cls(laid_out(vae) if is_cpu(device) else vae)
 
     def num_pieces(self, num_frames: int) -> int:
         """How many pieces `decode` gives."""

@@ -41,9 +41,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def is_cpu(device: torch.device) -> bool:
+    """Whether a processor with its caches computes, no accelerator."""
+    return device.type == "cpu"
+
+
 def multiplies_with_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN is the faster one at products with weights of this dtype."""
-    is_x86_cpu = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    is_x86_cpu = is_cpu(device) and platform.machine() in ("x86_64", "AMD64")
     return is_x86_cpu and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
 
 
