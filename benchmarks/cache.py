@@ -1,7 +1,7 @@
 """Step caches on the shipped picture model: pictures per second and the share judged right, against fewer steps without
 one.
 
-The detector of tools/tiny is the judge. A second table shows what a known prompt with a new seed saves.
+The detector of tools/tiny/image is the judge. A second table shows what a known prompt with a new seed saves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CACHED_STEPS = (9, 20, 30)
 
 
 def prompts(count: int) -> list[tuple[str, Any]]:
-    from tools.tiny.evaluate import CASES, prompts_for
+    from tools.tiny.image.evaluate import CASES, prompts_for
 
     cases = [case for case in CASES if not case.is_loose]
     return in_turn([prompts_for(case, -(-count // len(cases)), seed=1000) for case in cases], count)
@@ -28,7 +28,7 @@ def prompts(count: int) -> list[tuple[str, Any]]:
 def is_right(output: Any, scene: Any) -> bool:
     import numpy as np
 
-    from tools.tiny import judge
+    from tools.tiny.image import judge
 
     return judge.is_right(np.asarray(output.images[0]), scene)
 
@@ -61,7 +61,7 @@ def run(options: Options, limits: Limits | None = None) -> Report:
             Table(f"Step caches, {count} pictures each", columns, [cells(variant, variants) for variant in variants]),
             Table("One picture, s", ("prompt", "wall time", "text stage skipped"), embeds),
         ],
-        notes=["Judged by the detector of tools/tiny: single objects, pairs, three objects, unseen pairs."],
+        notes=["Judged by the detector of tools/tiny/image: single objects, pairs, three objects, unseen pairs."],
         figures={"variants": [variant.figures() for variant in variants], "prompt_embeds": embeds},
     )
 

@@ -32,8 +32,8 @@ class Decoder:
         import torch
         from diffusers import AutoencoderOobleck
 
-        from vllm_omni.models.oobleck import Oobleck
-        from vllm_omni.models.oobleck_layers import folded, laid_out
+        from vllm_omni.models.ace_step.oobleck import Oobleck
+        from vllm_omni.models.ace_step.oobleck_layers import folded, laid_out
         from vllm_omni.utils.device import DTYPES
 
         torch.manual_seed(0)

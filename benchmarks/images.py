@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.limits import Limits
 from benchmarks.measure import Options, Report, Table
 from benchmarks.sides import SideProcess, duels
-from tools.tiny.world import canonical, sample_scene
+from tools.tiny.image.world import canonical, sample_scene
 
 CONFIG = "tiny_image.yaml"
 FOLDER = "asset://tiny-image"

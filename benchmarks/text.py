@@ -93,7 +93,7 @@ class Transformers:
         from transformers import AutoTokenizer, Qwen3ForCausalLM
         from transformers.utils import logging
 
-        from vllm_omni.engine.text_processor import find_tokenizer
+        from vllm_omni.engine.ar.tokenizer import find_tokenizer
         from vllm_omni.utils.files import resolve_model_folder
 
         logging.disable_progress_bar()

@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_omni.audio import Audio
     from vllm_omni.entrypoints.async_omni import AsyncOmni
     from vllm_omni.entrypoints.omni import Omni
+    from vllm_omni.media.audio import Audio
     from vllm_omni.params import DiffusionParams, SamplingParams
     from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus, create_text_request
 
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncOmni": "vllm_omni.entrypoints.async_omni",
-    "Audio": "vllm_omni.audio",
+    "Audio": "vllm_omni.media.audio",
     "DiffusionParams": "vllm_omni.params",
     "Omni": "vllm_omni.entrypoints.omni",
     "OmniOutput": "vllm_omni.request",

@@ -77,9 +77,9 @@ class SamplingParams(StageParams):
             object.__setattr__(self, "stop", stop)
         for name in ("stop_token_ids", "logit_bias"):
             for token in getattr(self, name) or ():
-                _raise_if(check_number(name, token, 0, integer=True))
+                check_number(name, token, 0, integer=True, raises=InvalidRequestError)
         for token, bias in (self.logit_bias or {}).items():
-            _raise_if(check_number(f"logit_bias[{token}]", bias, -1e9, 1e9))
+            check_number(f"logit_bias[{token}]", bias, -1e9, 1e9, raises=InvalidRequestError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,16 +151,11 @@ _DIFFUSION_RANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def _raise_if(complaint: str | None) -> None:
-    if complaint:
-        raise InvalidRequestError(complaint)
-
-
 def _check_numbers(params: StageParams, ranges: Mapping[str, Mapping[str, Any]]) -> None:
     for name, limits in ranges.items():
         value = getattr(params, name)
         if value is not None:
-            _raise_if(check_number(name, value, **limits))
+            check_number(name, value, **limits, raises=InvalidRequestError)
 
 
 def _check_bools(params: StageParams, names: Sequence[str]) -> None:
@@ -172,7 +167,7 @@ def _check_bools(params: StageParams, names: Sequence[str]) -> None:
 
 def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
     for index, sigma in enumerate(sigmas):
-        _raise_if(check_number(f"sigmas[{index}]", sigma, 0, 1, above_low=True))
+        check_number(f"sigmas[{index}]", sigma, 0, 1, above_low=True, raises=InvalidRequestError)
     if not sigmas or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
         raise InvalidRequestError(f"sigmas: got {list(sigmas)!r}, expected a descending list of numbers in (0, 1]")
     return tuple(float(sigma) for sigma in sigmas)

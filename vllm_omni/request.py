@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from vllm_omni.audio import Audio
+    from vllm_omni.media.audio import Audio
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
@@ -78,9 +78,7 @@ class OmniRequest:
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise InvalidRequestError(f"negative_prompt: got {type(self.negative_prompt).__name__}, expected a string")
         if self.timeout_s is not None:
-            complaint = check_number("timeout_s", self.timeout_s, 0, above_low=True)
-            if complaint:
-                raise InvalidRequestError(complaint)
+            check_number("timeout_s", self.timeout_s, 0, above_low=True, raises=InvalidRequestError)
         object.__setattr__(self, "fields", _checked_fields(self.fields))
 
     @classmethod
@@ -129,9 +127,7 @@ def _check_prompt(prompt: object) -> None:
                 raise InvalidRequestError(f"prompt[{index}]: got the keys {keys}, expected 'role' and 'content'")
         return
     for index, token in enumerate(prompt):
-        complaint = check_number(f"prompt[{index}]", token, 0, integer=True)
-        if complaint:
-            raise InvalidRequestError(complaint + " (a token id)")
+        check_number(f"prompt[{index}]", token, 0, integer=True, raises=InvalidRequestError, hint=" (a token id)")
 
 
 def _checked_fields(fields: object) -> dict[str, Any]:
@@ -246,7 +242,7 @@ class OmniOutput:
         InvalidRequestError for another suffix and for an output without such times, OSError when the file cannot be
         written.
         """
-        from vllm_omni.utils.timeline_plot import draw_timeline
+        from vllm_omni.utils.plots.timeline_plot import draw_timeline
 
         if not self.finished or not self.metrics:
             raise InvalidRequestError(

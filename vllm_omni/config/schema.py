@@ -91,18 +91,11 @@ class StreamConfig:
         return max(self.first_chunk, self.chunk, self.max_chunk or 0)
 
     def __post_init__(self) -> None:
-        complaints = [
-            check_number("first_chunk", self.first_chunk, 1, integer=True),
-            check_number("chunk", self.chunk, 1, integer=True),
-            None if self.max_chunk is None else check_number("max_chunk", self.max_chunk, self.chunk, integer=True),
-            check_number("left_context", self.left_context, 0, integer=True),
-            check_number("look_ahead", self.look_ahead, 0, integer=True),
-            check_number("max_ahead", self.max_ahead, 1, integer=True),
-            check_number("chunk_timeout_s", self.chunk_timeout_s, 0, above_low=True),
-        ]
-        for complaint in complaints:
-            if complaint:
-                raise ConfigError(complaint)
+        for name, low in {"first_chunk": 1, "chunk": 1, "left_context": 0, "look_ahead": 0, "max_ahead": 1}.items():
+            check_number(name, getattr(self, name), low, integer=True, raises=ConfigError)
+        if self.max_chunk is not None:
+            check_number("max_chunk", self.max_chunk, self.chunk, integer=True, raises=ConfigError)
+        check_number("chunk_timeout_s", self.chunk_timeout_s, 0, above_low=True, raises=ConfigError)
         least = self.largest_chunk + self.look_ahead
         if self.max_ahead < least:
             raise ConfigError(
@@ -193,43 +186,40 @@ class OmniConfig:
 
     def validate(self) -> None:
         """Checks every number; raises ConfigError with the key, what it got and what was expected."""
-        complaints = [
-            check_number("resources.max_memory_gb", self.max_memory_gb, 0, above_low=True),
-            check_number("resources.max_gpu_utilization", self.max_gpu_utilization, 0, 1, above_low=True),
-            check_number("scheduler.request_timeout_s", self.request_timeout, 0, above_low=True),
-            check_number("scheduler.worker_timeout_s", self.worker_timeout, 0, above_low=True),
-            check_number("scheduler.max_queue_size", self.scheduler.max_queue_size, 1, integer=True),
-            check_number("scheduler.max_running", self.scheduler.max_running, 1, integer=True),
-            check_number("dit_cache.max_memory_mb", self.dit_cache.max_memory_mb, 0),
-            check_number("dit_cache.prompt_embeds_mb", self.dit_cache.prompt_embeds_mb, 0),
-            check_number("limits.max_prompt_chars", self.limits.max_prompt_chars, 1, integer=True),
-            check_number("limits.max_pixels", self.limits.max_pixels, 1, integer=True),
-            check_number("limits.max_inference_steps", self.limits.max_inference_steps, 1, integer=True),
-            check_number("limits.max_guidance_scale", self.limits.max_guidance_scale, 0),
-            check_number("limits.max_outputs", self.limits.max_outputs, 1, integer=True),
-            check_number("limits.max_duration_s", self.limits.max_duration_s, 0, above_low=True),
-            check_number("limits.max_audio_s", self.limits.max_audio_s, 0, above_low=True),
-            check_number("limits.max_audio_mb", self.limits.max_audio_mb, 0, above_low=True),
-            check_number("limits.max_image_pixels", self.limits.max_image_pixels, 1, integer=True),
-            check_number("limits.max_images", self.limits.max_images, 0, integer=True),
-            check_number("limits.max_video_s", self.limits.max_video_s, 0, above_low=True),
-            check_number("limits.max_video_frames", self.limits.max_video_frames, 1, integer=True),
-            check_number("limits.max_video_mb", self.limits.max_video_mb, 0, above_low=True),
-        ]
+        check_number("resources.max_memory_gb", self.max_memory_gb, 0, above_low=True, raises=ConfigError)
+        check_number(
+            "resources.max_gpu_utilization", self.max_gpu_utilization, 0, 1, above_low=True, raises=ConfigError
+        )
+        check_number("scheduler.request_timeout_s", self.request_timeout, 0, above_low=True, raises=ConfigError)
+        check_number("scheduler.worker_timeout_s", self.worker_timeout, 0, above_low=True, raises=ConfigError)
+        check_number("scheduler.max_queue_size", self.scheduler.max_queue_size, 1, integer=True, raises=ConfigError)
+        check_number("scheduler.max_running", self.scheduler.max_running, 1, integer=True, raises=ConfigError)
+        check_number("dit_cache.max_memory_mb", self.dit_cache.max_memory_mb, 0, raises=ConfigError)
+        check_number("dit_cache.prompt_embeds_mb", self.dit_cache.prompt_embeds_mb, 0, raises=ConfigError)
+        check_number("limits.max_prompt_chars", self.limits.max_prompt_chars, 1, integer=True, raises=ConfigError)
+        check_number("limits.max_pixels", self.limits.max_pixels, 1, integer=True, raises=ConfigError)
+        check_number("limits.max_inference_steps", self.limits.max_inference_steps, 1, integer=True, raises=ConfigError)
+        check_number("limits.max_guidance_scale", self.limits.max_guidance_scale, 0, raises=ConfigError)
+        check_number("limits.max_outputs", self.limits.max_outputs, 1, integer=True, raises=ConfigError)
+        check_number("limits.max_duration_s", self.limits.max_duration_s, 0, above_low=True, raises=ConfigError)
+        check_number("limits.max_audio_s", self.limits.max_audio_s, 0, above_low=True, raises=ConfigError)
+        check_number("limits.max_audio_mb", self.limits.max_audio_mb, 0, above_low=True, raises=ConfigError)
+        check_number("limits.max_image_pixels", self.limits.max_image_pixels, 1, integer=True, raises=ConfigError)
+        check_number("limits.max_images", self.limits.max_images, 0, integer=True, raises=ConfigError)
+        check_number("limits.max_video_s", self.limits.max_video_s, 0, above_low=True, raises=ConfigError)
+        check_number("limits.max_video_frames", self.limits.max_video_frames, 1, integer=True, raises=ConfigError)
+        check_number("limits.max_video_mb", self.limits.max_video_mb, 0, above_low=True, raises=ConfigError)
         for name, weight in self.scheduler.priority_weights.items():
-            complaints.append(check_number(f"scheduler.priority_weights.{name}", weight, 0, above_low=True))
-        complaints.append(_check_policy(self.scheduler.policy))
+            check_number(f"scheduler.priority_weights.{name}", weight, 0, above_low=True, raises=ConfigError)
+        _check_policy(self.scheduler.policy)
         if "normal" not in self.scheduler.priority_weights:
-            complaints.append("scheduler.priority_weights: 'normal' is missing; requests that name no priority have it")
-        for complaint in complaints:
-            if complaint:
-                raise ConfigError(complaint)
+            raise ConfigError("scheduler.priority_weights: 'normal' is missing; requests that name no priority have it")
 
 
-def _check_policy(policy: object) -> str | None:
+def _check_policy(policy: object) -> None:
     known = registry.names("scheduling policy")
-    if policy in known:
-        return None
-    near = did_you_mean(policy, known) if isinstance(policy, str) else ""
-    hint = near if near.startswith(" (did") else ""
-    return f"scheduler.policy: got {brief(policy)}, expected one of {', '.join(map(repr, known))}{hint}"
+    if policy not in known:
+        near = did_you_mean(policy, known) if isinstance(policy, str) else ""
+        hint = near if near.startswith(" (did") else ""
+        expected = ", ".join(map(repr, known))
+        raise ConfigError(f"scheduler.policy: got {brief(policy)}, expected one of {expected}{hint}")

@@ -1,98 +1,31 @@
-"""The contract of a stage engine, the task it is given and the events it returns.
+"""The two contracts of a stage kind: StageSpec is all that is known before anything is loaded, StageEngine what runs.
 
-A stage kind is one subclass of StageEngine and one row in the registry. An engine is single-threaded, never sleeps,
-and never knows of other stages. A failure of one task is a `StageFailed` event for it alone; only a broken engine
-raises from `step`.
+A stage kind is a subclass of each and one row in the registry, which names the spec. Admission, the planner and
+`vllm-omni check` know specs alone. An engine is single-threaded, never sleeps, and never knows of other stages.
 """
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.errors import OmniError, StageError
+from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, OmniConfig, StageConfig
+from vllm_omni.errors import ConfigError, StageError
+from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.params import StageParams
-from vllm_omni.payload import StagePayload, StageSignature, StreamChunk
+from vllm_omni.payload import StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
-from vllm_omni.utils.files import resolve_model_folder
+from vllm_omni.utils.files import ModelFolders
 
 if TYPE_CHECKING:
-    from torch import Tensor, device, dtype
+    from torch import device, dtype
 
-    from vllm_omni.models.pool import ModelPool
-
-
-@dataclass(frozen=True, slots=True)
-class StageTask:
-    """One request's work in one stage: the parameters have their defaults; inputs are complete, but for the ports that
-    its signature lists as streamed: those hold their first StreamChunk, and `StageEngine.feed` brings the others.
-    """
-
-    request: OmniRequest
-    stage: str
-    params: StageParams
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-
-@dataclass(frozen=True, slots=True)
-class StageProgress:
-    """`step` of `num_steps` is done. `text` is what an AR stage has newly written."""
-
-    request_id: str
-    step: int
-    num_steps: int
-    text: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class StageRows:
-    """New rows [n, ...] of a streamed output port, in order. is_last: the port is complete, though the stage may go on;
-    what StageDone finds open is complete then. meta: as in the payload, where a reader needs it (a sample rate).
-    """
-
-    request_id: str
-    port: str
-    rows: Tensor
-    is_last: bool = False
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class StageTook:
-    """The task has used up one more chunk of a streamed input; its writer may go on."""
-
-    request_id: str
-    port: str
-
-
-@dataclass(frozen=True, slots=True)
-class StageDone:
-    """The task is finished. `metrics` are counts for the caller: steps, tokens, cache_hits, ..."""
-
-    payload: StagePayload
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def request_id(self) -> str:
-        return self.payload.request_id
-
-
-@dataclass(frozen=True, slots=True)
-class StageFailed:
-    """The task ended without a result; the others go on."""
-
-    request_id: str
-    error: OmniError
-
-
-StageEvent = StageProgress | StageRows | StageTook | StageDone | StageFailed
+    from vllm_omni.worker.background import Background
+    from vllm_omni.worker.model_pool import ModelPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,83 +43,104 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineContext:
-    """What an engine is given besides its own config. `wanted`: the output ports that somebody reads whole;
-    `streamed`: those that somebody reads row by row. Others cost nothing.
-    """
+class ReadPorts:
+    """The output ports of a stage that somebody reads; the others cost nothing."""
 
-    config: OmniConfig
+    whole: frozenset[str] = frozenset()  # when the stage is done
+    streamed: frozenset[str] = frozenset()  # row by row, as they are made
+
+    def __contains__(self, port: str) -> bool:
+        return port in self.whole or port in self.streamed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineContext:
+    """What an engine is given besides its spec."""
+
     device: device
     dtype: dtype
-    models: ModelPool
-    wanted: frozenset[str]
-    streamed: frozenset[str] = frozenset()
+    models: ModelPool  # loaded models, shared by the stages of this process
+    background: Background  # threads for work that needs no model, such as decoding media
+    reads: ReadPorts = field(default_factory=ReadPorts)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    dit_cache: DiTCacheConfig = field(default_factory=DiTCacheConfig)
 
 
-class StageEngine(ABC):
-    """Hosts one stage. Constructing it loads the weights.
-
-    options_type: frozen dataclass of the kind's own YAML keys. params_type: the params class that requests use for it.
+class StageSpec(ABC):
+    """All that is known of one stage before it is loaded. Made once, when the config is; reads configuration files and
+    safetensors headers, never weights. Safe to ask from any thread.
     """
 
-    options_type: ClassVar[type]
-    params_type: ClassVar[type[StageParams]]
+    options_type: ClassVar[type]  # frozen dataclass of the kind's own YAML keys
+    params_type: ClassVar[type[StageParams]]  # what requests use for it
+
+    stage: StageConfig
+    signature: StageSignature
+    request_keys: frozenset[str] = frozenset()  # the keys of `OmniRequest.fields` that it reads and answers for
+    reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
 
     @classmethod
+    def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> StageSpec:
+        """The spec of one stage; ConfigError, without the stage's name, for what is wrong with it."""
+        return cls(stage, config, folders)
+
     @abstractmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        """The stage's ports; reads configuration files, never weights."""
+    def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
+        """Resolves the model folder and reads its configuration: nobody does either again."""
 
-    @classmethod
     @abstractmethod
-    def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
-        """What the stage will hold; reads configuration files and safetensors headers, never weights."""
+    def plan_memory(self) -> MemoryPlan:
+        """What the stage will hold."""
 
-    @classmethod
-    def weights_key(cls, stage: StageConfig) -> tuple[str, ...]:
+    @abstractmethod
+    def weights_key(self) -> tuple[str, ...]:
         """What two stages must have in common to share their weights."""
-        folder = "" if stage.model is None else str(resolve_model_folder(stage.model).resolve())
-        return (stage.kind, folder or f"of {stage.name} alone")
 
-    @classmethod
-    def needed_inputs(cls, stage: StageConfig, request: OmniRequest, params: StageParams) -> frozenset[str]:
-        """The input ports that a request (its parameters have their defaults) reads; others are not computed
-        for it.
+    @abstractmethod
+    def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> Any:
+        """What the request means to this stage (tokens, media plans), kept for its task; InvalidRequestError (or
+        ResourceError) for a request that the stage could not run. params: with their defaults.
         """
-        return frozenset(stage.inputs)
 
-    @classmethod
-    def request_keys(cls, stage: StageConfig) -> frozenset[str]:
-        """The keys of `OmniRequest.fields` that the stage reads; `check` answers for their values."""
-        return frozenset()
+    @abstractmethod
+    def load(self, context: EngineContext) -> StageEngine:
+        """The engine, its weights loaded."""
 
-    @classmethod
-    def reads_params(cls, stage: StageConfig) -> bool:
-        """Whether the stage looks at its parameters; a request that sets some which no stage reads is refused."""
-        return True
+    def needed_inputs(self, request: OmniRequest, params: StageParams) -> frozenset[str]:
+        """The connected input ports that a request reads; others are not computed for it."""
+        return frozenset(self.stage.inputs)
 
-    @classmethod
-    def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
+    def cache_key(self, task: StageTask) -> str | None:
         """A key under which the payload of this task may serve later requests, or None where it must be computed."""
         return None
 
-    @classmethod
-    def note(cls, stage: StageConfig) -> str:
+    def job_size(self, request: OmniRequest, params: StageParams, prepared: Any) -> float:
+        """Rough seconds-like size of the task for shortest-job-first; only the order matters. prepared: of `check`."""
+        return 1.0
+
+    def note(self) -> str:
         """What `vllm-omni check` should say of the stage besides ports and memory; empty for nothing."""
         return ""
 
-    @abstractmethod
-    def __init__(self, stage: StageConfig, context: EngineContext) -> None: ...
 
-    @abstractmethod
-    def check(self, request: OmniRequest, params: StageParams) -> None:
-        """Raises InvalidRequestError (or ResourceError) for a request that this stage could not run; called
-        before any work.
-        """
+class Activity(enum.Enum):
+    """What a stage could do now."""
+
+    BUSY = "busy"  # a step would do something
+    PENDING = "pending"  # something that runs elsewhere (a file being decoded) will wake it
+    IDLE = "idle"  # nothing, until it is given a task, a chunk or the end of a pause
+
+
+class StageEngine(ABC):
+    """Runs one stage. A failure of one task is a `StageFailed` event for it alone; only a broken engine raises from
+    `step`.
+    """
 
     @abstractmethod
     def submit(self, task: StageTask) -> None:
-        """Takes a task in; whatever is wrong with it comes back as a StageFailed event."""
+        """Takes a task in and returns at once: reading media, encoding and the like are work of later steps. Whatever
+        is wrong with it comes back as a StageFailed event.
+        """
 
     def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
         """The next chunk of a streamed input of a task that runs; what is wrong with it comes back as StageFailed."""
@@ -206,19 +160,22 @@ class StageEngine(ABC):
 
     @abstractmethod
     def abort(self, request_id: str) -> None:
-        """Forgets a task and frees all it held; unknown ids are fine. No event follows."""
+        """Drops a task and frees all it held; unknown ids are fine. No event follows."""
 
     @abstractmethod
-    def has_work(self) -> bool:
+    def activity(self) -> Activity:
         """Whether `step` has something to do; tasks that wait for a chunk or are paused are nothing to do."""
 
-    def job_size(self, request: OmniRequest, params: StageParams) -> float:
-        """Rough seconds-like size of the task for shortest-job-first; only the order matters."""
-        return 1.0
-
-    def get_stats(self) -> dict[str, Any]:
+    def get_stats(self) -> Mapping[str, Any]:
         """Counters and gauges for monitoring."""
         return {}
 
     def check_integrity(self) -> None:
         """Raises when an internal invariant is broken; cheap, for tests and idle moments."""
+
+
+def model_folder(stage: StageConfig, folders: ModelFolders, expected: str) -> Path:
+    """The stage's `model`, resolved; ConfigError where it names none. expected: what the folder should hold."""
+    if stage.model is None:
+        raise ConfigError(f"model: missing; expected {expected}")
+    return folders.resolve(stage.model)

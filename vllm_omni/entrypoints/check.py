@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.schema import OmniConfig, StreamConfig
-from vllm_omni.core.resources import GIB, MIB, format_bytes
+from vllm_omni.core.routing.budgets import GIB, MIB, format_bytes
 from vllm_omni.engine.base import MemoryPlan, StageEngine
 from vllm_omni.entrypoints.text_table import aligned
 from vllm_omni.registry import resolve

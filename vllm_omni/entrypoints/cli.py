@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_omni import __version__
 from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.request import TEXT_KEYS
-from vllm_omni.utils.checks import check_number
+from vllm_omni.utils.checks import number_complaint
 
 if TYPE_CHECKING:
     from vllm_omni.config.schema import OmniConfig
@@ -185,7 +185,7 @@ def _input_value(text: str) -> str | float:
         value: str | float = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    is_taken = isinstance(value, str) or check_number("", value) is None
+    is_taken = isinstance(value, str) or number_complaint("", value) is None
     return value if is_taken else text
 
 

@@ -8,7 +8,7 @@ from torch import device as Device
 
 from vllm_omni import registry
 from vllm_omni.config.schema import OmniConfig
-from vllm_omni.core.resources import GIB, MIB, MemoryBudget
+from vllm_omni.core.routing.budgets import GIB, MIB, MemoryBudget
 from vllm_omni.engine.base import MemoryPlan, StageEngine
 from vllm_omni.utils.device import resolve_device, resolve_dtype, total_memory_bytes
 

@@ -13,8 +13,8 @@ from typing import Any
 from vllm_omni import registry
 from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.core.omni_scheduler import OmniScheduler
-from vllm_omni.core.orders import Feed, Launch, Order, Pause
+from vllm_omni.core.routing.omni_scheduler import OmniScheduler
+from vllm_omni.core.routing.orders import Feed, Launch, Order, Pause
 from vllm_omni.engine.base import (
     EngineContext,
     StageDone,
@@ -27,15 +27,15 @@ from vllm_omni.engine.base import (
     StageTook,
 )
 from vllm_omni.engine.boundary import stage_boundary
-from vllm_omni.engine.output_processor import PartialOutputs, make_output
+from vllm_omni.engine.output import PartialOutputs, make_output
 from vllm_omni.errors import OmniError, SchedulerError, StageError
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.executor.memory import plan_memory, reserve_memory
-from vllm_omni.executor.request_planner import RequestPlanner
+from vllm_omni.executor.planner import RequestPlanner
 from vllm_omni.executor.stage_host import StageHost
-from vllm_omni.models.pool import ModelPool
 from vllm_omni.request import OmniOutput, OmniRequest
 from vllm_omni.utils.device import resolve_device, resolve_dtype
+from vllm_omni.worker.model_pool import ModelPool
 
 
 class OmniExecutor:

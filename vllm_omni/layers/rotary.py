@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
-from vllm_omni.utils.checks import check_number
+from vllm_omni.utils.checks import number_complaint
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -72,7 +72,7 @@ def _section_axes(sections: object, head_dim: int) -> Tensor | None:
     if sections is None:
         return None
     sizes = list(sections) if isinstance(sections, Sequence) and not isinstance(sections, str) else []
-    is_wrong = len(sizes) != 3 or any(check_number("", size, 0, integer=True) for size in sizes)
+    is_wrong = len(sizes) != 3 or any(number_complaint("", size, 0, integer=True) for size in sizes)
     if is_wrong or 2 * sum(sizes) != head_dim:
         raise ConfigError(
             f"rope_parameters.mrope_section: got {sections!r}, expected three counts that sum to {head_dim // 2}, "

@@ -8,8 +8,27 @@ import numbers
 from collections.abc import Iterable
 from typing import SupportsFloat, SupportsInt, cast
 
+from vllm_omni.errors import OmniError
+
 
 def check_number(
+    where: str,
+    value: object,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    raises: type[OmniError],
+    integer: bool = False,
+    above_low: bool = False,
+    hint: str = "",
+) -> None:
+    """Raises unless `value` is a finite number (no bool) in [low, high], or (low, high]. hint: ends the message."""
+    complaint = number_complaint(where, value, low, high, integer=integer, above_low=above_low)
+    if complaint:
+        raise raises(complaint + hint)
+
+
+def number_complaint(
     where: str,
     value: object,
     low: float | None = None,

@@ -20,37 +20,59 @@ def assets_folder() -> Path:
     return Path(str(files("vllm_omni"))) / "assets"
 
 
-def resolve_model_folder(model: str) -> Path:
-    """A folder, `asset://name[/sub]` of the package, or a hub id `owner/name[/sub]` -> a local folder that exists."""
-    if model.startswith(ASSET_SCHEME):
-        folder = assets_folder() / model.removeprefix(ASSET_SCHEME)
-        shipped = [path.name for path in assets_folder().glob("*") if path.is_dir()]
-        if not folder.resolve().is_relative_to(assets_folder().resolve()) or not folder.is_dir():
-            raise ConfigError(f"model: got {model!r}, which does not ship{did_you_mean(folder.name, shipped)}")
+class ModelFolders:
+    """Resolves what configs call a model to local folders, each hub repository once."""
+
+    def __init__(self) -> None:
+        self._hub_roots: dict[str, Path] = {}
+
+    def resolve(self, model: str) -> Path:
+        """A folder, `asset://name[/sub]` of the package, or a hub id `owner/name[/sub]` -> a local folder that exists;
+        ConfigError where there is none.
+        """
+        if model.startswith(ASSET_SCHEME):
+            return _asset_folder(model)
+        if Path(model).expanduser().is_dir():
+            return Path(model).expanduser()
+        return self._hub_folder(model)
+
+    def _hub_folder(self, model: str) -> Path:
+        parts = model.split("/")
+        if len(parts) < 2 or model.startswith(("/", ".", "~")):
+            raise ConfigError(
+                f"model: got {model!r}, expected a folder that exists, a hub id 'owner/name' or 'asset://name'"
+            )
+        repository = "/".join(parts[:2])
+        if repository not in self._hub_roots:
+            self._hub_roots[repository] = _download(repository, model)
+        folder = self._hub_roots[repository].joinpath(*parts[2:])
+        if not folder.is_dir():
+            raise ConfigError(f"model: got {model!r}, but {repository} has no folder {'/'.join(parts[2:])!r}")
         return folder
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
-    return _hub_folder(model)
 
 
-def _hub_folder(model: str) -> Path:
-    parts = model.split("/")
-    if len(parts) < 2 or model.startswith(("/", ".", "~")):
-        raise ConfigError(
-            f"model: got {model!r}, expected a folder that exists, a hub id 'owner/name' or 'asset://name'"
-        )
+def resolve_model_folder(model: str) -> Path:
+    """One model's folder; see `ModelFolders.resolve`."""
+    return ModelFolders().resolve(model)
+
+
+def _asset_folder(model: str) -> Path:
+    folder = assets_folder() / model.removeprefix(ASSET_SCHEME)
+    shipped = [path.name for path in assets_folder().glob("*") if path.is_dir()]
+    if not folder.resolve().is_relative_to(assets_folder().resolve()) or not folder.is_dir():
+        raise ConfigError(f"model: got {model!r}, which does not ship{did_you_mean(folder.name, shipped)}")
+    return folder
+
+
+def _download(repository: str, model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        root = Path(snapshot_download("/".join(parts[:2]), allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(repository, allow_patterns=HUB_PATTERNS))
     except Exception as error:
         raise ConfigError(
             f"model: {model!r} is no local folder and could not be fetched from the hub: {error}"
         ) from error
-    folder = root.joinpath(*parts[2:])
-    if not folder.is_dir():
-        raise ConfigError(f"model: got {model!r}, but {'/'.join(parts[:2])} has no folder {'/'.join(parts[2:])!r}")
-    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tools.tiny.audio.judge import judge
 from tools.tiny.audio.loose import KINDS, Asked, ask
 from tools.tiny.audio.words import is_held_out, wording
 from tools.tiny.audio.world import Sound, sample_sound
-from tools.tiny.judge import complaint
+from tools.tiny.image.judge import complaint
 from vllm_omni import DiffusionParams, Omni, OmniOutput
 
 COLUMNS = ("notes", "timbre", "loudness", "speed", "all")

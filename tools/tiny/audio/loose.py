@@ -9,8 +9,8 @@ from tools.tiny.audio import world as sounds
 from tools.tiny.audio.small_talk import small_talk
 from tools.tiny.audio.words import NEAR, Vocabulary, phrase, wording
 from tools.tiny.audio.world import Sound, sample_sound
-from tools.tiny.loose import is_held_out, loose, scene_words
-from tools.tiny.world import Scene, canonical, sample_scene
+from tools.tiny.image.loose import is_held_out, loose, scene_words
+from tools.tiny.image.world import Scene, canonical, sample_scene
 
 KINDS = ("scene", "sound", "both", "neither")
 FAR = Vocabulary(

@@ -1,6 +1,6 @@
 """Trains the tiny sound model from nothing to the folder that ships, in one seeded, resumable command.
 
-    python -m tools.tiny.audio.train      # two cores: see tools/tiny/README.md for the wall time of each part
+    python -m tools.tiny.audio.train      # two cores: see tools/tiny/image/README.md for the wall time of each part
 
 Parts that are done are left alone; a part that was interrupted goes on from its checkpoint. Start over by removing
 the folder.

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.tiny.audio.audio_data import PLACE_FRAMES, ROLL_WIDTH, TEXT_LENGTH, piano_rolls, training_data
-from tools.tiny.muon import Optimizers
-from tools.tiny.training import Trainer
+from tools.tiny.common.muon import Optimizers
+from tools.tiny.common.training import Trainer
 
 WIDTH = 192
 CHANNELS = 16

@@ -20,8 +20,8 @@ from torch import Tensor
 from tools.tiny.audio.audio_data import drawn
 from tools.tiny.audio.render import render
 from tools.tiny.audio.train_vae import HOP, plain_convolutions, published, spectra_distance
-from tools.tiny.muon import Optimizers
-from tools.tiny.training import Trainer
+from tools.tiny.common.muon import Optimizers
+from tools.tiny.common.training import Trainer
 
 CROP, EDGE = 72, 8  # frames; what is decoded next to an edge is not judged
 NOISE = 0.15  # the most, in deviations of a latent

@@ -26,9 +26,9 @@ from tools.tiny.audio.loose import KINDS, request
 from tools.tiny.audio.prompt import sound_prompt
 from tools.tiny.audio.words import is_held_out, wording
 from tools.tiny.audio.world import canonical, sample_sound
-from tools.tiny.muon import Optimizers
-from tools.tiny.train_text import CHAT_TEMPLATE, MAX_LENGTH, SPECIAL_TOKENS, model_config
-from tools.tiny.training import Trainer
+from tools.tiny.common.muon import Optimizers
+from tools.tiny.common.training import Trainer
+from tools.tiny.image.train_text import CHAT_TEMPLATE, MAX_LENGTH, SPECIAL_TOKENS, model_config
 
 VOCABULARY = 2000
 KIND_SHARES = (0.3, 0.3, 0.3, 0.1)

@@ -21,8 +21,8 @@ from torch.nn.utils import remove_weight_norm
 
 from tools.tiny.audio.render import SAMPLE_RATE, render
 from tools.tiny.audio.world import sample_sound
-from tools.tiny.muon import Optimizers
-from tools.tiny.training import Trainer
+from tools.tiny.common.muon import Optimizers
+from tools.tiny.common.training import Trainer
 
 CONFIG = dict(
     encoder_hidden_size=32,

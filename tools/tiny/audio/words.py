@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tools.tiny.audio.world import Sound, canonical
-from tools.tiny.loose import is_held_out
+from tools.tiny.image.loose import is_held_out
 
 __all__ = ["Vocabulary", "is_held_out", "phrase", "wording"]
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniDiTConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavDiTModel
 
-from tools.tiny.muon import Optimizers
+from tools.tiny.common.muon import Optimizers
+from tools.tiny.common.training import Trainer
 from tools.tiny.speech.codes import FRAMES, NUM_CODES, Codebook
 from tools.tiny.speech.mel import FLOOR
 from tools.tiny.speech.recordings import Recording, recording, recordings
-from tools.tiny.training import Trainer
 
 CONFIG = dict(
     hidden_size=192,

@@ -24,13 +24,13 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 
-from tools.tiny.muon import Optimizers
+from tools.tiny.common.muon import Optimizers
+from tools.tiny.common.training import Trainer
 from tools.tiny.speech.codes import Codebook
 from tools.tiny.speech.requests import answer, request
 from tools.tiny.speech.shapes import PADDING, READER, TALKER_SIZE, talker_config
 from tools.tiny.speech.talker_data import NO_WORD, Spoken, kept_sentences, sentences
 from tools.tiny.speech.train_thinker import chat_prompt
-from tools.tiny.training import Trainer
 
 IGNORED = -100
 PARTS = 4
@@ -61,7 +61,7 @@ class Text:
 
 
 def text_rows(text: Text, config: object, prompt: Tensor, reply: Tensor, num_codes: int) -> Tensor:
-    """What the talker is fed beside its codes, [T + 2 + num_codes, E]: see vllm_omni/models/talker_inputs.py."""
+    """What the talker is fed beside its codes, [T + 2 + num_codes, E]: as models/qwen2_5_omni/talker_inputs.py."""
     end, pad = (text.embeddings[token] for token in (config.tts_text_end_token_id, config.tts_text_pad_token_id))
     ahead = [text.embeddings[READER][None], reply, end[None], pad.expand(max(0, num_codes - len(reply)), -1)]
     return torch.cat([prompt, torch.cat(ahead)[: num_codes + 2]])

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
 
-from tools.tiny.muon import Optimizers
+from tools.tiny.common.muon import Optimizers
+from tools.tiny.common.training import Trainer
 from tools.tiny.speech.requests import answer, request
 from tools.tiny.speech.shapes import ENDING, PADDING, SPECIAL_TOKENS, thinker_config
 from tools.tiny.speech.world import Sentence, sentence
-from tools.tiny.training import Trainer
 
 VOCABULARY = 640
 MAX_LENGTH = 512

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniBigVGANConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavBigVGANModel
 
-from tools.tiny.muon import Optimizers
+from tools.tiny.common.muon import Optimizers
+from tools.tiny.common.training import Trainer
 from tools.tiny.speech.codes import Codebook
 from tools.tiny.speech.mel import HOP, SAMPLE_RATE, log_mel
 from tools.tiny.speech.quick_activation import with_quick_activations
 from tools.tiny.speech.recordings import Pieces, Recording, recordings
 from tools.tiny.speech.train_dit import redrawn
-from tools.tiny.training import Trainer
 
 CONFIG = dict(
     mel_dim=80,

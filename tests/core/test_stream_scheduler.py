@@ -1,0 +1,245 @@
+"""Streamed edges in the scheduler alone: with conditions, with whole inputs, in a ring of waiting, and broken books."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from support.scheduler import request
+
+from vllm_omni.config.graph import StageGraph
+from vllm_omni.config.schema import EdgeConfig, OmniConfig, StageConfig, StreamConfig
+from vllm_omni.core.routing.omni_scheduler import OmniScheduler
+from vllm_omni.core.routing.orders import Feed, Launch, Pause
+from vllm_omni.errors import RequestTimeoutError, SchedulerError
+from vllm_omni.payload import StagePayload, StageSignature, TensorSpec
+from vllm_omni.request import RequestStatus
+
+SPEC = TensorSpec(("T",))
+Inputs = Mapping[str, "str | EdgeConfig"]
+
+
+def streamed(source: str, **keys: Any) -> EdgeConfig:
+    return EdgeConfig(source, stream=StreamConfig(**keys))
+
+
+class Run:
+    """One request through stages that are done by hand; they read x and y, x being required, and give `out`."""
+
+    def __init__(self, outputs: tuple[str, ...], **inputs: Inputs) -> None:
+        ports = {"x": SPEC, "y": SPEC}
+        signature = StageSignature(
+            ports,
+            {"out": SPEC},
+            frozenset({"x"}),
+            frozenset({"out"}),
+            streamed_inputs=frozenset(ports),
+            streamed_outputs=frozenset({"out"}),
+        )
+        writer = StageSignature({}, {"out": SPEC}, results=frozenset({"out"}), streamed_outputs=frozenset({"out"}))
+        stages = {name: StageConfig(name=name, kind="toy", inputs=given) for name, given in inputs.items()}
+        signatures = {name: signature if given else writer for name, given in inputs.items()}
+        self.machine = OmniScheduler(OmniConfig(), StageGraph(stages, signatures, outputs))
+        self.machine.schedule(request())
+        self.inputs: dict[str, Mapping[str, Any]] = {}
+
+    def tick(self, now: float = 0.0) -> list[str]:
+        """What is ordered, in short."""
+        words = []
+        for order in self.machine.tick(now):
+            if isinstance(order, Launch):
+                self.inputs[order.stage] = order.inputs
+                words.append(f"launch {order.stage}")
+            elif isinstance(order, Feed):
+                words.append(f"feed {order.stage}.{order.port} {order.chunk.start}-{order.chunk.stop}")
+            else:
+                words.append(f"{'pause' if isinstance(order, Pause) else 'resume'} {order.stage}")
+        self.machine.check_integrity()
+        return words
+
+    def rows(self, stage: str, rows: torch.Tensor | None = None, is_last: bool = False) -> None:
+        self.machine.stage_rows("r", stage, "out", torch.zeros(1) if rows is None else rows, is_last, 0.0)
+        self.machine.check_integrity()
+
+    def took(self, stage: str, port: str, now: float = 0.0) -> None:
+        self.machine.stage_took("r", stage, port, now)
+
+    def done(self, stage: str, **meta: Any) -> None:
+        payload = StagePayload("r", stage, {"out": torch.ones(2)}, meta)
+        self.machine.stage_done("r", stage, payload, {}, 0.0)
+        self.machine.check_integrity()
+
+
+def test_a_reader_waits_for_the_first_chunk_of_every_streamed_and_for_the_whole_of_every_other_input() -> None:
+    run = Run(("c",), a={}, b={}, c={"x": streamed("a.out", first_chunk=2), "y": "b.out"})
+    assert run.tick() == ["launch a", "launch b"]
+    run.rows("a")
+    run.done("b")
+    assert run.tick() == []
+    run.rows("a")
+    run.rows("a")
+    assert run.tick() == ["launch c", "feed c.x 2-3"]
+    first, whole = run.inputs["c"]["x"], run.inputs["c"]["y"]
+    assert (first.start, first.stop, first.is_last) == (0, 2, False) and (whole.stop, whole.is_last) == (2, True)
+
+
+def test_a_reader_that_starts_after_its_writer_is_done_is_given_chunk_after_chunk() -> None:
+    run = Run(("c",), a={}, b={}, c={"x": streamed("a.out"), "y": "b.out"})
+    run.tick()
+    for _ in range(3):
+        run.rows("a")
+    run.done("a")
+    assert run.tick() == []
+    run.done("b")
+    assert run.tick() == ["launch c", "feed c.x 1-2", "feed c.x 2-3"]
+
+
+def test_while_a_busy_stage_is_on_its_first_chunk_all_before_it_are_held_back() -> None:
+    run = Run(("c",), a={}, b={"x": streamed("a.out")}, c={"x": streamed("b.out")})
+    stages = {"a", "b", "c"}
+    run.tick()
+    assert run.machine.hold_back(stages) == set()
+    run.rows("a")
+    run.tick()
+    assert run.machine.hold_back(stages) == {"a"}, "b has its first chunk"
+    assert run.machine.hold_back({"a", "c"}) == set(), "b has nothing to do, so nobody waits for it"
+    run.took("b", "x")
+    assert run.machine.hold_back(stages) == set()
+    run.rows("b")
+    run.tick()
+    assert run.machine.hold_back(stages) == {"a", "b"}
+    run.took("c", "x")
+    assert run.machine.hold_back(stages) == set()
+
+
+def test_time_does_not_count_for_a_reader_whose_writer_is_held_back() -> None:
+    run = Run(("c",), a={}, b={"x": streamed("a.out", chunk_timeout_s=10)}, c={"x": streamed("b.out")})
+    run.tick()
+    run.rows("a")
+    run.tick()
+    run.took("b", "x")
+    run.rows("b")
+    run.tick()
+    run.machine.hold_back({"b", "c"})
+    run.tick(now=100.0)
+    assert not run.machine.take_ends()
+    run.took("c", "x")
+    run.machine.hold_back({"b", "c"})
+    run.tick(now=109.0)
+    assert not run.machine.take_ends()
+    run.tick(now=110.0)
+    (end,) = run.machine.take_ends()
+    assert isinstance(end.error, RequestTimeoutError) and "a.out -> b.x" in str(end.error)
+
+
+def test_a_reader_that_has_not_started_holds_no_writer_back_until_it_does() -> None:
+    run = Run(("c",), a={}, b={}, c={"x": streamed("a.out", max_ahead=2), "y": "b.out"})
+    run.tick()
+    for _ in range(5):
+        run.rows("a")
+    assert run.tick() == []
+    run.done("b")
+    assert run.tick() == ["launch c", *(f"feed c.x {i}-{i + 1}" for i in range(1, 5)), "pause a"]
+    for _ in range(4):
+        run.took("c", "x")
+    assert run.tick() == ["resume a"]
+
+
+def test_a_writer_that_ends_in_spite_of_a_pause_is_not_resumed() -> None:
+    run = Run(("b",), a={}, b={"x": streamed("a.out", max_ahead=2)})
+    assert run.tick() == ["launch a"]
+    run.rows("a")
+    run.rows("a")
+    assert run.tick() == ["launch b", "feed b.x 1-2", "pause a"]
+    run.done("a")
+    assert run.tick() == ["feed b.x 2-2"]
+
+
+def test_rows_for_a_reader_that_is_skipped_are_let_go() -> None:
+    run = Run(("a", "c"), a={}, b={}, c={"y": streamed("a.out"), "x": EdgeConfig("b.out", "n")})
+    run.tick()
+    rows = torch.zeros(3)
+    ref = weakref.ref(rows)
+    run.rows("a", rows)
+    del rows
+    assert ref() is not None
+    run.done("b")
+    gc.collect()
+    assert ref() is None
+    run.rows("a")
+    run.done("a")
+    (end,) = run.machine.take_ends()
+    assert end.status is RequestStatus.FINISHED and end.metrics["c"]["skipped"] is True
+
+
+@pytest.mark.parametrize(("port", "is_skipped"), [("x", True), ("y", False)])
+def test_a_stream_whose_writer_is_skipped_is_lost(port: str, is_skipped: bool) -> None:
+    inputs: dict[str, Any] = {"x": "a.out"} | {port: streamed("b.out")}
+    run = Run(("a", "c"), a={}, b={"x": EdgeConfig("a.out", "n")}, c=inputs)
+    run.tick()
+    run.done("a")
+    assert run.tick() == ([] if is_skipped else ["launch c"])
+    if not is_skipped:
+        assert set(run.inputs["c"]) == {"x"}
+
+
+def test_a_ring_of_waiting_ends_with_what_to_change() -> None:
+    """a feeds b and c, b feeds c; c wants b's rows before it takes a's, and a is paused for c before b has enough."""
+    waits = {"chunk_timeout_s": 5.0}
+    run = Run(
+        ("c",),
+        a={},
+        b={"x": streamed("a.out", first_chunk=2, chunk=2, **waits)},
+        c={"x": streamed("b.out", **waits), "y": streamed("a.out", max_ahead=2, **waits)},
+    )
+    run.tick()
+    for _ in range(2):
+        run.rows("a")
+    assert run.tick() == ["launch b"]
+    run.took("b", "x")
+    run.rows("b")
+    assert run.tick() == ["launch c", "feed c.y 1-2", "pause a"]
+    run.took("c", "x")
+    run.tick(4.9)
+    assert run.machine.has_work and not run.machine.take_ends()
+    run.tick(5.0)
+    (end,) = run.machine.take_ends()
+    assert isinstance(end.error, RequestTimeoutError) and set(end.abandoned) == {"a", "b", "c"}
+    assert str(end.error) == (
+        "a.out -> b.x: no chunk came for 5 s; 'a' is paused for a reader that waits too; raise max_ahead of the edges "
+        "from it"
+    )
+
+
+def test_late_news_of_streams_is_dropped_and_counted() -> None:
+    run = Run(("b",), a={}, b={"x": streamed("a.out")})
+    run.tick()
+    run.machine.abort("r")
+    run.rows("a")
+    run.took("b", "x")
+    assert run.machine.get_metrics()["stray_events"] == 2
+    assert [end.status for end in run.machine.take_ends()] == [RequestStatus.ABORTED]
+
+
+def test_broken_books_of_streams_are_found() -> None:
+    run = Run(("b",), a={}, b={"x": streamed("a.out")})
+    run.tick()
+    run.rows("a")
+    run.tick()
+    streams = run.machine._ledger.running["r"].streams
+    (stream,) = streams._streams.values()
+    streams.paused.add("b2")
+    with pytest.raises(SchedulerError, match=r"'b2'.* are paused, but only"):
+        run.machine.check_integrity()
+    streams.paused.clear()
+    stream._pieces.append(torch.zeros(1))
+    with pytest.raises(SchedulerError, match="a stream holds 1 rows"):
+        run.machine.check_integrity()
+    stream._pieces.clear()
+    stream._num_used += 1
+    with pytest.raises(SchedulerError, match="1 handed over, 1 used up"):
+        run.machine.check_integrity()

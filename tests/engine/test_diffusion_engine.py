@@ -1,0 +1,319 @@
+"""The diffusion stage: batch invariance, isolation, step caches, limits, no leak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.dit import engine, pictures, random_pipeline, run, task
+
+from vllm_omni.engine.base import StageDone, StageFailed, StageProgress
+from vllm_omni.engine.diffusion.engine import DiffusionEngine
+from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.params import DiffusionParams
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("z-image")
+    random_pipeline(path)
+    return path
+
+
+def params(seed: int = 0, steps: int = 3, guidance: float = 0.0, **rest: object) -> DiffusionParams:
+    return DiffusionParams(seed=seed, num_inference_steps=steps, guidance_scale=guidance, **rest)  # type: ignore[arg-type]
+
+
+CROWD = {
+    "a": params(1, 4, 0.0),
+    "b": params(2, 3, 3.0, height=32, width=96),
+    "c": params(3, 5, 2.0),
+    "d": params(4, 2, 0.0, height=96, width=32),
+    "e": params(5, 4, 4.0, num_outputs=2),
+}
+
+
+@pytest.mark.parametrize("policy", ["none", "first_block"])
+def test_a_picture_does_not_depend_on_its_batch_mates(folder: Path, policy: str) -> None:
+    alone = {}
+    for index, (key, value) in enumerate(CROWD.items()):
+        stage = engine(folder, policy=policy, threshold=0.5 if policy != "none" else None)
+        stage.submit(task(key, value, seed=index))
+        alone |= pictures(run(stage))
+    for order in (list(CROWD), list(CROWD)[::-1]):
+        stage = engine(folder, policy=policy, threshold=0.5 if policy != "none" else None)
+        for key in order:
+            stage.submit(task(key, CROWD[key], seed=list(CROWD).index(key)))
+        for key, picture in pictures(run(stage)).items():
+            assert (picture.int() - alone[key].int()).abs().max() <= 1, key
+
+
+def test_a_seed_means_the_same_picture_and_output_i_is_seed_plus_i(folder: Path) -> None:
+    stage = engine(folder)
+    stage.submit(task("two", params(7, num_outputs=2)))
+    stage.submit(task("first", params(7)))
+    stage.submit(task("second", params(8)))
+    stage.submit(task("unseeded", DiffusionParams(num_inference_steps=3, guidance_scale=0.0)))
+    got = pictures(run(stage))
+    assert (got["two"][0].int() - got["first"][0].int()).abs().max() <= 1
+    assert (got["two"][1].int() - got["second"][0].int()).abs().max() <= 1
+    assert not torch.equal(got["first"], got["unseeded"])
+
+
+def test_every_step_is_one_denoising_step_of_every_running_request(folder: Path) -> None:
+    stage = engine(folder)
+    stage.submit(task("short", params(steps=2)))
+    stage.submit(task("long", params(steps=4)))
+    seen = [{(e.request_id, e.step) for e in stage.step() if isinstance(e, StageProgress)} for _ in range(4)]
+    assert seen == [{("short", 1), ("long", 1)}, {("short", 2), ("long", 2)}, {("long", 3)}, {("long", 4)}]
+    assert not stage.has_work()
+
+
+def test_the_token_budget_bounds_a_batch_but_never_starves_a_large_request(folder: Path) -> None:
+    stage = engine(folder, max_batch_tokens=100)
+    for key in "abc":
+        stage.submit(task(key, params(steps=2)))
+    batches = []
+    while stage.has_work():
+        batches.append({e.request_id for e in stage.step() if isinstance(e, StageProgress)})
+    assert batches == [{"a"}, {"a"}, {"b"}, {"b"}, {"c"}, {"c"}]
+
+
+def test_first_block_skips_steps_and_frees_its_memory(folder: Path) -> None:
+    exact, loose, strict = (
+        engine(folder, policy=policy, threshold=threshold)
+        for policy, threshold in (("none", None), ("first_block", 10.0), ("first_block", 0.0))
+    )
+    results = {}
+    for name, stage in (("exact", exact), ("loose", loose), ("strict", strict)):
+        stage.submit(task("x", params(steps=6, guidance=2.0)))
+        results[name] = run(stage)["x"]
+    assert isinstance(results["loose"], StageDone) and isinstance(results["strict"], StageDone)
+    assert results["loose"].metrics["cache_hits"] == 5 * 2, "all but the first step, on both branches"
+    assert results["strict"].metrics["cache_hits"] == 0
+    assert torch.equal(results["strict"].payload.tensors["image"], results["exact"].payload.tensors["image"])
+    assert not torch.equal(results["loose"].payload.tensors["latents"], results["exact"].payload.tensors["latents"])
+    assert loose.get_stats()["step_cache_used_bytes"] == 0
+
+
+def test_a_cache_without_memory_computes_every_step(folder: Path) -> None:
+    stage, exact = engine(folder, policy="first_block", threshold=10.0, cache_mb=0.0), engine(folder)
+    for one in (stage, exact):
+        one.submit(task("x", params(steps=4)))
+    assert torch.equal(pictures(run(stage))["x"], pictures(run(exact))["x"])
+
+
+def test_only_wanted_ports_are_made(folder: Path) -> None:
+    stage = engine(folder, wanted=frozenset({"latents"}))
+    stage.submit(task("x", params()))
+    event = run(stage)["x"]
+    assert isinstance(event, StageDone) and set(event.payload.tensors) == {"latents"}
+    stage = engine(folder)
+    stage.submit(task("latent", params(output_type="latent")))
+    stage.submit(task("image", params()))
+    made = {key: set(event.payload.tensors) for key, event in run(stage).items() if isinstance(event, StageDone)}
+    assert made == {"latent": {"latents"}, "image": {"image", "latents"}}
+
+
+def test_latents_that_nobody_reads_are_refused(folder: Path) -> None:
+    stage, value = engine(folder, wanted=frozenset({"image"})), params(output_type="latent")
+    with pytest.raises(InvalidRequestError, match=r"output_type.*image\.latents"):
+        stage.check(task("x", value).request, value)
+
+
+def test_sigmas_set_the_schedule(folder: Path) -> None:
+    stage = engine(folder)
+    stage.submit(task("given", DiffusionParams(seed=1, guidance_scale=0.0, sigmas=[1.0, 0.75, 0.5, 0.25])))
+    stage.submit(task("same", params(1, steps=4)))
+    stage.submit(task("other", DiffusionParams(seed=1, guidance_scale=0.0, sigmas=[1.0, 0.3])))
+    got = pictures(run(stage))
+    assert torch.equal(got["given"], got["same"]) and not torch.equal(got["given"], got["other"])
+
+
+@pytest.mark.parametrize(
+    "bad, field",
+    [
+        ({"height": 63}, "height"),
+        ({"height": 100_000, "width": 10_000}, "height"),
+        ({"width": 16 * 65}, "width"),
+        ({"num_inference_steps": 100_000}, "num_inference_steps"),
+        ({"guidance_scale": 1e6}, "guidance_scale"),
+        ({"num_outputs": 1_000}, "num_outputs"),
+        ({"strength": 0.5}, "strength"),
+        ({"negative_prompt": "blur", "guidance_scale": 0.0}, "negative_prompt"),
+        ({"duration_s": 2.0}, "duration_s"),
+        ({"extra": {"cfg_normalisation": 1.0}}, "cfg_normalization"),
+        ({"extra": {"cfg_truncation": float("nan")}}, "cfg_truncation"),
+        ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, "sigmas"),
+    ],
+)
+def test_bad_requests_are_refused_with_their_field(folder: Path, bad: dict[str, object], field: str) -> None:
+    stage, value = engine(folder), DiffusionParams(**bad)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match=field):
+        stage.check(task("x", value).request, value)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"guidance_scale": float("nan")},
+        {"guidance_scale": float("inf")},
+        {"guidance_scale": -1.0},
+        {"seed": 2**63},
+        {"seed": -1},
+        {"seed": True},
+        {"num_inference_steps": 0},
+        {"num_inference_steps": 2.5},
+        {"sigmas": [0.5, 1.0]},
+        {"sigmas": []},
+        {"sigmas": [1.0, float("nan")]},
+        {"output_type": "jpeg"},
+        {"negative_prompt": 3},
+    ],
+)
+def test_impossible_values_never_make_params(bad: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequestError, match=next(iter(bad))):
+        DiffusionParams(**bad)  # type: ignore[arg-type]
+
+
+def test_a_failing_request_harms_no_batch_mate(folder: Path) -> None:
+    quiet, stage = engine(folder), engine(folder)
+    for one in (quiet, stage):
+        one.submit(task("good", params(3)))
+    broken = task("nan", params(4))
+    broken.inputs["prompt_embeds"].fill_(float("nan"))  # type: ignore[union-attr]
+    stage.submit(broken)
+    stage.submit(
+        task("wide", params(5)).__class__(
+            broken.request.from_prompt({"prompt": "x", "request_id": "wide"}),
+            "image",
+            params(5),
+            {"prompt_embeds": torch.zeros(3, 7)},
+        )
+    )
+    stage.submit(task("long", params(6), length=1000))
+    events = run(stage)
+    assert {k for k, e in events.items() if isinstance(e, StageFailed)} == {"nan", "wide", "long"}
+    failed = events["nan"]
+    assert isinstance(failed, StageFailed) and isinstance(failed.error, StageError) and "finite" in str(failed.error)
+    assert torch.equal(pictures({"good": events["good"]})["good"], pictures(run(quiet))["good"])
+    assert stage.get_stats()["running"] == 0
+
+
+def in_bands(stage: DiffusionEngine, monkeypatch: pytest.MonkeyPatch, num_given: int = 4) -> None:
+    """The stage decodes a picture in four bands of rows, and gives `num_given` of them."""
+    whole = stage.model.decode
+
+    def decode(latents: torch.Tensor, kept: slice) -> Iterator[torch.Tensor]:
+        yield from next(whole(latents, kept)).chunk(4)[:num_given]
+
+    monkeypatch.setattr(stage.model, "decode", decode)
+    monkeypatch.setattr(stage.model, "num_pieces", lambda latents, kept: 4)
+    monkeypatch.setattr(stage.model, "assemble", lambda pieces, params: torch.cat(list(pieces)))
+
+
+def test_a_step_decodes_one_piece_of_the_oldest_while_others_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stage = engine(folder), engine(folder)
+    in_bands(stage, monkeypatch)
+    for one in (whole, stage):
+        one.submit(task("first", params(1, steps=1)))
+        one.submit(task("second", params(2, steps=2)))
+        one.submit(task("long", params(3, steps=9)))
+    expected = pictures(run(whole))
+    events = [stage.step() for _ in range(9)]
+    done = {e.request_id: n for n, step in enumerate(events) for e in step if isinstance(e, StageDone)}
+    assert done == {"first": 3, "second": 7}, "four pieces each, the second begins when the first is whole"
+    steps = [e.step for step in events for e in step if isinstance(e, StageProgress) and e.request_id == "long"]
+    assert steps == [*range(1, 10), 9], "one denoising step at each, then the first piece"
+    got = pictures({e.request_id: e for step in events for e in step if isinstance(e, StageDone)} | run(stage))
+    for key, picture in expected.items():
+        assert torch.equal(got[key], picture), key
+
+
+def test_an_abort_between_two_pieces_frees_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = engine(folder)
+    in_bands(stage, monkeypatch)
+    for key in "ab":
+        stage.submit(task(key, params(ord(key), steps=1, num_outputs=2)))
+    stage.step()
+    stage.abort("a")
+    stage.check_integrity()
+    assert set(run(stage)) == {"b"} and stage.get_stats()["running"] == 0
+
+
+def test_what_an_aborted_task_had_to_say_is_not_said_of_its_successor(folder: Path) -> None:
+    stage = engine(folder)
+    stage.submit(task("x", params(6), length=1000))
+    stage.abort("x")
+    stage.submit(task("x", params(1)))
+    assert isinstance(run(stage)["x"], StageDone)
+
+
+def test_a_decoder_that_ends_early_fails_its_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = engine(folder)
+    in_bands(stage, monkeypatch, num_given=3)
+    stage.submit(task("a", params(steps=1)))
+    event = run(stage)["a"]
+    assert isinstance(event, StageFailed) and "3 of 4 pieces" in str(event.error)
+
+
+def test_a_batch_that_breaks_is_retried_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = engine(folder)
+    for key in "abc":
+        stage.submit(task(key, params(ord(key))))
+    whole = stage.runner.predict
+
+    def out_of_memory_for_b(states):  # type: ignore[no-untyped-def]
+        if any(state.request_id == "b" for state in states):
+            raise MemoryError("out of memory")
+        return whole(states)
+
+    monkeypatch.setattr(stage.runner, "predict", out_of_memory_for_b)
+    events = run(stage)
+    assert isinstance(events["b"], StageFailed) and "out of memory" in str(events["b"].error)
+    assert isinstance(events["a"], StageDone) and isinstance(events["c"], StageDone)
+
+
+def test_neutral_guidance_needs_no_negative_prompt(folder: Path) -> None:
+    stage = engine(folder).stage
+
+    def needed(value: DiffusionParams) -> frozenset[str]:
+        return DiffusionEngine.needed_inputs(stage, task("x", value).request, value)
+
+    assert needed(params(guidance=0.0)) == {"prompt_embeds"}
+    assert needed(params(guidance=0.5)) == set(stage.inputs)
+    assert needed(DiffusionParams()) == set(stage.inputs), "default is 5"
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "step", "step", "abort"]), st.integers(0, 5), st.sampled_from([0.0, 2.0])),
+        max_size=25,
+    )
+)
+def test_random_operations_leak_nothing(folder: Path, operations: list[tuple[str, int, float]]) -> None:
+    stage = engine(folder, policy="first_block", threshold=0.3, max_batch_tokens=300, cache_mb=0.1)
+    added: set[str] = set()
+    ended: list[str] = []
+    for number, (operation, which, guidance) in enumerate(operations):
+        if operation == "add":
+            key = f"{number}"
+            stage.submit(task(key, params(which, 1 + which % 3, guidance, height=32, width=32)))
+            added.add(key)
+        elif operation == "step":
+            ended += [e.request_id for e in stage.step() if not isinstance(e, StageProgress)]
+        elif added:
+            key = sorted(added)[which % len(added)]
+            stage.abort(key)
+            added.discard(key)
+        stage.check_integrity()
+    ended += [key for key, event in run(stage).items() if not isinstance(event, StageProgress)]
+    assert len(ended) == len(set(ended)) and added <= set(ended)
+    assert stage.get_stats()["running"] == 0 and stage.get_stats()["step_cache_used_bytes"] == 0

@@ -1,0 +1,392 @@
+"""What a prompt with media must not be: each mistake is said with what was got and what was expected, and limits are
+compared with headers before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from support.media import RATE, image_bytes, picture, sound_bytes, sound_file_bytes_in_mp4, tone, video_bytes
+from support.speech import save_readable
+
+from vllm_omni.config.schema import LimitsConfig, OmniConfig
+from vllm_omni.engine.ar.options import AROptions
+from vllm_omni.engine.ar.prompt import ARInput, ARLimits
+from vllm_omni.engine.ar.tokenizer import TextProcessor
+from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError, ResourceError
+from vllm_omni.models.qwen2_5_omni.prompt_reader import MediaProcessor
+from vllm_omni.params import SamplingParams
+from vllm_omni.request import OmniRequest
+
+LIMITS = LimitsConfig(
+    max_image_pixels=100_000, max_images=3, max_video_s=10.0, max_video_frames=30, max_video_mb=1.0, max_audio_s=15.0
+)
+ADDRESS = re.compile(r"\b0x[0-9a-f]{4}")
+FRAMES = [picture(64, 136, seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_readable(tmp_path_factory.mktemp("omni"))
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> TextProcessor:
+    return TextProcessor(folder)
+
+
+@pytest.fixture(scope="module")
+def media(folder: Path, text: TextProcessor) -> MediaProcessor:
+    return MediaProcessor(folder, text, LIMITS)
+
+
+def words(value: object) -> str:
+    return value[:50] if isinstance(value, str) else ""
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def part(kind: str, source: Any, **others: Any) -> dict[str, Any]:
+    return {"type": kind, kind: source, **others}
+
+
+def refusal(media: MediaProcessor, messages: Any, use_audio_in_video: bool = True) -> str:
+    """The message of the check that decodes nothing; what refuses there refuses to read as well."""
+    with pytest.raises(InvalidRequestError) as caught:
+        media.check(messages, use_audio_in_video)
+    with pytest.raises(InvalidRequestError, match=re.escape(str(caught.value))):
+        media.read(messages, use_audio_in_video)
+    assert not ADDRESS.search(str(caught.value)) and str(caught.value).startswith("messages")
+    return str(caught.value)
+
+
+def late_refusal(media: MediaProcessor, messages: Any) -> str:
+    """The message of what shows only when it is decoded."""
+    assert media.check(messages, True) > 0
+    with pytest.raises(InvalidRequestError) as caught:
+        media.read(messages, True)
+    assert not ADDRESS.search(str(caught.value)) and str(caught.value).startswith("messages")
+    return str(caught.value)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that ends behind its header: whoever decodes it fails otherwise."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 100) + b"IDAT"
+
+
+def wav_header(seconds: float) -> bytes:
+    size = int(seconds * RATE) * 2
+    head = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, RATE, RATE * 2, 2, 16) + struct.pack("<4sI", b"data", size)
+    return b"RIFF" + struct.pack("<I", size + 36) + b"WAVE" + head
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (png_header(30_000, 30_000), "got an image so large that it is taken for an attack, expected at most 100000"),
+        (png_header(1000, 101), "got 1000x101 pixels, expected at most 100000 in all (limits.max_image_pixels)"),
+        (np.zeros((101, 1000, 3), np.uint8), "got 1000x101 pixels, expected at most 100000 in all"),
+        (Image.new("RGB", (1000, 101)), "got 1000x101 pixels, expected at most 100000 in all"),
+        (image_bytes(picture(1, 1)), "got 1x1 pixels, expected at least 8x8, one token of the model; enlarge it"),
+        (picture(7, 100), "got 100x7 pixels, expected at least 8x8"),
+        (picture(8, 1700), "expected sides that differ at most 200 times"),
+        (b"", "got a file that is no whole image, expected PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "got a file that is no whole image"),
+        (sound_bytes(tone()), "got a file that is no whole image"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 9, "got a file that is no whole image"),
+        ("https://example.org/a.png", "an address, and nothing is fetched; expected a path or bytes"),
+        ("data:image/png;base64,AAAA", "an address, and nothing is fetched"),
+        ("nowhere.png", "which cannot be read (No such file or directory); expected an image file"),
+        ("/dev/zero", "a folder or a device, expected an image file"),
+        (7, "got int, expected a path, the bytes of a file, a PIL image or a numpy array"),
+        (np.zeros((16, 16, 4), np.uint8), "got an array uint8 [16, 16, 4], expected uint8 [height, width, 3]"),
+        (np.zeros((16, 16, 3), np.float32), "got an array float32 [16, 16, 3], expected uint8"),
+        (np.zeros((0, 16, 3), np.uint8), "got 16x0 pixels, expected at least one"),
+    ],
+    ids=words,
+)
+def test_what_is_no_good_image_is_refused_before_it_is_decoded(
+    source: Any, expected: str, media: MediaProcessor
+) -> None:
+    assert expected in refusal(media, user(part("image", source)))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (sound_bytes(np.empty((1, 0), np.float32)), "got a sound of no length, expected at least one sample"),
+        (wav_header(36_000.0), "got 36000.00 s, expected at most 15 s (limits.max_audio_s); cut it"),
+        ((tone(0.01), RATE), "got 0.010 s of sound, expected at least 0.03 s, one token of the model"),
+        (image_bytes(picture()), "got a file that is no sound"),
+        ("http://example.org/a.wav", "an address, and nothing is fetched"),
+        (sound_bytes(tone())[:2000], "got a truncated file"),
+    ],
+    ids=words,
+)
+def test_what_is_no_good_sound_is_refused_before_it_is_decoded(
+    source: Any, expected: str, media: MediaProcessor
+) -> None:
+    assert expected in refusal(media, user(part("audio", source)))
+
+
+def test_a_sound_longer_than_the_encoder_hears_is_refused(folder: Path, text: TextProcessor) -> None:
+    media = MediaProcessor(folder, text, LimitsConfig())
+    said = refusal(media, user(part("audio", (tone(20.5), RATE))))
+    assert "got 20.50 s of sound, expected at most 20 s, what the model hears in one piece" in said
+
+
+def cut(content: bytes, share: float) -> bytes:
+    return content[: int(len(content) * share)]
+
+
+SOUNDING = video_bytes(FRAMES, 4, tone(1.0))
+NOISE = np.random.default_rng(0).integers(0, 255, (20, 64, 136, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (lambda: video_bytes(FRAMES * 8), "got 32 frames, expected at most 30 (limits.max_video_frames); cut it"),
+        (lambda: video_bytes(FRAMES * 6, fps=2), "got 12.00 s, expected at most 10 s (limits.max_video_s); cut it"),
+        (lambda: np.zeros((30, 64, 136, 3), np.uint8), "got 15.00 s, expected at most 10 s"),
+        (lambda: [picture(16, 16)] * 31, "got 31 frames, expected at most 30"),
+        (lambda: bytes(2**20 + 1), "got 1.0 MB, expected at most 1 (limits.max_video_mb)"),
+        (lambda: np.zeros((10, 200, 200, 3), np.uint8), "got 1.1 MB, expected at most 1 (limits.max_video_mb)"),
+        (lambda: video_bytes([picture(400, 400)]), "got 400x400 pixels, expected at most 100000"),
+        (lambda: np.zeros((2, 4, 80, 3), np.uint8), "got 80x4 pixels, expected at least 8x8"),
+        (lambda: np.zeros((0, 64, 136, 3), np.uint8), "got a video without frames, expected at least one"),
+        (lambda: [], "got a video without frames"),
+        (lambda: [picture(16, 16), picture(16, 24)], "got frames of 2 sizes, expected one size"),
+        (lambda: ["a.png"], "[0]: got str, expected a PIL image or a numpy array"),
+        (lambda: np.zeros((2, 3, 64, 136), np.uint8), "expected uint8 [frames, height, width, 3]"),
+        (lambda: sound_file_bytes_in_mp4(tone()), "got a file without pictures, expected a video"),
+        (lambda: image_bytes(picture()), "got a file that is no whole video"),
+        (lambda: cut(video_bytes(FRAMES), 0.5), "got a file that is no whole video"),
+        (lambda: b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n", "got a file that is no whole video"),
+        (lambda: b"ffconcat version 1.0\nfile '/etc/passwd'\n", "got a file that is no whole video"),
+        (lambda: video_bytes(FRAMES).replace(b"avc1", b"zzzz"), "got a video of an unknown codec"),
+        (
+            lambda: SOUNDING.replace(b"mp4a", b"zzzz").replace(b"esds", b"zzzz"),
+            "got a video with sound of an unknown codec",
+        ),
+        (lambda: "https://example.org/a.mp4", "an address, and nothing is fetched"),
+        (lambda: "rtsp://example.org/a", "an address, and nothing is fetched"),
+        (lambda: "/tmp", "a folder or a device, expected a video file"),
+        (lambda: 3.0, "got float, expected a path, the bytes of a file, a list of frames"),
+    ],
+    ids=words,
+)
+def test_what_is_no_good_video_is_refused_before_it_is_decoded(
+    source: Callable[[], Any], expected: str, media: MediaProcessor
+) -> None:
+    assert expected in refusal(media, user(part("video", source())))
+
+
+def test_a_video_whose_sound_is_too_long_is_refused(folder: Path, text: TextProcessor) -> None:
+    media = MediaProcessor(folder, text, LimitsConfig(max_audio_s=1.0))
+    messages = user(part("video", video_bytes(FRAMES * 2, 4, tone(2.0))))
+    said = refusal(media, messages)
+    assert "of sound in a video, expected at most 1 s (limits.max_audio_s)" in said
+    assert media.check(messages, False) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "expected"),
+    [
+        ("image", cut(image_bytes(NOISE[0]), 0.6), "got an image that is damaged or truncated"),
+        ("image", png_header(100, 100), "got an image that is damaged or truncated"),
+        ("image", cut(image_bytes(NOISE[0], "JPEG"), 0.6), "got an image that is damaged or truncated"),
+        ("video", cut(video_bytes(list(NOISE), options={"movflags": "faststart"}), 0.5), "truncated"),
+        ("audio", (np.full((1, RATE), np.nan, np.float32), RATE), "got samples that are NaN or infinite"),
+    ],
+    ids=words,
+)
+def test_a_damaged_file_is_refused_when_it_is_read(
+    kind: str, source: Any, expected: str, media: MediaProcessor
+) -> None:
+    assert expected in late_refusal(media, user(part(kind, source)))
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([part("image", picture())] * 4, "got 4 images, expected at most 3 (limits.max_images)"),
+        (["words"], "messages[0].content[0]: got str, expected a mapping with 'type'"),
+        ([{"image": b""}], "messages[0].content[0]: got the keys ['image'], expected a mapping with 'type'"),
+        ([{"type": "image_url", "image_url": {}}], "got the type 'image_url' (did you mean 'image'?)"),
+        ([{"type": "image"}], "messages[0].content[0]: got the type 'image' without 'image'"),
+        ([{"type": "text", "text": 3}], "messages[0].content[0].text: got int, expected a string"),
+        ([part("audio", tone(), rate=RATE)], "messages[0].content[0]: unknown key 'rate'"),
+        ([part("image", picture(), fps=2)], "messages[0].content[0]: unknown key 'fps'"),
+        ([part("video", FRAMES, fps=0)], "messages[0].content[0].fps: got 0, expected more than 0"),
+        ([part("text", "<|IMAGE|>"), part("image", picture())], "got the media ['image'], but placeholders for"),
+        ([part("text", "<|AUDIO|>")], "got the media [], but placeholders for ['audio']"),
+    ],
+    ids=words,
+)
+def test_messages_that_make_no_sense_are_refused(parts: list[Any], expected: str, media: MediaProcessor) -> None:
+    assert expected in refusal(media, user(*parts))
+
+
+def ar_input(
+    text: TextProcessor, media: MediaProcessor | None, model_len: int = 400, pool_tokens: int = 512
+) -> ARInput:
+    limits = ARLimits(
+        vocab_size=128,
+        model_len=model_len,
+        pool_tokens=pool_tokens,
+        pool_limited_by="num_blocks",
+        max_prompt_chars=1000,
+        max_outputs=4,
+    )
+    return ARInput(AROptions(part="thinker"), text, limits, media)
+
+
+def test_a_prompt_with_media_is_prepared_with_room_for_an_answer(text: TextProcessor, media: MediaProcessor) -> None:
+    stage = ar_input(text, media)
+    messages = user(part("image", picture()), part("text", "What?"))
+    stage.check(OmniRequest.from_prompt({"messages": messages}), SamplingParams())
+    prepared = stage.prepare(messages, SamplingParams(max_tokens=50))
+    assert prepared.media is not None and prepared.token_ids == list(prepared.media.token_ids)
+    assert prepared.max_new_tokens == 50 and prepared.num_truncated == 0
+    assert stage.prepare(messages, SamplingParams()).max_new_tokens == 400 - len(prepared.token_ids)
+
+
+def test_text_parts_are_text(text: TextProcessor, media: MediaProcessor) -> None:
+    parts, plain = user(part("text", "Hello "), part("text", "you")), [{"role": "user", "content": "Hello you"}]
+    for stage in (ar_input(text, media), ar_input(text, None)):
+        prepared = stage.prepare(parts, SamplingParams())
+        assert prepared == stage.prepare(plain, SamplingParams()) and prepared.media is None
+
+
+def test_a_stage_that_reads_text_names_the_part_that_it_cannot_read(text: TextProcessor) -> None:
+    stage = ar_input(text, None)
+    for run in (
+        lambda messages: stage.check(OmniRequest(prompt=messages), SamplingParams()),
+        lambda messages: stage.prepare(messages, SamplingParams()),
+    ):
+        with pytest.raises(
+            InvalidRequestError, match=r"content\[1\]: got a part of type 'audio', expected only 'text'"
+        ):
+            run(user(part("text", "Hi"), part("audio", (tone(), RATE))))
+
+
+def test_media_beyond_the_context_are_refused_before_they_are_decoded(
+    text: TextProcessor, media: MediaProcessor
+) -> None:
+    stage = ar_input(text, media, model_len=100)
+    messages = user(part("image", png_header(64, 64)))  # 64 tokens, and pixels that nobody could decode
+    request = OmniRequest(prompt=messages)
+    for run in (lambda: stage.check(request, SamplingParams()), lambda: stage.prepare(messages, SamplingParams())):
+        with pytest.raises(
+            InvalidRequestError, match=r"tokens with their media, expected at most 99 \(max_model_len\)"
+        ):
+            run()
+
+
+def test_media_beyond_the_pool_are_refused(text: TextProcessor, media: MediaProcessor) -> None:
+    with pytest.raises(ResourceError, match="the whole KV pool"):
+        ar_input(text, media, pool_tokens=32).check(
+            OmniRequest(prompt=user(part("image", picture()))), SamplingParams()
+        )
+
+
+def test_a_text_beyond_the_limits_is_refused_whatever_media_come_with_it(
+    text: TextProcessor, media: MediaProcessor
+) -> None:
+    stage = ar_input(text, media)
+    with pytest.raises(InvalidRequestError, match="got 1001 characters, expected at most 1000"):
+        stage.prepare(user(part("text", "x" * 1001), part("image", picture())), SamplingParams())
+    with pytest.raises(InvalidRequestError, match="expected at most 399"):
+        stage.prepare(user(part("text", "x" * 600), part("image", picture())), SamplingParams())
+    with pytest.raises(InvalidRequestError, match="expected at most 399"):
+        stage.prepare(user(part("text", "x" * 600)), SamplingParams())
+
+
+def test_placeholders_without_media_are_refused(text: TextProcessor, media: MediaProcessor) -> None:
+    for prompt in ([1, 101, 2], "a <|IMAGE|>", [{"role": "user", "content": "<|IMAGE|>"}]):
+        with pytest.raises(InvalidRequestError, match="the token id 101, which stands for media"):
+            ar_input(text, media).prepare(prompt, SamplingParams())
+
+
+def test_use_audio_in_video_is_read_from_the_request(text: TextProcessor, media: MediaProcessor) -> None:
+    stage = ar_input(text, media, 600, 600)
+    messages = user(part("video", video_bytes(FRAMES * 2, 4, tone(2.0))))
+    lengths = []
+    for value in (True, False, None):
+        request = OmniRequest.from_prompt({"messages": messages, "use_audio_in_video": value})
+        stage.check(request, SamplingParams())
+        lengths.append(len(stage.prepare(messages, SamplingParams(), bool(value)).token_ids))
+    assert lengths[0] > lengths[1] == lengths[2]
+    with pytest.raises(InvalidRequestError, match="use_audio_in_video: got 'yes', expected true or false"):
+        stage.check(OmniRequest.from_prompt({"messages": messages, "use_audio_in_video": "yes"}), SamplingParams())
+
+
+def test_a_message_without_a_role_is_described_by_its_keys() -> None:
+    with pytest.raises(InvalidRequestError, match=r"prompt\[0\]: got the keys \['content'\], expected 'role'"):
+        OmniRequest(prompt=[{"content": [part("image", Image.new("RGB", (8, 8)))]}])
+
+
+def test_another_model_is_no_folder_for_media(tmp_path: Path, text: TextProcessor) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        MediaProcessor(tmp_path, text, LIMITS)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(ConfigError, match="got a qwen3, expected qwen2_5_omni"):
+        MediaProcessor(tmp_path, text, LIMITS)
+
+
+@pytest.mark.parametrize("key", ["max_image_pixels", "max_video_s", "max_video_frames", "max_video_mb"])
+def test_limits_are_positive_numbers(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"limits.{key}: got 0"):
+        OmniConfig(limits=LimitsConfig(**{key: 0})).validate()
+
+
+@pytest.mark.parametrize("options", [{}, {"live": "1"}])
+def test_a_webm_that_counts_no_frames_is_read(options: dict[str, str], media: MediaProcessor) -> None:
+    content = video_bytes(
+        FRAMES, form="webm", sound=tone(1.0, 48_000), sound_rate=48_000, options=options
+    )  # a live one does not say how long it is either
+    prompt = media.read(user(part("video", content)), True)
+    assert [item.kind for item in prompt.items] == ["video", "audio"]
+    assert prompt.items[0].inputs["grid_thw"].tolist()[0] == 2
+
+
+ORIGINALS = {
+    "image": image_bytes(picture(24, 24)),
+    "audio": sound_bytes(tone(0.05)),
+    "video": video_bytes(FRAMES[:2], 2, tone(0.5)),
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(sorted(ORIGINALS)),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6),
+    share=st.sampled_from([1.0, 1.0, 0.99, 0.7, 0.1]),
+)
+def test_a_file_with_wrong_bytes_is_read_or_refused(
+    kind: str, flips: list[tuple[float, int]], share: float, media: MediaProcessor
+) -> None:
+    content = bytearray(cut(ORIGINALS[kind], share))
+    for place, value in flips:
+        content[int(place * (len(content) - 1))] = value
+    messages = user(part(kind, bytes(content)))
+    for run in (media.check, media.read):
+        try:
+            run(messages, True)
+        except InvalidRequestError as error:
+            assert not ADDRESS.search(str(error))

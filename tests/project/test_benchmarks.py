@@ -1,0 +1,40 @@
+"""The benchmarks run, both sides do the same work, and a quick look writes no results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def results() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in RESULTS.glob("*")} if RESULTS.is_dir() else {}
+
+
+def test_both_sides_make_the_same_pictures_sounds_and_tokens(tmp_path: Path) -> None:
+    before = results()
+    command = [sys.executable, "benchmarks/run.py", "images", "audio", "text", "--quick", "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "found.json")], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    for duel in [duel for suite in found.values() for duel in suite["figures"]["duels"]]:
+        assert duel["us_s"][0] > 0 and duel["ratio"] == pytest.approx(duel["peer_s"][0] / duel["us_s"][0])
+    assert all(int(duel["agreement"].split()[0]) <= 2 for duel in found["images"]["figures"]["duels"])
+    assert all(float(duel["agreement"].split()[0]) < 1e-3 for duel in found["audio"]["figures"]["duels"])
+    assert all(duel["agreement"] == "100%" for duel in found["text"]["figures"]["duels"])
+    assert results() == before
+
+
+@pytest.mark.parametrize("arguments", [["pictures"], ["images", "--threads", "many"]])
+def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "benchmarks/run.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert arguments[-1] in done.stderr

@@ -1,0 +1,194 @@
+"""Rules that hold for every file, read from the syntax trees: direction of imports, devices, safety."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import vllm_omni
+
+PACKAGE = Path(vllm_omni.__file__).parent
+# what a part of the package may import besides itself; everyone may import `errors`
+BASE = {"config", "messages", "request", "params", "payload", "registry", "utils"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "utils": set(),
+    **dict.fromkeys(BASE - {"utils", "request"}, BASE),
+    "request": {*BASE, "media"},  # the output types, in annotations
+    "media": BASE,
+    "core": {*BASE, "media"},
+    "layers": {*BASE, "media"},
+    "worker": {*BASE, "media", "layers", "core"},
+    "engine": {*BASE, "media", "layers", "core", "worker"},
+    "models": {*BASE, "media", "layers", "core", "worker", "engine"},
+    "executor": {*BASE, "media", "layers", "core", "worker", "engine"},
+    "entrypoints": {*BASE, "media", "layers", "core", "worker", "engine", "executor"},
+    "__main__": {"entrypoints"},
+}
+NEVER_IN_CORE = {"threading", "time", "asyncio", "multiprocessing", "concurrent", "socket", "subprocess", "sched"}
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "jsonpickle"}
+DEVICE_MODULES = {"cuda", "mps", "xpu", "hpu", "npu"}
+
+Rule = Callable[[str, ast.AST], Iterator[str]]
+
+
+def part_of(module: str) -> str:
+    """'vllm_omni.config.loader' -> 'config'."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imported_modules(node: ast.AST) -> Iterator[str]:
+    """Absolute names, also of imports inside functions and under TYPE_CHECKING."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: a relative import; write the whole name"
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def wrong_direction(module: str, node: ast.AST) -> Iterator[str]:
+    part = part_of(module)
+    for name in imported_modules(node):
+        if name.split(".")[0] == "vllm_omni" and part:
+            target = part_of(name)
+            is_own = target in {part, "errors", "__version__"}
+            if not is_own and target not in ALLOWED[part]:
+                yield f"{part} imports {name}"
+
+
+def impure_core(module: str, node: ast.AST) -> Iterator[str]:
+    if part_of(module) == "core":
+        for name in imported_modules(node):
+            if name.split(".")[0] in NEVER_IN_CORE:
+                yield f"core imports {name}"
+
+
+def device_names(module: str, node: ast.AST) -> Iterator[str]:
+    if module == "vllm_omni.utils.device":
+        return
+    if isinstance(node, ast.Attribute):
+        dotted = ast.unparse(node)
+        if node.attr in DEVICE_MODULES and dotted in {f"torch.{node.attr}", f"torch.backends.{node.attr}"}:
+            yield dotted
+        if node.attr == "accelerator" and dotted == "torch.accelerator":
+            yield dotted
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in DEVICE_MODULES:
+        yield f".{node.func.attr}()"
+    for name in imported_modules(node):
+        if name.split(".")[0] == "torch" and set(name.split(".")[1:3]) & DEVICE_MODULES:
+            yield f"import {name}"
+
+
+def unpickling(module: str, node: ast.AST) -> Iterator[str]:
+    for name in imported_modules(node):
+        if name.split(".")[0] in UNPICKLERS:
+            yield f"import {name}"
+    if isinstance(node, ast.Call):
+        keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
+            yield "torch.load without weights_only=True"
+        if keywords.get("allow_pickle", "False") != "False":
+            yield "allow_pickle"
+        if keywords.get("trust_remote_code", "False") != "False":
+            yield "trust_remote_code"
+    if isinstance(node, ast.Constant) and node.value == "trust_remote_code":
+        yield "'trust_remote_code' as a key"
+
+
+def unsafe_yaml(module: str, node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in {
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "yaml.UnsafeLoader",
+        "yaml.FullLoader",
+        "yaml.Loader",
+    }:
+        yield ast.unparse(node)
+
+
+def running_code(module: str, node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec", "compile"}:
+        yield f"{node.func.id}()"
+
+
+RULES: list[Rule] = [wrong_direction, impure_core, device_names, unpickling, unsafe_yaml, running_code]
+
+
+def offences(rule: Rule, module: str, source: str) -> list[str]:
+    return [found for node in ast.walk(ast.parse(source)) for found in rule(module, node)]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_whole_package_keeps_the_rule(rule: Rule) -> None:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    assert len(paths) > 20
+    found = {
+        str(path.relative_to(PACKAGE)): complaints
+        for path in paths
+        if (complaints := offences(rule, module_name(path), path.read_text(encoding="utf-8")))
+    }
+    assert not found
+
+
+def test_every_part_of_the_package_has_its_place_in_the_order() -> None:
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert parts - {"__init__"} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("rule", "module", "source"),
+    [
+        (wrong_direction, "vllm_omni.config.graph", "from vllm_omni.engine.base import StageEngine"),
+        (wrong_direction, "vllm_omni.config.graph", "def f():\n    import vllm_omni.engine.base"),
+        (wrong_direction, "vllm_omni.config.x", "if TYPE_CHECKING:\n    from vllm_omni.engine.base import StageEngine"),
+        (wrong_direction, "vllm_omni.core.x", "from vllm_omni.worker.model_pool import ModelPool"),
+        (wrong_direction, "vllm_omni.core.x", "from vllm_omni import layers"),
+        (wrong_direction, "vllm_omni.models.x", "from vllm_omni.core import sequence"),
+        (wrong_direction, "vllm_omni.utils.x", "from vllm_omni.params import SamplingParams"),
+        (wrong_direction, "vllm_omni.executor.x", "from vllm_omni import Omni"),
+        (impure_core, "vllm_omni.core.x", "from time import monotonic"),
+        (impure_core, "vllm_omni.core.diffusion.caches.x", "import concurrent.futures"),
+        (device_names, "vllm_omni.worker.x", "torch.cuda.synchronize()"),
+        (device_names, "vllm_omni.worker.x", "x = torch.backends.mps.is_available()"),
+        (device_names, "vllm_omni.worker.x", "from torch import cuda"),
+        (device_names, "vllm_omni.worker.x", "import torch.cuda.graphs"),
+        (device_names, "vllm_omni.worker.x", "tensor.cuda()"),
+        (unpickling, "vllm_omni.worker.x", "import pickle"),
+        (unpickling, "vllm_omni.worker.x", "torch.load(path)"),
+        (unpickling, "vllm_omni.worker.x", "torch.load(path, weights_only=False)"),
+        (unpickling, "vllm_omni.worker.x", "numpy.load(path, allow_pickle=True)"),
+        (unpickling, "vllm_omni.worker.x", "AutoModel.from_pretrained(x, trust_remote_code=flag)"),
+        (unpickling, "vllm_omni.worker.x", "f(**{'trust_remote_code': True})"),
+        (unsafe_yaml, "vllm_omni.config.x", "yaml.load(text, Loader=yaml.Loader)"),
+        (running_code, "vllm_omni.models.x", "eval(text)"),
+    ],
+)
+def test_a_broken_rule_is_noticed(rule: Rule, module: str, source: str) -> None:
+    assert offences(rule, module, source)
+
+
+@pytest.mark.parametrize(
+    ("rule", "module", "source"),
+    [
+        (wrong_direction, "vllm_omni.config.x", "from vllm_omni.payload import TensorSpec"),
+        (wrong_direction, "vllm_omni.utils.x", "from vllm_omni.errors import ConfigError"),
+        (wrong_direction, "vllm_omni.engine.x", "from vllm_omni import registry"),
+        (wrong_direction, "vllm_omni", "from vllm_omni.entrypoints.omni import Omni"),
+        (impure_core, "vllm_omni.executor.x", "import time"),
+        (device_names, "vllm_omni.utils.device", "torch.cuda.is_available()"),
+        (device_names, "vllm_omni.worker.x", "x.is_cuda and stage.cuda"),
+        (unpickling, "vllm_omni.worker.x", "torch.load(path, weights_only=True)"),
+        (unsafe_yaml, "vllm_omni.config.x", "yaml.parse(text, Loader=yaml.SafeLoader)"),
+        (running_code, "vllm_omni.models.x", "model.eval(); re.compile(x)"),
+    ],
+)
+def test_honest_code_is_left_alone(rule: Rule, module: str, source: str) -> None:
+    assert not offences(rule, module, source)

@@ -1,0 +1,216 @@
+"""Tiny random Qwen3 folders with a byte-level tokenizer, and an LLMEngine over them; all made on the fly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
+from vllm_omni.core.ar.sequence import Sequence
+from vllm_omni.engine.ar.engine import LLMEngine
+from vllm_omni.engine.ar.options import AROptions
+from vllm_omni.engine.base import EngineContext, StageDone, StageEvent, StageFailed, StageProgress, StageTask
+from vllm_omni.errors import OmniError
+from vllm_omni.params import SamplingParams, StageParams
+from vllm_omni.request import OmniRequest
+from vllm_omni.worker.model_pool import ModelPool
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+EOS = 2
+VOCABULARY = 320
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking %}{{ '<think>' }}{% endif %}{% endif %}"
+)
+PROMPT_STATES = {"h": {"layers": [-2], "tokens": "prompt"}}
+WRITTEN_STATES = {"h": {"layers": [1, -1], "tokens": "completion"}}
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "eos_token_id": EOS,
+}
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """All 256 bytes, the special tokens, and some merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    corpus = ["a red circle left of a blue square", "user assistant system", "the end of the world", "你好 你好 é ü"]
+    tokenizer.train_from_iterator(corpus * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SPECIAL_TOKENS[EOS],
+        pad_token=SPECIAL_TOKENS[0],
+        chat_template=chat_template,
+    )
+
+
+def make_model_folder(
+    folder: Path,
+    *,
+    seed: int = 0,
+    base_model: bool = False,
+    scale: float = 0.2,
+    template: str | None = CHAT_TEMPLATE,
+    **config: Any,
+) -> Path:
+    """A checkpoint as transformers writes it, weights wide enough that greedy texts differ, and a tokenizer in it."""
+    torch.manual_seed(seed)
+    build = Qwen3Model if base_model else Qwen3ForCausalLM
+    model = build(Qwen3Config(**{**TINY, "initializer_range": scale, **config}))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "bias")):
+            torch.nn.init.normal_(parameter, 1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+    model.save_pretrained(folder)
+    make_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets keys of a JSON file; None removes one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def make_stage(
+    folder: Path, *, name: str = "text", inputs: Mapping[str, str] | None = None, **options: Any
+) -> StageConfig:
+    return StageConfig(
+        name=name,
+        kind="ar",
+        model=str(folder),
+        inputs=inputs or {},
+        device="cpu",
+        dtype="float32",
+        options=AROptions(**{"chat_template": False, "block_size": 4, "max_num_seqs": 8, **options}),
+    )
+
+
+def make_engine(
+    folder: Path,
+    *,
+    wanted: Iterable[str] = (),
+    models: ModelPool | None = None,
+    limits: LimitsConfig | None = None,
+    readers: Mapping[str, StageConfig] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **stage_keys: Any,
+) -> LLMEngine:
+    """An engine of one stage named "text"; `readers` are further stages of the config."""
+    stage = make_stage(folder, **stage_keys)
+    config = OmniConfig(stages={stage.name: stage, **(readers or {})}, limits=limits or LimitsConfig())
+    return LLMEngine(
+        stage,
+        EngineContext(config, torch.device("cpu"), dtype, ModelPool() if models is None else models, frozenset(wanted)),
+    )
+
+
+def make_encoder(folder: Path, **options: Any) -> LLMEngine:
+    """An engine that encodes prompts and gives the states before the last layer as port "h"."""
+    return make_engine(folder, **{"task": "encode", "wanted": ["h"], "outputs": PROMPT_STATES, **options})
+
+
+def make_task(
+    prompt: Any, params: StageParams | None = None, request_id: str = "r", inputs: Mapping[str, Any] | None = None
+) -> StageTask:
+    params = params or SamplingParams(temperature=0)
+    return StageTask(OmniRequest(prompt=prompt, request_id=request_id, params=params), "text", params, inputs or {})
+
+
+def run(engine: LLMEngine, *tasks: StageTask, check: bool = True) -> dict[str, StageDone | StageFailed]:
+    """Submits the tasks and steps to the end; the final event of each request."""
+    for task in tasks:
+        engine.submit(task)
+    return {event.request_id: event for event in drain(engine, check) if not isinstance(event, StageProgress)}
+
+
+def drain(engine: LLMEngine, check: bool = True, max_steps: int = 10_000) -> list[StageEvent]:
+    """All events until the engine has no work left."""
+    events: list[StageEvent] = []
+    for _ in range(max_steps):
+        if not engine.has_work():
+            return events
+        events += engine.step()
+        if check:
+            engine.check_integrity()
+    raise AssertionError(f"still at work after {max_steps} steps")
+
+
+def done(event: StageDone | StageFailed) -> StageDone:
+    assert isinstance(event, StageDone), event
+    return event
+
+
+def failed(event: StageDone | StageFailed, kind: type[OmniError] = OmniError) -> str:
+    assert isinstance(event, StageFailed) and isinstance(event.error, kind), event
+    return str(event.error)
+
+
+def tokens_of(event: StageDone | StageFailed) -> list[int]:
+    tokens: list[int] = done(event).payload.meta["token_ids"]
+    return tokens
+
+
+def states_of(event: StageDone | StageFailed) -> Tensor:
+    """The tapped states of the port "h"."""
+    return done(event).payload.tensors["h"]
+
+
+def assert_clean(engine: LLMEngine) -> None:
+    """Nothing waits, nothing runs, every block is free."""
+    stats = engine.get_stats()
+    assert not engine.has_work()
+    assert (stats["num_waiting"], stats["num_running"]) == (0, 0)
+    assert stats["num_free_blocks"] == stats["num_blocks"]
+    engine.check_integrity()
+
+
+class PoolContent:
+    """Plays the KV tensor: remembers of which prefix each slot holds the states, and objects when it is not the one
+    expected.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._slots: dict[int, tuple[int, ...]] = {}
+
+    def compute(self, sequence: Sequence, start: int, end: int) -> None:
+        """Computes tokens [start, end), which read everything before them."""
+        self.check(sequence, start)
+        for position in range(start, end):
+            self._slots[self._slot(sequence, position)] = tuple(_content(sequence)[: position + 1])
+
+    def check(self, sequence: Sequence, end: int) -> None:
+        """Tokens [0, end) stand where the block table says."""
+        for position in range(end):
+            assert self._slots[self._slot(sequence, position)] == tuple(_content(sequence)[: position + 1])
+
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        return sequence.block_table[position // self._block_size] * self._block_size + position % self._block_size
+
+
+def _content(sequence: Sequence) -> list[int]:
+    return sequence.token_ids if sequence.content_ids is None else sequence.content_ids

@@ -1,0 +1,265 @@
+"""Two small real stage kinds: "toy_text" writes words step by step, "toy_picture" paints from a text's states.
+
+They misbehave on demand, by request or by option, in every way that a stage can. `register_toys` adds their rows.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_omni import registry
+from vllm_omni.config.graph import build_graph
+from vllm_omni.config.schema import OmniConfig, SchedulerConfig, StageConfig
+from vllm_omni.engine.base import (
+    EngineContext,
+    MemoryPlan,
+    StageDone,
+    StageEngine,
+    StageEvent,
+    StageFailed,
+    StageProgress,
+    StageTask,
+)
+from vllm_omni.errors import InvalidRequestError, ResourceError
+from vllm_omni.params import StageParams
+from vllm_omni.payload import StagePayload, StageSignature, TensorSpec, TextSpec
+from vllm_omni.request import OmniRequest
+
+WIDTH = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextParams(StageParams):
+    """steps (2). do: how the task misbehaves, see ToyEngine."""
+
+    steps: int | None = None
+    do: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureParams(StageParams):
+    """steps (2), seed (0), num_outputs (1), guided (False): whether the second input is read. do: see ToyEngine."""
+
+    steps: int | None = None
+    seed: int | None = None
+    num_outputs: int | None = None
+    guided: bool | None = None
+    do: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToyOptions:
+    """weights_bytes: for the memory plan. step_s: how long a step takes. fails_to_load, is_broken: who raises."""
+
+    weights_bytes: int = 1000
+    step_s: float = 0.0
+    fails_to_load: bool = False
+    is_broken: bool = False
+
+
+@dataclass(slots=True)
+class Work:
+    task: StageTask
+    step: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class ToyEngine(StageEngine):
+    """One step for every task per call. A task's `do` makes it misbehave:
+
+    reject (in check), reject_bug, fail, raise (from step), raise_once, lose (forgotten without an event), hang (no more
+    events), interrupt (Ctrl-C, once), no_output, bad_image.
+    """
+
+    options_type = ToyOptions
+    params_type: type[Any] = TextParams
+
+    def __init__(self, stage: StageConfig, context: EngineContext) -> None:
+        options: ToyOptions = stage.options
+        if options.fails_to_load:
+            raise RuntimeError("weights are on fire")
+        self.stage = stage
+        self.options = options
+        self.wanted = context.wanted
+        self.work: dict[str, Work] = {}
+        self.num_steps = 0
+        self.max_batch = 0
+        self.raised: set[str] = set()
+
+    @classmethod
+    def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
+        return MemoryPlan(weights_bytes=stage.options.weights_bytes)
+
+    def check(self, request: OmniRequest, params: Any) -> None:
+        if params.do == "reject":
+            raise InvalidRequestError("do: got 'reject', expected something else")
+        if params.do == "reject_bug":
+            raise KeyError("oops")
+        if params.steps is not None and params.steps > 1000:
+            raise ResourceError(f"steps: got {params.steps}, expected at most 1000")
+
+    def job_size(self, request: OmniRequest, params: Any) -> float:
+        return float(params.steps or 2)
+
+    def submit(self, task: StageTask) -> None:
+        if task.request_id in self.work:
+            raise ValueError(f"{task.request_id} was submitted twice")
+        self.work[task.request_id] = Work(task)
+
+    def step(self) -> list[StageEvent]:
+        time.sleep(self.options.step_s)
+        self.num_steps += 1
+        self.max_batch = max(self.max_batch, len(self.work))
+        events: list[StageEvent] = []
+        for request_id, work in list(self.work.items()):
+            events += self._advance(request_id, work)
+        return events
+
+    def abort(self, request_id: str) -> None:
+        self.work.pop(request_id, None)
+
+    def has_work(self) -> bool:
+        return bool(self.work)
+
+    def get_stats(self) -> dict[str, Any]:
+        return {"steps": self.num_steps, "max_batch": self.max_batch}
+
+    def check_integrity(self) -> None:
+        if self.options.is_broken:
+            raise RuntimeError("the books do not add up")
+
+    def _advance(self, request_id: str, work: Work) -> list[StageEvent]:
+        params: Any = work.task.params
+        if params.do == "hang":
+            return []
+        work.step += 1
+        if work.step == 2 or params.steps == 1:
+            self._misbehave(request_id, params.do)
+        if params.do == "lose":
+            del self.work[request_id]
+            return []
+        if params.do == "fail":
+            del self.work[request_id]
+            return [StageFailed(request_id, InvalidRequestError("it had to fail"))]
+        num_steps = params.steps or 2
+        progress = StageProgress(request_id, work.step, num_steps, self.words(work))
+        if work.step < num_steps:
+            return [progress]
+        del self.work[request_id]
+        payload = self.make(work.task)
+        if params.do == "no_output":
+            payload = StagePayload(request_id, self.stage.name)
+        return [progress, StageDone(payload, {"steps": work.step})]
+
+    def _misbehave(self, request_id: str, do: str | None) -> None:
+        if do == "raise" or (do == "raise_once" and request_id not in self.raised):
+            self.raised.add(request_id)
+            raise RuntimeError("boom")
+        if do == "interrupt" and request_id not in self.raised:
+            self.raised.add(request_id)
+            signal.raise_signal(signal.SIGINT)
+
+    def words(self, work: Work) -> str:
+        return ""
+
+    def make(self, task: StageTask) -> StagePayload:
+        raise NotImplementedError
+
+
+class TextEngine(ToyEngine):
+    """Repeats the prompt once per step; its states are the letters' codes. Reads another's words where connected."""
+
+    params_type = TextParams
+
+    @classmethod
+    def signature(cls, stage: StageConfig) -> StageSignature:
+        outputs = {"text": TextSpec(), "states": TensorSpec(("T", WIDTH))}
+        return StageSignature({"words": TextSpec()}, outputs, results=frozenset({"text"}))
+
+    @classmethod
+    def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
+        return f"{task.inputs.get('words')}|{task.request.prompt}|{task.params}" if "text" not in stage.name else None
+
+    def words(self, work: Work) -> str:
+        return self._prompt(work.task)
+
+    def make(self, task: StageTask) -> StagePayload:
+        text = self._prompt(task) * (task.params.steps or 2)  # type: ignore[attr-defined]
+        states = torch.tensor([[float(ord(letter))] * WIDTH for letter in text] or [[0.0] * WIDTH])
+        tensors = {"states": states} if "states" in self.wanted else {}
+        completion = {"text": text, "token_ids": [ord(letter) for letter in text], "finish_reason": "stop"}
+        return StagePayload(task.request_id, self.stage.name, tensors, {"text": text, "completions": [completion]})
+
+    def _prompt(self, task: StageTask) -> str:
+        return str(task.inputs.get("words", task.request.prompt))
+
+
+class PictureEngine(ToyEngine):
+    """A plain picture, grey as the mean of the states it read plus the seed, and its latents."""
+
+    params_type = PictureParams
+
+    @classmethod
+    def signature(cls, stage: StageConfig) -> StageSignature:
+        states = TensorSpec(("T", WIDTH))
+        outputs = {"image": TensorSpec(("n", "H", "W", 3)), "latents": TensorSpec(("n", WIDTH))}
+        inputs = {"states": states, "guide": states}
+        return StageSignature(inputs, outputs, frozenset({"states"}), results=frozenset({"image"}))
+
+    @classmethod
+    def needed_inputs(cls, stage: StageConfig, request: OmniRequest, params: Any) -> frozenset[str]:
+        return frozenset(stage.inputs) if params.guided else frozenset({"states"})
+
+    def make(self, task: StageTask) -> StagePayload:
+        params: Any = task.params
+        mean = torch.cat([states.mean(0, keepdim=True) for _, states in sorted(task.inputs.items())]).mean()
+        latents = (mean + (params.seed or 0)).expand(params.num_outputs or 1, WIDTH).clone()
+        grey = (latents[:, 0] % 256).to(torch.uint8)
+        image = grey[:, None, None, None].expand(-1, 8, 8, 3).clone()
+        tensors = {"image": image, "latents": latents}
+        if params.do == "bad_image":
+            tensors["image"] = image.float()
+        wanted = {port: tensor for port, tensor in tensors.items() if port in self.wanted}
+        return StagePayload(task.request_id, self.stage.name, wanted)
+
+
+def register_toys() -> None:
+    registry.register("stage kind", "toy_text", "support.toy_engine:TextEngine")
+    registry.register("stage kind", "toy_picture", "support.toy_engine:PictureEngine")
+
+
+def toy_stage(name: str, kind: str, inputs: Mapping[str, str] | None = None, **options: Any) -> StageConfig:
+    own = {key: options.pop(key) for key in list(options) if key in ToyOptions.__dataclass_fields__}
+    return StageConfig(
+        name=name, kind=kind, inputs=inputs or {}, device="cpu", dtype="float32", options=ToyOptions(**own), **options
+    )
+
+
+def toy_config(**changes: Any) -> OmniConfig:
+    """encode -> picture, and a second encoder `guide` that only guided requests need; gives pictures and latents."""
+    register_toys()
+    stages = [
+        toy_stage("encode", "toy_text"),
+        toy_stage("guide", "toy_text"),
+        toy_stage("picture", "toy_picture", {"states": "encode.states", "guide": "guide.states"}),
+    ]
+    defaults: dict[str, Any] = {
+        "stages": {stage.name: stage for stage in stages},
+        "outputs": ("picture", "picture.latents"),
+        "scheduler": SchedulerConfig(),
+    }
+    config = OmniConfig(**{**defaults, **changes})
+    build_graph(config)
+    return config
+
+
+def text_config(step_s: float = 0.0, **changes: Any) -> OmniConfig:
+    """One stage that writes."""
+    stages = {"text": toy_stage("text", "toy_text", step_s=step_s)}
+    return toy_config(**{"stages": stages, "outputs": ("text",), **changes})

@@ -1,0 +1,1 @@
+"""What all trainings share: the loop that can be resumed, and the optimizers."""

@@ -1,0 +1,1 @@
+"""The small picture model: its world, its data, its training, its judge."""

@@ -1,0 +1,213 @@
+"""Who holds which block of the paged KV pool, and which blocks can serve a prompt again. Holds numbers only, no
+tensors.
+
+A block that is computed whole is entered under a sha256 over the hash of the block before it and the content of its own
+tokens; a hit also compares that content. Freed blocks keep their entry until they are taken for something else, least
+recently used first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+
+from vllm_omni.core.ar.sequence import CacheState, Sequence
+from vllm_omni.errors import CacheError
+
+ROOT_HASH = sha256(b"the empty prefix").digest()
+
+
+@dataclass(slots=True)
+class Block:
+    """One block. `key` (its chained hash) is set while the block may serve prefixes; then `parent` and `content_ids`
+    say of what.
+    """
+
+    num_references: int = 0
+    key: bytes | None = None
+    parent: bytes = ROOT_HASH
+    content_ids: tuple[int, ...] = ()
+
+
+class BlockManager:
+    """The pool of `num_blocks` blocks of `block_size` tokens. Every method that takes a sequence keeps its block table
+    right.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_caching = prefix_caching
+        self._blocks = [Block() for _ in range(num_blocks)]
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
+        self._cached: dict[bytes, int] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds; they may still serve prefixes."""
+        return len(self._free)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that this many tokens fill or begin."""
+        return -(-num_tokens // self.block_size)
+
+    def can_ever_hold(self, num_tokens: int) -> bool:
+        """Whether the empty pool would have room for one sequence of this length."""
+        return self.num_blocks_for(num_tokens) <= self.num_blocks
+
+    def can_admit(self, sequence: Sequence) -> bool:
+        """Whether all known tokens of a sequence without blocks would find room now, prefix hits counted."""
+        self._expect(sequence, CacheState.UNALLOCATED, "admit")
+        hits = self._find_prefix(sequence)
+        num_revived = sum(self._blocks[block].num_references == 0 for block in hits)
+        return self.num_blocks_for(sequence.num_tokens) - len(hits) <= len(self._free) - num_revived
+
+    def allocate(self, sequence: Sequence) -> None:
+        """Starts the block table with the longest cached prefix; sets how many tokens are computed by that.
+
+        At least the last token is left to compute, however much is cached: something must run to give logits.
+        """
+        self._expect(sequence, CacheState.UNALLOCATED, "allocate")
+        sequence.block_table = self._find_prefix(sequence)
+        for block in sequence.block_table:
+            self._free.pop(block, None)
+            self._blocks[block].num_references += 1
+        sequence.num_computed_tokens = len(sequence.block_table) * self.block_size
+        sequence.cache_state = CacheState.ALLOCATED
+
+    def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether the table of an allocated sequence could be made to hold its first `num_tokens` tokens."""
+        self._expect(sequence, CacheState.ALLOCATED, "grow")
+        return self.num_blocks_for(num_tokens) - len(sequence.block_table) <= len(self._free)
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Takes the blocks that the first `num_tokens` tokens lack; CacheError, and nothing taken, when there are too
+        few.
+        """
+        if not self.can_grow(sequence, num_tokens):
+            raise CacheError(
+                f"sequence {sequence.sequence_id}: got {len(self._free)} free blocks, expected enough for {num_tokens} "
+                "tokens; ask can_grow first and preempt"
+            )
+        for _ in range(self.num_blocks_for(num_tokens) - len(sequence.block_table)):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._blocks[block].num_references = 1
+            sequence.block_table.append(block)
+
+    def commit(self, sequence: Sequence) -> None:
+        """Enters the blocks whose tokens are all computed, so that other sequences may share them.
+
+        A block whose content is entered already (an identical prompt in the same step) stays private.
+        """
+        self._expect(sequence, CacheState.ALLOCATED, "commit")
+        if not self._prefix_caching:
+            return
+        for index in range(sequence.num_computed_tokens // self.block_size):
+            block = self._blocks[sequence.block_table[index]]
+            key = self._hash(sequence, index)
+            if block.key is None and key not in self._cached:
+                block.key = key
+                block.parent = sequence.block_hashes[index - 1] if index else ROOT_HASH
+                block.content_ids = self._content(sequence, index)
+                self._cached[key] = sequence.block_table[index]
+
+    def free(self, sequence: Sequence) -> None:
+        """Gives the blocks back for good. A sequence that holds none may be freed too; one that was freed may not."""
+        if sequence.cache_state is CacheState.FREED:
+            raise CacheError(
+                f"sequence {sequence.sequence_id}: freed twice; free a sequence once, when it finishes or is aborted"
+            )
+        self._release(sequence)
+        sequence.cache_state = CacheState.FREED
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Gives the blocks back and lets the sequence start again, from whatever prefix is still cached by then."""
+        self._expect(sequence, CacheState.ALLOCATED, "preempt")
+        self._release(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.cache_state = CacheState.UNALLOCATED
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """CacheError unless tables, reference counts, free list and prefix entries of all living `sequences` agree."""
+        held: Counter[int] = Counter()
+        for sequence in sequences:
+            self._check_table(sequence)
+            held.update(sequence.block_table)
+        for number, block in enumerate(self._blocks):
+            if block.num_references != held[number]:
+                raise CacheError(
+                    f"block {number}: {block.num_references} references, but {held[number]} tables hold it"
+                )
+            if (number in self._free) != (block.num_references == 0):
+                raise CacheError(
+                    f"block {number}: {block.num_references} references, free list says {number in self._free}"
+                )
+            if block.key is not None and self._cached.get(block.key) != number:
+                raise CacheError(f"block {number}: its key leads to block {self._cached.get(block.key)}")
+            if block.num_references > 1 and block.key is None:
+                raise CacheError(f"block {number}: shared by {block.num_references} sequences, but not entered")
+        if len(self._cached) != sum(block.key is not None for block in self._blocks):
+            raise CacheError("a prefix entry leads to a block that does not carry its key")
+
+    def _check_table(self, sequence: Sequence) -> None:
+        name, size = f"sequence {sequence.sequence_id}", len(sequence.block_table)
+        if len(set(sequence.block_table)) != size:
+            raise CacheError(f"{name}: the block table {sequence.block_table} names a block twice")
+        if sequence.cache_state is not CacheState.ALLOCATED and (size or sequence.num_computed_tokens):
+            raise CacheError(f"{name}: {sequence.cache_state.value}, but has {size} blocks")
+        if not self.num_blocks_for(sequence.num_computed_tokens) <= size <= self.num_blocks_for(sequence.num_tokens):
+            raise CacheError(
+                f"{name}: {size} blocks for {sequence.num_computed_tokens} of {sequence.num_tokens} tokens"
+            )
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        found: list[int] = []
+        if not self._prefix_caching:
+            return found
+        for index in range((sequence.num_tokens - 1) // self.block_size):
+            number = self._cached.get(self._hash(sequence, index))
+            if number is None:
+                break
+            block = self._blocks[number]
+            parent = sequence.block_hashes[index - 1] if index else ROOT_HASH
+            if block.parent != parent or block.content_ids != self._content(sequence, index):
+                break
+            found.append(number)
+        return found
+
+    def _hash(self, sequence: Sequence, index: int) -> bytes:
+        chain = sequence.block_hashes
+        while len(chain) <= index:
+            content = b"".join(token.to_bytes(32, "little") for token in self._content(sequence, len(chain)))
+            chain.append(sha256((chain[-1] if chain else ROOT_HASH) + content).digest())
+        return chain[index]
+
+    def _content(self, sequence: Sequence, index: int) -> tuple[int, ...]:
+        ids = sequence.token_ids if sequence.content_ids is None else sequence.content_ids
+        return tuple(ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def _release(self, sequence: Sequence) -> None:
+        for number in reversed(sequence.block_table):  # a prefix outlives what follows it
+            block = self._blocks[number]
+            block.num_references -= 1
+            if block.num_references == 0:
+                self._free[number] = None
+                if block.key is None:
+                    self._free.move_to_end(number, last=False)
+        sequence.block_table = []
+
+    def _forget(self, number: int) -> None:
+        block = self._blocks[number]
+        if block.key is not None:
+            del self._cached[block.key]
+        self._blocks[number] = Block()
+
+    def _expect(self, sequence: Sequence, state: CacheState, verb: str) -> None:
+        if sequence.cache_state is not state:
+            raise CacheError(
+                f"sequence {sequence.sequence_id}: cannot {verb}, its cache is {sequence.cache_state.value}, "
+                f"expected {state.value}"
+            )

@@ -1,0 +1,180 @@
+"""Which tokens of which sequences run in the next step of an AR stage: continuous batching with chunked prefill under a
+token budget.
+
+Owns the queues and, through its BlockManager, the blocks. Knows no tensors, no sampling and no clock.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from vllm_omni.core.ar.block_manager import BlockManager
+from vllm_omni.core.ar.sequence import CacheState, Sequence, SequenceStatus
+from vllm_omni.errors import CacheError, ResourceError
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, end) of a sequence, to be computed in one step. `samples`: the last one's logits give the next
+    token.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+class ARScheduler:
+    """First come, first served. A step holds at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
+
+    Running sequences are served in the order of their arrival, then waiting ones are admitted. A prompt takes all of
+    the budget that is left, so a long prompt holds up nobody who writes. When blocks run out the newest is preempted
+    and will be computed again, so that the oldest never lacks any.
+
+    A sequence may be idle: paused, or nothing of it is ready to be computed. It keeps its blocks and its place, and
+    others overtake it. When all the blocks or places that someone needs are held by idle ones, and nothing else can
+    run, the newest idle one gives way, whatever its age: what it waits for may wait for the others.
+    """
+
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.blocks = blocks
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def has_work(self) -> bool:
+        """Whether there is a token to compute; idle sequences are no work."""
+        return any(sequence.num_computable_tokens for sequence in (*self._running, *self._waiting))
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence; ResourceError when the whole pool could not hold it."""
+        if not self.blocks.can_ever_hold(sequence.max_tokens):
+            raise ResourceError(
+                f"request {sequence.request_id!r}: got {sequence.max_tokens} tokens, expected at most "
+                f"{self.blocks.num_blocks * self.blocks.block_size}, the whole KV pool; raise num_blocks"
+            )
+        self._waiting.append(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step, their blocks taken. Empty only when there is no work."""
+        chunks = self._fill_step()
+        while not chunks and self.has_work():
+            idle = [sequence for sequence in self._running if not sequence.num_computable_tokens]
+            self._preempt(idle[-1])
+            chunks = self._fill_step()
+        return chunks
+
+    def _fill_step(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in list(self._running):
+            if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
+                self._continue(sequence, chunks)
+        self._admit(chunks)  # what was preempted just now finds no room: it lost at least one of the blocks it needs
+        return chunks
+
+    def advance(self, chunk: Chunk) -> None:
+        """Notes that a chunk has been computed."""
+        sequence = chunk.sequence
+        if sequence.num_computed_tokens != chunk.start or sequence.status is not SequenceStatus.RUNNING:
+            raise CacheError(
+                f"sequence {sequence.sequence_id}: got a chunk from token {chunk.start} in the {sequence.status.value} "
+                f"queue, expected one from token {sequence.position} in the running queue"
+            )
+        sequence.num_computed_tokens = chunk.end
+        sequence.num_reached_tokens = max(sequence.num_reached_tokens, chunk.end)
+        self.blocks.commit(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Ends a sequence, finished or aborted, wherever it stands, and frees its blocks; one that has ended is left
+        alone.
+        """
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        queue = self._running if sequence.status is SequenceStatus.RUNNING else self._waiting
+        queue.remove(sequence)
+        self.blocks.free(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def check_integrity(self) -> None:
+        """CacheError when queues, statuses, order or blocks disagree."""
+        for queue, status in ((self._running, SequenceStatus.RUNNING), (self._waiting, SequenceStatus.WAITING)):
+            for sequence in queue:
+                if sequence.status is not status:
+                    raise CacheError(
+                        f"sequence {sequence.sequence_id}: {sequence.status.value} in the {status.value} queue"
+                    )
+        for queue in (self._running, self._waiting):
+            ids = [sequence.sequence_id for sequence in queue]
+            if ids != sorted(set(ids)):
+                raise CacheError(f"sequences out of order: {ids}")
+        for sequence in self._waiting:
+            if sequence.cache_state is not CacheState.UNALLOCATED:
+                raise CacheError(
+                    f"sequence {sequence.sequence_id}: waits, but its cache is {sequence.cache_state.value}"
+                )
+        self.blocks.check_integrity([*self._running, *self._waiting])
+
+    def _continue(self, sequence: Sequence, chunks: list[Chunk]) -> None:
+        num_tokens = min(sequence.num_computable_tokens, self._budget(chunks))
+        if num_tokens == 0:
+            return
+        while not self.blocks.can_grow(sequence, sequence.num_computed_tokens + num_tokens):
+            victim = self._running[-1]  # at or after `sequence`, so not among the chunks yet
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        self._take(sequence, num_tokens, chunks)
+
+    def _admit(self, chunks: list[Chunk]) -> None:
+        for sequence in [sequence for sequence in self._waiting if sequence.num_computable_tokens]:
+            budget = self._budget(chunks)
+            if budget == 0 or len(self._running) == self._max_num_seqs or not self.blocks.can_admit(sequence):
+                return
+            self._waiting.remove(sequence)
+            insort(self._running, sequence, key=_order)
+            sequence.status = SequenceStatus.RUNNING
+            self.blocks.allocate(sequence)
+            if sequence.num_cached_tokens is None:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+            sequence.num_reached_tokens = max(sequence.num_reached_tokens, sequence.num_computed_tokens)
+            num_tokens = min(sequence.num_computable_tokens, budget)
+            if num_tokens:  # none when the prefix cache served all that is ready
+                self._take(sequence, num_tokens, chunks)
+
+    def _take(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk]) -> None:
+        start = sequence.num_computed_tokens
+        end = start + num_tokens
+        self.blocks.grow(sequence, end)
+        chunks.append(Chunk(sequence, start, end, sequence.is_writing and end == sequence.num_tokens))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        insort(self._waiting, sequence, key=_order)
+        self.blocks.preempt(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _budget(self, chunks: list[Chunk]) -> int:
+        return self._max_num_batched_tokens - sum(chunk.num_tokens for chunk in chunks)
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence.sequence_id

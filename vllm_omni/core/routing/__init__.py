@@ -1,0 +1,1 @@
+"""Requests through the graph of stages: admission, order, edges and streams, budgets. Pure state machines."""

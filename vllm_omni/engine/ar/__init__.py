@@ -1,0 +1,1 @@
+"""The stage kind `ar`: a language model that writes, or gives hidden states."""

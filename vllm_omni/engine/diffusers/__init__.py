@@ -1,0 +1,1 @@
+"""The stage kind `diffusers`: any pipeline of diffusers, hosted as it is."""

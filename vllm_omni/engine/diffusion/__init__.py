@@ -1,0 +1,1 @@
+"""The stage kind `dit`: a diffusion model that makes pictures or sound."""

@@ -1,0 +1,37 @@
+"""What every stage that takes DiffusionParams checks in the same way."""
+
+from __future__ import annotations
+
+from vllm_omni.config.schema import LimitsConfig
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.params import DiffusionParams, StageParams
+from vllm_omni.worker.diffusion.diffusion_model import check_limit
+
+
+def diffusion_params(params: StageParams) -> DiffusionParams:
+    if not isinstance(params, DiffusionParams):
+        raise InvalidRequestError(f"params: got {type(params).__name__}, expected DiffusionParams")
+    return params
+
+
+def check_counts(params: DiffusionParams, num_steps: int, limits: LimitsConfig) -> None:
+    """Steps and outputs against the limits; `sigmas` and `num_inference_steps` must not contradict each other."""
+    check_limit("num_inference_steps", num_steps, 1, limits.max_inference_steps, integer=True)
+    check_limit("num_outputs", params.num_outputs or 1, 1, limits.max_outputs, integer=True)
+    if params.sigmas is not None and params.num_inference_steps not in (None, len(params.sigmas)):
+        raise InvalidRequestError(
+            f"sigmas: got {len(params.sigmas)} of them and num_inference_steps {params.num_inference_steps};"
+            " leave one of the two out"
+        )
+
+
+def check_readers(params: DiffusionParams, stage: str, wanted: frozenset[str], is_streamed: bool) -> None:
+    """What is asked for must have a reader, and a result that is handed on while it is made must be one."""
+    if params.output_type == "latent" and "latents" not in wanted:
+        raise InvalidRequestError(
+            f"output_type: got 'latent', but nobody reads the latents; list '{stage}.latents' in the config's outputs"
+        )
+    if is_streamed and (params.num_outputs or 1) > 1:
+        raise InvalidRequestError(
+            f"num_outputs: got {params.num_outputs}, expected 1 where the result is handed on while it is made"
+        )

@@ -1,1 +1,0 @@
-"""Messages with images, sounds and videos -> what a model takes."""

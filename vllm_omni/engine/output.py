@@ -1,0 +1,154 @@
+"""What the caller sees of a request: its output stages' text, PIL images, sounds and tensors, piece by piece while they
+are made and whole at the end. All of it is the caller's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vllm_omni.core.routing.request_state import RequestEnd
+from vllm_omni.engine.base import StageProgress, StageRows
+from vllm_omni.engine.boundary import let_go, stage_boundary
+from vllm_omni.errors import InvalidRequestError, OmniError, StageError
+from vllm_omni.media.audio import Audio
+from vllm_omni.payload import StagePayload
+from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
+
+IMAGE_PORT = "image"
+AUDIO_PORT = "audio"
+
+
+def make_output(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
+    """The final OmniOutput, `outputs` being the config's entries; what a failed request did finish is given as well. A
+    caller who keeps its error keeps no engine by that.
+    """
+    output = _output_of(end, outputs)
+    if output.error is not None:
+        let_go(output.error)
+    return output
+
+
+class PartialOutputs:
+    """The partial outputs of one request, to be made in the order of its events: it counts the samples of each stage.
+
+    outputs: the config's entries.
+    """
+
+    def __init__(self, outputs: Sequence[str]) -> None:
+        self._outputs = outputs
+        self._num_samples: dict[str, int] = {}
+
+    def make(self, event: StageProgress | StageRows, stage: str) -> OmniOutput | None:
+        """A RUNNING output: how far the stage is and, where `outputs` lists the stage itself, what it has newly
+        written, or the sound that it has newly made. None for rows that the caller does not get; StageError for rows
+        that are no sound.
+        """
+        if isinstance(event, StageProgress):
+            return self._progress(event, stage)
+        if event.port != AUDIO_PORT or stage not in self._outputs or not event.rows.numel():
+            return None
+        return self._sound(event, stage)
+
+    def _progress(self, event: StageProgress, stage: str) -> OmniOutput:
+        piece = Completion(text=event.text, token_ids=(), finish_reason=None)
+        return OmniOutput(
+            request_id=event.request_id,
+            status=RequestStatus.RUNNING,
+            results={stage: StageResult(completions=(piece,))} if event.text and stage in self._outputs else {},
+            metrics={stage: {"step": event.step, "num_steps": event.num_steps}},
+        )
+
+    def _sound(self, event: StageRows, stage: str) -> OmniOutput:
+        if event.rows.dim() != 2:
+            raise StageError(f"stage {stage!r}: rows of audio are {list(event.rows.shape)}, expected [n, channels]")
+        start = self._num_samples.get(stage, 0)
+        self._num_samples[stage] = start + len(event.rows)
+        audios = to_audios(event.rows.T[None], event.meta.get("sample_rate"), stage, start)
+        return OmniOutput(
+            request_id=event.request_id, status=RequestStatus.RUNNING, results={stage: StageResult(audios=audios)}
+        )
+
+
+def make_result(payload: StagePayload) -> StageResult:
+    """Text from meta "completions" (Completions, or their fields; else a bare "text"), images from the tensor "image",
+    sounds from the tensor "audio" and meta "sample_rate".
+
+    image: uint8 [N, H, W, 3]. audio: floating [N, channels, n].
+    """
+    completions = payload.meta.get("completions")
+    if completions is None and "text" in payload.meta:
+        completions = [payload.meta]
+    images, sounds = payload.tensors.get(IMAGE_PORT), payload.tensors.get(AUDIO_PORT)
+    return StageResult(
+        completions=tuple(_completion(item) for item in completions or ()),
+        images=() if images is None else to_images(images, payload.source),
+        audios=() if sounds is None else to_audios(sounds, payload.meta.get("sample_rate"), payload.source),
+    )
+
+
+def to_images(pixels: Tensor, stage: str) -> tuple[Image.Image, ...]:
+    """pixels: uint8 [n, H, W, 3], any device -> n RGB images."""
+    if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[-1] != 3:
+        got = f"{pixels.dtype} {list(pixels.shape)}"
+        raise StageError(f"stage {stage!r}: image is {got}, expected torch.uint8 [n, H, W, 3]")
+    return tuple(Image.fromarray(array) for array in pixels.detach().cpu().contiguous().numpy())
+
+
+def to_audios(sounds: Tensor, sample_rate: object, stage: str, start: int = 0) -> tuple[Audio, ...]:
+    """sounds: floating [N, channels, n], any device; sample_rate: Hz; start: as Audio's -> N sounds. StageError for
+    other tensors, for a rate that is none, and for samples that are not finite.
+    """
+    if not sounds.is_floating_point() or sounds.dim() != 3:
+        got = f"{sounds.dtype} {list(sounds.shape)}"
+        raise StageError(f"stage {stage!r}: audio is {got}, expected floating point [N, channels, n]")
+    owned = sounds.detach().to("cpu", torch.float32, copy=True).contiguous()
+    try:
+        return tuple(Audio(array, sample_rate, start) for array in owned.numpy())  # type: ignore[arg-type]
+    except InvalidRequestError as error:
+        raise StageError(f"stage {stage!r}: audio: {error}") from error
+
+
+def _output_of(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
+    results: dict[str, StageResult] = {}
+    tensors: dict[str, Tensor] = {}
+    status, error = end.status, end.error
+    try:
+        for entry in outputs:
+            stage, _, port = entry.partition(".")
+            payload = end.payloads.get(stage)
+            if payload is None:
+                continue
+            with stage_boundary(stage):
+                if not port:
+                    results[stage] = make_result(payload)
+                elif port in payload.tensors:
+                    tensors[entry] = payload.tensors[port].detach().clone()
+                else:
+                    raise StageError(f"stage {stage!r} gave no {port!r}, which `outputs` lists")
+    except OmniError as failure:
+        results, tensors, status, error = {}, {}, RequestStatus.FAILED, error or failure
+    return OmniOutput(
+        request_id=end.request.request_id,
+        status=status,
+        results=results,
+        tensors=tensors,
+        metrics=end.metrics,
+        error=error,
+    )
+
+
+def _completion(item: Completion | Mapping[str, Any]) -> Completion:
+    if isinstance(item, Completion):
+        return item
+    logprobs = item.get("logprobs")
+    return Completion(
+        text=item["text"],
+        token_ids=tuple(item.get("token_ids", ())),
+        finish_reason=item.get("finish_reason"),
+        logprobs=None if logprobs is None else tuple(logprobs),
+    )

@@ -1,0 +1,230 @@
+"""The pre-norm transformer decoder of the Qwen family over a paged KV cache, its projections fused: grouped-query
+attention and SwiGLU between RMS norms. What a family has of its own (biases, norms on heads) its config says.
+
+Legend: N tokens of a step, D hidden size, H query heads, K key-value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_omni.errors import ConfigError
+from vllm_omni.layers.forward_context import ForwardContext
+from vllm_omni.layers.linear import Linear, MergedLinear
+from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies, rotate
+from vllm_omni.layers.weights import Target
+from vllm_omni.utils.checks import check_number
+
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+PLAIN_ROPE: Mapping[str, Any] = {"rope_theta": 10000.0}
+OMNI_ROPE: Mapping[str, Any] = {"rope_theta": 1000000.0, "mrope_section": (16, 24, 24)}
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """What of a config.json shapes the layers. rope: the keys of `rope_parameters`, `rope_type` and `rope_theta`
+    always among them. head_norms: whether queries and keys are normed head by head.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Mapping[str, Any]
+    qkv_bias: bool
+    output_bias: bool
+    head_norms: bool
+
+    @classmethod
+    def fields_from(
+        cls, raw: Mapping[str, Any], where: str, head_dim: int | None, rope: Mapping[str, Any] = PLAIN_ROPE
+    ) -> dict[str, Any]:
+        """The fields of this class that a config.json of any age gives, the biases and norms apart; ConfigError with
+        the key for what is missing, wrong or not supported. head_dim: where the file has none, None for an equal share.
+        rope: the keys that the file leaves out, as transformers has them for this family.
+        """
+        _refuse_unsupported(raw, where)
+        heads = count_of(raw, "num_attention_heads", where)
+        head_dim = raw.get("head_dim", head_dim)
+        sizes = {"num_key_value_heads": heads, **{k: v for k, v in raw.items() if v is not None}}
+        fields: dict[str, Any] = {
+            "vocab_size": count_of(raw, "vocab_size", where),
+            "hidden_size": count_of(raw, "hidden_size", where),
+            "intermediate_size": count_of(raw, "intermediate_size", where),
+            "num_layers": count_of(raw, "num_hidden_layers", where),
+            "num_heads": heads,
+            "num_kv_heads": count_of(sizes, "num_key_value_heads", where),
+            "head_dim": count_of(raw, "hidden_size", where) // heads
+            if head_dim is None
+            else count_of({"head_dim": head_dim}, "head_dim", where),
+            "max_position_embeddings": count_of(
+                {"max_position_embeddings": 32768, **raw}, "max_position_embeddings", where
+            ),
+            "rms_norm_eps": _epsilon(raw, where),
+            "rope": _rope(raw, where, rope),
+        }
+        if heads % fields["num_kv_heads"] or fields["head_dim"] % 2:
+            raise ConfigError(
+                f"{where}: got {heads} heads, {fields['num_kv_heads']} key-value heads and head_dim "
+                f"{fields['head_dim']}, expected whole groups and an even head_dim"
+            )
+        rotary_frequencies(fields["head_dim"], fields["max_position_embeddings"], fields["rope"])
+        return fields
+
+
+class Decoder(nn.Module):
+    """All layers and the final norm. Names of parameters follow transformers' models, fused projections apart."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope)
+
+    def forward(self, states: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """states: [N, D]; positions: [N] or [3, N] int64 -> [N, D]: normed when all layers run, else the state after
+        the last that did.
+        """
+        context.tap(0, states)
+        cos, sin = self.rotary(positions, states.dtype)
+        for index in range(context.num_layers):
+            states = self.layers[index](states, cos, sin, context, index)
+            if index + 1 < self.config.num_layers:
+                context.tap(index + 1, states)
+        if context.num_layers == self.config.num_layers:
+            states = self.norm(states)
+            context.tap(context.num_layers, states)
+        return states
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm and around a residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DecoderAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = DecoderMLP(config)
+
+    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
+        states = states + self.self_attn(self.input_layernorm(states), cos, sin, context, index)
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+
+class DecoderAttention(nn.Module):
+    """Grouped-query attention."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        parts = {"q_proj": query, "k_proj": key, "v_proj": key}
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.qkv_bias)
+        self.o_proj = Linear(query, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
+
+    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
+        query, key, value = (x.view(len(x), -1, self.head_dim) for x in self.qkv_proj.project(states))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)  # [N, H, d] and [N, K, d]
+        attended = context.attention(query, key, value, context.kv_cache[index])
+        return self.o_proj(attended.flatten(1))
+
+
+class DecoderMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up_proj = MergedLinear(config.hidden_size, parts)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj.project(states)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def locate_fused(model: nn.Module, name: str) -> Target | None:
+    """The parameter of `model` for a published name, where the decoder's projections are fused."""
+    *path, module, kind = name.split(".") if name.count(".") >= 1 else ("", name)
+    if module not in FUSED:
+        return Target(name)
+    owner = ".".join([*path, FUSED[module]])
+    try:
+        merged = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    return Target(f"{owner}.{kind}", merged.rows(module)) if isinstance(merged, MergedLinear) else None
+
+
+def sub_config(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object inside a config.json."""
+    inner = raw.get(key)
+    if not isinstance(inner, Mapping):
+        raise ConfigError(f"{where}: {key}: got {type(inner).__name__}, expected an object")
+    return inner
+
+
+def count_of(raw: Mapping[str, Any], key: str, where: str) -> int:
+    """A positive integer of a config.json."""
+    check_number(f"{where}: {key}", raw.get(key), 1, integer=True, raises=ConfigError)
+    return int(raw[key])
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
+    expected: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False, None),
+        "quantization_config": (None,),
+        "partial_rotary_factor": (1, None),
+    }
+    for key, values in expected.items():
+        if key in raw and raw[key] not in values:
+            raise ConfigError(f"{where}: {key}: got {raw[key]!r}, expected {values[0]!r}; nothing else is supported")
+    others = set(raw.get("layer_types") or ()) - {"full_attention"}
+    if others:
+        raise ConfigError(
+            f"{where}: layer_types: got {sorted(others)}, expected 'full_attention' alone; nothing else is supported"
+        )
+
+
+def _epsilon(raw: Mapping[str, Any], where: str) -> float:
+    epsilon = raw.get("rms_norm_eps", 1e-6)
+    check_number(f"{where}: rms_norm_eps", epsilon, 0, raises=ConfigError)
+    return float(epsilon)
+
+
+def _rope(raw: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{where}: rope_parameters: got {rope!r}, expected an object")
+    rope = {**defaults, "rope_theta": raw.get("rope_theta", defaults["rope_theta"]), **rope}
+    _refuse_unsupported({"partial_rotary_factor": rope.get("partial_rotary_factor")}, where)
+    old_type = rope.pop("type", "default")
+    rope["rope_type"] = rope.get("rope_type", old_type)
+    if rope["rope_type"] == "mrope":  # what files of early versions call the default one with sections
+        rope["rope_type"] = "default"
+    check_number(f"{where}: rope_theta", rope["rope_theta"], 0, above_low=True, raises=ConfigError)
+    return rope

@@ -1,0 +1,63 @@
+"""What one forward pass of a language model needs besides its tokens: the paged cache, and the hidden states to keep.
+
+Legend: N tokens of a step, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_omni.layers.attention.base import PagedAttention
+from vllm_omni.layers.token_inputs import InputRows
+
+
+class HiddenStateTaps:
+    """Side storage of tapped hidden states, kept per slot of the KV pool, so that whatever serves a prefix serves its
+    states too.
+
+    layers: indices into transformers' `hidden_states` (0 the embeddings, i the state after layer i, the last one after
+    the final norm).
+    """
+
+    def __init__(
+        self, layers: Sequence[int], num_slots: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._columns = {layer: column for column, layer in enumerate(sorted(set(layers)))}
+        self._states = torch.empty(len(self._columns), num_slots, hidden_size, dtype=dtype, device=device)
+
+    def write(self, layer: int, states: Tensor, slots: Tensor) -> None:
+        """states: [>= N, D] of one layer, slots: [N]; layers that are not tapped are passed over."""
+        if layer in self._columns:
+            self._states[self._columns[layer]].index_copy_(0, slots, states[: len(slots)])
+
+    def read(self, layers: Sequence[int], slots: Tensor) -> Tensor:
+        """slots: [T] -> a new tensor [T, len(layers) * D], the layers side by side."""
+        return torch.cat([self._states[self._columns[layer]].index_select(0, slots) for layer in layers], dim=-1)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._states.numel() * self._states.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """What a forward pass needs besides tokens and positions.
+
+    kv_cache: [num_layers, 2, blocks, block_size, kv heads, head size]. num_layers: how many layers run; when all do,
+    the final norm follows. input_rows: what joins or replaces embeddings, for models that are fed such.
+    """
+
+    attention: PagedAttention
+    kv_cache: Tensor
+    num_layers: int
+    taps: HiddenStateTaps | None = None
+    input_rows: InputRows | None = None
+
+    def tap(self, layer: int, states: Tensor) -> None:
+        """Offers the states of one index of `hidden_states`, [N, D]."""
+        if self.taps is not None:
+            self.taps.write(layer, states, self.attention.metadata.slot_mapping)

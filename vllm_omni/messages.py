@@ -1,0 +1,115 @@
+"""What scheduler, hosts and engines tell each other: orders to a stage, and the events that it reports.
+
+Orders: StageTask, Feed, Pause, Resume. Events: StageProgress, StageRows, ChunkConsumed, StageDone, StageFailed. All of
+them are frozen; within a process tensors pass by reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm_omni.errors import OmniError
+from vllm_omni.params import StageParams
+from vllm_omni.payload import StagePayload, StreamChunk
+from vllm_omni.request import OmniRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StageTask:
+    """One request's work in one stage, which counts as running from now on."""
+
+    request: OmniRequest
+    stage: str
+    params: StageParams  # with their defaults
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # complete; of a streamed port its first StreamChunk
+    prepared: Any = None  # what the stage's `StageSpec.check` made of the request
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The next chunk of a streamed input of a running stage."""
+
+    request_id: str
+    stage: str
+    port: str
+    chunk: StreamChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A running stage is too far ahead of a reader: it makes no more rows until Resume, and keeps what it holds."""
+
+    request_id: str
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """The readers of a paused stage have caught up."""
+
+    request_id: str
+    stage: str
+
+
+Order = StageTask | Feed | Pause | Resume
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """`step` of `num_steps` is done. text: what an AR stage has newly written."""
+
+    request_id: str
+    step: int
+    num_steps: int
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRows:
+    """New rows of a streamed output port, in order. What StageDone finds open is complete then."""
+
+    request_id: str
+    port: str
+    rows: Tensor  # [n, ...]
+    is_last: bool = False  # the port is complete, though the stage may go on
+    meta: Mapping[str, Any] = field(default_factory=dict)  # as in the payload, where a reader needs it (a sample rate)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkConsumed:
+    """The task has used up one more chunk of a streamed input; its writer may go on."""
+
+    request_id: str
+    port: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageDone:
+    """The task is finished."""
+
+    payload: StagePayload
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # counts for the caller: steps, tokens, cache_hits, ...
+
+    @property
+    def request_id(self) -> str:
+        return self.payload.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class StageFailed:
+    """The task ended without a result; the others go on."""
+
+    request_id: str
+    error: OmniError
+
+
+StageEvent = StageProgress | StageRows | ChunkConsumed | StageDone | StageFailed

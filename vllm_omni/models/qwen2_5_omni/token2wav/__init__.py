@@ -1,0 +1,1 @@
+"""Qwen2.5-Omni's token2wav: codes to a waveform."""

@@ -1,0 +1,372 @@
+"""The Z-Image transformer (Tongyi-MAI, 2025; published as diffusers' ZImageTransformer2DModel), for batches of any
+mix of sizes.
+
+The tokens of all rows lie packed in one [N, D] tensor, so matrix products waste nothing on padding. Rows of equal
+geometry stand together as a `Group`; what is per row (modulation, attention, positions) works on a group as a dense
+[rows, length, D] view. The text side does not see the timestep: `encode_text` runs once per request, not once per
+step. Knows no sampler, no guidance and no cache.
+
+Legend: R rows, N packed tokens of all rows, L tokens of a row (image, padded to 32, then text), D width, H heads, A
+modulation width, C latent channels, T text tokens padded to 32.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_omni.errors import ConfigError
+from vllm_omni.layers.linear import Linear
+from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.layers.weights import Target
+from vllm_omni.models.z_image.packing import (
+    PATCH,
+    Group,
+    Rows,
+    Span,
+    Tokens,
+    dense,
+    grouped,
+    joined,
+    padded,
+    patchified,
+    per_span,
+    unpatchified,
+)
+from vllm_omni.utils.files import read_json
+
+MAX_MODULATION_WIDTH = 256
+TIME_FREQUENCIES = 256
+TIME_HIDDEN = 1024
+ATTENTION_EPS = 1e-5
+MAX_ROPE_TABLES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ZImageConfig:
+    """The fields of `transformer/config.json` that shape the computation."""
+
+    dim: int
+    n_layers: int
+    n_refiner_layers: int
+    n_heads: int
+    in_channels: int
+    cap_feat_dim: int
+    norm_eps: float
+    qk_norm: bool
+    rope_theta: float
+    t_scale: float
+    axes_dims: tuple[int, ...]
+    axes_lens: tuple[int, ...]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ZImageConfig:
+        return cls.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> ZImageConfig:
+        """Reads a published config; what this model does not compute is refused, not ignored."""
+        expected = {"all_patch_size": [PATCH], "all_f_patch_size": [1], "siglip_feat_dim": None}
+        for key, value in expected.items():
+            if key in raw and (list(raw[key]) if isinstance(raw[key], (list, tuple)) else raw[key]) != value:
+                raise ConfigError(f"{where}: {key}: got {raw[key]!r}, expected {value!r}")
+        if raw.get("n_kv_heads", raw["n_heads"]) != raw["n_heads"]:
+            raise ConfigError(f"{where}: n_kv_heads: got {raw['n_kv_heads']}, expected n_heads = {raw['n_heads']}")
+        if raw["dim"] // raw["n_heads"] != sum(raw["axes_dims"]):
+            raise ConfigError(f"{where}: axes_dims: got {raw['axes_dims']}, expected a sum of dim / n_heads")
+        fields = {name: raw[name] for name in cls.__slots__ if name in raw}
+        missing = [name for name in cls.__slots__ if name not in raw]
+        if missing:
+            raise ConfigError(f"{where}: {missing[0]}: missing")
+        return cls(**{**fields, "axes_dims": tuple(raw["axes_dims"]), "axes_lens": tuple(raw["axes_lens"])})
+
+    @property
+    def modulation_width(self) -> int:
+        return min(self.dim, MAX_MODULATION_WIDTH)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids and two linear layers: [R] -> [R, A]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(TIME_FREQUENCIES, TIME_HIDDEN), nn.SiLU(), Linear(TIME_HIDDEN, width))
+
+    def forward(self, time: Tensor) -> Tensor:
+        half = TIME_FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
+        angles = time[:, None].float() * torch.exp(-math.log(10000.0) * exponents)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(next(self.parameters()).dtype))
+
+
+class Attention(nn.Module):
+    """Full attention within each row, with normalised queries and keys and rotary positions."""
+
+    def __init__(self, config: ZImageConfig) -> None:
+        super().__init__()
+        self.head_dim = config.dim // config.n_heads
+        self.qkv = Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = Linear(config.dim, config.dim, bias=False)
+        self.norm_q = RMSNorm(self.head_dim, ATTENTION_EPS) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(self.head_dim, ATTENTION_EPS) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # [N, H, head_dim] each
+        query, key = self.norm_q(query), self.norm_k(key)
+        attended = [self._attend(query[s.tokens], key[s.tokens], value[s.tokens], s) for s in spans]
+        return self.out(joined(attended))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
+        shape = (span.num_rows, span.length)
+        query = rotated(query.unflatten(0, shape), span.rope).transpose(1, 2)  # [rows, H, L, head_dim]
+        key = rotated(key.unflatten(0, shape), span.rope).transpose(1, 2)
+        value = value.unflatten(0, shape).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU with the gate and the up projection fused."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = int(dim / 3 * 8)
+        self.w13 = Linear(dim, 2 * hidden, bias=False)
+        self.w2 = Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between two norms; with modulation also scaled and gated by the timestep."""
+
+    def __init__(self, config: ZImageConfig, modulated: bool = True) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config.dim)
+        self.attention_norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm2 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm2 = RMSNorm(config.dim, config.norm_eps)
+        self.adaLN_modulation = Linear(config.modulation_width, 4 * config.dim) if modulated else None
+
+    def forward(self, x: Tensor, spans: Sequence[Span], condition: Tensor | None = None) -> Tensor:
+        if self.adaLN_modulation is None:
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), spans))
+            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        modulation = self.adaLN_modulation(condition)  # [R, 4 D]
+        scale_attention, gate_attention, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
+        normed = per_span(scaled, spans, self.attention_norm1(x), row=scale_attention)
+        x = per_span(gated, spans, x, self.attention_norm2(self.attention(normed, spans)), row=gate_attention)
+        normed = per_span(scaled, spans, self.ffn_norm1(x), row=scale_ffn)
+        return per_span(gated, spans, x, self.ffn_norm2(self.feed_forward(normed)), row=gate_ffn)
+
+
+class FinalLayer(nn.Module):
+    """Norm, scale by the timestep, and back to patches."""
+
+    def __init__(self, config: ZImageConfig) -> None:
+        super().__init__()
+        self.linear = Linear(config.dim, PATCH * PATCH * config.in_channels)
+        self.adaLN_modulation = Linear(config.modulation_width, config.dim)
+
+    def forward(self, x: Tensor, spans: Sequence[Span], condition: Tensor) -> Tensor:
+        scale = self.adaLN_modulation(F.silu(condition))
+        return self.linear(per_span(scaled, spans, F.layer_norm(x, x.shape[-1:], eps=1e-6), row=scale))
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(x, x, scale)
+
+
+def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    return torch.addcmul(x, gate.tanh(), update)
+
+
+def rotated(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotates neighbouring pairs of [rows, L, H, head_dim] by rope [L, head_dim / 2, 2], in float32.
+
+    One complex product is several times as fast as four real ones, except for a compiler, which fuses those.
+    """
+    pairs, turns = x.float().unflatten(-1, (-1, 2)), rope[:, None]
+    if torch.compiler.is_compiling():
+        return real_product(pairs, turns).flatten(-2).to(x.dtype)
+    product = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
+    return torch.view_as_real(product).flatten(-2).to(x.dtype)
+
+
+def real_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of complex numbers that stand as [..., 2]."""
+    (a_real, a_imaginary), (b_real, b_imaginary) = a.unbind(-1), b.unbind(-1)
+    real = a_real * b_real - a_imaginary * b_imaginary
+    return torch.stack([real, a_real * b_imaginary + a_imaginary * b_real], dim=-1)
+
+
+class ZImageTransformer(nn.Module):
+    """latents and text -> velocity, for rows of any sizes; see the module's docstring."""
+
+    def __init__(self, config: ZImageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = Linear(PATCH * PATCH * config.in_channels, config.dim)
+        self.cap_norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
+        self.cap_embedder = Linear(config.cap_feat_dim, config.dim)
+        self.t_embedder = TimestepEmbedder(config.modulation_width)
+        self.noise_refiner = nn.ModuleList(Block(config) for _ in range(config.n_refiner_layers))
+        self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_layer = FinalLayer(config)
+        self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self._rope_tables: dict[tuple[int, int, int], Tensor] = {}
+
+    def encode_text(self, features: Tensor, is_padding: Tensor) -> Tensor:
+        """States of prompts [R, T, cap_feat_dim] and where they are padding [R, T] -> [R, T, D]; the same for
+        every step.
+        """
+        hidden = self.cap_embedder(self.cap_norm(features))
+        hidden = torch.where(is_padding[..., None], self.cap_pad_token.to(hidden.dtype), hidden)
+        rows, length = is_padding.shape
+        span = self._span(slice(0, rows), 0, length, self._rope(0, 0, length))
+        hidden = hidden.flatten(0, 1)
+        for block in self.context_refiner:
+            hidden = block(hidden, (span,))
+        return hidden.unflatten(0, (rows, length))
+
+    def begin(self, latents: Rows, timesteps: Tensor, texts: Rows) -> Tokens:
+        """Embeds rows. latents: [C, h, w] each; timesteps: [R] in [0, 1], 1 is clean; texts: [T, D] each, from
+        `encode_text`.
+        """
+        geometries = [(*latent.shape[1:], len(text)) for latent, text in zip(latents, texts, strict=True)]
+        order = sorted(range(len(geometries)), key=geometries.__getitem__)
+        groups = grouped([geometries[row] for row in order])
+        time = self.t_embedder(timesteps[order] * self.config.t_scale).to(texts[0].dtype)
+        images = self._embed_images(latents, order, groups, time)
+        parts = [
+            torch.cat([image, dense(texts, order[group.rows])], dim=1).flatten(0, 1)
+            for image, group in zip(images, groups, strict=True)
+        ]
+        return Tokens(joined(parts), time, groups, tuple(order))
+
+    def run_blocks(self, tokens: Tokens, start: int, stop: int) -> Tokens:
+        """Blocks start .. stop - 1 of the main stack."""
+        hidden, spans = tokens.hidden, self._spans(tokens.groups)
+        for block in self.layers[start:stop]:
+            hidden = block(hidden, spans, tokens.condition)
+        return replace(tokens, hidden=hidden)
+
+    def velocity_patches(self, tokens: Tokens) -> list[Tensor]:
+        """The model's answer as patches: [rows, height * width, 4 C] for each group."""
+        spans = self._spans(tokens.groups)
+        patches = self.final_layer(tokens.hidden, spans, tokens.condition)
+        return [
+            patches[span.tokens].unflatten(0, (span.num_rows, span.length))[:, : group.height * group.width]
+            for span, group in zip(spans, tokens.groups, strict=True)
+        ]
+
+    def finish(self, tokens: Tokens) -> list[Tensor]:
+        """Velocities [C, h, w] (clean latents minus noise), in the order of the rows that `begin` was given."""
+        velocities: list[Tensor] = []
+        for patches, group in zip(self.velocity_patches(tokens), tokens.groups, strict=True):
+            velocities += unpatchified(patches, group.height, group.width)
+        placed = sorted(zip(tokens.order, velocities, strict=True), key=lambda pair: pair[0])
+        return [velocity for _, velocity in placed]
+
+    def forward(self, latents: Rows, timesteps: Tensor, texts: Rows) -> list[Tensor]:
+        """All of the above in one go."""
+        return self.finish(self.run_blocks(self.begin(latents, timesteps, texts), 0, len(self.layers)))
+
+    def _embed_images(self, latents: Rows, order: Sequence[int], groups: Sequence[Group], time: Tensor) -> list[Tensor]:
+        """[rows, image tokens, D] for each group, after the noise refiner."""
+        parts, spans, start = [], [], 0
+        for group in groups:
+            patches = patchified(dense(latents, order[group.rows])).to(self.x_embedder.weight.dtype)
+            patches = self.x_embedder(patches)
+            missing = group.num_image - patches.shape[1]
+            if missing:
+                padding = self.x_pad_token.to(patches.dtype).expand(group.num_rows, missing, -1)
+                patches = torch.cat([patches, padding], dim=1)
+            parts.append(patches.flatten(0, 1))
+            rope = self._rope(group.height, group.width, group.num_text)[: group.num_image]
+            spans.append(self._span(group.rows, start, group.num_image, rope))
+            start = spans[-1].tokens.stop
+        hidden = joined(parts)
+        for block in self.noise_refiner:
+            hidden = block(hidden, spans, time)
+        return [hidden[span.tokens].unflatten(0, (span.num_rows, span.length)) for span in spans]
+
+    def _spans(self, groups: Sequence[Group]) -> list[Span]:
+        spans, start = [], 0
+        for group in groups:
+            spans.append(
+                self._span(group.rows, start, group.length, self._rope(group.height, group.width, group.num_text))
+            )
+            start = spans[-1].tokens.stop
+        return spans
+
+    @staticmethod
+    def _span(rows: slice, start: int, length: int, rope: Tensor) -> Span:
+        num_rows = rows.stop - rows.start
+        return Span(rows, slice(start, start + num_rows * length), num_rows, length, rope)
+
+    def _rope(self, height: int, width: int, num_text: int) -> Tensor:
+        """[L, head_dim / 2, 2] for image then text. Text stands at (1.., 0, 0), the image at (T + 1, y, x),
+        padding at 0.
+        """
+        key = (height, width, num_text)
+        if key not in self._rope_tables or self._rope_tables[key].device != self.x_pad_token.device:
+            if len(self._rope_tables) >= MAX_ROPE_TABLES:
+                self._rope_tables.clear()
+            self._rope_tables[key] = self._make_rope(*key).to(self.x_pad_token.device)
+        return self._rope_tables[key]
+
+    def _make_rope(self, height: int, width: int, num_text: int) -> Tensor:
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        image = torch.stack([torch.full_like(y, num_text + 1), y, x], dim=-1).flatten(0, 1)
+        padding = torch.zeros(padded(height * width) - height * width, 3, dtype=torch.long)
+        text = torch.zeros(num_text, 3, dtype=torch.long)
+        text[:, 0] = torch.arange(1, num_text + 1)
+        positions = torch.cat([image, padding, text])
+        angles = [
+            positions[:, axis, None].double()
+            / self.config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+            for axis, size in enumerate(self.config.axes_dims)
+        ]
+        turns = torch.cat(angles, dim=-1).float()
+        return torch.stack([turns.cos(), turns.sin()], dim=-1)
+
+    def locate(self, name: str) -> Target | None:
+        """Published name -> parameter here (see layers/weights.py)."""
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
+        dim, hidden = self.config.dim, int(self.config.dim / 3 * 8)
+        for part, (start, stop) in {"to_q": (0, dim), "to_k": (dim, 2 * dim), "to_v": (2 * dim, 3 * dim)}.items():
+            if f".{part}." in name:
+                return Target(name.replace(f".{part}.", ".qkv."), slice(start, stop))
+        for part, (start, stop) in {"w1": (0, hidden), "w3": (hidden, 2 * hidden)}.items():
+            if f".{part}." in name:
+                return Target(name.replace(f".{part}.", ".w13."), slice(start, stop))
+        return Target(name)
+
+    def is_ignored(self, name: str) -> bool:
+        return False
+
+
+RENAMED = (
+    (r"^all_x_embedder\.2-1\.", "x_embedder."),
+    (r"^all_final_layer\.2-1\.", "final_layer."),
+    (r"^cap_embedder\.0\.", "cap_norm."),
+    (r"^cap_embedder\.1\.", "cap_embedder."),
+    (r"\.adaLN_modulation\.[01]\.", ".adaLN_modulation."),
+    (r"\.attention\.to_out\.0\.", ".attention.out."),
+)

@@ -1,0 +1,1 @@
+"""Runs language models: their contract, the KV pool, the batch of one step."""

@@ -1,0 +1,1 @@
+"""Runs diffusion models: their contract and one denoising step of a batch."""

@@ -1,0 +1,189 @@
+"""The two contracts of a diffusion model as a stage runs it, whatever it makes: a spec and a model for each published
+pipeline.
+
+A spec is known before loading, a model holds weights and formulas; neither knows a batching policy or a cache. A
+Trajectory is one output's way from noise to latents. Shapes are without a batch dimension: latents are [C, h, w] for
+pictures and [T, C] for audio. Every tensor argument and result is on the model's device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_omni.config.schema import LimitsConfig
+from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.params import DiffusionParams
+from vllm_omni.payload import StageSignature, StreamChunk
+from vllm_omni.request import OmniRequest
+from vllm_omni.utils.checks import check_number
+
+
+class Sampler(Protocol):
+    """A diffusers scheduler with its own state, one per output of a request."""
+
+    timesteps: Tensor
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool) -> tuple[Tensor, ...]:
+        """[1, *latent_shape] at this timestep -> the sample at the next one."""
+
+
+class TokenBatch(Protocol):
+    """All rows of a batch between two blocks."""
+
+    def per_row(self) -> list[Tensor]:
+        """[L, D] views, in packed order."""
+
+    def select(self, rows: Sequence[int]) -> TokenBatch:
+        """Some packed rows, ascending, as a batch of their own."""
+
+    def with_rows(self, rows: Sequence[Tensor]) -> TokenBatch:
+        """The same batch with other hidden states, packed order."""
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Packed row -> the row that `embed` was given."""
+
+
+class Trajectory(ABC):
+    """One output's way from noise to latents. All that changes on it is its own: nothing is shared but weights and
+    what `prepare` made.
+
+    latent_shape: of the noise it starts from. sampler: its timesteps are set. num_tokens: of all its branches in one
+    step. conditions: branch -> what `embed` takes for the row of that branch. kept: which rows of the latents are the
+    result; the others are its context.
+    """
+
+    latent_shape: tuple[int, ...]
+    sampler: Sampler
+    num_tokens: int
+    conditions: Mapping[str, Any]
+    kept: slice = slice(None)
+
+    def noise(self, seed: int) -> Tensor:
+        """Standard normal float32 `latent_shape`, drawn on the CPU, so that a seed means the same on every device."""
+        return torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+    @abstractmethod
+    def branches(self, timestep: float) -> tuple[str, ...]:
+        """Which branches act at this timestep, the main one first. Asking changes nothing."""
+
+    @abstractmethod
+    def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
+        """The outputs of `branches(timestep)`, in order, each `latent_shape` -> what the sampler takes.
+
+        Called exactly once per denoising step, so it may keep state of its own (a guidance momentum).
+        """
+
+
+class DiffusionModelSpec(ABC):
+    """All that is known of a checkpoint before its weights are loaded: one implementation per published pipeline.
+    Constructing it reads the folder's JSON files, once; safe to ask from any thread.
+    """
+
+    signature: StageSignature  # outputs are `output_port` [N, ...] and "latents" [N, ...]; the result is `output_port`
+    request_keys: frozenset[str] = frozenset()  # keys of `OmniRequest.fields` that it reads; `prepare` is given them
+
+    @abstractmethod
+    def __init__(self, folder: Path) -> None: ...
+
+    @abstractmethod
+    def weights_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all weights, from the safetensors headers."""
+
+    @abstractmethod
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Activation bytes of one token at the widest moment of a block."""
+
+    @abstractmethod
+    def load(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
+        """The model, its checkpoint read."""
+
+    @abstractmethod
+    def check(
+        self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig
+    ) -> None:
+        """Raises InvalidRequestError for what the model cannot run: sizes or duration, guidance, extra keys. connected:
+        the input ports that have an edge.
+        """
+
+    @abstractmethod
+    def num_steps(self, params: DiffusionParams) -> int:
+        """Denoising steps, the model's own number where the request names none."""
+
+    @abstractmethod
+    def job_size(self, request: OmniRequest, params: DiffusionParams) -> float:
+        """Rough seconds-like size of the whole request; only the order matters."""
+
+    def needed_inputs(self, connected: frozenset[str], request: OmniRequest, params: DiffusionParams) -> frozenset[str]:
+        """Of the connected input ports, those that this request makes the model read."""
+        return connected
+
+    def note(self) -> str:
+        """What `vllm-omni check` should say of the model; empty for nothing."""
+        return ""
+
+
+class DiffusionModel(ABC):
+    """Weights and formulas of one checkpoint."""
+
+    output_port: ClassVar[str]  # what it makes: "image" or "audio"
+    streamed_input: ClassVar[str | None] = None  # the input port, if any, that it takes chunk by chunk
+    num_blocks: int  # how many `run_blocks` counts
+
+    @abstractmethod
+    def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Any:
+        """What all outputs of a request read: conditions encoded, source latents. Called once per request, as a step of
+        its own; inputs: by port (without the streamed one) and by request key (None where the request has none).
+        """
+
+    def prepare_chunk(self, prepared: Any, chunk: StreamChunk) -> Any:
+        """What `trajectory` reads for one chunk of `streamed_input`, at least one of its rows being new. prepared: what
+        `prepare` gave.
+        """
+        raise StageError(f"{type(self).__name__} takes nothing chunk by chunk")
+
+    @abstractmethod
+    def trajectory(self, prepared: Any, params: DiffusionParams) -> Trajectory:
+        """A fresh trajectory of what `prepare`, or `prepare_chunk`, gave. Called once per output and chunk."""
+
+    @abstractmethod
+    def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Any]) -> TokenBatch:
+        """Rows before the first block, each at its own timestep: float32 latents, timesteps of their samplers."""
+
+    @abstractmethod
+    def run_blocks(self, tokens: Any, start: int, stop: int) -> TokenBatch:
+        """Blocks start .. stop - 1."""
+
+    @abstractmethod
+    def unembed(self, tokens: Any) -> list[Tensor]:
+        """The rows' outputs, float32 and shaped as their latents, in `embed`'s order of rows."""
+
+    def num_pieces(self, latents: Tensor, kept: slice) -> int:
+        """How many pieces `decode` gives for such latents, at least 1."""
+        return 1
+
+    @abstractmethod
+    def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
+        """The result piece by piece, in order; each is computed when it is asked for. A picture is one piece. kept: the
+        trajectory's; where it is not everything, only chunks make it so (see `streamed_input`).
+        """
+
+    def assemble(self, pieces: Sequence[Tensor], params: DiffusionParams) -> Tensor:
+        """The finished output of one trajectory: a picture [H, W, 3] uint8, audio [channels, n] float32."""
+        return pieces[0]
+
+    def meta(self) -> Mapping[str, Any]:
+        """Plain JSON that goes into the payload's meta: {"sample_rate": 48000} for audio."""
+        return {}
+
+
+def check_limit(name: str, value: object, low: float, high: float, *, integer: bool = False) -> None:
+    """InvalidRequestError unless value is a number within [low, high], `high` being one of the config's limits."""
+    hint = " (limits.* of the config can raise this)"
+    check_number(name, value, low, high, integer=integer, raises=InvalidRequestError, hint=hint)
