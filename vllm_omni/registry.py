@@ -42,7 +42,10 @@ TABLES: dict[str, dict[str, str]] = {
         "priority": "vllm_omni.core.routing.policies:PriorityPolicy",
         "shortest_job_first": "vllm_omni.core.routing.policies:ShortestJobFirstPolicy",
     },
-    "executor": {"inline": "vllm_omni.executor.inline:InlineExecutor"},
+    "executor": {
+        "inline": "vllm_omni.executor.inline:InlineExecutor",
+        "thread": "vllm_omni.executor.thread:ThreadExecutor",
+    },
 }
 
 
