@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support.ar import PoolContent
@@ -18,8 +18,12 @@ from vllm_omni.errors import CacheError
 SIZE = 4
 
 
-def make_sequence(tokens: list[int], number: int = 0, content: list[int] | None = None) -> Sequence:
-    return Sequence(number, f"r{number}", list(tokens), max_tokens=len(tokens) + 8, content_ids=content)
+def make_sequence(
+    tokens: list[int], number: int = 0, content: list[int] | None = None, adapter: str | None = None
+) -> Sequence:
+    return Sequence(
+        number, f"r{number}", list(tokens), max_tokens=len(tokens) + 8, content_ids=content, adapter=adapter
+    )
 
 
 def compute_all(blocks: BlockManager, sequence: Sequence) -> Sequence:
@@ -73,6 +77,22 @@ def test_tokens_of_another_content_are_not_shared_and_those_of_the_same_are() ->
     again = make_sequence([7] * 9, 6)
     blocks.allocate(again)
     assert again.block_table == twin.block_table[:2], "content ids that are the token ids say nothing new"
+
+
+@given(
+    tokens=st.lists(st.integers(0, 1), min_size=9, max_size=17),
+    adapters=st.lists(st.sampled_from([None, "", "a", "b", "ab"]), min_size=2, max_size=2, unique=True),
+)
+def test_equal_tokens_under_different_adapters_share_no_block(tokens: list[int], adapters: list[str | None]) -> None:
+    blocks = BlockManager(32, SIZE)
+    first, other, again = (
+        compute_all(blocks, make_sequence(tokens, number, adapter=adapter))
+        for number, adapter in enumerate([adapters[0], adapters[1], adapters[0]])
+    )
+    assert not set(first.block_table) & set(other.block_table)
+    assert not set(first.block_hashes) & set(other.block_hashes)
+    assert again.block_table[:2] == first.block_table[:2], "the same adapter shares"
+    blocks.check_integrity([first, other, again])
 
 
 def test_a_written_token_is_its_own_content() -> None:
@@ -149,7 +169,10 @@ def test_a_hash_collision_is_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     other = make_sequence([9, 9, 9, 9, 5], 2)
     blocks.allocate(other)
     assert other.block_table == []
-    same = make_sequence([1, 2, 3, 4, 7], 3)
+    adapted = make_sequence([1, 2, 3, 4, 5], 3, adapter="a")
+    blocks.allocate(adapted)
+    assert adapted.block_table == []
+    same = make_sequence([1, 2, 3, 4, 7], 4)
     blocks.allocate(same)
     assert same.num_computed_tokens == 4
 
@@ -218,12 +241,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.living: list[Sequence] = []
         self.count = 0
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), has_media=st.booleans())
-    def arrive(self, tokens: list[int], has_media: bool) -> None:
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        has_media=st.booleans(),
+        adapter=st.sampled_from([None, None, "a", "b"]),
+    )
+    def arrive(self, tokens: list[int], has_media: bool, adapter: str | None) -> None:
         """With media, the tokens are all alike and only their content tells them apart."""
         self.count += 1
         content = [token + (token << 90) for token in tokens] if has_media else None
-        self.living.append(make_sequence([1] * len(tokens) if has_media else tokens, self.count, content))
+        self.living.append(make_sequence([1] * len(tokens) if has_media else tokens, self.count, content, adapter))
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())
@@ -264,6 +291,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.blocks.check_integrity(self.living)
         for sequence in self.living:
             self.content.check(sequence, sequence.num_computed_tokens)
+        holders: dict[int, set[str | None]] = {}
+        for sequence in self.living:
+            for block in sequence.block_table:
+                holders.setdefault(block, set()).add(sequence.adapter)
+        assert all(len(adapters) == 1 for adapters in holders.values()), "a block is shared across adapters"
 
     def teardown(self) -> None:
         for sequence in self.living:
