@@ -29,7 +29,7 @@ class CausalLMConfig(DecoderConfig):
         return self.has_head or self.tie_word_embeddings
 
     @staticmethod
-    def head_fields(raw: Mapping[str, Any]) -> dict[str, bool]:
+    def head_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of this class, from a config.json: base models (`Qwen3Model`) have no head."""
         architectures = raw.get("architectures") or [""]
         return {
