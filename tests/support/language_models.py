@@ -16,7 +16,12 @@ from vllm_omni import registry
 from vllm_omni.core.ar.block_manager import BlockManager
 from vllm_omni.core.ar.scheduler import ARScheduler
 from vllm_omni.core.ar.sequence import Sequence
-from vllm_omni.worker.ar.language_model import LanguageModel, load_language_model
+from vllm_omni.worker.ar.language_model import (
+    LanguageModel,
+    LanguageModelConfig,
+    load_language_model,
+    read_model_config,
+)
 from vllm_omni.worker.ar.model_runner import ModelRunner
 
 CPU = torch.device("cpu")
@@ -47,6 +52,10 @@ def save_random_model(build: Any, config: Any, folder: Path, seed: int = 0) -> P
 
 def load_model(folder: Path) -> LanguageModel:
     return load_language_model(folder, CPU, torch.float32)
+
+
+def read_config(folder: Path) -> LanguageModelConfig:
+    return read_model_config(folder)
 
 
 @dataclass

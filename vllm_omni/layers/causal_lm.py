@@ -41,6 +41,8 @@ class CausalLMConfig(DecoderConfig):
 class CausalLM(nn.Module):
     """The model of one folder."""
 
+    prompt_reader = None  # text alone
+
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__()
         self.config = config

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.language_models import TINY, assert_equals_transformers, save_random_model
+from support.language_models import TINY, assert_equals_transformers, read_config, save_random_model
 from transformers import LlamaConfig as PublishedConfig
 from transformers import LlamaForCausalLM
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.weights import plan_loading
 from vllm_omni.models.llama.model import Llama, LlamaConfig
-from vllm_omni.worker.ar.language_model import read_model_config
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -59,10 +58,10 @@ def test_greedy_tokens_logits_and_states_equal_transformers(variant: str, tmp_pa
 
 def test_the_rope_keys_of_published_files_mean_the_same_as_todays(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", rope_parameters=LLAMA3_ROPE)
-    new = read_model_config(folder)
+    new = read_config(folder)
     rope = dict(LLAMA3_ROPE)
     edit_config(folder, rope_parameters=None, rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
-    assert read_model_config(folder) == new
+    assert read_config(folder) == new
     assert_equals_transformers(LlamaForCausalLM, folder)
 
 
@@ -70,7 +69,7 @@ def test_the_oldest_files_leave_out_what_has_a_default(tmp_path: Path) -> None:
     keys = {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": None, "mlp_bias": None}
     folder = make_folder(tmp_path / "model", num_key_value_heads=4)
     edit_config(folder, **keys, attention_bias=None, rope_parameters=None)
-    config = read_model_config(folder)
+    config = read_config(folder)
     assert (config.num_kv_heads, config.head_dim, config.max_position_embeddings) == (4, 8, 2048)
     assert_equals_transformers(LlamaForCausalLM, folder)
 
@@ -107,4 +106,4 @@ def test_what_is_not_supported_is_a_config_error_that_names_the_key(
     folder = make_folder(tmp_path / "model")
     edit_config(folder, **changes)
     with pytest.raises(ConfigError, match=complaint):
-        read_model_config(folder)
+        read_config(folder)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.language_models import TINY, assert_equals_transformers, save_random_model
+from support.language_models import TINY, assert_equals_transformers, read_config, save_random_model
 from transformers import Qwen2Config as PublishedConfig
 from transformers import Qwen2ForCausalLM
 
 from vllm_omni.errors import ConfigError
-from vllm_omni.worker.ar.language_model import read_model_config
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}])
@@ -26,4 +25,4 @@ def test_a_sliding_window_is_a_config_error_that_names_the_key(tmp_path: Path) -
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_sliding_window": True}))
     with pytest.raises(ConfigError, match="use_sliding_window: got True"):
-        read_model_config(folder)
+        read_config(folder)
