@@ -20,6 +20,8 @@ TABLES: dict[str, dict[str, str]] = {
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
     },
     "language model": {
+        "LlamaForCausalLM": "vllm_omni.models.llama.model:Llama",
+        "Qwen2ForCausalLM": "vllm_omni.models.qwen2.model:Qwen2",
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3.model:Qwen3",
         "Qwen3Model": "vllm_omni.models.qwen3.model:Qwen3",
         "Qwen2_5OmniForConditionalGeneration.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",
@@ -32,6 +34,10 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.model:Token2Wav",
         "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.model:Token2Wav",
         "ZImagePipeline": "vllm_omni.models.z_image.pipeline:ZImagePipeline",
+    },
+    "attention": {
+        "reference": "vllm_omni.layers.attention.reference:ReferenceAttention",
+        "sdpa": "vllm_omni.layers.attention.sdpa:SDPAAttention",
     },
     "step cache": {
         "none": "vllm_omni.core.diffusion.caches.none:NoCache",
