@@ -29,15 +29,15 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen2_5OmniModel.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",
         "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker:Talker",
     },
+    "attention": {
+        "reference": "vllm_omni.layers.attention.reference:ReferenceAttention",
+        "sdpa": "vllm_omni.layers.attention.sdpa:SDPAAttention",
+    },
     "diffusion model": {
         "AceStepPipeline": "vllm_omni.models.ace_step.pipeline:AceStepPipeline",
         "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.model:Token2Wav",
         "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.model:Token2Wav",
         "ZImagePipeline": "vllm_omni.models.z_image.pipeline:ZImagePipeline",
-    },
-    "attention": {
-        "reference": "vllm_omni.layers.attention.reference:ReferenceAttention",
-        "sdpa": "vllm_omni.layers.attention.sdpa:SDPAAttention",
     },
     "step cache": {
         "none": "vllm_omni.core.diffusion.caches.none:NoCache",
