@@ -16,7 +16,7 @@ TABLES: dict[str, dict[str, str]] = {
     "stage kind": {
         "ar": "vllm_omni.engine.ar.engine:LLMEngine",
         "dit": "vllm_omni.engine.diffusion.engine:DiffusionEngine",
-        "music_prompt": "vllm_omni.models.ace_step.prompt_stage:MusicPromptEngine",
+        "music_prompt": "vllm_omni.models.ace_step.prompt_spec:MusicPromptSpec",
         "diffusers": "vllm_omni.engine.diffusers.engine:DiffusersEngine",
     },
     "language model": {
@@ -28,7 +28,7 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker:Talker",
     },
     "diffusion model": {
-        "AceStepPipeline": "vllm_omni.models.ace_step.pipeline:AceStepPipeline",
+        "AceStepPipeline": "vllm_omni.models.ace_step.spec:AceStepSpec",
         "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.model:Token2Wav",
         "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.model:Token2Wav",
         "ZImagePipeline": "vllm_omni.models.z_image.pipeline:ZImagePipeline",

@@ -136,6 +136,10 @@ class DiffusionModel(ABC):
     streamed_input: ClassVar[str | None] = None  # the input port, if any, that it takes chunk by chunk
     num_blocks: int  # how many `run_blocks` counts
 
+    def is_heavy(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether `prepare` encodes media (source audio, a picture): at most one such task is prepared per step."""
+        return False
+
     @abstractmethod
     def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Any:
         """What all outputs of a request read: conditions encoded, source latents. Called once per request, as a step of
