@@ -91,7 +91,8 @@ class _ArraySound(_Sound):
             if self._samples.dtype.name in INTEGER_SCALES:
                 block = (block.astype(np.float64) - rest) / scale
             with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, which is refused
-                yield block.astype(np.float32)
+                block = block.astype(np.float32)
+            yield block
 
 
 class _FileSound(_Sound):

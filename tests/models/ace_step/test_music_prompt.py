@@ -4,8 +4,11 @@ rate, and whatever does not fit refused before anything runs.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -17,14 +20,18 @@ from support.music import HOP, POOL, RATE, codes, save_folder, sound
 from support.toy_engine import register_toys
 
 from vllm_omni import DiffusionParams, Omni, OmniRequest
-from vllm_omni.config.graph import build_graph
-from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
-from vllm_omni.engine.base import EngineContext, StageDone, StageFailed, StageTask
-from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
+from vllm_omni.engine.base import Activity, EngineContext, ReadPorts
+from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError, StageError
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask
+from vllm_omni.models.ace_step import prompt_stage
 from vllm_omni.models.ace_step.prompt_options import REQUEST_KEYS, MusicPromptOptions
-from vllm_omni.models.ace_step.prompt_stage import MusicPromptEngine
+from vllm_omni.models.ace_step.prompt_spec import MusicPromptSpec
+from vllm_omni.models.ace_step.request import MusicOutline, MusicRequest
+from vllm_omni.models.ace_step.request_reader import MusicRequestReader
 from vllm_omni.payload import DataSpec, TensorSpec, TextSpec
+from vllm_omni.utils.files import ModelFolders
+from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
 
 TEXTS = frozenset({"caption", "lyrics", "plain_caption", "audio_codes", "music"})
@@ -32,27 +39,47 @@ EVERYTHING = TEXTS | {"source_audio", "reference_audio"}
 
 
 class Prompter:
-    """One stage, its readers named by `wanted`."""
+    """One stage, and who reads it."""
 
-    def __init__(self, folder: Path, wanted: frozenset[str] = EVERYTHING, limits: Any = None, **options: Any) -> None:
-        self.stage = StageConfig(
-            "prompt", "music_prompt", model=str(folder), device="cpu", options=MusicPromptOptions(**options)
-        )
-        config = OmniConfig(stages={"prompt": self.stage}, limits=limits or LimitsConfig())
-        self.engine = MusicPromptEngine(
-            self.stage, EngineContext(config, torch.device("cpu"), torch.float32, ModelPool(), wanted)
+    def __init__(
+        self,
+        folder: Path,
+        reads: frozenset[str] = EVERYTHING,
+        limits: LimitsConfig | None = None,
+        inputs: dict[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        config = OmniConfig(limits=limits or LimitsConfig())
+        stage = StageConfig("prompt", "music_prompt", str(folder), inputs or {}, options=MusicPromptOptions(**options))
+        self.spec, self.reads, self.woken = MusicPromptSpec(stage, config, ModelFolders()), ReadPorts(reads), Event()
+        cpu, background = torch.device("cpu"), Background(self.woken.set)
+        self.engine = self.spec.load(
+            EngineContext(cpu, torch.float32, ModelPool(), background, self.reads, config.limits)
         )
 
-    def check(self, params: DiffusionParams | None = None, *, prompt: Any = "calm piano", **fields: Any) -> OmniRequest:
-        request = OmniRequest(prompt=prompt, fields=fields)
-        self.engine.check(request, params or DiffusionParams())
-        return request
+    def check(
+        self, params: DiffusionParams | None = None, *, prompt: Any = "calm piano", **fields: Any
+    ) -> MusicRequest:
+        return self.task(params, prompt=prompt, **fields).prepared  # type: ignore[no-any-return]
+
+    def task(self, params: DiffusionParams | None = None, *, prompt: Any = "calm piano", **fields: Any) -> StageTask:
+        request, params = OmniRequest(prompt=prompt, fields=fields), params or DiffusionParams()
+        return StageTask(request, "prompt", params, prepared=self.spec.check(request, params, self.reads))
+
+    def events(self, count: int) -> list[StageEvent]:
+        """Steps until so many have come, waiting for what is decoded in the background."""
+        found = self.engine.step()
+        while len(found) < count:
+            if self.engine.activity() is Activity.PENDING:
+                assert self.woken.wait(30)
+                self.woken.clear()
+            found += self.engine.step()
+        return found
 
     def payload(self, params: DiffusionParams | None = None, **fields: Any) -> Any:
-        request = self.check(params, **fields)
-        self.engine.submit(StageTask(request, "prompt", params or DiffusionParams()))
-        (event,) = self.engine.step()
-        assert isinstance(event, StageDone) and not self.engine.has_work()
+        self.engine.submit(self.task(params, **fields))
+        (event,) = self.events(1)
+        assert isinstance(event, StageDone) and self.engine.activity() is Activity.IDLE
         return event.payload
 
     def music(self, params: DiffusionParams | None = None, **fields: Any) -> Any:
@@ -142,18 +169,20 @@ def test_music_says_what_is_asked(prompter: Prompter) -> None:
     assert prompter.music() == {
         "task_type": "text2music",
         "duration_s": 60.0,
-        "repainting_start": None,
-        "repainting_end": None,
-        "audio_cover_strength": 1.0,
+        "num_frames": 60 * RATE // HOP,
+        "repaint_frames": None,
+        "cover_strength": 1.0,
         "has_source_audio": False,
         "has_reference_audio": False,
         "has_audio_codes": False,
     }
     repaint = prompter.music(task_type="repaint", audio=sound(), repainting_start=0.5, repainting_end=1)
-    assert (repaint["repainting_start"], repaint["repainting_end"], repaint["has_source_audio"]) == (0.5, 1.0, True)
+    assert (repaint["repaint_frames"], repaint["has_source_audio"]) == ([12, 25], True)
+    assert prompter.music(task_type="repaint", audio=sound())["repaint_frames"] == [0, None]
     cover = prompter.music(task_type="cover", audio=sound(), audio_cover_strength=0.25, reference_audio=sound(0.3))
-    assert (cover["audio_cover_strength"], cover["has_reference_audio"]) == (0.25, True)
-    assert json.loads(json.dumps(cover)) == cover
+    assert (cover["cover_strength"], cover["has_reference_audio"]) == (0.25, True)
+    for value in (repaint, cover):
+        assert json.loads(json.dumps(value)) == value == MusicOutline.from_json(value).to_json()
     assert prompter.payload(audio_codes=codes(2)).meta["audio_codes"] == codes(2)
     assert prompter.payload().meta["audio_codes"] == ""
 
@@ -172,28 +201,112 @@ def test_a_sound_may_be_a_file_and_one_that_goes_bad_fails_its_request_alone(
 ) -> None:
     path = tmp_path / "song.flac"
     sound(1.0).save(path)
-    good = prompter.check(task_type="cover", audio=str(path))
-    bad = prompter.check(task_type="cover", audio=sound(), reference_audio=path)
+    good = prompter.task(task_type="cover", audio=str(path))
+    bad = prompter.task(task_type="cover", audio=sound(), reference_audio=path)
     samples = sound().samples.copy()
     samples[0, 5] = np.nan
-    worse = prompter.check(task_type="cover", audio=(samples, RATE))
-    for request in (good, bad, worse):
-        prompter.engine.submit(StageTask(request, "prompt", DiffusionParams()))
-    (done,) = prompter.engine.step()
+    worse = prompter.task(task_type="cover", audio=(samples, RATE))
+    prompter.engine.submit(good)
+    (done,) = prompter.events(1)
     assert isinstance(done, StageDone) and done.payload.tensors["source_audio"].shape == (2, RATE)
     path.write_bytes(b"gone")
-    failures = prompter.engine.step() + prompter.engine.step()
-    assert all(isinstance(failure, StageFailed) for failure in failures)
-    assert "reference_audio: got a file that is no sound" in str(failures[0].error)  # type: ignore[union-attr]
-    assert "audio: got samples that are NaN" in str(failures[1].error)  # type: ignore[union-attr]
+    tasks = (bad, prompter.task(), worse)
+    for task in tasks:
+        prompter.engine.submit(task)
+    found = {event.request_id: event for event in prompter.events(3)}
+    first, plain, second = (found[task.request_id] for task in tasks)
+    assert isinstance(first, StageFailed) and "reference_audio: got a file that is no sound" in str(first.error)
+    assert isinstance(second, StageFailed) and "audio: got samples that are NaN" in str(second.error)
+    assert isinstance(plain, StageDone) and prompter.engine.activity() is Activity.IDLE
 
 
-def test_an_aborted_request_is_forgotten(prompter: Prompter) -> None:
-    request = prompter.check()
-    prompter.engine.submit(StageTask(request, "prompt", DiffusionParams()))
-    prompter.engine.abort(request.request_id)
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
+    """Decoding stands still until it is set."""
+    gate, read_audio = Event(), prompt_stage.read_audio
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        assert gate.wait(30)
+        return read_audio(*args, **kwargs)
+
+    monkeypatch.setattr(prompt_stage, "read_audio", held)
+    yield gate
+    gate.set()
+
+
+def test_while_audio_is_decoded_other_requests_are_answered_and_submit_decodes_nothing(
+    prompter: Prompter, gate: Event
+) -> None:
+    slow, quick = prompter.task(task_type="cover", audio=sound()), [prompter.task(), prompter.task()]
+    assert prompter.engine.activity() is Activity.IDLE
+    prompter.engine.submit(slow)
+    assert prompter.engine.activity() is Activity.PENDING and prompter.engine.step() == []
+    for task in quick:
+        prompter.engine.submit(task)
+    assert prompter.engine.activity() is Activity.BUSY
+    for task in quick:
+        (event,) = prompter.engine.step()
+        assert isinstance(event, StageDone) and event.request_id == task.request_id
+    assert prompter.engine.activity() is Activity.PENDING and prompter.engine.get_stats() == {"queued": 1}
+    gate.set()
+    (event,) = prompter.events(1)
+    assert isinstance(event, StageDone) and event.request_id == slow.request_id
+    assert event.payload.tensors["source_audio"].shape == (2, 2 * RATE)
+
+
+def test_abort_while_audio_is_decoded_leaves_nothing_and_what_waits_is_never_decoded(
+    prompter: Prompter, gate: Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[object] = []
+    decode = prompt_stage.decode
+    monkeypatch.setattr(prompt_stage, "decode", lambda asked, *rest: (begun.append(asked), decode(asked, *rest))[1])
+    tasks = [prompter.task(task_type="cover", audio=sound(), reference_audio=sound()) for _ in range(5)]
+    for task in tasks:
+        prompter.engine.submit(task)
+    for task in tasks[:4]:
+        prompter.engine.abort(task.request_id)
+    assert prompter.engine.get_stats() == {"queued": 1}
+    gate.set()
+    (event,) = prompter.events(1)
+    assert event.request_id == tasks[4].request_id
+    assert not any(asked is task.prepared for asked in begun for task in tasks[2:4])
+    assert prompter.engine.activity() is Activity.IDLE and prompter.engine.step() == []
+
+
+def test_a_defect_in_decoding_fails_its_request_alone_and_names_the_stage(
+    prompter: Prompter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_stage, "read_audio", lambda *_, **__: 1 / 0)
+    tasks = [prompter.task(task_type="cover", audio=sound()), prompter.task()]
+    for task in tasks:
+        prompter.engine.submit(task)
+    found = {event.request_id: event for event in prompter.events(2)}
+    failed = found[tasks[0].request_id]
+    assert isinstance(failed, StageFailed) and isinstance(failed.error, StageError)
+    assert "stage 'prompt' failed: ZeroDivisionError" in str(failed.error)
+    assert isinstance(found[tasks[1].request_id], StageDone)
+
+
+def test_abort_drops_a_request_and_unknown_ids_are_fine(prompter: Prompter) -> None:
+    task = prompter.task()
+    prompter.engine.submit(task)
+    prompter.engine.abort(task.request_id)
     prompter.engine.abort("unknown")
-    assert not prompter.engine.has_work() and prompter.engine.step() == []
+    assert prompter.engine.activity() is Activity.IDLE and prompter.engine.step() == []
+
+
+def test_a_request_is_read_once_and_an_edge_brings_its_words_later(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompter = Prompter(folder, inputs={"prompt": "writer.text"}, limits=LimitsConfig(max_prompt_chars=500))
+    assert prompter.spec.signature.required_inputs == {"prompt"}
+    tasks = [prompter.task(prompt=[1, 2], lyrics="la", duration_s=2) for _ in range(2)]  # its own prompt is not read
+    monkeypatch.setattr(MusicRequestReader, "read", lambda *_: pytest.fail("read again"))
+    for task, words in zip(tasks, ("soft bells", "x" * 501), strict=True):
+        prompter.engine.submit(dataclasses.replace(task, inputs={"prompt": words}))
+    done, failed = prompter.events(2)
+    assert isinstance(done, StageDone) and "# Caption\nsoft bells\n" in done.payload.meta["caption"]
+    assert isinstance(failed, StageFailed) and "prompt: got 501 characters" in str(failed.error)
 
 
 # Duration
@@ -334,7 +447,7 @@ def test_keys_are_written_as_the_model_knows_them(prompter: Prompter, given: str
 
 
 def test_the_ports_are_known_from_the_folder(folder: Path) -> None:
-    signature = MusicPromptEngine.signature(Prompter(folder).stage)
+    signature = Prompter(folder).spec.signature
     texts = ("caption", "lyrics", "plain_caption", "planner_prompt", "audio_codes")
     assert {signature.outputs[port] for port in texts} == {TextSpec()}
     assert signature.outputs["music"] == DataSpec("music")
@@ -389,21 +502,28 @@ def test_parameters_for_the_stage_by_name_are_those_that_it_reads(folder: Path) 
     assert "params['prompt'].seed: this stage reads duration_s alone" in str(bad.error)
 
 
+def spec_of(folder: Path | None, **section: Any) -> MusicPromptSpec:
+    stage = StageConfig("prompt", "music_prompt", None if folder is None else str(folder), **section)
+    return MusicPromptSpec(stage, OmniConfig(), ModelFolders())
+
+
 def test_wrong_folders_and_defaults_are_named(tmp_path: Path) -> None:
     folder = save_folder(tmp_path)
     with pytest.raises(
         ConfigError, match=r"defaults: got duration_s, but this stage takes none; set default_duration_s"
     ):
-        build_graph(load_config(graph(folder, defaults={"duration_s": 3.0})))
+        spec_of(folder, defaults={"duration_s": 3.0})
     (folder / "vae" / "config.json").write_text(json.dumps({"sampling_rate": RATE, "audio_channels": 2}))
     with pytest.raises(ConfigError, match="downsampling_ratios: got None, expected a list"):
-        build_graph(load_config(graph(folder)))
+        spec_of(folder)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}))
     with pytest.raises(ConfigError, match="got a folder of 'ZImagePipeline', expected one of 'AceStepPipeline'"):
-        build_graph(load_config(graph(folder)))
+        spec_of(folder)
     (folder / "model_index.json").unlink()
     with pytest.raises(CheckpointError, match="missing"):
-        build_graph(load_config(graph(folder)))
+        spec_of(folder)
+    with pytest.raises(ConfigError, match="model: missing; expected the folder of an AceStepPipeline"):
+        spec_of(None)
 
 
 def test_a_graph_takes_the_request_keys_of_its_model_alone(folder: Path) -> None:
@@ -415,4 +535,5 @@ def test_a_graph_takes_the_request_keys_of_its_model_alone(folder: Path) -> None
         assert "- duration: 2 seconds" in str(planned.text)
         assert "prompt['bpm']: unknown key (known:" in str(unknown.error)
         assert "prompt['durations']: unknown key (did you mean 'duration_s'?)" in str(typo.error)
-    assert MusicPromptEngine.request_keys(Prompter(folder).stage) == REQUEST_KEYS
+    assert Prompter(folder).spec.request_keys == REQUEST_KEYS
+    assert Prompter(folder, fields=["lyrics"]).spec.request_keys == {"lyrics"}
