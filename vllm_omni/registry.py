@@ -17,7 +17,7 @@ TABLES: dict[str, dict[str, str]] = {
         "ar": "vllm_omni.engine.ar.engine:LLMEngine",
         "dit": "vllm_omni.engine.diffusion.engine:DiffusionEngine",
         "music_prompt": "vllm_omni.models.ace_step.prompt_spec:MusicPromptSpec",
-        "diffusers": "vllm_omni.engine.diffusers.engine:DiffusersEngine",
+        "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
     },
     "language model": {
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3.model:Qwen3",

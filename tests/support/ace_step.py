@@ -27,7 +27,7 @@ from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.config.schema import DiTCacheConfig, OmniConfig, StageConfig
 from vllm_omni.engine.base import Activity, EngineContext, ReadPorts
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
-from vllm_omni.engine.diffusion.options import DiTOptions, StepCacheOptions
+from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.messages import StageDone, StageEvent, StageTask
 from vllm_omni.models.ace_step.geometry import MusicGeometry
 from vllm_omni.models.ace_step.request import MusicOutline
@@ -240,12 +240,13 @@ def spec(
     ports: tuple[str, ...] = PORTS,
     **options: Any,
 ) -> DiffusionSpec:
+    cache = {"policy": policy} if threshold is None else {"policy": policy, "threshold": threshold}
     stage = StageConfig(
         name="music",
         kind="dit",
         model=str(folder),
         inputs={port: f"prompt.{port}" for port in ports},
-        options=DiTOptions(cache=StepCacheOptions(policy, threshold), **options),
+        options=DiTOptions(cache=cache, **options),
     )
     return DiffusionSpec(stage, OmniConfig(dit_cache=DIT_CACHE), ModelFolders())
 

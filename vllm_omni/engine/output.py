@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from vllm_omni.core.routing.request_state import RequestEnd
-from vllm_omni.engine.base import StageProgress, StageRows
 from vllm_omni.engine.boundary import let_go, stage_boundary
 from vllm_omni.errors import InvalidRequestError, OmniError, StageError
 from vllm_omni.media.audio import Audio
+from vllm_omni.messages import StageProgress, StageRows
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
 

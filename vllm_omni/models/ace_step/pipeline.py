@@ -65,6 +65,7 @@ class AceStepPipeline(DiffusionModel):
         self.conditioner = conditioner
         self.is_turbo = transformer.config.is_turbo
         self.num_blocks = len(transformer.layers)
+        self.token_bytes = transformer.config.hidden_size * transformer.still_embedding.element_size()
         self._sampler_config = sampler_config
         self._geometry = geometry
         self._device = transformer.still_embedding.device

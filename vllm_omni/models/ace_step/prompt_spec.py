@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
+from vllm_omni.engine.base import EngineContext, ReadPorts, StageSpec, model_folder
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.models.ace_step.folder import AceStepFolder
 from vllm_omni.models.ace_step.geometry import MusicGeometry
@@ -31,9 +31,8 @@ class MusicPromptSpec(StageSpec):
     params_type = DiffusionParams
 
     def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
+        super().__init__(stage, config, folders)
         folder = model_folder(stage, folders, "the folder of an AceStepPipeline")
-        self.stage = stage
-        self.limits = config.limits
         self.geometry = MusicGeometry.from_folder(AceStepFolder(folder))
         self._options: MusicPromptOptions = stage.options if stage.options is not None else MusicPromptOptions()
         self.request_keys = self._options.request_keys
@@ -50,12 +49,6 @@ class MusicPromptSpec(StageSpec):
             required_inputs=frozenset({"prompt"} & stage.inputs.keys()),  # the request's own is no stand-in for it
             meta=frozenset(),
         )
-
-    def plan_memory(self) -> MemoryPlan:
-        return MemoryPlan()
-
-    def weights_key(self) -> tuple[str, ...]:
-        return (self.stage.kind, f"of {self.stage.name} alone")
 
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> MusicRequest:
         """The whole request, headers of audio included. Where an edge brings the caption it is empty until then."""
