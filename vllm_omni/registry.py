@@ -15,7 +15,7 @@ from vllm_omni.utils.checks import did_you_mean
 TABLES: dict[str, dict[str, str]] = {
     "stage kind": {
         "ar": "vllm_omni.engine.ar.engine:LLMEngine",
-        "dit": "vllm_omni.engine.diffusion.engine:DiffusionEngine",
+        "dit": "vllm_omni.engine.diffusion.spec:DiffusionSpec",
         "music_prompt": "vllm_omni.models.ace_step.prompt_spec:MusicPromptSpec",
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
     },
@@ -29,13 +29,14 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "diffusion model": {
         "AceStepPipeline": "vllm_omni.models.ace_step.spec:AceStepSpec",
-        "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.model:Token2Wav",
-        "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.model:Token2Wav",
-        "ZImagePipeline": "vllm_omni.models.z_image.pipeline:ZImagePipeline",
+        "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
+        "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
+        "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",
     },
     "step cache": {
         "none": "vllm_omni.core.diffusion.caches.none:NoCache",
         "first_block": "vllm_omni.core.diffusion.caches.first_block:FirstBlockCache",
+        "taylorseer": "vllm_omni.core.diffusion.caches.taylorseer:TaylorSeer",
     },
     "scheduling policy": {
         "fifo": "vllm_omni.core.routing.policies:FIFOPolicy",

@@ -44,14 +44,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """All rows between two blocks. hidden: [N, D]; condition: [R, A] (from the timestep); order: packed row ->
-    caller's row.
-    """
+    """All rows between two blocks."""
 
-    hidden: Tensor
-    condition: Tensor
+    hidden: Tensor  # [N, D]
+    condition: Tensor  # [R, A], from the timestep
     groups: tuple[Group, ...]
-    order: tuple[int, ...]
+    order: tuple[int, ...]  # packed row -> the caller's row
 
     def per_row(self) -> list[Tensor]:
         """[L, D] views, in packed order."""
@@ -86,13 +84,13 @@ def padded(length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a group's tokens lie in the packed tensor. rope: [length, head_dim / 2, 2] cosines and sines, float32."""
+    """Where a group's tokens lie in the packed tensor."""
 
     rows: slice
     tokens: slice
     num_rows: int
     length: int
-    rope: Tensor
+    rope: Tensor  # [length, head_dim / 2, 2] cosines and sines, float32
 
 
 def per_span(function: Callable[..., Tensor], spans: Sequence[Span], *packed: Tensor, row: Tensor) -> Tensor:

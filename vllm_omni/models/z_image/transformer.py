@@ -15,18 +15,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.errors import ConfigError
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.weights import Target
+from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import (
     PATCH,
     Group,
@@ -41,56 +39,11 @@ from vllm_omni.models.z_image.packing import (
     per_span,
     unpatchified,
 )
-from vllm_omni.utils.files import read_json
 
-MAX_MODULATION_WIDTH = 256
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
 ATTENTION_EPS = 1e-5
 MAX_ROPE_TABLES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class ZImageConfig:
-    """The fields of `transformer/config.json` that shape the computation."""
-
-    dim: int
-    n_layers: int
-    n_refiner_layers: int
-    n_heads: int
-    in_channels: int
-    cap_feat_dim: int
-    norm_eps: float
-    qk_norm: bool
-    rope_theta: float
-    t_scale: float
-    axes_dims: tuple[int, ...]
-    axes_lens: tuple[int, ...]
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> ZImageConfig:
-        return cls.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> ZImageConfig:
-        """Reads a published config; what this model does not compute is refused, not ignored."""
-        expected = {"all_patch_size": [PATCH], "all_f_patch_size": [1], "siglip_feat_dim": None}
-        for key, value in expected.items():
-            if key in raw and (list(raw[key]) if isinstance(raw[key], (list, tuple)) else raw[key]) != value:
-                raise ConfigError(f"{where}: {key}: got {raw[key]!r}, expected {value!r}")
-        if raw.get("n_kv_heads", raw["n_heads"]) != raw["n_heads"]:
-            raise ConfigError(f"{where}: n_kv_heads: got {raw['n_kv_heads']}, expected n_heads = {raw['n_heads']}")
-        if raw["dim"] // raw["n_heads"] != sum(raw["axes_dims"]):
-            raise ConfigError(f"{where}: axes_dims: got {raw['axes_dims']}, expected a sum of dim / n_heads")
-        fields = {name: raw[name] for name in cls.__slots__ if name in raw}
-        missing = [name for name in cls.__slots__ if name not in raw]
-        if missing:
-            raise ConfigError(f"{where}: {missing[0]}: missing")
-        return cls(**{**fields, "axes_dims": tuple(raw["axes_dims"]), "axes_lens": tuple(raw["axes_lens"])})
-
-    @property
-    def modulation_width(self) -> int:
-        return min(self.dim, MAX_MODULATION_WIDTH)
 
 
 class TimestepEmbedder(nn.Module):
@@ -166,10 +119,14 @@ class Block(nn.Module):
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         modulation = self.adaLN_modulation(condition)  # [R, 4 D]
         scale_attention, gate_attention, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
-        normed = per_span(scaled, spans, self.attention_norm1(x), row=scale_attention)
+        normed = self.modulated_input(x, spans, scale_attention)
         x = per_span(gated, spans, x, self.attention_norm2(self.attention(normed, spans)), row=gate_attention)
         normed = per_span(scaled, spans, self.ffn_norm1(x), row=scale_ffn)
         return per_span(gated, spans, x, self.ffn_norm2(self.feed_forward(normed)), row=gate_ffn)
+
+    def modulated_input(self, x: Tensor, spans: Sequence[Span], scale: Tensor) -> Tensor:
+        """What a modulated block attends with: [N, D] normed, scaled by [R, D]."""
+        return per_span(scaled, spans, self.attention_norm1(x), row=scale)
 
 
 class FinalLayer(nn.Module):
@@ -194,22 +151,12 @@ def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates neighbouring pairs of [rows, L, H, head_dim] by rope [L, head_dim / 2, 2], in float32.
-
-    One complex product is several times as fast as four real ones, except for a compiler, which fuses those.
+    """Rotates neighbouring pairs of [rows, L, H, head_dim] by rope [L, head_dim / 2, 2], in float32: one complex
+    product is several times as fast as four real ones.
     """
     pairs, turns = x.float().unflatten(-1, (-1, 2)), rope[:, None]
-    if torch.compiler.is_compiling():
-        return real_product(pairs, turns).flatten(-2).to(x.dtype)
     product = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
     return torch.view_as_real(product).flatten(-2).to(x.dtype)
-
-
-def real_product(a: Tensor, b: Tensor) -> Tensor:
-    """The product of complex numbers that stand as [..., 2]."""
-    (a_real, a_imaginary), (b_real, b_imaginary) = a.unbind(-1), b.unbind(-1)
-    real = a_real * b_real - a_imaginary * b_imaginary
-    return torch.stack([real, a_real * b_imaginary + a_imaginary * b_real], dim=-1)
 
 
 class ZImageTransformer(nn.Module):
@@ -243,7 +190,7 @@ class ZImageTransformer(nn.Module):
             hidden = block(hidden, (span,))
         return hidden.unflatten(0, (rows, length))
 
-    def begin(self, latents: Rows, timesteps: Tensor, texts: Rows) -> Tokens:
+    def embed(self, latents: Rows, timesteps: Tensor, texts: Rows) -> Tokens:
         """Embeds rows. latents: [C, h, w] each; timesteps: [R] in [0, 1], 1 is clean; texts: [T, D] each, from
         `encode_text`.
         """
@@ -265,6 +212,13 @@ class ZImageTransformer(nn.Module):
             hidden = block(hidden, spans, tokens.condition)
         return replace(tokens, hidden=hidden)
 
+    def modulated_input(self, tokens: Tokens) -> list[Tensor]:
+        """[L, D] per packed row: what the first block of the main stack attends with."""
+        block: Block = self.layers[0]  # type: ignore[assignment]
+        scale = block.adaLN_modulation(tokens.condition).chunk(4, dim=-1)[0]  # type: ignore[misc]
+        hidden = block.modulated_input(tokens.hidden, self._spans(tokens.groups), scale)
+        return replace(tokens, hidden=hidden).per_row()
+
     def velocity_patches(self, tokens: Tokens) -> list[Tensor]:
         """The model's answer as patches: [rows, height * width, 4 C] for each group."""
         spans = self._spans(tokens.groups)
@@ -274,8 +228,8 @@ class ZImageTransformer(nn.Module):
             for span, group in zip(spans, tokens.groups, strict=True)
         ]
 
-    def finish(self, tokens: Tokens) -> list[Tensor]:
-        """Velocities [C, h, w] (clean latents minus noise), in the order of the rows that `begin` was given."""
+    def unembed(self, tokens: Tokens) -> list[Tensor]:
+        """Velocities [C, h, w] (clean latents minus noise), in the order of the rows that `embed` was given."""
         velocities: list[Tensor] = []
         for patches, group in zip(self.velocity_patches(tokens), tokens.groups, strict=True):
             velocities += unpatchified(patches, group.height, group.width)
@@ -284,7 +238,7 @@ class ZImageTransformer(nn.Module):
 
     def forward(self, latents: Rows, timesteps: Tensor, texts: Rows) -> list[Tensor]:
         """All of the above in one go."""
-        return self.finish(self.run_blocks(self.begin(latents, timesteps, texts), 0, len(self.layers)))
+        return self.unembed(self.run_blocks(self.embed(latents, timesteps, texts), 0, len(self.layers)))
 
     def _embed_images(self, latents: Rows, order: Sequence[int], groups: Sequence[Group], time: Tensor) -> list[Tensor]:
         """[rows, image tokens, D] for each group, after the noise refiner."""
