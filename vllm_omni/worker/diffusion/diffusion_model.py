@@ -138,10 +138,6 @@ class DiffusionModel(ABC):
         """Whether `prepare` encodes media (source audio, a picture): at most one such task is prepared per step."""
         return False
 
-    def is_heavy(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether `prepare` encodes media (source audio, a picture): at most one such task is prepared per step."""
-        return False
-
     @abstractmethod
     def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Any:
         """What all outputs of a request read: conditions encoded, source latents. Called once per request, as a step of
