@@ -22,12 +22,12 @@ from diffusers.pipelines.ace_step import (
 from support.ar import make_tokenizer
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
-from vllm_omni.engine.diffusion.spec import DiffusionSpec
 
 from vllm_omni.config.schema import DiTCacheConfig, OmniConfig, StageConfig
 from vllm_omni.engine.base import Activity, EngineContext, ReadPorts
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
 from vllm_omni.engine.diffusion.options import DiTOptions
+from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.messages import StageDone, StageEvent, StageTask
 from vllm_omni.models.ace_step.geometry import MusicGeometry
 from vllm_omni.models.ace_step.request import MusicOutline

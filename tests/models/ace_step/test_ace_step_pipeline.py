@@ -26,10 +26,10 @@ from support.ace_step import (
     spec,
 )
 from torch import Tensor
-from vllm_omni.engine.diffusion.spec import DiffusionSpec
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.engine.base import Activity
+from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
 from vllm_omni.messages import StageDone, StageFailed
 from vllm_omni.models.ace_step.pipeline import AceStepPipeline as Ours
@@ -38,6 +38,7 @@ from vllm_omni.models.ace_step.trajectory import ProjectedGuidance, check_sample
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import DataSpec, TensorSpec
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils.files import read_json
 
 LYRICS = "[verse]\nover the sea"
 CODES = "".join(f"<|audio_code_{n}|>" for n in (3, 63999, 70000, 1234, 0, 9))
@@ -426,3 +427,58 @@ def test_limits_are_the_configs(guided: tuple[AceStepPipeline, Path]) -> None:
     ours.check(request, params, frozenset(PORTS), LimitsConfig(max_duration_s=5.0))
     with pytest.raises(InvalidRequestError, match="limits"):
         ours.check(request, params, frozenset(PORTS), LimitsConfig(max_duration_s=4.9))
+
+
+def test_source_and_reference_audio_are_heavy_and_words_and_codes_are_not(
+    guided: tuple[AceStepPipeline, Path],
+) -> None:
+    pipeline, folder = guided
+    model = engine(folder).model
+    assert {case.name for case in GUIDED if model.is_heavy(case.inputs(pipeline))} == {
+        "cover",
+        "half a cover",
+        "repainted",
+        "repainted to the end",
+    }
+
+
+def test_every_json_file_is_read_once_and_none_for_a_request(
+    guided: tuple[AceStepPipeline, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(
+        "vllm_omni.models.ace_step.folder.read_json", lambda path: (read.append(path), read_json(path))[1]
+    )
+    ours = AceStepSpec(guided[1])
+    found = sorted(str(path.relative_to(guided[1])) for path in read)
+    assert found == [
+        "audio_token_detokenizer/config.json",
+        "condition_encoder/config.json",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        "vae/config.json",
+    ]
+    request = OmniRequest(prompt="x")
+    ours.check(request, DiffusionParams(), frozenset(PORTS), LimitsConfig())
+    ours.needed_inputs(frozenset(PORTS), request, DiffusionParams())
+    ours.job_size(request, DiffusionParams())
+    assert len(read) == len(found)
+
+
+def test_parts_that_do_not_fit_the_transformer_or_make_no_sense_are_refused_before_loading(tmp_path: Path) -> None:
+    random_pipeline(tmp_path)
+    for file, change, words in (
+        ("vae/config.json", {"decoder_input_channels": 9}, "decoder_input_channels: got 9, expected 8"),
+        ("vae/config.json", {"channel_multiples": [1]}, "two lists of equal length"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 1000}, "num_train_timesteps: got 1000"),
+        ("audio_token_detokenizer/config.json", {"pool_window_size": 0}, "pool_window_size: got 0"),
+        ("condition_encoder/config.json", {"text_hidden_dim": None}, "text_hidden_dim: got None"),
+    ):
+        path = tmp_path / file
+        before = path.read_text()
+        path.write_text(json.dumps({**json.loads(before), **change}))
+        with pytest.raises(ConfigError, match=words):
+            AceStepSpec(tmp_path)
+        path.write_text(before)
+    AceStepSpec(tmp_path)
