@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -15,6 +16,7 @@ from support.music import RATE, Prompter, sound
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.engine.base import Activity
 from vllm_omni.errors import StageError
+from vllm_omni.media.audio_files import BLOCK_FRAMES
 from vllm_omni.messages import StageDone, StageFailed
 from vllm_omni.models.ace_step import prompt_stage
 from vllm_omni.models.ace_step.request_reader import MusicRequestReader
@@ -95,6 +97,22 @@ def test_abort_while_audio_is_decoded_leaves_nothing_and_what_waits_is_never_dec
     assert event.request_id == tasks[4].request_id
     assert not any(asked is task.prepared for asked in begun for task in tasks[2:4])
     assert prompter.engine.activity() is Activity.IDLE and prompter.engine.step() == []
+
+
+def test_decoding_ends_between_two_blocks_when_nobody_wants_it_any_more(prompter: Prompter, tmp_path: Path) -> None:
+    path = tmp_path / "long.wav"
+    sound(BLOCK_FRAMES * 10 / RATE).save(path)
+    asked, calls = prompter.check(task_type="cover", audio=path), 0
+
+    def stop() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        prompt_stage.decode(asked, prompter.spec.geometry, LimitsConfig(), stop)
+    assert calls == 3
 
 
 def test_a_defect_in_decoding_fails_its_request_alone_and_names_the_stage(

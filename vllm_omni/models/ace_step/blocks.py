@@ -18,7 +18,7 @@ from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.models.ace_step.config import SLIDING, AceStepConfig
 from vllm_omni.models.ace_step.frames import CrossAttentionKV
-from vllm_omni.models.z_image.packing import Span, joined, per_span
+from vllm_omni.worker.diffusion.packing import Span, joined, per_span
 
 TIME_FREQUENCIES = 256
 TIME_SCALE = 1000.0

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_omni.models.z_image.packing import Span
+from vllm_omni.worker.diffusion.packing import Span
 
 
 @dataclass(frozen=True, slots=True, eq=False)

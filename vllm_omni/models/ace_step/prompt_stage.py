@@ -107,17 +107,17 @@ class MusicPromptEngine(StageEngine):
 
 def decode(asked: MusicRequest, geometry: MusicGeometry, limits: LimitsConfig, stop: Stop) -> dict[str, Samples]:
     """The audio that a request brings, by port: float32 [channels, n] at the autoencoder's rate."""
-    decoded = {}
-    for port, source in asked.given_audio.items():
-        stop()
-        decoded[port] = read_audio(
+    return {
+        port: read_audio(
             source,
             sample_rate=geometry.sample_rate,
             channels=geometry.channels,
             limits=limits,
             name=REQUEST_NAMES[port],
+            stop=stop,
         )
-    return decoded
+        for port, source in asked.given_audio.items()
+    }
 
 
 def format_texts(asked: MusicRequest) -> dict[str, str]:

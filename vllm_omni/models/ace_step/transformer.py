@@ -26,7 +26,7 @@ from vllm_omni.layers.weights import Target, load_weights
 from vllm_omni.models.ace_step.blocks import Block, TimeEmbedding, modulated
 from vllm_omni.models.ace_step.config import AceStepConfig
 from vllm_omni.models.ace_step.frames import CrossAttentionKV, Frames, RowCondition, grouped, packed_order
-from vllm_omni.models.z_image.packing import joined, per_span
+from vllm_omni.worker.diffusion.packing import joined, per_span
 
 FUSED = {
     "self_attn.to_q": "self_attn.qkv",
