@@ -1,7 +1,7 @@
 """What scheduler, hosts and engines tell each other: orders to a stage, and the events that it reports.
 
-Orders: StageTask, Feed, Pause, Resume. Events: StageProgress, StageRows, ChunkConsumed, StageDone, StageFailed. All of
-them are frozen; within a process tensors pass by reference.
+Orders: StageTask, Feed, Pause, Resume, Skip. Events: StageProgress, StageRows, ChunkConsumed, StageDone, StageFailed.
+All of them are frozen; within a process tensors pass by reference.
 """
 
 from __future__ import annotations
@@ -61,7 +61,15 @@ class Resume:
     stage: str
 
 
-Order = StageTask | Feed | Pause | Resume
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A stage will not run for this request: rows that were streamed to it are not needed."""
+
+    request_id: str
+    stage: str
+
+
+Order = StageTask | Feed | Pause | Resume | Skip
 
 
 @dataclass(frozen=True, slots=True)

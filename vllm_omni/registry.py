@@ -20,6 +20,8 @@ TABLES: dict[str, dict[str, str]] = {
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
     },
     "language model": {
+        "LlamaForCausalLM": "vllm_omni.models.llama.model:Llama",
+        "Qwen2ForCausalLM": "vllm_omni.models.qwen2.model:Qwen2",
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3.model:Qwen3",
         "Qwen3Model": "vllm_omni.models.qwen3.model:Qwen3",
         "Qwen2_5OmniForConditionalGeneration.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",
@@ -33,6 +35,10 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
         "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",
     },
+    "attention": {
+        "reference": "vllm_omni.layers.attention.reference:ReferenceAttention",
+        "sdpa": "vllm_omni.layers.attention.sdpa:SDPAAttention",
+    },
     "step cache": {
         "none": "vllm_omni.core.diffusion.caches.none:NoCache",
         "first_block": "vllm_omni.core.diffusion.caches.first_block:FirstBlockCache",
@@ -43,7 +49,10 @@ TABLES: dict[str, dict[str, str]] = {
         "priority": "vllm_omni.core.routing.policies:PriorityPolicy",
         "shortest_job_first": "vllm_omni.core.routing.policies:ShortestJobFirstPolicy",
     },
-    "executor": {"inline": "vllm_omni.executor.inline:InlineExecutor"},
+    "executor": {
+        "inline": "vllm_omni.executor.inline:InlineExecutor",
+        "thread": "vllm_omni.executor.thread:ThreadExecutor",
+    },
 }
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
-from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.engine import LLMEngine
 from vllm_omni.engine.ar.options import AROptions
 from vllm_omni.engine.base import EngineContext, StageDone, StageEvent, StageFailed, StageProgress, StageTask
@@ -186,31 +185,3 @@ def assert_clean(engine: LLMEngine) -> None:
     assert (stats["num_waiting"], stats["num_running"]) == (0, 0)
     assert stats["num_free_blocks"] == stats["num_blocks"]
     engine.check_integrity()
-
-
-class PoolContent:
-    """Plays the KV tensor: remembers of which prefix each slot holds the states, and objects when it is not the one
-    expected.
-    """
-
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
-        self._slots: dict[int, tuple[int, ...]] = {}
-
-    def compute(self, sequence: Sequence, start: int, end: int) -> None:
-        """Computes tokens [start, end), which read everything before them."""
-        self.check(sequence, start)
-        for position in range(start, end):
-            self._slots[self._slot(sequence, position)] = tuple(_content(sequence)[: position + 1])
-
-    def check(self, sequence: Sequence, end: int) -> None:
-        """Tokens [0, end) stand where the block table says."""
-        for position in range(end):
-            assert self._slots[self._slot(sequence, position)] == tuple(_content(sequence)[: position + 1])
-
-    def _slot(self, sequence: Sequence, position: int) -> int:
-        return sequence.block_table[position // self._block_size] * self._block_size + position % self._block_size
-
-
-def _content(sequence: Sequence) -> list[int]:
-    return sequence.token_ids if sequence.content_ids is None else sequence.content_ids

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_omni import registry
 from vllm_omni.config.graph import Edge
+from vllm_omni.config.schema import StageConfig
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
 from vllm_omni.core.routing.request_plan import RequestPlan
 from vllm_omni.engine.base import EngineContext
@@ -31,6 +32,7 @@ from vllm_omni.messages import (
     Feed,
     Order,
     Pause,
+    Resume,
     StageDone,
     StageEvent,
     StageFailed,
@@ -213,7 +215,7 @@ class OmniExecutor:
             limits=self._pipeline.config.limits,
             dit_cache=self._pipeline.config.dit_cache,
         )
-        executor: StageExecutor = registry.resolve("executor", spec.stage.executor)(spec, context, self._wake)
+        executor: StageExecutor = registry.resolve("executor", self._executor_of(spec.stage))(spec, context, self._wake)
         try:
             with stage_boundary(name):
                 executor.start()
@@ -222,6 +224,12 @@ class OmniExecutor:
             raise
         streamed = {edge.source_port for edge in self._graph.edges_from(name) if edge.stream is not None}
         return StageHost(name, executor, streamed)
+
+    def _executor_of(self, stage: StageConfig) -> str:
+        """Stages on several devices have a thread each, so that no device waits for another."""
+        if stage.executor != "auto":
+            return stage.executor
+        return "thread" if len(set(self._devices.values())) > 1 else "inline"
 
     def _carry_out_orders(self) -> None:
         for order in self._scheduler.tick(self._clock()):
@@ -240,8 +248,10 @@ class OmniExecutor:
                 self._traffic.count_inputs(self._graph.edges_into(order.stage), {order.port: chunk})
         elif isinstance(order, Pause):
             host.pause(order.request_id)
-        else:
+        elif isinstance(order, Resume):
             host.resume(order.request_id)
+        else:
+            host.abort(order.request_id)
 
     def _receive(self, stage: str, event: StageEvent) -> None:
         now = self._clock()

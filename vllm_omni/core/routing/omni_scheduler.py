@@ -28,7 +28,7 @@ from vllm_omni.errors import (
     SchedulerError,
     StageError,
 )
-from vllm_omni.messages import Feed, Order, Pause, Resume, StageTask
+from vllm_omni.messages import Feed, Order, Pause, Resume, Skip, StageTask
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import OmniRequest, RequestStatus
 from vllm_omni.utils.checks import did_you_mean
@@ -292,6 +292,8 @@ class OmniScheduler:
         to_pause, to_resume = streams.change_pauses(state.running)
         orders += [Pause(request_id, stage) for stage in sorted(to_pause)]
         orders += [Resume(request_id, stage) for stage in sorted(to_resume)]
+        orders += [Skip(request_id, stage) for stage in state.dropped_readers]
+        state.dropped_readers.clear()
         late = streams.overdue(state.running, self._held_back, now)
         if late is not None:
             self._requests.counts["timed_out"] += 1

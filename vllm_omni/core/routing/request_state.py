@@ -47,6 +47,7 @@ class RequestState:
         self.running: dict[str, float] = {}  # since when
         self.done: set[str] = set()
         self.skipped: dict[str, str] = {}  # why
+        self.dropped_readers: list[str] = []  # skipped stages that rows may have been streamed to, to be announced
         self.payloads: dict[str, StagePayload] = {}
         self.metrics: dict[str, dict[str, Any]] = {}
         self.cache_keys: dict[str, str] = {}
@@ -204,6 +205,8 @@ class RequestState:
             if stage in self.skipped:
                 continue
             sources = [edge.source for edge in self._awaited.pop(stage)]
+            if any(edge.stream is not None for edge in self.plan.stages[stage].edges):
+                self.dropped_readers.append(stage)
             self.streams.drop(self.plan.stages[stage].edges)
             self.missing.pop(stage, None)
             self.ready.pop(stage, None)

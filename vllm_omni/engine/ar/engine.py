@@ -257,6 +257,7 @@ class LLMEngine(StageEngine):
             model,
             num_blocks=self._pool.num_blocks,
             block_size=options.block_size,
+            max_num_seqs=options.max_num_seqs,
             tapped_layers=sorted(self._work.tapped_layers),
             can_sample=self._work.can_write,
             device=context.device,

@@ -42,11 +42,9 @@ class DiffusersEngine(StageEngine):
             (name, folder.resolve(), context.device, context.dtype),
             lambda: load_pipeline(folder, name, context.device, context.dtype),
         )
-        self.stage = spec.stage
+        self.spec = spec
         self.host = PipelineHost(pipeline)
-        self._output = spec.output
         self._meta = {"sample_rate": sample_rate(pipeline)} if spec.output == "audio" else {}
-        self._call = spec.call
         self._queue: deque[StageTask] = deque()
         self._running: _Running | None = None
         self._events: deque[StageEvent] = deque()
@@ -80,8 +78,8 @@ class DiffusersEngine(StageEngine):
             params, prompt = diffusion_params(task.params), task.inputs.get("prompt", task.request.prompt)
             if not isinstance(prompt, str):
                 raise InvalidRequestError(f"prompt: got {type(prompt).__name__}, expected a string")
-            arguments = self._call.arguments(prompt, task.request, params)
-            self._running = _Running(task, self.host.begin(arguments, self._call.num_steps(params)))
+            arguments = self.spec.call.arguments(prompt, task.request, params)
+            self._running = _Running(task, self.host.begin(arguments, self.spec.call.num_steps(params)))
         except Exception as error:
             self._fail(task.request_id, error)
 
@@ -91,17 +89,17 @@ class DiffusersEngine(StageEngine):
             if not run.advance():
                 self._events.append(StageProgress(request_id, run.step, run.num_steps))
                 return
-            tensors = {self._output: _to_tensor(run.result(), self._output)}
+            tensors = {self.spec.output: _to_tensor(run.result(), self.spec.output)}
         except Exception as error:
             self._fail(request_id, error)
             return
         self._running = None
-        payload = StagePayload(request_id, self.stage.name, tensors, self._meta)
+        payload = StagePayload(request_id, self.spec.stage.name, tensors, self._meta)
         self._events.append(StageDone(payload, {"steps": run.step}))
 
     def _fail(self, request_id: str, error: Exception) -> None:
         self.abort(request_id)
-        wrapped = error if isinstance(error, OmniError) else stage_error(self.stage.name, error)
+        wrapped = error if isinstance(error, OmniError) else stage_error(self.spec.stage.name, error)
         self._events.append(StageFailed(request_id, wrapped))
 
 

@@ -1,4 +1,4 @@
-"""What is known of a `diffusers` stage before its pipeline is loaded, from the folder's JSON and the pipeline's class."""
+"""What is known of a `diffusers` stage before its pipeline is loaded: the folder's JSON, the pipeline's signature."""
 
 from __future__ import annotations
 
