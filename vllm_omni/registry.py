@@ -16,7 +16,7 @@ TABLES: dict[str, dict[str, str]] = {
     "stage kind": {
         "ar": "vllm_omni.engine.ar.engine:LLMEngine",
         "dit": "vllm_omni.engine.diffusion.spec:DiffusionSpec",
-        "music_prompt": "vllm_omni.models.ace_step.prompt_stage:MusicPromptEngine",
+        "music_prompt": "vllm_omni.models.ace_step.prompt_spec:MusicPromptSpec",
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
     },
     "language model": {
@@ -34,7 +34,7 @@ TABLES: dict[str, dict[str, str]] = {
         "sdpa": "vllm_omni.layers.attention.sdpa:SDPAAttention",
     },
     "diffusion model": {
-        "AceStepPipeline": "vllm_omni.models.ace_step.pipeline:AceStepPipeline",
+        "AceStepPipeline": "vllm_omni.models.ace_step.spec:AceStepSpec",
         "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
         "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
         "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",

@@ -29,16 +29,14 @@ from vllm_omni.models.z_image.packing import (
     PATCH,
     Group,
     Rows,
-    Span,
     Tokens,
     dense,
     grouped,
-    joined,
     padded,
     patchified,
-    per_span,
     unpatchified,
 )
+from vllm_omni.worker.diffusion.packing import Span, joined, per_span
 
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
