@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.dit import BOTH, engine, pictures, random_pipeline, run, spec, task
 
+from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.base import Activity, ReadPorts
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
-from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.engine.diffusion.spec import DiffusionSpec
+from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
 from vllm_omni.messages import StageDone, StageFailed, StageProgress
 from vllm_omni.params import DiffusionParams
+from vllm_omni.utils.files import ModelFolders
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +242,87 @@ def test_a_decoder_that_ends_early_fails_its_request(folder: Path, monkeypatch: 
     stage.submit(task("a", params(steps=1)))
     event = run(stage)["a"]
     assert isinstance(event, StageFailed) and "3 of 4 pieces" in str(event.error)
+
+
+def prepared_in(stage: DiffusionEngine, monkeypatch: pytest.MonkeyPatch, heavy: str = "") -> list[list[str]]:
+    """For every step so far, the seeds of the requests that were prepared in it; those in `heavy` read media."""
+    by_step: list[list[str]] = []
+    prepare, step = stage.model.prepare, stage.step
+
+    def counted(inputs: Any, params: DiffusionParams, seed: int) -> Any:
+        by_step[-1].append(chr(seed))
+        return prepare(inputs, params, seed)
+
+    def counted_step() -> Any:
+        by_step.append([])
+        return step()
+
+    monkeypatch.setattr(stage.model, "prepare", counted)
+    monkeypatch.setattr(stage.model, "is_heavy", lambda inputs: inputs["prompt_embeds"].shape[0] == 9)
+    monkeypatch.setattr(stage, "step", counted_step)
+    for key in "abcd":
+        stage.submit(task(key, params(ord(key), steps=3), length=9 if key in heavy else 7))
+    return by_step
+
+
+def test_submitting_runs_nothing_and_all_that_came_is_prepared_in_the_next_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = engine(folder)
+    by_step = prepared_in(stage, monkeypatch)
+    assert by_step == [] and stage.activity() is Activity.BUSY
+    progress = [event.request_id for event in stage.step() if isinstance(event, StageProgress)]
+    assert progress == list("abcd") and by_step == [list("abcd")]
+
+
+def test_one_task_with_media_is_prepared_per_step_while_others_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet, stage = engine(folder), engine(folder)
+    for key in "abcd":
+        quiet.submit(task(key, params(ord(key), steps=3), length=9 if key in "abd" else 7))
+    by_step = prepared_in(stage, monkeypatch, heavy="abd")
+    stage.step()
+    stage.check_integrity()
+    stage.abort("d")
+    events = run(stage)
+    assert by_step[:3] == [["a", "c"], ["b"], []]
+    expected = pictures(run(quiet))
+    for key, picture in pictures(events).items():
+        assert (picture.int() - expected[key].int()).abs().max() <= 1, key
+    assert stage.activity() is Activity.IDLE
+
+
+def test_a_task_that_is_given_up_before_its_step_was_never_prepared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = engine(folder)
+    by_step = prepared_in(stage, monkeypatch)
+    for key in "abcd":
+        stage.abort(key)
+    assert stage.activity() is Activity.IDLE and stage.step() == [] and by_step == [[]]
+    assert stage.get_stats()["running"] == 0
+
+
+def test_a_spec_reads_its_folder_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, value = spec(folder), params(guidance=1.0)
+    monkeypatch.setattr(Path, "read_text", lambda *args, **rest: pytest.fail("a file was read"))
+    request = task("x", value).request
+    known.check(request, value, BOTH)
+    assert known.needed_inputs(request, value) == {"prompt_embeds", "negative_prompt_embeds"}
+    assert known.job_size(request, value, None) == 2 * known.job_size(request, params(guidance=0.0), None) > 0
+    assert known.signature.results == {"image"} and known.weights_key()[0] == "dit"
+
+
+def test_a_stage_without_a_folder_or_of_an_unknown_pipeline_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = OmniConfig()
+    with pytest.raises(ConfigError, match=r"^model: missing; expected a diffusers pipeline folder"):
+        DiffusionSpec.describe(StageConfig("image", "dit"), config, ModelFolders())
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipelin"}')
+    with pytest.raises(ConfigError, match=r"diffusion model: got 'ZImagePipelin' \(did you mean 'ZImagePipeline'\?\)"):
+        spec(tmp_path)
+    with pytest.raises(ConfigError, match=r"^part: got 'token2wav', but .* holds one diffusers pipeline; leave it out"):
+        spec(folder, part="token2wav")
 
 
 def test_a_batch_that_breaks_is_retried_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

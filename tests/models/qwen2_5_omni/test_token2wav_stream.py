@@ -210,6 +210,38 @@ def test_a_pause_begins_no_chunk_and_a_resume_goes_on(folder: Path) -> None:
     assert_near(ran.sound("x")[0], expected, 1e-5)
 
 
+def test_chunks_that_come_before_the_preparation_wait_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both tasks read media; the second one is prepared a step later, and so do its chunks begin."""
+    stage, parts = stage_of(folder), chunks(codes(30), 10, 10, 6, 3)
+    expected = streamed_sound(stage, parts, params())
+    monkeypatch.setattr(stage.model, "is_heavy", lambda inputs: True)
+    for key in "xy":
+        stage.submit(task(key, parts[0], params()))
+    for part in parts[1:]:
+        for key in "xy":
+            stage.feed(key, "codes", part)
+    ran = Ran()
+    begun = [{event.request_id for event in stage.step() if isinstance(event, StageProgress)} for _ in range(2)]
+    assert begun == [{"x"}, {"x", "y"}]
+    run(stage, ran)
+    for key in "xy":
+        assert_near(torch.cat([event.rows for event in ran.rows[key]]).T, expected, 1e-5)
+
+
+def test_a_paused_task_keeps_its_chunks_and_an_abort_frees_them(folder: Path) -> None:
+    stage, parts = stage_of(folder), chunks(codes(30), 10, 10, 6, 3)
+    stage.submit(task("x", parts[0], params()))
+    stage.pause("x")
+    assert stage.activity() is Activity.IDLE and stage.step() == []
+    stage.feed("x", "codes", parts[1])
+    stage.resume("x")
+    assert stage.activity() is Activity.BUSY
+    stage.pause("x")
+    stage.abort("x")
+    stage.resume("x")
+    assert stage.activity() is Activity.IDLE and stage.get_stats()["running"] == 0
+
+
 def test_an_empty_last_chunk_ends_a_stream(folder: Path) -> None:
     stage, rows = stage_of(folder), codes(12)
     stage.submit(task("x", StreamChunk(rows), params()))

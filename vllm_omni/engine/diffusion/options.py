@@ -42,4 +42,6 @@ class DiTOptions:
             raise ConfigError(f"cache.policy: got {brief(policy)}{near}")
         policy_type: type[StepCachePolicy] = resolve("step cache", policy)
         own = {key: value for key, value in self.cache.items() if key != "policy"}
+        if own and policy_type.computes_all:
+            raise ConfigError(f"cache.{next(iter(own))}: policy {policy!r} reads no keys; choose another, or leave it")
         return policy_type(build(policy_type.options_type, own, "cache"))
