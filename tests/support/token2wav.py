@@ -18,7 +18,6 @@ from vllm_omni.config.schema import DiTCacheConfig, OmniConfig, StageConfig
 from vllm_omni.engine.base import (
     Activity,
     EngineContext,
-    MemoryPlan,
     ReadPorts,
     StageEngine,
     StageSpec,
@@ -28,7 +27,7 @@ from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.messages import ChunkConsumed, StageDone, StageEvent, StageRows, StageTask
 from vllm_omni.models.qwen2_5_omni.token2wav.trajectory import frame_noise
-from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
+from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.payload import StageSignature, StreamChunk, TensorSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.files import ModelFolders
@@ -59,17 +58,8 @@ class SpellSpec(StageSpec):
     params_type = SamplingParams
 
     def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
-        self.stage = stage
+        super().__init__(stage, config, folders)
         self.signature = StageSignature(outputs={"codes": TensorSpec(("T",))})
-
-    def plan_memory(self) -> MemoryPlan:
-        return MemoryPlan()
-
-    def weights_key(self) -> tuple[str, ...]:
-        return (self.stage.kind, self.stage.name)
-
-    def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
-        pass
 
     def load(self, context: EngineContext) -> StageEngine:
         raise NotImplementedError

@@ -38,7 +38,7 @@ class DiffusionSpec(StageSpec):
     params_type = DiffusionParams
 
     def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
-        self.stage = stage
+        super().__init__(stage, config, folders)
         self.options: DiTOptions = DiTOptions() if stage.options is None else stage.options
         self.folder = model_folder(stage, folders, EXPECTED)
         self.model: DiffusionModelSpec = resolve("diffusion model", model_name(self.folder, self.options.part))(
@@ -46,7 +46,6 @@ class DiffusionSpec(StageSpec):
         )
         self.signature = self.model.signature
         self.request_keys = self.model.request_keys
-        self._limits = config.limits
         self._dit_cache = config.dit_cache
 
     def plan_memory(self) -> MemoryPlan:
@@ -65,8 +64,8 @@ class DiffusionSpec(StageSpec):
 
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
         params = diffusion_params(params)
-        self.model.check(request, params, frozenset(self.stage.inputs), self._limits)
-        check_counts(params, self.model.num_steps(params), self._limits)
+        self.model.check(request, params, frozenset(self.stage.inputs), self.limits)
+        check_counts(params, self.model.num_steps(params), self.limits)
         check_readers(params, self.stage.name, reads)
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: object) -> float:

@@ -38,6 +38,6 @@ class AceStepFolder:
 
     def count(self, part: str, key: str) -> int:
         """An integer of at least 1 from the configuration of a part."""
-        value = self.config(part).get(key)
+        value: Any = self.config(part).get(key)
         check_number(f"{self.config_file(part)}: {key}", value, 1, integer=True, raises=ConfigError)
-        return int(value)  # type: ignore[arg-type]
+        return int(value)
