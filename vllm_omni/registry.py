@@ -14,10 +14,15 @@ from vllm_omni.utils.checks import did_you_mean
 
 TABLES: dict[str, dict[str, str]] = {
     "stage kind": {
-        "ar": "vllm_omni.engine.ar.engine:LLMEngine",
+        "ar": "vllm_omni.engine.ar.spec:ARSpec",
         "dit": "vllm_omni.engine.diffusion.engine:DiffusionEngine",
         "music_prompt": "vllm_omni.models.ace_step.prompt_stage:MusicPromptEngine",
         "diffusers": "vllm_omni.engine.diffusers.engine:DiffusersEngine",
+    },
+    "ar stage": {  # by row of "language model"; what has none here is about text
+        "text": "vllm_omni.engine.ar.text_spec:TextSpec",
+        "Qwen2_5OmniForConditionalGeneration.talker": "vllm_omni.models.qwen2_5_omni.talker_spec:TalkerSpec",
+        "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker_spec:TalkerSpec",
     },
     "language model": {
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3.model:Qwen3",
@@ -26,6 +31,10 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen2_5OmniForConditionalGeneration.talker": "vllm_omni.models.qwen2_5_omni.talker:Talker",
         "Qwen2_5OmniModel.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",
         "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker:Talker",
+    },
+    "attention": {
+        "reference": "vllm_omni.layers.attention.reference:ReferenceAttention",
+        "sdpa": "vllm_omni.layers.attention.sdpa:SDPAAttention",
     },
     "diffusion model": {
         "AceStepPipeline": "vllm_omni.models.ace_step.pipeline:AceStepPipeline",

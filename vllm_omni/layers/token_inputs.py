@@ -1,5 +1,5 @@
 """What tokens of a sequence are besides their ids: positions of their own, and rows that replace or join their
-embeddings. A sequence without SequenceInputs is its token ids alone.
+embeddings. A sequence without them is its token ids alone.
 
 Legend: n tokens of a sequence, N of a step, M of them with rows, E width of the embeddings.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,13 +48,6 @@ class TokenInputs:
 
     positions: Tensor
     rows: InputRows | None = None
-
-
-class SequenceInputs(Protocol):
-    """The inputs of one sequence, the same whenever they are asked for: preemption recomputes from them."""
-
-    def between(self, start: int, stop: int) -> TokenInputs:
-        """Of the tokens [start, stop). May compute, and may raise what is wrong with this sequence."""
 
 
 def continued_positions(positions: Tensor, delta: int, start: int, stop: int) -> Tensor:

@@ -26,8 +26,8 @@ from support.ar import (
     tokens_of,
 )
 
-from vllm_omni.engine.base import StageDone, StageEvent, StageFailed, StageTask
 from vllm_omni.errors import StageError
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask
 from vllm_omni.params import SamplingParams
 from vllm_omni.worker.model_pool import ModelPool
 
@@ -96,8 +96,8 @@ def test_n_samples_draw_from_seed_plus_i(folder: Path) -> None:
         )
         for i in range(3)
     ]
-    assert [list(c.token_ids) for c in many.payload.meta["completions"]] == [tokens_of(one["r"]) for one in singles]
-    assert many.payload.meta["text"] == many.payload.meta["completions"][0].text
+    assert [c["token_ids"] for c in many.payload.meta["completions"]] == [tokens_of(one["r"]) for one in singles]
+    assert many.payload.meta["text"] == many.payload.meta["completions"][0]["text"]
     assert many.metrics["tokens"] == 30
 
 
@@ -265,7 +265,7 @@ def test_any_mix_of_requests_steps_and_aborts_ends_clean_and_right(
         if isinstance(event, StageDone):
             alone = make_engine(folder, models=pool, wanted=["h"], outputs=WRITTEN_STATES)
             expected = run(
-                alone, make_task(tasks[event.request_id].request.prompt, tasks[event.request_id].params), check=False
+                alone, make_task(tasks[event.request_id].request.prompt, tasks[event.request_id].params), verify=False
             )["r"]
             assert tokens_of(event) == tokens_of(expected)
             torch.testing.assert_close(states_of(event), states_of(expected), rtol=1e-3, atol=1e-4)

@@ -47,6 +47,8 @@ class Qwen3Config(DecoderConfig):
 class Qwen3(nn.Module):
     """The model of one folder."""
 
+    prompt_reader = None  # text alone
+
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.config = config
