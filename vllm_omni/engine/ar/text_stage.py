@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.base import ARStage, Generation
-from vllm_omni.engine.ar.prompt import PlannedPrompt, Prepared, PreparedPrompt, read_prompt
+from vllm_omni.engine.ar.prompt import PlannedPrompt, Prepared, PreparedPrompt
 from vllm_omni.engine.ar.tapped_states import TappedPort, TappedStates
 from vllm_omni.engine.ar.text_job import Sample, TextJob
 from vllm_omni.engine.ar.tokenizer import TextStream, end_of_sequence_ids
@@ -70,9 +70,8 @@ class TextStage(ARStage):
 
     def _brought(self, task: StageTask) -> Prepared:
         """What an edge brings, as tokens; StageError, with the name of the stage whose words they are."""
-        prompt = read_prompt(self._spec.options, task.request, task.inputs)
         try:
-            return self._input.prepare(prompt, task.request, _params(task))
+            return self._input.prepare(task.inputs["prompt"], task.request, _params(task))
         except InvalidRequestError as error:
             source = self._spec.stage.edges["prompt"].source
             raise StageError(f"cannot read what {source} gave: {error}") from error
