@@ -110,17 +110,22 @@ class Spoken(Exception):
     """Ends the reference where its codes are known."""
 
 
+def padded(token_ids: list[int]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` for the reference, one hidden token on the left.
+
+    Its `generate` drops a mask of ones, but it is by a mask that its talker knows to add the marks of the begin and to
+    use positions of three axes.
+    """
+    ids = torch.tensor([[PAD, *token_ids]])
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 @torch.no_grad()
 def reference(model: Any, case: Case, speaker: str = "Chelsie", **limits: int) -> tuple[list[int], list[int]]:
-    """Words and codes of transformers' generate, greedy.
-
-    `generate` drops a mask of ones, but it is by a mask that its talker knows to add the marks of the begin and to use
-    positions of three axes. So the whole request is padded by one token on the left, which the mask hides.
-    """
+    """Words and codes of transformers' generate, greedy."""
     ids = torch.tensor([case.token_ids])
-    padded = torch.tensor([[PAD, *case.token_ids]])
-    mask = torch.ones_like(padded)
-    mask[0, 0] = 0
     found: list[Tensor] = []
 
     def note(_: Any, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -130,11 +135,10 @@ def reference(model: Any, case: Case, speaker: str = "Chelsie", **limits: int) -
     words = {"max_new_tokens": WORDS, "eos_token_id": EOS, **limits}
     media = {**case.theirs, "attention_mask": torch.ones_like(ids)}
     written = model.thinker.generate(input_ids=ids, do_sample=False, **media, **words)[0, ids.shape[1] :].tolist()
-    media["attention_mask"] = mask
+    media |= padded(case.token_ids)
     hook = model.token2wav.register_forward_pre_hook(note, with_kwargs=True)
     try:
         model.generate(
-            input_ids=padded,
             speaker=speaker,
             talker_do_sample=False,
             talker_max_new_tokens=CODES,
