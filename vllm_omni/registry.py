@@ -14,10 +14,15 @@ from vllm_omni.utils.checks import did_you_mean
 
 TABLES: dict[str, dict[str, str]] = {
     "stage kind": {
-        "ar": "vllm_omni.engine.ar.engine:LLMEngine",
+        "ar": "vllm_omni.engine.ar.spec:ARSpec",
         "dit": "vllm_omni.engine.diffusion.spec:DiffusionSpec",
         "music_prompt": "vllm_omni.models.ace_step.prompt_spec:MusicPromptSpec",
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
+    },
+    "ar stage": {  # by row of "language model"; what has none here is about text
+        "text": "vllm_omni.engine.ar.text_spec:TextSpec",
+        "Qwen2_5OmniForConditionalGeneration.talker": "vllm_omni.models.qwen2_5_omni.talker_spec:TalkerSpec",
+        "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker_spec:TalkerSpec",
     },
     "language model": {
         "LlamaForCausalLM": "vllm_omni.models.llama.model:Llama",

@@ -19,8 +19,7 @@ from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.worker.ar.language_model import (
     LanguageModel,
     LanguageModelConfig,
-    load_language_model,
-    read_model_config,
+    LanguageModelFolder,
 )
 from vllm_omni.worker.ar.model_runner import ModelRunner
 
@@ -51,11 +50,11 @@ def save_random_model(build: Any, config: Any, folder: Path, seed: int = 0) -> P
 
 
 def load_model(folder: Path) -> LanguageModel:
-    return load_language_model(folder, CPU, torch.float32)
+    return LanguageModelFolder.open(folder).load(CPU, torch.float32)
 
 
 def read_config(folder: Path) -> LanguageModelConfig:
-    return read_model_config(folder)
+    return LanguageModelFolder.open(folder).config
 
 
 @dataclass

@@ -79,6 +79,8 @@ class Talker(nn.Module):
     which a code's embedding joins and the prompt's replace.
     """
 
+    prompt_reader = None  # it reads no prompt: states alone
+
     def __init__(self, config: TalkerConfig) -> None:
         super().__init__()
         self.config = config

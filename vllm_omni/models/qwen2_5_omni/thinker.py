@@ -17,6 +17,7 @@ from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.linear import Linear, linear
 from vllm_omni.layers.weights import Target
 from vllm_omni.models.qwen2_5_omni.encoders import MediaEncoders
+from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptReader
 from vllm_omni.worker.ar.media_prompt import MediaItem
 
 
@@ -53,6 +54,8 @@ class ThinkerConfig(DecoderConfig):
 
 class Thinker(nn.Module):
     """The thinker of one folder."""
+
+    prompt_reader = OmniPromptReader
 
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()
