@@ -120,7 +120,9 @@ class TextSpec(ARSpec):
         """What the options ask for and the model, or the rest of the stage, has not."""
         stage, options = self.stage, self.options
         if options.can_write and not self.model.config.can_write:
-            raise ConfigError("task: got 'generate', but the model has no head; use task: encode or a Qwen3ForCausalLM")
+            raise ConfigError(
+                "task: got 'generate', but the model has no head; use task: encode, or a checkpoint with a head"
+            )
         if options.prompt != "prompt" and "prompt" in stage.inputs:
             raise ConfigError(f"prompt: got {options.prompt!r}, but inputs.prompt brings the prompt; keep one of them")
         if stage.defaults and not options.can_write:

@@ -197,7 +197,7 @@ class TextStream:
 @contextmanager
 def _only_errors_logged() -> Iterator[None]:
     """The library reads the model's configuration to find the tokenizer's class, and complains of what it finds there:
-    of a published talker's text tokens that they are no codes.
+    of text tokens beside a vocabulary of codes that they are none of it.
     """
     from transformers.utils import logging
 

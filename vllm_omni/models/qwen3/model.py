@@ -62,7 +62,7 @@ class Qwen3(nn.Module):
         return Qwen3Config.from_json(raw, where)
 
     def forward(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """As of a LanguageModel."""
+        """See LanguageModel."""
         states: Tensor = self.decoder(self.embed_tokens(token_ids), positions, context)
         return states
 
