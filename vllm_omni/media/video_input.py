@@ -50,7 +50,7 @@ class VideoPlan:
     header: VideoHeader | None = None  # of a file
 
     @property
-    def sound(self) -> AudioHeader | None:
+    def audio(self) -> AudioHeader | None:
         """The header of its sound track, None where there is none."""
         return None if self.header is None else self.header.sound
 
@@ -60,7 +60,7 @@ class ReadVideo:
     """What has been read of a video."""
 
     frames: Tensor  # uint8 [T, 3, height, width], resized
-    sound: tuple[Samples, int] | None = None  # float32 [1, n] and its rate; cut one sample beyond the limit
+    audio: tuple[Samples, int] | None = None  # float32 [1, n] and its rate; cut one sample beyond the limit
 
 
 class VideoInput:
@@ -77,8 +77,8 @@ class VideoInput:
         with self._opened(part) as reader:
             return self._plan_file(reader.header, part)
 
-    def read(self, part: MediaPart, plan: VideoPlan, with_sound: bool, stop: Callable[[], None]) -> ReadVideo:
-        """What the plan of this part says, in one pass; with_sound: of a file that has a sound track. stop: called
+    def read(self, part: MediaPart, plan: VideoPlan, with_audio: bool, stop: Callable[[], None]) -> ReadVideo:
+        """What the plan of this part says, in one pass; with_audio: of a file that has a sound track. stop: called
         between frames; raises where nobody wants them any more.
         """
         if plan.header is None:
@@ -91,7 +91,7 @@ class VideoInput:
                     "request is done"
                 )
             small = self._resized(map(torch.from_numpy, reader.frames(plan.indices)), part.name, stop)
-            return ReadVideo(small, reader.sound(self._limits.max_audio_s) if with_sound else None)
+            return ReadVideo(small, reader.sound(self._limits.max_audio_s) if with_audio else None)
 
     def _plan_frames(self, part: MediaPart) -> VideoPlan:
         frames = part.source

@@ -1,4 +1,4 @@
-"""What the spec of an AR stage prepares is used: nothing is tokenised twice. What crosses to the caller is plain JSON."""
+"""What the spec of an AR stage prepares is used: nothing is tokenised twice. What leaves the stage is plain JSON."""
 
 from __future__ import annotations
 

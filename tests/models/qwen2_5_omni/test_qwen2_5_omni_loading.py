@@ -87,7 +87,7 @@ def test_the_published_token2wav_has_the_references_sizes_under_other_names() ->
         for token2wav in (raw["token2wav_config"], {}, None):
             given = without(raw, ["token2wav_config"]) | ({} if token2wav is None else {"token2wav_config": token2wav})
             config = model_class(given, "config.json", "talker").read_config(given, "config.json")
-            assert config.last_sound == (8447 if token2wav is None else 8193)
+            assert config.last_spoken == (8447 if token2wav is None else 8193)
 
 
 @pytest.mark.parametrize("name", ["dim", "depth", "heads"])

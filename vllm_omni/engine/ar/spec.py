@@ -42,10 +42,12 @@ class ARSpec(StageSpec):
         model = LanguageModelFolder.open(folder, options.part)
         row = model.name if model.name in registry.names(TABLE) else DEFAULT_ROW
         spec: type[ARSpec] = registry.resolve(TABLE, row)
-        return spec(stage, config, model)
+        return spec(stage, config, folders, model)
 
-    def __init__(self, stage: StageConfig, config: OmniConfig, model: LanguageModelFolder) -> None:
-        """The folder is resolved and its configuration read by `describe`."""
+    def __init__(
+        self, stage: StageConfig, config: OmniConfig, folders: ModelFolders, model: LanguageModelFolder
+    ) -> None:
+        """model: the stage's, its configuration read by `describe`. folders: for options that name further ones."""
         self.stage = stage
         self.options = stage.options
         self.model = model

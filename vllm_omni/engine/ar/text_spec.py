@@ -22,6 +22,7 @@ from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.payload import PortSpec, StageSignature, TensorSpec
 from vllm_omni.payload import TextSpec as TextPort
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
 from vllm_omni.worker.ar.model_runner import ModelRunner
 from vllm_omni.worker.ar.prompt_reader import PromptReader
@@ -34,8 +35,10 @@ class TextSpec(ARSpec):
     its `outputs` tap, whole or row by row.
     """
 
-    def __init__(self, stage: StageConfig, config: OmniConfig, model: LanguageModelFolder) -> None:
-        super().__init__(stage, config, model)
+    def __init__(
+        self, stage: StageConfig, config: OmniConfig, folders: ModelFolders, model: LanguageModelFolder
+    ) -> None:
+        super().__init__(stage, config, folders, model)
         self.can_write = self.reads_params = self.options.can_write
         self.prefix_caching = self.options.prefix_caching
         self._reader_class: type[PromptReader[Any]] | None = model.model_class.prompt_reader
@@ -45,6 +48,8 @@ class TextSpec(ARSpec):
         )
         self._check()
         self.signature = self._make_signature()
+        configured = self.options.tokenizer
+        self._tokenizer_folder = find_tokenizer(model.folder, folders.resolve(configured) if configured else None)
         self._input_lock = threading.Lock()
 
     @property
@@ -91,7 +96,7 @@ class TextSpec(ARSpec):
     @cached_property
     def _processor(self) -> TextProcessor:
         return TextProcessor(
-            find_tokenizer(self.model.folder, self.options.tokenizer),
+            self._tokenizer_folder,
             chat_template=self.options.chat_template,
             template_kwargs=self.options.chat_template_kwargs,
             system_prompt=self.options.system_prompt,
@@ -120,7 +125,9 @@ class TextSpec(ARSpec):
         """What the options ask for and the model, or the rest of the stage, has not."""
         stage, options = self.stage, self.options
         if options.can_write and not self.model.config.can_write:
-            raise ConfigError("task: got 'generate', but the model has no head; use task: encode or a Qwen3ForCausalLM")
+            raise ConfigError(
+                "task: got 'generate', but the model has no head; use task: encode, or a checkpoint with a head"
+            )
         if options.prompt != "prompt" and "prompt" in stage.inputs:
             raise ConfigError(f"prompt: got {options.prompt!r}, but inputs.prompt brings the prompt; keep one of them")
         if stage.defaults and not options.can_write:

@@ -18,7 +18,7 @@ from vllm_omni.media.audio_input import check_audio, read_audio
 from vllm_omni.media.image_input import image_size, read_image, resized
 from vllm_omni.media.messages import MediaPart, media_parts, without_sources
 from vllm_omni.media.video_input import VideoInput, VideoPlan
-from vllm_omni.models.qwen2_5_omni.audio_features import SoundFeatures, tokens_of_frames
+from vllm_omni.models.qwen2_5_omni.audio_features import AudioFeatures, tokens_of_frames
 from vllm_omni.models.qwen2_5_omni.media_tokens import MediaTokens
 from vllm_omni.models.qwen2_5_omni.positions import MediaSpan, rope_index
 from vllm_omni.models.qwen2_5_omni.vision import VisionGrid, VisionSettings
@@ -70,7 +70,7 @@ class OmniPromptReader(PromptReader[OmniPromptPlan]):
         self._limits = limits
         self._tokens = MediaTokens.of(folder)
         self._vision = VisionSettings.of(folder)
-        self._sound = SoundFeatures(folder)
+        self._audio = AudioFeatures(folder)
         self._videos = VideoInput(self._vision.frames, limits)
 
     def plan(self, messages: Messages, request: OmniRequest) -> OmniPromptPlan:
@@ -147,11 +147,11 @@ class OmniPromptReader(PromptReader[OmniPromptPlan]):
             return PlannedPart(part, MediaSpan("image", self._vision.image.tokens(1, size)))
         if part.kind == "audio":
             seconds = check_audio(part.source, channels=1, limits=self._limits, name=part.name)
-            num_tokens = self._sound.num_tokens(seconds, part.name)
+            num_tokens = self._audio.num_tokens(seconds, part.name)
             return PlannedPart(part, MediaSpan("audio", num_audio_tokens=num_tokens))
         plan = self._videos.plan(part)
         size = self._vision.video.fit(*plan.size, part.name)
-        has_track = use_audio_in_video and plan.sound is not None
+        has_track = use_audio_in_video and plan.audio is not None
         return PlannedPart(part, self._video_span(plan, size, self._track_tokens(plan, part) if has_track else 0), plan)
 
     def _read(self, planned: PlannedPart, stop: Stop) -> MediaContent:
@@ -176,8 +176,8 @@ class OmniPromptReader(PromptReader[OmniPromptPlan]):
         read = self._videos.read(part, plan, has_track, stop)
         size = (read.frames.shape[2], read.frames.shape[3])
         num_audio_tokens, track = 0, {}
-        if read.sound is not None:
-            features, num_audio_tokens = self._features(read.sound, _track_name(part))
+        if read.audio is not None:
+            features, num_audio_tokens = self._features(read.audio, _track_name(part))
             track = {"audio": {"features": features}}
         span = self._video_span(plan, size, num_audio_tokens)
         inputs = {**_grid_inputs(grid, read.frames, size), "second_per_grid": torch.tensor(span.second_per_grid)}
@@ -190,21 +190,21 @@ class OmniPromptReader(PromptReader[OmniPromptPlan]):
 
     def _features(self, source: object, name: str) -> tuple[Tensor, int]:
         """The features [mel, frames] of an audio and their number of tokens."""
-        rate = self._sound.sample_rate
+        rate = self._audio.sample_rate
         samples = read_audio(source, sample_rate=rate, channels=1, limits=self._limits, name=name)
-        self._sound.num_tokens(samples.shape[1] / rate, name)
-        features = self._sound.features(samples)
+        self._audio.num_tokens(samples.shape[1] / rate, name)
+        features = self._audio.features(samples)
         return features, tokens_of_frames(features.shape[1])
 
     def _track_tokens(self, plan: VideoPlan, part: MediaPart) -> int:
         """Of a video's sound track, as its header says; InvalidRequestError for one beyond the limits."""
-        assert plan.sound is not None
-        if plan.sound.duration_s > self._limits.max_audio_s:
+        assert plan.audio is not None
+        if plan.audio.duration_s > self._limits.max_audio_s:
             raise InvalidRequestError(
-                f"{part.name}: got {plan.sound.duration_s:.2f} s of sound in a video, expected at most "
+                f"{part.name}: got {plan.audio.duration_s:.2f} s of sound in a video, expected at most "
                 f"{self._limits.max_audio_s:g} s (limits.max_audio_s); cut it, or set use_audio_in_video to false"
             )
-        return self._sound.num_tokens(plan.sound.duration_s, _track_name(part))
+        return self._audio.num_tokens(plan.audio.duration_s, _track_name(part))
 
 
 def _use_audio_in_video(request: OmniRequest) -> bool:

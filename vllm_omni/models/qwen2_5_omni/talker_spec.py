@@ -17,6 +17,7 @@ from vllm_omni.models.qwen2_5_omni.talker_stage import DEFAULT_MAX_TOKENS, Talke
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
 from vllm_omni.worker.ar.model_runner import ModelRunner
 
@@ -36,8 +37,10 @@ class TalkerSpec(ARSpec):
     prefix_caching = False
     request_keys = frozenset({SPEAKER})
 
-    def __init__(self, stage: StageConfig, config: OmniConfig, model: LanguageModelFolder) -> None:
-        super().__init__(stage, config, model)
+    def __init__(
+        self, stage: StageConfig, config: OmniConfig, folders: ModelFolders, model: LanguageModelFolder
+    ) -> None:
+        super().__init__(stage, config, folders, model)
         assert isinstance(model.config, TalkerConfig)
         _refuse_words(self.options)
         self.talker = model.config
