@@ -16,7 +16,7 @@ TABLES: dict[str, dict[str, str]] = {
     "stage kind": {
         "ar": "vllm_omni.engine.ar.engine:LLMEngine",
         "dit": "vllm_omni.engine.diffusion.spec:DiffusionSpec",
-        "music_prompt": "vllm_omni.models.ace_step.prompt_stage:MusicPromptEngine",
+        "music_prompt": "vllm_omni.models.ace_step.prompt_spec:MusicPromptSpec",
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
     },
     "language model": {
@@ -29,15 +29,15 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen2_5OmniModel.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",
         "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker:Talker",
     },
-    "diffusion model": {
-        "AceStepPipeline": "vllm_omni.models.ace_step.pipeline:AceStepPipeline",
-        "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
-        "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
-        "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",
-    },
     "attention": {
         "reference": "vllm_omni.layers.attention.reference:ReferenceAttention",
         "sdpa": "vllm_omni.layers.attention.sdpa:SDPAAttention",
+    },
+    "diffusion model": {
+        "AceStepPipeline": "vllm_omni.models.ace_step.spec:AceStepSpec",
+        "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
+        "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
+        "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",
     },
     "step cache": {
         "none": "vllm_omni.core.diffusion.caches.none:NoCache",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -145,6 +146,19 @@ def test_padding_rows_write_to_the_scratch_block_and_read_nothing_else() -> None
     assert padded.block_table[3, 0] == 40, "the block behind the pool's forty"
     assert padded.context_lens[3] == 1
     assert_same_batch(batch.fill(full, NOTHING), StepBatch.of(full, NOTHING, make_pool()))  # its owner comes back
+
+
+def test_buffers_on_an_accelerator_follow_those_on_the_host() -> None:
+    batch = make_decode_batch(BUCKETS)
+    internals: Any = batch
+    internals._on_device = tuple(buffer.clone() for buffer in internals._host)
+    for count in (4, 3, 1, 4):
+        chunks = [
+            last_token(make_sequence(number, [number + count, 30 + number], 4 + count)) for number in range(count)
+        ]
+        got = batch.fill(chunks, NOTHING)
+        assert got.token_ids.data_ptr() == internals._on_device[0].data_ptr()
+        assert_same_batch(got, StepBatch.of(chunks, NOTHING, make_pool()))
 
 
 def test_a_chunk_of_two_tokens_is_no_decode_step() -> None:

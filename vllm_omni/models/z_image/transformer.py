@@ -28,15 +28,14 @@ from vllm_omni.models.z_image.packing import (
     PATCH,
     Group,
     Rows,
-    Span,
     Tokens,
     dense,
     grouped,
-    joined,
     padded,
     patchified,
     unpatchified,
 )
+from vllm_omni.worker.diffusion.packing import Span, joined, per_span
 
 MAX_ROPE_TABLES = 64
 

@@ -86,7 +86,7 @@ class DecodeBatch:
     @staticmethod
     def fits(chunks: Many[Chunk]) -> bool:
         """Whether every chunk is one token."""
-        return all(chunk.end - chunk.start == 1 for chunk in chunks)
+        return all(chunk.num_tokens == 1 for chunk in chunks)
 
     def fill(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> StepBatch:
         """As `StepBatch.of`. Behind the blocks of a sequence its row of the block table holds any valid numbers."""
