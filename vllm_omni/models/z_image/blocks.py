@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.models.z_image.config import ZImageConfig
-from vllm_omni.models.z_image.packing import PATCH, Span, joined, per_span
+from vllm_omni.models.z_image.packing import PATCH
+from vllm_omni.worker.diffusion.packing import Span, joined, per_span
 
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024

@@ -35,7 +35,7 @@ from vllm_omni.models.z_image.packing import (
     patchified,
     unpatchified,
 )
-from vllm_omni.worker.diffusion.packing import Span, joined, per_span
+from vllm_omni.worker.diffusion.packing import Span, joined
 
 MAX_ROPE_TABLES = 64
 
