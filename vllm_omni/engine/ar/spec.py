@@ -48,12 +48,11 @@ class ARSpec(StageSpec):
         self, stage: StageConfig, config: OmniConfig, folders: ModelFolders, model: LanguageModelFolder
     ) -> None:
         """model: the stage's, its configuration read by `describe`. folders: for options that name further ones."""
-        self.stage = stage
+        super().__init__(stage, config, folders)
         self.options = stage.options
         self.model = model
         self.tapped = self.options.tapped_layers(model.config)  # port -> indices of its layers
         self.model_len = self.options.model_len(model.config)
-        self._request_limits = config.limits
 
     @abstractmethod
     def tapped_layers(self, reads: ReadPorts) -> frozenset[int]:
@@ -80,15 +79,15 @@ class ARSpec(StageSpec):
         )
 
     @cached_property
-    def limits(self) -> ARLimits:
+    def ar_limits(self) -> ARLimits:
         """The largest values of a request."""
         return ARLimits(
             vocab_size=self.model.config.vocab_size,
             model_len=self.model_len,
             pool_tokens=self.pool.num_blocks * self.options.block_size,
             pool_limited_by=self.pool.limited_by,
-            max_prompt_chars=self._request_limits.max_prompt_chars,
-            max_outputs=self._request_limits.max_outputs,
+            max_prompt_chars=self.limits.max_prompt_chars,
+            max_outputs=self.limits.max_outputs,
         )
 
     def plan_memory(self) -> MemoryPlan:

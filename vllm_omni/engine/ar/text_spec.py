@@ -106,14 +106,14 @@ class TextSpec(ARSpec):
     def _input(self) -> ARInput:
         make, limits = self._reader_class, self._request_limits
         reader = None if make is None else make(self.model.folder, self._processor.encode, limits)
-        return ARInput(self.options, self._processor, self.limits, reader)
+        return ARInput(self.options, self._processor, self.ar_limits, reader)
 
     def _checked_params(self, params: StageParams, reads: ReadPorts) -> SamplingParams:
         if not self.can_write:  # it samples nothing; the parameters are meant for other stages
             assert isinstance(params, SamplingParams)
             return params
         is_read = self._feeds_others or any(port in reads for port in self.tapped)
-        return self.limits.check_params(params, why_one=ONE_READER if is_read else None)
+        return self.ar_limits.check_params(params, why_one=ONE_READER if is_read else None)
 
     def _num_prompt_tokens(self, request: OmniRequest, prepared: Any) -> float:
         if isinstance(prepared, PreparedPrompt | PlannedPrompt):

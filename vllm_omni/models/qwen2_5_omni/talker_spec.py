@@ -58,7 +58,7 @@ class TalkerSpec(ARSpec):
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> Speaker:
         """The voice that the request names."""
         speaker = self.speakers.get(request.fields.get(SPEAKER))
-        checked = self.limits.check_params(params, why_one="a reply is spoken once", hint=f"; {BY_STAGE}")
+        checked = self.ar_limits.check_params(params, why_one="a reply is spoken once", hint=f"; {BY_STAGE}")
         for name in WORD_PARAMS:
             if getattr(checked, name) is not None:
                 raise InvalidRequestError(f"{name}: speech has no words, and does not read it; {BY_STAGE}")

@@ -32,7 +32,7 @@ class TalkerStage(ARStage):
     """Speaks replies. It reads a few rows of the thinker's embeddings besides its own weights."""
 
     def __init__(self, spec: TalkerSpec, context: EngineContext, runner: ModelRunner) -> None:
-        self._model, self._limits = spec.talker, spec.limits
+        self._model, self._limits = spec.talker, spec.ar_limits
         self._gives_rows, self._gives_codes = CODES in context.reads.streamed, CODES in context.reads.whole
         begins = [spec.speakers.get(name).bos_token for name in spec.speakers.names]
         tokens = sorted({*begins, self._model.text_end, self._model.text_pad})
