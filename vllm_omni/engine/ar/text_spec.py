@@ -104,7 +104,7 @@ class TextSpec(ARSpec):
 
     @cached_property
     def _input(self) -> ARInput:
-        make, limits = self._reader_class, self._request_limits
+        make, limits = self._reader_class, self.limits
         reader = None if make is None else make(self.model.folder, self._processor.encode, limits)
         return ARInput(self.options, self._processor, self.ar_limits, reader)
 
