@@ -33,7 +33,7 @@ class Decoder:
         from diffusers import AutoencoderOobleck
 
         from vllm_omni.models.ace_step.oobleck import Oobleck
-        from vllm_omni.models.ace_step.oobleck_layers import folded, laid_out
+        from vllm_omni.models.ace_step.oobleck_layers import fold_constants, use_channels_last
         from vllm_omni.utils.device import DTYPES
 
         torch.manual_seed(0)
@@ -47,7 +47,7 @@ class Decoder:
         ).to(DTYPES[dtype])
         self._vae.requires_grad_(False).eval()
         is_ours = side == "in chunks"
-        self._oobleck = Oobleck(laid_out(folded(self._vae)), MAX_ACTIVATION_BYTES) if is_ours else None
+        self._oobleck = Oobleck(use_channels_last(fold_constants(self._vae)), MAX_ACTIVATION_BYTES) if is_ours else None
 
     def run(self, duration_s: int, repeat: int) -> list[float]:
         """Evenly spaced samples of the sound."""

@@ -160,16 +160,13 @@ class Transformers:
         self._model.token2wav.register_forward_pre_hook(
             lambda module, arguments: self._codes.extend(arguments[0].tolist())
         )
-        self._model.talker.register_forward_pre_hook(_with_mask, with_kwargs=True)
 
     def run(self, case: Case, repeat: int) -> list[list[int]]:
-        import torch
-
         self._codes = []
-        token_ids = torch.tensor(case.prompts(repeat))
+        token_ids, mask = _padded(case.prompts(repeat))
         self._model.generate(
             input_ids=token_ids,
-            attention_mask=torch.ones_like(token_ids),
+            attention_mask=mask,
             thinker_max_new_tokens=case.num_words,
             thinker_do_sample=False,
             talker_max_new_tokens=case.num_codes,
@@ -233,13 +230,16 @@ def same_codes(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -
     return f"{sum(a == b for a, b in pairs) / len(pairs):.1%}"
 
 
-def _with_mask(module: Any, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """transformers 5.23 drops a mask of ones, without which its talker leaves out the marks of the begin."""
+def _padded(prompts: list[list[int]]) -> tuple[Any, Any]:
+    """Token ids and mask, one hidden token on the left: transformers drops a mask of ones, without which its talker
+    leaves out the marks of the begin.
+    """
     import torch
 
-    new = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
-    length = named["past_key_values"].get_seq_length() + new.shape[1]
-    return arguments, {**named, "attention_mask": torch.ones(len(new), length, dtype=torch.long)}
+    token_ids = torch.tensor([[0, *prompt] for prompt in prompts])
+    mask = torch.ones_like(token_ids)
+    mask[:, 0] = 0
+    return token_ids, mask
 
 
 def _configs(size: Size) -> dict[str, Any]:

@@ -15,19 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_omni import DiffusionParams, Omni, OmniRequest
-from vllm_omni.config import OmniConfig, StageConfig
-from vllm_omni.engine.base import (
-    EngineContext,
-    MemoryPlan,
-    StageDone,
-    StageEngine,
-    StageEvent,
-    StageFailed,
-    StageTask,
-)
+from vllm_omni import DiffusionParams, Omni
+from vllm_omni.engine.base import Activity, EngineContext, MemoryPlan, StageEngine, StageSpec
 from vllm_omni.engine.boundary import stage_error
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec
 from vllm_omni.registry import register
@@ -55,32 +47,33 @@ class DuotoneParams(StageParams):
             raise InvalidRequestError(f"strength: got {self.strength}, expected 0 to 1")
 
 
-class DuotoneEngine(StageEngine):
-    """One task is done per step."""
+class DuotoneSpec(StageSpec):
+    """What is known before anything is loaded. Everything that could be wrong is checked by DuotoneParams already."""
 
     options_type = DuotoneOptions
     params_type = DuotoneParams
+    signature = StageSignature(
+        inputs={"image": PICTURES},
+        outputs={"image": PICTURES},
+        required_inputs=frozenset({"image"}),
+        results=frozenset({"image"}),
+    )
 
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        return StageSignature(
-            inputs={"image": PICTURES},
-            outputs={"image": PICTURES},
-            required_inputs=frozenset({"image"}),
-            results=frozenset({"image"}),
-        )
+    def plan_memory(self) -> MemoryPlan:
+        return MemoryPlan(activation_bytes=self.limits.max_pixels * 3 * 4)  # one picture in float32
 
-    @classmethod
-    def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
-        return MemoryPlan(activation_bytes=config.limits.max_pixels * 3 * 4)  # one picture in float32
+    def load(self, context: EngineContext) -> StageEngine:
+        return DuotoneEngine(self, context)
 
-    def __init__(self, stage: StageConfig, context: EngineContext) -> None:
-        self._stage = stage
-        self._colours = torch.tensor([stage.options.dark, stage.options.light], device=context.device).float()
+
+class DuotoneEngine(StageEngine):
+    """What runs. One task is done per step."""
+
+    def __init__(self, spec: DuotoneSpec, context: EngineContext) -> None:
+        self._stage = spec.stage
+        options: DuotoneOptions = spec.stage.options
+        self._colours = torch.tensor([options.dark, options.light], device=context.device).float()
         self._tasks: deque[StageTask] = deque()
-
-    def check(self, request: OmniRequest, params: StageParams) -> None:
-        """Everything that could be wrong is checked by DuotoneParams already."""
 
     def submit(self, task: StageTask) -> None:
         self._tasks.append(task)
@@ -98,8 +91,8 @@ class DuotoneEngine(StageEngine):
     def abort(self, request_id: str) -> None:
         self._tasks = deque(task for task in self._tasks if task.request_id != request_id)
 
-    def has_work(self) -> bool:
-        return bool(self._tasks)
+    def activity(self) -> Activity:
+        return Activity.BUSY if self._tasks else Activity.IDLE
 
     def _duotone(self, image: Tensor, strength: float | None) -> Tensor:
         """image: [N, H, W, 3] uint8 -> the same shape; the input is shared with other stages and stays as it is."""
@@ -140,7 +133,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="out.png")
     args = parser.parse_args()
 
-    register("stage kind", "duotone", f"{__name__}:DuotoneEngine")
+    register("stage kind", "duotone", f"{__name__}:DuotoneSpec")
     params = {"image": DiffusionParams(seed=args.seed), "print": DuotoneParams(strength=args.strength)}
     with Omni(CONFIG) as omni:
         output = omni.generate(args.prompt, params)[0]

@@ -1,7 +1,7 @@
 """What scheduler, hosts and engines tell each other: orders to a stage, and the events that it reports.
 
-Orders: StageTask, Feed, Pause, Resume. Events: StageProgress, StageRows, ChunkConsumed, StageDone, StageFailed. All of
-them are frozen; within a process tensors pass by reference.
+Orders: StageTask, Feed, Pause, Resume, Skip. Events: StageProgress, StageRows, ChunkConsumed, StageDone, StageFailed.
+All of them are frozen; within a process tensors pass by reference.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_omni.errors import OmniError
 from vllm_omni.params import StageParams
-from vllm_omni.payload import StagePayload, StreamChunk
+from vllm_omni.payload import RowRange, StagePayload
 from vllm_omni.request import OmniRequest
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class StageTask:
     request: OmniRequest
     stage: str
     params: StageParams  # with their defaults
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # complete; of a streamed port its first StreamChunk
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # complete, but of a streamed port its first chunk alone:
+    # from the scheduler a RowRange, to the engine the StreamChunk that its host has cut
     prepared: Any = None  # what the stage's `StageSpec.check` made of the request
 
     @property
@@ -36,12 +37,12 @@ class StageTask:
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """The next chunk of a streamed input of a running stage."""
+    """A running stage gets the next chunk of a streamed input; whoever hosts the stage holds the rows and cuts them."""
 
     request_id: str
     stage: str
     port: str
-    chunk: StreamChunk
+    rows: RowRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,15 @@ class Resume:
     stage: str
 
 
-Order = StageTask | Feed | Pause | Resume
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A stage will not run for this request: rows that were streamed to it are not needed."""
+
+    request_id: str
+    stage: str
+
+
+Order = StageTask | Feed | Pause | Resume | Skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,18 @@ class StageSignature:
 
 
 @dataclass(frozen=True, slots=True)
+class RowRange:
+    """Which rows of a port (its first dimension) make up one chunk: [start, stop) are new in exactly one chunk."""
+
+    start: int
+    stop: int
+    num_before: int = 0  # rows before them that are brought along as context
+    num_after: int = 0  # rows behind them that are brought along as context
+    is_last: bool = False  # no chunk follows; then it may have no new row
+    keep_from: int = 0  # the first row that a later chunk may bring along again
+
+
+@dataclass(frozen=True, slots=True)
 class StreamChunk:
     """Consecutive rows of a port (its first dimension), each new in exactly one chunk.
 

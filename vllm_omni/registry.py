@@ -14,12 +14,19 @@ from vllm_omni.utils.checks import did_you_mean
 
 TABLES: dict[str, dict[str, str]] = {
     "stage kind": {
-        "ar": "vllm_omni.engine.ar.engine:LLMEngine",
-        "dit": "vllm_omni.engine.diffusion.engine:DiffusionEngine",
-        "music_prompt": "vllm_omni.models.ace_step.prompt_stage:MusicPromptEngine",
-        "diffusers": "vllm_omni.engine.diffusers.engine:DiffusersEngine",
+        "ar": "vllm_omni.engine.ar.spec:ARSpec",
+        "dit": "vllm_omni.engine.diffusion.spec:DiffusionSpec",
+        "music_prompt": "vllm_omni.models.ace_step.prompt_spec:MusicPromptSpec",
+        "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
+    },
+    "ar stage": {  # by row of "language model"; what has none here is about text
+        "text": "vllm_omni.engine.ar.text_spec:TextSpec",
+        "Qwen2_5OmniForConditionalGeneration.talker": "vllm_omni.models.qwen2_5_omni.talker_spec:TalkerSpec",
+        "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker_spec:TalkerSpec",
     },
     "language model": {
+        "LlamaForCausalLM": "vllm_omni.models.llama.model:Llama",
+        "Qwen2ForCausalLM": "vllm_omni.models.qwen2.model:Qwen2",
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3.model:Qwen3",
         "Qwen3Model": "vllm_omni.models.qwen3.model:Qwen3",
         "Qwen2_5OmniForConditionalGeneration.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",
@@ -27,22 +34,30 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen2_5OmniModel.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",
         "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker:Talker",
     },
+    "attention": {
+        "reference": "vllm_omni.layers.attention.reference:ReferenceAttention",
+        "sdpa": "vllm_omni.layers.attention.sdpa:SDPAAttention",
+    },
     "diffusion model": {
-        "AceStepPipeline": "vllm_omni.models.ace_step.pipeline:AceStepPipeline",
-        "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.model:Token2Wav",
-        "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.model:Token2Wav",
-        "ZImagePipeline": "vllm_omni.models.z_image.pipeline:ZImagePipeline",
+        "AceStepPipeline": "vllm_omni.models.ace_step.spec:AceStepSpec",
+        "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
+        "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
+        "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",
     },
     "step cache": {
         "none": "vllm_omni.core.diffusion.caches.none:NoCache",
         "first_block": "vllm_omni.core.diffusion.caches.first_block:FirstBlockCache",
+        "taylorseer": "vllm_omni.core.diffusion.caches.taylorseer:TaylorSeer",
     },
     "scheduling policy": {
         "fifo": "vllm_omni.core.routing.policies:FIFOPolicy",
         "priority": "vllm_omni.core.routing.policies:PriorityPolicy",
         "shortest_job_first": "vllm_omni.core.routing.policies:ShortestJobFirstPolicy",
     },
-    "executor": {"inline": "vllm_omni.executor.inline:InlineExecutor"},
+    "executor": {
+        "inline": "vllm_omni.executor.inline:InlineExecutor",
+        "thread": "vllm_omni.executor.thread:ThreadExecutor",
+    },
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_omni.errors import InvalidRequestError, OmniError
-from vllm_omni.params import SamplingParams, StageParams
+from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
 from vllm_omni.utils.checks import check_number, did_you_mean
 from vllm_omni.utils.files import check_suffix
 
@@ -111,6 +111,16 @@ class OmniRequest:
                 )
             return given if given is not None else params_type()
         return self.params if isinstance(self.params, params_type) else params_type()
+
+    def negative_prompt_text(self) -> str:
+        """What a picture or a sound is not to be: the first diffusion parameters that say it, else `negative_prompt`,
+        else nothing.
+        """
+        given = self.params.values() if isinstance(self.params, Mapping) else [self.params]
+        for params in given:
+            if isinstance(params, DiffusionParams) and params.negative_prompt is not None:
+                return params.negative_prompt
+        return self.negative_prompt or ""
 
 
 def _check_prompt(prompt: object) -> None:

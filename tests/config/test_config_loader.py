@@ -28,6 +28,7 @@ from vllm_omni.utils.device import DTYPES
 SHIPPED = {
     "ace_step",
     "ace_step_planner",
+    "language_model",
     "qwen3",
     "qwen_omni",
     "stable_audio",
@@ -413,6 +414,8 @@ def test_every_shipped_config_and_example_loads() -> None:
         ("model_index.json", {"_class_name": "ZImagePipeline"}, "z_image"),
         ("config.json", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "qwen3"),
         ("config.json", {"model_type": "qwen3"}, "qwen3"),
+        ("config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "language_model"),
+        ("config.json", {"model_type": "qwen2"}, "language_model"),
         ("config.json", {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni"}, "qwen_omni"),
         ("config.json", {"architectures": ["Qwen2_5OmniForConditionalGeneration"]}, "qwen_omni"),
         ("config.json", {"model_type": "qwen2_5_omni"}, "qwen_omni"),
@@ -428,7 +431,7 @@ def test_a_checkpoint_finds_its_config(tmp_path: Path, file: str, content: Mappi
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}, "'FluxPipeline'"),
         ("model_index.json", {"_class_name": ["ZImagePipeline"]}, "ZImagePipeline"),
-        ("config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "qwen3"}, "'LlamaForCausalLM'"),
+        ("config.json", {"architectures": ["MistralForCausalLM"], "model_type": "qwen3"}, "'MistralForCausalLM'"),
         ("config.json", {"architectures": []}, "None"),
         ("other.json", {}, "neither model_index.json nor config.json"),
     ],

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from support.toy_stage import register_toys
 
 from vllm_omni.config import StageConfig
-from vllm_omni.config.graph import Edge, StageGraph, build_graph
+from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.loader import load_config
 from vllm_omni.errors import ConfigError
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.payload import DataSpec, StageSignature, TensorSpec, TextSpec
 
 register_toys()
@@ -193,20 +194,20 @@ def test_the_graph_of_a_config_uses_the_signatures_of_its_engines() -> None:
         "loud": {"kind": "upper", "width": 6, "inputs": {"text": "source.text", "states": "source.states"}},
     }
     config = {"name": "toys", "stages": stages, "outputs": ["loud"]}
-    drawn = build_graph(load_config(config))
+    drawn = Pipeline(load_config(config)).graph
     assert drawn.order == ("source", "loud") and drawn.wanted_ports("source") == {"text", "states"}
     with pytest.raises(
         ConfigError, match=r"config 'toys': stages.loud.inputs.states: source.states gives a tensor \[T, 7\]"
     ):
-        build_graph(load_config(config, ["source.width=7"]))
+        Pipeline(load_config(config, ["source.width=7"]))
 
 
 def test_what_an_engine_says_of_its_stage_gets_the_whole_key() -> None:
     config = {"name": "toys", "stages": {"source": {"kind": "echo"}}, "outputs": ["source"]}
     with pytest.raises(ConfigError, match=r"^config 'toys': stages\.source\.width: got 5000, expected at most 4096$"):
-        build_graph(load_config(config, ["source.width=5000"]))
+        Pipeline(load_config(config, ["source.width=5000"]))
     with pytest.raises(ConfigError, match=r"^config 'toys': stages\.source\.model: got 'real', expected a toy$"):
-        build_graph(load_config(config, ["source.model=real"]))
+        Pipeline(load_config(config, ["source.model=real"]))
 
 
 RELAY = StageSignature(inputs={f"in{i}": STATES for i in range(8)}, outputs={"out": STATES}, results=frozenset({"out"}))

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from support.toy_stream import register_streams
 
-from vllm_omni.config.graph import Edge, StageGraph, build_graph
+from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import EdgeConfig, OmniConfig, StreamConfig
 from vllm_omni.entrypoints.check import describe, draw_graph
 from vllm_omni.errors import ConfigError
+from vllm_omni.executor.pipeline import Pipeline
 
 register_streams()
 
@@ -29,7 +30,7 @@ def load(edge: Any, *overrides: str, **more: Any) -> OmniConfig:
 
 
 def graph(edge: Any, **more: Any) -> StageGraph:
-    return build_graph(load(edge, **more))
+    return Pipeline(load(edge, **more)).graph
 
 
 def streamed(**keys: Any) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def test_a_source_that_gives_the_port_only_whole_is_refused() -> None:
 
 def test_a_reader_that_takes_the_port_only_whole_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
-        build_graph(load_config(config(streamed(), port="summary")))
+        Pipeline(load_config(config(streamed(), port="summary")))
     assert "voice.inputs.summary.stream: 'voice' reads 'summary' only whole; remove `stream`" in str(error.value)
     assert "or feed a port that streams: codes" in str(error.value)
 
@@ -116,13 +117,14 @@ def test_a_streamed_port_is_wanted_whole_only_where_somebody_reads_it_whole() ->
 
 def test_the_drawing_and_the_ports_say_how_an_edge_streams() -> None:
     loaded = load(streamed(first_chunk=4, chunk=25, left_context=25, look_ahead=12))
-    drawn = build_graph(loaded)
+    pipeline = Pipeline(loaded)
+    drawn = pipeline.graph
     assert draw_graph(loaded, drawn) == [
         "  ●  talker · toy_writer",
         "  │  talker.codes ⇶ codes  4, 25 … rows, 25 before, 12 after",
         "  ●  voice · toy_voice  => voice",
     ]
-    lines = [" ".join(line.split()) for line in describe(loaded, drawn, {}).split("\n")]
+    lines = [" ".join(line.split()) for line in describe(pipeline, {}).split("\n")]
     assert "voice in codes [T, 2] <- talker.codes ⇶ 4, 25 … rows, 25 before, 12 after" in lines
     assert "talker out codes [T, 2] -> voice.codes ⇶ 4, 25 … rows, 25 before, 12 after" in lines
     assert draw_graph(load(streamed()), graph(streamed()))[1] == "  │  talker.codes ⇶ codes  1 … rows"

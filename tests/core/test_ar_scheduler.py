@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.ar import PoolContent
+from support.pool_content import PoolContent
 
 from vllm_omni.core.ar.block_manager import BlockManager
 from vllm_omni.core.ar.scheduler import ARScheduler, Chunk

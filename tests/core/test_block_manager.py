@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.ar import PoolContent
+from support.pool_content import PoolContent
 
 from vllm_omni.core.ar import block_manager
 from vllm_omni.core.ar.block_manager import BlockManager
@@ -18,8 +18,12 @@ from vllm_omni.errors import CacheError
 SIZE = 4
 
 
-def make_sequence(tokens: list[int], number: int = 0, content: list[int] | None = None) -> Sequence:
-    return Sequence(number, f"r{number}", list(tokens), max_tokens=len(tokens) + 8, content_ids=content)
+def make_sequence(
+    tokens: list[int], number: int = 0, content: list[int] | None = None, adapter: str | None = None
+) -> Sequence:
+    return Sequence(
+        number, f"r{number}", list(tokens), max_tokens=len(tokens) + 8, content_ids=content, adapter=adapter
+    )
 
 
 def compute_all(blocks: BlockManager, sequence: Sequence) -> Sequence:
@@ -73,6 +77,22 @@ def test_tokens_of_another_content_are_not_shared_and_those_of_the_same_are() ->
     again = make_sequence([7] * 9, 6)
     blocks.allocate(again)
     assert again.block_table == twin.block_table[:2], "content ids that are the token ids say nothing new"
+
+
+@given(
+    tokens=st.lists(st.integers(0, 1), min_size=9, max_size=17),
+    adapters=st.lists(st.sampled_from([None, "", "a", "b", "ab"]), min_size=2, max_size=2, unique=True),
+)
+def test_equal_tokens_under_different_adapters_share_no_block(tokens: list[int], adapters: list[str | None]) -> None:
+    blocks = BlockManager(32, SIZE)
+    first, other, again = (
+        compute_all(blocks, make_sequence(tokens, number, adapter=adapter))
+        for number, adapter in enumerate([adapters[0], adapters[1], adapters[0]])
+    )
+    assert not set(first.block_table) & set(other.block_table)
+    assert not set(first.block_hashes) & set(other.block_hashes)
+    assert again.block_table[:2] == first.block_table[:2], "the same adapter shares"
+    blocks.check_integrity([first, other, again])
 
 
 def test_a_written_token_is_its_own_content() -> None:
@@ -154,6 +174,18 @@ def test_a_hash_collision_is_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same.num_computed_tokens == 4
 
 
+def test_a_hash_collision_of_adapters_is_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_manager, "root_hash", lambda adapter: b"always the same")
+    blocks = BlockManager(8, SIZE)
+    compute_all(blocks, make_sequence([1, 2, 3, 4, 5], 1, adapter="a"))
+    other = make_sequence([1, 2, 3, 4, 5], 2, adapter="b")
+    blocks.allocate(other)
+    assert other.block_table == []
+    same = make_sequence([1, 2, 3, 4, 5], 3, adapter="a")
+    blocks.allocate(same)
+    assert same.num_computed_tokens == 4
+
+
 def test_a_grow_that_fails_takes_nothing() -> None:
     blocks = BlockManager(2, SIZE)
     sequence = make_sequence(list(range(20)))
@@ -218,12 +250,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.living: list[Sequence] = []
         self.count = 0
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), has_media=st.booleans())
-    def arrive(self, tokens: list[int], has_media: bool) -> None:
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        has_media=st.booleans(),
+        adapter=st.sampled_from([None, None, "a", "b"]),
+    )
+    def arrive(self, tokens: list[int], has_media: bool, adapter: str | None) -> None:
         """With media, the tokens are all alike and only their content tells them apart."""
         self.count += 1
         content = [token + (token << 90) for token in tokens] if has_media else None
-        self.living.append(make_sequence([1] * len(tokens) if has_media else tokens, self.count, content))
+        self.living.append(make_sequence([1] * len(tokens) if has_media else tokens, self.count, content, adapter))
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())

@@ -16,10 +16,10 @@ from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import EdgeConfig, OmniConfig, StageConfig
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
-from vllm_omni.core.routing.orders import Launch
 from vllm_omni.core.routing.request_plan import RequestPlan, StagePlan, default_plan
 from vllm_omni.core.routing.request_state import RequestEnd
 from vllm_omni.errors import ConfigError, StageError
+from vllm_omni.messages import StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec, TextSpec
 from vllm_omni.request import RequestStatus
@@ -63,7 +63,7 @@ class Run:
 
     def tick(self, now: float = 0.0) -> list[str]:
         """Stages that launch now."""
-        launches: list[Launch] = self.machine.tick(now)
+        launches: list[StageTask] = self.machine.tick(now)
         self.machine.check_integrity()
         self.inputs.update({launch.stage: launch.inputs for launch in launches})
         return stages_of(launches)
@@ -408,7 +408,7 @@ def test_an_early_end_of_a_request_with_skipped_stages_leaves_nothing(ending: st
 def test_integrity_notices_a_stage_that_waits_in_vain() -> None:
     run = Run(graph(end=(READER, {"words": "a.text", "hint": "a.sound"})))
     run.tick()
-    state = run.machine._ledger.running["r"]
+    state = run.machine._requests.running["r"]
     state._awaited["end"] = [edge for edge in state._awaited["end"] if edge.target_port != "words"]
     state.missing["end"] = 1
     with pytest.raises(Exception, match="will never have \\['words'\\]"):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.scheduler import request
@@ -17,9 +16,9 @@ from support.scheduler import request
 from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import EdgeConfig, OmniConfig, StageConfig, StreamConfig
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
-from vllm_omni.core.routing.orders import Feed, Launch, Pause, Resume
 from vllm_omni.errors import StageError
-from vllm_omni.payload import StagePayload, StageSignature, StreamChunk, TensorSpec
+from vllm_omni.messages import Feed, Order, Pause, Resume, StageTask
+from vllm_omni.payload import RowRange, StagePayload, StageSignature, TensorSpec
 from vllm_omni.request import RequestStatus
 
 SPEC = TensorSpec(("T",))
@@ -93,8 +92,8 @@ def cases(draw: st.DrawFn) -> Case:
 Span = tuple[int, int, int, int, bool]
 
 
-def span(chunk: StreamChunk) -> Span:
-    return (chunk.start, chunk.stop, chunk.num_before, chunk.num_after, chunk.is_last)
+def span(rows: RowRange) -> Span:
+    return (rows.start, rows.stop, rows.num_before, rows.num_after, rows.is_last)
 
 
 def cut(num_rows: int, is_ended: bool, stream: StreamConfig, given: Sequence[Span] = ()) -> list[Span]:
@@ -193,7 +192,7 @@ class Play:
         self.case = case
         self.machine = OmniScheduler(OmniConfig(), case.graph())
         self.models = {f"r{index}": Model(case, meta) for index, meta in enumerate(case.metas)}
-        self.in_flight: list[Launch] = []
+        self.in_flight: list[StageTask] = []
         self.paused: set[tuple[str, str]] = set()
         self.values: list[weakref.ref[Any]] = []
         self.ended: dict[str, Any] = {}
@@ -204,7 +203,7 @@ class Play:
         expected = {(name, stage): ports for name, model in self.alive() for stage, ports in model.ready().items()}
         before = {name: dict(model.given) for name, model in self.alive()}
         orders = self.machine.tick(0.0)
-        launches = [order for order in orders if isinstance(order, Launch)]
+        launches = [order for order in orders if isinstance(order, StageTask)]
         assert {(launch.request.request_id, launch.stage): set(launch.inputs) for launch in launches} == expected
         for order in orders:
             self.take(order)
@@ -217,27 +216,26 @@ class Play:
                 expected_chunks = cut(model.rows[source], source in model.ended, stream, chunks)
                 assert model.given[stage, source] == expected_chunks
 
-    def take(self, order: Launch | Feed | Pause | Resume) -> None:
-        if isinstance(order, Launch):
+    def take(self, order: Order) -> None:
+        if isinstance(order, StageTask):
             name = order.request.request_id
             model = self.models[name]
             model.started.add(order.stage)
             for source, value in order.inputs.items():
-                if isinstance(value, StreamChunk):
+                if isinstance(value, RowRange):
                     model.taken[order.stage, source] = 0
                     self.give(model, order.stage, source, value)
         elif isinstance(order, Feed):
-            self.give(self.models[order.request_id], order.stage, order.port, order.chunk)
+            self.give(self.models[order.request_id], order.stage, order.port, order.rows)
         elif isinstance(order, Pause):
             assert (order.request_id, order.stage) not in self.paused
             self.paused.add((order.request_id, order.stage))
-        else:
+        elif isinstance(order, Resume):
             self.paused.remove((order.request_id, order.stage))
 
-    def give(self, model: Model, stage: str, source: str, chunk: StreamChunk) -> None:
-        model.given[stage, source] = [*model.given.get((stage, source), []), span(chunk)]
-        begin = chunk.start - chunk.num_before
-        assert torch.equal(chunk.rows, torch.arange(begin, begin + len(chunk.rows)))
+    def give(self, model: Model, stage: str, source: str, rows: RowRange) -> None:
+        model.given[stage, source] = [*model.given.get((stage, source), []), span(rows)]
+        assert rows.keep_from <= rows.stop or rows.is_last
 
     def write(self, index: int, num_rows: int, is_last: bool) -> None:
         """A stage at work gives rows, unless it said that there would be none."""
@@ -246,18 +244,14 @@ class Play:
         model = self.models[name]
         if stage in model.ended or name in self.ended:
             return
-        rows = self.rows(name, stage, num_rows if model.rows[stage] else max(num_rows, 1))
-        self.machine.stage_rows(name, stage, "rows", rows, is_last, 0.0)
+        self.give_rows(name, stage, num_rows if model.rows[stage] else max(num_rows, 1), is_last)
         if is_last:
             model.ended.add(stage)
         self.check()
 
-    def rows(self, name: str, stage: str, num_rows: int) -> torch.Tensor:
-        start = self.models[name].rows[stage]
-        rows = torch.arange(start, start + num_rows)
-        self.values.append(weakref.ref(rows))
+    def give_rows(self, name: str, stage: str, num_rows: int, is_last: bool) -> None:
+        self.machine.rows_made(name, stage, "rows", num_rows, is_last, 0.0)
         self.models[name].rows[stage] += num_rows
-        return rows
 
     def use_up(self, index: int) -> None:
         """A stage at work takes a chunk, where it has one."""
@@ -266,7 +260,7 @@ class Play:
         model = self.models[name]
         for (reader, source), num_taken in list(model.taken.items()):
             if reader == stage and num_taken < len(model.given[stage, source]) and name not in self.ended:
-                self.machine.stage_took(name, stage, source, 0.0)
+                self.machine.chunk_consumed(name, stage, source, 0.0)
                 model.taken[stage, source] += 1
                 self.check()
                 return
@@ -279,7 +273,7 @@ class Play:
         self.values.append(weakref.ref(value))
         tensors: dict[str, Any] = {"out": value}
         if not model.rows[stage]:
-            tensors["rows"] = self.rows(name, stage, 1 + index % 5)
+            self.give_rows(name, stage, 1 + index % 5, is_last=True)
         self.machine.stage_done(name, stage, StagePayload(name, stage, tensors, model.meta[stage]), {}, 0.0)
         model.done.add(stage)
         model.ended.add(stage)
@@ -315,7 +309,7 @@ class Play:
                 assert model.done == model.started and model.done | skipped == set(self.case.edges)
                 assert set(end.payloads) == set(self.case.outputs) - skipped
         for name, model in self.alive():
-            state = self.machine._ledger.running.get(name)
+            state = self.machine._requests.running.get(name)
             assert state is None or set(state.skipped) == model.skipped()
 
 
@@ -348,7 +342,7 @@ def test_exactly_those_stages_run_that_the_conditions_leave_and_are_given_what_w
         if play.in_flight:
             play.finish(0)
     while play.in_flight:
-        play.finish(0)  # late news of requests that were given up
+        play.finish(0)  # of requests that were given up
     assert set(play.ended) == set(play.models) and not play.machine.has_work
     assert [ref for ref in play.values if ref() is not None] == []
 

@@ -1,4 +1,4 @@
-"""DiTCacheManager, the step caches and the step scheduler as pure state machines."""
+"""DiTCacheManager and the step scheduler as pure state machines."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_omni.config.schema import DiTCacheConfig
-from vllm_omni.core.diffusion.caches.first_block import FirstBlockCache
 from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
 from vllm_omni.core.diffusion.step_scheduler import StepScheduler
-from vllm_omni.errors import CacheError, SchedulerError
+from vllm_omni.errors import CacheError, ResourceError, SchedulerError
 
 
 def test_the_least_recently_used_goes_first() -> None:
@@ -52,78 +51,118 @@ def test_the_budget_comes_from_the_config_and_tensors_are_measured() -> None:
     assert caches.set_cache("d", "words") and caches.used_bytes > 460
 
 
+def test_what_is_reserved_is_never_evicted_and_others_make_room_for_it() -> None:
+    caches = DiTCacheManager(max_bytes=30)
+    caches.set_cache("old", 1, 10)
+    caches.set_cache("new", 2, 10)
+    assert caches.reserve("owner", 20)
+    assert "old" not in caches and "new" in caches
+    assert caches.set_cache("row", 3, 15, owner="owner") and caches.used_bytes == 30
+    assert not caches.set_cache("large", 4, 11) and not caches.reserve("second", 11)
+    assert caches.set_cache("other", 5, 10) and caches.get_cache("row") == 3
+    assert caches.release("owner") and "row" not in caches and caches.used_bytes == 10
+    assert not caches.release("owner")
+
+
+def test_an_owner_keeps_within_what_it_reserved() -> None:
+    caches = DiTCacheManager(max_bytes=30)
+    assert caches.reserve("owner", 20)
+    with pytest.raises(CacheError, match="reserved 20 bytes already"):
+        caches.reserve("owner", 1)
+    caches.set_cache("row", 1, 20, owner="owner")
+    caches.set_cache("row", 2, 20, owner="owner")
+    with pytest.raises(CacheError, match="got 21 bytes, expected at most the 20 reserved"):
+        caches.set_cache("second", 3, 1, owner="owner")
+    with pytest.raises(CacheError, match="at most the 0 reserved"):
+        caches.set_cache("x", 3, 1, owner="nobody")
+    caches.check_integrity()
+
+
 OPERATIONS = st.tuples(
-    st.sampled_from(["set", "get", "drop", "drop_many", "clear"]), st.integers(0, 6), st.integers(0, 40)
+    st.sampled_from(["set", "drop", "reserve", "fill", "release"]), st.integers(0, 6), st.integers(0, 40)
 )
 
 
 @given(st.lists(OPERATIONS, max_size=60))
-def test_random_operations_keep_the_books(operations: list[tuple[str, int, int]]) -> None:
+def test_random_operations_keep_to_the_budget_and_lose_nothing_reserved(operations: list[tuple[str, int, int]]) -> None:
+    """Plain values stand under their key, an owner's under (owner, 0)."""
     caches, kept = DiTCacheManager(max_bytes=100), {}
+    reserved: dict[int, int] = {}
+    filled: set[int] = set()
     for operation, key, size in operations:
         if operation == "set":
-            assert caches.set_cache(key, (key, size), size)
+            assert caches.set_cache(key, (key, size), size) == (sum(reserved.values()) + size <= 100)
             kept[key] = (key, size)
-        elif operation == "get":
-            assert caches.get_cache(key) in (None, kept.get(key))
         elif operation == "drop":
             caches.invalidate_cache(key)
             assert key not in caches
-        elif operation == "drop_many":
-            caches.invalidate_where(lambda k, key=key: k <= key)  # type: ignore[misc]
-            assert not any(k in caches for k in range(key + 1))
-        else:
-            caches.clear()
+        elif operation == "reserve" and key not in reserved:
+            if caches.reserve(key, size):
+                reserved[key] = size
+            else:
+                assert sum(reserved.values()) + size > 100
+        elif operation == "fill" and reserved.get(key, -1) >= size:
+            assert caches.set_cache((key, 0), key, size, owner=key)
+            filled.add(key)
+        elif operation == "release":
+            assert caches.release(key) == (key in reserved)
+            reserved.pop(key, None)
+            filled.discard(key)
+        assert caches.get_cache(key) in (None, kept.get(key))
         caches.check_integrity()
-        assert caches.used_bytes <= 100
-    caches.clear()
+        assert sum(reserved.values()) <= caches.used_bytes <= 100
+        assert {owner for owner in range(7) if (owner, 0) in caches} == filled
+    for owner in list(reserved):
+        caches.release(owner)
+    for key in range(7):
+        caches.invalidate_cache(key)
     assert caches.used_bytes == 0 and len(caches) == 0
-
-
-def test_first_block_compares_with_the_last_computed_step() -> None:
-    """Small changes add up: 1.00 -> 1.06 -> 1.12 is within 8% step by step, but not from the last computed one."""
-    cache, rest = FirstBlockCache(0.08), torch.ones(2, 3)
-    assert cache.reuse(torch.ones(2, 3)) is None
-    cache.update(torch.ones(2, 3), rest)
-    assert cache.reuse(torch.full((2, 3), 1.06)) is rest
-    assert cache.reuse(torch.full((2, 3), 1.12)) is None
-
-
-def test_first_block_threshold_is_inclusive_and_zero_never_reuses_a_change() -> None:
-    cache = FirstBlockCache(0.0)
-    cache.update(torch.ones(4), torch.ones(4))
-    assert cache.reuse(torch.ones(4)) is not None
-    assert cache.reuse(torch.ones(4) + 1e-3) is None
-    assert FirstBlockCache(None).threshold == FirstBlockCache.default_threshold
-    assert cache.num_bytes == 2 * 4 * 4
-
-
-def test_first_block_of_a_dead_block_is_always_computed() -> None:
-    cache = FirstBlockCache()
-    cache.update(torch.zeros(3), torch.ones(3))
-    assert cache.reuse(torch.zeros(3)) is None
 
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["add", "schedule", "remove"]), st.integers(0, 8), st.integers(1, 60)), max_size=60
+        st.tuples(
+            st.sampled_from(["add", "schedule", "remove"]), st.integers(0, 8), st.integers(1, 60), st.integers(0, 12)
+        ),
+        max_size=60,
     )
 )
-def test_the_step_scheduler_keeps_its_bounds_and_loses_nobody(operations: list[tuple[str, int, int]]) -> None:
-    scheduler: StepScheduler[int] = StepScheduler(100, 3)
-    held: set[int] = set()
-    for operation, key, size in operations:
+def test_the_step_scheduler_keeps_its_bounds_and_order_and_loses_nobody(
+    operations: list[tuple[str, int, int, int]],
+) -> None:
+    caches = DiTCacheManager(max_bytes=10)
+    scheduler: StepScheduler[int] = StepScheduler(100, 3, caches)
+    held: dict[int, int] = {}  # in order of arrival, with their bytes
+    started: list[int] = []
+    for operation, key, size, num_bytes in operations:
         if operation == "add" and key in held:
             with pytest.raises(SchedulerError, match="already"):
-                scheduler.add(str(key), size, key)
+                scheduler.add(str(key), key, size)
+        elif operation == "add" and num_bytes > 10:
+            with pytest.raises(ResourceError, match=r"dit_cache\.max_memory_mb.*needs 1\d bytes, expected at most 10"):
+                scheduler.add(str(key), key, size, num_bytes)
         elif operation == "add":
-            scheduler.add(str(key), size, key)
-            held.add(key)
+            scheduler.add(str(key), key, size, num_bytes)
+            held[key] = num_bytes
         elif operation == "remove":
             assert scheduler.remove(str(key)) == (key in held)
-            held.discard(key)
+            held.pop(key, None)
+            started = [other for other in started if other != key]
         else:
             batch = scheduler.schedule()
-            assert set(batch) <= held and bool(batch) == bool(held)
+            assert bool(batch) == bool(held), "never idle while somebody waits"
+            assert batch[: len(started)] == started, "who is in stays in"
+            assert batch == [other for other in held if other in batch] == list(held)[: len(batch)], "in order"
+            started = batch
         scheduler.check_integrity()
+        assert caches.used_bytes == sum(held[other] for other in started)
         assert len(scheduler) == len(held)
+
+
+def test_a_sample_waits_until_its_step_cache_fits() -> None:
+    scheduler: StepScheduler[str] = StepScheduler(100, 8, DiTCacheManager(max_bytes=10))
+    for key, num_bytes in (("a", 6), ("b", 5), ("c", 1)):
+        scheduler.add(key, key, 1, num_bytes)
+    assert scheduler.schedule() == ["a"], "c does not overtake b"
+    scheduler.remove("a")
+    assert scheduler.schedule() == ["b", "c"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.streams import Stream
 from torch import Tensor
 
 from vllm_omni.config.schema import StreamConfig
-from vllm_omni.core.routing.edge_stream import EdgeStream
 from vllm_omni.errors import StageError
 from vllm_omni.payload import StreamChunk
 
@@ -20,7 +20,7 @@ def rows(start: int, stop: int) -> Tensor:
     return torch.arange(2 * start, 2 * stop).reshape(-1, 2)
 
 
-def drain(stream: EdgeStream) -> list[StreamChunk]:
+def drain(stream: Stream) -> list[StreamChunk]:
     chunks = []
     while (chunk := stream.pop()) is not None:
         chunks.append(chunk)
@@ -49,24 +49,24 @@ PUSHES = st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.booleans()), mi
 def test_chunks_put_together_are_the_rows_whatever_the_pushes(
     config: StreamConfig, pushes: Pushes, ends_with_rows: bool
 ) -> None:
-    """pushes: how many rows, whether the chunks are popped after it, whether the reader takes one."""
-    stream, chunks, written = EdgeStream(config), [], 0
+    """pushes: how many rows, whether the chunks are popped after it, whether the reader consumes one."""
+    stream, chunks, written = Stream(config), [], 0
     for index, (size, pops, takes) in enumerate(pushes):
         stream.push(rows(written, written + size), ends_with_rows and index == len(pushes) - 1)
         written += size
         if pops:
             popped = drain(stream)
             chunks += popped
-            assert stream.num_held < config.left_context + config.largest_chunk + config.look_ahead
+            assert stream.buffer.num_held < config.left_context + config.largest_chunk + config.look_ahead
             if popped and takes:
-                stream.took(0.0)
+                stream.consume(0.0)
         stream.check_integrity()
     stream.close()
     chunks += drain(stream)
     whole = rows(0, written)
     assert torch.equal(torch.cat([chunk.new_rows for chunk in chunks]), whole)
     assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    assert stream.num_held == 0
+    assert stream.buffer.num_held == 0
     check_contexts(chunks, config, whole)
 
 
@@ -91,25 +91,25 @@ def sizes_of(config: StreamConfig) -> Iterator[int]:
 
 
 def test_chunks_double_up_to_their_largest() -> None:
-    stream = EdgeStream(StreamConfig(first_chunk=1, chunk=3, max_chunk=10, look_ahead=1))
+    stream = Stream(StreamConfig(first_chunk=1, chunk=3, max_chunk=10, look_ahead=1))
     stream.push(rows(0, 40), True)
     assert [chunk.stop - chunk.start for chunk in drain(stream)] == [1, 3, 6, 10, 10, 10]
 
 
 def test_a_reader_is_on_its_first_chunk_until_it_has_used_it_up() -> None:
-    stream = EdgeStream(StreamConfig(first_chunk=2, chunk=2))
+    stream = Stream(StreamConfig(first_chunk=2, chunk=2))
     assert not stream.is_on_first_chunk
     stream.push(rows(0, 4))
     assert not stream.is_on_first_chunk
     stream.pop()
     stream.pop()
     assert stream.is_on_first_chunk
-    stream.took(0.0)
+    stream.consume(0.0)
     assert not stream.is_on_first_chunk
 
 
 def test_a_chunk_waits_for_its_look_ahead_and_the_rest_comes_when_the_stream_ends() -> None:
-    stream = EdgeStream(StreamConfig(first_chunk=2, chunk=3, look_ahead=2))
+    stream = Stream(StreamConfig(first_chunk=2, chunk=3, look_ahead=2))
     stream.push(rows(0, 3))
     assert stream.pop() is None
     stream.push(rows(3, 8))
@@ -121,7 +121,7 @@ def test_a_chunk_waits_for_its_look_ahead_and_the_rest_comes_when_the_stream_end
 
 def test_an_end_without_new_rows_is_said_by_an_empty_chunk_with_its_context() -> None:
     for left, shape in ((0, [0, 2]), (3, [3, 2])):
-        stream = EdgeStream(StreamConfig(chunk=4, first_chunk=4, left_context=left))
+        stream = Stream(StreamConfig(chunk=4, first_chunk=4, left_context=left))
         stream.push(rows(0, 4))
         assert [chunk.is_last for chunk in drain(stream)] == [False]
         stream.close()
@@ -130,37 +130,37 @@ def test_an_end_without_new_rows_is_said_by_an_empty_chunk_with_its_context() ->
         assert last.start == last.stop == 4 and last.rows.dtype == torch.int64
 
 
-def test_the_writer_is_full_when_it_is_max_ahead_of_what_has_been_used_up() -> None:
-    stream = EdgeStream(StreamConfig(chunk=2, first_chunk=2, max_ahead=4))
+def test_the_writer_is_full_when_it_is_max_ahead_of_what_has_been_consumed() -> None:
+    stream = Stream(StreamConfig(chunk=2, first_chunk=2, max_ahead=4))
     stream.push(rows(0, 3))
     assert not stream.is_full
     stream.push(rows(3, 4))
     assert stream.is_full and len(drain(stream)) == 2 and stream.is_full
-    stream.took(0.0)
+    stream.consume(0.0)
     assert not stream.is_full
     stream.push(rows(4, 8), is_last=True)
     assert not stream.is_full  # there is nothing left to hold back
 
 
-def test_a_reader_waits_from_when_it_has_used_up_everything_until_the_next_chunk() -> None:
-    stream = EdgeStream(StreamConfig(chunk=2, first_chunk=1))
+def test_a_reader_waits_from_when_it_has_consumed_everything_until_the_next_chunk() -> None:
+    stream = Stream(StreamConfig(chunk=2, first_chunk=1))
     assert stream.waiting_since is None
     stream.push(rows(0, 3))
     assert len(drain(stream)) == 2
-    stream.took(1.0)
+    stream.consume(1.0)
     assert stream.waiting_since is None
-    stream.took(2.0)
+    stream.consume(2.0)
     assert stream.waiting_since == 2.0
     stream.push(rows(3, 4))
     assert stream.pop() is None and stream.waiting_since == 2.0
     stream.close()
     assert stream.pop() is not None and stream.waiting_since is None
-    stream.took(3.0)
+    stream.consume(3.0)
     assert stream.waiting_since is None
 
 
 def test_a_push_that_is_a_chunk_passes_as_the_same_tensor_and_larger_ones_as_views() -> None:
-    stream, first, second = EdgeStream(StreamConfig(first_chunk=4, chunk=2)), rows(0, 4), rows(4, 10)
+    stream, first, second = Stream(StreamConfig(first_chunk=4, chunk=2)), rows(0, 4), rows(4, 10)
     stream.push(first)
     (chunk,) = drain(stream)
     assert chunk.rows is first
@@ -169,22 +169,22 @@ def test_a_push_that_is_a_chunk_passes_as_the_same_tensor_and_larger_ones_as_vie
 
 
 def test_a_small_rest_of_a_large_push_does_not_keep_it_in_memory() -> None:
-    stream, large = EdgeStream(StreamConfig(chunk=8, first_chunk=8, left_context=4)), rows(0, 801)
+    stream, large = Stream(StreamConfig(chunk=8, first_chunk=8, left_context=4)), rows(0, 801)
     stream.push(large)
     drain(stream)
-    assert stream.num_held == 5
-    storages = {piece.untyped_storage().data_ptr() for piece in stream._pieces}
+    assert stream.buffer.num_held == 5
+    storages = {piece.untyped_storage().data_ptr() for piece in stream.buffer._pieces}
     assert large.untyped_storage().data_ptr() not in storages
     stream.push(rows(801, 808))
     (chunk,) = drain(stream)
     assert torch.equal(chunk.rows, rows(796, 808))
 
 
-def test_nothing_is_used_up_that_was_not_given() -> None:
-    stream = EdgeStream(StreamConfig())
+def test_nothing_is_consumed_that_was_not_given() -> None:
+    stream = Stream(StreamConfig())
     stream.push(rows(0, 1))
     with pytest.raises(StageError, match="than were given"):
-        stream.took(0.0)
+        stream.consume(0.0)
 
 
 @pytest.mark.parametrize(
@@ -196,14 +196,14 @@ def test_nothing_is_used_up_that_was_not_given() -> None:
     ],
 )
 def test_rows_of_another_shape_are_refused(more: Tensor, words: str) -> None:
-    stream = EdgeStream(StreamConfig())
+    stream = Stream(StreamConfig())
     stream.push(rows(0, 1))
     with pytest.raises(StageError, match=words):
         stream.push(more)
 
 
 def test_rows_after_the_last_and_an_end_without_rows_are_refused() -> None:
-    stream = EdgeStream(StreamConfig())
+    stream = Stream(StreamConfig())
     with pytest.raises(StageError, match="ended without a row"):
         stream.close()
     stream.push(rows(0, 1), is_last=True)

@@ -26,7 +26,6 @@ from vllm_omni.config.schema import (
     SchedulerType,
 )
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
-from vllm_omni.core.routing.orders import Launch
 from vllm_omni.core.routing.request_plan import RequestPlan, StagePlan
 from vllm_omni.errors import (
     ConfigError,
@@ -36,6 +35,7 @@ from vllm_omni.errors import (
     SchedulerError,
     StageError,
 )
+from vllm_omni.messages import StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import RequestStatus, create_text_request
@@ -308,7 +308,7 @@ def test_stop_drains_and_shutdown_does_not() -> None:
     machine.stop()
     with pytest.raises(SchedulerError):
         machine.schedule(request("c"))
-    finish(machine, Launch(request("a"), "a", StageParams(), {}))
+    finish(machine, StageTask(request("a"), "a", StageParams(), {}))
     run_to_end(machine)
     assert [end.status for end in machine.take_ends()] == [RequestStatus.FINISHED] * 2
     machine.start()
@@ -350,7 +350,7 @@ def test_a_known_key_skips_the_stage_and_says_so() -> None:
 
 def test_a_cached_payload_bears_the_id_of_the_request_that_gets_it() -> None:
     machine = scheduler(diamond(("a", "d")))
-    plan = RequestPlan({"a": StagePlan(StageParams(), (), lambda inputs: "k")}, {"a": frozenset({"out"})})
+    plan = RequestPlan({"a": StagePlan(StageParams(), cache_key=lambda task: "k")}, {"a": frozenset({"out"})})
     for name in ("first", "second"):
         machine.schedule(request(name), plan)
         run_to_end(machine)
@@ -381,7 +381,7 @@ def test_the_cache_stays_within_its_budget() -> None:
 def test_payloads_without_tensors_count_against_the_budget_too() -> None:
     machine = scheduler(dit_cache=DiTCacheConfig(prompt_embeds_mb=100 / 2**20))
     for index in range(30):
-        plan = RequestPlan({"a": StagePlan(StageParams(), (), lambda inputs, key=str(index): key)})
+        plan = RequestPlan({"a": StagePlan(StageParams(), cache_key=lambda task, key=str(index): key)})
         machine.schedule(request(), plan)
         machine.tick(0.0)
         machine.stage_done("r", "a", StagePayload("r", "a", meta={"text": "x" * 20}), {}, 0.0)
@@ -394,7 +394,7 @@ def test_a_key_that_cannot_be_made_fails_its_request_alone() -> None:
         raise StageError("no key")
 
     machine = scheduler()
-    machine.schedule(request("bad"), RequestPlan({"a": StagePlan(StageParams(), (), broken)}))
+    machine.schedule(request("bad"), RequestPlan({"a": StagePlan(StageParams(), cache_key=broken)}))
     machine.schedule(request("good"))
     assert stages_of(machine.tick(0.0)) == ["a"]
     (end,) = machine.take_ends()

@@ -12,11 +12,11 @@ from vllm_omni.config.schema import (
     SchedulerConfig,
     SchedulerType,
 )
-from vllm_omni.core.routing.orders import Launch
 from vllm_omni.errors import (
     QueueFullError,
     StageError,
 )
+from vllm_omni.messages import StageTask
 
 
 class Requests(RuleBasedStateMachine):
@@ -56,15 +56,15 @@ class Requests(RuleBasedStateMachine):
         self.now += seconds
 
     @rule(launch=consumes(launches))
-    def done(self, launch: Launch) -> None:
+    def done(self, launch: StageTask) -> None:
         finish(self.machine, launch, self.now)
 
     @rule(launch=launches)
-    def done_perhaps_twice(self, launch: Launch) -> None:
+    def done_perhaps_twice(self, launch: StageTask) -> None:
         finish(self.machine, launch, self.now)
 
     @rule(launch=consumes(launches))
-    def failed(self, launch: Launch) -> None:
+    def failed(self, launch: StageTask) -> None:
         self.machine.stage_failed(launch.request.request_id, launch.stage, StageError("no"))
 
     @rule(index=st.integers(0, 50))

@@ -102,6 +102,6 @@ def test_a_policy_of_ones_own_is_one_row_and_can_be_named_in_a_config(monkeypatc
     settings = ["scheduler.policy=last_come_first"]
     with pytest.raises(ConfigError, match=r"scheduler\.policy: got 'last_come_first', expected one of 'fifo'"):
         load_config("tiny_image", settings)
-    registry.register("scheduling policy", "last_come_first", "test_policies:LastComeFirst")
+    registry.register("scheduling policy", "last_come_first", f"{__name__}:LastComeFirst")
     chosen = make_policy(load_config("tiny_image", settings).scheduler)
     assert chosen.pick([Job(0), Job(1)], 0.0) == Job(1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +12,8 @@ from support.scheduler import request
 from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import EdgeConfig, OmniConfig, StageConfig, StreamConfig
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
-from vllm_omni.core.routing.orders import Feed, Launch, Pause
 from vllm_omni.errors import RequestTimeoutError, SchedulerError
+from vllm_omni.messages import Feed, StageTask
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec
 from vllm_omni.request import RequestStatus
 
@@ -46,29 +44,40 @@ class Run:
         self.machine = OmniScheduler(OmniConfig(), StageGraph(stages, signatures, outputs))
         self.machine.schedule(request())
         self.inputs: dict[str, Mapping[str, Any]] = {}
+        self.gave_rows: set[str] = set()
 
     def tick(self, now: float = 0.0) -> list[str]:
         """What is ordered, in short."""
         words = []
         for order in self.machine.tick(now):
-            if isinstance(order, Launch):
+            if isinstance(order, StageTask):
                 self.inputs[order.stage] = order.inputs
                 words.append(f"launch {order.stage}")
             elif isinstance(order, Feed):
-                words.append(f"feed {order.stage}.{order.port} {order.chunk.start}-{order.chunk.stop}")
+                words.append(f"feed {order.stage}.{order.port} {order.rows.start}-{order.rows.stop}")
             else:
-                words.append(f"{'pause' if isinstance(order, Pause) else 'resume'} {order.stage}")
+                words.append(f"{type(order).__name__.lower()} {order.stage}")
         self.machine.check_integrity()
         return words
 
-    def rows(self, stage: str, rows: torch.Tensor | None = None, is_last: bool = False) -> None:
-        self.machine.stage_rows("r", stage, "out", torch.zeros(1) if rows is None else rows, is_last, 0.0)
+    def rows(self, stage: str, num_rows: int = 1, is_last: bool = False) -> list[str]:
+        """The readers that are to keep them."""
+        self.gave_rows.add(stage)
+        edges = self.machine.rows_made("r", stage, "out", num_rows, is_last, 0.0)
         self.machine.check_integrity()
+        return [edge.target for edge in edges]
 
-    def took(self, stage: str, port: str, now: float = 0.0) -> None:
-        self.machine.stage_took("r", stage, port, now)
+    def hold_back(self, busy: set[str], **devices: str) -> frozenset[str]:
+        """On one device, but for those that are named."""
+        return self.machine.hold_back(busy, {**dict.fromkeys("abc", "cpu"), **devices})
+
+    def consumed(self, stage: str, port: str, now: float = 0.0) -> None:
+        self.machine.chunk_consumed("r", stage, port, now)
 
     def done(self, stage: str, **meta: Any) -> None:
+        """What a stage gave no rows of comes from its payload, as its host has it."""
+        if stage not in self.gave_rows:
+            self.rows(stage, 2, is_last=True)
         payload = StagePayload("r", stage, {"out": torch.ones(2)}, meta)
         self.machine.stage_done("r", stage, payload, {}, 0.0)
         self.machine.check_integrity()
@@ -102,18 +111,27 @@ def test_while_a_busy_stage_is_on_its_first_chunk_all_before_it_are_held_back() 
     run = Run(("c",), a={}, b={"x": streamed("a.out")}, c={"x": streamed("b.out")})
     stages = {"a", "b", "c"}
     run.tick()
-    assert run.machine.hold_back(stages) == set()
+    assert run.hold_back(stages) == set()
     run.rows("a")
     run.tick()
-    assert run.machine.hold_back(stages) == {"a"}, "b has its first chunk"
-    assert run.machine.hold_back({"a", "c"}) == set(), "b has nothing to do, so nobody waits for it"
-    run.took("b", "x")
-    assert run.machine.hold_back(stages) == set()
+    assert run.hold_back(stages) == {"a"}, "b has its first chunk"
+    assert run.hold_back({"a", "c"}) == set(), "b has nothing to do, so nobody waits for it"
+    run.consumed("b", "x")
+    assert run.hold_back(stages) == set()
     run.rows("b")
     run.tick()
-    assert run.machine.hold_back(stages) == {"a", "b"}
-    run.took("c", "x")
-    assert run.machine.hold_back(stages) == set()
+    assert run.hold_back(stages) == {"a", "b"}
+    run.consumed("c", "x")
+    assert run.hold_back(stages) == set()
+
+
+def test_stages_on_other_devices_are_not_held_back() -> None:
+    run = Run(("c",), a={}, b={"x": streamed("a.out")}, c={"x": streamed("b.out")})
+    run.tick()
+    run.rows("a")
+    run.tick()
+    assert run.hold_back({"a", "b"}) == {"a"}
+    assert run.hold_back({"a", "b"}, a="cuda:1") == set()
 
 
 def test_time_does_not_count_for_a_reader_whose_writer_is_held_back() -> None:
@@ -121,14 +139,14 @@ def test_time_does_not_count_for_a_reader_whose_writer_is_held_back() -> None:
     run.tick()
     run.rows("a")
     run.tick()
-    run.took("b", "x")
+    run.consumed("b", "x")
     run.rows("b")
     run.tick()
-    run.machine.hold_back({"b", "c"})
+    run.hold_back({"b", "c"})
     run.tick(now=100.0)
     assert not run.machine.take_ends()
-    run.took("c", "x")
-    run.machine.hold_back({"b", "c"})
+    run.consumed("c", "x")
+    run.hold_back({"b", "c"})
     run.tick(now=109.0)
     assert not run.machine.take_ends()
     run.tick(now=110.0)
@@ -145,7 +163,7 @@ def test_a_reader_that_has_not_started_holds_no_writer_back_until_it_does() -> N
     run.done("b")
     assert run.tick() == ["launch c", *(f"feed c.x {i}-{i + 1}" for i in range(1, 5)), "pause a"]
     for _ in range(4):
-        run.took("c", "x")
+        run.consumed("c", "x")
     assert run.tick() == ["resume a"]
 
 
@@ -162,15 +180,10 @@ def test_a_writer_that_ends_in_spite_of_a_pause_is_not_resumed() -> None:
 def test_rows_for_a_reader_that_is_skipped_are_let_go() -> None:
     run = Run(("a", "c"), a={}, b={}, c={"y": streamed("a.out"), "x": EdgeConfig("b.out", "n")})
     run.tick()
-    rows = torch.zeros(3)
-    ref = weakref.ref(rows)
-    run.rows("a", rows)
-    del rows
-    assert ref() is not None
+    assert run.rows("a") == ["c"]
     run.done("b")
-    gc.collect()
-    assert ref() is None
-    run.rows("a")
+    assert run.tick() == ["skip c"]
+    assert run.rows("a") == [] and run.tick() == []
     run.done("a")
     (end,) = run.machine.take_ends()
     assert end.status is RequestStatus.FINISHED and end.metrics["c"]["skipped"] is True
@@ -200,10 +213,10 @@ def test_a_ring_of_waiting_ends_with_what_to_change() -> None:
     for _ in range(2):
         run.rows("a")
     assert run.tick() == ["launch b"]
-    run.took("b", "x")
+    run.consumed("b", "x")
     run.rows("b")
     assert run.tick() == ["launch c", "feed c.y 1-2", "pause a"]
-    run.took("c", "x")
+    run.consumed("c", "x")
     run.tick(4.9)
     assert run.machine.has_work and not run.machine.take_ends()
     run.tick(5.0)
@@ -215,31 +228,27 @@ def test_a_ring_of_waiting_ends_with_what_to_change() -> None:
     )
 
 
-def test_late_news_of_streams_is_dropped_and_counted() -> None:
+def test_what_comes_too_late_for_a_stream_is_dropped_and_counted() -> None:
     run = Run(("b",), a={}, b={"x": streamed("a.out")})
     run.tick()
     run.machine.abort("r")
     run.rows("a")
-    run.took("b", "x")
+    run.consumed("b", "x")
     assert run.machine.get_metrics()["stray_events"] == 2
     assert [end.status for end in run.machine.take_ends()] == [RequestStatus.ABORTED]
 
 
-def test_broken_books_of_streams_are_found() -> None:
+def test_counts_of_streams_that_disagree_are_found() -> None:
     run = Run(("b",), a={}, b={"x": streamed("a.out")})
     run.tick()
     run.rows("a")
     run.tick()
-    streams = run.machine._ledger.running["r"].streams
+    streams = run.machine._requests.running["r"].streams
     (stream,) = streams._streams.values()
     streams.paused.add("b2")
     with pytest.raises(SchedulerError, match=r"'b2'.* are paused, but only"):
         run.machine.check_integrity()
     streams.paused.clear()
-    stream._pieces.append(torch.zeros(1))
-    with pytest.raises(SchedulerError, match="a stream holds 1 rows"):
-        run.machine.check_integrity()
-    stream._pieces.clear()
-    stream._num_used += 1
-    with pytest.raises(SchedulerError, match="1 handed over, 1 used up"):
+    stream._num_consumed += 1
+    with pytest.raises(SchedulerError, match="1 handed over, 1 consumed"):
         run.machine.check_integrity()

@@ -1,20 +1,25 @@
-"""The diffusion stage: batch invariance, isolation, step caches, limits, no leak."""
+"""The diffusion stage: batch invariance, isolation, preparation, limits, no leak."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.dit import engine, pictures, random_pipeline, run, task
+from support.dit import BOTH, engine, pictures, random_pipeline, run, spec, task
 
-from vllm_omni.engine.base import StageDone, StageFailed, StageProgress
+from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.engine.base import Activity, ReadPorts
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
-from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.engine.diffusion.spec import DiffusionSpec
+from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
+from vllm_omni.messages import StageDone, StageFailed, StageProgress
 from vllm_omni.params import DiffusionParams
+from vllm_omni.utils.files import ModelFolders
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +42,14 @@ CROWD = {
 }
 
 
-@pytest.mark.parametrize("policy", ["none", "first_block"])
-def test_a_picture_does_not_depend_on_its_batch_mates(folder: Path, policy: str) -> None:
+def test_a_picture_does_not_depend_on_its_batch_mates(folder: Path) -> None:
     alone = {}
     for index, (key, value) in enumerate(CROWD.items()):
-        stage = engine(folder, policy=policy, threshold=0.5 if policy != "none" else None)
+        stage = engine(folder)
         stage.submit(task(key, value, seed=index))
         alone |= pictures(run(stage))
     for order in (list(CROWD), list(CROWD)[::-1]):
-        stage = engine(folder, policy=policy, threshold=0.5 if policy != "none" else None)
+        stage = engine(folder)
         for key in order:
             stage.submit(task(key, CROWD[key], seed=list(CROWD).index(key)))
         for key, picture in pictures(run(stage)).items():
@@ -70,7 +74,7 @@ def test_every_step_is_one_denoising_step_of_every_running_request(folder: Path)
     stage.submit(task("long", params(steps=4)))
     seen = [{(e.request_id, e.step) for e in stage.step() if isinstance(e, StageProgress)} for _ in range(4)]
     assert seen == [{("short", 1), ("long", 1)}, {("short", 2), ("long", 2)}, {("long", 3)}, {("long", 4)}]
-    assert not stage.has_work()
+    assert stage.activity() is Activity.IDLE
 
 
 def test_the_token_budget_bounds_a_batch_but_never_starves_a_large_request(folder: Path) -> None:
@@ -78,33 +82,9 @@ def test_the_token_budget_bounds_a_batch_but_never_starves_a_large_request(folde
     for key in "abc":
         stage.submit(task(key, params(steps=2)))
     batches = []
-    while stage.has_work():
+    while stage.activity() is Activity.BUSY:
         batches.append({e.request_id for e in stage.step() if isinstance(e, StageProgress)})
     assert batches == [{"a"}, {"a"}, {"b"}, {"b"}, {"c"}, {"c"}]
-
-
-def test_first_block_skips_steps_and_frees_its_memory(folder: Path) -> None:
-    exact, loose, strict = (
-        engine(folder, policy=policy, threshold=threshold)
-        for policy, threshold in (("none", None), ("first_block", 10.0), ("first_block", 0.0))
-    )
-    results = {}
-    for name, stage in (("exact", exact), ("loose", loose), ("strict", strict)):
-        stage.submit(task("x", params(steps=6, guidance=2.0)))
-        results[name] = run(stage)["x"]
-    assert isinstance(results["loose"], StageDone) and isinstance(results["strict"], StageDone)
-    assert results["loose"].metrics["cache_hits"] == 5 * 2, "all but the first step, on both branches"
-    assert results["strict"].metrics["cache_hits"] == 0
-    assert torch.equal(results["strict"].payload.tensors["image"], results["exact"].payload.tensors["image"])
-    assert not torch.equal(results["loose"].payload.tensors["latents"], results["exact"].payload.tensors["latents"])
-    assert loose.get_stats()["step_cache_used_bytes"] == 0
-
-
-def test_a_cache_without_memory_computes_every_step(folder: Path) -> None:
-    stage, exact = engine(folder, policy="first_block", threshold=10.0, cache_mb=0.0), engine(folder)
-    for one in (stage, exact):
-        one.submit(task("x", params(steps=4)))
-    assert torch.equal(pictures(run(stage))["x"], pictures(run(exact))["x"])
 
 
 def test_only_wanted_ports_are_made(folder: Path) -> None:
@@ -120,9 +100,10 @@ def test_only_wanted_ports_are_made(folder: Path) -> None:
 
 
 def test_latents_that_nobody_reads_are_refused(folder: Path) -> None:
-    stage, value = engine(folder, wanted=frozenset({"image"})), params(output_type="latent")
+    stage, value = spec(folder), params(output_type="latent")
+    stage.check(task("x", value).request, value, BOTH)
     with pytest.raises(InvalidRequestError, match=r"output_type.*image\.latents"):
-        stage.check(task("x", value).request, value)
+        stage.check(task("x", value).request, value, ReadPorts(frozenset({"image"})))
 
 
 def test_sigmas_set_the_schedule(folder: Path) -> None:
@@ -152,9 +133,9 @@ def test_sigmas_set_the_schedule(folder: Path) -> None:
     ],
 )
 def test_bad_requests_are_refused_with_their_field(folder: Path, bad: dict[str, object], field: str) -> None:
-    stage, value = engine(folder), DiffusionParams(**bad)  # type: ignore[arg-type]
+    stage, value = spec(folder), DiffusionParams(**bad)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match=field):
-        stage.check(task("x", value).request, value)
+        stage.check(task("x", value).request, value, BOTH)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +244,87 @@ def test_a_decoder_that_ends_early_fails_its_request(folder: Path, monkeypatch: 
     assert isinstance(event, StageFailed) and "3 of 4 pieces" in str(event.error)
 
 
+def prepared_in(stage: DiffusionEngine, monkeypatch: pytest.MonkeyPatch, heavy: str = "") -> list[list[str]]:
+    """For every step so far, the seeds of the requests that were prepared in it; those in `heavy` read media."""
+    by_step: list[list[str]] = []
+    prepare, step = stage.model.prepare, stage.step
+
+    def counted(inputs: Any, params: DiffusionParams, seed: int) -> Any:
+        by_step[-1].append(chr(seed))
+        return prepare(inputs, params, seed)
+
+    def counted_step() -> Any:
+        by_step.append([])
+        return step()
+
+    monkeypatch.setattr(stage.model, "prepare", counted)
+    monkeypatch.setattr(stage.model, "is_heavy", lambda inputs: inputs["prompt_embeds"].shape[0] == 9)
+    monkeypatch.setattr(stage, "step", counted_step)
+    for key in "abcd":
+        stage.submit(task(key, params(ord(key), steps=3), length=9 if key in heavy else 7))
+    return by_step
+
+
+def test_submitting_runs_nothing_and_all_that_came_is_prepared_in_the_next_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = engine(folder)
+    by_step = prepared_in(stage, monkeypatch)
+    assert by_step == [] and stage.activity() is Activity.BUSY
+    progress = [event.request_id for event in stage.step() if isinstance(event, StageProgress)]
+    assert progress == list("abcd") and by_step == [list("abcd")]
+
+
+def test_one_task_with_media_is_prepared_per_step_while_others_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet, stage = engine(folder), engine(folder)
+    for key in "abcd":
+        quiet.submit(task(key, params(ord(key), steps=3), length=9 if key in "abd" else 7))
+    by_step = prepared_in(stage, monkeypatch, heavy="abd")
+    stage.step()
+    stage.check_integrity()
+    stage.abort("d")
+    events = run(stage)
+    assert by_step[:3] == [["a", "c"], ["b"], []]
+    expected = pictures(run(quiet))
+    for key, picture in pictures(events).items():
+        assert (picture.int() - expected[key].int()).abs().max() <= 1, key
+    assert stage.activity() is Activity.IDLE
+
+
+def test_a_task_that_is_given_up_before_its_step_was_never_prepared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = engine(folder)
+    by_step = prepared_in(stage, monkeypatch)
+    for key in "abcd":
+        stage.abort(key)
+    assert stage.activity() is Activity.IDLE and stage.step() == [] and by_step == [[]]
+    assert stage.get_stats()["running"] == 0
+
+
+def test_a_spec_reads_its_folder_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, value = spec(folder), params(guidance=1.0)
+    monkeypatch.setattr(Path, "read_text", lambda *args, **rest: pytest.fail("a file was read"))
+    request = task("x", value).request
+    known.check(request, value, BOTH)
+    assert known.needed_inputs(request, value) == {"prompt_embeds", "negative_prompt_embeds"}
+    assert known.job_size(request, value, None) == 2 * known.job_size(request, params(guidance=0.0), None) > 0
+    assert known.signature.results == {"image"} and known.weights_key()[0] == "dit"
+
+
+def test_a_stage_without_a_folder_or_of_an_unknown_pipeline_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = OmniConfig()
+    with pytest.raises(ConfigError, match=r"^model: missing; expected a diffusers pipeline folder"):
+        DiffusionSpec.describe(StageConfig("image", "dit"), config, ModelFolders())
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipelin"}')
+    with pytest.raises(ConfigError, match=r"diffusion model: got 'ZImagePipelin' \(did you mean 'ZImagePipeline'\?\)"):
+        spec(tmp_path)
+    with pytest.raises(ConfigError, match=r"^part: got 'token2wav', but .* holds one diffusers pipeline; leave it out"):
+        spec(folder, part="token2wav")
+
+
 def test_a_batch_that_breaks_is_retried_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = engine(folder)
     for key in "abc":
@@ -281,14 +343,14 @@ def test_a_batch_that_breaks_is_retried_one_by_one(folder: Path, monkeypatch: py
 
 
 def test_neutral_guidance_needs_no_negative_prompt(folder: Path) -> None:
-    stage = engine(folder).stage
+    stage = spec(folder)
 
     def needed(value: DiffusionParams) -> frozenset[str]:
-        return DiffusionEngine.needed_inputs(stage, task("x", value).request, value)
+        return stage.needed_inputs(task("x", value).request, value)
 
     assert needed(params(guidance=0.0)) == {"prompt_embeds"}
-    assert needed(params(guidance=0.5)) == set(stage.inputs)
-    assert needed(DiffusionParams()) == set(stage.inputs), "default is 5"
+    assert needed(params(guidance=0.5)) == set(stage.stage.inputs)
+    assert needed(DiffusionParams()) == set(stage.stage.inputs), "default is 5"
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -14,9 +14,9 @@ from support.toy_sound import PIECES, RATE, chain_config, num_samples, ramp, spe
 from support.toy_stream import StreamParams
 
 from vllm_omni import AsyncOmni, Audio, Omni, OmniOutput, RequestStatus
-from vllm_omni.engine.base import StageProgress, StageRows
 from vllm_omni.engine.output import PartialOutputs
 from vllm_omni.errors import StageError
+from vllm_omni.messages import StageProgress, StageRows
 
 
 def sounds(outputs: list[OmniOutput]) -> list[Audio]:

@@ -14,10 +14,10 @@ from support.ar import EOS, PROMPT_STATES, make_model_folder, make_stage, make_t
 from support.loop import Clock, answer, engine, executor, finish, request
 from support.toy_engine import PictureParams, TextParams, toy_config, toy_stage
 
-from vllm_omni.config.graph import build_graph
 from vllm_omni.config.schema import EdgeConfig, OmniConfig, SchedulerConfig, StageConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError, RequestTimeoutError, StageError
 from vllm_omni.executor.omni_executor import OmniExecutor
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.request import OmniOutput, RequestStatus
 
@@ -120,7 +120,7 @@ def test_an_abort_at_any_moment_leaves_nothing(num_steps: int) -> None:
 
 def test_a_deadline_ends_a_request_with_skipped_stages_and_tells_of_them() -> None:
     clock, config = Clock(), branches(scheduler=SchedulerConfig())
-    loop = OmniExecutor(config, build_graph(config), clock=clock)
+    loop = OmniExecutor(Pipeline(config), clock=clock)
     loop.add_request(request(prompt="hello", timeout_s=3.0, params={"guided": PictureParams(steps=99)}))
     for _ in range(4):
         assert loop.step() == []

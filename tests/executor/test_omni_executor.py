@@ -9,13 +9,13 @@ import torch
 from support.loop import Clock, answer, engine, executor, finish, request
 from support.toy_engine import PictureParams, TextParams, text_config, toy_config, toy_stage
 
-from vllm_omni.config.graph import build_graph
 from vllm_omni.config.schema import DiTCacheConfig, SchedulerConfig
 from vllm_omni.errors import (
     RequestTimeoutError,
     SchedulerError,
 )
 from vllm_omni.executor.omni_executor import OmniExecutor
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, RequestStatus
 
 
@@ -95,7 +95,7 @@ def test_an_abort_acts_at_once_and_frees_the_engines(num_steps: int) -> None:
 
 def test_a_deadline_frees_the_engines() -> None:
     clock, config = Clock(), toy_config()
-    loop = OmniExecutor(config, build_graph(config), clock=clock)
+    loop = OmniExecutor(Pipeline(config), clock=clock)
     loop.add_request(request(timeout_s=3.0, params=PictureParams(steps=99)))
     for _ in range(4):
         assert loop.step() == []

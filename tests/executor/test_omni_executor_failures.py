@@ -11,7 +11,6 @@ from PIL import Image
 from support.loop import Clock, answer, engine, executor, finish, request
 from support.toy_engine import PictureParams, TextParams, text_config, toy_config, toy_stage
 
-from vllm_omni.config.graph import build_graph
 from vllm_omni.config.schema import SchedulerConfig
 from vllm_omni.errors import (
     InvalidRequestError,
@@ -22,6 +21,7 @@ from vllm_omni.errors import (
     StageError,
 )
 from vllm_omni.executor.omni_executor import OmniExecutor
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, RequestStatus
 
 # Refusals
@@ -150,7 +150,7 @@ def test_a_task_that_the_engine_lost_fails_instead_of_hanging() -> None:
 
 def test_a_silent_stage_is_given_up_after_worker_timeout() -> None:
     clock, config = Clock(), toy_config(worker_timeout=10.0, request_timeout=1000.0)
-    loop = OmniExecutor(config, build_graph(config), clock=clock)
+    loop = OmniExecutor(Pipeline(config), clock=clock)
     loop.add_request(request(params={"encode": TextParams(do="hang")}))
     for _ in range(9):
         assert loop.step() == []
@@ -164,7 +164,7 @@ def test_a_silent_stage_is_given_up_after_worker_timeout() -> None:
 
 def test_the_silence_of_a_stage_that_is_held_back_is_not_its_own() -> None:
     clock, config = Clock(), toy_config(worker_timeout=10.0, request_timeout=1000.0)
-    loop = OmniExecutor(config, build_graph(config), clock=clock)
+    loop = OmniExecutor(Pipeline(config), clock=clock)
     loop.add_request(request(params={"encode": TextParams(do="hang")}))
     loop.step()
     host = loop._hosts["encode"]
@@ -178,7 +178,7 @@ def test_the_silence_of_a_stage_that_is_held_back_is_not_its_own() -> None:
 
 def test_a_stage_that_reports_each_of_its_long_steps_is_not_silent() -> None:
     clock, config = Clock(), toy_config(worker_timeout=10.0, request_timeout=1000.0)
-    loop = OmniExecutor(config, build_graph(config), clock=clock)
+    loop = OmniExecutor(Pipeline(config), clock=clock)
     loop.add_request(request(params=PictureParams(steps=5)))
     outputs: list[OmniOutput] = []
     while not outputs:

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 from support.loop import answer, engine, executor, request
-from support.toy_engine import PictureParams, TextEngine, toy_config, toy_stage
+from support.toy_engine import PictureParams, TextSpecimen, toy_config, toy_stage
 
 from vllm_omni import registry
-from vllm_omni.config.schema import StageConfig
-from vllm_omni.engine.base import EngineContext, MemoryPlan
+from vllm_omni.engine.base import EngineContext, MemoryPlan, StageEngine
 from vllm_omni.errors import (
     CheckpointError,
     ResourceError,
@@ -17,6 +16,7 @@ from vllm_omni.errors import (
 )
 from vllm_omni.executor.inline import InlineExecutor
 from vllm_omni.executor.memory import plan_memory, reserve_memory
+from vllm_omni.executor.pipeline import Pipeline
 
 # Loading
 
@@ -55,7 +55,7 @@ def test_stages_of_one_kind_and_folder_count_their_weights_once(tmp_path: Any) -
         "c": dataclasses.replace(toy_stage("c", "toy_text", **shared), dtype="bfloat16"),
     }
     config = toy_config(stages=stages, outputs=("a", "b", "c"))
-    plans = plan_memory(config)
+    plans = plan_memory(Pipeline(config))
     assert [plans[name].weights_bytes for name in "abc"] == [1000, 0, 1000]
     assert reserve_memory(config, plans).used_bytes == 2000 + 64 * 2**20
 
@@ -73,12 +73,12 @@ class RecordingExecutor(InlineExecutor):
     shut_down: list[str] = []  # noqa: RUF012
 
     def shutdown(self) -> None:
-        self.shut_down.append(self._stage.name)
+        self.shut_down.append(self._spec.stage.name)
         super().shutdown()
 
 
 def test_a_stage_that_cannot_load_takes_the_loaded_ones_down() -> None:
-    registry.register("executor", "recording", "test_omni_executor_loading:RecordingExecutor")
+    registry.register("executor", "recording", f"{__name__}:RecordingExecutor")
     config = toy_config()
     stages = {name: dataclasses.replace(stage, executor="recording") for name, stage in config.stages.items()}
     options = dataclasses.replace(stages["picture"].options, fails_to_load=True)
@@ -90,15 +90,15 @@ def test_a_stage_that_cannot_load_takes_the_loaded_ones_down() -> None:
     assert sorted(RecordingExecutor.shut_down) == ["encode", "guide", "picture"]
 
 
-class PickyEngine(TextEngine):
+class PickySpec(TextSpecimen):
     """Raises an error of ours while it loads."""
 
-    def __init__(self, stage: StageConfig, context: EngineContext) -> None:
+    def load(self, context: EngineContext) -> StageEngine:
         raise CheckpointError("no weights here")
 
 
 def test_our_own_errors_at_load_come_through_as_they_are() -> None:
-    registry.register("stage kind", "picky", "test_omni_executor_loading:PickyEngine")
+    registry.register("stage kind", "picky", f"{__name__}:PickySpec")
     with pytest.raises(CheckpointError, match="no weights here"):
         executor(toy_config(stages={"text": toy_stage("text", "picky")}, outputs=("text",)))
 

@@ -5,26 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.toy_engine import PictureParams, TextEngine, TextParams, register_toys, toy_stage
+from support.toy_engine import PictureParams, TextEngine, TextParams, TextSpecimen, register_toys, toy_stage
 
 from vllm_omni import Omni, OmniRequest, registry
-from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.engine.base import StageTask
+from vllm_omni.config.schema import OmniConfig
 from vllm_omni.entrypoints.prompts import make_request
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.messages import StageTask
 from vllm_omni.payload import StagePayload
 
 
 class SingerEngine(TextEngine):
-    """Says what it was given to sing; the stage's name says which key that is."""
-
-    @classmethod
-    def request_keys(cls, stage: StageConfig) -> frozenset[str]:
-        return frozenset({"lyrics"} if stage.name == "encode" else {"echo"})
-
-    @classmethod
-    def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
-        return None  # what is sung is no matter of the prompt alone
+    """Says what it was given to sing."""
 
     def make(self, task: Any) -> StagePayload:
         payload = super().make(task)
@@ -32,12 +24,25 @@ class SingerEngine(TextEngine):
         return StagePayload(payload.request_id, payload.source, payload.tensors, {"text": sung})
 
 
+class SingerSpec(TextSpecimen):
+    """The stage's name says which key it reads."""
+
+    engine_type = SingerEngine
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.request_keys = frozenset({"lyrics"} if self.stage.name == "encode" else {"echo"})
+
+    def cache_key(self, task: StageTask) -> str | None:
+        return None  # what is sung is no matter of the prompt alone
+
+
 @pytest.fixture
 def omni(monkeypatch: pytest.MonkeyPatch) -> Omni:
     """encode (reads lyrics) -> picture, and `guide` (reads echo), which only guided requests need."""
     monkeypatch.setitem(registry.TABLES, "stage kind", dict(registry.TABLES["stage kind"]))
     register_toys()
-    registry.register("stage kind", "toy_singer", f"{__name__}:SingerEngine")
+    registry.register("stage kind", "toy_singer", f"{__name__}:SingerSpec")
     stages = [
         toy_stage("encode", "toy_singer"),
         toy_stage("guide", "toy_singer"),

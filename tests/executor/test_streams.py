@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.loop import Clock, answer, engine, finish, request
+from support.loop import Clock, answer, engine, finish, paused, request
 from support.toy_stream import StreamParams, stream_config, streamed
 
-from vllm_omni.config.graph import build_graph
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.errors import RequestTimeoutError, StageError
 from vllm_omni.executor.omni_executor import OmniExecutor
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, RequestStatus
 
 VOICE = {"codes": streamed("talker.codes", first_chunk=2, chunk=2)}
@@ -28,7 +28,7 @@ def loop_of(
     stages: Mapping[str, Mapping[str, Any]], *outputs: str, clock: Clock | None = None, **options: Mapping[str, Any]
 ) -> OmniExecutor:
     config: OmniConfig = stream_config(stages, list(outputs or [f"{list(stages)[-1]}.sound"]), **options)
-    return OmniExecutor(config, build_graph(config), clock=clock or Clock())
+    return OmniExecutor(Pipeline(config), clock=clock or Clock())
 
 
 def run(loop: OmniExecutor, **params: StreamParams) -> OmniOutput:
@@ -51,7 +51,7 @@ def assert_at_rest(loop: OmniExecutor) -> None:
     loop.check_integrity()
     assert not loop.has_work() and loop.scheduler.in_flight() == set()
     for host in loop._hosts.values():
-        assert not host.tasks and not host.paused and not host.executor._engine.work  # type: ignore[attr-defined]
+        assert not host.tasks and not host.num_buffers and not host.executor._engine.work  # type: ignore[attr-defined]
 
 
 # Handing on
@@ -150,7 +150,7 @@ def test_what_streams_is_not_cached_and_what_does_not_is() -> None:
 
 def test_an_update_of_the_configuration_may_name_stages_that_rest() -> None:
     config: OmniConfig = stream_config({"voice": VOICE, "late": {"codes": "talker.codes"}}, ["voice.sound"])
-    loop = OmniExecutor(config, build_graph(config))
+    loop = OmniExecutor(Pipeline(config))
     loop.scheduler.update_config(dataclasses.replace(config, request_timeout=5.0))
     assert loop.scheduler.get_config().request_timeout == 5.0 and "late" not in loop.scheduler.get_config().stages
 
@@ -234,10 +234,10 @@ def test_a_reader_that_is_done_early_lets_its_writer_go_on() -> None:
         ({"talker": StreamParams(do="wrong_port")}, r"'talker' gave rows of 'summary', expected one of \['codes'\]"),
         ({"talker": StreamParams(do="empty")}, "talker.codes -> voice.codes: it ended without a row"),
         ({"talker": StreamParams(rows=0)}, "talker.codes -> voice.codes: it ended without a row"),
-        ({"voice": StreamParams(do="takes_twice")}, "talker.codes -> voice.codes: one more chunk was used up than"),
+        ({"voice": StreamParams(do="takes_twice")}, "talker.codes -> voice.codes: one more chunk was consumed than"),
         (
             {"voice": StreamParams(do="takes_other")},
-            "'voice' used up a chunk of 'summary', an input that brings it none",
+            "'voice' consumed a chunk of 'summary', an input that brings it none",
         ),
         ({"voice": StreamParams(do="lose")}, "'voice' failed: the engine has nothing to do, but has not finished"),
     ],
@@ -337,7 +337,7 @@ def test_waiting_does_not_count_while_the_writer_is_paused() -> None:
     loop.add_request(request(params={"talker": StreamParams(rows=9), "voice": StreamParams(every=20)}))
     for _ in range(40):
         loop.step()
-    assert loop._hosts["talker"].paused == {"r"}
+    assert paused(loop, "talker") == {"r"}
     clock.now = 100.0
     assert finish(loop)["r"].error is None
 
@@ -350,7 +350,7 @@ def test_a_reader_that_never_takes_ends_with_the_requests_own_deadline() -> None
     )
     for _ in range(20):
         assert not any(output.finished for output in loop.step())
-    assert loop._hosts["talker"].paused == {"r"} and engine(loop, "talker").work["r"].num_made <= 5
+    assert paused(loop, "talker") == {"r"} and engine(loop, "talker").work["r"].num_made <= 5
     clock.now = 9.0
     (output,) = finish(loop).values()
     assert isinstance(output.error, RequestTimeoutError) and "talker, voice" in str(output.error)

@@ -25,7 +25,6 @@ import yaml
 
 from vllm_omni import errors, registry
 from vllm_omni.config.document import ConfigDocument, ResourcesGroup, SchedulerGroup
-from vllm_omni.config.graph import build_graph
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, StageConfig, StreamConfig
 from vllm_omni.engine.ar.options import AROptions, Tap
@@ -34,6 +33,7 @@ from vllm_omni.engine.diffusers.options import DiffusersOptions
 from vllm_omni.engine.diffusion.options import DiTOptions, StepCacheOptions
 from vllm_omni.entrypoints.cli import build_parser
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.layers.sampler import SamplingRow
 from vllm_omni.models.ace_step.prompt_options import REQUEST_KEYS, MusicPromptOptions
 from vllm_omni.models.z_image.pipeline import ZImagePipeline
@@ -364,7 +364,7 @@ def test_yaml_blocks_with_stages_are_configs_that_load(page: Path, tmp_path: Pat
     for index, block in enumerate(re.findall(r"^```yaml\n(.*?)^```$", read(page), flags=re.MULTILINE | re.DOTALL)):
         path = tmp_path / f"{index}.yaml"
         path.write_text(block, encoding="utf-8")
-        build_graph(load_config(path))
+        Pipeline(load_config(path))
 
 
 def shell_lines(page: Path) -> list[list[str]]:
@@ -396,4 +396,4 @@ def test_the_readme_lists_the_folders_that_there_are() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_example_configs_load(path: Path) -> None:
-    build_graph(load_config(path))
+    Pipeline(load_config(path))

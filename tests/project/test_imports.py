@@ -29,6 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"entrypoints"},
 }
 NEVER_IN_CORE = {"threading", "time", "asyncio", "multiprocessing", "concurrent", "socket", "subprocess", "sched"}
+OTHER_NAMES = {
+    "qwen2_5_omni": ("qwen2_5omni", "token2wav", "thinker", "talker"),
+    "ace_step": ("acestep", "oobleck"),
+}  # besides the folder's
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "jsonpickle"}
 DEVICE_MODULES = {"cuda", "mps", "xpu", "hpu", "npu"}
 
@@ -114,7 +118,53 @@ def running_code(module: str, node: ast.AST) -> Iterator[str]:
         yield f"{node.func.id}()"
 
 
-RULES: list[Rule] = [wrong_direction, impure_core, device_names, unpickling, unsafe_yaml, running_code]
+def tensor_work_in_core(module: str, node: ast.AST) -> Iterator[str]:
+    """Core may say `Tensor` and count what is in one; step caches alone combine tensors."""
+    if part_of(module) == "core" and not module.startswith("vllm_omni.core.diffusion.caches"):
+        for name in imported_modules(node):
+            if name.split(".")[0] == "torch" and name != "torch.Tensor":
+                yield f"core imports {name}"
+
+
+def families() -> dict[str, set[str]]:
+    """Folder of a family -> the words by which code could name it."""
+    folders = [
+        path.name for path in (PACKAGE / "models").iterdir() if path.is_dir() and (path / "__init__.py").exists()
+    ]
+    return {name: {name, name.replace("_", ""), name.replace("_", "-"), *OTHER_NAMES.get(name, ())} for name in folders}
+
+
+def families_elsewhere(module: str, node: ast.AST) -> Iterator[str]:
+    """A family is named in its own folder, in the registry and in the table of shipped configs alone."""
+    if module in {"vllm_omni.registry", "vllm_omni.config.shipped"}:
+        return
+    words: list[str] = []
+    if isinstance(node, ast.Name | ast.Attribute):
+        words = [node.id if isinstance(node, ast.Name) else node.attr]
+    elif isinstance(node, ast.ImportFrom):
+        words = [node.module or "", *(alias.name for alias in node.names)]
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not is_docstring_like(node.value):
+        words = [node.value]
+    for family, names in families().items():
+        if not module.startswith(f"vllm_omni.models.{family}"):
+            yield from (f"{module} names {family}" for word in words for name in names if name in word.lower())
+
+
+def is_docstring_like(text: str) -> bool:
+    """Prose may give an example."""
+    return " " in text.strip()
+
+
+RULES: list[Rule] = [
+    wrong_direction,
+    impure_core,
+    tensor_work_in_core,
+    families_elsewhere,
+    device_names,
+    unpickling,
+    unsafe_yaml,
+    running_code,
+]
 
 
 def offences(rule: Rule, module: str, source: str) -> list[str]:
@@ -151,9 +201,14 @@ def test_every_part_of_the_package_has_its_place_in_the_order() -> None:
         (wrong_direction, "vllm_omni.config.x", "if TYPE_CHECKING:\n    from vllm_omni.engine.base import StageEngine"),
         (wrong_direction, "vllm_omni.core.x", "from vllm_omni.worker.model_pool import ModelPool"),
         (wrong_direction, "vllm_omni.core.x", "from vllm_omni import layers"),
-        (wrong_direction, "vllm_omni.models.x", "from vllm_omni.core import sequence"),
+        (wrong_direction, "vllm_omni.models.x", "from vllm_omni.executor import inline"),
         (wrong_direction, "vllm_omni.utils.x", "from vllm_omni.params import SamplingParams"),
         (wrong_direction, "vllm_omni.executor.x", "from vllm_omni import Omni"),
+        (tensor_work_in_core, "vllm_omni.core.routing.x", "import torch"),
+        (tensor_work_in_core, "vllm_omni.core.ar.x", "from torch import cat"),
+        (families_elsewhere, "vllm_omni.engine.x", "from vllm_omni.models.z_image.spec import ZImageSpec"),
+        (families_elsewhere, "vllm_omni.engine.x", "is_speech = part == 'talker'"),
+        (families_elsewhere, "vllm_omni.models.qwen3.x", "name = 'AceStepPipeline'"),
         (impure_core, "vllm_omni.core.x", "from time import monotonic"),
         (impure_core, "vllm_omni.core.diffusion.caches.x", "import concurrent.futures"),
         (device_names, "vllm_omni.worker.x", "torch.cuda.synchronize()"),
@@ -182,6 +237,14 @@ def test_a_broken_rule_is_noticed(rule: Rule, module: str, source: str) -> None:
         (wrong_direction, "vllm_omni.utils.x", "from vllm_omni.errors import ConfigError"),
         (wrong_direction, "vllm_omni.engine.x", "from vllm_omni import registry"),
         (wrong_direction, "vllm_omni", "from vllm_omni.entrypoints.omni import Omni"),
+        (tensor_work_in_core, "vllm_omni.core.routing.x", "from torch import Tensor"),
+        (tensor_work_in_core, "vllm_omni.core.diffusion.caches.x", "import torch"),
+        (
+            families_elsewhere,
+            "vllm_omni.models.z_image.pipeline",
+            "from vllm_omni.models.z_image.spec import ZImageSpec",
+        ),
+        (families_elsewhere, "vllm_omni.registry", "x = 'vllm_omni.models.qwen3.model:Qwen3'"),
         (impure_core, "vllm_omni.executor.x", "import time"),
         (device_names, "vllm_omni.utils.device", "torch.cuda.is_available()"),
         (device_names, "vllm_omni.worker.x", "x.is_cuda and stage.cuda"),

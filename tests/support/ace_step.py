@@ -24,11 +24,17 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
 from vllm_omni.config.schema import DiTCacheConfig, OmniConfig, StageConfig
-from vllm_omni.engine.base import EngineContext, StageDone, StageEvent, StageTask
+from vllm_omni.engine.base import Activity, EngineContext, ReadPorts
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
-from vllm_omni.engine.diffusion.options import DiTOptions, StepCacheOptions
+from vllm_omni.engine.diffusion.options import DiTOptions
+from vllm_omni.engine.diffusion.spec import DiffusionSpec
+from vllm_omni.messages import StageDone, StageEvent, StageTask
+from vllm_omni.models.ace_step.geometry import MusicGeometry
+from vllm_omni.models.ace_step.request import MusicOutline
 from vllm_omni.params import DiffusionParams
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils.files import ModelFolders
+from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
 
 CHANNELS = 8  # of the latents
@@ -36,6 +42,9 @@ TEXT_WIDTH = 40  # of the condition encoder
 WORD_WIDTH = 32  # of the text encoder
 SAMPLE_RATE = 1600
 HOP = 64
+READS = ReadPorts(frozenset({"audio", "latents"}))
+DIT_CACHE = DiTCacheConfig(max_memory_mb=64.0)
+GEOMETRY = MusicGeometry(SAMPLE_RATE, channels=2, hop=HOP, frames_per_code=5)
 PORTS = (
     "prompt_embeds",
     "lyric_embeds",
@@ -178,6 +187,23 @@ class Case:
         request = OmniRequest(prompt="slow bells", request_id=self.name, fields=self.fields)
         return StageTask(request, "music", params, self.inputs(pipeline))
 
+    def outline(self, task_type: str) -> MusicOutline:
+        """What the stage before would have decided; the request may contradict itself, which only it would refuse."""
+        fields, frames = self.fields, None
+        if task_type == "repaint":
+            start, end = fields.get("repainting_start", 0.0), fields.get("repainting_end")
+            frames = GEOMETRY.frame_at(start), None if end is None else GEOMETRY.frame_at(end)
+        return MusicOutline(
+            task_type=task_type,
+            duration_s=self.duration_s,
+            num_frames=GEOMETRY.num_frames(self.duration_s),
+            cover_strength=fields.get("audio_cover_strength", 1.0),
+            repaint_frames=frames,
+            has_source_audio="audio" in fields,
+            has_reference_audio="reference_audio" in fields,
+            has_audio_codes="audio_codes" in fields,
+        )
+
     def inputs(self, pipeline: AceStepPipeline) -> dict[str, Any]:
         """What the stages before would give, words encoded by the reference."""
         fields = self.fields
@@ -188,16 +214,7 @@ class Case:
             "prompt_embeds": prompt,
             "lyric_embeds": lyrics,
             "audio_codes": fields.get("audio_codes", ""),
-            "music": {
-                "task_type": task,
-                "duration_s": self.duration_s,
-                "repainting_start": fields.get("repainting_start"),
-                "repainting_end": fields.get("repainting_end"),
-                "audio_cover_strength": fields.get("audio_cover_strength", 1.0),
-                "has_source_audio": "audio" in fields,
-                "has_reference_audio": "reference_audio" in fields,
-                "has_audio_codes": "audio_codes" in fields,
-            },
+            "music": self.outline(task).to_json(),
         }
         if fields.get("audio_cover_strength", 1.0) < 1:
             inputs["plain_prompt_embeds"] = self._words(pipeline, "text2music")[0]
@@ -215,32 +232,35 @@ class Case:
         return words[0][0], words[2][0]
 
 
-def engine(
+def spec(
     folder: Path,
     *,
     policy: str = "none",
     threshold: float | None = None,
-    wanted: frozenset[str] = frozenset({"audio", "latents"}),
     ports: tuple[str, ...] = PORTS,
-    dtype: torch.dtype = torch.float32,
     **options: Any,
-) -> DiffusionEngine:
+) -> DiffusionSpec:
+    cache = {"policy": policy} if threshold is None else {"policy": policy, "threshold": threshold}
     stage = StageConfig(
         name="music",
         kind="dit",
         model=str(folder),
         inputs={port: f"prompt.{port}" for port in ports},
-        options=DiTOptions(cache=StepCacheOptions(policy, threshold), **options),
+        options=DiTOptions(cache=cache, **options),
     )
-    config = OmniConfig(dit_cache=DiTCacheConfig(max_memory_mb=64.0))
-    context = EngineContext(config, torch.device("cpu"), dtype, ModelPool(), wanted)
-    return DiffusionEngine(stage, context)
+    return DiffusionSpec(stage, OmniConfig(dit_cache=DIT_CACHE), ModelFolders())
+
+
+def engine(folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> DiffusionEngine:
+    """options: those of `spec`."""
+    context = EngineContext(torch.device("cpu"), dtype, ModelPool(), Background(), READS, dit_cache=DIT_CACHE)
+    return spec(folder, **options).load(context)
 
 
 def run(stage: DiffusionEngine) -> dict[str, StageEvent]:
     """Steps until there is no work; the last event of each request. Integrity is checked after every step."""
     last: dict[str, StageEvent] = {}
-    while stage.has_work():
+    while stage.activity() is Activity.BUSY:
         for event in stage.step():
             assert not isinstance(last.get(event.request_id), StageDone), "an event after the final one"
             last[event.request_id] = event

@@ -1,29 +1,37 @@
-"""Tiny random Qwen3 folders with a byte-level tokenizer, and an LLMEngine over them; all made on the fly."""
+"""Tiny random Qwen3 folders with a byte-level tokenizer, and an AREngine over them; all made on the fly."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
+from vllm_omni.config.builder import build
 from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
-from vllm_omni.core.ar.sequence import Sequence
-from vllm_omni.engine.ar.engine import LLMEngine
+from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.engine.ar.options import AROptions
-from vllm_omni.engine.base import EngineContext, StageDone, StageEvent, StageFailed, StageProgress, StageTask
+from vllm_omni.engine.ar.spec import ARSpec
+from vllm_omni.engine.base import Activity, EngineContext, ReadPorts
 from vllm_omni.errors import OmniError
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils.files import ModelFolders
+from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 EOS = 2
+KNOWN: WeakKeyDictionary[AREngine, tuple[ARSpec, ReadPorts]] = WeakKeyDictionary()  # what each engine was made from
 VOCABULARY = 320
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -96,39 +104,77 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def make_stage(
-    folder: Path, *, name: str = "text", inputs: Mapping[str, str] | None = None, **options: Any
+    folder: Path,
+    *,
+    name: str = "text",
+    inputs: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    **options: Any,
 ) -> StageConfig:
     return StageConfig(
         name=name,
         kind="ar",
         model=str(folder),
         inputs=inputs or {},
+        defaults=defaults or {},
         device="cpu",
-        dtype="float32",
-        options=AROptions(**{"chat_template": False, "block_size": 4, "max_num_seqs": 8, **options}),
+        dtype=dtype,
+        options=make_options(**{"chat_template": False, "block_size": 4, "max_num_seqs": 8, **options}),
     )
+
+
+def make_options(**options: Any) -> AROptions:
+    """As a YAML would give them."""
+    return build(AROptions, options)
+
+
+def make_spec(
+    stage: StageConfig, *, readers: Mapping[str, StageConfig] | None = None, limits: LimitsConfig | None = None
+) -> ARSpec:
+    """readers: further stages of the config."""
+    config = OmniConfig(stages={stage.name: stage, **(readers or {})}, limits=limits or LimitsConfig())
+    return ARSpec.describe(stage, config, ModelFolders())
+
+
+def load(
+    spec: ARSpec,
+    *,
+    whole: Iterable[str] = (),
+    streamed: Iterable[str] = (),
+    models: ModelPool | None = None,
+    background: Background | None = None,
+) -> AREngine:
+    """The engine; of these ports somebody reads the rows."""
+    reads = ReadPorts(frozenset(whole), frozenset(streamed))
+    context = EngineContext(
+        device=torch.device("cpu"),
+        dtype=getattr(torch, spec.stage.dtype),
+        models=ModelPool() if models is None else models,
+        background=Background() if background is None else background,
+        reads=reads,
+    )
+    engine = spec.load(context)
+    KNOWN[engine] = (spec, reads)
+    return engine
 
 
 def make_engine(
     folder: Path,
     *,
     wanted: Iterable[str] = (),
+    streamed: Iterable[str] = (),
     models: ModelPool | None = None,
     limits: LimitsConfig | None = None,
     readers: Mapping[str, StageConfig] | None = None,
-    dtype: torch.dtype = torch.float32,
     **stage_keys: Any,
-) -> LLMEngine:
+) -> AREngine:
     """An engine of one stage named "text"; `readers` are further stages of the config."""
-    stage = make_stage(folder, **stage_keys)
-    config = OmniConfig(stages={stage.name: stage, **(readers or {})}, limits=limits or LimitsConfig())
-    return LLMEngine(
-        stage,
-        EngineContext(config, torch.device("cpu"), dtype, ModelPool() if models is None else models, frozenset(wanted)),
-    )
+    spec = make_spec(make_stage(folder, **stage_keys), readers=readers, limits=limits)
+    return load(spec, whole=wanted, streamed=streamed, models=models)
 
 
-def make_encoder(folder: Path, **options: Any) -> LLMEngine:
+def make_encoder(folder: Path, **options: Any) -> AREngine:
     """An engine that encodes prompts and gives the states before the last layer as port "h"."""
     return make_engine(folder, **{"task": "encode", "wanted": ["h"], "outputs": PROMPT_STATES, **options})
 
@@ -140,21 +186,40 @@ def make_task(
     return StageTask(OmniRequest(prompt=prompt, request_id=request_id, params=params), "text", params, inputs or {})
 
 
-def run(engine: LLMEngine, *tasks: StageTask, check: bool = True) -> dict[str, StageDone | StageFailed]:
-    """Submits the tasks and steps to the end; the final event of each request."""
+def check(engine: AREngine, request: OmniRequest, params: StageParams) -> Any:
+    """What its spec makes of a request, or raises."""
+    spec, reads = KNOWN[engine]
+    return spec.check(request, params, reads)
+
+
+def submit(engine: AREngine, *tasks: StageTask) -> None:
+    """Checks the tasks, as the planner does, and submits them with what came of that."""
     for task in tasks:
-        engine.submit(task)
-    return {event.request_id: event for event in drain(engine, check) if not isinstance(event, StageProgress)}
+        engine.submit(dataclasses.replace(task, prepared=check(engine, task.request, task.params)))
 
 
-def drain(engine: LLMEngine, check: bool = True, max_steps: int = 10_000) -> list[StageEvent]:
-    """All events until the engine has no work left."""
+def run(engine: AREngine, *tasks: StageTask, verify: bool = True) -> dict[str, StageDone | StageFailed]:
+    """Checks and submits the tasks and steps to the end; the final event of each request."""
+    submit(engine, *tasks)
+    events = drain(engine, verify)
+    return {event.request_id: event for event in events if isinstance(event, (StageDone, StageFailed))}
+
+
+def is_busy(engine: AREngine) -> bool:
+    return engine.activity() is Activity.BUSY
+
+
+def drain(engine: AREngine, verify: bool = True, max_steps: int = 10_000) -> list[StageEvent]:
+    """All events until the engine has nothing to do and waits for nothing in the background."""
     events: list[StageEvent] = []
     for _ in range(max_steps):
-        if not engine.has_work():
+        activity = engine.activity()
+        if activity is Activity.IDLE:
             return events
+        if activity is Activity.PENDING:
+            time.sleep(0.001)
         events += engine.step()
-        if check:
+        if verify:
             engine.check_integrity()
     raise AssertionError(f"still at work after {max_steps} steps")
 
@@ -179,38 +244,10 @@ def states_of(event: StageDone | StageFailed) -> Tensor:
     return done(event).payload.tensors["h"]
 
 
-def assert_clean(engine: LLMEngine) -> None:
+def assert_clean(engine: AREngine) -> None:
     """Nothing waits, nothing runs, every block is free."""
     stats = engine.get_stats()
-    assert not engine.has_work()
-    assert (stats["num_waiting"], stats["num_running"]) == (0, 0)
+    assert engine.activity() is Activity.IDLE
+    assert (stats["num_preparing"], stats["num_waiting"], stats["num_running"]) == (0, 0, 0)
     assert stats["num_free_blocks"] == stats["num_blocks"]
     engine.check_integrity()
-
-
-class PoolContent:
-    """Plays the KV tensor: remembers of which prefix each slot holds the states, and objects when it is not the one
-    expected.
-    """
-
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
-        self._slots: dict[int, tuple[int, ...]] = {}
-
-    def compute(self, sequence: Sequence, start: int, end: int) -> None:
-        """Computes tokens [start, end), which read everything before them."""
-        self.check(sequence, start)
-        for position in range(start, end):
-            self._slots[self._slot(sequence, position)] = tuple(_content(sequence)[: position + 1])
-
-    def check(self, sequence: Sequence, end: int) -> None:
-        """Tokens [0, end) stand where the block table says."""
-        for position in range(end):
-            assert self._slots[self._slot(sequence, position)] == tuple(_content(sequence)[: position + 1])
-
-    def _slot(self, sequence: Sequence, position: int) -> int:
-        return sequence.block_table[position // self._block_size] * self._block_size + position % self._block_size
-
-
-def _content(sequence: Sequence) -> list[int]:
-    return sequence.token_ids if sequence.content_ids is None else sequence.content_ids

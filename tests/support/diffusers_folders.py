@@ -19,15 +19,15 @@ from diffusers import (
 from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 from support.ar import make_tokenizer
 from support.dit import TEXT_WIDTH, random_transformer, random_vae
+from support.engines import context_of, is_busy, spec_of
 from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel, T5Tokenizer
 
 from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
-from vllm_omni.engine.base import EngineContext, StageDone, StageEvent, StageTask
 from vllm_omni.engine.diffusers.engine import DiffusersEngine
 from vllm_omni.engine.diffusers.options import DiffusersOptions
+from vllm_omni.messages import StageDone, StageEvent, StageTask
 from vllm_omni.params import DiffusionParams
 from vllm_omni.request import OmniRequest
-from vllm_omni.worker.model_pool import ModelPool
 
 RATE = 1600
 
@@ -112,8 +112,8 @@ def engine(
     options = DiffusersOptions(output=output, pipeline=pipeline)
     stage = StageConfig(name="stage", kind="diffusers", model=str(folder), inputs=inputs or {}, options=options)
     config = OmniConfig(limits=limits or LimitsConfig())
-    context = EngineContext(config, torch.device("cpu"), torch.float32, ModelPool(), frozenset({output}))
-    return DiffusersEngine(stage, context)
+    loaded: DiffusersEngine = spec_of(stage, config).load(context_of(config, whole={output}))
+    return loaded
 
 
 def task(request_id: str, prompt: str, params: DiffusionParams, **request: Any) -> StageTask:
@@ -123,7 +123,7 @@ def task(request_id: str, prompt: str, params: DiffusionParams, **request: Any) 
 def run(stage: DiffusersEngine) -> list[StageEvent]:
     """All events until there is no work; every step reports something."""
     events: list[StageEvent] = []
-    while stage.has_work():
+    while is_busy(stage):
         new = stage.step()
         assert new, "a step without an event"
         events += new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
 from vllm_omni.config.schema import DiTCacheConfig, OmniConfig, StageConfig
-from vllm_omni.engine.base import EngineContext, StageDone, StageEvent, StageTask
+from vllm_omni.engine.base import Activity, EngineContext, ReadPorts
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
-from vllm_omni.engine.diffusion.options import DiTOptions, StepCacheOptions
+from vllm_omni.engine.diffusion.options import DiTOptions
+from vllm_omni.engine.diffusion.spec import DiffusionSpec
+from vllm_omni.messages import StageDone, StageEvent, StageTask
 from vllm_omni.params import DiffusionParams
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils.files import ModelFolders
+from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
 
 TEXT_WIDTH = 48
@@ -68,25 +73,40 @@ def random_pipeline(folder: Path, **transformer: Any) -> ZImagePipeline:
     return pipeline
 
 
-def engine(
-    folder: Path,
-    *,
-    policy: str = "none",
-    threshold: float | None = None,
-    wanted: frozenset[str] = frozenset({"image", "latents"}),
-    cache_mb: float = 64.0,
-    **options: Any,
-) -> DiffusionEngine:
+BOTH = ReadPorts(frozenset({"image", "latents"}))
+
+
+def cache_keys(policy: str = "none", threshold: float | None = None, **keys: Any) -> dict[str, Any]:
+    """What stands under `cache` in a YAML; keys that are None are left out."""
+    given = {"policy": policy, "threshold": threshold, **keys}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def spec(folder: Path, *, cache: Mapping[str, Any] | None = None, **options: Any) -> DiffusionSpec:
     stage = StageConfig(
         name="image",
         kind="dit",
         model=str(folder),
         inputs={"prompt_embeds": "text.hidden_states", "negative_prompt_embeds": "negative.hidden_states"},
-        options=DiTOptions(cache=StepCacheOptions(policy, threshold), **options),
+        options=DiTOptions(cache=cache or {}, **options),
     )
-    config = OmniConfig(dit_cache=DiTCacheConfig(max_memory_mb=cache_mb))
-    context = EngineContext(config, torch.device("cpu"), torch.float32, ModelPool(), wanted)
-    return DiffusionEngine(stage, context)
+    return DiffusionSpec(stage, OmniConfig(), ModelFolders())
+
+
+def engine(
+    folder: Path,
+    *,
+    policy: str = "none",
+    threshold: float | None = None,
+    cache: Mapping[str, Any] | None = None,
+    wanted: frozenset[str] = BOTH.whole,
+    cache_mb: float = 64.0,
+    **options: Any,
+) -> DiffusionEngine:
+    """cache: the whole group of keys, where policy and threshold do not say it."""
+    reads, dit_cache = ReadPorts(wanted), DiTCacheConfig(max_memory_mb=cache_mb)
+    context = EngineContext(torch.device("cpu"), torch.float32, ModelPool(), Background(), reads, dit_cache=dit_cache)
+    return spec(folder, cache=cache or cache_keys(policy, threshold), **options).load(context)
 
 
 def states(length: int, seed: int) -> torch.Tensor:
@@ -104,7 +124,7 @@ def task(request_id: str, params: DiffusionParams, length: int = 7, seed: int = 
 def run(stage: DiffusionEngine) -> dict[str, StageEvent]:
     """Steps until there is no work; the last event of each request. Integrity is checked after every step."""
     last: dict[str, StageEvent] = {}
-    while stage.has_work():
+    while stage.activity() is Activity.BUSY:
         for event in stage.step():
             assert not isinstance(last.get(event.request_id), StageDone), "an event after the final one"
             last[event.request_id] = event

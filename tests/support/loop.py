@@ -6,9 +6,9 @@ from typing import Any
 
 from support.toy_engine import toy_config
 
-from vllm_omni.config.graph import build_graph
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.executor.omni_executor import OmniExecutor
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, OmniRequest
 
 
@@ -22,7 +22,7 @@ class Clock:
 
 def executor(config: OmniConfig | None = None, **changes: Any) -> OmniExecutor:
     config = config or toy_config(**changes)
-    return OmniExecutor(config, build_graph(config))
+    return OmniExecutor(Pipeline(config))
 
 
 def request(name: str = "r", prompt: str = "ab", **changes: Any) -> OmniRequest:
@@ -50,3 +50,9 @@ def finish(loop: OmniExecutor, max_steps: int = 200) -> dict[str, OmniOutput]:
 def answer(loop: OmniExecutor, given: OmniRequest) -> OmniOutput:
     loop.add_request(given)
     return finish(loop)[given.request_id]
+
+
+def paused(loop: OmniExecutor, stage: str) -> set[str]:
+    """The requests for which a stage is told to make no more rows."""
+    running = loop.scheduler._requests.running
+    return {request_id for request_id, state in running.items() if stage in state.streams.paused}

@@ -16,7 +16,22 @@ from transformers import AutoProcessor, AutoTokenizer, Qwen2_5OmniProcessor, Whi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
+from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptPlan, OmniPromptReader
+from vllm_omni.request import OmniRequest
+from vllm_omni.worker.ar.media_prompt import MediaPrompt
+
 RATE = 16_000
+
+
+def plan_media(reader: OmniPromptReader, messages: Any, use_audio_in_video: bool = False) -> OmniPromptPlan:
+    """What headers say of the messages."""
+    request = OmniRequest(prompt="unread", fields={"use_audio_in_video": use_audio_in_video})
+    return reader.plan(messages, request)
+
+
+def read_media(reader: OmniPromptReader, messages: Any, use_audio_in_video: bool = False) -> MediaPrompt:
+    """The messages, read."""
+    return reader.read(plan_media(reader, messages, use_audio_in_video), lambda: None)
 
 
 def picture(height: int = 24, width: int = 40, seed: int = 0) -> np.ndarray[Any, Any]:

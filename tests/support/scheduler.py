@@ -11,8 +11,8 @@ from vllm_omni.config.schema import (
     StageConfig,
 )
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
-from vllm_omni.core.routing.orders import Launch
 from vllm_omni.core.routing.request_plan import RequestPlan, StagePlan
+from vllm_omni.messages import StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
@@ -43,12 +43,12 @@ def reader(**sources: str) -> StagePlan:
     return StagePlan(StageParams(), (Edge(source, "out", target, "x"),))
 
 
-def payload(launch: Launch) -> StagePayload:
+def payload(launch: StageTask) -> StagePayload:
     tensors = {"out": torch.zeros(2), "extra": torch.ones(3)}
     return StagePayload(launch.request.request_id, launch.stage, tensors)
 
 
-def finish(machine: OmniScheduler, launch: Launch, now: float = 0.0) -> None:
+def finish(machine: OmniScheduler, launch: StageTask, now: float = 0.0) -> None:
     machine.stage_done(launch.request.request_id, launch.stage, payload(launch), {"steps": 1}, now)
 
 
@@ -59,12 +59,12 @@ def run_to_end(machine: OmniScheduler, now: float = 0.0) -> None:
         machine.check_integrity()
 
 
-def stages_of(launches: list[Launch]) -> list[str]:
+def stages_of(launches: list[StageTask]) -> list[str]:
     return sorted(launch.stage for launch in launches)
 
 
 def cached_plan(key: str) -> RequestPlan:
     return RequestPlan(
-        {"a": StagePlan(StageParams(), (), lambda inputs: key), "b": reader(b="a")},
+        {"a": StagePlan(StageParams(), cache_key=lambda task: key), "b": reader(b="a")},
         {"b": frozenset({"out"})},
     )

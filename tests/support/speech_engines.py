@@ -4,6 +4,7 @@ request.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,30 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.ar import make_tokenizer
+from support.ar import KNOWN, is_busy, load, make_options, make_spec, make_tokenizer, submit
 from support.speech import CODEC_EOS, SPECIAL
 from torch import Tensor
 
-from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.engine.ar.engine import LLMEngine
-from vllm_omni.engine.ar.options import THINKER_PORTS, AROptions
-from vllm_omni.engine.base import (
-    EngineContext,
-    StageDone,
-    StageEvent,
-    StageFailed,
-    StageProgress,
-    StageRows,
-    StageTask,
-    StageTook,
-)
+from vllm_omni.config.schema import StageConfig
+from vllm_omni.engine.ar.engine import AREngine
+from vllm_omni.engine.ar.text_spec import TextSpec
+from vllm_omni.messages import ChunkConsumed, StageDone, StageEvent, StageFailed, StageProgress, StageRows, StageTask
+from vllm_omni.models.qwen2_5_omni.talker_job import PORTS
 from vllm_omni.params import SamplingParams
 from vllm_omni.payload import StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.worker.ar.media_prompt import MediaItem, MediaPrompt, content_ids_of
 from vllm_omni.worker.model_pool import ModelPool
 
-EOS = 2  # of the tokenizer
+EOS, PAD = 2, 0  # of the tokenizer
+THINKER_PORTS = PORTS  # that a talker reads
+STATES = {
+    "prompt_states": {"layers": [0, -1], "tokens": "prompt"},
+    "reply_states": {"layers": [0, -1], "tokens": "followed"},
+}
 WORDS, CODES = 12, 40
 TEXT = SamplingParams(temperature=0, max_tokens=WORDS)
 SPEECH = SamplingParams(temperature=0, max_tokens=CODES)
@@ -112,13 +110,16 @@ class Spoken(Exception):
     """Ends the reference where its codes are known."""
 
 
-def restore_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """`generate` drops a mask of ones alone, but it is by a mask that the talker knows to add the marks of the
-    begin and to use positions of three axes; rows that are padded have both.
+def padded(token_ids: list[int]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` for the reference, one hidden token on the left.
+
+    Its `generate` drops a mask of ones, but it is by a mask that its talker knows to add the marks of the begin and to
+    use positions of three axes.
     """
-    past = kwargs["past_key_values"].get_seq_length()
-    new = (kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]).shape[1]
-    return args, {**kwargs, "attention_mask": torch.ones(1, past + new, dtype=torch.long)}
+    ids = torch.tensor([[PAD, *token_ids]])
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 @torch.no_grad()
@@ -134,13 +135,10 @@ def reference(model: Any, case: Case, speaker: str = "Chelsie", **limits: int) -
     words = {"max_new_tokens": WORDS, "eos_token_id": EOS, **limits}
     media = {**case.theirs, "attention_mask": torch.ones_like(ids)}
     written = model.thinker.generate(input_ids=ids, do_sample=False, **media, **words)[0, ids.shape[1] :].tolist()
-    hooks = [
-        model.token2wav.register_forward_pre_hook(note, with_kwargs=True),
-        model.talker.register_forward_pre_hook(restore_mask, with_kwargs=True),
-    ]
+    media |= padded(case.token_ids)
+    hook = model.token2wav.register_forward_pre_hook(note, with_kwargs=True)
     try:
         model.generate(
-            input_ids=ids,
             speaker=speaker,
             talker_do_sample=False,
             talker_max_new_tokens=CODES,
@@ -153,8 +151,7 @@ def reference(model: Any, case: Case, speaker: str = "Chelsie", **limits: int) -
     except Spoken:
         pass
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     return written, found[0][0].tolist()
 
 
@@ -162,14 +159,15 @@ def make_stage(folder: Path, part: str, **options: Any) -> StageConfig:
     if part == "thinker":
         if not (folder / "words").exists():
             make_tokenizer().save_pretrained(folder / "words")
-        options = {"tokenizer": str(folder / "words"), **options}
+        options = {"tokenizer": str(folder / "words"), "outputs": STATES, **options}
     return StageConfig(
         name=part,
         kind="ar",
         model=str(folder),
+        inputs={"prompt": "somebody.text"} if part == "thinker" else {},
         device="cpu",
         dtype="float32",
-        options=AROptions(part=part, **{"block_size": 4, "max_num_seqs": 8, **options}),
+        options=make_options(part=part, **{"block_size": 4, "max_num_seqs": 8, **options}),
     )
 
 
@@ -180,18 +178,9 @@ def make_engine(
     wanted: Iterable[str] = (),
     streamed: Iterable[str] | None = None,
     **options: Any,
-) -> LLMEngine:
-    stage = make_stage(folder, part, **options)
+) -> AREngine:
     ports = {"thinker": THINKER_PORTS, "talker": frozenset({"codes"})}[part] if streamed is None else streamed
-    context = EngineContext(
-        OmniConfig(stages={part: stage}),
-        torch.device("cpu"),
-        torch.float32,
-        ModelPool() if models is None else models,
-        frozenset(wanted),
-        frozenset(ports),
-    )
-    return LLMEngine(stage, context)
+    return load(make_spec(make_stage(folder, part, **options)), whole=wanted, streamed=ports, models=models)
 
 
 def make_task(
@@ -200,10 +189,21 @@ def make_task(
     return StageTask(OmniRequest(prompt="unused", request_id=request_id, fields=fields), part, params, inputs)
 
 
+def submit_prompt(engine: AREngine, name: str, prompt: list[int] | MediaPrompt, params: SamplingParams) -> None:
+    """Submits a task of a thinker: token ids as an edge brings them, or a prompt that has been read."""
+    if isinstance(prompt, MediaPrompt):
+        spec = KNOWN[engine][0]
+        assert isinstance(spec, TextSpec)
+        task = make_task("thinker", name, {}, params)
+        engine.submit(dataclasses.replace(task, prepared=spec.input.accept(prompt, params)))
+    else:
+        submit(engine, make_task("thinker", name, {"prompt": prompt}, params))
+
+
 class Speech:
     """Runs requests through a thinker and a talker, handing rows over as they come, `chunk` reply rows at a time."""
 
-    def __init__(self, thinker: LLMEngine, talker: LLMEngine, chunk: int = 1) -> None:
+    def __init__(self, thinker: AREngine, talker: AREngine, chunk: int = 1) -> None:
         self.thinker, self.talker, self.chunk = thinker, talker, chunk
         self.events: dict[str, list[StageEvent]] = {"thinker": [], "talker": []}
         self.words: dict[str, list[int]] = {}
@@ -219,11 +219,11 @@ class Speech:
         self.speakers[name] = speaker
         self._ports[name] = {port: ([], 0, False) for port in THINKER_PORTS}
         self.codes[name] = []
-        self.thinker.submit(make_task("thinker", name, {"prompt": prompt}, text))
+        submit_prompt(self.thinker, name, prompt, text)
 
     def run(self, max_steps: int = 5000) -> None:
         for _ in range(max_steps):
-            if not self.thinker.has_work() and not self.talker.has_work():
+            if not is_busy(self.thinker) and not is_busy(self.talker):
                 return
             self.step()
         raise AssertionError("no end")
@@ -252,8 +252,8 @@ class Speech:
         self.talker.abort(name)
         self._ports.pop(name, None)
 
-    def took(self, port: str = "reply_states") -> int:
-        return sum(isinstance(event, StageTook) and event.port == port for event in self.events["talker"])
+    def consumed(self, port: str = "reply_states") -> int:
+        return sum(isinstance(event, ChunkConsumed) and event.port == port for event in self.events["talker"])
 
     def _note(self, part: str, event: StageEvent) -> None:
         if not isinstance(event, StageProgress):
@@ -268,7 +268,7 @@ class Speech:
                 self._started.add(name)
                 chunks = {port: self._next(name, port) for port in THINKER_PORTS}
                 task = make_task("talker", name, chunks, self.speech, speaker=self.speakers[name])
-                self.talker.submit(task)
+                submit(self.talker, task)
             return
         while (chunk := self._next(name, port)) is not None:
             self.talker.feed(name, port, chunk)

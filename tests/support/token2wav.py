@@ -9,19 +9,29 @@ from typing import Any
 from unittest import mock
 
 import torch
+from support.dit import cache_keys
 from support.speech import SPEAKERS, tiny_config, tiny_reference
-from support.toy_stage import ToyEngine, UpperOptions
 from torch import Tensor
 
 from vllm_omni import registry
 from vllm_omni.config.schema import DiTCacheConfig, OmniConfig, StageConfig
-from vllm_omni.engine.base import EngineContext, StageDone, StageEvent, StageRows, StageTask, StageTook
+from vllm_omni.engine.base import (
+    Activity,
+    EngineContext,
+    ReadPorts,
+    StageEngine,
+    StageSpec,
+)
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
-from vllm_omni.engine.diffusion.options import DiTOptions, StepCacheOptions
+from vllm_omni.engine.diffusion.options import DiTOptions
+from vllm_omni.engine.diffusion.spec import DiffusionSpec
+from vllm_omni.messages import ChunkConsumed, StageDone, StageEvent, StageRows, StageTask
 from vllm_omni.models.qwen2_5_omni.token2wav.trajectory import frame_noise
-from vllm_omni.params import DiffusionParams
+from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.payload import StageSignature, StreamChunk, TensorSpec
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils.files import ModelFolders
+from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
 
 SPEECH_YAML = """\
@@ -36,23 +46,32 @@ SAMPLES = REPEATS * HOP  # of a code
 PUBLISHED_BIGVGAN = dict(upsample_rates=[5, 3, 2, 2, 2, 2], upsample_kernel_sizes=[11, 7, 4, 4, 4, 4])
 
 
-class SpellStage(ToyEngine):
-    """A code per letter."""
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """No key of its own."""
 
-    options_type = UpperOptions
 
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        return StageSignature(outputs={"codes": TensorSpec(("T",))})
+class SpellSpec(StageSpec):
+    """Codes for another stage; never loaded."""
+
+    options_type = NoOptions
+    params_type = SamplingParams
+
+    def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
+        super().__init__(stage, config, folders)
+        self.signature = StageSignature(outputs={"codes": TensorSpec(("T",))})
+
+    def load(self, context: EngineContext) -> StageEngine:
+        raise NotImplementedError
 
 
 def register_spell() -> None:
     """Adds the row; may be called twice."""
-    registry.register("stage kind", "spell", f"{__name__}:SpellStage")
+    registry.register("stage kind", "spell", f"{__name__}:SpellSpec")
 
 
 def stage_config(folder: Path, policy: str = "none", threshold: float | None = None, **options: Any) -> StageConfig:
-    cache = StepCacheOptions(policy, threshold)
+    cache = cache_keys(policy, threshold)
     return StageConfig(
         name="speech",
         kind="dit",
@@ -60,6 +79,10 @@ def stage_config(folder: Path, policy: str = "none", threshold: float | None = N
         inputs={"codes": "talker.codes"},
         options=DiTOptions(**{"part": "token2wav", "cache": cache, **options}),
     )
+
+
+def spec(folder: Path, **options: Any) -> DiffusionSpec:
+    return DiffusionSpec(stage_config(folder, **options), OmniConfig(), ModelFolders())
 
 
 def engine(
@@ -71,10 +94,10 @@ def engine(
     pool: ModelPool | None = None,
     **options: Any,
 ) -> DiffusionEngine:
-    config = OmniConfig(dit_cache=DiTCacheConfig(max_memory_mb=64.0))
-    models = ModelPool() if pool is None else pool
-    context = EngineContext(config, torch.device("cpu"), dtype, models, frozenset(wanted), frozenset(streamed))
-    return DiffusionEngine(stage_config(folder, **options), context)
+    reads = ReadPorts(frozenset(wanted), frozenset(streamed))
+    models, dit_cache = ModelPool() if pool is None else pool, DiTCacheConfig(max_memory_mb=64.0)
+    context = EngineContext(torch.device("cpu"), dtype, models, Background(), reads, dit_cache=dit_cache)
+    return spec(folder, **options).load(context)
 
 
 def codes(length: int, seed: int = 0) -> Tensor:
@@ -108,11 +131,11 @@ def chunks(rows: Tensor, first: int, size: int, left: int, ahead: int) -> list[S
 
 @dataclass
 class Ran:
-    """What a stage gave: the last event of each request, and by request the rows and the number of chunks taken."""
+    """What a stage gave: the last event of each request, and by request the rows and how many chunks were consumed."""
 
     last: dict[str, StageEvent] = field(default_factory=dict)
     rows: dict[str, list[StageRows]] = field(default_factory=dict)
-    took: dict[str, int] = field(default_factory=dict)
+    consumed: dict[str, int] = field(default_factory=dict)
 
     def sound(self, request_id: str) -> Tensor:
         """[N, 1, n]"""
@@ -124,13 +147,13 @@ class Ran:
 def run(stage: DiffusionEngine, ran: Ran | None = None) -> Ran:
     """Steps until there is no work; integrity is checked after every step."""
     ran = Ran() if ran is None else ran
-    while stage.has_work():
+    while stage.activity() is Activity.BUSY:
         for event in stage.step():
             assert not isinstance(ran.last.get(event.request_id), StageDone), "an event after the final one"
             if isinstance(event, StageRows):
                 ran.rows.setdefault(event.request_id, []).append(event)
-            elif isinstance(event, StageTook):
-                ran.took[event.request_id] = ran.took.get(event.request_id, 0) + 1
+            elif isinstance(event, ChunkConsumed):
+                ran.consumed[event.request_id] = ran.consumed.get(event.request_id, 0) + 1
             ran.last[event.request_id] = event
         stage.check_integrity()
     return ran

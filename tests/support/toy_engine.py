@@ -14,19 +14,11 @@ from typing import Any
 import torch
 
 from vllm_omni import registry
-from vllm_omni.config.graph import build_graph
 from vllm_omni.config.schema import OmniConfig, SchedulerConfig, StageConfig
-from vllm_omni.engine.base import (
-    EngineContext,
-    MemoryPlan,
-    StageDone,
-    StageEngine,
-    StageEvent,
-    StageFailed,
-    StageProgress,
-    StageTask,
-)
+from vllm_omni.engine.base import Activity, EngineContext, MemoryPlan, ReadPorts, StageEngine, StageSpec
 from vllm_omni.errors import InvalidRequestError, ResourceError
+from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageProgress, StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec, TextSpec
 from vllm_omni.request import OmniRequest
@@ -70,33 +62,23 @@ class Work:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-class ToyEngine(StageEngine):
-    """One step for every task per call. A task's `do` makes it misbehave:
-
-    reject (in check), reject_bug, fail, raise (from step), raise_once, lose (forgotten without an event), hang (no more
-    events), interrupt (Ctrl-C, once), no_output, bad_image.
-    """
+class ToySpec(StageSpec):
+    """A task's `do` may be reject or reject_bug, which `check` does."""
 
     options_type = ToyOptions
     params_type: type[Any] = TextParams
+    engine_type: type[Any]
 
-    def __init__(self, stage: StageConfig, context: EngineContext) -> None:
-        options: ToyOptions = stage.options
-        if options.fails_to_load:
-            raise RuntimeError("weights are on fire")
-        self.stage = stage
-        self.options = options
-        self.wanted = context.wanted
-        self.work: dict[str, Work] = {}
-        self.num_steps = 0
-        self.max_batch = 0
-        self.raised: set[str] = set()
+    def load(self, context: EngineContext) -> StageEngine:
+        return self.engine_type(self, context)
 
-    @classmethod
-    def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
-        return MemoryPlan(weights_bytes=stage.options.weights_bytes)
+    def plan_memory(self) -> MemoryPlan:
+        return MemoryPlan(weights_bytes=self.stage.options.weights_bytes)
 
-    def check(self, request: OmniRequest, params: Any) -> None:
+    def weights_key(self) -> tuple[str, ...]:
+        return (self.stage.kind, self.stage.model or f"of {self.stage.name} alone")
+
+    def check(self, request: OmniRequest, params: Any, reads: ReadPorts) -> None:
         if params.do == "reject":
             raise InvalidRequestError("do: got 'reject', expected something else")
         if params.do == "reject_bug":
@@ -104,8 +86,28 @@ class ToyEngine(StageEngine):
         if params.steps is not None and params.steps > 1000:
             raise ResourceError(f"steps: got {params.steps}, expected at most 1000")
 
-    def job_size(self, request: OmniRequest, params: Any) -> float:
+    def job_size(self, request: OmniRequest, params: Any, prepared: object) -> float:
         return float(params.steps or 2)
+
+
+class ToyEngine(StageEngine):
+    """One step for every task per call. A task's `do` makes it misbehave:
+
+    fail, raise (from step), raise_once, lose (forgotten without an event), hang (no more
+    events), interrupt (Ctrl-C, once), no_output, bad_image.
+    """
+
+    def __init__(self, spec: StageSpec, context: EngineContext) -> None:
+        options: ToyOptions = spec.stage.options
+        if options.fails_to_load:
+            raise RuntimeError("weights are on fire")
+        self.stage = spec.stage
+        self.options = options
+        self.wanted = context.reads.whole
+        self.work: dict[str, Work] = {}
+        self.num_steps = 0
+        self.max_batch = 0
+        self.raised: set[str] = set()
 
     def submit(self, task: StageTask) -> None:
         if task.request_id in self.work:
@@ -124,15 +126,15 @@ class ToyEngine(StageEngine):
     def abort(self, request_id: str) -> None:
         self.work.pop(request_id, None)
 
-    def has_work(self) -> bool:
-        return bool(self.work)
+    def activity(self) -> Activity:
+        return Activity.BUSY if self.work else Activity.IDLE
 
     def get_stats(self) -> dict[str, Any]:
         return {"steps": self.num_steps, "max_batch": self.max_batch}
 
     def check_integrity(self) -> None:
         if self.options.is_broken:
-            raise RuntimeError("the books do not add up")
+            raise RuntimeError("the counts do not add up")
 
     def _advance(self, request_id: str, work: Work) -> list[StageEvent]:
         params: Any = work.task.params
@@ -175,17 +177,6 @@ class ToyEngine(StageEngine):
 class TextEngine(ToyEngine):
     """Repeats the prompt once per step; its states are the letters' codes. Reads another's words where connected."""
 
-    params_type = TextParams
-
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        outputs = {"text": TextSpec(), "states": TensorSpec(("T", WIDTH))}
-        return StageSignature({"words": TextSpec()}, outputs, results=frozenset({"text"}))
-
-    @classmethod
-    def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
-        return f"{task.inputs.get('words')}|{task.request.prompt}|{task.params}" if "text" not in stage.name else None
-
     def words(self, work: Work) -> str:
         return self._prompt(work.task)
 
@@ -203,19 +194,6 @@ class TextEngine(ToyEngine):
 class PictureEngine(ToyEngine):
     """A plain picture, grey as the mean of the states it read plus the seed, and its latents."""
 
-    params_type = PictureParams
-
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        states = TensorSpec(("T", WIDTH))
-        outputs = {"image": TensorSpec(("n", "H", "W", 3)), "latents": TensorSpec(("n", WIDTH))}
-        inputs = {"states": states, "guide": states}
-        return StageSignature(inputs, outputs, frozenset({"states"}), results=frozenset({"image"}))
-
-    @classmethod
-    def needed_inputs(cls, stage: StageConfig, request: OmniRequest, params: Any) -> frozenset[str]:
-        return frozenset(stage.inputs) if params.guided else frozenset({"states"})
-
     def make(self, task: StageTask) -> StagePayload:
         params: Any = task.params
         mean = torch.cat([states.mean(0, keepdim=True) for _, states in sorted(task.inputs.items())]).mean()
@@ -229,9 +207,41 @@ class PictureEngine(ToyEngine):
         return StagePayload(task.request_id, self.stage.name, wanted)
 
 
+class TextSpecimen(ToySpec):
+    """Of a TextEngine."""
+
+    engine_type = TextEngine
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        outputs = {"text": TextSpec(), "states": TensorSpec(("T", WIDTH))}
+        self.signature = StageSignature({"words": TextSpec()}, outputs, results=frozenset({"text"}))
+
+    def cache_key(self, task: StageTask) -> str | None:
+        key = f"{task.inputs.get('words')}|{task.request.prompt}|{task.params}"
+        return key if "text" not in self.stage.name else None
+
+
+class PictureSpecimen(ToySpec):
+    """Of a PictureEngine."""
+
+    params_type = PictureParams
+    engine_type = PictureEngine
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        states = TensorSpec(("T", WIDTH))
+        outputs = {"image": TensorSpec(("n", "H", "W", 3)), "latents": TensorSpec(("n", WIDTH))}
+        inputs = {"states": states, "guide": states}
+        self.signature = StageSignature(inputs, outputs, frozenset({"states"}), results=frozenset({"image"}))
+
+    def needed_inputs(self, request: OmniRequest, params: Any) -> frozenset[str]:
+        return frozenset(self.stage.inputs) if params.guided else frozenset({"states"})
+
+
 def register_toys() -> None:
-    registry.register("stage kind", "toy_text", "support.toy_engine:TextEngine")
-    registry.register("stage kind", "toy_picture", "support.toy_engine:PictureEngine")
+    registry.register("stage kind", "toy_text", "support.toy_engine:TextSpecimen")
+    registry.register("stage kind", "toy_picture", "support.toy_engine:PictureSpecimen")
 
 
 def toy_stage(name: str, kind: str, inputs: Mapping[str, str] | None = None, **options: Any) -> StageConfig:
@@ -255,7 +265,7 @@ def toy_config(**changes: Any) -> OmniConfig:
         "scheduler": SchedulerConfig(),
     }
     config = OmniConfig(**{**defaults, **changes})
-    build_graph(config)
+    Pipeline(config)
     return config
 
 

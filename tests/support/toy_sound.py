@@ -7,13 +7,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support.toy_engine import TextParams, ToyEngine, ToyOptions, Work, toy_config, toy_stage
-from support.toy_stream import ROWS, Voice, stream_config, streamed
+from support.toy_engine import ToyEngine, ToySpec, Work, toy_config, toy_stage
+from support.toy_stream import ROWS, StreamSpec, Voice, stream_config, streamed
 from support.toy_stream import Work as StreamWork
 
 from vllm_omni import registry
-from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.engine.base import StageDone, StageEvent, StageRows, StageTask
+from vllm_omni.config.schema import OmniConfig
+from vllm_omni.messages import StageDone, StageEvent, StageRows, StageTask
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec
 
 RATE = 16_000
@@ -34,15 +34,6 @@ class SoundEngine(ToyEngine):
     """The toy text's parameters; each step adds rows to the port "audio". `do` may be flat_rows, no_rate, nan_rows too:
     pieces that are no sound; other_port: rows that are not for the caller.
     """
-
-    options_type = ToyOptions
-    params_type = TextParams
-
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        outputs = {"audio": TensorSpec((1, 2, "n")), "codes": TensorSpec(("T",))}
-        streamed = frozenset(outputs)
-        return StageSignature(outputs=outputs, results=frozenset({"audio"}), streamed_outputs=streamed)
 
     def _advance(self, request_id: str, work: Work) -> list[StageEvent]:
         do = work.task.params.do  # type: ignore[attr-defined]
@@ -68,17 +59,6 @@ class SoundEngine(ToyEngine):
 class SpeakerEngine(Voice):
     """The sound of a code is the code itself, [i, i] steps high; misbehaves as Voice."""
 
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        return StageSignature(
-            inputs={"codes": ROWS},
-            outputs={"audio": TensorSpec((1, 2, "n"))},
-            required_inputs=frozenset({"codes"}),
-            results=frozenset({"audio"}),
-            streamed_inputs=frozenset({"codes"}),
-            streamed_outputs=frozenset({"audio"}),
-        )
-
     def advance(self, request_id: str, work: StreamWork, params: Any) -> list[StageEvent]:
         return [self._as_sound(event) for event in super().advance(request_id, work, params)]
 
@@ -93,9 +73,34 @@ class SpeakerEngine(Voice):
         return StageRows(event.request_id, "audio", event.rows * SCALE, meta={"sample_rate": RATE})
 
 
+class SoundSpec(ToySpec):
+    """Of a SoundEngine."""
+
+    engine_type = SoundEngine
+    signature = StageSignature(
+        outputs={"audio": TensorSpec((1, 2, "n")), "codes": TensorSpec(("T",))},
+        results=frozenset({"audio"}),
+        streamed_outputs=frozenset({"audio", "codes"}),
+    )
+
+
+class SpeakerSpec(StreamSpec):
+    """Of a SpeakerEngine."""
+
+    engine_type = SpeakerEngine
+    signature = StageSignature(
+        inputs={"codes": ROWS},
+        outputs={"audio": TensorSpec((1, 2, "n"))},
+        required_inputs=frozenset({"codes"}),
+        results=frozenset({"audio"}),
+        streamed_inputs=frozenset({"codes"}),
+        streamed_outputs=frozenset({"audio"}),
+    )
+
+
 def register_sound() -> None:
-    registry.register("stage kind", "toy_sound", "support.toy_sound:SoundEngine")
-    registry.register("stage kind", "toy_speaker", "support.toy_sound:SpeakerEngine")
+    registry.register("stage kind", "toy_sound", "support.toy_sound:SoundSpec")
+    registry.register("stage kind", "toy_speaker", "support.toy_sound:SpeakerSpec")
 
 
 def speech_config(step_s: float = 0.0, **changes: Any) -> OmniConfig:

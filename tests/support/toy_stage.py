@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from vllm_omni import registry
-from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.engine.base import EngineContext, MemoryPlan, StageDone, StageEngine, StageEvent, StageTask
+from vllm_omni.engine.base import Activity, EngineContext, MemoryPlan, ReadPorts, StageEngine, StageSpec
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.messages import StageDone, StageEvent, StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec, TextSpec
-from vllm_omni.request import Completion, OmniRequest
+from vllm_omni.request import OmniRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +64,33 @@ class ToyParams(StageParams):
             raise InvalidRequestError(f"repeat: got {self.repeat}, expected 1 to 9")
 
 
+class ToySpec(StageSpec):
+    """What both kinds share."""
+
+    params_type = ToyParams
+    engine_type: type[ToyEngine]
+
+    def load(self, context: EngineContext) -> StageEngine:
+        return self.engine_type(self, context)
+
+    def plan_memory(self) -> MemoryPlan:
+        return MemoryPlan(weights_bytes=3 << 20, kv_pool_bytes=1 << 20, activation_bytes=512 << 10)
+
+    def weights_key(self) -> tuple[str, ...]:
+        return (self.stage.kind, self.stage.model or f"of {self.stage.name} alone")
+
+    def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
+        if not isinstance(request.prompt, str):
+            raise InvalidRequestError("prompt: expected text")
+
+
 class ToyEngine(StageEngine):
     """One submitted task is done per step; subclasses say what is done."""
 
-    params_type = ToyParams
-
-    def __init__(self, stage: StageConfig, context: EngineContext) -> None:
-        self.stage = stage
+    def __init__(self, spec: StageSpec, context: EngineContext) -> None:
+        self.stage = spec.stage
         self.context = context
         self._tasks: list[StageTask] = []
-
-    @classmethod
-    def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
-        return MemoryPlan(weights_bytes=3 << 20, kv_pool_bytes=1 << 20, activation_bytes=512 << 10)
-
-    def check(self, request: OmniRequest, params: StageParams) -> None:
-        if not isinstance(request.prompt, str):
-            raise InvalidRequestError("prompt: expected text")
 
     def submit(self, task: StageTask) -> None:
         self._tasks.append(task)
@@ -97,53 +107,60 @@ class ToyEngine(StageEngine):
     def abort(self, request_id: str) -> None:
         self._tasks = [task for task in self._tasks if task.request_id != request_id]
 
-    def has_work(self) -> bool:
-        return bool(self._tasks)
+    def activity(self) -> Activity:
+        return Activity.BUSY if self._tasks else Activity.IDLE
 
     def _payload(self, task: StageTask, text: str) -> StagePayload:
         tensors = {}
-        if "states" in self.context.wanted:
+        if "states" in self.context.reads.whole:
             tensors["states"] = torch.ones(len(text.split()), self.stage.options.width)
-        completion = Completion(text=text, token_ids=(), finish_reason="stop")
+        completion = {"text": text, "token_ids": [], "finish_reason": "stop"}
         return StagePayload(task.request_id, self.stage.name, tensors, {"text": text, "completions": [completion]})
 
 
 class EchoStage(ToyEngine):
-    options_type = EchoOptions
-
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        if stage.model is not None and not stage.model.startswith("toy"):
-            raise ConfigError(f"model: got {stage.model!r}, expected a toy")
-        if stage.options.width > 4096:
-            raise ConfigError(f"width: got {stage.options.width}, expected at most 4096")
-        outputs = {"text": TextSpec(), "states": TensorSpec(("T", stage.options.width))}
-        return StageSignature(outputs=outputs, results=frozenset({"text"}))
-
     def say(self, task: StageTask) -> str:
         return " ".join([str(task.request.prompt)] * (task.params.repeat or 1))
 
 
 class UpperStage(ToyEngine):
-    options_type = UpperOptions
+    def say(self, task: StageTask) -> str:
+        return str(task.inputs["text"]).upper()
 
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        return StageSignature(
-            inputs={"text": TextSpec(), "states": TensorSpec(("T", stage.options.width))},
+
+class EchoSpec(ToySpec):
+    options_type = EchoOptions
+    engine_type = EchoStage
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        stage = self.stage
+        if stage.model is not None and not stage.model.startswith("toy"):
+            raise ConfigError(f"model: got {stage.model!r}, expected a toy")
+        if stage.options.width > 4096:
+            raise ConfigError(f"width: got {stage.options.width}, expected at most 4096")
+        outputs = {"text": TextSpec(), "states": TensorSpec(("T", stage.options.width))}
+        self.signature = StageSignature(outputs=outputs, results=frozenset({"text"}))
+
+
+class UpperSpec(ToySpec):
+    options_type = UpperOptions
+    engine_type = UpperStage
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.signature = StageSignature(
+            inputs={"text": TextSpec(), "states": TensorSpec(("T", self.stage.options.width))},
             outputs={"text": TextSpec()},
             required_inputs=frozenset({"text"}),
             results=frozenset({"text"}),
         )
 
-    def say(self, task: StageTask) -> str:
-        return str(task.inputs["text"]).upper()
-
 
 def register_toys() -> None:
     """Adds the rows; may be called twice."""
-    registry.register("stage kind", "echo", f"{__name__}:EchoStage")
-    registry.register("stage kind", "upper", f"{__name__}:UpperStage")
+    registry.register("stage kind", "echo", f"{__name__}:EchoSpec")
+    registry.register("stage kind", "upper", f"{__name__}:UpperSpec")
 
 
 TOY_YAML = """\

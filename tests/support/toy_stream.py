@@ -15,23 +15,20 @@ from torch import Tensor
 
 from vllm_omni import registry
 from vllm_omni.config.loader import load_config
-from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.engine.base import (
-    EngineContext,
-    MemoryPlan,
+from vllm_omni.config.schema import OmniConfig
+from vllm_omni.engine.base import Activity, EngineContext, StageEngine, StageSpec
+from vllm_omni.errors import StageError
+from vllm_omni.messages import (
+    ChunkConsumed,
     StageDone,
-    StageEngine,
     StageEvent,
     StageFailed,
     StageProgress,
     StageRows,
     StageTask,
-    StageTook,
 )
-from vllm_omni.errors import StageError
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StageSignature, StreamChunk, TensorSpec
-from vllm_omni.request import OmniRequest
 
 WIDTH = 2
 ROWS = TensorSpec(("T", WIDTH))
@@ -69,28 +66,29 @@ class Work:
         return sum(map(len, self.made))
 
 
-class StreamEngine(StageEngine):
-    """What writer and voice share. chunks: all that was ever given, by request. events: all that was ever told."""
+class StreamSpec(StageSpec):
+    """What the specs of writer and voice share."""
 
     options_type = StreamOptions
     params_type: type[Any] = StreamParams
+    engine_type: type[StreamEngine]
 
-    def __init__(self, stage: StageConfig, context: EngineContext) -> None:
-        self.stage = stage
+    def load(self, context: EngineContext) -> StageEngine:
+        return self.engine_type(self, context)
+
+    def cache_key(self, task: StageTask) -> str | None:
+        return self.stage.options.name
+
+
+class StreamEngine(StageEngine):
+    """What writer and voice share. chunks: all that was ever given, by request. events: all that was ever told."""
+
+    def __init__(self, spec: StageSpec, context: EngineContext) -> None:
+        self.stage = spec.stage
         self.context = context
         self.work: dict[str, Work] = {}
         self.chunks: dict[str, list[StreamChunk]] = {}
         self.log: list[tuple[str, str]] = []
-
-    @classmethod
-    def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
-        return MemoryPlan()
-
-    def check(self, request: OmniRequest, params: Any) -> None: ...
-
-    @classmethod
-    def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
-        return stage.options.name
 
     def submit(self, task: StageTask) -> None:
         self.work[task.request_id] = Work(task)
@@ -114,8 +112,8 @@ class StreamEngine(StageEngine):
     def abort(self, request_id: str) -> None:
         self.work.pop(request_id, None)
 
-    def has_work(self) -> bool:
-        return any(self.can_go_on(work) for work in self.work.values())
+    def activity(self) -> Activity:
+        return Activity.BUSY if any(self.can_go_on(work) for work in self.work.values()) else Activity.IDLE
 
     def can_go_on(self, work: Work) -> bool:
         raise NotImplementedError
@@ -125,7 +123,7 @@ class StreamEngine(StageEngine):
 
     def finish(self, request_id: str, port: str) -> StageDone:
         made = self.work.pop(request_id).made
-        whole = {port: torch.cat(made)} if made and port in self.context.wanted else {}
+        whole = {port: torch.cat(made)} if made and port in self.context.reads.whole else {}
         return StageDone(StagePayload(request_id, self.stage.name, whole), {"steps": 1})
 
     def fail(self, request_id: str) -> list[StageEvent]:
@@ -138,11 +136,6 @@ class Writer(StreamEngine):
     (busy, but no rows after two), deaf (to pauses), whole (no rows, all in the payload), empty (a last without rows),
     ends (says which row is the last).
     """
-
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        ports = {"codes": ROWS, "summary": ROWS}
-        return StageSignature({}, ports, results=frozenset({"codes"}), streamed_outputs=frozenset({"codes"}))
 
     def can_go_on(self, work: Work) -> bool:
         return not work.is_paused or work.task.params.do == "deaf"  # type: ignore[attr-defined]
@@ -158,7 +151,7 @@ class Writer(StreamEngine):
         stop = min(num_rows, start + (params.per_step or 1))
         work.made.append(torch.arange(start, stop)[:, None].expand(-1, WIDTH).contiguous())
         events: list[StageEvent] = [StageProgress(request_id, stop, num_rows)]
-        if "codes" in self.context.streamed and params.do != "whole":
+        if "codes" in self.context.reads.streamed and params.do != "whole":
             events.append(StageRows(request_id, "codes", work.made[-1], params.do == "ends" and stop == num_rows))
         return events
 
@@ -191,17 +184,6 @@ class Voice(StreamEngine):
     chunks), fail (after one chunk), raise_pause, lose (done with the last chunk and yet silent).
     """
 
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        return StageSignature(
-            inputs={"codes": ROWS, "summary": ROWS},
-            outputs={"sound": ROWS},
-            required_inputs=frozenset({"codes"}),
-            results=frozenset({"sound"}),
-            streamed_inputs=frozenset({"codes"}),
-            streamed_outputs=frozenset({"sound"}),
-        )
-
     def submit(self, task: StageTask) -> None:
         super().submit(task)
         self._give(task.request_id, task.inputs["codes"])
@@ -224,8 +206,8 @@ class Voice(StreamEngine):
         if work.step % (params.every or 1):
             return [StageProgress(request_id, work.step, 0)]
         chunk = work.chunks.popleft()
-        took = StageTook(request_id, "summary" if params.do == "takes_other" else "codes")
-        events: list[StageEvent] = [took] * (9 if params.do == "takes_twice" else 1)
+        consumed = ChunkConsumed(request_id, "summary" if params.do == "takes_other" else "codes")
+        events: list[StageEvent] = [consumed] * (9 if params.do == "takes_twice" else 1)
         if len(chunk.new_rows):
             work.made.append(chunk.new_rows * 10)
             events.append(StageRows(request_id, "sound", work.made[-1]))
@@ -242,10 +224,35 @@ class Voice(StreamEngine):
         self.chunks.setdefault(request_id, []).append(chunk)
 
 
+class WriterSpec(StreamSpec):
+    """Of a Writer."""
+
+    engine_type = Writer
+    signature = StageSignature(
+        outputs={"codes": ROWS, "summary": ROWS},
+        results=frozenset({"codes"}),
+        streamed_outputs=frozenset({"codes"}),
+    )
+
+
+class VoiceSpec(StreamSpec):
+    """Of a Voice."""
+
+    engine_type = Voice
+    signature = StageSignature(
+        inputs={"codes": ROWS, "summary": ROWS},
+        outputs={"sound": ROWS},
+        required_inputs=frozenset({"codes"}),
+        results=frozenset({"sound"}),
+        streamed_inputs=frozenset({"codes"}),
+        streamed_outputs=frozenset({"sound"}),
+    )
+
+
 def register_streams() -> None:
     """Adds the rows; may be called twice."""
-    registry.register("stage kind", "toy_writer", f"{__name__}:Writer")
-    registry.register("stage kind", "toy_voice", f"{__name__}:Voice")
+    registry.register("stage kind", "toy_writer", f"{__name__}:WriterSpec")
+    registry.register("stage kind", "toy_voice", f"{__name__}:VoiceSpec")
 
 
 def stream_config(

@@ -9,10 +9,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vllm_omni import registry
-from vllm_omni.config.builder import under
 from vllm_omni.config.condition import Condition
-from vllm_omni.config.document import STAGE_KEYS, check_stage_name
+from vllm_omni.config.document import check_stage_name
 from vllm_omni.config.schema import OmniConfig, StageConfig, StreamConfig
 from vllm_omni.errors import ConfigError
 from vllm_omni.payload import PortSpec, StageSignature, TensorSpec, TextSpec
@@ -109,7 +107,7 @@ class StageGraph:
     def demand(self, needed: Callable[[str], frozenset[str]]) -> Mapping[str, frozenset[str]]:
         """Which stages run for one request, in topological order, and which of their connected inputs they read.
 
-        needed: stage -> the input ports that the request makes it read (StageEngine.needed_inputs), asked of running
+        needed: stage -> the input ports that the request makes it read (StageSpec.needed_inputs), asked of running
         stages alone. A stage runs when `outputs` lists it or when a running stage reads one of its edges.
         """
         reads: dict[str, frozenset[str]] = {}
@@ -162,25 +160,6 @@ class StageGraph:
             if any(edge.target in found for edge in self._from[stage]):
                 found.add(stage)
         return frozenset(found)
-
-
-def build_graph(config: OmniConfig) -> StageGraph:
-    """The graph of a configuration; reads the stages' model configuration files, never weights."""
-    try:
-        signatures = {name: _signature(stage) for name, stage in config.stages.items()}
-        return StageGraph(config.stages, signatures, config.outputs)
-    except ConfigError as error:
-        raise ConfigError(f"config {config.name!r}: {error}") from error
-
-
-def _signature(stage: StageConfig) -> StageSignature:
-    engine = registry.resolve("stage kind", stage.kind)
-    try:
-        signature: StageSignature = engine.signature(stage)
-    except ConfigError as error:
-        known = STAGE_KEYS | {field.name for field in dataclasses.fields(engine.options_type)}
-        raise ConfigError(under(f"stages.{stage.name}", str(error), known)) from error
-    return signature
 
 
 def _read_edges(stages: Mapping[str, StageConfig], signatures: Mapping[str, StageSignature]) -> list[Edge]:

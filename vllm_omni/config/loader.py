@@ -133,7 +133,8 @@ def _build_stage(name: str, section: Mapping[str, Any], document: ConfigDocument
     own = {item: value for item, value in section.items() if item not in STAGE_KEYS}
     values = {"device": document.device, "dtype": document.dtype, **common, "name": name}
     stage = build(StageConfig, {**values, "options": build(options_type, own, key)}, key)
-    _registered("executor", stage.executor, f"{key}.executor")
+    if stage.executor != "auto":
+        _registered("executor", stage.executor, f"{key}.executor")
     convert(DType, stage.dtype, f"{key}.dtype")
     if not _DEVICE.fullmatch(stage.device):
         raise ConfigError(f"{key}.device: got {stage.device!r}, expected auto, cpu, cuda, cuda:N or mps")

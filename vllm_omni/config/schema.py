@@ -151,7 +151,7 @@ class StageConfig:
     model: str | None = None
     inputs: Mapping[str, EdgeLike] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    executor: str = "inline"
+    executor: str = "auto"  # "auto" (a thread each where stages are on several devices), or a row of the registry
     device: str = "auto"
     dtype: str = "auto"
     options: Any = None

@@ -11,11 +11,18 @@ from vllm_omni.utils.files import read_json
 
 _BY_PIPELINE = {"AceStepPipeline": "ace_step", "StableAudioPipeline": "stable_audio", "ZImagePipeline": "z_image"}
 _BY_ARCHITECTURE = {
+    "LlamaForCausalLM": "language_model",
+    "Qwen2ForCausalLM": "language_model",
     "Qwen2_5OmniForConditionalGeneration": "qwen_omni",
     "Qwen2_5OmniModel": "qwen_omni",
     "Qwen3ForCausalLM": "qwen3",
 }
-_BY_MODEL_TYPE = {"qwen2_5_omni": "qwen_omni", "qwen3": "qwen3"}
+_BY_MODEL_TYPE = {
+    "llama": "language_model",
+    "qwen2": "language_model",
+    "qwen2_5_omni": "qwen_omni",
+    "qwen3": "qwen3",
+}
 
 
 def supported_checkpoints() -> dict[str, str]:

@@ -75,6 +75,7 @@ class StageSpec(ABC):
     params_type: ClassVar[type[StageParams]]  # what requests use for it
 
     stage: StageConfig
+    limits: LimitsConfig
     signature: StageSignature
     request_keys: frozenset[str] = frozenset()  # the keys of `OmniRequest.fields` that it reads and answers for
     reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
@@ -84,27 +85,28 @@ class StageSpec(ABC):
         """The spec of one stage; ConfigError, without the stage's name, for what is wrong with it."""
         return cls(stage, config, folders)
 
-    @abstractmethod
     def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
-        """Resolves the model folder and reads its configuration: nobody does either again."""
-
-    @abstractmethod
-    def plan_memory(self) -> MemoryPlan:
-        """What the stage will hold."""
-
-    @abstractmethod
-    def weights_key(self) -> tuple[str, ...]:
-        """What two stages must have in common to share their weights."""
-
-    @abstractmethod
-    def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> Any:
-        """What the request means to this stage (tokens, media plans), kept for its task; InvalidRequestError (or
-        ResourceError) for a request that the stage could not run. params: with their defaults.
-        """
+        """A stage with a model resolves its folder and reads its configuration here: nobody does either again."""
+        self.stage = stage
+        self.limits = config.limits
 
     @abstractmethod
     def load(self, context: EngineContext) -> StageEngine:
         """The engine, its weights loaded."""
+
+    def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> Any:
+        """What the request means to this stage (tokens, media plans), kept for its task; InvalidRequestError (or
+        ResourceError) for a request that the stage could not run. params: with their defaults.
+        """
+        return None
+
+    def plan_memory(self) -> MemoryPlan:
+        """What the stage will hold."""
+        return MemoryPlan()
+
+    def weights_key(self) -> tuple[str, ...]:
+        """What two stages must have in common to share their weights."""
+        return (self.stage.kind, f"of {self.stage.name} alone")
 
     def needed_inputs(self, request: OmniRequest, params: StageParams) -> frozenset[str]:
         """The connected input ports that a request reads; others are not computed for it."""

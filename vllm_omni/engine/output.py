@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from vllm_omni.core.routing.request_state import RequestEnd
-from vllm_omni.engine.base import StageProgress, StageRows
 from vllm_omni.engine.boundary import let_go, stage_boundary
 from vllm_omni.errors import InvalidRequestError, OmniError, StageError
 from vllm_omni.media.audio import Audio
+from vllm_omni.messages import StageProgress, StageRows
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
 
@@ -75,8 +75,8 @@ class PartialOutputs:
 
 
 def make_result(payload: StagePayload) -> StageResult:
-    """Text from meta "completions" (Completions, or their fields; else a bare "text"), images from the tensor "image",
-    sounds from the tensor "audio" and meta "sample_rate".
+    """Text from meta "completions" (the fields of a Completion each; else a bare "text"), images from the tensor
+    "image", sounds from the tensor "audio" and meta "sample_rate".
 
     image: uint8 [N, H, W, 3]. audio: floating [N, channels, n].
     """
@@ -142,13 +142,12 @@ def _output_of(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
     )
 
 
-def _completion(item: Completion | Mapping[str, Any]) -> Completion:
-    if isinstance(item, Completion):
-        return item
+def _completion(item: Mapping[str, Any]) -> Completion:
+    """logprobs: for every position its [token, log probability] pairs."""
     logprobs = item.get("logprobs")
     return Completion(
         text=item["text"],
         token_ids=tuple(item.get("token_ids", ())),
         finish_reason=item.get("finish_reason"),
-        logprobs=None if logprobs is None else tuple(logprobs),
+        logprobs=None if logprobs is None else tuple(dict(position) for position in logprobs),
     )

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.schema import OmniConfig, StreamConfig
 from vllm_omni.core.routing.budgets import GIB, MIB, format_bytes
-from vllm_omni.engine.base import MemoryPlan, StageEngine
+from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.entrypoints.text_table import aligned
-from vllm_omni.registry import resolve
+from vllm_omni.executor.pipeline import Pipeline
 
 
-def describe(config: OmniConfig, graph: StageGraph, plans: Mapping[str, MemoryPlan]) -> str:
-    """The whole report, as lines of plain text. config, plans: of the stages that are loaded."""
+def describe(pipeline: Pipeline, plans: Mapping[str, MemoryPlan]) -> str:
+    """The whole report, as lines of plain text. plans: of `plan_memory`."""
+    config, graph = pipeline.config, pipeline.graph
     model = f"  {config.model}" if config.model else ""
-    notes, memory = _notes(config), _memory(config, plans)
+    notes, memory = _notes(pipeline), _memory(config, plans)
     drawing = [*draw_graph(config, graph), *_idle(graph)]
     return "\n".join([f"{config.name}{model}", "", *drawing, "", "Ports", *_ports(graph), "", *notes, *memory])
 
@@ -157,9 +158,8 @@ def _readers(graph: StageGraph, stage: str, port: str) -> Iterable[str]:
         yield "=> tensor"
 
 
-def _notes(config: OmniConfig) -> list[str]:
-    engines: dict[str, type[StageEngine]] = {n: resolve("stage kind", s.kind) for n, s in config.stages.items()}
-    notes = {name: engine.note(config.stages[name]) for name, engine in engines.items()}
+def _notes(pipeline: Pipeline) -> list[str]:
+    notes = {name: spec.note() for name, spec in pipeline.specs.items()}
     rows = [(name, note) for name, note in notes.items() if note]
     return ["Notes", *aligned(rows), ""] if rows else []
 

@@ -194,14 +194,9 @@ def stage_params(config: OmniConfig, flags: Mapping[str, Any]) -> dict[str, Stag
 
     Raises InvalidRequestError for a flag that no stage takes.
     """
-    from vllm_omni import registry
-    from vllm_omni.config.graph import build_graph
+    from vllm_omni.executor.pipeline import Pipeline
 
-    types = {
-        name: registry.resolve("stage kind", config.stages[name].kind).params_type
-        for name, signature in build_graph(config).signatures.items()
-        if signature.results
-    }
+    types = {name: spec.params_type for name, spec in Pipeline(config).specs.items() if spec.signature.results}
     fields = {name: {field.name for field in dataclasses.fields(params_type)} for name, params_type in types.items()}
     given: dict[str, dict[str, Any]] = {}
     for flag, candidates in PARAM_FLAGS.items():
@@ -228,17 +223,15 @@ def _report(outputs: Sequence[OmniOutput], args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from vllm_omni.config.graph import build_graph
     from vllm_omni.config.loader import load_config
     from vllm_omni.entrypoints.check import describe
     from vllm_omni.executor.memory import plan_memory, reserve_memory
+    from vllm_omni.executor.pipeline import Pipeline
 
-    config = load_config(args.config, args.set, args.model)
-    graph = build_graph(config)
-    config = graph.without_idle(config)
-    plans = plan_memory(config)
-    print(describe(config, graph, plans))
-    reserve_memory(config, plans)
+    pipeline = Pipeline(load_config(args.config, args.set, args.model))
+    plans = plan_memory(pipeline)
+    print(describe(pipeline, plans))
+    reserve_memory(pipeline.config, plans)
     return 0
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.config.graph import build_graph
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.config.shipped import config_for_model
 from vllm_omni.errors import ConfigError
 from vllm_omni.executor.omni_executor import OmniExecutor
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.files import resolve_model_folder
 
 ConfigLike = str | Path | Mapping[str, Any] | OmniConfig
@@ -52,5 +52,4 @@ def resolve_config(
 
 def load_executor(config: OmniConfig) -> OmniExecutor:
     """Every stage loaded; ConfigError, CheckpointError or ResourceError when that cannot be."""
-    config.validate()
-    return OmniExecutor(config, build_graph(config))
+    return OmniExecutor(Pipeline(config))

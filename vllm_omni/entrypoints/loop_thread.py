@@ -1,5 +1,6 @@
 """One thread that runs an OmniExecutor's loop, and the only one that touches it. Knows no asyncio.
 
+Requests are planned (prompts tokenised, headers of media read) in another thread, so that nobody's tokens wait for it.
 Every request gets exactly one final output, also when the loop stops or dies.
 """
 
@@ -9,10 +10,12 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from vllm_omni.core.routing.request_plan import RequestPlan
+from vllm_omni.engine.boundary import describe
 from vllm_omni.entrypoints.prompts import rejected
 from vllm_omni.errors import OmniError, SchedulerError
 from vllm_omni.executor.omni_executor import OmniExecutor
@@ -33,8 +36,7 @@ class _Command:
 class LoopThread:
     """All methods return at once and may be called from any thread.
 
-    A `deliver` is called with each output of its request, in the loop's thread (in the caller's, once that has ended).
-    finished: done when the thread has ended. cause_of_death: what broke the loop, or None.
+    A `deliver` is called with each output of its request, in the loop's thread (in another, once that has ended).
     """
 
     def __init__(self, executor: OmniExecutor) -> None:
@@ -42,10 +44,11 @@ class LoopThread:
         self._commands: deque[_Command] = deque()
         self._wake = threading.Condition()
         self._delivers: dict[str, Deliver] = {}
+        self._planning = ThreadPoolExecutor(1, thread_name_prefix="omni-planning")
         self._is_stopping = False
         self._has_ended = False
-        self.cause_of_death: BaseException | None = None
-        self.finished: Future[None] = Future()
+        self.cause_of_death: BaseException | None = None  # what broke the loop
+        self.finished: Future[None] = Future()  # done when the thread has ended
         self._thread = threading.Thread(target=self._main, name="omni-loop", daemon=True)
         self._thread.start()
 
@@ -55,14 +58,19 @@ class LoopThread:
 
     def submit(self, request: OmniRequest, deliver: Deliver, *, stream: bool) -> None:
         """Adds a request; whatever refuses it is delivered as a REJECTED output."""
-        self._send(
-            lambda: self._add(request, deliver, stream),
-            lambda error: self._hand_over(deliver, rejected(request.request_id, error)),
-        )
+
+        def plan_and_send() -> None:
+            plan = self._plan(request)
+            self._send(
+                lambda: self._add(request, plan, deliver, stream),
+                lambda error: self._hand_over(deliver, rejected(request.request_id, error)),
+            )
+
+        self._in_order(plan_and_send)
 
     def abort(self, request_id: str, deliver: Deliver | None = None) -> None:
         """Aborts a request; with `deliver`, only the one that was submitted with it."""
-        self._send(lambda: self._abort(request_id, deliver))
+        self._in_order(lambda: self._send(lambda: self._abort(request_id, deliver)))
 
     def run(self, function: Callable[[OmniExecutor], T]) -> Future[T]:
         """Calls `function` with the executor between two steps."""
@@ -84,13 +92,30 @@ class LoopThread:
 
     def stop(self, drain: bool) -> None:
         """Ends the thread: once every admitted request is done, or (without `drain`) at once, aborting them."""
-        self._send(lambda: self._stop(drain))
+        self._in_order(lambda: self._send(lambda: self._stop(drain)))
+
+    def _in_order(self, function: Callable[[], None]) -> None:
+        """Runs behind the requests that are planned at the moment: what was asked for first comes first."""
+        try:
+            self._planning.submit(function)
+        except RuntimeError:  # the loop has ended, and refuses
+            function()
+
+    def _plan(self, request: OmniRequest) -> RequestPlan | OmniError:
+        try:
+            return self._executor.plan(request)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            failed = SchedulerError(f"request {request.request_id!r} could not be planned: {describe(error)}")
+            failed.__cause__ = error
+            return failed
 
     def _send(self, execute: Callable[[], None], refuse: Callable[[OmniError], object] = lambda error: None) -> None:
         with self._wake:
             if not self._has_ended:
                 self._commands.append(_Command(execute, refuse))
                 self._wake.notify()
+                self._executor.wake()
                 return
         refuse(self._ended_error())
 
@@ -100,6 +125,7 @@ class LoopThread:
                 self._run_commands()
                 if self._executor.has_work():
                     self._deliver(self._executor.step())
+                    self._executor.wait()
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
             self.cause_of_death = error
@@ -123,6 +149,7 @@ class LoopThread:
         """Nothing pending may be left without an answer, whatever else goes wrong."""
         with self._wake:
             self._has_ended = True
+        self._planning.shutdown(wait=False)
         for command in self._commands:
             command.refuse(self._ended_error())
         for request_id, deliver in self._delivers.items():
@@ -134,9 +161,9 @@ class LoopThread:
             self.cause_of_death = self.cause_of_death or error
         self.finished.set_result(None)
 
-    def _add(self, request: OmniRequest, deliver: Deliver, stream: bool) -> None:
+    def _add(self, request: OmniRequest, plan: RequestPlan | OmniError, deliver: Deliver, stream: bool) -> None:
         try:
-            self._executor.add_request(request, stream=stream)
+            self._executor.add_request(request, plan, stream=stream)
         except OmniError as error:
             self._hand_over(deliver, rejected(request.request_id, error))
         else:

@@ -137,6 +137,8 @@ class Omni:
                     self._feed(waiting, unfinished, mailbox, stream)
                     if not mailbox and (waiting or unfinished):
                         self._step()
+                if not mailbox:
+                    self._executor.wait()
         finally:
             self._abort(unfinished, mailbox)
 

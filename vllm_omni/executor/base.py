@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_omni.config.schema import StageConfig
-from vllm_omni.engine.base import EngineContext, StageEngine, StageEvent, StageTask
-from vllm_omni.params import StageParams
+from vllm_omni.engine.base import Activity, EngineContext, StageSpec
+from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.payload import StreamChunk
-from vllm_omni.request import OmniRequest
 
 
 class StageExecutor(ABC):
-    """Hosts one engine. `poll` never blocks for longer than one engine step."""
+    """Hosts the engine of one stage. No method blocks for longer than one engine step; an executor whose engine runs
+    elsewhere calls `wake` when there is something to poll.
+    """
 
     @abstractmethod
-    def __init__(self, engine_class: type[StageEngine], stage: StageConfig, context: EngineContext) -> None:
-        """Notes what to host; `start` does the work."""
+    def __init__(self, spec: StageSpec, context: EngineContext, wake: Callable[[], None]) -> None:
+        """Takes down what to host; `start` does the work."""
 
     @abstractmethod
     def start(self) -> None:
         """Loads the engine."""
 
     @abstractmethod
-    def check(self, request: OmniRequest, params: StageParams) -> None:
-        """As StageEngine.check."""
-
-    @abstractmethod
-    def job_size(self, request: OmniRequest, params: StageParams) -> float:
-        """As StageEngine.job_size."""
-
-    @abstractmethod
-    def submit(self, task: StageTask) -> None: ...
+    def submit(self, task: StageTask) -> None:
+        """As StageEngine.submit."""
 
     @abstractmethod
     def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
@@ -47,20 +41,26 @@ class StageExecutor(ABC):
         """As StageEngine.resume."""
 
     @abstractmethod
+    def abort(self, request_id: str) -> None:
+        """As StageEngine.abort: no event of the task follows."""
+
+    @abstractmethod
     def poll(self) -> list[StageEvent]:
         """Events since the last poll; an inline executor runs one engine step here."""
 
     @abstractmethod
-    def abort(self, request_id: str) -> None: ...
+    def activity(self) -> Activity:
+        """BUSY: `poll` would do or bring something. PENDING: `wake` will be called when it would. IDLE: only an order
+        can change that.
+        """
 
     @abstractmethod
-    def has_work(self) -> bool: ...
+    def get_stats(self) -> Mapping[str, Any]:
+        """As StageEngine.get_stats."""
 
     @abstractmethod
-    def get_stats(self) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def check_integrity(self) -> None: ...
+    def check_integrity(self) -> None:
+        """As StageEngine.check_integrity."""
 
     @abstractmethod
     def shutdown(self) -> None:

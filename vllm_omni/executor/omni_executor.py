@@ -1,79 +1,109 @@
 """The one loop: requests in, stages stepped in turn, outputs out.
 
-Omni steps it in the caller's thread, AsyncOmni in its own. Owns the scheduler, the stages
-and their models. Not thread-safe: one caller at a time.
+Omni steps it in the caller's thread, AsyncOmni in its own. Owns the scheduler, the stages and their models. Not
+thread-safe, but for `plan` and `wake`: one caller at a time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vllm_omni import registry
-from vllm_omni.config.graph import StageGraph
-from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.config.graph import Edge
+from vllm_omni.config.schema import StageConfig
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
-from vllm_omni.core.routing.orders import Feed, Launch, Order, Pause
-from vllm_omni.engine.base import (
-    EngineContext,
+from vllm_omni.core.routing.request_plan import RequestPlan
+from vllm_omni.engine.base import EngineContext
+from vllm_omni.engine.boundary import stage_boundary
+from vllm_omni.engine.output import PartialOutputs, make_output
+from vllm_omni.errors import OmniError, SchedulerError, StageError
+from vllm_omni.executor.base import StageExecutor
+from vllm_omni.executor.edge_traffic import EdgeTraffic
+from vllm_omni.executor.memory import plan_memory, reserve_memory
+from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.executor.planner import RequestPlanner
+from vllm_omni.executor.stage_host import StageHost
+from vllm_omni.executor.wake import Wake
+from vllm_omni.messages import (
+    ChunkConsumed,
+    Feed,
+    Order,
+    Pause,
+    Resume,
     StageDone,
-    StageEngine,
     StageEvent,
     StageFailed,
     StageProgress,
     StageRows,
     StageTask,
-    StageTook,
 )
-from vllm_omni.engine.boundary import stage_boundary
-from vllm_omni.engine.output import PartialOutputs, make_output
-from vllm_omni.errors import OmniError, SchedulerError, StageError
-from vllm_omni.executor.base import StageExecutor
-from vllm_omni.executor.memory import plan_memory, reserve_memory
-from vllm_omni.executor.planner import RequestPlanner
-from vllm_omni.executor.stage_host import StageHost
 from vllm_omni.request import OmniOutput, OmniRequest
 from vllm_omni.utils.device import resolve_device, resolve_dtype
+from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
+
+MAX_WAIT_S = 0.05
 
 
 class OmniExecutor:
-    """Loads every stage that a config's outputs call for and runs requests through them.
+    """Loads every stage of a pipeline and runs requests through them.
 
     Constructing checks the memory plan before any weights load (ResourceError), and leaves nothing behind when a stage
     cannot load. clock: seconds, monotonic.
     """
 
-    def __init__(self, config: OmniConfig, graph: StageGraph, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, pipeline: Pipeline, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._graph = graph
-        config = graph.without_idle(config)
-        self._scheduler = OmniScheduler(config, graph)
-        self._memory = reserve_memory(config, plan_memory(config))
+        self._pipeline = pipeline
+        self._graph = pipeline.graph
+        self._scheduler = OmniScheduler(pipeline.config, pipeline.graph)
+        self._planner = RequestPlanner(pipeline)
+        self._memory = reserve_memory(pipeline.config, plan_memory(pipeline))
         self._models = ModelPool()
+        self._devices = {name: resolve_device(spec.stage.device) for name, spec in pipeline.specs.items()}
+        self._wake = Wake()
+        self._background = Background(self._wake)
+        self._traffic = EdgeTraffic()
         self._hosts: dict[str, StageHost] = {}
         self._outputs: list[OmniOutput] = []
         self._partials: dict[str, PartialOutputs] = {}
         try:
-            for name in graph.order:
-                self._hosts[name] = self._load(config, config.stages[name])
+            for name in pipeline.specs:
+                self._hosts[name] = self._load(name)
         except BaseException:
             self.shutdown()
             raise
-        self._planner = RequestPlanner(graph, self._hosts)
         self._scheduler.start()
 
-    def add_request(self, request: OmniRequest, *, stream: bool = False) -> None:
+    def plan(self, request: OmniRequest) -> RequestPlan | OmniError:
+        """What a request asks of the stages, or why it could never run. From any thread: prompts are tokenised here,
+        and headers of media read.
+        """
+        try:
+            return self._planner.plan(request)
+        except OmniError as error:
+            return error
+
+    def add_request(
+        self, request: OmniRequest, plan: RequestPlan | OmniError | None = None, *, stream: bool = False
+    ) -> None:
         """Takes a request; its one final output comes from a later `step`, REJECTED where it could never run.
 
-        stream: whether partial outputs come before it. Raises QueueFullError when too many wait, and SchedulerError for
-        an id in use or when stopped; then nothing has been taken and no output follows.
+        plan: of `plan`, where that was called before. stream: whether partial outputs come before the final one. Raises
+        QueueFullError when too many wait, and SchedulerError for an id in use or when stopped; then nothing has been
+        taken and no output follows.
         """
         self._scheduler.ensure_accepts(request.request_id)
         now = self._clock()
+        plan = self.plan(request) if plan is None else plan
         try:
-            plan = self._planner.plan(request)
+            if isinstance(plan, OmniError):
+                raise plan
+            for name in plan.stages:
+                self._hosts[name].ensure_alive()
             self._scheduler.schedule(request, plan, now=now)
         except OmniError as error:
             self._scheduler.reject(request, error)
@@ -84,25 +114,40 @@ class OmniExecutor:
     def abort(self, request_id: str) -> None:
         """Ends a request at once; its final output is the next `take_outputs`'. Unknown or finished ones are fine."""
         self._scheduler.abort(request_id)
-        self._settle()
+        self._finish_ended()
 
     def step(self) -> list[OmniOutput]:
         """One step of every stage that has work and is not held back: the outputs that this made, partial and final."""
-        held_back = self._scheduler.hold_back([name for name, host in self._hosts.items() if host.has_work()])
+        busy = [name for name, host in self._hosts.items() if host.is_busy()]
+        held_back = self._scheduler.hold_back(busy, self._devices)
         for name, host in self._hosts.items():
             self._carry_out_orders()
-            self._settle()
+            self._finish_ended()
             if name in held_back:
                 host.hold()
                 continue
-            for event in host.poll(self._clock, self._scheduler.get_config().worker_timeout):
-                self._take(name, event)
+            timeout_s = self._scheduler.get_config().worker_timeout
+            for event in host.poll(self._clock(), timeout_s, partial(self._scheduler.is_waiting, stage=name)):
+                self._receive(name, event)
         self._carry_out_orders()
+        for host in self._hosts.values():
+            host.compact_rows()
         return self.take_outputs()
+
+    def wait(self) -> None:
+        """Sleeps while no stage could do anything, until something wakes it, but not for long: deadlines pass. Returns
+        at once when a step would do something.
+        """
+        if self.has_work() and not self._outputs and not any(host.is_busy() for host in self._hosts.values()):
+            self._wake.wait(MAX_WAIT_S)
+
+    def wake(self) -> None:
+        """Ends a `wait`. From any thread."""
+        self._wake()
 
     def take_outputs(self) -> list[OmniOutput]:
         """Outputs that are ready without a step, as after `abort` and `shutdown`."""
-        self._settle()
+        self._finish_ended()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -117,9 +162,10 @@ class OmniExecutor:
     def shutdown(self) -> None:
         """At once: unfinished requests end ABORTED (see `take_outputs`), all stages are freed. May be called twice."""
         self._scheduler.shutdown()
-        self._settle()
+        self._finish_ended()
         for host in self._hosts.values():
             host.executor.shutdown()
+        self._background.shutdown()
         self._models.clear()
 
     @property
@@ -134,14 +180,17 @@ class OmniExecutor:
         return {**self._scheduler.get_status(), "stages": stages}
 
     def get_metrics(self) -> dict[str, Any]:
-        """The scheduler's counters, by stage the engine's own, planned memory in bytes, how many models are loaded."""
+        """The scheduler's counters, what went over every edge, by stage the engine's own counters, planned memory in
+        bytes, how many models are loaded.
+        """
         stages: dict[str, Any] = {}
         for name, host in self._hosts.items():
             with stage_boundary(name):
                 stages[name] = host.executor.get_stats()
         memory = {"planned_bytes": dict(self._memory.shares), "limit_bytes": self._memory.limit_bytes}
         counts = self._scheduler.get_metrics()
-        return {**counts, "stages": stages, "memory": memory, "num_models": len(self._models)}
+        edges = self._traffic.get_stats()
+        return {**counts, "edges": edges, "stages": stages, "memory": memory, "num_models": len(self._models)}
 
     def check_integrity(self) -> None:
         """Raises an OmniError when scheduler and stages disagree, or one of them finds its own state broken."""
@@ -155,82 +204,101 @@ class OmniExecutor:
         for host in self._hosts.values():
             host.check_integrity()
 
-    def _load(self, config: OmniConfig, stage: StageConfig) -> StageHost:
-        engine_class: type[StageEngine] = registry.resolve("stage kind", stage.kind)
-        device = resolve_device(stage.device)
+    def _load(self, name: str) -> StageHost:
+        spec = self._pipeline.specs[name]
         context = EngineContext(
-            config=config,
-            device=device,
-            dtype=resolve_dtype(stage.dtype, device),
+            device=self._devices[name],
+            dtype=resolve_dtype(spec.stage.dtype, self._devices[name]),
             models=self._models,
-            wanted=self._graph.wanted_ports(stage.name),
-            streamed=self._graph.streamed_ports(stage.name),
+            background=self._background,
+            reads=self._pipeline.reads[name],
+            limits=self._pipeline.config.limits,
+            dit_cache=self._pipeline.config.dit_cache,
         )
-        executor: StageExecutor = registry.resolve("executor", stage.executor)(engine_class, stage, context)
+        executor: StageExecutor = registry.resolve("executor", self._executor_of(spec.stage))(spec, context, self._wake)
         try:
-            with stage_boundary(stage.name):
+            with stage_boundary(name):
                 executor.start()
         except BaseException:
             executor.shutdown()
             raise
-        return StageHost(stage, engine_class, executor)
+        streamed = {edge.source_port for edge in self._graph.edges_from(name) if edge.stream is not None}
+        return StageHost(name, executor, streamed)
+
+    def _executor_of(self, stage: StageConfig) -> str:
+        """Stages on several devices have a thread each, so that no device waits for another."""
+        if stage.executor != "auto":
+            return stage.executor
+        return "thread" if len(set(self._devices.values())) > 1 else "inline"
 
     def _carry_out_orders(self) -> None:
         for order in self._scheduler.tick(self._clock()):
-            request_id = order.request.request_id if isinstance(order, Launch) else order.request_id
             try:
                 self._carry_out(order)
             except StageError as error:
-                self._scheduler.stage_failed(request_id, order.stage, error)
+                self._scheduler.stage_failed(order.request_id, order.stage, error)
 
     def _carry_out(self, order: Order) -> None:
         host = self._hosts[order.stage]
-        if isinstance(order, Launch):
-            host.submit(StageTask(order.request, order.stage, order.params, order.inputs))
+        if isinstance(order, StageTask):
+            self._traffic.count_inputs(self._graph.edges_into(order.stage), host.submit(order))
         elif isinstance(order, Feed):
-            host.feed(order.request_id, order.port, order.chunk)
+            chunk = host.feed(order.request_id, order.port, order.rows)
+            if chunk is not None:
+                self._traffic.count_inputs(self._graph.edges_into(order.stage), {order.port: chunk})
         elif isinstance(order, Pause):
             host.pause(order.request_id)
-        else:
+        elif isinstance(order, Resume):
             host.resume(order.request_id)
+        else:
+            host.abort(order.request_id)
 
-    def _take(self, stage: str, event: StageEvent) -> None:
+    def _receive(self, stage: str, event: StageEvent) -> None:
         now = self._clock()
         if isinstance(event, StageDone):
             self._scheduler.stage_done(event.request_id, stage, event.payload, event.metrics, now)
         elif isinstance(event, StageFailed):
             self._scheduler.stage_failed(event.request_id, stage, event.error)
-        elif isinstance(event, StageTook):
-            self._scheduler.stage_took(event.request_id, stage, event.port, now)
+        elif isinstance(event, ChunkConsumed):
+            self._scheduler.chunk_consumed(event.request_id, stage, event.port, now)
         else:
             if isinstance(event, StageRows):
-                self._take_rows(stage, event, now)
+                self._receive_rows(stage, event, now)
             self._add_partial(stage, event)
 
-    def _take_rows(self, stage: str, event: StageRows, now: float) -> None:
+    def _receive_rows(self, stage: str, event: StageRows, now: float) -> None:
+        """The scheduler counts the rows, the hosts of their readers keep them."""
         streamed = self._graph.signatures[stage].streamed_outputs
-        if event.port in streamed:
-            self._scheduler.stage_rows(event.request_id, stage, event.port, event.rows, event.is_last, now)
-        else:
+        if event.port not in streamed:
             words = f"stage {stage!r} gave rows of {event.port!r}, expected one of {sorted(streamed)}"
             self._scheduler.fail(event.request_id, StageError(words))
+            return
+        num_rows = len(event.rows) if event.rows.dim() else 0
+        for edge in self._scheduler.rows_made(event.request_id, stage, event.port, num_rows, event.is_last, now):
+            self._keep_rows(edge, event)
+
+    def _keep_rows(self, edge: Edge, event: StageRows) -> None:
+        try:
+            self._hosts[edge.target].keep_rows(event.request_id, edge.target_port, event.rows)
+        except StageError as error:
+            self._scheduler.fail(event.request_id, StageError(f"{edge}: {error}"))
 
     def _add_partial(self, stage: str, event: StageProgress | StageRows) -> None:
         """Hands the caller what is new, where the request streams; what cannot be shown ends it."""
         partials = self._partials.get(event.request_id)
         try:
             with stage_boundary(stage):
-                partial = None if partials is None else partials.make(event, stage)
+                output = None if partials is None else partials.make(event, stage)
         except OmniError as error:
             self._scheduler.fail(event.request_id, error)
             return
-        if partial is not None:
-            self._outputs.append(partial)
+        if output is not None:
+            self._outputs.append(output)
 
-    def _settle(self) -> None:
-        """Turns every end into its output, and makes the stages that still work on it forget it."""
+    def _finish_ended(self) -> None:
+        """Turns every end into its output, and makes the stages drop what they hold of the request."""
         for end in self._scheduler.take_ends():
-            for stage in end.abandoned:
-                self._hosts[stage].abort(end.request.request_id)
+            for host in self._hosts.values():
+                host.abort(end.request.request_id)
             self._partials.pop(end.request.request_id, None)
             self._outputs.append(make_output(end, self._graph.outputs))

@@ -4,46 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
-from vllm_omni.config.graph import StageGraph
 from vllm_omni.core.routing.request_plan import RequestPlan, StagePlan, kept_ports
-from vllm_omni.engine.base import StageTask
+from vllm_omni.engine.base import StageSpec
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.errors import InvalidRequestError, StageError
-from vllm_omni.executor.stage_host import StageHost
+from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.messages import StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.request import PROMPT_KEYS, OmniRequest
 from vllm_omni.utils.checks import check_number, did_you_mean
 
 
 class RequestPlanner:
-    """Makes the RequestPlan of a request, or raises the OmniError for which it must be rejected."""
+    """Makes the RequestPlan of a request, or raises the OmniError for which it must be rejected. Knows the specs of the
+    stages alone, so that any thread may ask.
+    """
 
-    def __init__(self, graph: StageGraph, hosts: Mapping[str, StageHost]) -> None:
-        self._graph = graph
-        self._hosts = hosts
-        self._kept = kept_ports(graph)
-        self._keys = {name: host.engine_class.request_keys(host.stage) for name, host in hosts.items()}
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._graph = pipeline.graph
+        self._specs = pipeline.specs
+        self._reads = pipeline.reads
+        self._kept = kept_ports(pipeline.graph)
 
     def plan(self, request: OmniRequest) -> RequestPlan:
         """Resolves parameters, asks every stage that the request needs, and sums the job's size."""
         self._check_params(request)
-        params = {name: self._resolve(request, host) for name, host in self._hosts.items()}
+        params = {name: _resolve(request, spec) for name, spec in self._specs.items()}
         demand = self._graph.demand(lambda stage: self._needed_inputs(stage, request, params[stage]))
         self._check_fields(request, demand)
         self._check_params_are_read(request, demand)
         stages: dict[str, StagePlan] = {}
         job_size = 0.0
         for name, ports in demand.items():
-            host = self._hosts[name]
-            host.check(request, params[name])
-            job_size += _checked_size(name, host.job_size(request, params[name]))
+            spec = self._specs[name]
+            with stage_boundary(name):
+                prepared = spec.check(request, params[name], self._reads[name])
+                job_size += _checked_size(name, spec.job_size(request, params[name], prepared))
             stages[name] = StagePlan(
                 params[name],
                 tuple(edge for edge in self._graph.edges_into(name) if edge.target_port in ports),
-                self._cache_key(request, name, params[name]),
                 self._graph.signatures[name].required_inputs,
+                prepared,
+                _guarded_cache_key(spec),
             )
         return RequestPlan(stages, self._kept, job_size)
 
@@ -56,12 +59,12 @@ class RequestPlanner:
                     raise InvalidRequestError(
                         f"params[{name!r}]: the stage is not loaded, since no output calls for it"
                     )
-                if name not in self._hosts:
-                    raise InvalidRequestError(f"params[{name!r}]: unknown stage{did_you_mean(str(name), self._hosts)}")
+                if name not in self._specs:
+                    raise InvalidRequestError(f"params[{name!r}]: unknown stage{did_you_mean(str(name), self._specs)}")
                 if given is None:
                     raise InvalidRequestError(f"params[{name!r}]: got None; leave the stage out to use its defaults")
             return
-        types = {host.engine_class.params_type for host in self._hosts.values()}
+        types = {spec.params_type for spec in self._specs.values()}
         if not isinstance(request.params, tuple(types)):
             got, expected = type(request.params).__name__, ", ".join(sorted(kind.__name__ for kind in types))
             raise InvalidRequestError(
@@ -71,9 +74,9 @@ class RequestPlanner:
     def _check_fields(self, request: OmniRequest, running: Collection[str]) -> None:
         """Refuses what no stage of this request would read: a typo, or an input of a stage that rests."""
         for key, value in request.fields.items():
-            readers = [name for name, keys in self._keys.items() if key in keys]
+            readers = [name for name, spec in self._specs.items() if key in spec.request_keys]
             if not readers:
-                known = PROMPT_KEYS.union(*self._keys.values())
+                known = PROMPT_KEYS.union(*(spec.request_keys for spec in self._specs.values()))
                 raise InvalidRequestError(f"prompt[{key!r:.80}]: unknown key{did_you_mean(key[:80], known)}")
             if value is not None and not any(name in running for name in readers):
                 raise InvalidRequestError(
@@ -85,42 +88,35 @@ class RequestPlanner:
         given = request.params
         if isinstance(given, Mapping):
             for name, params in given.items():
-                if _words(params) and not (name in demand and self._reads_params(name)):
+                if _words(params) and not (name in demand and self._specs[name].reads_params):
                     why = "samples nothing" if name in demand else "does not run for this request"
                     raise InvalidRequestError(
                         f"params[{name!r}]: got {_words(params)}, but the stage {why}; leave it out"
                     )
         elif given is not None and _words(given):
-            types = {self._hosts[name].engine_class.params_type for name in demand if self._reads_params(name)}
+            types = {self._specs[name].params_type for name in demand if self._specs[name].reads_params}
             if not isinstance(given, tuple(types)):
                 expected = " or ".join(sorted(kind.__name__ for kind in types)) or "none"
                 raise InvalidRequestError(
                     f"params: got {_words(given)}, which no stage of this request reads; expected {expected}"
                 )
 
-    def _reads_params(self, name: str) -> bool:
-        host = self._hosts[name]
-        return host.engine_class.reads_params(host.stage)
-
-    def _resolve(self, request: OmniRequest, host: StageHost) -> StageParams:
-        with stage_boundary(host.name):
-            return request.params_for(host.name, host.engine_class.params_type).with_defaults(host.stage.defaults)
-
     def _needed_inputs(self, name: str, request: OmniRequest, params: StageParams) -> frozenset[str]:
-        host = self._hosts[name]
         with stage_boundary(name):
-            return host.engine_class.needed_inputs(host.stage, request, params)
+            return self._specs[name].needed_inputs(request, params)
 
-    def _cache_key(
-        self, request: OmniRequest, name: str, params: StageParams
-    ) -> Callable[[Mapping[str, Any]], str | None]:
-        host = self._hosts[name]
 
-        def cache_key(inputs: Mapping[str, Any]) -> str | None:
-            with stage_boundary(name):
-                return host.engine_class.cache_key(host.stage, StageTask(request, name, params, inputs))
+def _resolve(request: OmniRequest, spec: StageSpec) -> StageParams:
+    with stage_boundary(spec.stage.name):
+        return request.params_for(spec.stage.name, spec.params_type).with_defaults(spec.stage.defaults)
 
-        return cache_key
+
+def _guarded_cache_key(spec: StageSpec) -> Callable[[StageTask], str | None]:
+    def cache_key(task: StageTask) -> str | None:
+        with stage_boundary(spec.stage.name):
+            return spec.cache_key(task)
+
+    return cache_key
 
 
 def _words(params: StageParams) -> str:

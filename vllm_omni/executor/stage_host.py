@@ -1,23 +1,26 @@
 """The guard of one stage: what its engine does wrong becomes a failure of the tasks it holds, never of the loop.
 
-Knows the tasks that the stage holds, which of them wait for a chunk or are paused, and since when it is silent; not
-what comes before or after the stage.
+Owns the stage's tasks and the rows that were streamed to it. Knows since when it is silent; not what comes before or
+after the stage, nor who is paused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from vllm_omni.config.schema import StageConfig
-from vllm_omni.engine.base import StageDone, StageEngine, StageEvent, StageFailed, StageTask
-from vllm_omni.engine.boundary import describe, stage_boundary, stage_error
+from torch import Tensor
+
+from vllm_omni.engine.base import Activity
+from vllm_omni.engine.boundary import describe, stage_error
 from vllm_omni.errors import StageError
 from vllm_omni.executor.base import StageExecutor
-from vllm_omni.params import StageParams
-from vllm_omni.payload import StreamChunk
-from vllm_omni.request import OmniRequest
+from vllm_omni.executor.row_buffer import RowBuffer
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageRows, StageTask
+from vllm_omni.payload import RowRange, StreamChunk
 
 MAX_RAISES = 2
 
@@ -26,128 +29,142 @@ class StageHost:
     """One stage, its executor and its tasks.
 
     An engine that raises from `step` loses its tasks and goes on; raising twice without a finished task in between, or
-    being unable to forget the tasks cleanly, marks the stage dead: `check` then raises, and new tasks fail. paused: the
-    tasks that were told to make no more rows.
+    being unable to drop the tasks cleanly, marks the stage dead: new tasks then fail.
     """
 
-    def __init__(self, stage: StageConfig, engine_class: type[StageEngine], executor: StageExecutor) -> None:
-        self.stage = stage
-        self.engine_class = engine_class
+    def __init__(self, name: str, executor: StageExecutor, streamed_ports: Collection[str]) -> None:
+        self.name = name
         self.executor = executor
-        self.tasks: set[str] = set()
-        self.paused: set[str] = set()
+        self.tasks: dict[str, set[str]] = {}  # request id -> the ports below of which it has given no row yet
         self.cause_of_death: Exception | None = None
-        self._open: dict[str, set[str]] = {}  # tasks -> streamed inputs of which more chunks will come
+        self._streamed_ports = frozenset(streamed_ports)  # outputs that another stage reads row by row
+        self._buffers: dict[tuple[str, str], RowBuffer] = {}  # (request id, input port)
         self._num_raises = 0
         self._quiet_since: float | None = None
 
-    @property
-    def name(self) -> str:
-        return self.stage.name
+    def ensure_alive(self) -> None:
+        """StageError when the stage is dead."""
+        if self.cause_of_death is not None:
+            message = f"stage {self.name!r} is dead since it raised {describe(self.cause_of_death)}; make a new Omni"
+            raise StageError(message) from self.cause_of_death
 
-    def check(self, request: OmniRequest, params: StageParams) -> None:
-        """As StageEngine.check; StageError when the stage is dead."""
-        self._ensure_alive()
-        with stage_boundary(self.name):
-            self.executor.check(request, params)
-
-    def job_size(self, request: OmniRequest, params: StageParams) -> float:
-        """As StageEngine.job_size."""
-        with stage_boundary(self.name):
-            return self.executor.job_size(request, params)
-
-    def submit(self, task: StageTask) -> None:
-        """Hands a task over; StageError when that fails."""
-        self._ensure_alive()
+    def submit(self, task: StageTask) -> Mapping[str, Any]:
+        """Hands a task over: what its inputs are, chunks cut. StageError, and the task is lost, when that fails."""
+        self.ensure_alive()
         if not self.tasks:
             self._quiet_since = None
-        self.tasks.add(task.request_id)
+        self.tasks[task.request_id] = set(self._streamed_ports)
         with self._losing(task.request_id):
-            self.executor.submit(task)
-        chunks = {port: value for port, value in task.inputs.items() if isinstance(value, StreamChunk)}
-        self._open[task.request_id] = {port for port, chunk in chunks.items() if not chunk.is_last}
+            inputs = {port: self._input(task.request_id, port, value) for port, value in task.inputs.items()}
+            self.executor.submit(dataclasses.replace(task, inputs=inputs))
+        return inputs
 
-    def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
-        """Hands a chunk over, where the task is still there; StageError, and the task is lost, when that fails."""
-        if request_id in self.tasks:
-            with self._losing(request_id):
-                self.executor.feed(request_id, port, chunk)
-            if chunk.is_last:
-                self._open[request_id].discard(port)
+    def feed(self, request_id: str, port: str, rows: RowRange) -> StreamChunk | None:
+        """Cuts a chunk and hands it over, where the task is still there; StageError, and the task is lost, when that
+        fails.
+        """
+        if request_id not in self.tasks:
+            return None
+        with self._losing(request_id):
+            chunk = self._buffers[request_id, port].cut(rows)
+            self.executor.feed(request_id, port, chunk)
+        return chunk
 
     def pause(self, request_id: str) -> None:
-        """Holds a task back, where it is still there; StageError, and the task is lost, when that fails."""
+        """Where the task is still there; StageError, and the task is lost, when that fails."""
         if request_id in self.tasks:
             with self._losing(request_id):
                 self.executor.pause(request_id)
-            self.paused.add(request_id)
 
     def resume(self, request_id: str) -> None:
-        """Ends a pause; StageError, and the task is lost, when that fails."""
+        """As `pause`."""
         if request_id in self.tasks:
             with self._losing(request_id):
                 self.executor.resume(request_id)
-            self.paused.discard(request_id)
 
-    def poll(self, clock: Callable[[], float], worker_timeout: float) -> list[StageEvent]:
+    def keep_rows(self, request_id: str, port: str, rows: Tensor) -> None:
+        """New rows [n, ...] of a streamed input, from which chunks will be cut; StageError for misshapen ones."""
+        self._buffers.setdefault((request_id, port), RowBuffer()).push(rows)
+
+    def compact_rows(self) -> None:
+        """Lets go of large tensors of which only a few rows are kept."""
+        for buffer in self._buffers.values():
+            buffer.compact()
+
+    def poll(self, now: float, worker_timeout: float, is_waiting: Callable[[str], bool]) -> list[StageEvent]:
         """What the stage reports. Failures carry a StageError; a raise, or being stuck, fails all tasks.
 
         Stuck is a stage that reports nothing for `worker_timeout` seconds after a step that reported nothing, or one
-        that has nothing to do and yet holds tasks that neither wait for a chunk nor are paused.
+        that has nothing to do and yet holds tasks. is_waiting: whether a task is paused or will be given more chunks.
         """
         if not self.tasks:
             return []
         try:
-            events = [self._settled(event) for event in self.executor.poll()]
-            has_work = self.executor.has_work()
+            events = [event for reported in self.executor.poll() for event in self._received(reported)]
+            activity = self.executor.activity()
         except Exception as error:
             return self._break(error)
-        return events + self._stuck(bool(events), has_work, clock(), worker_timeout)
+        return events + self._stuck(bool(events), activity, now, worker_timeout, is_waiting)
 
     def hold(self) -> None:
         """It is not stepped for now; its silence meanwhile is not its own."""
         self._quiet_since = None
 
-    def has_work(self) -> bool:
-        """Whether a step would do something. Not of a stage that cannot say: what is wrong with it shows when it is
-        stepped.
-        """
+    def is_busy(self) -> bool:
+        """Whether a poll would do something. Also of a stage that cannot say: what is wrong shows when it is polled."""
         try:
-            return bool(self.tasks) and self.executor.has_work()
+            return bool(self.tasks) and self.executor.activity() is Activity.BUSY
         except Exception:
-            return False
+            return True
 
     def abort(self, request_id: str) -> None:
-        """Forgets a task; unknown ones are fine."""
-        if request_id in self.tasks:
-            self._settle(request_id)
-            self._forget(request_id)
+        """Drops a task and the rows that are kept for it; unknown ones are fine."""
+        if self._end(request_id):
+            self._drop(request_id)
 
     def check_integrity(self) -> None:
-        """Raises what the engine finds wrong with itself, and StageError when books are kept of a task that is gone."""
-        if self.tasks != set(self._open) or not self.paused <= self.tasks:
-            raise StageError(
-                f"stage {self.name!r}: holds {sorted(self.tasks)}, has streams of {sorted(self._open)}, pauses of "
-                f"{sorted(self.paused)}"
-            )
+        """Raises what the engine finds wrong with itself."""
         if self.cause_of_death is None:
             self.executor.check_integrity()
 
-    def _settled(self, event: StageEvent) -> StageEvent:
+    @property
+    def num_buffers(self) -> int:
+        """Streamed inputs of which rows are kept."""
+        return len(self._buffers)
+
+    def _input(self, request_id: str, port: str, value: Any) -> Any:
+        return self._buffers[request_id, port].cut(value) if isinstance(value, RowRange) else value
+
+    def _received(self, event: StageEvent) -> Iterator[StageEvent]:
+        """An event as the loop takes it. Streamed ports of which a task gave no rows are read from its payload."""
+        if isinstance(event, StageRows) and event.request_id in self.tasks:
+            self.tasks[event.request_id].discard(event.port)
         if isinstance(event, StageDone):
             self._num_raises = 0
+            for port in sorted(self.tasks.get(event.request_id, ())):
+                if port in event.payload.tensors:
+                    yield StageRows(event.request_id, port, event.payload.tensors[port], is_last=True)
         if isinstance(event, StageDone | StageFailed):
-            self._settle(event.request_id)
-        if isinstance(event, StageFailed):
-            return StageFailed(event.request_id, stage_error(self.name, event.error))
-        return event
+            self._end(event.request_id)
+        yield (
+            StageFailed(event.request_id, stage_error(self.name, event.error))
+            if isinstance(event, StageFailed)
+            else event
+        )
 
-    def _stuck(self, has_events: bool, has_work: bool, now: float, worker_timeout: float) -> list[StageEvent]:
+    def _stuck(
+        self,
+        has_events: bool,
+        activity: Activity,
+        now: float,
+        worker_timeout: float,
+        is_waiting: Callable[[str], bool],
+    ) -> list[StageEvent]:
         if not self.tasks:
             return []
-        if not has_work:
+        if activity is Activity.IDLE:
             self._quiet_since = None
-            idle = [task for task in self.tasks if not self._open[task] and task not in self.paused]
+            idle = [task for task in self.tasks if not is_waiting(task)]
             return self._fail(idle, StageError("the engine has nothing to do, but has not finished this task"))
         if has_events or self._quiet_since is None:
             self._quiet_since = now
@@ -185,13 +202,13 @@ class StageHost:
             self.abort(request_id)
             raise stage_error(self.name, error) from error
 
-    def _settle(self, request_id: str) -> None:
-        """Strikes a task off the books."""
-        self.tasks.discard(request_id)
-        self.paused.discard(request_id)
-        self._open.pop(request_id, None)
+    def _end(self, request_id: str) -> bool:
+        """Nothing is kept for a task any more; whether the stage held it."""
+        for key in [key for key in self._buffers if key[0] == request_id]:
+            del self._buffers[key]
+        return self.tasks.pop(request_id, None) is not None
 
-    def _forget(self, request_id: str) -> None:
+    def _drop(self, request_id: str) -> None:
         try:
             self.executor.abort(request_id)
         except Exception as error:
@@ -200,8 +217,3 @@ class StageHost:
     def _die(self, cause: Exception) -> None:
         traceback.clear_frames(cause.__traceback__)
         self.cause_of_death = self.cause_of_death or cause
-
-    def _ensure_alive(self) -> None:
-        if self.cause_of_death is not None:
-            message = f"stage {self.name!r} is dead since it raised {describe(self.cause_of_death)}; make a new Omni"
-            raise StageError(message) from self.cause_of_death

@@ -1,13 +1,13 @@
-"""The pre-norm transformer decoder of the Qwen family over a paged KV cache, its projections fused: grouped-query
-attention and SwiGLU between RMS norms. What a family has of its own (biases, norms on heads) its config says.
+"""The pre-norm transformer decoder over a paged KV cache, its projections fused: grouped-query attention and SwiGLU
+between RMS norms. What a family has of its own (biases, norms on heads) its config says.
 
 Legend: N tokens of a step, D hidden size, H query heads, K key-value heads, d head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
@@ -34,9 +34,7 @@ OMNI_ROPE: Mapping[str, Any] = {"rope_theta": 1000000.0, "mrope_section": (16, 2
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """What of a config.json shapes the layers. rope: the keys of `rope_parameters`, `rope_type` and `rope_theta`
-    always among them. head_norms: whether queries and keys are normed head by head.
-    """
+    """What of a config.json shapes the layers."""
 
     vocab_size: int
     hidden_size: int
@@ -47,20 +45,27 @@ class DecoderConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: Mapping[str, Any]
+    rope: Mapping[str, Any]  # the keys of `rope_parameters`, `rope_type` and `rope_theta` always among them
     qkv_bias: bool
     output_bias: bool
-    head_norms: bool
+    head_norms: bool  # whether queries and keys are normed head by head
+    mlp_bias: bool = field(default=False, kw_only=True)
 
     @classmethod
     def fields_from(
-        cls, raw: Mapping[str, Any], where: str, head_dim: int | None, rope: Mapping[str, Any] = PLAIN_ROPE
+        cls,
+        raw: Mapping[str, Any],
+        where: str,
+        head_dim: int | None,
+        rope: Mapping[str, Any] = PLAIN_ROPE,
+        own_keys: Collection[str] = (),
     ) -> dict[str, Any]:
         """The fields of this class that a config.json of any age gives, the biases and norms apart; ConfigError with
         the key for what is missing, wrong or not supported. head_dim: where the file has none, None for an equal share.
-        rope: the keys that the file leaves out, as transformers has them for this family.
+        rope: the keys that the file leaves out, as transformers has them for this family. own_keys: what the family
+        reads itself and would be refused otherwise.
         """
-        _refuse_unsupported(raw, where)
+        _refuse_unsupported({key: value for key, value in raw.items() if key not in own_keys}, where)
         heads = count_of(raw, "num_attention_heads", where)
         head_dim = raw.get("head_dim", head_dim)
         sizes = {"num_key_value_heads": heads, **{k: v for k, v in raw.items() if v is not None}}
@@ -90,12 +95,15 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """All layers and the final norm. Names of parameters follow transformers' models, fused projections apart."""
+    """All layers and the final norm. Names of parameters follow transformers' models, fused projections apart.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    make_mlp: what stands behind attention in each layer, [N, D] -> [N, D]; DecoderMLP where it is None.
+    """
+
+    def __init__(self, config: DecoderConfig, make_mlp: Callable[[DecoderConfig], nn.Module] | None = None) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, make_mlp or DecoderMLP) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope)
 
@@ -118,12 +126,12 @@ class Decoder(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each after a norm and around a residual."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, make_mlp: Callable[[DecoderConfig], nn.Module]) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = DecoderAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = DecoderMLP(config)
+        self.mlp = make_mlp(config)
 
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
         states = states + self.self_attn(self.input_layernorm(states), cos, sin, context, index)
@@ -158,8 +166,8 @@ class DecoderMLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up_proj = MergedLinear(config.hidden_size, parts)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, states: Tensor) -> Tensor:
         gate, up = self.gate_up_proj.project(states)
@@ -199,6 +207,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
         "use_sliding_window": (False, None),
         "quantization_config": (None,),
         "partial_rotary_factor": (1, None),
+        "mlp_bias": (False, None),
     }
     for key, values in expected.items():
         if key in raw and raw[key] not in values:

@@ -30,9 +30,9 @@ class HiddenStateTaps:
         self._states = torch.empty(len(self._columns), num_slots, hidden_size, dtype=dtype, device=device)
 
     def write(self, layer: int, states: Tensor, slots: Tensor) -> None:
-        """states: [>= N, D] of one layer, slots: [N]; layers that are not tapped are passed over."""
+        """states: [N, D] of one layer, slots: [N]; layers that are not tapped are passed over."""
         if layer in self._columns:
-            self._states[self._columns[layer]].index_copy_(0, slots, states[: len(slots)])
+            self._states[self._columns[layer]].index_copy_(0, slots, states)
 
     def read(self, layers: Sequence[int], slots: Tensor) -> Tensor:
         """slots: [T] -> a new tensor [T, len(layers) * D], the layers side by side."""
@@ -45,17 +45,13 @@ class HiddenStateTaps:
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What a forward pass needs besides tokens and positions.
-
-    kv_cache: [num_layers, 2, blocks, block_size, kv heads, head size]. num_layers: how many layers run; when all do,
-    the final norm follows. input_rows: what joins or replaces embeddings, for models that are fed such.
-    """
+    """What a forward pass needs besides tokens and positions."""
 
     attention: PagedAttention
-    kv_cache: Tensor
-    num_layers: int
+    kv_cache: Tensor  # [num_layers, 2, blocks, block_size, kv heads, head size]
+    num_layers: int  # how many layers run; when all do, the final norm follows
     taps: HiddenStateTaps | None = None
-    input_rows: InputRows | None = None
+    input_rows: InputRows | None = None  # what joins or replaces embeddings, for models that are fed such
 
     def tap(self, layer: int, states: Tensor) -> None:
         """Offers the states of one index of `hidden_states`, [N, D]."""

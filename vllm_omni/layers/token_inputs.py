@@ -1,5 +1,5 @@
 """What tokens of a sequence are besides their ids: positions of their own, and rows that replace or join their
-embeddings. A sequence without SequenceInputs is its token ids alone.
+embeddings. A sequence without TokenInputs is its token ids alone.
 
 Legend: n tokens of a sequence, N of a step, M of them with rows, E width of the embeddings.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,13 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputRows:
-    """indices: [M] int64, the tokens that have a row, each once. rows: [M, E]. is_added: [M] bool, whether a row joins
-    the token's embedding (else it stands in its place).
-    """
+    """Rows for some of the tokens of a step."""
 
-    indices: Tensor
-    rows: Tensor
-    is_added: Tensor
+    indices: Tensor  # [M] int64, the tokens that have a row, each once
+    rows: Tensor  # [M, E]
+    is_added: Tensor  # [M] bool, whether a row joins the token's embedding (else it stands in its place)
 
     def merge(self, embeddings: Tensor) -> Tensor:
         """embeddings: [N, E] -> [N, E]."""
@@ -43,19 +40,10 @@ class InputRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenInputs:
-    """Some consecutive tokens. positions: [3, n] int64 (time, height, width). rows: their indices count from the first
-    of these tokens.
-    """
+    """What some consecutive tokens of a sequence are besides their ids."""
 
-    positions: Tensor
-    rows: InputRows | None = None
-
-
-class SequenceInputs(Protocol):
-    """The inputs of one sequence, the same whenever they are asked for: preemption recomputes from them."""
-
-    def between(self, start: int, stop: int) -> TokenInputs:
-        """Of the tokens [start, stop). May compute, and may raise what is wrong with this sequence."""
+    positions: Tensor  # [3, n] int64: time, height, width
+    rows: InputRows | None = None  # their indices count from the first of these tokens
 
 
 def continued_positions(positions: Tensor, delta: int, start: int, stop: int) -> Tensor:

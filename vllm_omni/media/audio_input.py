@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,17 +41,26 @@ def check_audio(source: object, *, channels: int, limits: LimitsConfig, name: st
         return _opened(source, channels, limits, name, stack).header.duration_s
 
 
-def read_audio(source: object, *, sample_rate: int, channels: int, limits: LimitsConfig, name: str) -> Samples:
+def read_audio(
+    source: object,
+    *,
+    sample_rate: int,
+    channels: int,
+    limits: LimitsConfig,
+    name: str,
+    stop: Callable[[], None] = lambda: None,
+) -> Samples:
     """The samples of a source, float32 [channels, n] at `sample_rate` Hz.
 
     source: see SOURCES; a path or bytes hold any container that libsndfile reads. One channel is repeated into several,
     two are averaged into one, other differences are refused. Integer arrays (int16, int32, uint8) are scaled to full
-    scale. Rates are converted by soxr, quality HQ. name: how messages call the source. InvalidRequestError for anything
+    scale. Rates are converted by soxr, quality HQ. name: how messages call the source. stop: called before every block,
+    raises where nobody wants the samples any more. InvalidRequestError for anything
     that cannot be read, is longer or larger than `limits`, or holds samples that are not finite.
     """
     with ExitStack() as stack:
         sound = _opened(source, channels, limits, name, stack)
-        mixed = (_mixed(block, channels) for block in _finite(sound.blocks(), name))
+        mixed = (_mixed(block, channels) for block in _finite(sound.blocks(), name, stop))
         rate = sound.header.sample_rate
         parts = list(mixed if rate == sample_rate else _resampled(mixed, rate, sample_rate, channels))
     samples = np.ascontiguousarray(np.concatenate(parts).T)
@@ -91,7 +100,8 @@ class _ArraySound(_Sound):
             if self._samples.dtype.name in INTEGER_SCALES:
                 block = (block.astype(np.float64) - rest) / scale
             with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, which is refused
-                yield block.astype(np.float32)
+                block = block.astype(np.float32)
+            yield block
 
 
 class _FileSound(_Sound):
@@ -198,8 +208,9 @@ def _channel_counts(channels: int) -> list[str]:
     return [str(count) for count in sorted({1, channels, *([2] if channels == 1 else [])})]
 
 
-def _finite(blocks: Iterator[Samples], name: str) -> Iterator[Samples]:
+def _finite(blocks: Iterator[Samples], name: str, stop: Callable[[], None]) -> Iterator[Samples]:
     for block in blocks:
+        stop()
         if not np.isfinite(block).all():
             raise InvalidRequestError(f"{name}: got samples that are NaN or infinite, expected finite numbers")
         yield block

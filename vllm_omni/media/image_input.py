@@ -1,5 +1,5 @@
-"""What comes in as an image: from whatever a caller passes to pixels. Its header is read and measured first; PIL's own
-guard against bombs stays on.
+"""What comes in as an image: from whatever a caller passes to pixels of a wanted size. Its header is read and measured
+first; PIL's own guard against bombs stays on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
@@ -46,6 +47,14 @@ def read_image(source: object, limits: LimitsConfig, name: str) -> Tensor:
                 f"{name}: got an image that is damaged or truncated ({type(error).__name__}); save or copy it again"
             ) from None
         return torch.from_numpy(np.array(upright))
+
+
+def resized(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """frame: uint8 [height, width, 3]. Returns uint8 [3, *size], bicubic."""
+    image = frame.permute(2, 0, 1)
+    if image.shape[1:] == size:
+        return image.contiguous()
+    return functional.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
 
 
 def check_pixels(height: int, width: int, limits: LimitsConfig, name: str) -> None:

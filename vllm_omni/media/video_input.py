@@ -1,12 +1,12 @@
 """What comes in as a video: from whatever a caller passes to chosen frames, each resized as soon as it is decoded, and
-the sound track. Headers are measured against every limit before anything is decoded.
+the sound track. Headers are measured against every limit before anything is decoded. Knows no model.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,11 +18,10 @@ from torch import Tensor
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.media.audio_files import AudioHeader, Samples
-from vllm_omni.media.image_input import check_pixels, image_size, read_image
+from vllm_omni.media.image_input import check_pixels, image_size, read_image, resized
 from vllm_omni.media.messages import MediaPart
 from vllm_omni.media.source_files import check_num_bytes, open_source_file
-from vllm_omni.media.video_files import VideoReader
-from vllm_omni.models.qwen2_5_omni.vision import VisionSettings, resized
+from vllm_omni.media.video_files import VideoHeader, VideoReader
 
 DEFAULT_FPS = 2.0
 SOURCES = (
@@ -32,21 +31,42 @@ SOURCES = (
 
 
 @dataclass(frozen=True, slots=True)
-class VideoPlan:
-    """What will be read of a video. indices: the frames that are picked. size: (height, width) as stored, before the
-    model's own resizing. sound: the header of its sound track, None where there is none.
-    """
+class FrameSettings:
+    """How a model wants the frames of a video."""
 
-    indices: tuple[int, ...]
-    size: tuple[int, int]
-    fps: float
-    sound: AudioHeader | None = None
+    step: int  # as many frames, or a multiple of them, are picked
+    min_frames: int
+    max_frames: int
+    fit: Callable[[int, int, str], tuple[int, int]]  # (height, width, what messages call it) -> the size to resize to
+
+
+@dataclass(frozen=True, slots=True)
+class VideoPlan:
+    """What will be read of a video."""
+
+    indices: tuple[int, ...]  # the frames that are picked
+    size: tuple[int, int]  # (height, width) as stored, before the model's own resizing
+    fps: float  # frames per second that the model is to see
+    header: VideoHeader | None = None  # of a file
+
+    @property
+    def audio(self) -> AudioHeader | None:
+        """The header of its sound track, None where there is none."""
+        return None if self.header is None else self.header.sound
+
+
+@dataclass(frozen=True, slots=True)
+class ReadVideo:
+    """What has been read of a video."""
+
+    frames: Tensor  # uint8 [T, 3, height, width], resized
+    audio: tuple[Samples, int] | None = None  # float32 [1, n] and its rate; cut one sample beyond the limit
 
 
 class VideoInput:
     """Reads the videos of requests, within limits, as one checkpoint wants them."""
 
-    def __init__(self, settings: VisionSettings, limits: LimitsConfig) -> None:
+    def __init__(self, settings: FrameSettings, limits: LimitsConfig) -> None:
         self._settings = settings
         self._limits = limits
 
@@ -55,23 +75,23 @@ class VideoInput:
         if isinstance(part.source, np.ndarray | list | tuple):
             return self._plan_frames(part)
         with self._opened(part) as reader:
-            return self._plan_file(reader, part)
+            return self._plan_file(reader.header, part)
 
-    def frames(self, part: MediaPart) -> Tensor:
-        """The chosen frames, resized: uint8 [T, 3, height, width]."""
-        if isinstance(part.source, np.ndarray | list | tuple):
-            self._plan_frames(part)
-            read = (read_image(frame, self._limits, part.name) for frame in part.source)
-            return self._resized(read, part.name)
+    def read(self, part: MediaPart, plan: VideoPlan, with_audio: bool, stop: Callable[[], None]) -> ReadVideo:
+        """What the plan of this part says, in one pass; with_audio: of a file that has a sound track. stop: called
+        between frames; raises where nobody wants them any more.
+        """
+        if plan.header is None:
+            frames = (read_image(frame, self._limits, part.name) for frame in part.source)
+            return ReadVideo(self._resized(frames, part.name, stop))
         with self._opened(part) as reader:
-            plan = self._plan_file(reader, part)
-            return self._resized(map(torch.from_numpy, reader.frames(plan.indices)), part.name)
-
-    def sound(self, part: MediaPart) -> tuple[Samples, int]:
-        """The sound track of a file that has one: float32 [1, n] and its rate; cut one sample beyond the limit."""
-        with self._opened(part) as reader:
-            self._plan_file(reader, part)
-            return reader.sound(self._limits.max_audio_s)
+            if reader.header != plan.header:
+                raise InvalidRequestError(
+                    f"{part.name}: got a file that has changed since it was checked; leave it as it is until the "
+                    "request is done"
+                )
+            small = self._resized(map(torch.from_numpy, reader.frames(plan.indices)), part.name, stop)
+            return ReadVideo(small, reader.sound(self._limits.max_audio_s) if with_audio else None)
 
     def _plan_frames(self, part: MediaPart) -> VideoPlan:
         frames = part.source
@@ -100,13 +120,12 @@ class VideoInput:
             raise InvalidRequestError(f"{name}: got {type(frame).__name__}, expected a PIL image or a numpy array")
         return image_size(frame, self._limits, name)
 
-    def _plan_file(self, reader: VideoReader, part: MediaPart) -> VideoPlan:
-        header = reader.header
+    def _plan_file(self, header: VideoHeader, part: MediaPart) -> VideoPlan:
         check_pixels(header.height, header.width, self._limits, part.name)
         self._check_length(header.num_frames, header.fps, part.name)
         fps = DEFAULT_FPS if part.fps is None else part.fps
         indices = picked_frames(header.num_frames, header.fps, fps, self._settings)
-        return VideoPlan(tuple(indices), (header.height, header.width), fps, header.sound)
+        return VideoPlan(tuple(indices), (header.height, header.width), fps, header)
 
     def _check_length(self, num_frames: int, fps: float, name: str) -> None:
         limits = self._limits
@@ -139,19 +158,20 @@ class VideoInput:
         else:
             raise InvalidRequestError(f"{part.name}: got {type(source).__name__}, expected {SOURCES}")
 
-    def _resized(self, frames: Iterator[Tensor], name: str) -> Tensor:
+    def _resized(self, frames: Iterator[Tensor], name: str, stop: Callable[[], None]) -> Tensor:
         small: list[Tensor] = []
         size: tuple[int, int] | None = None
         for frame in frames:
+            stop()
             if size is None:
-                size = self._settings.video.fit(frame.shape[0], frame.shape[1], name)
+                size = self._settings.fit(frame.shape[0], frame.shape[1], name)
             small.append(resized(frame, size))
         return torch.stack(small)
 
 
-def picked_frames(num_frames: int, source_fps: float, fps: float, settings: VisionSettings) -> Sequence[int]:
+def picked_frames(num_frames: int, source_fps: float, fps: float, settings: FrameSettings) -> Sequence[int]:
     """Frames at `fps` per second, at least and at most as many as the settings say, as even as whole indices allow."""
-    step = settings.video.temporal_patch_size
+    step = settings.step
     if num_frames < step:
         return range(num_frames)
     most = min(settings.max_frames, num_frames) // step * step

@@ -23,11 +23,12 @@ from support.ar import (
     make_tokenizer,
     run,
     states_of,
+    submit,
     tokens_of,
 )
 
-from vllm_omni.engine.base import StageDone, StageEvent, StageFailed, StageTask
 from vllm_omni.errors import StageError
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask
 from vllm_omni.params import SamplingParams
 from vllm_omni.worker.model_pool import ModelPool
 
@@ -96,8 +97,8 @@ def test_n_samples_draw_from_seed_plus_i(folder: Path) -> None:
         )
         for i in range(3)
     ]
-    assert [list(c.token_ids) for c in many.payload.meta["completions"]] == [tokens_of(one["r"]) for one in singles]
-    assert many.payload.meta["text"] == many.payload.meta["completions"][0].text
+    assert [c["token_ids"] for c in many.payload.meta["completions"]] == [tokens_of(one["r"]) for one in singles]
+    assert many.payload.meta["text"] == many.payload.meta["completions"][0]["text"]
     assert many.metrics["tokens"] == 30
 
 
@@ -183,9 +184,9 @@ def test_payload_tensors_outlive_the_blocks_they_came_from(folder: Path) -> None
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_abort_frees_all_and_no_event_follows(folder: Path, steps: int) -> None:
-    engine = make_engine(folder, max_num_batched_tokens=8)
+    engine = make_engine(folder, max_num_batched_tokens=8, inputs={"prompt": "writer.text"})
     for name in ("one", "two", "bad"):
-        engine.submit(make_task(PROMPTS[0] if name != "bad" else "", GREEDY, name))
+        engine.submit(make_task("unread", GREEDY, name, {"prompt": PROMPTS[0] if name != "bad" else ""}))
     for _ in range(steps):
         engine.step()
     for name in ("one", "bad", "unknown", "one"):
@@ -197,9 +198,9 @@ def test_abort_frees_all_and_no_event_follows(folder: Path, steps: int) -> None:
 
 def test_the_same_identifier_twice_at_once_is_refused_and_harms_nobody(folder: Path) -> None:
     engine = make_engine(folder)
-    engine.submit(make_task("a", GREEDY))
+    submit(engine, make_task("a", GREEDY))
     with pytest.raises(StageError, match="submitted twice"):
-        engine.submit(make_task("b", GREEDY))
+        submit(engine, make_task("b", GREEDY))
     done(run(engine)["r"])
     done(run(engine, make_task("a", GREEDY))["r"])
 
@@ -247,7 +248,7 @@ def test_any_mix_of_requests_steps_and_aborts_ends_clean_and_right(
         if isinstance(operation, dict):
             name = str(len(tasks))
             tasks[name] = make_task(operation["prompt"], operation["params"], name)
-            engine.submit(tasks[name])
+            submit(engine, tasks[name])
         elif isinstance(operation, int):
             for _ in range(operation):
                 events += engine.step()
@@ -265,7 +266,7 @@ def test_any_mix_of_requests_steps_and_aborts_ends_clean_and_right(
         if isinstance(event, StageDone):
             alone = make_engine(folder, models=pool, wanted=["h"], outputs=WRITTEN_STATES)
             expected = run(
-                alone, make_task(tasks[event.request_id].request.prompt, tasks[event.request_id].params), check=False
+                alone, make_task(tasks[event.request_id].request.prompt, tasks[event.request_id].params), verify=False
             )["r"]
             assert tokens_of(event) == tokens_of(expected)
             torch.testing.assert_close(states_of(event), states_of(expected), rtol=1e-3, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.ar import (
     VOCABULARY,
     WRITTEN_STATES,
     assert_clean,
+    check,
     done,
     drain,
     edit_json,
@@ -21,22 +23,23 @@ from support.ar import (
     make_encoder,
     make_engine,
     make_model_folder,
+    make_options,
+    make_spec,
     make_stage,
     make_task,
     run,
     states_of,
+    submit,
     tokens_of,
 )
 
-from vllm_omni.config.schema import LimitsConfig, OmniConfig
-from vllm_omni.engine.ar.engine import LLMEngine
+from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.engine.ar.options import AROptions
-from vllm_omni.engine.base import StageDone, StageFailed, StageProgress
 from vllm_omni.errors import ConfigError, InvalidRequestError, OmniError, ResourceError, StageError
+from vllm_omni.messages import StageDone, StageFailed, StageProgress
 from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.payload import TensorSpec, TextSpec
 from vllm_omni.request import OmniRequest
-from vllm_omni.worker.ar.language_model import read_model_config
 from vllm_omni.worker.model_pool import ModelPool
 
 PROMPT = "a red circle left of a blue square"
@@ -55,7 +58,7 @@ def test_truncation_keeps_the_first_tokens_and_is_said(folder: Path) -> None:
     assert "truncated_tokens" not in done(run(make_encoder(folder), make_task(ids))["r"]).metrics
 
 
-BAD_REQUESTS: list[tuple[Any, dict[str, Any], type[OmniError], str]] = [
+BAD_PROMPTS: list[tuple[Any, dict[str, Any], type[OmniError], str]] = [
     ("a" * 2001, {}, InvalidRequestError, "2001 characters, expected at most 2000"),
     ([{"role": "user", "content": "a" * 2001}], {}, InvalidRequestError, "2001 characters"),
     ([5] * 64, {}, InvalidRequestError, r"64 tokens, expected at most 63 \(max_model_len\)"),
@@ -63,6 +66,9 @@ BAD_REQUESTS: list[tuple[Any, dict[str, Any], type[OmniError], str]] = [
     ("", {}, InvalidRequestError, "no tokens"),
     ("\ud800", {}, InvalidRequestError, "not valid Unicode"),
     ([5] * 50, {}, ResourceError, "51 tokens .* expected at most 48, the whole KV pool, as num_blocks sets it"),
+    ([5] * 40, {"min_tokens": 30}, InvalidRequestError, "min_tokens: got 30, expected at most 8"),
+]
+BAD_PARAMS: list[tuple[Any, dict[str, Any], type[OmniError], str]] = [
     ("a", {"n": 5}, InvalidRequestError, "n: got 5, expected at most 4"),
     ("a", {"logit_bias": {VOCABULARY: 1.0}}, InvalidRequestError, "logit_bias: got the token id"),
     ("a", {"stop_token_ids": [VOCABULARY]}, InvalidRequestError, "stop_token_ids: got the token id"),
@@ -72,23 +78,28 @@ BAD_REQUESTS: list[tuple[Any, dict[str, Any], type[OmniError], str]] = [
         InvalidRequestError,
         r"min_tokens: got 5, expected at most max_tokens \(4\)",
     ),
-    ([5] * 40, {"min_tokens": 30}, InvalidRequestError, "min_tokens: got 30, expected at most 8"),
 ]
+SMALL = {"max_model_len": 64, "num_blocks": 12, "limits": LimitsConfig(max_prompt_chars=2000, max_outputs=4)}
 
 
-@pytest.mark.parametrize(("prompt", "params", "kind", "message"), BAD_REQUESTS)
-def test_a_bad_request_is_refused_by_check_and_fails_alone_when_submitted(
+@pytest.mark.parametrize(("prompt", "params", "kind", "message"), [*BAD_PROMPTS, *BAD_PARAMS])
+def test_a_bad_request_is_refused_by_check(
     folder: Path, prompt: Any, params: Any, kind: type[OmniError], message: str
 ) -> None:
-    engine = make_engine(
-        folder, max_model_len=64, num_blocks=12, limits=LimitsConfig(max_prompt_chars=2000, max_outputs=4)
-    )
-    bad, good = make_task(prompt, SamplingParams(**params), "bad"), make_task("fine", GREEDY, "good")
+    engine = make_engine(folder, **SMALL)
     with pytest.raises(kind, match=message):
-        engine.check(bad.request, bad.params)
-    engine.check(good.request, good.params)
-    ended = run(engine, bad, good)
-    failed(ended["bad"], kind)
+        check(engine, OmniRequest(prompt=prompt), SamplingParams(**params))
+    assert len(tokens_of(run(engine, make_task("fine", GREEDY, "good"))["good"])) == 12
+
+
+@pytest.mark.parametrize(("prompt", "params", "kind", "message"), BAD_PROMPTS)
+def test_a_bad_prompt_that_an_edge_brings_fails_alone(
+    folder: Path, prompt: Any, params: Any, kind: type[OmniError], message: str
+) -> None:
+    engine = make_engine(folder, inputs={"prompt": "writer.text"}, **SMALL)
+    bad = make_task("unread", SamplingParams(**params), "bad", {"prompt": prompt})
+    ended = run(engine, bad, make_task("unread", GREEDY, "good", {"prompt": "fine"}))
+    assert re.search(message, failed(ended["bad"], ResourceError if kind is ResourceError else StageError))
     assert len(tokens_of(ended["good"])) == 12
     assert_clean(engine)
 
@@ -96,21 +107,21 @@ def test_a_bad_request_is_refused_by_check_and_fails_alone_when_submitted(
 def test_parameters_of_another_kind_are_refused(folder: Path) -> None:
     engine = make_engine(folder)
     with pytest.raises(InvalidRequestError, match="got DiffusionParams, expected SamplingParams"):
-        engine.check(OmniRequest(prompt="a"), DiffusionParams())
+        check(engine, OmniRequest(prompt="a"), DiffusionParams())
 
 
 def test_several_samples_are_refused_where_one_text_is_read(folder: Path) -> None:
     many = SamplingParams(n=2)
     request = OmniRequest(prompt="a")
-    make_engine(folder).check(request, many)
+    check(make_engine(folder), request, many)
     reader = make_stage(folder, name="reader", inputs={"prompt": "text.text"})
     for engine in (
         make_engine(folder, wanted=["text"], readers={"reader": reader}),
         make_engine(folder, wanted=["h"], outputs=WRITTEN_STATES),
     ):
         with pytest.raises(InvalidRequestError, match="n: got 2, expected 1"):
-            engine.check(request, many)
-    make_encoder(folder).check(request, many)  # samples nothing; the parameters are meant for others
+            check(engine, request, many)
+    check(make_encoder(folder), request, many)  # samples nothing; the parameters are meant for others
 
 
 def test_texts_are_cut_to_the_room_there_is(folder: Path) -> None:
@@ -137,8 +148,7 @@ def test_a_task_that_fails_while_it_samples_leaves_the_others_alone(folder: Path
 
 def test_a_task_whose_text_cannot_be_made_fails_alone_with_its_cause(folder: Path) -> None:
     engine = make_engine(folder)
-    for name in ("bad", "good"):
-        engine.submit(make_task("a", GREEDY, name))
+    submit(engine, *(make_task("a", GREEDY, name) for name in ("bad", "good")))
     (broken,) = engine._jobs["bad"].samples.values()
     broken.stream._token_ids = None  # type: ignore[assignment]
     ended = {event.request_id: event for event in drain(engine) if not isinstance(event, StageProgress)}
@@ -149,12 +159,13 @@ def test_a_task_whose_text_cannot_be_made_fails_alone_with_its_cause(folder: Pat
 
 def test_the_signature_follows_the_config(folder: Path) -> None:
     outputs = {"h": {"layers": [-2]}, "all": {"layers": [0, 1, 2, 3]}}
-    writer = LLMEngine.signature(make_stage(folder, outputs=outputs))
+    writer = make_spec(make_stage(folder, outputs=outputs)).signature
     assert writer.outputs == {"text": TextSpec(), "h": TensorSpec(("T", 32)), "all": TensorSpec(("T", 128))}
     assert (writer.inputs, writer.required_inputs) == ({"prompt": TextSpec()}, frozenset())
     assert writer.results == {"text"}
-    reader = LLMEngine.signature(make_stage(folder, task="encode", outputs=outputs))
+    reader = make_spec(make_stage(folder, task="encode", outputs=outputs)).signature
     assert set(reader.outputs) == {"h", "all"} and not reader.results
+    assert writer.streamed_outputs == reader.streamed_outputs == {"h", "all"}
 
 
 @pytest.mark.parametrize(
@@ -163,17 +174,18 @@ def test_the_signature_follows_the_config(folder: Path) -> None:
         ({"outputs": {"h": {"layers": [4]}}}, "outputs.h.layers: got 4, expected -4 to 3"),
         ({"max_model_len": 257}, "max_model_len: got 257, expected at most 256"),
         ({"prompt": "negative_prompt", "inputs": {"prompt": "writer.text"}}, "inputs.prompt brings the prompt"),
+        ({"task": "encode", "outputs": PROMPT_STATES, "defaults": {"n": 1}}, r"defaults: got \['n'\], but task encode"),
+        ({"part": "thinker"}, "got part 'thinker' of Qwen3ForCausalLM, expected none; it is one model"),
     ],
 )
-def test_what_does_not_fit_the_model_is_an_error_of_the_signature(folder: Path, options: Any, message: str) -> None:
+def test_what_does_not_fit_the_model_is_an_error_of_the_spec(folder: Path, options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LLMEngine.signature(make_stage(folder, **options))
+        make_spec(make_stage(folder, **options))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 10}, {"kv_memory_mb": 1.5}, {"task": "encode"}])
 def test_the_memory_plan_is_what_is_then_held(folder: Path, options: Any) -> None:
-    stage = make_stage(folder, outputs=PROMPT_STATES, **options)
-    plan = LLMEngine.plan_memory(stage, OmniConfig())
+    plan = make_spec(make_stage(folder, outputs=PROMPT_STATES, **options)).plan_memory()
     engine = make_engine(folder, wanted=["h"], outputs=PROMPT_STATES, **options)
     assert plan.kv_pool_bytes == engine.get_stats()["kv_pool_bytes"]
     assert plan.weights_bytes > 0 and plan.activation_bytes > 0
@@ -182,26 +194,22 @@ def test_the_memory_plan_is_what_is_then_held(folder: Path, options: Any) -> Non
 
 
 def test_the_default_pool_is_bounded_and_says_by_what(folder: Path) -> None:
-    small = AROptions().plan_pool(read_model_config(folder), 4)
-    large = AROptions(max_num_seqs=10_000).plan_pool(read_model_config(folder), 4)
+    small, large = (
+        make_spec(make_stage(folder, block_size=16, max_num_seqs=count, max_model_len=256)).pool
+        for count in (64, 10_000)
+    )
     assert (small.num_blocks, small.limited_by) == (64 * 16, "max_num_seqs")
     assert large.limited_by == "the default of 256 MB"
     assert 255 * 2**20 < large.num_blocks * large.block_bytes <= 256 * 2**20
 
 
 def test_a_pool_that_is_given_allows_all_positions_and_is_no_larger_than_they_need(folder: Path) -> None:
-    config = dataclasses.replace(read_model_config(folder), max_position_embeddings=20_000)
+    config = dataclasses.replace(make_spec(make_stage(folder)).model.config, max_position_embeddings=20_000)
     assert AROptions().model_len(config) == 4096
     for options in (AROptions(kv_memory_mb=8.0), AROptions(num_blocks=7)):
         assert options.model_len(config) == 20_000
-    plan = AROptions(kv_memory_mb=2**20, max_num_seqs=2).plan_pool(config, 4)
-    assert (plan.num_blocks, plan.limited_by) == (2 * 1250, "max_num_seqs")
-
-
-def LLMEngine_config(folder: Path) -> Any:
-    from vllm_omni.worker.ar.language_model import read_model_config
-
-    return read_model_config(folder)
+    pool = make_spec(make_stage(folder, kv_memory_mb=2.0**20, max_num_seqs=2)).pool
+    assert (pool.num_blocks, pool.limited_by) == (2 * 64, "max_num_seqs")
 
 
 def test_stages_of_one_folder_share_the_weights_and_nothing_else(folder: Path) -> None:
@@ -209,7 +217,7 @@ def test_stages_of_one_folder_share_the_weights_and_nothing_else(folder: Path) -
     writer = make_engine(folder, models=pool)
     reader = make_encoder(folder, models=pool)
     assert len(pool) == 1
-    make_engine(folder, models=pool, dtype=torch.bfloat16)
+    make_engine(folder, models=pool, dtype="bfloat16")
     assert len(pool) == 2
     alone = run(make_encoder(folder), make_task("a"))["r"]
     run(writer, make_task("a", GREEDY))
@@ -219,10 +227,10 @@ def test_stages_of_one_folder_share_the_weights_and_nothing_else(folder: Path) -
 def test_the_cache_key_covers_what_determines_the_states(folder: Path) -> None:
     def key(prompt: Any, params: SamplingParams | None = None, **options: Any) -> str | None:
         stage = make_stage(folder, **{"task": "encode", "outputs": PROMPT_STATES, **options})
-        return LLMEngine.cache_key(stage, make_task(prompt, params))
+        return make_spec(stage).cache_key(make_task(prompt, params))
 
     assert key("a") == key("a", SamplingParams(seed=9)) is not None
-    assert LLMEngine.cache_key(make_stage(folder), make_task("a")) is None
+    assert make_spec(make_stage(folder)).cache_key(make_task("a")) is None
     messages = [{"role": "user", "content": "a"}]
     others = [
         key("b"),
@@ -238,17 +246,18 @@ def test_the_cache_key_covers_what_determines_the_states(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "encod"}, r"task: got 'encod' \(did you mean 'encode'\?\)"),
+        ({"task": "encod"}, r"task: got 'encod', expected one of 'generate', 'encode' \(did you mean 'encode'\?\)"),
         ({"task": "encode"}, "outputs: nothing"),
         ({"prompt": "system"}, "prompt: got 'system'"),
         ({"chat_template": "yes"}, "chat_template: got 'yes', expected true or false"),
         ({"outputs": {"text": {"layers": [1]}}}, "other than 'text'"),
         ({"outputs": {"h": [-2]}}, r"outputs.h: got \[-2\]"),
         ({"outputs": {"h": {"layer": [1]}}}, r"outputs.h.layer: unknown key \(did you mean 'layers'\?\)"),
-        ({"outputs": {"h": {"layers": []}}}, r"outputs.h.layers: got \[\]"),
-        ({"outputs": {"h": {"layers": [1.5]}}}, "outputs.h.layers: got 1.5"),
+        ({"outputs": {"h": {"layers": []}}}, "outputs.h.layers: got none, expected a list"),
+        ({"outputs": {"h": {"layers": [1.5]}}}, r"outputs.h.layers\[0\]: got 1.5"),
         ({"outputs": {"h": {"layers": [1], "tokens": "all"}}}, "outputs.h.tokens: got 'all'"),
         ({"task": "encode", "outputs": WRITTEN_STATES}, "task encode writes nothing"),
+        ({"task": "encode", "outputs": {"h": {"layers": [1], "tokens": "followed"}}}, "task encode writes nothing"),
         ({"sections": "scene"}, "sections: got 'scene', expected a list"),
         ({"sections": ["scene", "a b"]}, r"sections\[1\]: got 'a b', expected an identifier"),
         ({"sections": ["finish_reason"]}, r"sections\[0\]: got 'finish_reason', expected an identifier other than"),
@@ -256,7 +265,8 @@ def test_the_cache_key_covers_what_determines_the_states(folder: Path) -> None:
         ({"sections": ["h"], "outputs": WRITTEN_STATES}, r"sections\[0\]: got 'h', which another port"),
         ({"sections": ["a"], "task": "encode", "outputs": PROMPT_STATES}, "sections: got some, .* writes nothing"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize: set by the stage itself"),
-        ({"system_prompt": ["be kind"]}, "system_prompt: got \\['be kind'\\], expected text"),
+        ({"system_prompt": ["be kind"]}, r"system_prompt: got \['be kind'\], expected a string or null"),
+        ({"attention": "sdp"}, r"attention: got 'sdp' \(did you mean 'sdpa'\?\)"),
         ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected at least 1"),
         ({"block_size": None}, "block_size: got null"),
         ({"kv_memory_mb": float("nan")}, "kv_memory_mb: got nan"),
@@ -266,7 +276,7 @@ def test_the_cache_key_covers_what_determines_the_states(folder: Path) -> None:
 )
 def test_bad_options_are_config_errors_that_name_the_key(options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        AROptions(**options)
+        make_options(**options)
 
 
 def test_a_damaged_tokenizer_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
@@ -279,8 +289,8 @@ def test_a_damaged_tokenizer_is_an_error_that_names_the_folder(tmp_path: Path) -
 def test_the_end_of_sequence_ids_fall_back_to_config_and_tokenizer(tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model")
     (model / "generation_config.json").unlink()
-    assert make_engine(model)._work._eos_ids == {2}
+    assert make_engine(model)._stage._eos_ids == {2}
     edit_json(model / "config.json", eos_token_id=7)
-    assert make_engine(model)._work._eos_ids == {7}
+    assert make_engine(model)._stage._eos_ids == {7}
     edit_json(model / "config.json", eos_token_id=None)
-    assert make_engine(model)._work._eos_ids == {2}
+    assert make_engine(model)._stage._eos_ids == {2}

@@ -14,18 +14,21 @@ import pytest
 import torch
 from diffusers import StableAudioPipeline, ZImagePipeline
 from support.diffusers_folders import RATE, engine, made, random_stable_audio, random_z_image, run, task
+from support.engines import spec_of
 
 from vllm_omni import Omni
-from vllm_omni.config.graph import build_graph
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import LimitsConfig, StageConfig
-from vllm_omni.engine.base import StageDone, StageFailed, StageProgress
+from vllm_omni.engine.base import ReadPorts
 from vllm_omni.engine.diffusers.engine import DiffusersEngine
 from vllm_omni.engine.diffusers.options import DiffusersOptions
 from vllm_omni.entrypoints.check import describe
 from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
 from vllm_omni.executor.memory import plan_memory
+from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.messages import StageDone, StageFailed, StageProgress
 from vllm_omni.params import DiffusionParams
+from vllm_omni.request import OmniRequest
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,11 @@ def audio(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StableAudioPi
 def picture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ZImagePipeline]:
     folder = tmp_path_factory.mktemp("z-image")
     return folder, random_z_image(folder)
+
+
+def check(stage: DiffusersEngine, request: OmniRequest, value: DiffusionParams) -> None:
+    """As the stage's spec checks a request before it is admitted."""
+    stage.spec.check(request, value, ReadPorts())
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +74,7 @@ def generator(seed: int) -> torch.Generator:
 
 def test_a_sound_is_the_pipelines_own(audio: tuple[Path, StableAudioPipeline], sounds: DiffusersEngine) -> None:
     value = params(7, guidance_scale=3.0, negative_prompt="noise", num_inference_steps=4)
-    sounds.check(task("x", "a bell", value).request, value)
+    check(sounds, task("x", "a bell", value).request, value)
     sounds.submit(task("x", "a bell", value))
     events = run(sounds)
     expected = audio[1](
@@ -109,7 +117,7 @@ def test_a_picture_is_the_pipelines_own(picture: tuple[Path, ZImagePipeline], pi
     settings: dict[str, Any] = dict(height=32, width=64, num_inference_steps=3, guidance_scale=2.0)
     value = DiffusionParams(seed=5, num_outputs=2, extra={"cfg_normalization": True}, **settings)
     request = task("x", "a circle", value, negative_prompt="blur")
-    pictures.check(request.request, value)
+    check(pictures, request.request, value)
     pictures.submit(request)
     events = run(pictures)
     expected = picture[1](
@@ -258,7 +266,7 @@ def test_a_text_edge_replaces_the_prompt(audio: tuple[Path, StableAudioPipeline]
     sounds.submit(task("x", "a bell", params()))
     expected = made(run(sounds), "audio")["x"]
     stage = engine(audio[0], "audio", inputs={"prompt": "writer.text"})
-    assert DiffusersEngine.signature(stage.stage).required_inputs == {"prompt"}
+    assert stage.spec.signature.required_inputs == {"prompt"}
     given = task("x", "something else", params())
     stage.submit(type(given)(given.request, "stage", given.params, {"prompt": "a bell"}))
     assert torch.equal(made(run(stage), "audio")["x"], expected)
@@ -290,7 +298,7 @@ def test_what_a_pipeline_does_not_take_is_refused_with_its_name(
 ) -> None:
     value = params(**bad)
     with pytest.raises(InvalidRequestError, match=message):
-        sounds.check(task("x", "a bell", value).request, value)
+        check(sounds, task("x", "a bell", value).request, value)
 
 
 BAD_PICTURES: list[tuple[dict[str, Any], str]] = [
@@ -308,22 +316,22 @@ BAD_PICTURES: list[tuple[dict[str, Any], str]] = [
 def test_pictures_have_limits_too(pictures: DiffusersEngine, bad: dict[str, Any], message: str) -> None:
     value = DiffusionParams(**bad)
     with pytest.raises(InvalidRequestError, match=message):
-        pictures.check(task("x", "a circle", value).request, value)
+        check(pictures, task("x", "a circle", value).request, value)
 
 
 def test_a_prompt_that_is_no_text_or_too_long_is_refused(audio: tuple[Path, StableAudioPipeline]) -> None:
     stage = engine(audio[0], "audio", limits=LimitsConfig(max_prompt_chars=5))
     for prompt, message in (([1, 2], "prompt: got list"), ("a long one", "prompt: got 10 characters")):
         with pytest.raises(InvalidRequestError, match=message):
-            stage.check(task("x", prompt, params()).request, params())  # type: ignore[arg-type]
-    stage.check(task("x", "short", params()).request, params())
+            check(stage, task("x", prompt, params()).request, params())  # type: ignore[arg-type]
+    check(stage, task("x", "short", params()).request, params())
 
 
 def test_a_shorter_list_of_sigmas_is_the_schedule(
     picture: tuple[Path, ZImagePipeline], pictures: DiffusersEngine
 ) -> None:
     value = DiffusionParams(seed=3, height=32, width=32, guidance_scale=0.0, sigmas=[1.0, 0.5])
-    pictures.check(task("x", "a circle", value).request, value)
+    check(pictures, task("x", "a circle", value).request, value)
     pictures.submit(task("x", "a circle", value))
     events = run(pictures)
     assert sum(isinstance(event, StageProgress) for event in events) == 2
@@ -341,15 +349,12 @@ def stage_of(folder: Path, **options: Any) -> StageConfig:
 
 def test_the_signature_and_the_memory_plan_read_no_weights(audio: tuple[Path, StableAudioPipeline]) -> None:
     stage = stage_of(audio[0], output="audio")
-    signature = DiffusersEngine.signature(stage)
+    signature = spec_of(stage).signature
     assert set(signature.outputs) == signature.results == {"audio"} and set(signature.inputs) == {"prompt"}
     assert not signature.required_inputs
     modules = [each for each in audio[1].components.values() if isinstance(each, torch.nn.Module)]
     expected = sum(weight.numel() * 4 for module in modules for weight in module.state_dict().values())
-    config = load_config(
-        {"stages": {"s": {"kind": "diffusers", "output": "audio", "model": str(audio[0])}}, "outputs": ["s"]}
-    )
-    planned = DiffusersEngine.plan_memory(stage, config).weights_bytes
+    planned = spec_of(stage).plan_memory().weights_bytes
     assert 0.9 * expected < planned <= 1.1 * expected
 
 
@@ -373,7 +378,7 @@ def test_only_pipelines_of_diffusers_are_hosted(
     tmp_path: Path, index: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        DiffusersEngine.signature(stage_of(write_index(tmp_path, **index), output="audio", **options))
+        spec_of(stage_of(write_index(tmp_path, **index), output="audio", **options))
 
 
 def test_a_folder_with_code_or_foreign_libraries_is_refused(tmp_path: Path) -> None:
@@ -432,5 +437,6 @@ def test_the_shipped_config_fits_a_stable_audio_folder(
     assert config_for_model(audio[0]).stem == "stable_audio"
     monkeypatch.setenv("OMNI_MODEL", str(audio[0]))
     config = load_config("stable_audio")
-    report = describe(config, build_graph(config), plan_memory(config))
+    pipeline = Pipeline(config)
+    report = describe(pipeline, plan_memory(pipeline))
     assert "audio · diffusers" in report and "one after another" in report

@@ -16,7 +16,7 @@ from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.layers.banded import attention, banded_attention, short_attention, windowed_attention
 from vllm_omni.layers.weights import plan_loading
 from vllm_omni.models.ace_step.config import AceStepConfig
-from vllm_omni.models.ace_step.frames import Condition
+from vllm_omni.models.ace_step.frames import RowCondition
 from vllm_omni.models.ace_step.transformer import AceStepTransformer
 
 BASE = dict(
@@ -62,8 +62,8 @@ class Row:
         inputs = (self.latents[None], time, time, self.text[None], self.context[None])
         return reference(*inputs, return_dict=False)[0][0]
 
-    def condition(self, model: AceStepTransformer) -> Condition:
-        return Condition(model.encode_text(self.text), model.encode_context(self.context))
+    def condition(self, model: AceStepTransformer) -> RowCondition:
+        return RowCondition(model.encode_text(self.text), model.encode_context(self.context))
 
 
 ROWS = [
@@ -78,7 +78,7 @@ ROWS = [
 
 def loaded(folder: Path, reference: AceStepTransformer1DModel) -> AceStepTransformer:
     reference.save_pretrained(folder)
-    return AceStepTransformer.load(folder, CPU, torch.float32)
+    return AceStepTransformer.load(folder, AceStepConfig.from_dict(reference.config), CPU, torch.float32)
 
 
 def velocities(model: AceStepTransformer, rows: list[Row]) -> list[Tensor]:
@@ -134,11 +134,11 @@ def test_a_row_alone_equals_itself_in_a_crowd_in_any_order(tmp_path: Path) -> No
 def test_rows_that_share_a_text_read_it_in_one_call_and_equal_rows_that_do_not(tmp_path: Path) -> None:
     ours, row = loaded(tmp_path, random_transformer()), ROWS[0]
     shared = row.condition(ours)
-    others = [Condition(shared.text, ours.encode_context(r.context)) for r in (ROWS[4], ROWS[0], ROWS[4])]
-    own = [Condition(ours.encode_text(row.text), condition.context) for condition in others]
+    others = [RowCondition(shared.cross_attention, ours.encode_context(r.context)) for r in (ROWS[4], ROWS[0], ROWS[4])]
+    own = [RowCondition(ours.encode_text(row.text), condition.context) for condition in others]
     latents, times = [ROWS[4].latents, row.latents, ROWS[4].latents], torch.tensor([0.2, 0.4, 0.8])
-    batch = ours.begin(latents, times, others)
-    assert [tokens for tokens, _ in batch.readings()] == [slice(0, len(batch.hidden))]
+    batch = ours.embed(latents, times, others)
+    assert [tokens for tokens, _ in batch.cross_attention_spans()] == [slice(0, len(batch.hidden))]
     for got, expected in zip(ours(latents, times, others), ours(latents, times, own), strict=True):
         assert_near(got, expected, 1e-6)
 
@@ -148,7 +148,7 @@ def test_chosen_rows_go_on_as_they_would_have_in_the_whole_batch(tmp_path: Path)
     """What step caches do: some packed rows leave after the first block and come back."""
     ours = loaded(tmp_path, random_transformer())
     times = torch.tensor([row.timestep for row in ROWS])
-    tokens = ours.begin([row.latents for row in ROWS], times, [row.condition(ours) for row in ROWS])
+    tokens = ours.embed([row.latents for row in ROWS], times, [row.condition(ours) for row in ROWS])
     tokens = ours.run_blocks(tokens, 0, 1)
     whole = ours.run_blocks(tokens, 1, 4)
     rows = tokens.per_row()
@@ -158,7 +158,7 @@ def test_chosen_rows_go_on_as_they_would_have_in_the_whole_batch(tmp_path: Path)
         for row, hidden in zip(chosen, part.per_row(), strict=True):
             assert_near(hidden, whole.per_row()[row], 1e-6)
             rows[row] = hidden
-    for a, b in zip(ours.finish(tokens.with_rows(rows)), ours.finish(whole), strict=True):
+    for a, b in zip(ours.unembed(tokens.with_rows(rows)), ours.unembed(whole), strict=True):
         assert_near(a, b, 1e-6)
 
 
@@ -187,7 +187,7 @@ def test_short_attention_equals_the_plain_one(num_heads: int, num_keys: int, len
 def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     reference = random_transformer()
     exact = loaded(tmp_path, reference)
-    rough = AceStepTransformer.load(tmp_path, CPU, torch.bfloat16)
+    rough = AceStepTransformer.load(tmp_path, exact.config, CPU, torch.bfloat16)
     for a, b in zip(velocities(rough, ROWS), velocities(exact, ROWS), strict=True):
         assert a.dtype == torch.bfloat16
         assert_near(a.float(), b, 0.05)

@@ -11,17 +11,34 @@ import pytest
 import torch
 from diffusers import AceStepPipeline
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
-from support.ace_step import CHANNELS, HOP, PORTS, SAMPLE_RATE, Case, engine, random_pipeline, run, sound, sounds
+from support.ace_step import (
+    CHANNELS,
+    HOP,
+    PORTS,
+    READS,
+    SAMPLE_RATE,
+    Case,
+    engine,
+    random_pipeline,
+    run,
+    sound,
+    sounds,
+    spec,
+)
 from torch import Tensor
 
 from vllm_omni.config.schema import LimitsConfig
-from vllm_omni.engine.base import StageDone, StageFailed
+from vllm_omni.engine.base import Activity
+from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
+from vllm_omni.messages import StageDone, StageFailed
 from vllm_omni.models.ace_step.pipeline import AceStepPipeline as Ours
+from vllm_omni.models.ace_step.spec import AceStepSpec
 from vllm_omni.models.ace_step.trajectory import ProjectedGuidance, check_sampler
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import DataSpec, TensorSpec
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils.files import read_json
 
 LYRICS = "[verse]\nover the sea"
 CODES = "".join(f"<|audio_code_{n}|>" for n in (3, 63999, 70000, 1234, 0, 9))
@@ -120,10 +137,10 @@ def test_sounds_of_one_batch_equal_the_reference_pipeline(
 ) -> None:
     """Durations, tasks, step counts, guidance and schedules, all in ONE batch."""
     pipeline, folder = request.getfixturevalue(kind)
-    stage = engine(folder)
+    stage, known = engine(folder), spec(folder)
     for case in cases:
         task = case.task(pipeline)
-        stage.check(task.request, task.params)
+        known.check(task.request, task.params, READS)
         stage.submit(task)
     got = sounds(run(stage))
     for case in cases:
@@ -203,7 +220,7 @@ def test_a_long_sound_is_decoded_piece_by_piece_and_stays_the_same(guided: tuple
     stage.model.vae.frames_of_chunk = 10  # type: ignore[attr-defined]
     stage.submit(case.task(pipeline))
     num_steps, event = 0, None
-    while stage.has_work():
+    while stage.activity() is Activity.BUSY:
         num_steps, event = num_steps + 1, ([event, *stage.step()])[-1]
     assert num_steps == 3 + 6 - 1  # 3 of denoising, the last of which decodes the first of 6 pieces (51 frames)
     assert event is not None and relative(sounds({case.name: event})[case.name], whole) < 1e-5
@@ -263,7 +280,8 @@ def test_a_planner_that_writes_too_many_codes_makes_no_longer_sound(guided: tupl
 
 
 def test_the_ports_and_who_reads_them(guided: tuple[AceStepPipeline, Path]) -> None:
-    signature = Ours.signature(guided[1])
+    ours = AceStepSpec(guided[1])
+    signature = ours.signature
     assert set(signature.inputs) == set(PORTS)
     assert signature.required_inputs == {"prompt_embeds", "lyric_embeds", "music"}
     assert signature.outputs["audio"] == TensorSpec(("N", 2, "n")) and signature.inputs["music"] == DataSpec("music")
@@ -277,13 +295,13 @@ def test_the_ports_and_who_reads_them(guided: tuple[AceStepPipeline, Path]) -> N
         ({"task_type": "cover", "audio": 1, "audio_cover_strength": 1.0}, {"source_audio"}),
     ):
         request = OmniRequest(prompt="x", fields=fields)
-        needed = Ours.needed_inputs(guided[1], frozenset(PORTS), request, DiffusionParams())
+        needed = ours.needed_inputs(frozenset(PORTS), request, DiffusionParams())
         assert needed == always | more, fields
-        assert Ours.needed_inputs(guided[1], frozenset(always), request, DiffusionParams()) == always
+        assert ours.needed_inputs(frozenset(always), request, DiffusionParams()) == always
 
 
-def checked(stage: Any, params: dict[str, Any], fields: dict[str, Any] | None = None, **request: Any) -> None:
-    stage.check(OmniRequest(prompt="x", fields=fields or {}, **request), DiffusionParams(**params))
+def check(stage: DiffusionSpec, params: dict[str, Any], fields: dict[str, Any] | None = None, **request: Any) -> None:
+    stage.check(OmniRequest(prompt="x", fields=fields or {}, **request), DiffusionParams(**params), READS)
 
 
 @pytest.mark.parametrize(
@@ -307,27 +325,27 @@ def checked(stage: Any, params: dict[str, Any], fields: dict[str, Any] | None = 
 def test_parameters_that_cannot_act_are_refused(
     params: dict[str, Any], words: str, guided: tuple[AceStepPipeline, Path]
 ) -> None:
-    stage = engine(guided[1])
-    checked(stage, {})
+    stage = spec(guided[1])
+    check(stage, {})
     with pytest.raises(InvalidRequestError, match=words):
-        checked(stage, params)
+        check(stage, params)
 
 
 def test_a_turbo_model_refuses_guidance_and_is_content_with_1(turbo: tuple[AceStepPipeline, Path]) -> None:
-    stage = engine(turbo[1])
-    checked(stage, {"guidance_scale": 1.0})
+    stage = spec(turbo[1])
+    check(stage, {"guidance_scale": 1.0})
     with pytest.raises(InvalidRequestError, match=r"guidance_scale: got 7, but guidance is distilled"):
-        checked(stage, {"guidance_scale": 7.0})
+        check(stage, {"guidance_scale": 7.0})
     with pytest.raises(InvalidRequestError, match="nothing reads it without guidance"):
-        checked(stage, {"extra": {"cfg_interval_end": 0.5}})
+        check(stage, {"extra": {"cfg_interval_end": 0.5}})
 
 
 def test_a_weak_cover_needs_the_plain_words(guided: tuple[AceStepPipeline, Path]) -> None:
     fields = {"task_type": "cover", "audio": "x.wav", "audio_cover_strength": 0.5}
-    checked(engine(guided[1]), {}, fields)
-    stage = engine(guided[1], ports=tuple(port for port in PORTS if port != "plain_prompt_embeds"))
+    check(spec(guided[1]), {}, fields)
+    stage = spec(guided[1], ports=tuple(port for port in PORTS if port != "plain_prompt_embeds"))
     with pytest.raises(InvalidRequestError, match=r"audio_cover_strength: got 0\.5.*plain_prompt_embeds"):
-        checked(stage, {}, fields)
+        check(stage, {}, fields)
 
 
 def test_a_duration_that_the_prompt_is_not_for_is_refused(guided: tuple[AceStepPipeline, Path]) -> None:
@@ -350,12 +368,11 @@ def test_a_folder_without_audio_tokenizer_makes_music_but_no_covers(tmp_path: Pa
     assert relative(sounds(run(stage))["unguided"][0], GUIDED[2].expected(pipeline)) < 1e-3
     for fields in ({"task_type": "cover", "audio": "x.wav"}, {"audio_codes": CODES}):
         with pytest.raises(InvalidRequestError, match="a cover needs audio_tokenizer"):
-            checked(stage, {}, fields)
+            check(spec(tmp_path), {}, fields)
 
 
 def test_folders_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     random_pipeline(tmp_path)
-    cpu = torch.device("cpu")
     scheduler = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     for change, words in (
         ({"num_train_timesteps": 1000}, "num_train_timesteps: got 1000, expected 1"),
@@ -370,21 +387,22 @@ def test_folders_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     tensors = load_file(weights)
     save_file({name: tensor for name, tensor in tensors.items() if name != "silence_latent"}, weights)
     with pytest.raises(CheckpointError, match=r"missing keys.*silence_latent"):
-        Ours.load(tmp_path, cpu, torch.float32)
+        AceStepSpec(tmp_path).load(torch.device("cpu"), torch.float32)
     save_file(tensors, weights)
     file = tmp_path / "transformer" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "in_channels": 9}))
     with pytest.raises(ConfigError, match="in_channels: got 9"):
-        Ours.load(tmp_path, cpu, torch.float32)
+        AceStepSpec(tmp_path).load(torch.device("cpu"), torch.float32)
 
 
 def test_memory_is_planned_from_headers_alone(guided: tuple[AceStepPipeline, Path]) -> None:
     pipeline, folder = guided
     parts = (pipeline.transformer, pipeline.vae, *pipeline_parts(pipeline))
     expected = sum(tensor.numel() for part in parts for tensor in part.state_dict().values())
-    assert Ours.weights_bytes(folder, torch.bfloat16) == 2 * expected
-    assert Ours.token_bytes(folder, torch.float32) == 2 * Ours.token_bytes(folder, torch.bfloat16) > 0
+    ours = AceStepSpec(folder)
+    assert ours.weights_bytes(torch.bfloat16) == 2 * expected
+    assert ours.token_bytes(torch.float32) == 2 * ours.token_bytes(torch.bfloat16) > 0
 
 
 def pipeline_parts(pipeline: AceStepPipeline) -> tuple[Any, ...]:
@@ -392,10 +410,10 @@ def pipeline_parts(pipeline: AceStepPipeline) -> tuple[Any, ...]:
 
 
 def test_longer_guided_and_more_steps_are_larger_jobs(guided: tuple[AceStepPipeline, Path]) -> None:
-    stage = engine(guided[1])
+    ours = AceStepSpec(guided[1])
 
     def size(fields: dict[str, Any], **params: Any) -> float:
-        return stage.job_size(OmniRequest(prompt="x", fields=fields), DiffusionParams(**params))
+        return ours.job_size(OmniRequest(prompt="x", fields=fields), DiffusionParams(**params))
 
     assert size({"duration_s": 2.0}) == 2 * size({"duration_s": 1.0})
     assert size({}, duration_s=2.0) == size({"duration_s": 2.0}) < size({})
@@ -404,8 +422,63 @@ def test_longer_guided_and_more_steps_are_larger_jobs(guided: tuple[AceStepPipel
 
 
 def test_limits_are_the_configs(guided: tuple[AceStepPipeline, Path]) -> None:
-    model = engine(guided[1]).model
+    ours = AceStepSpec(guided[1])
     request, params = OmniRequest(prompt="x"), DiffusionParams(duration_s=5.0)
-    model.check(request, params, frozenset(PORTS), LimitsConfig(max_duration_s=5.0))
+    ours.check(request, params, frozenset(PORTS), LimitsConfig(max_duration_s=5.0))
     with pytest.raises(InvalidRequestError, match="limits"):
-        model.check(request, params, frozenset(PORTS), LimitsConfig(max_duration_s=4.9))
+        ours.check(request, params, frozenset(PORTS), LimitsConfig(max_duration_s=4.9))
+
+
+def test_source_and_reference_audio_are_heavy_and_words_and_codes_are_not(
+    guided: tuple[AceStepPipeline, Path],
+) -> None:
+    pipeline, folder = guided
+    model = engine(folder).model
+    assert {case.name for case in GUIDED if model.is_heavy(case.inputs(pipeline))} == {
+        "cover",
+        "half a cover",
+        "repainted",
+        "repainted to the end",
+    }
+
+
+def test_every_json_file_is_read_once_and_none_for_a_request(
+    guided: tuple[AceStepPipeline, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(
+        "vllm_omni.models.ace_step.folder.read_json", lambda path: (read.append(path), read_json(path))[1]
+    )
+    ours = AceStepSpec(guided[1])
+    found = sorted(str(path.relative_to(guided[1])) for path in read)
+    assert found == [
+        "audio_token_detokenizer/config.json",
+        "condition_encoder/config.json",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        "vae/config.json",
+    ]
+    request = OmniRequest(prompt="x")
+    ours.check(request, DiffusionParams(), frozenset(PORTS), LimitsConfig())
+    ours.needed_inputs(frozenset(PORTS), request, DiffusionParams())
+    ours.job_size(request, DiffusionParams())
+    assert len(read) == len(found)
+
+
+def test_parts_that_do_not_fit_the_transformer_or_make_no_sense_are_refused_before_loading(tmp_path: Path) -> None:
+    random_pipeline(tmp_path)
+    for file, change, words in (
+        ("vae/config.json", {"decoder_input_channels": 9}, "decoder_input_channels: got 9, expected 8"),
+        ("vae/config.json", {"channel_multiples": [1]}, "two lists of equal length"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 1000}, "num_train_timesteps: got 1000"),
+        ("audio_token_detokenizer/config.json", {"pool_window_size": 0}, "pool_window_size: got 0"),
+        ("condition_encoder/config.json", {"text_hidden_dim": None}, "text_hidden_dim: got None"),
+    ):
+        path = tmp_path / file
+        before = path.read_text()
+        path.write_text(json.dumps({**json.loads(before), **change}))
+        with pytest.raises(ConfigError, match=words):
+            AceStepSpec(tmp_path)
+        path.write_text(before)
+    AceStepSpec(tmp_path)

@@ -1,6 +1,4 @@
-"""The stage kind `music_prompt`: texts equal to diffusers', every request key checked, sounds brought to the model's
-rate, and whatever does not fit refused before anything runs.
-"""
+"""The stage kind `music_prompt`: texts equal to diffusers', and what is decided of a request."""
 
 from __future__ import annotations
 
@@ -13,63 +11,13 @@ import pytest
 import torch
 from diffusers import AceStepPipeline
 from diffusers.pipelines.ace_step.pipeline_ace_step import TASK_INSTRUCTIONS
-from support.music import HOP, POOL, RATE, codes, save_folder, sound
-from support.toy_engine import register_toys
+from support.music import EVERYTHING, HOP, POOL, RATE, TEXTS, Prompter, codes, save_folder, sound
 
-from vllm_omni import DiffusionParams, Omni, OmniRequest
-from vllm_omni.config.graph import build_graph
-from vllm_omni.config.loader import load_config
-from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
-from vllm_omni.engine.base import EngineContext, StageDone, StageFailed, StageTask
-from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
-from vllm_omni.models.ace_step.prompt_options import REQUEST_KEYS, MusicPromptOptions
-from vllm_omni.models.ace_step.prompt_stage import MusicPromptEngine
+from vllm_omni import DiffusionParams
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.models.ace_step.prompt_options import REQUEST_KEYS
+from vllm_omni.models.ace_step.request import MusicOutline
 from vllm_omni.payload import DataSpec, TensorSpec, TextSpec
-from vllm_omni.worker.model_pool import ModelPool
-
-TEXTS = frozenset({"caption", "lyrics", "plain_caption", "audio_codes", "music"})
-EVERYTHING = TEXTS | {"source_audio", "reference_audio"}
-
-
-class Prompter:
-    """One stage, its readers named by `wanted`."""
-
-    def __init__(self, folder: Path, wanted: frozenset[str] = EVERYTHING, limits: Any = None, **options: Any) -> None:
-        self.stage = StageConfig(
-            "prompt", "music_prompt", model=str(folder), device="cpu", options=MusicPromptOptions(**options)
-        )
-        config = OmniConfig(stages={"prompt": self.stage}, limits=limits or LimitsConfig())
-        self.engine = MusicPromptEngine(
-            self.stage, EngineContext(config, torch.device("cpu"), torch.float32, ModelPool(), wanted)
-        )
-
-    def check(self, params: DiffusionParams | None = None, *, prompt: Any = "calm piano", **fields: Any) -> OmniRequest:
-        request = OmniRequest(prompt=prompt, fields=fields)
-        self.engine.check(request, params or DiffusionParams())
-        return request
-
-    def payload(self, params: DiffusionParams | None = None, **fields: Any) -> Any:
-        request = self.check(params, **fields)
-        self.engine.submit(StageTask(request, "prompt", params or DiffusionParams()))
-        (event,) = self.engine.step()
-        assert isinstance(event, StageDone) and not self.engine.has_work()
-        return event.payload
-
-    def music(self, params: DiffusionParams | None = None, **fields: Any) -> Any:
-        return self.payload(params, **fields).meta["music"]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save_folder(tmp_path / "model")
-
-
-@pytest.fixture
-def prompter(folder: Path) -> Prompter:
-    return Prompter(folder)
-
-
-# Texts
 
 
 @pytest.mark.parametrize(
@@ -135,25 +83,24 @@ def test_where_a_planner_writes_codes_the_music_is_a_cover_of_them(folder: Path)
             Prompter(folder, EVERYTHING | {"planner_prompt"}).check(task_type=task, audio=sound())
 
 
-# The music value and the sounds
-
-
 def test_music_says_what_is_asked(prompter: Prompter) -> None:
     assert prompter.music() == {
         "task_type": "text2music",
         "duration_s": 60.0,
-        "repainting_start": None,
-        "repainting_end": None,
-        "audio_cover_strength": 1.0,
+        "num_frames": 60 * RATE // HOP,
+        "repaint_frames": None,
+        "cover_strength": 1.0,
         "has_source_audio": False,
         "has_reference_audio": False,
         "has_audio_codes": False,
     }
     repaint = prompter.music(task_type="repaint", audio=sound(), repainting_start=0.5, repainting_end=1)
-    assert (repaint["repainting_start"], repaint["repainting_end"], repaint["has_source_audio"]) == (0.5, 1.0, True)
+    assert (repaint["repaint_frames"], repaint["has_source_audio"]) == ([12, 25], True)
+    assert prompter.music(task_type="repaint", audio=sound())["repaint_frames"] == [0, None]
     cover = prompter.music(task_type="cover", audio=sound(), audio_cover_strength=0.25, reference_audio=sound(0.3))
-    assert (cover["audio_cover_strength"], cover["has_reference_audio"]) == (0.25, True)
-    assert json.loads(json.dumps(cover)) == cover
+    assert (cover["cover_strength"], cover["has_reference_audio"]) == (0.25, True)
+    for value in (repaint, cover):
+        assert json.loads(json.dumps(value)) == value == MusicOutline.from_json(value).to_json()
     assert prompter.payload(audio_codes=codes(2)).meta["audio_codes"] == codes(2)
     assert prompter.payload().meta["audio_codes"] == ""
 
@@ -165,38 +112,6 @@ def test_sounds_come_at_the_models_rate_and_channels(prompter: Prompter) -> None
     assert tensors["reference_audio"].dtype == torch.float32 and tensors["reference_audio"].shape == (2, 2 * RATE)
     assert np.abs(tensors["reference_audio"].numpy() - sound(channels=1).samples)[:, 500:-500].max() < 1e-3
     assert not prompter.payload().tensors
-
-
-def test_a_sound_may_be_a_file_and_one_that_goes_bad_fails_its_request_alone(
-    prompter: Prompter, tmp_path: Path
-) -> None:
-    path = tmp_path / "song.flac"
-    sound(1.0).save(path)
-    good = prompter.check(task_type="cover", audio=str(path))
-    bad = prompter.check(task_type="cover", audio=sound(), reference_audio=path)
-    samples = sound().samples.copy()
-    samples[0, 5] = np.nan
-    worse = prompter.check(task_type="cover", audio=(samples, RATE))
-    for request in (good, bad, worse):
-        prompter.engine.submit(StageTask(request, "prompt", DiffusionParams()))
-    (done,) = prompter.engine.step()
-    assert isinstance(done, StageDone) and done.payload.tensors["source_audio"].shape == (2, RATE)
-    path.write_bytes(b"gone")
-    failures = prompter.engine.step() + prompter.engine.step()
-    assert all(isinstance(failure, StageFailed) for failure in failures)
-    assert "reference_audio: got a file that is no sound" in str(failures[0].error)  # type: ignore[union-attr]
-    assert "audio: got samples that are NaN" in str(failures[1].error)  # type: ignore[union-attr]
-
-
-def test_an_aborted_request_is_forgotten(prompter: Prompter) -> None:
-    request = prompter.check()
-    prompter.engine.submit(StageTask(request, "prompt", DiffusionParams()))
-    prompter.engine.abort(request.request_id)
-    prompter.engine.abort("unknown")
-    assert not prompter.engine.has_work() and prompter.engine.step() == []
-
-
-# Duration
 
 
 @pytest.mark.parametrize(
@@ -225,194 +140,14 @@ def test_codes_are_five_frames_each_where_the_folder_does_not_say(tmp_path: Path
     assert prompter.music(audio_codes=codes(10))["duration_s"] == 10 * 5 * HOP / RATE
 
 
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"prompt": [1, 2]}, "prompt: got tokens or messages, expected a string"),
-        ({"lyrics": 7}, "lyrics: got int, expected a string"),
-        ({"lyrics": "x" * 501}, r"lyrics: got 501 characters, expected at most 500 \(limits.max_prompt_chars\)"),
-        ({"prompt": "x" * 501}, "prompt: got 501 characters"),
-        ({"instruction": ""}, "instruction: got '', expected words"),
-        ({"instruction": ["x"]}, "instruction: got list"),
-        ({"bpm": 29}, r"bpm: got 29, expected at least 30 and at most 300 \(beats per minute\)"),
-        ({"bpm": 301}, "bpm: got 301"),
-        ({"bpm": 99.5}, "bpm: got 99.5, expected an integer"),
-        ({"bpm": "120"}, "bpm: got '120', expected an integer"),
-        ({"keyscale": "H major"}, "keyscale: got 'H major', expected a note A to G"),
-        ({"keyscale": "C"}, "keyscale: got 'C'"),
-        ({"keyscale": 3}, "keyscale: got 3"),
-        ({"timesignature": 5}, "timesignature: got 5, expected '2', '3', '4' or '6', the beats of a bar"),
-        ({"timesignature": "4/4"}, "timesignature: got '4/4'"),
-        ({"timesignature": True}, "timesignature: got True"),
-        ({"timesignature": 10**5000}, "timesignature: got a int too long"),
-        ({"vocal_language": "xx"}, "vocal_language: got 'xx', expected one of ar, az"),
-        ({"vocal_language": ","}, "vocal_language: got ','"),
-        ({"task_type": "lego"}, "task_type: got 'lego', which is not supported; expected 'text2music', 'cover' or"),
-        ({"task_type": "covr"}, r"task_type: got 'covr', .*\(did you mean 'cover'\?\)"),
-        ({"task_type": ["cover"]}, r"task_type: got \['cover'\]"),
-        ({"duration_s": 0}, r"duration_s: got 0, expected more than 0 \(seconds\)"),
-        ({"duration_s": -1}, "duration_s: got -1"),
-        ({"duration_s": float("nan")}, "duration_s: got nan"),
-        ({"duration_s": "10"}, "duration_s: got '10', expected a finite number"),
-        ({"duration_s": 90.5}, r"duration_s: got 90.5, expected at most 90 \(limits.max_duration_s\)"),
-        ({"task_type": "repaint"}, "'repaint' needs the sound to be changed; give it as 'audio'"),
-        ({"task_type": "cover"}, "'cover' needs 'audio' or 'audio_codes'"),
-        ({"audio": sound()}, "audio: task_type 'text2music' reads none"),
-        ({"task_type": "cover", "audio": sound(), "audio_codes": codes(1)}, "audio_codes: got them beside audio"),
-        ({"task_type": "cover", "audio": "nowhere.wav"}, "audio: got 'nowhere.wav', which cannot be read"),
-        ({"reference_audio": b"x"}, "reference_audio: got a file that is no sound"),
-        ({"reference_audio": sound(channels=3)}, "reference_audio: got 3 channels, expected 1 or 2"),
-        ({"task_type": "cover", "audio": sound(0.03)}, "audio: got 0.030000 s, expected at least 0.040000 s, one"),
-        ({"task_type": "cover", "audio": sound(), "duration_s": 3}, "got 3, but the source lasts 2.00 s"),
-        ({"audio_codes": codes(10), "duration_s": 2}, "got 2, but the codes last 1.60 s"),
-        ({"audio_codes": "<|audio_code_1|> la"}, "audio_codes: got '<|audio_code_1|> la', expected codes alone"),
-        ({"audio_codes": ""}, "audio_codes: got '', expected codes alone"),
-        ({"audio_codes": "<|audio_code_99999999999|>"}, "expected codes alone"),
-        ({"repainting_start": 1}, "repainting_start: read by task_type 'repaint' alone, got 'text2music'"),
-        ({"audio_cover_strength": 0.5}, "audio_cover_strength: read by covers alone, got task_type 'text2music'"),
-        ({"audio_codes": codes(3), "audio_cover_strength": 1.5}, "audio_cover_strength: got 1.5, expected at least 0"),
-    ],
-    ids=lambda value: str(value)[:40].encode("ascii", "replace").decode() if isinstance(value, str) else "",
-)
-def test_what_does_not_fit_is_refused(folder: Path, fields: dict[str, Any], words: str) -> None:
-    prompter = Prompter(folder, limits=LimitsConfig(max_prompt_chars=500, max_duration_s=90))
-    with pytest.raises(InvalidRequestError, match=words.replace("|", r"\|")):
-        prompter.check(**fields)
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "words"),
-    [
-        (1.5, 1.0, "repainting_start: got 1.5, expected less than repainting_end, 1"),
-        (None, 0, "repainting_start: got 0, expected less than repainting_end, 0"),
-        (2.0, None, "repainting_start: got 2, expected less than the end of the sound, 2"),
-        (0, 2.5, "repainting_end: got 2.5, expected at least 0 and at most 2.04, the length of the sound"),
-        (-1, None, "repainting_start: got -1"),
-        ("0", None, "repainting_start: got '0', expected a finite number"),
-    ],
-)
-def test_a_window_lies_within_the_sound(prompter: Prompter, start: Any, end: Any, words: str) -> None:
-    with pytest.raises(InvalidRequestError, match=words):
-        prompter.check(task_type="repaint", audio=sound(), repainting_start=start, repainting_end=end)
-
-
-def test_the_duration_is_given_once(prompter: Prompter) -> None:
-    with pytest.raises(InvalidRequestError, match="got 3 in the prompt and 4 in the parameters; give one"):
-        prompter.check(DiffusionParams(duration_s=4), duration_s=3)
-
-
-def test_a_stage_may_allow_less_than_the_limits(folder: Path) -> None:
-    with pytest.raises(InvalidRequestError, match=r"got 3, expected at most 2 \(the stage's max_duration_s\)"):
-        Prompter(folder, default_duration_s=1.0, max_duration_s=2.0).check(duration_s=3)
-
-
-@pytest.mark.parametrize(
-    ("port", "fields"),
-    [
-        ("source_audio", {"task_type": "cover", "audio": sound()}),
-        ("reference_audio", {"reference_audio": sound()}),
-        ("audio_codes", {"audio_codes": codes(1)}),
-    ],
-)
-def test_a_sound_that_no_stage_reads_is_refused(folder: Path, port: str, fields: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequestError, match=rf"no stage of this config reads it \(the port '{port}'\)"):
-        Prompter(folder, EVERYTHING - {port}).check(**fields)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [("c MAJOR", "C major"), (" F#  Minor ", "F# minor"), ("bb minor", "Bb minor"), ("E♭ major", "E♭ major")],
-)
-def test_keys_are_written_as_the_model_knows_them(prompter: Prompter, given: str, expected: str) -> None:
-    assert f"- keyscale: {expected}\n" in prompter.payload(keyscale=given).meta["caption"]
-
-
-# The stage in a graph
-
-
 def test_the_ports_are_known_from_the_folder(folder: Path) -> None:
-    signature = MusicPromptEngine.signature(Prompter(folder).stage)
+    signature = Prompter(folder).spec.signature
     texts = ("caption", "lyrics", "plain_caption", "planner_prompt", "audio_codes")
     assert {signature.outputs[port] for port in texts} == {TextSpec()}
     assert signature.outputs["music"] == DataSpec("music")
     assert signature.outputs["source_audio"] == signature.outputs["reference_audio"] == TensorSpec((2, "n"))
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"default_duration_s": 0}, "default_duration_s: got 0, expected more than 0"),
-        ({"max_duration_s": 2.0}, r"default_duration_s: got 60, expected at most max_duration_s \(2\)"),
-        ({"min_duration_s": 90.0}, r"default_duration_s: got 60, expected at least min_duration_s \(90\)"),
-        ({"fields": ["lyrics", "tempo"]}, r"fields: got 'tempo' \(known: "),
-        ({"fields": ["lyric"]}, r"fields: got 'lyric' \(did you mean 'lyrics'\?\)"),
-    ],
-)
-def test_wrong_options_are_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        MusicPromptOptions(**options)
-
-
-def graph(folder: Path, **section: Any) -> dict[str, Any]:
-    register_toys()
-    prompt = {"kind": "music_prompt", "model": str(folder), **section}
-    reader = {"kind": "toy_text", "inputs": {"words": "prompt.caption"}, "defaults": {"steps": 1}}
-    return {"stages": {"prompt": prompt, "reader": reader}, "outputs": ["reader"]}
-
-
-def test_the_words_may_be_another_stages(folder: Path) -> None:
-    config = graph(folder, inputs={"prompt": "writer.text"}, default_duration_s=2.0)
-    config["stages"]["writer"] = {"kind": "toy_text", "defaults": {"steps": 2}}
-    with Omni(config) as omni:
-        (output,) = omni.generate("la ")
-    assert "# Caption\nla la \n" in str(output.text)
-
-
-def test_a_branch_that_is_not_taken_makes_no_music(folder: Path) -> None:
-    config = graph(folder, inputs={"prompt": {"from": "writer.text", "when": "text == 'yes'"}})
-    config["stages"]["writer"] = {"kind": "toy_text", "defaults": {"steps": 1}}
-    with Omni(config) as omni:
-        yes, no = omni.generate(["yes", "no"])
-    assert "# Caption\nyes\n" in str(yes.text)
-    assert no.error is None and no.text == "no" and no.metrics["prompt"]["skipped"]  # the reader has words of its own
-
-
-def test_parameters_for_the_stage_by_name_are_those_that_it_reads(folder: Path) -> None:
-    with Omni(graph(folder)) as omni:
-        good, bad = omni.generate(
-            ["a", "a"], [{"prompt": DiffusionParams(duration_s=3)}, {"prompt": DiffusionParams(seed=3)}]
-        )
-    assert "- duration: 3 seconds" in str(good.text)
-    assert "params['prompt'].seed: this stage reads duration_s alone" in str(bad.error)
-
-
-def test_wrong_folders_and_defaults_are_named(tmp_path: Path) -> None:
-    folder = save_folder(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"defaults: got duration_s, but this stage takes none; set default_duration_s"
-    ):
-        build_graph(load_config(graph(folder, defaults={"duration_s": 3.0})))
-    (folder / "vae" / "config.json").write_text(json.dumps({"sampling_rate": RATE, "audio_channels": 2}))
-    with pytest.raises(ConfigError, match="downsampling_ratios: got None, expected a list"):
-        build_graph(load_config(graph(folder)))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}))
-    with pytest.raises(ConfigError, match="got a folder of 'ZImagePipeline', expected one of 'AceStepPipeline'"):
-        build_graph(load_config(graph(folder)))
-    (folder / "model_index.json").unlink()
-    with pytest.raises(CheckpointError, match="missing"):
-        build_graph(load_config(graph(folder)))
-
-
-def test_a_graph_takes_the_request_keys_of_its_model_alone(folder: Path) -> None:
-    with Omni(graph(folder, fields=["lyrics", "duration_s"], default_duration_s=2.0)) as omni:
-        good, unknown, typo, planned = omni.generate(
-            [{"prompt": "a", "duration_s": 3}, {"prompt": "a", "bpm": 90}, {"prompt": "a", "durations": 3}, "a"]
-        )
-        assert good.error is None and "- duration: 3 seconds" in str(good.text)
-        assert "- duration: 2 seconds" in str(planned.text)
-        assert "prompt['bpm']: unknown key (known:" in str(unknown.error)
-        assert "prompt['durations']: unknown key (did you mean 'duration_s'?)" in str(typo.error)
-    assert MusicPromptEngine.request_keys(Prompter(folder).stage) == REQUEST_KEYS
+def test_the_request_keys_are_those_that_the_options_name(folder: Path) -> None:
+    assert Prompter(folder).spec.request_keys == REQUEST_KEYS
+    assert Prompter(folder, fields=["lyrics"]).spec.request_keys == {"lyrics"}

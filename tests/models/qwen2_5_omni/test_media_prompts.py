@@ -12,7 +12,7 @@ import pytest
 import soxr
 import torch
 from PIL import Image
-from support.media import RATE, picture, reference_processor, sound_bytes, tone, video_bytes
+from support.media import RATE, picture, plan_media, read_media, reference_processor, sound_bytes, tone, video_bytes
 from support.speech import CHAT_TEMPLATE, PROCESSOR, SPECIAL, meta_thinker, save_readable
 from support.versions import needs
 from transformers import Qwen2_5OmniProcessor
@@ -22,7 +22,7 @@ from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.errors import ConfigError
 from vllm_omni.media.video_input import picked_frames
-from vllm_omni.models.qwen2_5_omni.prompt_reader import MediaProcessor
+from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptReader
 from vllm_omni.models.qwen2_5_omni.vision import VisionSettings
 from vllm_omni.worker.ar.media_prompt import MediaPrompt
 
@@ -42,8 +42,8 @@ def reference(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def media(folder: Path) -> MediaProcessor:
-    return MediaProcessor(folder, TextProcessor(folder), LimitsConfig())
+def media(folder: Path) -> OmniPromptReader:
+    return OmniPromptReader(folder, TextProcessor(folder).encode, LimitsConfig())
 
 
 def message(*parts: Any) -> list[dict[str, Any]]:
@@ -111,9 +111,9 @@ def test_text_alone_equals_the_reference(folder: Path, reference: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [(24, 40), (8, 8), (64, 64)])
-def test_an_image_equals_the_reference(size: tuple[int, int], media: MediaProcessor, reference: Any) -> None:
+def test_an_image_equals_the_reference(size: tuple[int, int], media: OmniPromptReader, reference: Any) -> None:
     messages = message(("image", picture(*size)))
-    check_equal(media.read(messages, False), called(reference, messages, images=[Image.fromarray(picture(*size))]))
+    check_equal(read_media(media, messages), called(reference, messages, images=[Image.fromarray(picture(*size))]))
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_an_image_equals_the_reference(size: tuple[int, int], media: MediaProces
     [(30, 50), pytest.param((9, 300), marks=needs("pillow", "13", "it rounds as torch does")), (200, 90), (11, 9)],
 )
 def test_a_resized_image_differs_by_no_more_than_a_grey_level(
-    size: tuple[int, int], media: MediaProcessor, reference: Any
+    size: tuple[int, int], media: OmniPromptReader, reference: Any
 ) -> None:
     messages = message(("image", picture(*size)))
     expected = called(reference, messages, images=[Image.fromarray(picture(*size))])
-    prompt = media.read(messages, False)
+    prompt = read_media(media, messages)
     assert list(prompt.token_ids) == expected["input_ids"][0].tolist()
     assert torch.equal(prompt.items[0].inputs["grid_thw"], expected["image_grid_thw"][0])
     difference = (prompt.items[0].inputs["pixel_values"] - expected["pixel_values"]).abs().max()
@@ -133,22 +133,22 @@ def test_a_resized_image_differs_by_no_more_than_a_grey_level(
 
 
 @pytest.mark.parametrize("seconds", [0.03, 0.5, 1.234, 20.0])
-def test_a_sound_equals_the_reference(seconds: float, media: MediaProcessor, reference: Any) -> None:
+def test_a_sound_equals_the_reference(seconds: float, media: OmniPromptReader, reference: Any) -> None:
     messages = message(("audio", (tone(seconds), RATE)))
-    check_equal(media.read(messages, False), called(reference, messages, audio=[tone(seconds)[0]]))
+    check_equal(read_media(media, messages), called(reference, messages, audio=[tone(seconds)[0]]))
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 4])
-def test_frames_equal_the_reference(num_frames: int, media: MediaProcessor, reference: Any) -> None:
+def test_frames_equal_the_reference(num_frames: int, media: OmniPromptReader, reference: Any) -> None:
     frames = np.stack(WIDE[:num_frames])
     messages = message(("video", frames))
-    check_equal(media.read(messages, False), called(reference, messages, videos=[frames]))
+    check_equal(read_media(media, messages), called(reference, messages, videos=[frames]))
 
 
-def test_the_rate_of_frames_moves_the_positions_as_in_the_reference(media: MediaProcessor, reference: Any) -> None:
+def test_the_rate_of_frames_moves_the_positions_as_in_the_reference(media: OmniPromptReader, reference: Any) -> None:
     frames = np.stack(WIDE)
     messages = message(("video", frames, 0.8))
-    check_equal(media.read(messages, False), called(reference, messages, videos=[frames], fps=0.8))
+    check_equal(read_media(media, messages), called(reference, messages, videos=[frames], fps=0.8))
 
 
 def decoded(content: bytes, indices: list[int]) -> np.ndarray[Any, Any]:
@@ -159,22 +159,23 @@ def decoded(content: bytes, indices: list[int]) -> np.ndarray[Any, Any]:
     return np.stack([frames[index] for index in indices])
 
 
-def test_a_video_file_equals_the_reference(media: MediaProcessor, reference: Any) -> None:
+def test_a_video_file_equals_the_reference(media: OmniPromptReader, reference: Any) -> None:
     content = video_bytes([*WIDE, *WIDE], fps=4)
     messages = message(("video", content))
-    prompt = media.read(messages, False)
+    prompt = read_media(media, messages)
     check_equal(prompt, called(reference, messages, videos=[decoded(content, [0, 2, 4, 6])]))
     assert kinds(prompt) == ["video"]
 
 
 @needs("transformers", "5.23", "it is asked for a video with its sound in another way before")
 @pytest.mark.parametrize("seconds", [2.0, 2.5])
-def test_a_video_with_its_sound_equals_the_reference(seconds: float, media: MediaProcessor, reference: Any) -> None:
+def test_a_video_with_its_sound_equals_the_reference(seconds: float, media: OmniPromptReader, reference: Any) -> None:
     content = video_bytes([*WIDE, *WIDE, *WIDE[: int(4 * seconds) - 8]], 4, tone(seconds, channels=2))
     messages = message(("video", content), ("audio", (tone(0.4), RATE)))
-    prompt = media.read(messages, True)
+    prompt = read_media(media, messages, True)
     track, rate = sound_of(content)
-    indices = picked_frames(int(4 * seconds), 4, 2, VisionSettings.of(Path(str(reference.tokenizer.name_or_path))))
+    settings = VisionSettings.of(Path(str(reference.tokenizer.name_or_path))).frames
+    indices = picked_frames(int(4 * seconds), 4, 2, settings)
     expected = called(
         reference,
         messages,
@@ -195,7 +196,7 @@ def sound_of(content: bytes) -> tuple[np.ndarray[Any, Any], int]:
         return np.concatenate(blocks), container.streams.audio[0].rate
 
 
-def test_a_mix_equals_the_reference(media: MediaProcessor, reference: Any) -> None:
+def test_a_mix_equals_the_reference(media: OmniPromptReader, reference: Any) -> None:
     images = [picture(24, 40), picture(16, 16, 3)]
     frames = np.stack(WIDE)
     sounds = [tone(0.3), tone(0.7)]
@@ -208,22 +209,22 @@ def test_a_mix_equals_the_reference(media: MediaProcessor, reference: Any) -> No
         audio=[sound[0] for sound in sounds],
         videos=[frames],
     )
-    prompt = media.read(messages, False)
+    prompt = read_media(media, messages)
     check_equal(prompt, expected)
     assert kinds(prompt) == ["image", "audio", "video", "image", "audio"]
 
 
-def test_media_of_several_messages_keep_their_order(media: MediaProcessor, reference: Any) -> None:
+def test_media_of_several_messages_keep_their_order(media: OmniPromptReader, reference: Any) -> None:
     messages = [
         *message(("image", picture())),
         {"role": "assistant", "content": "A wave."},
         *message(("image", picture(16, 16))),
     ]
     expected = called(reference, messages, images=[Image.fromarray(picture()), Image.fromarray(picture(16, 16))])
-    check_equal(media.read(messages, False), expected)
+    check_equal(read_media(media, messages), expected)
 
 
-def test_every_kind_of_source_gives_the_same_prompt(media: MediaProcessor, tmp_path: Path) -> None:
+def test_every_kind_of_source_gives_the_same_prompt(media: OmniPromptReader, tmp_path: Path) -> None:
     pixels, samples = picture(), tone()
     Image.fromarray(pixels).save(tmp_path / "a.png")
     (tmp_path / "a.wav").write_bytes(sound_bytes(samples))
@@ -246,43 +247,43 @@ def test_every_kind_of_source_gives_the_same_prompt(media: MediaProcessor, tmp_p
         ("video", [np.stack(WIDE), WIDE, [Image.fromarray(frame) for frame in WIDE]]),
     ]
     for kind, sources in groups:
-        prompts = [media.read(message((kind, source)), False) for source in sources]
+        prompts = [read_media(media, message((kind, source))) for source in sources]
         for prompt in prompts[1:]:
             assert prompt.content_ids == prompts[0].content_ids and prompt.token_ids == prompts[0].token_ids
 
 
-def test_a_stereo_sound_at_another_rate_is_mixed_and_resampled(media: MediaProcessor, reference: Any) -> None:
+def test_a_stereo_sound_at_another_rate_is_mixed_and_resampled(media: OmniPromptReader, reference: Any) -> None:
     samples = tone(0.5, 22_050, channels=2)
     messages = message(("audio", (samples, 22_050)))
     mono = soxr.resample(samples.mean(axis=0), 22_050, RATE, quality="HQ")
-    own = media.read(messages, False).items[0].inputs["features"]
+    own = read_media(media, messages).items[0].inputs["features"]
     expected = called(reference, messages, audio=[mono])
     torch.testing.assert_close(own, expected["input_features"][0, :, : own.shape[1]], atol=1e-4, rtol=1e-4)
 
 
-def test_a_picture_is_turned_as_its_file_asks(media: MediaProcessor) -> None:
+def test_a_picture_is_turned_as_its_file_asks(media: OmniPromptReader) -> None:
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     Image.fromarray(picture(24, 40)).save(file, "PNG", exif=exif)
     turned = np.rot90(picture(24, 40), -1)
-    own, expected = (media.read(message(("image", x)), False) for x in (file.getvalue(), np.ascontiguousarray(turned)))
+    own, expected = (read_media(media, message(("image", x))) for x in (file.getvalue(), np.ascontiguousarray(turned)))
     assert own.content_ids == expected.content_ids
 
 
-def test_a_video_is_turned_as_its_file_asks(media: MediaProcessor) -> None:
+def test_a_video_is_turned_as_its_file_asks(media: OmniPromptReader) -> None:
     content = video_bytes(WIDE)
     matrix = b"".join(n.to_bytes(4, "big") for n in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
     quarter = b"".join((n % 2**32).to_bytes(4, "big") for n in (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30))
     track = content.index(b"tkhd")
     place = content.index(matrix, track)
     turned = np.rot90(decoded(content, [0, 1, 2, 3]), -1, axes=(1, 2))
-    own = media.read(message(("video", content[:place] + quarter + content[place + len(matrix) :])), False)
-    assert own.content_ids == media.read(message(("video", np.ascontiguousarray(turned))), False).content_ids
+    own = read_media(media, message(("video", content[:place] + quarter + content[place + len(matrix) :])))
+    assert own.content_ids == read_media(media, message(("video", np.ascontiguousarray(turned)))).content_ids
 
 
-def test_content_ids_follow_the_content_alone(media: MediaProcessor) -> None:
+def test_content_ids_follow_the_content_alone(media: OmniPromptReader) -> None:
     def content(*parts: Any) -> list[int]:
-        return list(media.read(message(*parts), False).content_ids)
+        return list(read_media(media, message(*parts)).content_ids)
 
     first, again, other = (content(("image", picture(seed=seed))) for seed in (0, 0, 1))
     assert first == again and first != other
@@ -293,18 +294,18 @@ def test_content_ids_follow_the_content_alone(media: MediaProcessor) -> None:
     assert content(("video", frames, 1.0)) != content(("video", frames, 2.0))  # other positions
 
 
-def test_a_silent_video_needs_no_sound(media: MediaProcessor) -> None:
+def test_a_silent_video_needs_no_sound(media: OmniPromptReader) -> None:
     for source in (video_bytes(WIDE), np.stack(WIDE)):
         messages = message(("video", source))
-        assert media.read(messages, True).token_ids == media.read(messages, False).token_ids
+        assert read_media(media, messages, True).token_ids == read_media(media, messages).token_ids
 
 
 @pytest.mark.parametrize("use_audio_in_video", [False, True])
-def test_the_check_counts_the_tokens_without_decoding(use_audio_in_video: bool, media: MediaProcessor) -> None:
+def test_the_check_counts_the_tokens_without_decoding(use_audio_in_video: bool, media: OmniPromptReader) -> None:
     video = video_bytes([*WIDE, *WIDE], 4, tone(2.0))
     messages = message(("image", picture(30, 50)), ("audio", (tone(0.77), RATE)), ("video", video))
-    count = media.check(messages, use_audio_in_video)
-    read = len(media.read(messages, use_audio_in_video).token_ids)
+    count = plan_media(media, messages, use_audio_in_video).num_tokens
+    read = len(read_media(media, messages, use_audio_in_video).token_ids)
     assert abs(count - read) <= use_audio_in_video * 2  # a codec adds some samples to a sound track
 
 
@@ -313,7 +314,7 @@ def test_the_check_counts_the_tokens_without_decoding(use_audio_in_video: bool, 
     [(1, 30, 2), (2, 30, 2), (3, 30, 2), (7, 30, 2), (100, 30, 2), (101, 29.97, 2), (5000, 10, 2), (60, 1, 2)],
 )
 def test_frames_are_picked_as_the_reference_does(num_frames: int, source_fps: float, fps: float, folder: Path) -> None:
-    settings = VisionSettings.of(folder)
+    settings = VisionSettings.of(folder).frames
     picked = list(picked_frames(num_frames, source_fps, fps, settings))
     if num_frames >= 2:
         most = min(768, num_frames) // 2 * 2

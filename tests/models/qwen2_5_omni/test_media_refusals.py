@@ -16,15 +16,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support.media import RATE, image_bytes, picture, sound_bytes, sound_file_bytes_in_mp4, tone, video_bytes
+from support.media import (
+    RATE,
+    image_bytes,
+    picture,
+    plan_media,
+    read_media,
+    sound_bytes,
+    sound_file_bytes_in_mp4,
+    tone,
+    video_bytes,
+)
 from support.speech import save_readable
 
 from vllm_omni.config.schema import LimitsConfig, OmniConfig
 from vllm_omni.engine.ar.options import AROptions
-from vllm_omni.engine.ar.prompt import ARInput, ARLimits
+from vllm_omni.engine.ar.prompt import ARInput, ARLimits, PlannedPrompt, PreparedPrompt
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError, ResourceError
-from vllm_omni.models.qwen2_5_omni.prompt_reader import MediaProcessor
+from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptReader
 from vllm_omni.params import SamplingParams
 from vllm_omni.request import OmniRequest
 
@@ -46,8 +56,12 @@ def text(folder: Path) -> TextProcessor:
 
 
 @pytest.fixture(scope="module")
-def media(folder: Path, text: TextProcessor) -> MediaProcessor:
-    return MediaProcessor(folder, text, LIMITS)
+def media(folder: Path, text: TextProcessor) -> OmniPromptReader:
+    return OmniPromptReader(folder, text.encode, LIMITS)
+
+
+def no_stop() -> None:
+    """Somebody always wants the result."""
 
 
 def words(value: object) -> str:
@@ -62,21 +76,20 @@ def part(kind: str, source: Any, **others: Any) -> dict[str, Any]:
     return {"type": kind, kind: source, **others}
 
 
-def refusal(media: MediaProcessor, messages: Any, use_audio_in_video: bool = True) -> str:
-    """The message of the check that decodes nothing; what refuses there refuses to read as well."""
+def refusal(media: OmniPromptReader, messages: Any, use_audio_in_video: bool = True) -> str:
+    """The message of the plan, for which nothing is decoded."""
     with pytest.raises(InvalidRequestError) as caught:
-        media.check(messages, use_audio_in_video)
-    with pytest.raises(InvalidRequestError, match=re.escape(str(caught.value))):
-        media.read(messages, use_audio_in_video)
+        plan_media(media, messages, use_audio_in_video)
     assert not ADDRESS.search(str(caught.value)) and str(caught.value).startswith("messages")
     return str(caught.value)
 
 
-def late_refusal(media: MediaProcessor, messages: Any) -> str:
+def late_refusal(media: OmniPromptReader, messages: Any) -> str:
     """The message of what shows only when it is decoded."""
-    assert media.check(messages, True) > 0
+    plan = plan_media(media, messages, True)
+    assert plan.num_tokens > 0
     with pytest.raises(InvalidRequestError) as caught:
-        media.read(messages, True)
+        media.read(plan, no_stop)
     assert not ADDRESS.search(str(caught.value)) and str(caught.value).startswith("messages")
     return str(caught.value)
 
@@ -120,7 +133,7 @@ def wav_header(seconds: float) -> bytes:
     ids=words,
 )
 def test_what_is_no_good_image_is_refused_before_it_is_decoded(
-    source: Any, expected: str, media: MediaProcessor
+    source: Any, expected: str, media: OmniPromptReader
 ) -> None:
     assert expected in refusal(media, user(part("image", source)))
 
@@ -138,13 +151,13 @@ def test_what_is_no_good_image_is_refused_before_it_is_decoded(
     ids=words,
 )
 def test_what_is_no_good_sound_is_refused_before_it_is_decoded(
-    source: Any, expected: str, media: MediaProcessor
+    source: Any, expected: str, media: OmniPromptReader
 ) -> None:
     assert expected in refusal(media, user(part("audio", source)))
 
 
 def test_a_sound_longer_than_the_encoder_hears_is_refused(folder: Path, text: TextProcessor) -> None:
-    media = MediaProcessor(folder, text, LimitsConfig())
+    media = OmniPromptReader(folder, text.encode, LimitsConfig())
     said = refusal(media, user(part("audio", (tone(20.5), RATE))))
     assert "got 20.50 s of sound, expected at most 20 s, what the model hears in one piece" in said
 
@@ -191,17 +204,17 @@ NOISE = np.random.default_rng(0).integers(0, 255, (20, 64, 136, 3), dtype=np.uin
     ids=words,
 )
 def test_what_is_no_good_video_is_refused_before_it_is_decoded(
-    source: Callable[[], Any], expected: str, media: MediaProcessor
+    source: Callable[[], Any], expected: str, media: OmniPromptReader
 ) -> None:
     assert expected in refusal(media, user(part("video", source())))
 
 
 def test_a_video_whose_sound_is_too_long_is_refused(folder: Path, text: TextProcessor) -> None:
-    media = MediaProcessor(folder, text, LimitsConfig(max_audio_s=1.0))
+    media = OmniPromptReader(folder, text.encode, LimitsConfig(max_audio_s=1.0))
     messages = user(part("video", video_bytes(FRAMES * 2, 4, tone(2.0))))
     said = refusal(media, messages)
     assert "of sound in a video, expected at most 1 s (limits.max_audio_s)" in said
-    assert media.check(messages, False) > 0
+    assert plan_media(media, messages, False).num_tokens > 0
 
 
 @pytest.mark.parametrize(
@@ -216,7 +229,7 @@ def test_a_video_whose_sound_is_too_long_is_refused(folder: Path, text: TextProc
     ids=words,
 )
 def test_a_damaged_file_is_refused_when_it_is_read(
-    kind: str, source: Any, expected: str, media: MediaProcessor
+    kind: str, source: Any, expected: str, media: OmniPromptReader
 ) -> None:
     assert expected in late_refusal(media, user(part(kind, source)))
 
@@ -238,12 +251,12 @@ def test_a_damaged_file_is_refused_when_it_is_read(
     ],
     ids=words,
 )
-def test_messages_that_make_no_sense_are_refused(parts: list[Any], expected: str, media: MediaProcessor) -> None:
+def test_messages_that_make_no_sense_are_refused(parts: list[Any], expected: str, media: OmniPromptReader) -> None:
     assert expected in refusal(media, user(*parts))
 
 
 def ar_input(
-    text: TextProcessor, media: MediaProcessor | None, model_len: int = 400, pool_tokens: int = 512
+    text: TextProcessor, media: OmniPromptReader | None, model_len: int = 400, pool_tokens: int = 512
 ) -> ARInput:
     limits = ARLimits(
         vocab_size=128,
@@ -256,84 +269,78 @@ def ar_input(
     return ARInput(AROptions(part="thinker"), text, limits, media)
 
 
-def test_a_prompt_with_media_is_prepared_with_room_for_an_answer(text: TextProcessor, media: MediaProcessor) -> None:
+def prepared(stage: ARInput, prompt: Any, params: SamplingParams | None = None, **fields: Any) -> PreparedPrompt:
+    """Planned and read."""
+    given = params or SamplingParams()
+    found = stage.prepare(prompt, OmniRequest(prompt=prompt, fields=fields), given)
+    return stage.read(found, given, no_stop) if isinstance(found, PlannedPrompt) else found
+
+
+def test_a_prompt_with_media_is_prepared_with_room_for_an_answer(text: TextProcessor, media: OmniPromptReader) -> None:
     stage = ar_input(text, media)
     messages = user(part("image", picture()), part("text", "What?"))
-    stage.check(OmniRequest.from_prompt({"messages": messages}), SamplingParams())
-    prepared = stage.prepare(messages, SamplingParams(max_tokens=50))
-    assert prepared.media is not None and prepared.token_ids == list(prepared.media.token_ids)
-    assert prepared.max_new_tokens == 50 and prepared.num_truncated == 0
-    assert stage.prepare(messages, SamplingParams()).max_new_tokens == 400 - len(prepared.token_ids)
+    planned = stage.prepare(messages, OmniRequest(prompt=messages), SamplingParams())
+    found = prepared(stage, messages, SamplingParams(max_tokens=50))
+    assert found.media is not None and found.token_ids == list(found.media.token_ids)
+    assert planned.num_tokens == found.num_tokens
+    assert found.max_new_tokens == 50 and found.num_truncated == 0
+    assert prepared(stage, messages).max_new_tokens == 400 - found.num_tokens
 
 
-def test_text_parts_are_text(text: TextProcessor, media: MediaProcessor) -> None:
+def test_text_parts_are_text(text: TextProcessor, media: OmniPromptReader) -> None:
     parts, plain = user(part("text", "Hello "), part("text", "you")), [{"role": "user", "content": "Hello you"}]
     for stage in (ar_input(text, media), ar_input(text, None)):
-        prepared = stage.prepare(parts, SamplingParams())
-        assert prepared == stage.prepare(plain, SamplingParams()) and prepared.media is None
+        found = prepared(stage, parts)
+        assert found == prepared(stage, plain) and found.media is None
 
 
 def test_a_stage_that_reads_text_names_the_part_that_it_cannot_read(text: TextProcessor) -> None:
     stage = ar_input(text, None)
-    for run in (
-        lambda messages: stage.check(OmniRequest(prompt=messages), SamplingParams()),
-        lambda messages: stage.prepare(messages, SamplingParams()),
-    ):
-        with pytest.raises(
-            InvalidRequestError, match=r"content\[1\]: got a part of type 'audio', expected only 'text'"
-        ):
-            run(user(part("text", "Hi"), part("audio", (tone(), RATE))))
+    with pytest.raises(InvalidRequestError, match=r"content\[1\]: got a part of type 'audio', expected only 'text'"):
+        prepared(stage, user(part("text", "Hi"), part("audio", (tone(), RATE))))
 
 
 def test_media_beyond_the_context_are_refused_before_they_are_decoded(
-    text: TextProcessor, media: MediaProcessor
+    text: TextProcessor, media: OmniPromptReader
 ) -> None:
     stage = ar_input(text, media, model_len=100)
     messages = user(part("image", png_header(64, 64)))  # 64 tokens, and pixels that nobody could decode
-    request = OmniRequest(prompt=messages)
-    for run in (lambda: stage.check(request, SamplingParams()), lambda: stage.prepare(messages, SamplingParams())):
-        with pytest.raises(
-            InvalidRequestError, match=r"tokens with their media, expected at most 99 \(max_model_len\)"
-        ):
-            run()
+    with pytest.raises(InvalidRequestError, match=r"tokens with their media, expected at most 99 \(max_model_len\)"):
+        prepared(stage, messages)
 
 
-def test_media_beyond_the_pool_are_refused(text: TextProcessor, media: MediaProcessor) -> None:
+def test_media_beyond_the_pool_are_refused(text: TextProcessor, media: OmniPromptReader) -> None:
     with pytest.raises(ResourceError, match="the whole KV pool"):
-        ar_input(text, media, pool_tokens=32).check(
-            OmniRequest(prompt=user(part("image", picture()))), SamplingParams()
-        )
+        prepared(ar_input(text, media, pool_tokens=32), user(part("image", picture())))
 
 
 def test_a_text_beyond_the_limits_is_refused_whatever_media_come_with_it(
-    text: TextProcessor, media: MediaProcessor
+    text: TextProcessor, media: OmniPromptReader
 ) -> None:
     stage = ar_input(text, media)
     with pytest.raises(InvalidRequestError, match="got 1001 characters, expected at most 1000"):
-        stage.prepare(user(part("text", "x" * 1001), part("image", picture())), SamplingParams())
+        prepared(stage, user(part("text", "x" * 1001), part("image", picture())))
     with pytest.raises(InvalidRequestError, match="expected at most 399"):
-        stage.prepare(user(part("text", "x" * 600), part("image", picture())), SamplingParams())
+        prepared(stage, user(part("text", "x" * 600), part("image", picture())))
     with pytest.raises(InvalidRequestError, match="expected at most 399"):
-        stage.prepare(user(part("text", "x" * 600)), SamplingParams())
+        prepared(stage, user(part("text", "x" * 600)))
 
 
-def test_placeholders_without_media_are_refused(text: TextProcessor, media: MediaProcessor) -> None:
+def test_placeholders_without_media_are_refused(text: TextProcessor, media: OmniPromptReader) -> None:
     for prompt in ([1, 101, 2], "a <|IMAGE|>", [{"role": "user", "content": "<|IMAGE|>"}]):
         with pytest.raises(InvalidRequestError, match="the token id 101, which stands for media"):
-            ar_input(text, media).prepare(prompt, SamplingParams())
+            prepared(ar_input(text, media), prompt)
 
 
-def test_use_audio_in_video_is_read_from_the_request(text: TextProcessor, media: MediaProcessor) -> None:
+def test_use_audio_in_video_is_read_from_the_request(text: TextProcessor, media: OmniPromptReader) -> None:
     stage = ar_input(text, media, 600, 600)
     messages = user(part("video", video_bytes(FRAMES * 2, 4, tone(2.0))))
     lengths = []
     for value in (True, False, None):
-        request = OmniRequest.from_prompt({"messages": messages, "use_audio_in_video": value})
-        stage.check(request, SamplingParams())
-        lengths.append(len(stage.prepare(messages, SamplingParams(), bool(value)).token_ids))
+        lengths.append(prepared(stage, messages, use_audio_in_video=value).num_tokens)
     assert lengths[0] > lengths[1] == lengths[2]
     with pytest.raises(InvalidRequestError, match="use_audio_in_video: got 'yes', expected true or false"):
-        stage.check(OmniRequest.from_prompt({"messages": messages, "use_audio_in_video": "yes"}), SamplingParams())
+        prepared(stage, "words alone", use_audio_in_video="yes")
 
 
 def test_a_message_without_a_role_is_described_by_its_keys() -> None:
@@ -343,10 +350,10 @@ def test_a_message_without_a_role_is_described_by_its_keys() -> None:
 
 def test_another_model_is_no_folder_for_media(tmp_path: Path, text: TextProcessor) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
-        MediaProcessor(tmp_path, text, LIMITS)
+        OmniPromptReader(tmp_path, text.encode, LIMITS)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(ConfigError, match="got a qwen3, expected qwen2_5_omni"):
-        MediaProcessor(tmp_path, text, LIMITS)
+        OmniPromptReader(tmp_path, text.encode, LIMITS)
 
 
 @pytest.mark.parametrize("key", ["max_image_pixels", "max_video_s", "max_video_frames", "max_video_mb"])
@@ -356,11 +363,11 @@ def test_limits_are_positive_numbers(key: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"live": "1"}])
-def test_a_webm_that_counts_no_frames_is_read(options: dict[str, str], media: MediaProcessor) -> None:
+def test_a_webm_that_counts_no_frames_is_read(options: dict[str, str], media: OmniPromptReader) -> None:
     content = video_bytes(
         FRAMES, form="webm", sound=tone(1.0, 48_000), sound_rate=48_000, options=options
     )  # a live one does not say how long it is either
-    prompt = media.read(user(part("video", content)), True)
+    prompt = read_media(media, user(part("video", content)), True)
     assert [item.kind for item in prompt.items] == ["video", "audio"]
     assert prompt.items[0].inputs["grid_thw"].tolist()[0] == 2
 
@@ -379,14 +386,13 @@ ORIGINALS = {
     share=st.sampled_from([1.0, 1.0, 0.99, 0.7, 0.1]),
 )
 def test_a_file_with_wrong_bytes_is_read_or_refused(
-    kind: str, flips: list[tuple[float, int]], share: float, media: MediaProcessor
+    kind: str, flips: list[tuple[float, int]], share: float, media: OmniPromptReader
 ) -> None:
     content = bytearray(cut(ORIGINALS[kind], share))
     for place, value in flips:
         content[int(place * (len(content) - 1))] = value
     messages = user(part(kind, bytes(content)))
-    for run in (media.check, media.read):
-        try:
-            run(messages, True)
-        except InvalidRequestError as error:
-            assert not ADDRESS.search(str(error))
+    try:
+        read_media(media, messages, True)
+    except InvalidRequestError as error:
+        assert not ADDRESS.search(str(error))

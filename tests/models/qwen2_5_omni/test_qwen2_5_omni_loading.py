@@ -22,7 +22,7 @@ from vllm_omni.layers.rotary import RotaryEmbedding
 from vllm_omni.layers.weights import load_rows, plan_loading, tensor_files, weights_bytes
 from vllm_omni.models.qwen2_5_omni.talker import TEXT_EMBEDDINGS, load_text_rows
 from vllm_omni.models.qwen2_5_omni.token2wav.config import Token2WavConfig
-from vllm_omni.worker.ar.language_model import load_language_model, model_class, read_model_config
+from vllm_omni.worker.ar.language_model import LanguageModelFolder, model_class
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 
@@ -88,7 +88,7 @@ def test_the_published_token2wav_has_the_references_sizes_under_other_names() ->
         for token2wav in (raw["token2wav_config"], {}, None):
             given = without(raw, ["token2wav_config"]) | ({} if token2wav is None else {"token2wav_config": token2wav})
             config = model_class(given, "config.json", "talker").read_config(given, "config.json")
-            assert config.last_sound == (8447 if token2wav is None else 8193)
+            assert config.last_spoken == (8447 if token2wav is None else 8193)
 
 
 @pytest.mark.parametrize("name", ["dim", "depth", "heads"])
@@ -123,7 +123,7 @@ def test_a_part_reads_its_own_tensors_alone(folder: Path, part: str, monkeypatch
             return self._handle.get_tensor(name)
 
     monkeypatch.setattr(loader, "safe_open", Recording)
-    load_language_model(folder, CPU, FLOAT, part)
+    LanguageModelFolder.open(folder, part).load(CPU, FLOAT)
     assert set(read) == {name for name in tensor_files(folder) if name.startswith(f"{part}.")}
     assert 0 < weights_bytes(folder, 4, f"{part}.") < weights_bytes(folder, 4)
 
@@ -131,7 +131,7 @@ def test_a_part_reads_its_own_tensors_alone(folder: Path, part: str, monkeypatch
 @needs("transformers", "5.22", "its encoders stand where the test finds them")
 def test_computed_buffers_are_those_of_the_reference(folder: Path) -> None:
     theirs = Qwen2_5OmniForConditionalGeneration(tiny_config()).thinker.model
-    ours: Any = load_language_model(folder, CPU, torch.bfloat16, "thinker")
+    ours: Any = LanguageModelFolder.open(folder, "thinker").load(CPU, torch.bfloat16)
     expected = dict(theirs.visual.named_buffers(prefix="visual"))
     expected |= dict(theirs.audio_tower.named_buffers(prefix="audio_tower"))
     found = dict(ours.encoders.named_buffers())
@@ -157,7 +157,7 @@ def test_rows_of_the_text_embeddings_are_read_one_by_one(folder: Path) -> None:
 )
 def test_a_part_that_is_no_language_model_is_refused(folder: Path, part: str | None, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        read_model_config(folder, part)
+        LanguageModelFolder.open(folder, part)
 
 
 @pytest.mark.parametrize(

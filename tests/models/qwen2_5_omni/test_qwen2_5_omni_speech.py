@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from support.ar import assert_clean as assert_engine_clean
-from support.ar import drain
+from support.ar import drain, is_busy
 from support.speech import save_tiny_omni, tiny_reference
-from support.speech_engines import TEXT, Case, Speech, make_case, make_engine, make_task, reference
+from support.speech_engines import TEXT, THINKER_PORTS, Case, Speech, make_case, make_engine, reference, submit_prompt
 from torch import Tensor
 
-from vllm_omni.engine.ar.engine import LLMEngine
-from vllm_omni.engine.ar.options import THINKER_PORTS
-from vllm_omni.engine.base import StageDone, StageEvent, StageRows
+from vllm_omni.engine.ar.engine import AREngine
+from vllm_omni.messages import StageDone, StageEvent, StageRows
 from vllm_omni.models.qwen2_5_omni.encoders import MediaEncoders
 from vllm_omni.params import SamplingParams
 from vllm_omni.worker.ar.media_prompt import MediaItem, MediaPrompt
@@ -60,9 +59,9 @@ def assert_clean(speech: Speech) -> None:
 
 
 def run_thinker(
-    engine: LLMEngine, prompt: Any, name: str = "r", params: SamplingParams = TEXT
+    engine: AREngine, prompt: Any, name: str = "r", params: SamplingParams = TEXT
 ) -> tuple[StageDone, list[StageEvent]]:
-    engine.submit(make_task("thinker", name, {"prompt": prompt}, params))
+    submit_prompt(engine, name, prompt, params)
     events = drain(engine)
     assert isinstance(events[-1], StageDone), events[-1]
     return events[-1], events
@@ -200,7 +199,7 @@ def test_what_nobody_reads_is_neither_kept_nor_given(folder: Path, pool: ModelPo
 def test_preemption_gives_no_row_twice(seed: int, folder: Path, pool: ModelPool) -> None:
     engine = make_engine(folder, "thinker", pool, num_blocks=9, prefix_caching=seed % 2 == 0)
     for name in range(3):
-        engine.submit(make_task("thinker", str(name), {"prompt": [30 + seed, name + 5, 6, 7]}, LONG))
+        submit_prompt(engine, str(name), [30 + seed, name + 5, 6, 7], LONG)
     events = drain(engine)
     assert engine.get_stats()["num_preemptions"] > 0
     for name in range(3):
@@ -237,17 +236,17 @@ def test_a_reply_of_one_word_speaks_the_end_of_the_text_at_once(folder: Path, mo
     assert speech.codes["r"][0] == int(first.argmax())
 
 
-def test_every_reply_chunk_is_taken_once_and_only_when_read(folder: Path, pool: ModelPool) -> None:
+def test_every_reply_chunk_is_consumed_once_and_only_when_read(folder: Path, pool: ModelPool) -> None:
     for chunk in (1, 4):
         speech = Speech(make_engine(folder, "thinker", pool), make_engine(folder, "talker", pool), chunk)
         speech.submit("r", CASES["text"].token_ids)
-        while speech.thinker.has_work():
+        while is_busy(speech.thinker):
             speech.step()
-            assert speech.took() <= len(speech.codes["r"]) + 1, "at most the empty end besides"
+            assert speech.consumed() <= len(speech.codes["r"]) + 1, "at most the empty end besides"
         speech.run()
-        assert speech.took() == speech.num_given["reply_states"] >= (len(speech.words["r"]) - 1) // chunk
+        assert speech.consumed() == speech.num_given["reply_states"] >= (len(speech.words["r"]) - 1) // chunk
         for port in ("prompt_states", "prompt_positions"):
-            assert speech.took(port) == speech.num_given[port] > 0
+            assert speech.consumed(port) == speech.num_given[port] > 0
 
 
 def test_a_paused_thinker_writes_nothing_and_goes_on_where_it_stopped(
@@ -262,7 +261,7 @@ def test_a_paused_thinker_writes_nothing_and_goes_on_where_it_stopped(
     before = list(speech.codes["text"])
     speech.run()
     assert "text" not in speech.words and speech.words["other"] == expected["text"][0]
-    assert len(speech.codes["text"]) >= len(before) and not speech.talker.has_work()
+    assert len(speech.codes["text"]) >= len(before) and not is_busy(speech.talker)
     speech.talker.pause("text")
     speech.thinker.resume("text")
     speech.run()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from support.speech import CODEC_EOS, save_tiny_omni, tiny_reference
-from support.speech_engines import restore_mask
+from support.speech_engines import padded
 
 from vllm_omni import DiffusionParams, Omni, OmniOutput, SamplingParams
 from vllm_omni.errors import InvalidRequestError, OmniError
@@ -61,14 +61,10 @@ def reference(prompt: list[int]) -> Spoken:
     """transformers' answer, greedy, from the noise that a seed of 0 means here."""
     model, codes = tiny_reference(), list[list[int]]()
     model.token2wav.register_forward_pre_hook(lambda module, given: codes.extend(given[0].tolist()))
-    model.talker.register_forward_pre_hook(restore_mask, with_kwargs=True)
-    token_ids = torch.tensor([prompt])
-
     noise = frame_noise(0, 0, 2 * NUM_CODES, MEL)[None]
     with mock.patch("torch.randn", lambda shape, **rest: noise[:, : shape[1]]):
         written, wave = model.generate(
-            input_ids=token_ids,
-            attention_mask=torch.ones_like(token_ids),
+            **padded(prompt),
             thinker_max_new_tokens=NUM_WORDS,
             thinker_do_sample=False,
             talker_max_new_tokens=NUM_CODES,
@@ -76,7 +72,7 @@ def reference(prompt: list[int]) -> Spoken:
             talker_eos_token_id=list(CODEC_EOS),
             token2wav_num_steps=NUM_POINTS,
         )
-    return Spoken(written[0, len(prompt) :].tolist(), codes[0], wave)
+    return Spoken(written[0, len(prompt) + 1 :].tolist(), codes[0], wave)
 
 
 def make(folder: Path, *overrides: str) -> Omni:

@@ -19,16 +19,15 @@ from support.token2wav import (
     register_spell,
     run,
     sound,
-    stage_config,
+    spec,
     task,
 )
 
-from vllm_omni.config.schema import OmniConfig
-from vllm_omni.engine.base import StageDone, StageFailed, StageProgress
-from vllm_omni.engine.diffusion.engine import DiffusionEngine
+from vllm_omni.engine.base import Activity, ReadPorts
 from vllm_omni.entrypoints.cli import main
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError, StageError
 from vllm_omni.layers.weights import plan_loading
+from vllm_omni.messages import StageDone, StageFailed, StageProgress
 from vllm_omni.models.qwen2_5_omni.token2wav.config import Token2WavConfig
 from vllm_omni.models.qwen2_5_omni.token2wav.model import Token2WavModules
 from vllm_omni.models.qwen2_5_omni.token2wav.trajectory import RungeKuttaSampler, frame_noise, time_points
@@ -78,7 +77,7 @@ def test_ten_points_are_36_steps_of_one_evaluation_each(folder: Path) -> None:
     stage.submit(task("x", codes(4), DiffusionParams(seed=1)))
     steps = [event for _ in range(40) for event in stage.step()]
     assert [(e.step, e.num_steps) for e in steps if isinstance(e, StageProgress)] == [(n, 36) for n in range(1, 37)]
-    assert not stage.has_work()
+    assert stage.activity() is Activity.IDLE
     default = sound(stage, codes(4), DiffusionParams(seed=1))
     assert torch.equal(default, sound(stage, codes(4), params(10, 0.5, seed=1)))
 
@@ -154,7 +153,7 @@ def test_cancel_frees_all_at_any_moment(folder: Path) -> None:
             stage.step()
         stage.abort("x")
         stage.check_integrity()
-        assert not stage.has_work() and stage.step() == []
+        assert stage.activity() is Activity.IDLE and stage.step() == []
         assert stage.get_stats()["running"] == 0 and stage.get_stats()["step_cache_used_bytes"] == 0
 
 
@@ -209,8 +208,8 @@ def test_nan_in_one_row_stays_there(folder: Path) -> None:
         latents = [trajectory.noise(index) for index, trajectory in enumerate(trajectories)]
         latents[1][:] = float("nan")
         conditions = [trajectory.conditions["main"] for trajectory in trajectories]
-        tokens = model.begin(latents, [0.5] * 3, conditions)
-        results = model.finish(model.run_blocks(tokens, 0, model.num_blocks))
+        tokens = model.embed(latents, [0.5] * 3, conditions)
+        results = model.unembed(model.run_blocks(tokens, 0, model.num_blocks))
     assert [bool(result.isfinite().all()) for result in results] == [True, False, True]
 
 
@@ -233,22 +232,22 @@ def test_nan_in_one_row_stays_there(folder: Path) -> None:
 def test_bad_requests_are_refused_with_their_field(folder: Path, bad: dict[str, object], field: str) -> None:
     stage, value = engine(folder, pool=POOL), DiffusionParams(**bad)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match=field):
-        stage.check(task("x", codes(3), value).request, value)
+        stage.spec.check(task("x", codes(3), value).request, value, ReadPorts())
 
 
 def test_a_requests_own_negative_prompt_is_refused_too(folder: Path) -> None:
     stage = engine(folder, pool=POOL)
     with pytest.raises(InvalidRequestError, match="negative_prompt"):
-        stage.check(OmniRequest(prompt="x", negative_prompt="noise"), params())
+        stage.spec.check(OmniRequest(prompt="x", negative_prompt="noise"), params(), ReadPorts())
 
 
 @pytest.mark.parametrize("speaker", ["Chelsi", "../spk_dict", 3, ["Ethan"]])
 def test_unknown_speakers_are_refused(folder: Path, speaker: object) -> None:
     stage = engine(folder, pool=POOL)
-    assert DiffusionEngine.request_keys(stage.stage) == {"speaker"}
+    assert stage.spec.request_keys == {"speaker"}
     with pytest.raises(InvalidRequestError, match="speaker: got"):
-        stage.check(task("x", codes(3), params(), {"speaker": speaker}).request, params())
-    stage.check(task("x", codes(3), params(), {"speaker": "Ethan"}).request, params())
+        stage.spec.check(task("x", codes(3), params(), {"speaker": speaker}).request, params(), ReadPorts())
+    stage.spec.check(task("x", codes(3), params(), {"speaker": "Ethan"}).request, params(), ReadPorts())
 
 
 def test_published_weights_fit_with_nothing_missing_or_left_over() -> None:
@@ -271,10 +270,10 @@ def test_published_weights_fit_with_nothing_missing_or_left_over() -> None:
 
 
 def test_only_the_part_s_weights_are_planned_for(folder: Path) -> None:
-    stage, modules = stage_config(folder), Token2WavModules(Token2WavConfig.from_folder(folder))
-    plan = DiffusionEngine.plan_memory(stage, OmniConfig())
+    stage, modules = spec(folder), Token2WavModules(Token2WavConfig.from_folder(folder))
+    plan = stage.plan_memory()
     assert plan.weights_bytes == 4 * sum(parameter.numel() for parameter in modules.parameters())
-    assert "float32" in DiffusionEngine.note(stage)
+    assert plan.step_cache_bytes == 0 and "float32" in stage.note()
 
 
 def test_check_shows_the_stage_with_its_ports_and_its_float32(
@@ -296,7 +295,7 @@ def test_check_shows_the_stage_with_its_ports_and_its_float32(
 )
 def test_the_part_must_be_one_that_diffuses(folder: Path, part: str | None, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        DiffusionEngine.signature(stage_config(folder, part=part))
+        spec(folder, part=part)
 
 
 def test_voices_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ from support.token2wav import (
 )
 from torch import Tensor
 
-from vllm_omni.engine.base import StageDone, StageFailed, StageProgress, StageRows, StageTook
+from vllm_omni.engine.base import Activity, ReadPorts
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
 from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.messages import StageDone, StageFailed, StageProgress, StageRows
 from vllm_omni.models.qwen2_5_omni.token2wav.model import Token2Wav
-from vllm_omni.models.qwen2_5_omni.token2wav.trajectory import EVALUATIONS
+from vllm_omni.models.qwen2_5_omni.token2wav.trajectory import EVALUATIONS, num_points
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StreamChunk
 from vllm_omni.worker.model_pool import ModelPool
@@ -54,7 +55,7 @@ def full_context(stage: DiffusionEngine, value: DiffusionParams) -> tuple[int, i
     """
     model = stage.model
     assert isinstance(model, Token2Wav)
-    dit, evaluations = model.config.dit, EVALUATIONS * (model.num_steps(value) - 1)
+    dit, evaluations = model.config.dit, EVALUATIONS * (num_points(value) - 1)
     frames = [
         reach + dit.block_size * (1 + evaluations * blocks)
         for reach, blocks in zip(model.vocoder.geometry.reach, (dit.blocks_back, dit.blocks_ahead), strict=True)
@@ -89,7 +90,7 @@ def test_with_full_context_chunks_join_to_the_whole(folder: Path, first: int, si
     assert torch.equal(torch.cat([event.rows for event in events]).T, done.payload.tensors["audio"][0])
     assert [event.is_last for event in events] == [False] * (len(parts) - 1) + [True]
     assert {event.port for event in events} == {"audio"} and events[0].meta == {"sample_rate": 24_000}
-    assert ran.took["x"] == len(parts) and done.metrics["steps"] == 4 * len(parts)
+    assert ran.consumed["x"] == len(parts) and done.metrics["steps"] == 4 * len(parts)
 
 
 @pytest.mark.parametrize("missing", ["left", "ahead"])
@@ -126,7 +127,7 @@ def test_a_whole_payload_is_one_chunk_and_exactly_the_whole(folder: Path) -> Non
     stage.submit(task("x", rows, params()))
     ran = run(stage)
     [event] = ran.rows["x"]
-    assert event.is_last and torch.equal(event.rows.T, ran.sound("x")[0]) and ran.took["x"] == 1
+    assert event.is_last and torch.equal(event.rows.T, ran.sound("x")[0]) and ran.consumed["x"] == 1
     assert torch.equal(ran.sound("x")[0], sound(engine(folder, pool=POOL), rows, params()))
 
 
@@ -159,7 +160,7 @@ def test_when_a_chunk_arrives_changes_nothing(folder: Path, num_steps: int) -> N
                     ran.rows.setdefault("x", []).append(event)
             stage.check_integrity()
         if num_steps == 30:
-            assert not stage.has_work(), "it waits for the next chunk"
+            assert stage.activity() is Activity.IDLE, "it waits for the next chunk"
         stage.feed("x", "codes", part)
     run(stage, ran)
     assert_near(torch.cat([event.rows for event in ran.rows["x"]]).T, expected, 1e-5)
@@ -201,12 +202,44 @@ def test_a_pause_begins_no_chunk_and_a_resume_goes_on(folder: Path) -> None:
     for part in parts[1:]:
         stage.feed("x", "codes", part)
     ran = run(stage)
-    assert len(ran.rows["x"]) == 1 and ran.took["x"] == 1 and not isinstance(ran.last["x"], StageDone)
-    assert not stage.has_work() and stage.get_stats()["running"] == 1
+    assert len(ran.rows["x"]) == 1 and ran.consumed["x"] == 1 and not isinstance(ran.last["x"], StageDone)
+    assert stage.activity() is Activity.IDLE and stage.get_stats()["running"] == 1
     stage.resume("x")
     run(stage, ran)
     assert torch.equal(torch.cat([event.rows for event in ran.rows["x"]]).T, ran.sound("x")[0])
     assert_near(ran.sound("x")[0], expected, 1e-5)
+
+
+def test_chunks_that_come_before_the_preparation_wait_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both tasks read media; the second one is prepared a step later, and so do its chunks begin."""
+    stage, parts = stage_of(folder), chunks(codes(30), 10, 10, 6, 3)
+    expected = streamed_sound(stage, parts, params())
+    monkeypatch.setattr(stage.model, "is_heavy", lambda inputs: True)
+    for key in "xy":
+        stage.submit(task(key, parts[0], params()))
+    for part in parts[1:]:
+        for key in "xy":
+            stage.feed(key, "codes", part)
+    ran = Ran()
+    begun = [{event.request_id for event in stage.step() if isinstance(event, StageProgress)} for _ in range(2)]
+    assert begun == [{"x"}, {"x", "y"}]
+    run(stage, ran)
+    for key in "xy":
+        assert_near(torch.cat([event.rows for event in ran.rows[key]]).T, expected, 1e-5)
+
+
+def test_a_paused_task_keeps_its_chunks_and_an_abort_frees_them(folder: Path) -> None:
+    stage, parts = stage_of(folder), chunks(codes(30), 10, 10, 6, 3)
+    stage.submit(task("x", parts[0], params()))
+    stage.pause("x")
+    assert stage.activity() is Activity.IDLE and stage.step() == []
+    stage.feed("x", "codes", parts[1])
+    stage.resume("x")
+    assert stage.activity() is Activity.BUSY
+    stage.pause("x")
+    stage.abort("x")
+    stage.resume("x")
+    assert stage.activity() is Activity.IDLE and stage.get_stats()["running"] == 0
 
 
 def test_an_empty_last_chunk_ends_a_stream(folder: Path) -> None:
@@ -216,22 +249,20 @@ def test_an_empty_last_chunk_ends_a_stream(folder: Path) -> None:
     assert not isinstance(ran.last["x"], StageDone)
     stage.feed("x", "codes", StreamChunk(rows[9:], start=12, num_before=3, is_last=True))
     run(stage, ran)
-    assert ran.took["x"] == 2 and torch.equal(ran.rows["x"][0].rows.T, ran.sound("x")[0])
+    assert ran.consumed["x"] == 2 and torch.equal(ran.rows["x"][0].rows.T, ran.sound("x")[0])
 
 
 def test_streams_that_break_the_contract_fail_with_what_was_wrong(folder: Path) -> None:
     rows = codes(12)
     opening = StreamChunk(rows[:6])
-    late = StreamChunk(rows[6:8], start=8)
-    again = StreamChunk(rows[:6])
     boundless = StreamChunk(rows[:8], start=6, num_before=7)
+    overlapping = StreamChunk(rows[:2], start=6, num_before=2, num_after=1)
     nothing = StreamChunk(rows[:0], is_last=True)
     high = StreamChunk(torch.tensor([70, 1]), start=6)
     rest = StreamChunk(rows[6:], start=6, is_last=True)
     for feeds, words in (
-        ([late], "expected a chunk from 6 on"),
-        ([again], "expected a chunk from 6 on"),
-        ([boundless], "expected a chunk from 6 on"),
+        ([boundless], "with 7 before and 0 behind them"),
+        ([overlapping], "got the rows 6 to 5"),
         ([high], "expected 0 to 59"),
         ([rest, StreamChunk(rows[:1], start=12)], "none after the last one"),
     ):
@@ -258,7 +289,7 @@ def test_several_outputs_are_refused_where_something_is_streamed(folder: Path) -
     stage.submit(task("whole", codes(6), value))
     assert run(stage).sound("whole").shape[0] == 2
     with pytest.raises(InvalidRequestError, match="num_outputs: got 2"):
-        stage_of(folder).check(task("x", codes(6), value).request, value)
+        stage_of(folder).spec.check(task("x", codes(6), value).request, value, ReadPorts(streamed=frozenset(STREAMED)))
 
 
 def test_feeding_what_is_gone_is_fine_and_another_port_is_not(folder: Path) -> None:
@@ -266,7 +297,7 @@ def test_feeding_what_is_gone_is_fine_and_another_port_is_not(folder: Path) -> N
     stage.feed("gone", "codes", StreamChunk(codes(3)))
     stage.pause("gone")
     stage.resume("gone")
-    assert not stage.has_work()
+    assert stage.activity() is Activity.IDLE
     with pytest.raises(StageError, match="'mel' is not streamed"):
         stage.feed("gone", "mel", StreamChunk(codes(3)))
 
@@ -291,7 +322,6 @@ def test_random_operations_leak_nothing(folder: Path, operations: list[tuple[str
     stage = stage_of(folder, policy="first_block", threshold=0.2, max_batch_tokens=80)
     queued: dict[str, list[StreamChunk]] = {}
     ended: list[str] = []
-    took = 0
     for number, (operation, which) in enumerate(operations):
         key = sorted(queued)[which % len(queued)] if queued else ""
         if operation == "add":
@@ -299,7 +329,6 @@ def test_random_operations_leak_nothing(folder: Path, operations: list[tuple[str
             stage.submit(task(f"{number}", first, params(2, seed=which)))
         elif operation == "step":
             events = stage.step()
-            took += sum(isinstance(event, StageTook) for event in events)
             ended += [e.request_id for e in events if isinstance(e, StageDone | StageFailed)]
         elif key and operation == "feed" and queued[key]:
             stage.feed(key, "codes", queued[key].pop(0))

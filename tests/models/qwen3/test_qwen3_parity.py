@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import Qwen3Config as PublishedConfig
 from transformers import Qwen3ForCausalLM, Qwen3Model
 
-from vllm_omni.engine.base import StageDone
 from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.layers.weights import plan_loading
+from vllm_omni.messages import StageDone
 from vllm_omni.models.qwen3.model import Qwen3, Qwen3Config
 from vllm_omni.params import SamplingParams
-from vllm_omni.worker.ar.language_model import load_language_model, read_model_config
+from vllm_omni.worker.ar.language_model import LanguageModelFolder
 
 PROMPT = [1, 60, 70, 80, 90, 100, 71, 81, 91, 60, 70, 80, 5, 6, 7]
 LONG = 24
@@ -91,9 +91,9 @@ def test_greedy_tokens_logits_and_states_equal_transformers(variant: str, tmp_pa
         )[0].tolist()
         logits = model(torch.tensor([expected])).logits[0]
     assert done.payload.meta["token_ids"] == expected[len(PROMPT) :]
-    for position, logprobs in enumerate(done.payload.meta["completions"][0].logprobs):
+    for position, logprobs in enumerate(done.payload.meta["completions"][0]["logprobs"]):
         theirs = logits[len(PROMPT) + position - 1].log_softmax(-1)
-        for token, value in logprobs.items():
+        for token, value in logprobs:
             assert value == pytest.approx(float(theirs[token]), abs=1e-4)
     theirs = torch.cat(states_of(model, expected), dim=-1)[len(PROMPT) :]
     assert_same_states(done.payload.tensors["states"], theirs)
@@ -130,7 +130,7 @@ def test_a_base_model_folder_loads_without_prefix_and_head(tied: bool, tmp_path:
     assert isinstance(done, StageDone)
     theirs = states_of(Qwen3Model.from_pretrained(folder).eval(), PROMPT)
     assert_same_states(done.payload.tensors["h"], theirs[-1])
-    assert read_model_config(folder).can_write == tied
+    assert LanguageModelFolder.open(folder).config.can_write == tied
     if not tied:
         with pytest.raises(ConfigError, match="has no head"):
             make_engine(folder)
@@ -138,16 +138,16 @@ def test_a_base_model_folder_loads_without_prefix_and_head(tied: bool, tmp_path:
 
 def test_old_and_new_rope_keys_mean_the_same(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model", **VARIANTS["yarn"])
-    new = read_model_config(folder)
+    new = LanguageModelFolder.open(folder).config
     rope = dict(VARIANTS["yarn"]["rope_parameters"])
     old = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {**rope, "type": rope.pop("rope_type")}}
     edit_json(folder / "config.json", rope_parameters=None, **old)
-    assert read_model_config(folder) == new
+    assert LanguageModelFolder.open(folder).config == new
 
 
 def test_low_precision_states_stay_near_those_of_transformers(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model")
-    engine = make_engine(folder, task="encode", wanted=["h"], outputs={"h": {"layers": [-1]}}, dtype=torch.bfloat16)
+    engine = make_engine(folder, task="encode", wanted=["h"], outputs={"h": {"layers": [-1]}}, dtype="bfloat16")
     done = run(engine, make_task(PROMPT))["r"]
     assert isinstance(done, StageDone)
     ours = done.payload.tensors["h"]
@@ -194,9 +194,10 @@ def test_the_published_names_and_shapes_of_the_qwen3_4b_encoder_load_whole(build
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "partial_rotary",
         ),
-        ({"architectures": ["LlamaForCausalLM"]}, "got 'LlamaForCausalLM'"),
+        ({"architectures": ["MistralForCausalLM"]}, "got 'MistralForCausalLM'"),
         ({"architectures": []}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias: got True"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"hidden_size": 0}, "hidden_size: got 0"),
         ({"vocab_size": "many"}, "vocab_size: got 'many'"),
@@ -209,11 +210,11 @@ def test_what_is_not_supported_is_a_config_error_that_names_the_key(
     folder = make_model_folder(tmp_path / "model")
     edit_json(folder / "config.json", **changes)
     with pytest.raises(ConfigError, match=complaint):
-        read_model_config(folder)
+        LanguageModelFolder.open(folder)
 
 
 def test_a_folder_with_a_missing_tensor_does_not_load(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model")
     edit_json(folder / "config.json", num_hidden_layers=TINY["num_hidden_layers"] + 1)
     with pytest.raises(CheckpointError, match=r"layers\.3\."):
-        load_language_model(folder, torch.device("cpu"), torch.float32)
+        LanguageModelFolder.open(folder).load(torch.device("cpu"), torch.float32)

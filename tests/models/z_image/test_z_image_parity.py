@@ -12,13 +12,14 @@ from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, apply_first_blo
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
-from support.dit import engine, pictures, random_pipeline, random_transformer, run, states, task
+from support.dit import BOTH, engine, pictures, random_pipeline, random_transformer, run, states, task
 
-from vllm_omni.engine.base import StageDone
 from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.layers.weights import load_weights, plan_loading
+from vllm_omni.messages import StageDone
+from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import padded
-from vllm_omni.models.z_image.transformer import ZImageConfig, ZImageTransformer, real_product, rotated
+from vllm_omni.models.z_image.transformer import ZImageTransformer
 from vllm_omni.params import DiffusionParams
 
 PUBLISHED = dict(
@@ -80,7 +81,7 @@ def test_pictures_of_one_batch_equal_the_reference_pipeline(tmp_path: Path) -> N
         params = DiffusionParams(
             height=height, width=width, guidance_scale=guidance, num_inference_steps=steps, seed=seed, extra=extra
         )
-        stage.check(task(str(seed), params).request, params)
+        stage.spec.check(task(str(seed), params).request, params, BOTH)
         stage.submit(task(str(seed), params, length, seed))
         picture = pipeline(
             prompt_embeds=[states(length, seed)],
@@ -168,10 +169,3 @@ def test_missing_left_over_and_misshapen_tensors_are_named(tmp_path: Path) -> No
 def test_what_the_model_does_not_compute_is_refused(change: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         ZImageConfig.from_dict({**PUBLISHED, **change})
-
-
-@pytest.mark.parametrize("shape", [(1, 5, 2, 32), (3, 96, 6, 32)])
-def test_rotation_is_the_same_product_for_eyes_and_compilers(shape: tuple[int, ...]) -> None:
-    x, turns = torch.randn(shape), torch.randn(shape[1], shape[3] // 2, 2)
-    expected = real_product(x.unflatten(-1, (-1, 2)), turns[:, None]).flatten(-2)
-    torch.testing.assert_close(rotated(x, turns), expected)

@@ -17,8 +17,9 @@ from tools.tiny.common.muon import Optimizers
 from tools.tiny.common.training import Trainer
 from tools.tiny.image.image_data import TEXT_LENGTH, training_data
 from tools.tiny.image.whitening import Whitening
+from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import patchified
-from vllm_omni.models.z_image.transformer import ZImageConfig, ZImageTransformer
+from vllm_omni.models.z_image.transformer import ZImageTransformer
 
 CONFIG = dict(
     in_channels=16,
@@ -115,7 +116,7 @@ def loss(
     """Mean squared error of the velocity (clean minus noise)."""
     noisy = clean + level[:, None, None, None] * (noise - clean)
     is_padding = torch.arange(TEXT_LENGTH) >= lengths[:, None]
-    tokens = model.begin(noisy, 1 - level, model.encode_text(states, is_padding))
+    tokens = model.embed(noisy, 1 - level, model.encode_text(states, is_padding))
     patches = model.velocity_patches(model.run_blocks(tokens, 0, len(model.layers)))[0]
     return (patches.float() - patchified(clean - noise)).pow(2).mean()
 

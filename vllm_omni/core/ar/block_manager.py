@@ -2,8 +2,9 @@
 tensors.
 
 A block that is computed whole is entered under a sha256 over the hash of the block before it and the content of its own
-tokens; a hit also compares that content. Freed blocks keep their entry until they are taken for something else, least
-recently used first.
+tokens; a hit also compares that content. The chain begins with a hash of the sequence's adapter, so that sequences of
+different adapters share nothing. Freed blocks keep their entry until they are taken for something else, least recently
+used first.
 """
 
 from __future__ import annotations
@@ -19,16 +20,24 @@ from vllm_omni.errors import CacheError
 ROOT_HASH = sha256(b"the empty prefix").digest()
 
 
+def root_hash(adapter: str | None) -> bytes:
+    """The hash before the first block of a sequence."""
+    return ROOT_HASH if adapter is None else sha256(ROOT_HASH + adapter.encode()).digest()
+
+
 @dataclass(slots=True)
 class Block:
-    """One block. `key` (its chained hash) is set while the block may serve prefixes; then `parent` and `content_ids`
-    say of what.
-    """
+    """One block, and while it may serve prefixes what it holds."""
 
     num_references: int = 0
-    key: bytes | None = None
-    parent: bytes = ROOT_HASH
+    key: bytes | None = None  # its chained hash; None while it serves no prefix, and then the fields below say nothing
+    parent: bytes = ROOT_HASH  # hash of the block before it
     content_ids: tuple[int, ...] = ()
+    adapter: str | None = None  # what computed it
+
+    def holds(self, parent: bytes, content_ids: tuple[int, ...], adapter: str | None) -> bool:
+        """Whether it is what its hash says; else two contents have the same hash."""
+        return (self.parent, self.content_ids, self.adapter) == (parent, content_ids, adapter)
 
 
 class BlockManager:
@@ -110,8 +119,9 @@ class BlockManager:
             key = self._hash(sequence, index)
             if block.key is None and key not in self._cached:
                 block.key = key
-                block.parent = sequence.block_hashes[index - 1] if index else ROOT_HASH
+                block.parent = self._parent(sequence, index)
                 block.content_ids = self._content(sequence, index)
+                block.adapter = sequence.adapter
                 self._cached[key] = sequence.block_table[index]
 
     def free(self, sequence: Sequence) -> None:
@@ -171,9 +181,8 @@ class BlockManager:
             number = self._cached.get(self._hash(sequence, index))
             if number is None:
                 break
-            block = self._blocks[number]
-            parent = sequence.block_hashes[index - 1] if index else ROOT_HASH
-            if block.parent != parent or block.content_ids != self._content(sequence, index):
+            parent, content = self._parent(sequence, index), self._content(sequence, index)
+            if not self._blocks[number].holds(parent, content, sequence.adapter):
                 break
             found.append(number)
         return found
@@ -182,8 +191,12 @@ class BlockManager:
         chain = sequence.block_hashes
         while len(chain) <= index:
             content = b"".join(token.to_bytes(32, "little") for token in self._content(sequence, len(chain)))
-            chain.append(sha256((chain[-1] if chain else ROOT_HASH) + content).digest())
+            chain.append(sha256(self._parent(sequence, len(chain)) + content).digest())
         return chain[index]
+
+    def _parent(self, sequence: Sequence, index: int) -> bytes:
+        """The hash before a block's own."""
+        return sequence.block_hashes[index - 1] if index else root_hash(sequence.adapter)
 
     def _content(self, sequence: Sequence, index: int) -> tuple[int, ...]:
         ids = sequence.token_ids if sequence.content_ids is None else sequence.content_ids

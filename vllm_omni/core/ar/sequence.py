@@ -31,35 +31,26 @@ class CacheState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Prompt and written tokens of one sample.
+    """Prompt and written tokens of one sample."""
 
-    sequence_id: unique in its engine and increasing with arrival. max_tokens: the most tokens, prompt included, that it
-    can ever hold in the KV pool. is_writing: whether a token is to be sampled once every known token is computed; an
-    encoded prompt never writes. content_ids: what makes tokens the same for the prefix cache, where the id alone does
-    not say it (a placeholder for an image); None: the token ids. num_ready_tokens: how many tokens have all their
-    inputs and may be computed (None: every known one). is_paused: nothing of it is computed for now.
-    num_computed_tokens: how many tokens, from the first on, have their keys and values in the pool; num_reached_tokens:
-    the most that ever had. num_cached_tokens: how many prompt tokens the prefix cache served at the first admission
-    (None before it). block_hashes: the hash chain of the full blocks, as far as it was needed; it outlives preemption.
-    """
-
-    sequence_id: int
+    sequence_id: int  # unique in its engine and increasing with arrival
     request_id: str
-    token_ids: list[int]
-    max_tokens: int
-    is_writing: bool = True
-    content_ids: list[int] | None = None
-    num_ready_tokens: int | None = None
-    is_paused: bool = False
+    token_ids: list[int]  # the prompt, then what has been written
+    max_tokens: int  # the most tokens, prompt included, that it can ever hold in the KV pool
+    is_writing: bool = True  # whether a token is sampled once all are computed; an encoded prompt never writes
+    content_ids: list[int] | None = None  # what the prefix cache compares, where ids do not say it (media); None: ids
+    adapter: str | None = None  # the LoRA adapter that computes it; blocks are shared under the same adapter alone
+    num_ready_tokens: int | None = None  # tokens that have all their inputs and may be computed; None: every known one
+    is_paused: bool = False  # nothing of it is computed for now
     num_prompt_tokens: int = field(init=False)
-    num_computed_tokens: int = 0
-    num_reached_tokens: int = 0
-    num_cached_tokens: int | None = None
+    num_computed_tokens: int = 0  # tokens, from the first on, whose keys and values are in the pool
+    num_reached_tokens: int = 0  # the most that ever were
+    num_cached_tokens: int | None = None  # prompt tokens that the prefix cache served at the first admission
     num_preemptions: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     cache_state: CacheState = CacheState.UNALLOCATED
-    block_table: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)  # grows in place; another list after preemption
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, as far as needed; outlives preemption
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -102,7 +93,7 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     def append(self, token_id: int) -> None:
-        """Takes a sampled token in."""
+        """Adds a sampled token."""
         self.token_ids.append(token_id)
         if self.content_ids is not None:
             self.content_ids.append(token_id)

@@ -1,64 +1,91 @@
-"""Which jobs of a diffusion stage take the next denoising step. Pure: it knows sizes in tokens, not what a job is.
+"""Which samples of a diffusion stage take the next denoising step, and the memory of their step caches. Pure: it knows
+sizes in tokens and bytes, not what a sample is.
 
-Jobs run in order of arrival, as many together as the token budget and the batch size allow; a job that is in stays
-in until it is done.
+Samples run in order of arrival, as many together as the token budget, the batch size and the cache's memory allow; one
+that is in stays in until it is removed.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from vllm_omni.errors import SchedulerError
+from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
+from vllm_omni.errors import ResourceError, SchedulerError
 
-Job = TypeVar("Job")
+Sample = TypeVar("Sample")
 
 
-class StepScheduler(Generic[Job]):
-    """`max_tokens` and `max_jobs` bound one step's batch; a job larger than `max_tokens` runs alone."""
+@dataclass(frozen=True, slots=True)
+class _Entry(Generic[Sample]):
+    sample: Sample
+    num_tokens: int  # of one of its steps
+    cache_bytes: int  # that its step cache may ever hold
 
-    def __init__(self, max_tokens: int, max_jobs: int) -> None:
+
+class StepScheduler(Generic[Sample]):
+    """`max_tokens` and `max_samples` bound one step's batch; a sample larger than `max_tokens` runs alone.
+
+    A sample's step cache is reserved in `caches`, under the sample's key, from the moment it starts until it is
+    removed: nothing that comes later takes it away.
+    """
+
+    def __init__(self, max_tokens: int, max_samples: int, caches: DiTCacheManager) -> None:
         self.max_tokens = max_tokens
-        self.max_jobs = max_jobs
-        self._waiting: deque[tuple[str, int, Job]] = deque()
-        self._running: dict[str, tuple[int, Job]] = {}
+        self.max_samples = max_samples
+        self._caches = caches
+        self._waiting: deque[tuple[str, _Entry[Sample]]] = deque()
+        self._running: dict[str, _Entry[Sample]] = {}
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
 
-    def add(self, key: str, num_tokens: int, job: Job) -> None:
-        """Queues a job under a key of its own. num_tokens: what one of its steps puts through the model."""
-        if num_tokens < 1:
-            raise SchedulerError(f"job {key!r}: got {num_tokens} tokens, expected at least 1")
-        if key in self._running or any(key == waiting for waiting, _, _ in self._waiting):
-            raise SchedulerError(f"job {key!r} is already here")
-        self._waiting.append((key, num_tokens, job))
+    def add(self, key: str, sample: Sample, num_tokens: int, cache_bytes: int = 0) -> None:
+        """Queues a sample under a key of its own; ResourceError for one that could never start.
 
-    def schedule(self) -> list[Job]:
-        """The jobs of the next step: those that run, then waiting ones as long as they fit, in order of arrival."""
-        used = sum(num_tokens for num_tokens, _ in self._running.values())
-        while self._waiting and len(self._running) < self.max_jobs:
-            key, num_tokens, job = self._waiting[0]
-            if self._running and used + num_tokens > self.max_tokens:
+        num_tokens: what one of its steps puts through the model. cache_bytes: the most its step cache may hold.
+        """
+        if num_tokens < 1:
+            raise SchedulerError(f"sample {key!r}: got {num_tokens} tokens, expected at least 1")
+        if key in self._running or any(key == waiting for waiting, _ in self._waiting):
+            raise SchedulerError(f"sample {key!r} is already here")
+        if cache_bytes > self._caches.max_bytes:
+            raise ResourceError(
+                f"dit_cache.max_memory_mb: the step cache of this request needs {cache_bytes} bytes, expected at most"
+                f" {self._caches.max_bytes}; raise it, ask for something smaller, or set cache.policy to none"
+            )
+        self._waiting.append((key, _Entry(sample, num_tokens, cache_bytes)))
+
+    def schedule(self) -> list[Sample]:
+        """The samples of the next step: those that run, then waiting ones as long as they fit, in order of arrival."""
+        used = sum(entry.num_tokens for entry in self._running.values())
+        while self._waiting and len(self._running) < self.max_samples:
+            key, entry = self._waiting[0]
+            if self._running and used + entry.num_tokens > self.max_tokens:
+                break
+            if entry.cache_bytes and not self._caches.reserve(key, entry.cache_bytes):
                 break
             self._waiting.popleft()
-            self._running[key] = (num_tokens, job)
-            used += num_tokens
-        return [job for _, job in self._running.values()]
+            self._running[key] = entry
+            used += entry.num_tokens
+        return [entry.sample for entry in self._running.values()]
 
     def remove(self, key: str) -> bool:
-        """Forgets a job, done or not; whether it was here."""
+        """Drops a sample, done or not, and frees its step cache; whether it was here."""
+        self._caches.release(key)
         if self._running.pop(key, None) is not None:
             return True
         before = len(self._waiting)
-        self._waiting = deque(entry for entry in self._waiting if entry[0] != key)
+        self._waiting = deque(item for item in self._waiting if item[0] != key)
         return len(self._waiting) < before
 
     def check_integrity(self) -> None:
-        """Raises SchedulerError when a job is held twice or the running batch is over its bounds."""
-        keys = [key for key, _, _ in self._waiting] + list(self._running)
-        used = sum(num_tokens for num_tokens, _ in self._running.values())
-        if len(keys) != len(set(keys)) or len(self._running) > self.max_jobs:
-            raise SchedulerError("a job is held twice, or too many run")
+        """Raises SchedulerError when a sample is held twice or the running batch is over its bounds."""
+        keys = [key for key, _ in self._waiting] + list(self._running)
+        used = sum(entry.num_tokens for entry in self._running.values())
+        if len(keys) != len(set(keys)) or len(self._running) > self.max_samples:
+            raise SchedulerError("a sample is held twice, or too many run")
         if used > self.max_tokens and len(self._running) > 1:
             raise SchedulerError(f"{used} tokens run, the budget is {self.max_tokens}")
+        self._caches.check_integrity()

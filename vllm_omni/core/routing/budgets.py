@@ -1,4 +1,4 @@
-"""The books of a memory budget: who has reserved how many bytes. Allocates nothing and knows no device."""
+"""A memory budget: who has reserved how many bytes. Allocates nothing and knows no device."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class MemoryBudget:
         return dict(self._shares)
 
     def reserve(self, owner: str, num_bytes: int) -> None:
-        """Books `num_bytes` for `owner`; ResourceError (and nothing booked) when they do not fit or it holds some."""
+        """Reserves bytes for an owner; ResourceError, and nothing reserved, when they do not fit or it holds some."""
         self.reserve_all({owner: num_bytes})
 
     def reserve_all(self, shares: Mapping[str, int]) -> None:
-        """Books bytes for several owners, or for none of them: as `reserve`, and the error names every share."""
+        """Reserves bytes for several owners, or for none of them: as `reserve`, and the error names every share."""
         for owner, num_bytes in shares.items():
             if num_bytes < 0:
                 raise ResourceError(f"{self.name}: {owner!r} asked for {num_bytes} bytes, expected at least 0")
@@ -64,11 +64,11 @@ class MemoryBudget:
         return num_bytes
 
     def check_integrity(self) -> None:
-        """Raises ResourceError when the books do not add up."""
+        """Raises ResourceError when the shares do not add up to what is used."""
         total = sum(self._shares.values())
         if total != self._used_bytes or total > self.limit_bytes or min(self._shares.values(), default=0) < 0:
             raise ResourceError(
-                f"{self.name}: owners hold {total} bytes, books say {self._used_bytes}, the limit is {self.limit_bytes}"
+                f"{self.name}: owners hold {total} bytes, {self._used_bytes} are counted, at most {self.limit_bytes}"
             )
 
     def _shortage(self, wanted: Mapping[str, int]) -> str:

@@ -1,29 +1,25 @@
 """Admission, order and routing of requests through the stages: a pure state machine.
 
-Time is an argument, nothing runs by itself and no engine is known: `tick` says which stages to launch, feed, pause and
-resume, `stage_rows`, `stage_took`, `stage_done` and `stage_failed` tell what they did, and `take_ends` gives every
-request's one and only end.
+Time is an argument, nothing runs by itself, no engine is known and no tensor's data is touched: `tick` gives the orders
+that are to be carried out, `rows_made`, `chunk_consumed`, `stage_done` and `stage_failed` say what the stages did, and
+`take_ends` gives every request's one and only end.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
-from torch import Tensor
-
-from vllm_omni.config.graph import StageGraph
+from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
 from vllm_omni.core.routing.budgets import MIB
 from vllm_omni.core.routing.config_update import check_update
-from vllm_omni.core.routing.edge_traffic import EdgeTraffic
-from vllm_omni.core.routing.orders import Feed, Launch, Order, Pause, Resume
 from vllm_omni.core.routing.policies import make_policy
-from vllm_omni.core.routing.request_ledger import RequestLedger
 from vllm_omni.core.routing.request_plan import RequestPlan, default_plan
 from vllm_omni.core.routing.request_state import RequestEnd, RequestState
+from vllm_omni.core.routing.request_table import RequestTable
 from vllm_omni.errors import (
     OmniError,
     QueueFullError,
@@ -32,6 +28,7 @@ from vllm_omni.errors import (
     SchedulerError,
     StageError,
 )
+from vllm_omni.messages import Feed, Order, Pause, Resume, Skip, StageTask
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import OmniRequest, RequestStatus
 from vllm_omni.utils.checks import did_you_mean
@@ -52,8 +49,7 @@ class OmniScheduler:
         self._embeddings = DiTCacheManager(max_bytes=int(config.dit_cache.prompt_embeds_mb * MIB))
         self._is_started = False
         self._is_stopped = False
-        self._ledger = RequestLedger()
-        self._traffic = EdgeTraffic()
+        self._requests = RequestTable()
         self._held_back: frozenset[str] = frozenset()
 
     def start(self) -> None:
@@ -67,8 +63,8 @@ class OmniScheduler:
     def shutdown(self) -> None:
         """At once: admits nothing more, everything unfinished ends ABORTED."""
         self.stop()
-        for state in self._ledger.unfinished():
-            self._ledger.end(
+        for state in self._requests.unfinished():
+            self._requests.end(
                 state.request.request_id, RequestStatus.ABORTED, RequestAbortedError("the scheduler was shut down")
             )
 
@@ -76,11 +72,11 @@ class OmniScheduler:
         """Raises SchedulerError when stopped or when the id is in use, QueueFullError when too many wait."""
         if self._is_stopped:
             raise SchedulerError(f"request {request_id!r}: the scheduler is stopped; call start() or make a new one")
-        self._ledger.ensure_unused(request_id)
+        self._requests.ensure_unused(request_id)
         limit = self._config.scheduler.max_queue_size
-        if len(self._ledger.waiting) >= limit:
+        if len(self._requests.waiting) >= limit:
             raise QueueFullError(
-                f"{len(self._ledger.waiting)} requests wait; retry later or raise scheduler.max_queue_size ({limit})"
+                f"{len(self._requests.waiting)} requests wait; retry later or raise scheduler.max_queue_size ({limit})"
             )
 
     def schedule(self, request: OmniRequest, plan: RequestPlan | None = None, *, now: float = 0.0) -> bool:
@@ -94,89 +90,103 @@ class OmniScheduler:
         if request.priority not in weights:
             raise SchedulerError(f"priority: got {request.priority!r}{did_you_mean(str(request.priority), weights)}")
         timeout_s = self._config.request_timeout if request.timeout_s is None else request.timeout_s
-        order = self._ledger.num_admitted
-        self._ledger.admit(RequestState(request, plan or default_plan(self._graph), order, now, timeout_s))
+        order = self._requests.num_admitted
+        self._requests.admit(RequestState(request, plan or default_plan(self._graph), order, now, timeout_s))
         return True
 
     def reject(self, request: OmniRequest, error: OmniError) -> None:
         """Ends a request that was never admitted; SchedulerError when its id is in use."""
-        self._ledger.reject(request, error)
+        self._requests.reject(request, error)
 
     def abort(self, request_id: str) -> None:
         """Ends a request ABORTED; an unknown or finished one is left alone."""
-        self._ledger.end(request_id, RequestStatus.ABORTED, RequestAbortedError(f"request {request_id!r} was aborted"))
+        self._requests.end(
+            request_id, RequestStatus.ABORTED, RequestAbortedError(f"request {request_id!r} was aborted")
+        )
 
     def fail(self, request_id: str, error: OmniError) -> None:
         """Ends a request FAILED; an unknown or finished one is left alone."""
-        self._ledger.end(request_id, RequestStatus.FAILED, error)
+        self._requests.end(request_id, RequestStatus.FAILED, error)
 
     def tick(self, now: float) -> list[Order]:
         """Ends what is overdue, starts waiting requests up to `max_running`, launches what has its inputs and hands on
         what was streamed. The orders are to be carried out as they come.
         """
-        for state in self._ledger.unfinished():
+        for state in self._requests.unfinished():
             if now >= state.deadline_s:
                 self._time_out(state)
         self._start_waiting(now)
         orders: list[Order] = []
-        for request_id, state in list(self._ledger.running.items()):
-            while state.ready and request_id in self._ledger.running:
+        for request_id, state in list(self._requests.running.items()):
+            while state.ready and request_id in self._requests.running:
                 orders += self._launch(state, next(iter(state.ready)), now)
-            if request_id in self._ledger.running:
+            if request_id in self._requests.running:
                 orders += self._stream(state, now)
             if state.is_stalled:
                 missing = ", ".join(state.missing)
                 self.fail(request_id, SchedulerError(f"nothing runs that could feed the stages {missing}"))
         return orders
 
-    def hold_back(self, busy: Collection[str]) -> frozenset[str]:
-        """The stages not to be stepped now, because a busy stage that they come before works on the first chunk
-        of a stream: somebody waits for its first sound, and stages that share a device would only delay it. busy:
-        stages that could do a step.
+    def hold_back(self, busy: Collection[str], devices: Mapping[str, Hashable]) -> frozenset[str]:
+        """The stages not to be stepped now: a busy stage that they come before works on the first chunk of a stream, so
+        somebody waits for the first audio, and on the same device they would only delay it.
+
+        busy: stages that could do a step. devices: of every stage.
         """
-        urgent: set[str] = set()
+        held: set[str] = set()
         if self._graph is not None:
-            for state in self._ledger.running.values():
+            urgent: set[str] = set()
+            for state in self._requests.running.values():
                 urgent |= state.streams.on_first_chunk(state.running)
-            self._held_back = self._graph.before(urgent.intersection(busy))
+            for stage in urgent.intersection(busy):
+                held |= {other for other in self._graph.before({stage}) if devices[other] == devices[stage]}
+        self._held_back = frozenset(held)
         return self._held_back
 
-    def stage_rows(self, request_id: str, stage: str, port: str, rows: Tensor, is_last: bool, now: float) -> None:
-        """A launched stage has made new rows [n, ...] of a port. Late news is dropped."""
-        state = self._ledger.working_on(request_id, stage)
+    def is_waiting(self, request_id: str, stage: str) -> bool:
+        """Whether a running stage may have nothing to do for a request: it is paused, or chunks are still to come."""
+        state = self._requests.running.get(request_id)
+        return state is not None and state.streams.is_waiting(stage)
+
+    def rows_made(self, request_id: str, stage: str, port: str, num_rows: int, is_last: bool, now: float) -> list[Edge]:
+        """A running stage has made so many rows of a port: the edges that they go over, for the hosts of the readers to
+        keep. None when the request or the stage has ended.
+        """
+        state = self._requests.working_on(request_id, stage)
         if state is None:
-            return
+            return []
         try:
-            state.take_rows(stage, port, rows, is_last, now)
+            return state.add_rows(stage, port, num_rows, is_last, now)
         except StageError as error:
             self.fail(request_id, error)
+            return []
 
-    def stage_took(self, request_id: str, stage: str, port: str, now: float) -> None:
-        """A launched stage has used up one more chunk of an input. Late news is dropped."""
-        state = self._ledger.working_on(request_id, stage)
+    def chunk_consumed(self, request_id: str, stage: str, port: str, now: float) -> None:
+        """A running stage has consumed one more chunk of an input; dropped when the request or the stage has ended."""
+        state = self._requests.working_on(request_id, stage)
         if state is None:
             return
         try:
-            state.take_took(stage, port, now)
+            state.consume_chunk(stage, port, now)
         except StageError as error:
             self.fail(request_id, error)
 
     def stage_done(
         self, request_id: str, stage: str, payload: StagePayload, metrics: Mapping[str, Any], now: float
     ) -> None:
-        """Takes a launched stage's payload. Late news (the request ended, the stage does not run) is dropped."""
-        state = self._ledger.working_on(request_id, stage)
+        """A running stage is done; dropped when the request or the stage has ended."""
+        state = self._requests.working_on(request_id, stage)
         if state is None:
             return
         key = state.cache_keys.pop(stage, None)
         if key is not None:
-            num_bytes = payload.num_bytes + len(key) + len(repr(payload.meta))  # words alone take memory too
+            num_bytes = payload.num_bytes + len(key) + len(repr(payload.meta))  # text takes memory too
             self._embeddings.set_cache((stage, key), payload, num_bytes)
         self._complete(state, stage, payload, metrics, now)
 
     def stage_failed(self, request_id: str, stage: str, error: OmniError) -> None:
-        """A launched stage gave up: the request ends FAILED with this error. Late news is dropped."""
-        state = self._ledger.working_on(request_id, stage)
+        """A running stage gave up: the request ends FAILED; dropped when the request or the stage has ended."""
+        state = self._requests.working_on(request_id, stage)
         if state is None:
             return
         state.drop(stage)
@@ -184,25 +194,25 @@ class OmniScheduler:
 
     def take_ends(self) -> list[RequestEnd]:
         """Every end since the last call, in order; each request has exactly one. Its id is free again."""
-        return self._ledger.take_ends()
+        return self._requests.take_ends()
 
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished, or its end has not been taken."""
-        return not self._ledger.is_empty
+        return not self._requests.is_empty
 
     def in_flight(self) -> set[tuple[str, str]]:
         """(request id, stage) of every launched stage that is still to end."""
-        return set(self._ledger.in_flight())
+        return set(self._requests.in_flight())
 
     def get_status(self) -> dict[str, Any]:
         """Gauges; safe to call from another thread."""
         return {
             "running": self._is_started,
             "accepting": not self._is_stopped,
-            "queue_size": len(self._ledger.waiting),
-            "running_requests": len(self._ledger.running),
-            "processed_requests": self._ledger.counts["processed"],
+            "queue_size": len(self._requests.waiting),
+            "running_requests": len(self._requests.running),
+            "processed_requests": self._requests.counts["processed"],
             "cache_hit_rate": self._embeddings.get_hit_rate(),
             "policy": str.__str__(self._config.scheduler.policy),
             "max_queue_size": self._config.scheduler.max_queue_size,
@@ -210,18 +220,15 @@ class OmniScheduler:
         }
 
     def get_metrics(self) -> dict[str, Any]:
-        """Counters since construction: admitted, ends by status, timeouts, stray events, the prompt-embedding cache,
-        what went over every edge.
-        """
-        counts = self._ledger.counts
+        """Counters since construction: admitted, ends by status, timeouts, stray events, the prompt-embedding cache."""
+        counts = self._requests.counts
         ends = {status.value: counts[status.value] for status in RequestStatus if status.is_final}
         return {
-            "admitted": self._ledger.num_admitted,
+            "admitted": self._requests.num_admitted,
             **ends,
             "timed_out": counts["timed_out"],
             "stray_events": counts["stray_events"],
             "prompt_embeds": self._embeddings.get_stats(),
-            "edges": self._traffic.get_stats(),
         }
 
     def get_config(self) -> OmniConfig:
@@ -235,7 +242,7 @@ class OmniScheduler:
         """
         config.validate()
         config = config if self._graph is None else self._graph.without_idle(config)
-        check_update(self._config, config, self._graph is not None, self._ledger.unfinished())
+        check_update(self._config, config, self._graph is not None, self._requests.unfinished())
         policy = make_policy(config.scheduler)
         if config.dit_cache.prompt_embeds_mb != self._config.dit_cache.prompt_embeds_mb:
             self._embeddings = DiTCacheManager(max_bytes=int(config.dit_cache.prompt_embeds_mb * MIB))
@@ -243,26 +250,26 @@ class OmniScheduler:
 
     def check_integrity(self) -> None:
         """Raises an OmniError when a request is in two places, a count is wrong or something is held in vain."""
-        self._ledger.check_integrity()
+        self._requests.check_integrity()
         self._embeddings.check_integrity()
 
     def _start_waiting(self, now: float) -> None:
-        if len(self._ledger.running) >= self._config.scheduler.max_running:
+        if len(self._requests.running) >= self._config.scheduler.max_running:
             return
-        startable = {key: state for key, state in self._ledger.waiting.items() if state.plan.stages}
-        while startable and len(self._ledger.running) < self._config.scheduler.max_running:
+        startable = {key: state for key, state in self._requests.waiting.items() if state.plan.stages}
+        while startable and len(self._requests.running) < self._config.scheduler.max_running:
             request_id = self._policy.pick(startable.values(), now).request.request_id
             del startable[request_id]
-            self._ledger.start(request_id)
+            self._requests.start(request_id)
 
-    def _launch(self, state: RequestState, stage: str, now: float) -> list[Launch]:
-        """The launch of a ready stage; none when the cache answers for it or its key cannot be made. What streams is
-        not cached: its inputs are not complete yet, or its rows are not kept.
+    def _launch(self, state: RequestState, stage: str, now: float) -> list[StageTask]:
+        """The task of a ready stage; none when the cache answers for it or its key cannot be made. What streams is not
+        cached: its inputs are not complete yet, or its rows are not kept.
         """
         plan = state.plan.stages[stage]
-        inputs = state.launch(stage, now)
+        task = StageTask(state.request, stage, plan.params, state.launch(stage, now), plan.prepared)
         try:
-            key = None if state.streams.touches(stage) else plan.cache_key(inputs)
+            key = None if state.streams.touches(stage) else plan.cache_key(task)
         except OmniError as error:
             state.drop(stage)
             self.fail(state.request.request_id, error)
@@ -274,22 +281,22 @@ class OmniScheduler:
                 self._complete(state, stage, mine, {"cached": True, "steps": 0}, now)
                 return []
             state.cache_keys[stage] = key
-        self._traffic.count_inputs(plan.edges, inputs)
-        return [Launch(state.request, stage, plan.params, inputs)]
+        return [task]
 
     def _stream(self, state: RequestState, now: float) -> list[Order]:
         """Hands chunks to running readers, holds back writers that are too far ahead of them, lets others go on."""
         request_id, streams = state.request.request_id, state.streams
         orders: list[Order] = []
-        for edge, chunk in streams.hand_over(state.running):
-            self._traffic.count(edge, chunk)
-            orders.append(Feed(request_id, edge.target, edge.target_port, chunk))
+        for edge, rows in streams.hand_over(state.running):
+            orders.append(Feed(request_id, edge.target, edge.target_port, rows))
         to_pause, to_resume = streams.change_pauses(state.running)
         orders += [Pause(request_id, stage) for stage in sorted(to_pause)]
         orders += [Resume(request_id, stage) for stage in sorted(to_resume)]
+        orders += [Skip(request_id, stage) for stage in state.dropped_readers]
+        state.dropped_readers.clear()
         late = streams.overdue(state.running, self._held_back, now)
         if late is not None:
-            self._ledger.counts["timed_out"] += 1
+            self._requests.counts["timed_out"] += 1
             self.fail(request_id, late)
         return orders
 
@@ -303,11 +310,11 @@ class OmniScheduler:
             self.fail(request_id, error)
             return
         if state.is_done:
-            self._ledger.end(request_id, RequestStatus.FINISHED, None)
+            self._requests.end(request_id, RequestStatus.FINISHED, None)
 
     def _time_out(self, state: RequestState) -> None:
         request_id, limit_s = state.request.request_id, state.deadline_s - state.admitted_s
-        where = ", ".join([*state.running, *state.ready]) if request_id in self._ledger.running else "the queue"
-        self._ledger.counts["timed_out"] += 1
+        where = ", ".join([*state.running, *state.ready]) if request_id in self._requests.running else "the queue"
+        self._requests.counts["timed_out"] += 1
         message = f"request {request_id!r} was not done within {limit_s:g} s (it was in {where}); raise timeout_s"
         self.fail(request_id, RequestTimeoutError(message))

@@ -7,38 +7,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_omni.config.graph import Edge, StageGraph
+from vllm_omni.messages import StageTask
 from vllm_omni.params import StageParams
 
 
-def _never_cached(inputs: Mapping[str, Any]) -> str | None:
+def _never_cached(task: StageTask) -> str | None:
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """How one request uses one stage.
-
-    edges: those into the stage that are read, one a port. cache_key: complete inputs -> a key under which the payload
-    may serve other requests, or None; may raise an OmniError. required_inputs: the ports without which the stage does
-    not run.
-    """
+    """How one request uses one stage."""
 
     params: StageParams
-    edges: Sequence[Edge] = ()
-    cache_key: Callable[[Mapping[str, Any]], str | None] = _never_cached
-    required_inputs: frozenset[str] = frozenset()
+    edges: Sequence[Edge] = ()  # those into the stage that are read, one a port
+    required_inputs: frozenset[str] = frozenset()  # the ports without which the stage does not run
+    prepared: Any = None  # what the stage made of the request when it checked it
+    # a task with its inputs -> a key under which its payload may serve other requests, or None; may raise an OmniError
+    cache_key: Callable[[StageTask], str | None] = _never_cached
 
 
 @dataclass(frozen=True, slots=True)
 class RequestPlan:
-    """The stages of one request in topological order.
+    """The stages of one request."""
 
-    kept: the stages whose payload the caller gets -> the tensors of it to keep. job_size: for shortest job first.
-    """
-
-    stages: Mapping[str, StagePlan] = field(default_factory=dict)
-    kept: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    job_size: float = 1.0
+    stages: Mapping[str, StagePlan] = field(default_factory=dict)  # in topological order
+    kept: Mapping[str, frozenset[str]] = field(default_factory=dict)  # stage -> ports that the caller gets
+    job_size: float = 1.0  # for shortest job first
 
 
 def default_plan(graph: StageGraph | None) -> RequestPlan:

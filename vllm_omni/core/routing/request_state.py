@@ -33,12 +33,7 @@ class RequestEnd:
 
 
 class RequestState:
-    """A stage of the plan is in exactly one of `missing` (inputs to come), `ready`, `running`, `done` and `skipped`.
-
-    missing: how many inputs are to come; a streamed one is there with its first chunk. skipped: why. A stage that has
-    not started counts on the edges in `_awaited`; an edge leaves them when its stage starts or is skipped, or when it
-    turns out to bring nothing.
-    """
+    """A stage of the plan is in exactly one of `missing`, `ready`, `running`, `done` and `skipped`."""
 
     def __init__(self, request: OmniRequest, plan: RequestPlan, order: int, now: float, timeout_s: float) -> None:
         self.request = request
@@ -46,15 +41,19 @@ class RequestState:
         self.order = order
         self.admitted_s = now
         self.deadline_s = now + timeout_s
+        # how many inputs are to come; a streamed one is there with its first chunk
         self.missing = {name: len(stage.edges) for name, stage in plan.stages.items() if stage.edges}
         self.ready = {name: now for name, stage in plan.stages.items() if not stage.edges}
-        self.running: dict[str, float] = {}
+        self.running: dict[str, float] = {}  # since when
         self.done: set[str] = set()
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}  # why
+        self.dropped_readers: list[str] = []  # skipped stages that rows may have been streamed to, to be announced
         self.payloads: dict[str, StagePayload] = {}
         self.metrics: dict[str, dict[str, Any]] = {}
         self.cache_keys: dict[str, str] = {}
         self.streams = RequestStreams(edge for stage in plan.stages.values() for edge in stage.edges)
+        # The edges that a stage which has not started counts on. One leaves when its stage starts or is skipped, or
+        # when it turns out to bring nothing.
         self._awaited = {name: list(stage.edges) for name, stage in plan.stages.items()}
         self._values: dict[tuple[str, str], Any] = {}
 
@@ -84,23 +83,26 @@ class RequestState:
         self._let_go()
         return inputs
 
-    def take_rows(self, stage: str, port: str, rows: Tensor, is_last: bool, now: float) -> None:
-        """New rows of a running stage's port, for those that read it streamed; StageError where they cannot be."""
-        if rows.numel():
+    def add_rows(self, stage: str, port: str, num_rows: int, is_last: bool, now: float) -> list[Edge]:
+        """A running stage has made rows of a port: the edges that they go over. StageError where they cannot be."""
+        if num_rows:
             self.metrics[stage].setdefault("first_rows_s", now - self.running[stage])
-        self._begin(self.streams.push((stage, port), rows, is_last), now)
+        readers = self.streams.readers((stage, port))
+        self._begin(self.streams.push((stage, port), num_rows, is_last), now)
+        return readers
 
-    def take_took(self, stage: str, port: str, now: float) -> None:
-        """A running stage has used up a chunk of a port; StageError where it had none."""
+    def consume_chunk(self, stage: str, port: str, now: float) -> None:
+        """A running stage has consumed a chunk of a port; StageError where it had none."""
         if not any(edge.target_port == port and edge.takes_chunks for edge in self.plan.stages[stage].edges):
-            raise StageError(f"stage {stage!r} used up a chunk of {port!r}, an input that brings it none")
-        self.streams.took(stage, port, now)
+            raise StageError(f"stage {stage!r} consumed a chunk of {port!r}, an input that brings it none")
+        self.streams.consume(stage, port, now)
 
     def complete(self, stage: str, payload: StagePayload, metrics: Mapping[str, Any], now: float) -> None:
         """Marks a running stage done, hands its outputs to those readers whose condition holds, and skips what cannot
         run without the others. StageError when an output is not there, or when a condition cannot be decided; what the
         caller gets of this stage is kept all the same.
         """
+        # 1 the stage is done, and the caller's part of its payload is kept
         started_s = self.running.pop(stage)
         self.done.add(stage)
         self.metrics[stage].update({"ran_s": now - started_s, **metrics})
@@ -108,15 +110,18 @@ class RequestState:
             tensors = {port: payload.tensors[port] for port in self.plan.kept[stage] if port in payload.tensors}
             self.payloads[stage] = replace(payload, tensors=tensors)
         self.streams.drop(self.plan.stages[stage].edges)
+        # 2 every condition is decided before anything is handed on
         edges = [edge for edge in self._edges_from(stage) if edge.stream is None]
         is_taken = [_is_taken(edge, payload) for edge in edges]
+        # 3 readers that lose an input go on without it or are skipped; the others get it
         for edge, taken in zip(edges, is_taken, strict=True):
             if not taken:
                 self._lose(edge, f"{edge}: when '{edge.when}' is false", now)
         for edge, taken in zip(edges, is_taken, strict=True):
             if taken and edge.target not in self.skipped:
                 self._deliver(edge, payload, now)
-        self._begin(self.streams.close(payload), now)
+        # 4 streams from it end
+        self._begin(self.streams.close(stage), now)
 
     def drop(self, stage: str) -> None:
         """A running stage gave up: there will be no payload."""
@@ -124,8 +129,8 @@ class RequestState:
 
     def end(self, status: RequestStatus, error: OmniError | None) -> RequestEnd:
         """The last word; drop the state after it."""
-        settled = self.done.union(self.skipped)
-        metrics = {stage: values for stage, values in self.metrics.items() if stage in settled}
+        ended = self.done.union(self.skipped)
+        metrics = {stage: values for stage, values in self.metrics.items() if stage in ended}
         return RequestEnd(self.request, status, dict(self.payloads), metrics, error, tuple(self.running))
 
     def check_integrity(self) -> None:
@@ -153,7 +158,7 @@ class RequestState:
             (edge.source in self.done) != (edge.origin in self._values) for edge in edges if edge.stream is None
         ):
             raise SchedulerError(
-                f"{where}: {stage!r} misses {num_missing} inputs, books say {self.missing.get(stage, 0)}"
+                f"{where}: {stage!r} misses {num_missing} inputs, its count says {self.missing.get(stage, 0)}"
             )
         lost = {edge.target_port for edge in plan.edges if edge not in edges}
         if lost & plan.required_inputs:
@@ -200,6 +205,8 @@ class RequestState:
             if stage in self.skipped:
                 continue
             sources = [edge.source for edge in self._awaited.pop(stage)]
+            if any(edge.stream is not None for edge in self.plan.stages[stage].edges):
+                self.dropped_readers.append(stage)
             self.streams.drop(self.plan.stages[stage].edges)
             self.missing.pop(stage, None)
             self.ready.pop(stage, None)

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
-
-from torch import Tensor
 
 from vllm_omni.config.graph import Edge
 from vllm_omni.core.routing.edge_stream import EdgeStream
 from vllm_omni.errors import RequestTimeoutError, SchedulerError, StageError
-from vllm_omni.payload import StagePayload, StreamChunk
+from vllm_omni.payload import RowRange
 
 
 class RequestStreams:
-    """One EdgeStream an edge, from admission until its reader is done or skipped. paused: stages that were told to.
+    """One EdgeStream an edge, from admission until its reader is done or skipped.
 
     A reader that has not started holds no writer back: it may be waiting for what that writer gives at its end.
     """
 
     def __init__(self, edges: Iterable[Edge]) -> None:
         self._streams = {edge: EdgeStream(edge.stream) for edge in edges if edge.stream is not None}
-        self.paused: set[str] = set()
+        self.paused: set[str] = set()  # stages that were told to
         self._ended: set[tuple[str, str]] = set()
 
     def touches(self, stage: str) -> bool:
@@ -36,41 +33,49 @@ class RequestStreams:
         """Whether the reader of this edge could be given its next chunk."""
         return self._streams[edge].has_chunk
 
-    def first_chunk(self, edge: Edge) -> StreamChunk:
+    def is_waiting(self, stage: str) -> bool:
+        """Whether a running stage may have nothing to do: it is paused, or chunks of an input are still to come."""
+        unfinished = (edge.target for edge, stream in self._streams.items() if not stream.is_finished)
+        return stage in self.paused or stage in unfinished
+
+    def readers(self, origin: tuple[str, str]) -> list[Edge]:
+        """The edges over which a stage's port is streamed."""
+        return [edge for edge in self._streams if edge.origin == origin]
+
+    def first_chunk(self, edge: Edge) -> RowRange:
         """What a reader starts with."""
         chunk = self._streams[edge].pop()
         assert chunk is not None, f"{edge}: a stage was launched before its first chunk"
         return chunk
 
-    def push(self, origin: tuple[str, str], rows: Tensor, is_last: bool) -> list[Edge]:
-        """Takes rows of a stage's port; the edges that have a chunk by that, and had none. StageError for bad rows."""
+    def push(self, origin: tuple[str, str], num_rows: int, is_last: bool) -> list[Edge]:
+        """So many more rows of a stage's port; the edges that have a chunk by that, and had none. StageError for rows
+        after the last.
+        """
         if origin in self._ended:
             raise StageError(f"stage {origin[0]!r} gave rows of {origin[1]!r} after the last")
         if is_last:
             self._ended.add(origin)
-        return self._write(origin, lambda stream: stream.push(rows, is_last))
+        return self._write(self.readers(origin), lambda stream: stream.push(num_rows, is_last))
 
-    def close(self, payload: StagePayload) -> list[Edge]:
-        """Their writer is done: what it gave no rows of is taken from its payload; as `push` otherwise."""
-        self.paused.discard(payload.source)
-        begun: list[Edge] = []
-        for port in {edge.source_port for edge in self._streams if edge.source == payload.source}:
-            begun += self._write((payload.source, port), partial(_complete, payload=payload, port=port))
-        return begun
+    def close(self, source: str) -> list[Edge]:
+        """A writer is done; as `push` otherwise."""
+        self.paused.discard(source)
+        return self._write([edge for edge in self._streams if edge.source == source], EdgeStream.close)
 
-    def took(self, stage: str, port: str, now: float) -> None:
-        """A reader has used up a chunk; what came over no stream is not counted. StageError when it had none."""
+    def consume(self, stage: str, port: str, now: float) -> None:
+        """A reader has consumed a chunk; what came over no stream is not counted. StageError when it had none."""
         for edge, stream in self._streams.items():
             if (edge.target, edge.target_port) == (stage, port):
                 with _blaming(edge):
-                    stream.took(now)
+                    stream.consume(now)
 
     def drop(self, edges: Iterable[Edge]) -> None:
         """Nobody will read these any more, or write them."""
         for edge in edges:
             self._streams.pop(edge, None)
 
-    def hand_over(self, running: Collection[str]) -> Iterator[tuple[Edge, StreamChunk]]:
+    def hand_over(self, running: Collection[str]) -> Iterator[tuple[Edge, RowRange]]:
         """Every chunk that running readers can be given now."""
         for edge, stream in self._streams.items():
             while edge.target in running and (chunk := stream.pop()) is not None:
@@ -84,13 +89,14 @@ class RequestStreams:
         return to_pause, to_resume
 
     def on_first_chunk(self, running: Collection[str]) -> set[str]:
-        """The running readers that have not used up what they began with."""
+        """The running readers that have not consumed what they began with."""
         return {edge.target for edge, stream in self._streams.items() if stream.is_on_first_chunk} & set(running)
 
     def overdue(self, running: Collection[str], held_back: Collection[str], now: float) -> RequestTimeoutError | None:
-        """What to say when a reader has waited longer than its edge allows. Time does not count while its writer is
-        held back for others, or can do nothing about it, being paused or waiting for a chunk itself, as long as some
-        other stage can.
+        """The error of a reader that has waited longer than its edge allows.
+
+        Time counts only while its writer could do something about it. It cannot while it is held back for others, nor
+        while it is paused or waits for a chunk itself, unless no other stage could go on either.
         """
         waiting = {edge: stream for edge, stream in self._streams.items() if stream.waiting_since is not None}
         held = self.paused | {edge.target for edge in waiting}
@@ -119,22 +125,16 @@ class RequestStreams:
         if not self.paused <= set(running):
             raise SchedulerError(f"{sorted(self.paused)} are paused, but only {sorted(running)} run")
 
-    def _write(self, origin: tuple[str, str], write: Callable[[EdgeStream], None]) -> list[Edge]:
+    def _write(self, edges: Iterable[Edge], write: Callable[[EdgeStream], None]) -> list[Edge]:
         begun: list[Edge] = []
-        for edge, stream in self._streams.items():
-            if edge.origin == origin:
-                had_chunk = stream.has_chunk
-                with _blaming(edge):
-                    write(stream)
-                if stream.has_chunk and not had_chunk:
-                    begun.append(edge)
+        for edge in edges:
+            stream = self._streams[edge]
+            had_chunk = stream.has_chunk
+            with _blaming(edge):
+                write(stream)
+            if stream.has_chunk and not had_chunk:
+                begun.append(edge)
         return begun
-
-
-def _complete(stream: EdgeStream, payload: StagePayload, port: str) -> None:
-    if not stream.num_written and port in payload.tensors:
-        stream.push(payload.tensors[port])
-    stream.close()
 
 
 @contextmanager

@@ -1,52 +1,65 @@
-"""What an AR stage is for: how a task becomes sequences, what these are fed, and what comes of their tokens. The engine
-itself only schedules, runs and samples, and knows no difference.
+"""What runs in an AR stage: how a task becomes sequences, what these are fed, and what comes of their tokens. The
+engine itself only schedules, runs and samples, and knows no difference.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from vllm_omni.config.schema import StageConfig
 from vllm_omni.core.ar.scheduler import Chunk
 from vllm_omni.core.ar.sequence import Sequence
-from vllm_omni.engine.ar.options import AROptions, KVPoolPlan
-from vllm_omni.engine.base import EngineContext, StageEvent, StageTask
 from vllm_omni.errors import StageError
 from vllm_omni.layers.sampler import SampledToken, SamplingRow
 from vllm_omni.layers.token_inputs import TokenInputs
-from vllm_omni.params import StageParams
-from vllm_omni.payload import StageSignature, StreamChunk
-from vllm_omni.request import OmniRequest
-from vllm_omni.worker.ar.language_model import LanguageModelConfig
-from vllm_omni.worker.ar.model_runner import ModelRunner
+from vllm_omni.messages import StageEvent, StageTask
+from vllm_omni.payload import StreamChunk
+from vllm_omni.worker.background import Stop
+
+
+@dataclass(slots=True)
+class Generation:
+    """A sequence that writes, how it samples, and the one place that says when and why it ends."""
+
+    sequence: Sequence
+    row: SamplingRow
+    ending_ids: frozenset[int]  # tokens that end it
+    max_new_tokens: int
+    finish_reason: str | None = None
+
+    @property
+    def num_written(self) -> int:
+        return self.sequence.num_tokens - self.sequence.num_prompt_tokens
+
+    def write(self, token_id: int) -> None:
+        """Appends a sampled token, which may be the last."""
+        self.sequence.append(token_id)
+        self.row.record(token_id)
+        if token_id in self.ending_ids:
+            self.end("stop")
+        elif self.num_written == self.max_new_tokens:
+            self.end("length")
+
+    def end(self, reason: str) -> None:
+        """Writes no more."""
+        self.finish_reason = reason
+        self.sequence.is_writing = False
 
 
 class ARJob(ABC):
-    """One task at work. sequences: those that exist by now; a job may make them when its inputs have come."""
+    """One task at work."""
 
     def __init__(self, task: StageTask) -> None:
         self.task = task
-        self.sequences: list[Sequence] = []
+        self.sequences: list[Sequence] = []  # those that exist by now; a job may make them when its inputs have come
         self.num_steps = 0
-        self._is_paused = False
-
-    @property
-    def is_paused(self) -> bool:
-        return self._is_paused
-
-    @is_paused.setter
-    def is_paused(self, value: bool) -> None:
-        self._is_paused = value
-        for sequence in self.sequences:
-            sequence.is_paused = value
 
     def feed(self, port: str, chunk: StreamChunk) -> list[StageEvent]:
-        """Takes a chunk of a streamed input; raises what is wrong with it."""
+        """Accepts a chunk of a streamed input; raises what is wrong with it."""
         raise StageError(f"stage input {port!r} is not streamed")
 
     def inputs_of(self, chunk: Chunk) -> TokenInputs | None:
@@ -76,51 +89,24 @@ class ARJob(ABC):
 
     @abstractmethod
     def meta(self) -> dict[str, Any]:
-        """The payload's."""
+        """The payload's: plain JSON values."""
 
     @abstractmethod
     def metrics(self) -> dict[str, int]:
         """Counts for the caller; `tokens` and `cache_hits` among them."""
 
 
-class ARWork(ABC):
-    """One stage's work. Constructing it reads side files, never weights of its model.
+class ARStage(ABC):
+    """The running half of one stage: makes the jobs of its tasks."""
 
-    tapped_layers: indices into `hidden_states` that its jobs read. can_write: whether its jobs sample.
-    """
-
-    tapped_layers: frozenset[int]
-    can_write: bool
-    prefix_caching: bool
-
-    @classmethod
-    @abstractmethod
-    def signature(cls, stage: StageConfig, folder: Path, model: LanguageModelConfig) -> StageSignature:
-        """As of StageEngine."""
-
-    @classmethod
-    @abstractmethod
-    def request_keys(cls, options: AROptions) -> frozenset[str]:
-        """As of StageEngine."""
+    def preparation(self, task: StageTask) -> Callable[[Stop], Any] | None:
+        """What is to be done in the background before the task can start, such as decoding media; its result takes the
+        place of `task.prepared`. None: nothing.
+        """
+        return None
 
     @abstractmethod
-    def __init__(
-        self,
-        stage: StageConfig,
-        context: EngineContext,
-        folder: Path,
-        model: LanguageModelConfig,
-        pool: KVPoolPlan,
-    ) -> None: ...
-
-    @abstractmethod
-    def check(self, request: OmniRequest, params: StageParams) -> None:
-        """As of StageEngine."""
-
-    @abstractmethod
-    def start(self, task: StageTask, sequence_ids: Iterator[int], runner: ModelRunner) -> ARJob:
-        """A job for a task, its streamed inputs not looked at yet; raises what is wrong with the task."""
-
-    @abstractmethod
-    def job_size(self, request: OmniRequest, params: StageParams) -> float:
-        """In forward passes of one token, a prompt token counting a tenth."""
+    def start(self, task: StageTask, sequence_ids: Iterator[int]) -> ARJob:
+        """A job for a task that is prepared, its streamed inputs not looked at yet; raises what is wrong with the
+        task.
+        """

@@ -1,132 +1,69 @@
-"""The AR stage kind: schedule, run, postprocess. Joins work, scheduler, runner and sampler; each of them does its own
-part.
+"""The running AR stage: schedule, run, postprocess. Joins stage, scheduler, runner and sampler; each of them does its
+own part.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import json
-from collections.abc import Mapping
-from hashlib import sha256
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni import registry
 from vllm_omni.core.ar.block_manager import BlockManager
 from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
 from vllm_omni.core.ar.sequence import Sequence
-from vllm_omni.engine.ar.base import ARJob, ARWork
-from vllm_omni.engine.ar.options import AROptions
-from vllm_omni.engine.ar.prompt import read_prompt
-from vllm_omni.engine.ar.text_stage import TextWork
-from vllm_omni.engine.base import (
-    EngineContext,
-    MemoryPlan,
-    StageDone,
-    StageEngine,
-    StageEvent,
-    StageFailed,
-    StageTask,
-)
+from vllm_omni.engine.ar.base import ARJob
+from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import stage_error
-from vllm_omni.errors import ConfigError, OmniError, StageError
+from vllm_omni.errors import OmniError, StageError
 from vllm_omni.layers.sampler import SampledToken, sample
 from vllm_omni.layers.token_inputs import TokenInputs
-from vllm_omni.layers.weights import weights_bytes
-from vllm_omni.models.qwen2_5_omni.talker_stage import TalkerWork
-from vllm_omni.params import SamplingParams, StageParams
-from vllm_omni.payload import StagePayload, StageSignature, StreamChunk
-from vllm_omni.request import OmniRequest
-from vllm_omni.utils.device import resolve_device, resolve_dtype
-from vllm_omni.utils.files import resolve_model_folder
-from vllm_omni.worker.ar.language_model import load_language_model, model_key, read_model_config, tensor_prefix
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask
+from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.worker.ar.model_runner import ModelRunner
+from vllm_omni.worker.background import BackgroundJob
+
+if TYPE_CHECKING:
+    from vllm_omni.engine.ar.spec import ARSpec
 
 
-class LLMEngine(StageEngine):
-    """A language model over a paged KV pool: it writes text or computes the hidden states of a prompt (TextWork), or
-    speaks (TalkerWork).
-    """
+@dataclass(frozen=True, slots=True)
+class Preparing:
+    """A task that waits for its media."""
 
-    options_type = AROptions
-    params_type = SamplingParams
+    task: StageTask
+    job: BackgroundJob[Any]
 
-    @classmethod
-    def signature(cls, stage: StageConfig) -> StageSignature:
-        folder = _model_folder(stage)
-        return _work_of(stage).signature(stage, folder, read_model_config(folder, stage.options.part))
 
-    @classmethod
-    def plan_memory(cls, stage: StageConfig, config: OmniConfig) -> MemoryPlan:
-        options: AROptions = stage.options
-        folder = _model_folder(stage)
-        model = read_model_config(folder, options.part)
-        itemsize = resolve_dtype(stage.dtype, resolve_device(stage.device)).itemsize
-        pool = options.plan_pool(model, itemsize)
-        return MemoryPlan(
-            weights_bytes=weights_bytes(folder, itemsize, tensor_prefix(options.part)),
-            kv_pool_bytes=pool.num_blocks * pool.block_bytes,
-            activation_bytes=options.activation_bytes(model, itemsize),
-        )
+class AREngine(StageEngine):
+    """A language model over a paged KV pool, with continuous batching."""
 
-    @classmethod
-    def request_keys(cls, stage: StageConfig) -> frozenset[str]:
-        return _work_of(stage).request_keys(stage.options)
-
-    @classmethod
-    def weights_key(cls, stage: StageConfig) -> tuple[str, ...]:
-        options: AROptions = stage.options
-        return (*super().weights_key(stage), options.part or "")
-
-    @classmethod
-    def reads_params(cls, stage: StageConfig) -> bool:
-        options: AROptions = stage.options
-        return options.can_write
-
-    @classmethod
-    def cache_key(cls, stage: StageConfig, task: StageTask) -> str | None:
-        options: AROptions = stage.options
-        if options.can_write or options.part is not None:
-            return None
-        prompt = read_prompt(options, task.request, task.inputs)
-        content = prompt if isinstance(prompt, str) else [dict(x) if isinstance(x, Mapping) else int(x) for x in prompt]
-        identity = [stage.name, str(_model_folder(stage).resolve()), stage.device, stage.dtype, repr(options), content]
-        return sha256(json.dumps(identity, sort_keys=True, default=repr).encode()).hexdigest()
-
-    def __init__(self, stage: StageConfig, context: EngineContext) -> None:
-        self.signature(stage)
-        self._stage = stage
-        options: AROptions = stage.options
-        folder = _model_folder(stage)
-        config = read_model_config(folder, options.part)
-        self._pool = options.plan_pool(config, context.dtype.itemsize)
-        self._work = _work_of(stage)(stage, context, folder, config, self._pool)
-        blocks = BlockManager(self._pool.num_blocks, options.block_size, self._work.prefix_caching)
+    def __init__(self, spec: ARSpec, context: EngineContext) -> None:
+        self._spec = spec
+        self._background = context.background
+        options = spec.options
+        blocks = BlockManager(spec.pool.num_blocks, options.block_size, spec.prefix_caching)
         self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens)
-        self._runner = self._load(folder, context)
+        self._runner = _load_runner(spec, context)
+        self._stage = spec.make_stage(context, self._runner)
         self._jobs: dict[str, ARJob] = {}
+        self._preparing: dict[str, Preparing] = {}
         self._events: list[StageEvent] = []
         self._sequence_ids = itertools.count()
         self._num_tokens = self._num_cached_tokens = 0
 
-    def check(self, request: OmniRequest, params: StageParams) -> None:
-        self._work.check(request, params)
-
     def submit(self, task: StageTask) -> None:
-        if task.request_id in self._jobs:
+        if task.request_id in self._jobs or task.request_id in self._preparing:
             raise StageError(
-                f"request {task.request_id!r}: submitted twice to stage {self._stage.name!r}; identifiers are unique"
+                f"request {task.request_id!r}: submitted twice to stage {self._spec.stage.name!r}; identifiers are "
+                "unique"
             )
-        try:
-            job = self._jobs[task.request_id] = self._work.start(task, self._sequence_ids, self._runner)
-            for sequence in job.sequences:
-                self._scheduler.add(sequence)
-        except Exception as error:
-            self._events.append(self._fail(task.request_id, error))
-            return
-        for port, value in task.inputs.items():
-            if isinstance(value, StreamChunk):
-                self.feed(task.request_id, port, value)
+        preparation = self._stage.preparation(task)
+        if preparation is None:
+            self._start(task)
+        else:
+            self._preparing[task.request_id] = Preparing(task, self._background.begin(preparation))
 
     def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
         job = self._jobs.get(request_id)
@@ -142,14 +79,13 @@ class LLMEngine(StageEngine):
             self._events.append(self._fail(request_id, error))
 
     def pause(self, request_id: str) -> None:
-        if request_id in self._jobs:
-            self._jobs[request_id].is_paused = True
+        self._set_paused(request_id, True)
 
     def resume(self, request_id: str) -> None:
-        if request_id in self._jobs:
-            self._jobs[request_id].is_paused = False
+        self._set_paused(request_id, False)
 
     def step(self) -> list[StageEvent]:
+        self._start_prepared()
         events, self._events = self._events, []
         chunks, inputs = self._gather(self._scheduler.schedule(), events)
         if not chunks:
@@ -168,23 +104,27 @@ class LLMEngine(StageEngine):
 
     def abort(self, request_id: str) -> None:
         self._events = [event for event in self._events if event.request_id != request_id]
-        self._forget(request_id)
+        preparing = self._preparing.pop(request_id, None)
+        if preparing is not None:
+            preparing.job.cancel()
+        self._free(request_id)
 
-    def has_work(self) -> bool:
-        return bool(self._events) or self._scheduler.has_work()
-
-    def job_size(self, request: OmniRequest, params: StageParams) -> float:
-        return self._work.job_size(request, params)
+    def activity(self) -> Activity:
+        is_prepared = any(preparing.job.is_done for preparing in self._preparing.values())
+        if self._events or is_prepared or self._scheduler.has_work():
+            return Activity.BUSY
+        return Activity.PENDING if self._preparing else Activity.IDLE
 
     def get_stats(self) -> dict[str, Any]:
         blocks = self._scheduler.blocks
         return {
+            "num_preparing": len(self._preparing),
             "num_waiting": self._scheduler.num_waiting,
             "num_running": self._scheduler.num_running,
             "num_blocks": blocks.num_blocks,
             "num_free_blocks": blocks.num_free_blocks,
             "kv_pool_bytes": self._runner.num_bytes,
-            "kv_pool_limited_by": self._pool.limited_by,
+            "kv_pool_limited_by": self._spec.pool.limited_by,
             "num_tokens": self._num_tokens,
             "num_cached_tokens": self._num_cached_tokens,
             "num_preemptions": self._scheduler.num_preemptions,
@@ -195,8 +135,38 @@ class LLMEngine(StageEngine):
         living = sum(not s.is_finished for job in self._jobs.values() for s in job.sequences)
         if living != self._scheduler.num_waiting + self._scheduler.num_running:
             raise StageError(
-                f"stage {self._stage.name!r}: {living} sequences in its jobs, another number in its scheduler"
+                f"stage {self._spec.stage.name!r}: {living} sequences in its jobs, another number in its scheduler"
             )
+
+    def _start_prepared(self) -> None:
+        for request_id, preparing in list(self._preparing.items()):
+            if not preparing.job.is_done:
+                continue
+            del self._preparing[request_id]
+            try:
+                task = dataclasses.replace(preparing.task, prepared=preparing.job.result())
+            except Exception as error:
+                self._events.append(self._fail(request_id, error))
+                continue
+            self._start(task)
+
+    def _start(self, task: StageTask) -> None:
+        try:
+            job = self._jobs[task.request_id] = self._stage.start(task, self._sequence_ids)
+            for sequence in job.sequences:
+                self._scheduler.add(sequence)
+        except Exception as error:
+            self._events.append(self._fail(task.request_id, error))
+            return
+        for port, value in task.inputs.items():
+            if isinstance(value, StreamChunk):
+                self.feed(task.request_id, port, value)
+
+    def _set_paused(self, request_id: str, is_paused: bool) -> None:
+        """A job without sequences has given no rows yet that a reader could be behind with."""
+        job = self._jobs.get(request_id)
+        for sequence in job.sequences if job else ():
+            sequence.is_paused = is_paused
 
     def _gather(self, chunks: list[Chunk], events: list[StageEvent]) -> tuple[list[Chunk], dict[int, TokenInputs]]:
         """The inputs of all chunks by sequence id; a task whose inputs cannot be made fails, and its chunks go."""
@@ -231,44 +201,37 @@ class LLMEngine(StageEngine):
             return [self._fail(sequence.request_id, error)]
 
     def _finish(self, job: ARJob) -> StageDone:
-        payload = StagePayload(job.task.request_id, self._stage.name, job.tensors(), job.meta())
+        payload = StagePayload(job.task.request_id, self._spec.stage.name, job.tensors(), job.meta())
         metrics = job.metrics()
         self._num_tokens += metrics["tokens"]
         self._num_cached_tokens += metrics["cache_hits"]
-        self._forget(job.task.request_id)
+        self._free(job.task.request_id)
         return StageDone(payload, metrics)
 
     def _fail(self, request_id: str, error: Exception) -> StageFailed:
-        self._forget(request_id)
-        return StageFailed(request_id, error if isinstance(error, OmniError) else stage_error(self._stage.name, error))
+        self._free(request_id)
+        name = self._spec.stage.name
+        return StageFailed(request_id, error if isinstance(error, OmniError) else stage_error(name, error))
 
-    def _forget(self, request_id: str) -> None:
+    def _free(self, request_id: str) -> None:
         job = self._jobs.pop(request_id, None)
         for sequence in job.sequences if job else ():
             self._scheduler.remove(sequence)
 
-    def _load(self, folder: Path, context: EngineContext) -> ModelRunner:
-        options: AROptions = self._stage.options
-        model = context.models.get(
-            model_key(folder, context.device, context.dtype, options.part),
-            lambda: load_language_model(folder, context.device, context.dtype, options.part),
-        )
-        return ModelRunner(
-            model,
-            num_blocks=self._pool.num_blocks,
-            block_size=options.block_size,
-            tapped_layers=sorted(self._work.tapped_layers),
-            can_sample=self._work.can_write,
-            device=context.device,
-            dtype=context.dtype,
-        )
 
-
-def _work_of(stage: StageConfig) -> type[ARWork]:
-    return TalkerWork if stage.options.part == "talker" else TextWork
-
-
-def _model_folder(stage: StageConfig) -> Path:
-    if stage.model is None:
-        raise ConfigError(f"stages.{stage.name}.model: missing, expected the folder of a language model")
-    return resolve_model_folder(stage.model)
+def _load_runner(spec: ARSpec, context: EngineContext) -> ModelRunner:
+    model = context.models.get(
+        (*spec.model.key, str(context.device), str(context.dtype)),
+        lambda: spec.model.load(context.device, context.dtype),
+    )
+    return ModelRunner(
+        model,
+        num_blocks=spec.pool.num_blocks,
+        block_size=spec.options.block_size,
+        max_num_seqs=spec.options.max_num_seqs,
+        tapped_layers=sorted(spec.tapped_layers(context.reads)),
+        can_sample=spec.can_write,
+        device=context.device,
+        dtype=context.dtype,
+        attention=registry.resolve("attention", spec.options.attention_row),
+    )

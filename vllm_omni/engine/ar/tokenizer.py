@@ -12,16 +12,16 @@ from typing import Any
 
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
 from vllm_omni.request import Prompt
-from vllm_omni.utils.files import read_json, resolve_model_folder
+from vllm_omni.utils.files import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE_FILE = "chat_template.json"  # where a checkpoint with a processor keeps it, if not with the tokenizer
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer gives for bytes that are no character yet
 
 
-def find_tokenizer(model_folder: Path, configured: str | None) -> Path:
+def find_tokenizer(model_folder: Path, configured: Path | None) -> Path:
     """The configured folder, else the model's own, else `tokenizer` beside it (as diffusers lays it out)."""
-    folders = [resolve_model_folder(configured)] if configured else [model_folder, model_folder.parent / "tokenizer"]
+    folders = [model_folder, model_folder.parent / "tokenizer"] if configured is None else [configured]
     for folder in folders:
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return folder
@@ -197,7 +197,7 @@ class TextStream:
 @contextmanager
 def _only_errors_logged() -> Iterator[None]:
     """The library reads the model's configuration to find the tokenizer's class, and complains of what it finds there:
-    of a published talker's text tokens that they are no codes.
+    of text tokens beside a vocabulary of codes that they are none of it.
     """
     from transformers.utils import logging
 

@@ -75,19 +75,28 @@ def hosted_bytes(folder: Path, dtype: torch.dtype) -> int:
     return sum(weights_bytes(part, dtype.itemsize) for part in component_folders(folder))
 
 
+def pipeline_class(name: str) -> Any:
+    """The class of that name, with the library that it needs; ConfigError where that is missing."""
+    import diffusers
+
+    found = getattr(diffusers, name)
+    if not issubclass(found, diffusers.DiffusionPipeline):
+        try:
+            found()  # a placeholder of diffusers, which names the library that is missing
+        except ImportError as error:
+            raise _missing_library(name, error) from error
+        raise ConfigError(f"pipeline: {name} is no DiffusionPipeline")
+    return found
+
+
 def load_pipeline(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The diffusers pipeline of class `name` with the folder's weights."""
-    import diffusers
     from diffusers.utils import is_accelerate_available
 
     component_folders(folder)
-    pipeline_class = getattr(diffusers, name)
     try:
-        if not issubclass(pipeline_class, diffusers.DiffusionPipeline):
-            pipeline_class()  # a placeholder of diffusers, which names the library that is missing
-            raise ConfigError(f"pipeline: {name} is no DiffusionPipeline")
         with _no_progress_bars():
-            pipeline = pipeline_class.from_pretrained(
+            pipeline = pipeline_class(name).from_pretrained(
                 folder,
                 torch_dtype=dtype,
                 use_safetensors=True,
@@ -95,11 +104,15 @@ def load_pipeline(folder: Path, name: str, device: torch.device, dtype: torch.dt
                 low_cpu_mem_usage=is_accelerate_available(),
             )
     except ImportError as error:
-        raise ConfigError(f"pipeline: {name} needs a library that is not installed: {error}") from error
+        raise _missing_library(name, error) from error
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: {name} cannot be loaded from it: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _missing_library(name: str, error: ImportError) -> ConfigError:
+    return ConfigError(f"pipeline: {name} needs a library that is not installed: {error}")
 
 
 def sample_rate(pipeline: Any) -> int:

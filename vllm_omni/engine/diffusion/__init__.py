@@ -1,1 +1,1 @@
-"""The stage kind `dit`: a diffusion model that makes pictures or sound."""
+"""The stage kind `dit`: a diffusion model that makes images or audio."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from vllm_omni.config.schema import LimitsConfig
+from vllm_omni.engine.base import ReadPorts
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.params import DiffusionParams, StageParams
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
 
 
 def diffusion_params(params: StageParams) -> DiffusionParams:
+    """The same, InvalidRequestError for the parameters of another kind of stage."""
     if not isinstance(params, DiffusionParams):
         raise InvalidRequestError(f"params: got {type(params).__name__}, expected DiffusionParams")
     return params
@@ -25,13 +27,13 @@ def check_counts(params: DiffusionParams, num_steps: int, limits: LimitsConfig) 
         )
 
 
-def check_readers(params: DiffusionParams, stage: str, wanted: frozenset[str], is_streamed: bool) -> None:
+def check_readers(params: DiffusionParams, stage: str, reads: ReadPorts) -> None:
     """What is asked for must have a reader, and a result that is handed on while it is made must be one."""
-    if params.output_type == "latent" and "latents" not in wanted:
+    if params.output_type == "latent" and "latents" not in reads.whole:
         raise InvalidRequestError(
             f"output_type: got 'latent', but nobody reads the latents; list '{stage}.latents' in the config's outputs"
         )
-    if is_streamed and (params.num_outputs or 1) > 1:
+    if reads.streamed and (params.num_outputs or 1) > 1:
         raise InvalidRequestError(
             f"num_outputs: got {params.num_outputs}, expected 1 where the result is handed on while it is made"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_omni.engine.base import StageTask
+from vllm_omni.engine.base import ReadPorts
 from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.messages import StageTask
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StreamChunk
 from vllm_omni.worker.diffusion.diffusion_runner import DiffusionState
@@ -19,29 +19,23 @@ from vllm_omni.worker.diffusion.diffusion_runner import DiffusionState
 
 @dataclass(slots=True)
 class DiffusionJob:
-    """A task in parts: one per output or, where its input comes in chunks, one per chunk of the only output.
-
-    prepared: what the model made of its inputs. is_decoded: whether somebody reads the decoded result. is_complete:
-    no chunk follows any more. is_chunked: there is more than one. next_start: where it must start. waiting: chunks
-    that are here and not begun. running: the parts on their way, by number; outputs, latents: what is kept of finished
-    ones.
-    """
+    """A task in parts: one per output or, where its input comes in chunks, one per chunk of the only output."""
 
     task: StageTask
     params: DiffusionParams
     seed: int
-    prepared: Any
-    is_decoded: bool
-    is_complete: bool
-    is_chunked: bool = False
-    is_paused: bool = False
-    next_start: int = 0
-    num_parts: int = 0
-    num_steps: int = 0
+    inputs: Mapping[str, Any]  # what the model prepares: ports without the streamed one, and the request's fields
+    is_heavy: bool  # whether the preparation encodes media
+    is_complete: bool  # no chunk follows those that were accepted
+    is_prepared: bool = False
+    prepared: Any = None  # what the model made of its inputs
+    is_chunked: bool = False  # there is more than one chunk
+    is_paused: bool = False  # no chunk begins; those on their way are finished
+    num_parts: int = 0  # begun so far
+    num_steps: int = 0  # of finished parts
     num_reused: int = 0
-    waiting: deque[StreamChunk] = field(default_factory=deque)
-    running: dict[int, DiffusionState] = field(default_factory=dict)
-    outputs: dict[int, Tensor] = field(default_factory=dict)
+    running: dict[int, DiffusionState] = field(default_factory=dict)  # parts on their way, by number
+    outputs: dict[int, Tensor] = field(default_factory=dict)  # what is kept of finished parts
     latents: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -54,19 +48,20 @@ class DiffusionJob:
 
     @property
     def is_done(self) -> bool:
-        return self.is_complete and not self.waiting and not self.running
+        return self.is_complete and self.is_prepared and not self.running
 
-    def take(self, port: str, chunk: object) -> None:
-        """Queues the next chunk; StageError unless it continues the one before it."""
+    def accept(self, port: str, chunk: object) -> StreamChunk:
+        """The next chunk, checked as far as the parts depend on it: that the rows follow one another is the router's
+        to see.
+        """
         if not isinstance(chunk, StreamChunk):
             raise StageError(f"{port}: got {type(chunk).__name__}, expected a StreamChunk")
         if self.is_complete:
             raise StageError(f"{port}: got a chunk from {chunk.start} on, expected none after the last one")
-        is_whole = 0 <= chunk.num_before <= chunk.start and chunk.num_after >= 0 and chunk.stop >= chunk.start
-        if chunk.start != self.next_start or not is_whole:
+        if not 0 <= chunk.num_before <= chunk.start or chunk.num_after < 0 or chunk.stop < chunk.start:
             raise StageError(
                 f"{port}: got the rows {chunk.start} to {chunk.stop} with {chunk.num_before} before and"
-                f" {chunk.num_after} behind them, expected a chunk from {self.next_start} on"
+                f" {chunk.num_after} behind them, expected at least 0 of each and all of them in the port"
             )
         if not chunk.is_last and self.num_outputs > 1:
             raise InvalidRequestError(
@@ -75,8 +70,8 @@ class DiffusionJob:
         if chunk.is_last and chunk.stop == 0:
             raise StageError(f"{port}: got no rows at all, expected at least one; the stage before made nothing")
         self.is_chunked = self.is_chunked or not chunk.is_last
-        self.next_start, self.is_complete = chunk.stop, chunk.is_last
-        self.waiting.append(chunk)
+        self.is_complete = chunk.is_last
+        return chunk
 
     def begin(self, state: DiffusionState) -> None:
         self.running[state.index] = state
@@ -97,7 +92,17 @@ class DiffusionJob:
         before = state.index * state.num_steps if self.is_chunked else 0
         return before + state.step, before + state.num_steps
 
-    def joined(self, parts: Mapping[int, Tensor], dim: int) -> Tensor:
-        """[outputs, ...]; chunks are put together along a dimension of the output."""
+    def tensors(self, output_port: str, reads: ReadPorts) -> dict[str, Tensor]:
+        """[outputs, ...] by port, of those that somebody reads; chunks are put together along a dimension of the
+        output.
+        """
+        found = {}
+        if output_port in reads.whole and self.outputs:
+            found[output_port] = self._joined(self.outputs, dim=1)
+        if "latents" in reads.whole:
+            found["latents"] = self._joined(self.latents, dim=0)
+        return found
+
+    def _joined(self, parts: Mapping[int, Tensor], dim: int) -> Tensor:
         ordered = [parts[index] for index in range(self.num_parts)]
         return torch.cat(ordered, dim=dim)[None] if self.is_chunked else torch.stack(ordered)

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from vllm_omni.config.builder import build
+from vllm_omni.core.diffusion.caches.base import StepCachePolicy
 from vllm_omni.errors import ConfigError
-from vllm_omni.registry import names
-from vllm_omni.utils.checks import check_number, did_you_mean
-
-
-@dataclass(frozen=True, slots=True)
-class StepCacheOptions:
-    """policy: a row of the registry's "step cache" table. threshold: None takes the policy's own default."""
-
-    policy: str = "none"
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.policy not in names("step cache"):
-            raise ConfigError(f"policy: got {self.policy!r}{did_you_mean(self.policy, names('step cache'))}")
-        if self.threshold is not None:
-            if self.policy == "none":
-                raise ConfigError("threshold: policy 'none' reads none; leave it out or choose another policy")
-            check_number("threshold", self.threshold, 0, raises=ConfigError)
+from vllm_omni.registry import names, resolve
+from vllm_omni.utils.checks import brief, check_number, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
 class DiTOptions:
-    """part: which model of a transformers folder that holds several ("token2wav"); None for a diffusers pipeline's
-    folder. cache: the step cache. max_batch_tokens and max_batch_size bound one denoising step's batch (a larger
-    request runs alone).
-    """
+    """A batch is one denoising step of several requests; a request that is larger than the bounds runs alone."""
 
-    part: str | None = None
-    cache: StepCacheOptions = field(default_factory=StepCacheOptions)
+    part: str | None = None  # which model of a transformers folder that holds several; None for a diffusers pipeline
+    cache: Mapping[str, Any] = field(default_factory=dict)  # policy ("none") and the policy's own keys
     max_batch_tokens: int = 4096
     max_batch_size: int = 64
 
@@ -42,3 +27,21 @@ class DiTOptions:
             raise ConfigError(f"part: got {self.part!r:.80}, expected a name")
         for name in ("max_batch_tokens", "max_batch_size"):
             check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
+        self.make_policy()
+
+    @property
+    def policy(self) -> str:
+        """The name of the step cache's policy."""
+        return str(self.cache.get("policy", "none"))
+
+    def make_policy(self) -> StepCachePolicy:
+        """The step cache's policy with its options; ConfigError for what is wrong with them."""
+        policy, known = self.cache.get("policy", "none"), names("step cache")
+        if policy not in known:
+            near = did_you_mean(policy, known) if isinstance(policy, str) else f" (known: {', '.join(known)})"
+            raise ConfigError(f"cache.policy: got {brief(policy)}{near}")
+        policy_type: type[StepCachePolicy] = resolve("step cache", policy)
+        own = {key: value for key, value in self.cache.items() if key != "policy"}
+        if own and policy_type.computes_all:
+            raise ConfigError(f"cache.{next(iter(own))}: policy {policy!r} reads no keys; choose another, or leave it")
+        return policy_type(build(policy_type.options_type, own, "cache"))

@@ -22,8 +22,7 @@ class SDPAAttention(PagedAttention):
 
     def __init__(self, metadata: AttentionMetadata) -> None:
         super().__init__(metadata)
-        starts = metadata.query_starts
-        lengths = [stop - start for start, stop in pairwise(starts)]
+        lengths = [stop - start for start, stop in pairwise(metadata.query_starts)]
         self._chunks = [index for index, length in enumerate(lengths) if length > 1]
         by_num_blocks: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):
@@ -32,7 +31,11 @@ class SDPAAttention(PagedAttention):
         self._groups = [_DecodeGroup.of(metadata, *item) for item in by_num_blocks.items()]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> Tensor:
-        output = torch.zeros_like(query)
+        # 1 a step of one group: no rows to pick out and put back
+        if not self._chunks and len(self._groups) == 1:
+            return self._groups[0].attend(query, kv_cache)
+        output = torch.empty_like(query)
+        # 2 chunks of several tokens, one call each
         for index in self._chunks:
             start, stop = self.metadata.query_starts[index : index + 2]
             if stop - start == self.metadata.context_lens[index]:  # a prompt from its first token: nothing to gather
@@ -41,9 +44,9 @@ class SDPAAttention(PagedAttention):
                 keys, values = self.gather(index, kv_cache)
                 mask = causal_mask(stop - start, len(keys), query.device)
             output[start:stop] = _sdpa(query[None, start:stop], keys[None], values[None], mask)[0]
+        # 3 single tokens, one call per group
         for group in self._groups:
-            keys, values = group.gather(kv_cache)
-            output[group.rows] = _sdpa(query[group.rows, None], keys, values, group.mask[:, None, None])[:, 0]
+            output[group.rows] = group.attend(query[group.rows], kv_cache)
         return output
 
 
@@ -51,7 +54,7 @@ class SDPAAttention(PagedAttention):
 class _DecodeGroup:
     """G single-token queries whose sequences have equally many blocks: the same padded length P."""
 
-    rows: Tensor  # [G] rows of the query
+    rows: Tensor | slice  # [G] rows of the query
     blocks: Tensor  # [G, blocks]
     mask: Tensor  # [G, P] bool, True where there is a token
     is_vacant: Tensor  # [G, block_size] bool, True where the last block has none
@@ -59,14 +62,19 @@ class _DecodeGroup:
     @classmethod
     def of(cls, metadata: AttentionMetadata, num_blocks: int, members: list[int]) -> _DecodeGroup:
         device = metadata.block_table.device
-        lengths = torch.tensor([metadata.context_lens[index] for index in members], device=device)
+        rows: Tensor | slice = slice(None)
+        blocks, lengths = metadata.block_table[:, :num_blocks], metadata.context_lens_tensor
+        if len(members) < len(metadata.context_lens):
+            indices = torch.tensor(members, device=device)
+            rows = metadata.query_starts_tensor[indices]
+            blocks, lengths = blocks[indices], lengths[indices]
         mask = torch.arange(num_blocks * metadata.block_size, device=device) < lengths[:, None]
-        return cls(
-            rows=torch.tensor([metadata.query_starts[index] for index in members], device=device),
-            blocks=metadata.block_table[torch.tensor(members, device=device), :num_blocks],
-            mask=mask,
-            is_vacant=~mask[:, -metadata.block_size :],
-        )
+        return cls(rows, blocks, mask, is_vacant=~mask[:, -metadata.block_size :])
+
+    def attend(self, query: Tensor, kv_cache: Tensor) -> Tensor:
+        """query: [G, H, D] -> [G, H, D]."""
+        keys, values = self.gather(kv_cache)
+        return _sdpa(query[:, None], keys, values, self.mask[:, None, None])[:, 0]
 
     def gather(self, kv_cache: Tensor) -> Tensor:
         """[2, G, P, K, D]. Slots without a token, all in the last block, are zeroed: what stands there may be NaN, and

@@ -9,7 +9,7 @@ frames.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +17,46 @@ import torch
 from torch import Tensor
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.layers.weights import weights_bytes
+from vllm_omni.models.ace_step.audio_codes import find_codes
 from vllm_omni.models.ace_step.oobleck import refuse_incomplete
 from vllm_omni.utils.checks import brief
-from vllm_omni.utils.files import read_json
 
-PARTS = ("condition_encoder", "audio_tokenizer", "audio_token_detokenizer")
-AUDIO_CODE = re.compile(r"<\|audio_code_(\d{1,9})\|>")
+REFERENCE_SECONDS = 30  # of audio that the timbre encoder hears
 
 
 class AceStepConditioner:
-    """Frozen; shared by all requests. `silent_timbre` [1, E] stands in where there is no reference sound, `null` [1, E]
-    is the learned condition of the unguided branch. tokenizer and detokenizer are None where a folder lacks them.
-    """
+    """Frozen; shared by all requests. tokenizer and detokenizer are None where a folder lacks them."""
 
     def __init__(self, encoder: Any, tokenizer: Any, detokenizer: Any, num_timbre_frames: int) -> None:
         self._encoder, self._tokenizer, self._detokenizer = encoder, tokenizer, detokenizer
         self._dtype = encoder.null_condition_emb.dtype
-        self.can_tokenize = tokenizer is not None and detokenizer is not None
         with torch.inference_mode():
             self._silence: Tensor = encoder.silence_latent[0]  # [frames, C]
-            self.silent_timbre = self.encode_timbre(self._silence[:num_timbre_frames])
-            self.null: Tensor = encoder.null_condition_emb[0]
+            self.silent_timbre = self.encode_timbre(self._silence[:num_timbre_frames])  # [1, E] without a reference
+            self.null: Tensor = encoder.null_condition_emb[0]  # [1, E], learned: of the unguided branch
 
     @classmethod
-    def load(cls, folder: Path, num_timbre_frames: int, device: torch.device, dtype: torch.dtype) -> AceStepConditioner:
-        """num_timbre_frames: how much silence the timbre encoder hears where there is nothing else."""
+    def load(
+        cls, folder: Path, present: Sequence[str], num_timbre_frames: int, device: torch.device, dtype: torch.dtype
+    ) -> AceStepConditioner:
+        """present: the parts that the folder has. num_timbre_frames: how much silence the timbre encoder hears where
+        there is nothing else.
+        """
         from diffusers.pipelines.ace_step import (
             AceStepAudioTokenDetokenizer,
             AceStepAudioTokenizer,
             AceStepConditionEncoder,
         )
 
-        present, parts = published_parts(folder), []
-        for name, part in zip(
-            PARTS, (AceStepConditionEncoder, AceStepAudioTokenizer, AceStepAudioTokenDetokenizer), strict=True
-        ):
-            parts.append(_loaded(part, folder / name, device, dtype) if name in present else None)
-        return cls(parts[0], parts[1], parts[2], num_timbre_frames)
-
-    @staticmethod
-    def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
-        return sum(weights_bytes(folder / part, dtype.itemsize) for part in published_parts(folder))
+        classes = {
+            "condition_encoder": AceStepConditionEncoder,
+            "audio_tokenizer": AceStepAudioTokenizer,
+            "audio_token_detokenizer": AceStepAudioTokenDetokenizer,
+        }
+        encoder, tokenizer, detokenizer = (
+            _loaded(part, folder / name, device, dtype) if name in present else None for name, part in classes.items()
+        )
+        return cls(encoder, tokenizer, detokenizer, num_timbre_frames)
 
     def encode_text(self, embeds: Tensor) -> Tensor:
         """[t, W] last states of the caption -> [t, E]."""
@@ -70,7 +68,7 @@ class AceStepConditioner:
         return self._encoder.lyric_encoder(inputs_embeds=embeds[None].to(self._dtype), attention_mask=is_token)[0]
 
     def encode_timbre(self, latents: Tensor) -> Tensor:
-        """[T, C] of a reference sound -> [1, E]."""
+        """[T, C] of the reference audio -> [1, E]."""
         one = torch.zeros(1, dtype=torch.long, device=latents.device)
         return self._encoder.timbre_encoder(latents[None].to(self._dtype), one)[0][0]
 
@@ -79,33 +77,23 @@ class AceStepConditioner:
         repeats = -(-num_frames // len(self._silence))
         return self._silence.repeat(repeats, 1)[:num_frames]
 
-    def retold(self, latents: Tensor) -> Tensor:
-        """[T, C] -> [T, C] as the audio codes tell it: what is sung and played, without its sound."""
+    def reconstruct_from_codes(self, latents: Tensor) -> Tensor:
+        """[T, C] -> [T, C] through audio codes and back: what is sung and played, without its timbre."""
         quantized, _ = self._tokenizer.tokenize(latents[None].to(self._dtype), self._silence[None])
         return self._detokenizer(quantized.to(self._dtype))[0, : len(latents)]
-
-    @property
-    def frames_per_code(self) -> int:
-        return int(self._detokenizer.pool_window_size)
 
     def from_codes(self, codes: str, max_codes: int) -> Tensor:
         """Words such as '<|audio_code_12|><|audio_code_7|>' -> latents [frames_per_code * codes, C]. Codes beyond the
         codebook are its last one, as in the reference; what a planner writes beyond `max_codes` is left out.
         """
         quantizer = self._tokenizer.quantizer
-        numbers = [min(int(number), quantizer.codebook_size - 1) for number in AUDIO_CODE.findall(codes)[:max_codes]]
+        numbers = [min(number, quantizer.codebook_size - 1) for number in find_codes(codes)[:max_codes]]
         if not numbers:
             raise InvalidRequestError(f"audio_codes: got {brief(codes)}, expected words such as '<|audio_code_12|>'")
         device = self._silence.device
         indices = torch.zeros(1, len(numbers), quantizer.num_quantizers, dtype=torch.long, device=device)
         indices[0, :, 0] = torch.tensor(numbers, device=device)
         return self._detokenizer(quantizer.get_output_from_indices(indices).to(self._dtype))[0]
-
-
-def published_parts(folder: Path) -> list[str]:
-    """Which of PARTS a pipeline folder has: tokenizer and detokenizer are optional in `model_index.json`."""
-    index = read_json(folder / "model_index.json")
-    return [name for name in PARTS if name == PARTS[0] or (index.get(name) or [None])[0] is not None]
 
 
 def _loaded(part: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:

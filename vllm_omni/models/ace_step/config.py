@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import check_number
-from vllm_omni.utils.files import read_json
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True, slots=True)
 class AceStepConfig:
-    """The fields of `transformer/config.json` that shape the computation. is_turbo: guidance is distilled into the
-    weights.
-    """
+    """The fields of `transformer/config.json` that shape the computation."""
 
     hidden_size: int
     intermediate_size: int
@@ -30,15 +26,11 @@ class AceStepConfig:
     patch_size: int
     sliding_window: int
     encoder_hidden_size: int
-    layer_types: tuple[str, ...]
+    layer_types: tuple[str, ...]  # SLIDING or FULL self-attention, one for each layer
     rope_theta: float
     rms_norm_eps: float
     attention_bias: bool
-    is_turbo: bool
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> AceStepConfig:
-        return cls.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    is_turbo: bool  # guidance is distilled into the weights
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> AceStepConfig:

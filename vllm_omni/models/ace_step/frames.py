@@ -1,7 +1,8 @@
-"""Rows of different durations packed into one tensor of tokens, for transformers over the frames of a sound.
+"""Rows of different durations packed into one tensor of tokens, for transformers over latent frames of audio.
 
 Rows of equal length stand together as a `Group`, so that what is per row works on dense [rows, length, D] views of
-the packed [N, D] tensor. Neighbours that read the same `Text` share one call of cross-attention. Knows no weights.
+the packed [N, D] tensor. Neighbours that read the same `CrossAttentionKV` share one call of
+cross-attention. Knows no weights.
 
 Legend: R rows, N packed tokens of all rows, L tokens of a row, D width, t tokens of a text, K key-value heads.
 """
@@ -14,30 +15,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_omni.models.z_image.packing import Span
+from vllm_omni.worker.diffusion.packing import Span
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Text:
-    """What cross-attention reads: for each layer keys and values, [1, K, t, head_dim] each. The same for every step, so
-    it is made once and shared by all rows that read it.
+class CrossAttentionKV:
+    """What cross-attention reads of a text. The same for every step, so it is made once and shared by all rows that
+    read it.
     """
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
-
-    @property
-    def length(self) -> int:
-        return self.layers[0][0].shape[2] if self.layers else 0
+    layers: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, [1, K, t, head_dim] each
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Condition:
-    """What one row is given besides its latents. context: [L, D], the part of the embedded input that no step
-    changes.
-    """
+class RowCondition:
+    """What one row is given besides its latents; no step changes it."""
 
-    text: Text
-    context: Tensor
+    cross_attention: CrossAttentionKV
+    context: Tensor  # [L, D], the part of the embedded input that belongs to source latents and mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +49,15 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """All rows between two blocks.
+    """All rows between two blocks."""
 
-    hidden: [N, D]; embedding: [R, D] and modulation: [R, 6, D], both from the timestep; texts and num_frames (latent
-    frames, before patches): by packed row; order: packed row -> caller's row.
-    """
-
-    hidden: Tensor
-    embedding: Tensor
-    modulation: Tensor
+    hidden: Tensor  # [N, D]
+    embedding: Tensor  # [R, D], from the timestep
+    modulation: Tensor  # [R, 6, D], from the timestep
     groups: tuple[Group, ...]
-    texts: tuple[Text, ...]
-    num_frames: tuple[int, ...]
-    order: tuple[int, ...]
+    cross_attention: tuple[CrossAttentionKV, ...]  # by packed row
+    num_frames: tuple[int, ...]  # latent frames of each packed row, before patches
+    order: tuple[int, ...]  # packed row -> caller's row
 
     @property
     def lengths(self) -> list[int]:
@@ -89,7 +80,7 @@ class Frames:
             self.embedding[chosen],
             self.modulation[chosen],
             grouped([lengths[row] for row in chosen]),
-            tuple(self.texts[row] for row in chosen),
+            tuple(self.cross_attention[row] for row in chosen),
             tuple(self.num_frames[row] for row in chosen),
             tuple(self.order[row] for row in chosen),
         )
@@ -103,15 +94,15 @@ class Frames:
             start = stop
         return spans
 
-    def readings(self) -> list[tuple[slice, Text]]:
-        """(tokens, text) of neighbouring rows with the same text."""
-        found: list[tuple[slice, Text]] = []
+    def cross_attention_spans(self) -> list[tuple[slice, CrossAttentionKV]]:
+        """(tokens, what they read) of neighbouring rows that read the same."""
+        found: list[tuple[slice, CrossAttentionKV]] = []
         start = 0
-        for length, text in zip(self.lengths, self.texts, strict=True):
-            if found and found[-1][1] is text:
-                found[-1] = (slice(found[-1][0].start, start + length), text)
+        for length, read in zip(self.lengths, self.cross_attention, strict=True):
+            if found and found[-1][1] is read:
+                found[-1] = (slice(found[-1][0].start, start + length), read)
             else:
-                found.append((slice(start, start + length), text))
+                found.append((slice(start, start + length), read))
             start += length
         return found
 
@@ -127,9 +118,9 @@ def grouped(lengths: Sequence[int]) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def packed_order(lengths: Sequence[int], texts: Sequence[Text]) -> tuple[int, ...]:
-    """The rows by length, and within a length by text (in order of first appearance)."""
+def packed_order(lengths: Sequence[int], reads: Sequence[CrossAttentionKV]) -> tuple[int, ...]:
+    """The rows by length, and within a length by what they read (in order of first appearance)."""
     first: dict[int, int] = {}
-    for text in texts:
-        first.setdefault(id(text), len(first))
-    return tuple(sorted(range(len(lengths)), key=lambda row: (lengths[row], first[id(texts[row])])))
+    for read in reads:
+        first.setdefault(id(read), len(first))
+    return tuple(sorted(range(len(lengths)), key=lambda row: (lengths[row], first[id(reads[row])])))

@@ -1,5 +1,5 @@
 """A published AutoencoderOobleck (diffusers; first in Stable Audio Open, arXiv 2407.14358), run in chunks: the memory
-that a sound takes is bounded by the chunk, not by its duration, and the chunks fit together without a seam.
+that decoding takes is bounded by the chunk, not by its duration, and the chunks fit together without a seam.
 
 What a range of the output depends on is a range of the input, found exactly by walking the layers backwards
 (`Geometry`). A chunk is computed from that range and everything else is cut off, so chunked equals whole but for the
@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
-from vllm_omni.models.ace_step.oobleck_layers import folded, laid_out
+from vllm_omni.models.ace_step.oobleck_layers import fold_constants, use_channels_last
 from vllm_omni.utils.checks import check_number
 from vllm_omni.utils.device import is_cpu
-from vllm_omni.utils.files import read_json
 
 MAX_ACTIVATION_BYTES = 2**27  # of the widest layer of a chunk; a few of these live at once
 TILED_BLOCKS = 2  # the last ones of the decoder: at a high rate, and with a reach that is short in latent frames
@@ -49,7 +48,7 @@ class Geometry:
       output [a, b) reads input [ceil((a + p - 2 s + 1) / s), floor((b - 1 + p) / s) + 1). n inputs give
       (n - 1) s - 2 p + 2 s outputs: n s for an even s, n s - 1 for an odd one.
     Moving the input of any layer by one step moves its output by exactly the stride, so a chunk that starts at frame f
-    has its first sample at f hop, whatever the parity of the strides; only the end of a whole sound is shorter.
+    has its first sample at f hop, whatever the parity of the strides; only the end of the whole audio is shorter.
     """
 
     strides: tuple[int, ...]
@@ -115,11 +114,10 @@ class Oobleck:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Oobleck:
-        """Folds in float32, then rounds to `dtype`."""
+        """Folds constants in float32, then rounds to `dtype`. The folder's configuration has passed `check_config`."""
         from diffusers import AutoencoderOobleck
 
-        check_config(read_json(folder / "config.json"), f"{folder}/config.json")
-        with warnings.catch_warnings():  # of what diffusers builds it with, and what `folded` takes away
+        with warnings.catch_warnings():  # of what diffusers builds it with, and what `fold_constants` takes away
             warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
             vae, info = AutoencoderOobleck.from_pretrained(
                 folder,
@@ -130,10 +128,10 @@ class Oobleck:
                 output_loading_info=True,
             )
         refuse_incomplete(info, folder)
-        folded(vae)
+        fold_constants(vae)
         for part in (vae.encoder, vae.decoder):
             part.to(device=device, dtype=dtype).requires_grad_(False).eval()
-        return cls(laid_out(vae) if is_cpu(device) else vae)
+        return cls(use_channels_last(vae) if is_cpu(device) else vae)
 
     def num_pieces(self, num_frames: int) -> int:
         """How many pieces `decode` gives."""
@@ -153,10 +151,12 @@ class Oobleck:
 
     def _decoded(self, window: Tensor, start: int, stop: int) -> Tensor:
         """The samples [start, stop) of the latents [1, C, T], float32."""
+        # 1 the first blocks, on the whole window
         blocks = list(self.decoder.block)
         hidden = self.decoder.conv1(window)
         for block in blocks[:-TILED_BLOCKS]:
             hidden = block(hidden)
+        # 2 the last blocks, tile by tile
         samples = torch.empty(self.channels, stop - start, device=self._device)
         hop = math.prod(self.geometry.strides[:TILED_BLOCKS])
         for first in range(start, stop, self.samples_of_tile):

@@ -1,4 +1,4 @@
-"""The way of one sound from noise to latents: which branches act, how guidance joins them, the noise schedule.
+"""The way of one piece of audio from noise to latents: which branches act, how guidance joins them, the noise schedule.
 
 Formulas are those of diffusers' pipeline_ace_step; adaptive projected guidance is arXiv 2410.02416.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_omni.errors import ConfigError
-from vllm_omni.models.ace_step.frames import Condition
+from vllm_omni.models.ace_step.frames import RowCondition
 from vllm_omni.worker.diffusion.diffusion_model import Sampler, Trajectory
 
 MAIN, NULL, PLAIN = "main", "null", "plain"
@@ -54,7 +54,7 @@ class AceStepTrajectory(Trajectory):
         self,
         latent_shape: tuple[int, int],
         sampler: Sampler,
-        conditions: Mapping[str, Condition],
+        conditions: Mapping[str, RowCondition],
         guidance_scale: float,
         interval: tuple[float, float],
         cover_strength: float,

@@ -11,7 +11,6 @@ row, D width, H query heads, K key-value heads, d head size, C latent channels, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.layers.banded import attention, windowed_attention
 from vllm_omni.layers.linear import Linear, MergedLinear, linear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.rotary import rotary_frequencies
 from vllm_omni.layers.weights import Target, load_weights
-from vllm_omni.models.ace_step.config import SLIDING, AceStepConfig
-from vllm_omni.models.ace_step.frames import Condition, Frames, Text, grouped, packed_order
-from vllm_omni.models.z_image.packing import Span, joined, per_span
+from vllm_omni.models.ace_step.blocks import Block, TimeEmbedding, modulated
+from vllm_omni.models.ace_step.config import AceStepConfig
+from vllm_omni.models.ace_step.frames import CrossAttentionKV, Frames, RowCondition, grouped, packed_order
+from vllm_omni.worker.diffusion.packing import joined, per_span
 
-TIME_FREQUENCIES = 256
-TIME_SCALE = 1000.0
 FUSED = {
     "self_attn.to_q": "self_attn.qkv",
     "self_attn.to_k": "self_attn.qkv",
@@ -42,153 +39,17 @@ FUSED = {
 }
 
 
-class TimeEmbedding(nn.Module):
-    """[R] in [0, 1] -> [R, D], and through one more layer [R, 6, D]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear_1 = Linear(TIME_FREQUENCIES, width)
-        self.linear_2 = Linear(width, width)
-        self.time_proj = Linear(width, 6 * width)
-
-    def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        half = TIME_FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
-        angles = time[:, None].float() * TIME_SCALE * torch.exp(-math.log(10000.0) * exponents)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        embedding = self.linear_2(F.silu(self.linear_1(waves.to(self.linear_1.weight.dtype))))
-        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
-
-
-class SelfAttention(nn.Module):
-    """Grouped-query attention within each row, with normalised queries and keys and rotary positions. window: how far a
-    token sees to each side; None is everywhere.
-    """
-
-    def __init__(self, config: AceStepConfig, window: int | None) -> None:
-        super().__init__()
-        self.head_dim, self.window = config.head_dim, window
-        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        parts = {"to_q": query, "to_k": key, "to_v": key}
-        self.qkv = MergedLinear(config.hidden_size, parts, bias=config.attention_bias)
-        self.out = Linear(query, config.hidden_size, bias=config.attention_bias)
-        self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.project(x))
-        query, key = self.norm_q(query), self.norm_k(key)  # [N, H, d] and [N, K, d]
-        attended = [self._attend(query[s.tokens], key[s.tokens], value[s.tokens], s) for s in spans]
-        return self.out(joined(attended))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        shape = (span.num_rows, span.length)
-        query = rotated(query.unflatten(0, shape), span.rope).transpose(1, 2)  # [rows, H, L, d]
-        key = rotated(key.unflatten(0, shape), span.rope).transpose(1, 2)
-        value = value.unflatten(0, shape).transpose(1, 2)
-        if self.window is None:
-            attended = attention(query, key, value)
-        else:
-            attended = windowed_attention(query, key, value, self.window)
-        return attended.transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-class CrossAttention(nn.Module):
-    """Every token of a row reads the row's text; no positions."""
-
-    def __init__(self, config: AceStepConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.to_q = Linear(config.hidden_size, query, bias=config.attention_bias)
-        self.keys_values = MergedLinear(config.hidden_size, {"to_k": key, "to_v": key}, bias=config.attention_bias)
-        self.out = Linear(query, config.hidden_size, bias=config.attention_bias)
-        self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def encode(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """[t, D] -> keys and values, [1, K, t, d] each."""
-        key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.keys_values.project(states))
-        return self.norm_k(key).transpose(0, 1)[None].contiguous(), value.transpose(0, 1)[None].contiguous()
-
-    def forward(self, x: Tensor, readings: Sequence[tuple[slice, Text]], layer: int) -> Tensor:
-        query = self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head_dim))).transpose(0, 1)[None]  # [1, H, N, d]
-        attended = [attention(query[:, :, tokens], *text.layers[layer])[0] for tokens, text in readings]
-        return self.out((attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)).transpose(0, 1).flatten(1))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: AceStepConfig) -> None:
-        super().__init__()
-        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up = MergedLinear(config.hidden_size, parts)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up.project(x)
-        return self.down_proj(F.silu(gate).mul_(up))
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each after a norm; the first and the last shifted, scaled and
-    gated by the timestep.
-    """
-
-    def __init__(self, config: AceStepConfig, index: int) -> None:
-        super().__init__()
-        self.index = index
-        window = config.sliding_window if config.layer_types[index] == SLIDING else None
-        self.self_attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, window)
-        self.cross_attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.cross_attn = CrossAttention(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config)
-        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.hidden_size))
-
-    def forward(
-        self, x: Tensor, spans: Sequence[Span], readings: Sequence[tuple[slice, Text]], modulation: Tensor
-    ) -> Tensor:
-        rows = self.scale_shift_table + modulation  # [R, 6, D]: shift, scale, gate of attention, then of feed-forward
-        normed = per_span(modulated, spans, self.self_attn_norm(x), row=rows[:, 0:2])
-        x = per_span(gated, spans, x, self.self_attn(normed, spans), row=rows[:, 2])
-        x = x + self.cross_attn(self.cross_attn_norm(x), readings, self.index)
-        normed = per_span(modulated, spans, self.mlp_norm(x), row=rows[:, 3:5])
-        return per_span(gated, spans, x, self.mlp(normed), row=rows[:, 5])
-
-
-def modulated(x: Tensor, shift_scale: Tensor) -> Tensor:
-    """x: [rows, L, D]; shift_scale: [rows, 1, 2, D]."""
-    shift, scale = shift_scale.unbind(2)
-    return torch.addcmul(shift, x, 1 + scale)
-
-
-def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    return torch.addcmul(x, gate, update)
-
-
-def rotated(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates [rows, L, H, d] by rope [L, d / 2, 2], in float32; the halves of the last axis are the real and the
-    imaginary part.
-    """
-    real, imaginary = x.float().chunk(2, dim=-1)
-    cos, sin = rope[:, None].unbind(-1)
-    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)
-
-
 class AceStepTransformer(nn.Module):
     """latents, timesteps and conditions -> velocities (noise minus clean latents), for rows of any durations. Made by
     `load`; see the module's docstring.
     """
 
-    context_in: Tensor
-    noise_in: Tensor
-    frames_out: Tensor
-    frames_out_bias: Tensor
-    still_embedding: Tensor
-    still_modulation: Tensor
+    context_in: Tensor  # [D, P 2 C], the patch embedding of source latents and mask
+    noise_in: Tensor  # [D, P C], the patch embedding of noisy latents
+    frames_out: Tensor  # [P C, D]
+    frames_out_bias: Tensor  # [P C]
+    still_embedding: Tensor  # [1, D], of the timestep difference 0
+    still_modulation: Tensor  # [1, 6, D], likewise
 
     def __init__(self, config: AceStepConfig) -> None:
         super().__init__()
@@ -206,19 +67,19 @@ class AceStepTransformer(nn.Module):
         self._rope = torch.empty(0)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> AceStepTransformer:
-        """The model of a `transformer` folder, ready to run."""
+    def load(cls, folder: Path, config: AceStepConfig, device: torch.device, dtype: torch.dtype) -> AceStepTransformer:
+        """The model of a `transformer` folder and its configuration, ready to run."""
         with torch.device("meta"):
-            model = cls(AceStepConfig.from_folder(folder))
+            model = cls(config)
         model.to_empty(device=device).to(dtype).requires_grad_(False).eval()
         load_weights(model, folder)
-        model.settle()
+        model.fold_weights()
         return model
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Folds what no request changes. A convolution over whole patches becomes a matrix, its context half apart; the
-        embedding of t - r becomes a constant, since a sampler without mean flow has r = t.
+    def fold_weights(self) -> None:
+        """Computes once what no request changes. A convolution over whole patches becomes a matrix, its context half
+        apart; the embedding of t - r becomes a constant, since a sampler without mean flow has r = t.
         """
         context = self.config.context_channels
         by_patch = self.proj_in_conv.weight.transpose(1, 2)  # [D, P, 3 C]
@@ -235,20 +96,21 @@ class AceStepTransformer(nn.Module):
             self.register_buffer(name, tensor.contiguous(), persistent=False)
         del self.time_embed_r
 
-    def encode_text(self, states: Tensor) -> Text:
+    def encode_text(self, states: Tensor) -> CrossAttentionKV:
         """[t, E] states of the condition encoder -> what cross-attention reads; the same for every step."""
         states = self.condition_embedder(states.to(self.condition_embedder.weight.dtype))
-        return Text(tuple(block.cross_attn.encode(states) for block in self.blocks))
+        return CrossAttentionKV(tuple(block.cross_attn.encode(states) for block in self.blocks))
 
     def encode_context(self, context: Tensor) -> Tensor:
         """[T, 2 C] source latents and mask -> [L, D], the part of the embedded input that no step changes."""
         patches = self._patches(context.to(self.context_in.dtype))
         return linear(patches, self.context_in, _bias(self.proj_in_conv))
 
-    def begin(self, latents: Sequence[Tensor], timesteps: Tensor, conditions: Sequence[Condition]) -> Frames:
-        """Embeds rows. latents: [T, C] each; timesteps: [R] in [0, 1], 1 is noise."""
+    def embed(self, latents: Sequence[Tensor], timesteps: Tensor, conditions: Sequence[RowCondition]) -> Frames:
+        """Rows before the first block. latents: [T, C] each; timesteps: [R] in [0, 1], 1 is noise."""
         lengths = [len(condition.context) for condition in conditions]
-        order = packed_order(lengths, [condition.text for condition in conditions])
+        reads = [condition.cross_attention for condition in conditions]
+        order = packed_order(lengths, reads)
         rows = torch.cat([self._patches(latents[row].to(self.noise_in.dtype)) for row in order])
         context = joined([conditions[row].context for row in order])
         embedding, modulation = self.time_embed(timesteps[list(order)])
@@ -257,33 +119,35 @@ class AceStepTransformer(nn.Module):
             embedding=embedding + self.still_embedding,
             modulation=modulation + self.still_modulation,
             groups=grouped([lengths[row] for row in order]),
-            texts=tuple(conditions[row].text for row in order),
+            cross_attention=tuple(reads[row] for row in order),
             num_frames=tuple(len(latents[row]) for row in order),
             order=order,
         )
 
     def run_blocks(self, frames: Frames, start: int, stop: int) -> Frames:
         """Blocks start .. stop - 1."""
-        hidden, spans, readings = frames.hidden, frames.spans(self._rope_table(frames)), frames.readings()
+        hidden, spans, reads = frames.hidden, frames.spans(self._rope_table(frames)), frames.cross_attention_spans()
         for block in self.blocks[start:stop]:
-            hidden = block(hidden, spans, readings, frames.modulation)
+            hidden = block(hidden, spans, reads, frames.modulation)
         return replace(frames, hidden=hidden)
 
-    def finish(self, frames: Frames) -> list[Tensor]:
-        """Velocities [T, C], in the order of the rows that `begin` was given."""
+    def unembed(self, frames: Frames) -> list[Tensor]:
+        """Velocities [T, C], in the order of the rows that `embed` was given."""
+        # 1 patches of the packed rows
         rows = self.scale_shift_table + frames.embedding[:, None]
         spans = frames.spans(self._rope_table(frames))
         normed = per_span(modulated, spans, self.norm_out(frames.hidden), row=rows)
         patches = linear(normed, self.frames_out, self.frames_out_bias).split(frames.lengths)
+        # 2 frames, in the caller's order and without what fills up the last patch
         channels = self.config.audio_acoustic_hidden_dim
         placed = dict(zip(frames.order, zip(patches, frames.num_frames, strict=True), strict=True))
         return [
             patch.reshape(-1, channels)[:count] for patch, count in (placed[row] for row in range(len(frames.order)))
         ]
 
-    def forward(self, latents: Sequence[Tensor], timesteps: Tensor, conditions: Sequence[Condition]) -> list[Tensor]:
+    def forward(self, latents: Sequence[Tensor], timesteps: Tensor, conditions: Sequence[RowCondition]) -> list[Tensor]:
         """All of the above in one go."""
-        return self.finish(self.run_blocks(self.begin(latents, timesteps, conditions), 0, len(self.layers)))
+        return self.unembed(self.run_blocks(self.embed(latents, timesteps, conditions), 0, len(self.layers)))
 
     def _patches(self, rows: Tensor) -> Tensor:
         """[T, channels] -> [L, P channels], the last patch filled up with zeros."""

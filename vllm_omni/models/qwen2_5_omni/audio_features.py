@@ -1,4 +1,4 @@
-"""Sound -> mel features as the audio encoder reads them, and how many tokens they become. Opens no file."""
+"""Audio -> mel features as the audio encoder reads them, and how many tokens they become. Opens no file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_omni.errors import CheckpointError, InvalidRequestError
 from vllm_omni.media.audio_files import Samples
 
 
-class SoundFeatures:
+class AudioFeatures:
     """A checkpoint's feature extractor (Whisper's log mel spectrogram, arXiv:2212.04356, section 2.2)."""
 
     def __init__(self, folder: Path) -> None:
@@ -27,7 +27,7 @@ class SoundFeatures:
         return int(self._extractor.sampling_rate)
 
     def num_tokens(self, duration_s: float, name: str) -> int:
-        """Of a sound of this length; InvalidRequestError for one that is too short or too long for the encoder."""
+        """Of audio of this length; InvalidRequestError for what is too short or too long for the encoder."""
         hop, longest = self._extractor.hop_length, self._extractor.n_samples
         num_samples = round(duration_s * self.sample_rate)
         if num_samples > longest:
@@ -46,7 +46,7 @@ class SoundFeatures:
     def features(self, samples: Samples) -> Tensor:
         """samples: float32 [1, n] at `sample_rate`. Returns float32 [mel, frames], no padding."""
         hop, num_samples = self._extractor.hop_length, samples.shape[1]
-        # Padded to the full length, as the encoder was trained, a short sound would cost as much as the longest; what
+        # Padded to the full length, as the encoder was trained, short audio would cost as much as the longest; what
         # its frames see of the padding is one window.
         padded = -(-(num_samples + self._extractor.n_fft) // hop) * hop
         made = self._extractor(

@@ -45,7 +45,7 @@ class MediaEncoders(nn.Module, ComputedBuffers):
         assert {name for name, _ in self.named_buffers()} == BUFFERS, "the encoders hold other buffers than they did"
 
     def fill_buffers(self) -> None:
-        """As of ComputedBuffers."""
+        """See ComputedBuffers."""
         rotary, sinusoids = self.visual.rotary_pos_emb, self.audio_tower.positional_embedding
         with torch.device("cpu"):
             frequencies = rotary.compute_axial_rope_parameters(rotary.config)[0]

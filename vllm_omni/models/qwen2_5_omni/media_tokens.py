@@ -9,29 +9,29 @@ from pathlib import Path
 from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.models.qwen2_5_omni.positions import MediaClock, MediaSpan
 
+MODEL_TYPE = "qwen2_5_omni"
+
 
 @dataclass(frozen=True, slots=True)
 class MediaTokens:
-    """placeholders: kind -> the token that a chat template writes once, and that a span repeats. audio_start and
-    audio_end: around a video's sound track.
-    """
+    """What stands for media, and for time, in the prompts of one checkpoint."""
 
-    placeholders: Mapping[str, int]
-    audio_start: int
+    placeholders: Mapping[str, int]  # kind -> the token that a chat template writes once, and that a span repeats
+    audio_start: int  # these two stand around a video's sound track
     audio_end: int
     clock: MediaClock
 
     @classmethod
     def of(cls, folder: Path) -> MediaTokens:
         """From config.json; CheckpointError where it cannot be read, ConfigError where it is another model's."""
-        from transformers import AutoConfig, Qwen2_5OmniConfig
+        from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the library raises whatever its parsers raise
             raise CheckpointError(f"{folder}: config.json cannot be read ({error})") from error
-        if not isinstance(config, Qwen2_5OmniConfig):
-            raise ConfigError(f"{folder}: got a {config.model_type}, expected qwen2_5_omni, whose prompts hold media")
+        if config.model_type != MODEL_TYPE:
+            raise ConfigError(f"{folder}: got a {config.model_type}, expected {MODEL_TYPE}, whose prompts hold media")
         thinker = config.thinker_config
         return cls(
             placeholders={

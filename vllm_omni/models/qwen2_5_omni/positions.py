@@ -1,4 +1,4 @@
-"""How one image, sound or video lies among the tokens, and the positions (time, height, width) of a whole prompt.
+"""How one image, audio or video lies among the tokens, and the positions (time, height, width) of a whole prompt.
 
 The layout and the numbers are those of Qwen2.5-Omni (arXiv:2503.20215, section 2.2, "TMRoPE").
 """
@@ -14,12 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class MediaClock:
-    """positions_per_second: steps of the time axis. seconds_per_chunk: how much of a video stands before the sound of
-    the same seconds.
-    """
+    """How time becomes positions."""
 
-    positions_per_second: int
-    seconds_per_chunk: float
+    positions_per_second: int  # steps of the time axis
+    seconds_per_chunk: float  # how much of a video stands before the sound track of the same seconds
 
     @property
     def positions_per_chunk(self) -> int:
@@ -28,15 +26,12 @@ class MediaClock:
 
 @dataclass(frozen=True, slots=True)
 class MediaSpan:
-    """The tokens of one part of a message.
-
-    grid: (time, height, width) in tokens; None for a sound. num_audio_tokens: of a sound, or of a video's sound track.
-    """
+    """The tokens of one part of a message."""
 
     kind: str
-    grid: tuple[int, int, int] | None = None
+    grid: tuple[int, int, int] | None = None  # (time, height, width) in tokens; None for audio
     second_per_grid: float = 0.0
-    num_audio_tokens: int = 0
+    num_audio_tokens: int = 0  # of audio, or of a video's sound track
 
     @property
     def has_track(self) -> bool:

@@ -19,13 +19,11 @@ DEFAULT_SPEAKER = "Chelsie"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Speaker:
-    """bos_token: the text token that starts the talker's reply. cond: [E] speaker vector. ref_mel: [T, mel bins] a
-    reference sound. Both float32, on the CPU.
-    """
+    """One voice; its tensors are float32, on the CPU."""
 
-    bos_token: int
-    cond: Tensor
-    ref_mel: Tensor
+    bos_token: int  # the text token that starts the talker's reply
+    cond: Tensor  # [E], the speaker vector
+    ref_mel: Tensor  # [T, mel bins], a reference recording
 
 
 class Speakers:

@@ -28,19 +28,16 @@ TEXT_EMBEDDINGS = "thinker.model.embed_tokens.weight"
 
 @dataclass(frozen=True, slots=True)
 class TalkerConfig(DecoderConfig):
-    """The decoder, the width of what it is fed, and its marks: codes that are no sound (begin, end, pad, and the mask
-    that stands for the prompt), and text tokens of the thinker behind the reply (end, pad). last_sound: the highest
-    code that the checkpoint's token2wav has a sound for.
-    """
+    """The decoder, what it is fed, and its marks."""
 
-    embedding_size: int
-    codec_bos: int
+    embedding_size: int  # the width of what it is fed
+    codec_bos: int  # codes that are not spoken: begin, end, pad, and the mask that stands for the prompt
     codec_end: int
     codec_pad: int
     codec_mask: int
-    text_end: int
+    text_end: int  # text tokens of the thinker, behind the reply
     text_pad: int
-    last_sound: int
+    last_spoken: int  # the highest code that the checkpoint's token2wav can speak
 
     @property
     def can_write(self) -> bool:
@@ -48,9 +45,9 @@ class TalkerConfig(DecoderConfig):
 
     @property
     def silent_codes(self) -> frozenset[int]:
-        """What is never to be spoken: marks, and codes without a sound."""
+        """What is never to be spoken: marks, and codes that token2wav does not know."""
         marks = {self.codec_bos, self.codec_end, self.codec_pad, self.codec_mask}
-        return frozenset({*marks, *range(self.last_sound + 1, self.vocab_size)})
+        return frozenset({*marks, *range(self.last_spoken + 1, self.vocab_size)})
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], where: str) -> TalkerConfig:
@@ -70,7 +67,7 @@ class TalkerConfig(DecoderConfig):
             codec_mask=_token(talker, "tts_codec_mask_token_id", inside, last),
             text_end=_token(talker, "tts_text_end_token_id", inside),
             text_pad=_token(talker, "tts_text_pad_token_id", inside),
-            last_sound=_last_sound(raw, where, last),
+            last_spoken=_last_spoken(raw, where, last),
         )
 
 
@@ -78,6 +75,8 @@ class Talker(nn.Module):
     """The talker of one folder. Its tokens are codes; what they are fed besides comes as `context.input_rows` [.., E],
     which a code's embedding joins and the prompt's replace.
     """
+
+    prompt_reader = None  # it reads no prompt: states alone
 
     def __init__(self, config: TalkerConfig) -> None:
         super().__init__()
@@ -92,7 +91,7 @@ class Talker(nn.Module):
         return TalkerConfig.from_json(raw, where)
 
     def forward(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """As of a LanguageModel."""
+        """See LanguageModel."""
         embeddings = self.embed_tokens(token_ids)
         if context.input_rows is not None:
             embeddings = context.input_rows.merge(embeddings)
@@ -124,7 +123,7 @@ def load_text_rows(
     return dict(zip(token_ids, rows.to(device=device, dtype=dtype), strict=True))
 
 
-def _last_sound(raw: Mapping[str, Any], where: str, last: int) -> int:
+def _last_spoken(raw: Mapping[str, Any], where: str, last: int) -> int:
     """The last code but where token2wav has fewer."""
     if "token2wav_config" not in raw:
         return last

@@ -25,7 +25,7 @@ class TextRows:
 
 
 class TalkerInputs:
-    """SequenceInputs of one reply that is still being written.
+    """The inputs of one reply that is still being written, the same whenever they are asked for.
 
     prompt: [T, E], embedding and state summed; positions: [3, T] int64; both on the device.
     """
@@ -49,7 +49,7 @@ class TalkerInputs:
         return None if self._is_whole else len(self._prompt) + 1 + len(self._reply)
 
     def between(self, start: int, stop: int) -> TokenInputs:
-        """As of SequenceInputs."""
+        """Of the tokens [start, stop), whose rows are there."""
         num_prompt = len(self._prompt)
         own = [self._row(token - num_prompt - 1)[None] for token in range(max(start, num_prompt), stop)]
         rows = torch.cat([self._prompt[start:stop], *own])

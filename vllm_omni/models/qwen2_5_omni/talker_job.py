@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,50 +13,37 @@ from torch import Tensor
 
 from vllm_omni.core.ar.scheduler import Chunk
 from vllm_omni.core.ar.sequence import Sequence
-from vllm_omni.engine.ar.base import ARJob
-from vllm_omni.engine.ar.options import STATE_PORTS
-from vllm_omni.engine.ar.thinker_states import POSITIONS
-from vllm_omni.engine.base import StageEvent, StageProgress, StageRows, StageTask, StageTook
+from vllm_omni.engine.ar.base import ARJob, Generation
+from vllm_omni.engine.ar.tapped_states import POSITIONS
 from vllm_omni.errors import StageError
 from vllm_omni.layers.sampler import SampledToken, SamplingRow
 from vllm_omni.layers.token_inputs import TokenInputs
+from vllm_omni.messages import ChunkConsumed, StageEvent, StageProgress, StageRows, StageTask
 from vllm_omni.models.qwen2_5_omni.talker_inputs import TalkerInputs, TextRows
 from vllm_omni.payload import StreamChunk
 
-PROMPT, REPLY = STATE_PORTS
+PROMPT, REPLY = "prompt_states", "reply_states"
+PORTS = frozenset({PROMPT, REPLY, POSITIONS})
 CODES = "codes"
 
 
-@dataclass(frozen=True, slots=True)
-class CodeSampling:
-    """How codes are written: the sequence of a prompt of T + 2 tokens, how it samples, what ends it, and how many
-    codes there may be.
-    """
-
-    sequence: Sequence
-    row: SamplingRow
-    ending_ids: frozenset[int]
-    max_new_tokens: int
-
-
 class _Port:
-    """One streamed input: rows so far, in order and of the right shape."""
+    """One streamed input: rows so far, of the right shape. Their order is the sender's."""
 
     def __init__(self, name: str, width: int) -> None:
-        self.name = name
         self.parts: list[Tensor] = []
         self.num_rows = 0
         self.is_whole = False
+        self._name = name
         self._width = width
 
-    def take(self, chunk: StreamChunk) -> Tensor:
+    def accept(self, chunk: StreamChunk) -> Tensor:
         """The chunk's new rows."""
         rows = chunk.new_rows
-        if self.is_whole or chunk.start != self.num_rows or rows.ndim != 2 or rows.shape[1] != self._width:
-            state = "whole already" if self.is_whole else f"at row {self.num_rows}"
+        if rows.ndim != 2 or rows.shape[1] != self._width:
             raise StageError(
-                f"stage input {self.name!r}: got rows {list(rows.shape)} from {chunk.start} on, expected "
-                f"[n, {self._width}] in order; the port is {state}"
+                f"stage input {self._name!r}: got rows {list(rows.shape)}, expected [n, {self._width}]; does the edge "
+                "come from a stage of the same checkpoint?"
             )
         self.num_rows += len(rows)
         self.is_whole = chunk.is_last
@@ -66,14 +52,14 @@ class _Port:
 
 
 class TalkerJob(ARJob):
-    """begin: makes the sequence of a prompt of this many tokens, when the first reply row is there. width: E, half of a
-    row of states.
+    """begin: makes the generation after a prompt of this many tokens, when the first reply row is there. width: E, half
+    of a row of states. gives_rows and gives_codes: whether codes are read one by one, and whole.
     """
 
     def __init__(
         self,
         task: StageTask,
-        begin: Callable[[int], CodeSampling],
+        begin: Callable[[int], Generation],
         text: TextRows,
         width: int,
         gives_rows: bool,
@@ -85,14 +71,13 @@ class TalkerJob(ARJob):
         self._ports = {PROMPT: _Port(PROMPT, 2 * width), POSITIONS: _Port(POSITIONS, 3), REPLY: _Port(REPLY, 2 * width)}
         self._gives_rows, self._gives_codes = gives_rows, gives_codes
         self._inputs: TalkerInputs | None = None
-        self._sampling: CodeSampling | None = None
-        self._unused: deque[int] = deque()  # reply rows up to which each chunk goes that is not used up
-        self._finish_reason: str | None = None
+        self._generation: Generation | None = None
+        self._unused: deque[int] = deque()  # reply rows up to which each chunk goes that is not consumed
 
     def feed(self, port: str, chunk: StreamChunk) -> list[StageEvent]:
         if port not in self._ports:
             raise StageError(f"stage input {port!r} is not streamed")
-        rows = self._ports[port].take(chunk)
+        rows = self._ports[port].accept(chunk)
         events: list[StageEvent] = []
         if port == REPLY:
             self._unused.append(self._ports[REPLY].num_rows)
@@ -100,11 +85,11 @@ class TalkerJob(ARJob):
                 self._inputs.extend(self._summed(rows), chunk.is_last)
                 self._ports[REPLY].parts.clear()
         else:
-            events.append(StageTook(self.task.request_id, port))
+            events.append(ChunkConsumed(self.task.request_id, port))
         if self._inputs is None and self._has_begin:
             self._start()
-        if self._sampling is not None and self._inputs is not None:
-            self._sampling.sequence.num_ready_tokens = self._inputs.num_ready_tokens
+        if self._generation is not None and self._inputs is not None:
+            self._generation.sequence.num_ready_tokens = self._inputs.num_ready_tokens
         return events
 
     def inputs_of(self, chunk: Chunk) -> TokenInputs | None:
@@ -114,25 +99,19 @@ class TalkerJob(ARJob):
         return self._started.row
 
     def take(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
-        events = self._used_up(sequence)
+        events = self._consumed(sequence)
         if token is None:
             return events
-        sampling, code = self._started, token.token_id
-        sequence.append(code)
-        sampling.row.record(code)
-        num_written = sequence.num_tokens - sequence.num_prompt_tokens
-        events.append(StageProgress(sequence.request_id, num_written, sampling.max_new_tokens))
-        if code in sampling.ending_ids:
-            self._finish_reason = "stop"
-        elif num_written == sampling.max_new_tokens:
-            self._finish_reason = "length"
-        if self._gives_rows and self._finish_reason != "stop":
+        generation, code = self._started, token.token_id
+        generation.write(code)
+        events.append(StageProgress(sequence.request_id, generation.num_written, generation.max_new_tokens))
+        if self._gives_rows and generation.finish_reason != "stop":
             events.append(StageRows(sequence.request_id, CODES, self._codes([code])))
         return events
 
     @property
     def is_done(self) -> bool:
-        return self._finish_reason is not None
+        return self._generation is not None and self._generation.finish_reason is not None
 
     def is_over(self, sequence: Sequence) -> bool:
         return self.is_done
@@ -141,7 +120,11 @@ class TalkerJob(ARJob):
         return {CODES: self._codes(self._written())} if self._gives_codes else {}
 
     def meta(self) -> dict[str, Any]:
-        return {"finish_reason": self._finish_reason, "prompt_tokens": self._started.sequence.num_prompt_tokens}
+        generation = self._started
+        return {
+            "finish_reason": generation.finish_reason,
+            "prompt_tokens": generation.sequence.num_prompt_tokens,
+        }
 
     def metrics(self) -> dict[str, int]:
         sequence = self._started.sequence
@@ -154,9 +137,9 @@ class TalkerJob(ARJob):
         }
 
     @property
-    def _started(self) -> CodeSampling:
-        assert self._sampling is not None
-        return self._sampling
+    def _started(self) -> Generation:
+        assert self._generation is not None
+        return self._generation
 
     @property
     def _has_begin(self) -> bool:
@@ -170,33 +153,32 @@ class TalkerJob(ARJob):
                 f"stage inputs: got {prompt.num_rows} rows of {PROMPT!r} and {positions.num_rows} of {POSITIONS!r}, "
                 "expected one of each for every prompt token"
             )
-        self._sampling = self._begin(prompt.num_rows)
+        self._generation = self._begin(prompt.num_rows)
         places = torch.cat(positions.parts).to(self._text.bos.device).T
         self._inputs = TalkerInputs(self._summed(torch.cat(prompt.parts)), places, self._text)
         if reply.parts:
             self._inputs.extend(self._summed(torch.cat(reply.parts)), reply.is_whole)
         for port in (prompt, positions, reply):
             port.parts.clear()
-        self._sampling.sequence.is_paused = self.is_paused
-        self.sequences.append(self._sampling.sequence)
+        self.sequences.append(self._generation.sequence)
 
     def _summed(self, rows: Tensor) -> Tensor:
         """[n, 2 E] -> [n, E]: embedding and state."""
         embeddings, states = rows.to(self._text.bos).chunk(2, dim=-1)
         return embeddings + states
 
-    def _used_up(self, sequence: Sequence) -> list[StageEvent]:
+    def _consumed(self, sequence: Sequence) -> list[StageEvent]:
         """Chunks of the reply all of whose rows have been read."""
         num_read = sequence.num_reached_tokens - (sequence.num_prompt_tokens - 1)
         events: list[StageEvent] = []
         while self._unused and self._unused[0] <= num_read:
             self._unused.popleft()
-            events.append(StageTook(sequence.request_id, REPLY))
+            events.append(ChunkConsumed(sequence.request_id, REPLY))
         return events
 
     def _written(self) -> list[int]:
         written = self._started.sequence.output_token_ids
-        return written[:-1] if self._finish_reason == "stop" else written
+        return written[:-1] if self._started.finish_reason == "stop" else written
 
     def _codes(self, codes: list[int]) -> Tensor:
         return torch.tensor(codes, dtype=torch.int64, device=self._text.bos.device)

@@ -17,17 +17,18 @@ from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.linear import Linear, linear
 from vllm_omni.layers.weights import Target
 from vllm_omni.models.qwen2_5_omni.encoders import MediaEncoders
+from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptReader
 from vllm_omni.worker.ar.media_prompt import MediaItem
 
 
 @dataclass(frozen=True, slots=True)
 class ThinkerConfig(DecoderConfig):
-    """The decoder, and what its encoders are built from. where: the file that says so."""
+    """The decoder, and what its encoders are built from."""
 
     vision: Mapping[str, Any]
     audio: Mapping[str, Any]
     tie_word_embeddings: bool
-    where: str
+    where: str  # the place in the file that says so
 
     @property
     def can_write(self) -> bool:
@@ -54,6 +55,8 @@ class ThinkerConfig(DecoderConfig):
 class Thinker(nn.Module):
     """The thinker of one folder."""
 
+    prompt_reader = OmniPromptReader
+
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()
         self.config = config
@@ -68,7 +71,7 @@ class Thinker(nn.Module):
         return ThinkerConfig.from_json(raw, where)
 
     def forward(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """As of a LanguageModel."""
+        """See LanguageModel."""
         embeddings = self.embed_tokens(token_ids)
         if context.input_rows is not None:
             embeddings = context.input_rows.merge(embeddings)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.media.video_input import FrameSettings
 from vllm_omni.utils.files import read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -27,12 +27,12 @@ VIDEO_TOKENS = (128, 768)  # of a frame; of Qwen2.5-Omni's processor, which read
 
 @dataclass(frozen=True, slots=True)
 class VisionGrid:
-    """Sizes and colours of one kind of picture. min_pixels and max_pixels: of a frame when it has been resized."""
+    """Sizes and colours of one kind of picture."""
 
     patch_size: int
     merge_size: int
     temporal_patch_size: int
-    min_pixels: int
+    min_pixels: int  # of a frame when it has been resized
     max_pixels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -83,22 +83,19 @@ class VisionGrid:
         return split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * t * p * p)
 
 
-def resized(frame: Tensor, size: tuple[int, int]) -> Tensor:
-    """frame: uint8 [H, W, 3]. Returns uint8 [3, *size], bicubic."""
-    image = frame.permute(2, 0, 1)
-    if image.shape[1:] == size:
-        return image.contiguous()
-    return functional.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
-
-
 @dataclass(frozen=True, slots=True)
 class VisionSettings:
-    """What a checkpoint folder says of images and of videos. min_frames and max_frames: that are picked of a video."""
+    """What a checkpoint folder says of images and of videos."""
 
     image: VisionGrid
     video: VisionGrid
-    min_frames: int
+    min_frames: int  # that are picked of a video
     max_frames: int
+
+    @property
+    def frames(self) -> FrameSettings:
+        """How the frames of a video are picked and resized."""
+        return FrameSettings(self.video.temporal_patch_size, self.min_frames, self.max_frames, self.video.fit)
 
     @classmethod
     def of(cls, folder: Path) -> VisionSettings:

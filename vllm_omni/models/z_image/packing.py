@@ -9,7 +9,7 @@ width, C latent channels, T text tokens padded to 32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,14 +44,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """All rows between two blocks. hidden: [N, D]; condition: [R, A] (from the timestep); order: packed row ->
-    caller's row.
-    """
+    """All rows between two blocks."""
 
-    hidden: Tensor
-    condition: Tensor
+    hidden: Tensor  # [N, D]
+    condition: Tensor  # [R, A], from the timestep
     groups: tuple[Group, ...]
-    order: tuple[int, ...]
+    order: tuple[int, ...]  # packed row -> the caller's row
 
     def per_row(self) -> list[Tensor]:
         """[L, D] views, in packed order."""
@@ -82,30 +80,6 @@ class Tokens:
 def padded(length: int) -> int:
     """Rounded up to what the model was trained to see."""
     return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Where a group's tokens lie in the packed tensor. rope: [length, head_dim / 2, 2] cosines and sines, float32."""
-
-    rows: slice
-    tokens: slice
-    num_rows: int
-    length: int
-    rope: Tensor
-
-
-def per_span(function: Callable[..., Tensor], spans: Sequence[Span], *packed: Tensor, row: Tensor) -> Tensor:
-    """Applies `function(*[rows, L, D], [rows, 1, D])` to every span: packed [N, D] in, packed [N, D] out."""
-    parts = []
-    for span in spans:
-        views = [tensor[span.tokens].unflatten(0, (span.num_rows, span.length)) for tensor in packed]
-        parts.append(function(*views, row[span.rows, None]).flatten(0, 1))
-    return joined(parts)
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def grouped(geometries: Sequence[tuple[int, int, int]]) -> tuple[Group, ...]:

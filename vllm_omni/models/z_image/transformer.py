@@ -12,204 +12,32 @@ modulation width, C latent channels, T text tokens padded to 32.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.errors import ConfigError
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.weights import Target
+from vllm_omni.models.z_image.blocks import Block, FinalLayer, TimestepEmbedder
+from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import (
     PATCH,
     Group,
     Rows,
-    Span,
     Tokens,
     dense,
     grouped,
-    joined,
     padded,
     patchified,
-    per_span,
     unpatchified,
 )
-from vllm_omni.utils.files import read_json
+from vllm_omni.worker.diffusion.packing import Span, joined
 
-MAX_MODULATION_WIDTH = 256
-TIME_FREQUENCIES = 256
-TIME_HIDDEN = 1024
-ATTENTION_EPS = 1e-5
 MAX_ROPE_TABLES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class ZImageConfig:
-    """The fields of `transformer/config.json` that shape the computation."""
-
-    dim: int
-    n_layers: int
-    n_refiner_layers: int
-    n_heads: int
-    in_channels: int
-    cap_feat_dim: int
-    norm_eps: float
-    qk_norm: bool
-    rope_theta: float
-    t_scale: float
-    axes_dims: tuple[int, ...]
-    axes_lens: tuple[int, ...]
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> ZImageConfig:
-        return cls.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> ZImageConfig:
-        """Reads a published config; what this model does not compute is refused, not ignored."""
-        expected = {"all_patch_size": [PATCH], "all_f_patch_size": [1], "siglip_feat_dim": None}
-        for key, value in expected.items():
-            if key in raw and (list(raw[key]) if isinstance(raw[key], (list, tuple)) else raw[key]) != value:
-                raise ConfigError(f"{where}: {key}: got {raw[key]!r}, expected {value!r}")
-        if raw.get("n_kv_heads", raw["n_heads"]) != raw["n_heads"]:
-            raise ConfigError(f"{where}: n_kv_heads: got {raw['n_kv_heads']}, expected n_heads = {raw['n_heads']}")
-        if raw["dim"] // raw["n_heads"] != sum(raw["axes_dims"]):
-            raise ConfigError(f"{where}: axes_dims: got {raw['axes_dims']}, expected a sum of dim / n_heads")
-        fields = {name: raw[name] for name in cls.__slots__ if name in raw}
-        missing = [name for name in cls.__slots__ if name not in raw]
-        if missing:
-            raise ConfigError(f"{where}: {missing[0]}: missing")
-        return cls(**{**fields, "axes_dims": tuple(raw["axes_dims"]), "axes_lens": tuple(raw["axes_lens"])})
-
-    @property
-    def modulation_width(self) -> int:
-        return min(self.dim, MAX_MODULATION_WIDTH)
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoids and two linear layers: [R] -> [R, A]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(Linear(TIME_FREQUENCIES, TIME_HIDDEN), nn.SiLU(), Linear(TIME_HIDDEN, width))
-
-    def forward(self, time: Tensor) -> Tensor:
-        half = TIME_FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
-        angles = time[:, None].float() * torch.exp(-math.log(10000.0) * exponents)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(next(self.parameters()).dtype))
-
-
-class Attention(nn.Module):
-    """Full attention within each row, with normalised queries and keys and rotary positions."""
-
-    def __init__(self, config: ZImageConfig) -> None:
-        super().__init__()
-        self.head_dim = config.dim // config.n_heads
-        self.qkv = Linear(config.dim, 3 * config.dim, bias=False)
-        self.out = Linear(config.dim, config.dim, bias=False)
-        self.norm_q = RMSNorm(self.head_dim, ATTENTION_EPS) if config.qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(self.head_dim, ATTENTION_EPS) if config.qk_norm else nn.Identity()
-
-    def forward(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # [N, H, head_dim] each
-        query, key = self.norm_q(query), self.norm_k(key)
-        attended = [self._attend(query[s.tokens], key[s.tokens], value[s.tokens], s) for s in spans]
-        return self.out(joined(attended))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        shape = (span.num_rows, span.length)
-        query = rotated(query.unflatten(0, shape), span.rope).transpose(1, 2)  # [rows, H, L, head_dim]
-        key = rotated(key.unflatten(0, shape), span.rope).transpose(1, 2)
-        value = value.unflatten(0, shape).transpose(1, 2)
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU with the gate and the up projection fused."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        hidden = int(dim / 3 * 8)
-        self.w13 = Linear(dim, 2 * hidden, bias=False)
-        self.w2 = Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each between two norms; with modulation also scaled and gated by the timestep."""
-
-    def __init__(self, config: ZImageConfig, modulated: bool = True) -> None:
-        super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config.dim)
-        self.attention_norm1 = RMSNorm(config.dim, config.norm_eps)
-        self.attention_norm2 = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm1 = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm2 = RMSNorm(config.dim, config.norm_eps)
-        self.adaLN_modulation = Linear(config.modulation_width, 4 * config.dim) if modulated else None
-
-    def forward(self, x: Tensor, spans: Sequence[Span], condition: Tensor | None = None) -> Tensor:
-        if self.adaLN_modulation is None:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), spans))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        modulation = self.adaLN_modulation(condition)  # [R, 4 D]
-        scale_attention, gate_attention, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
-        normed = per_span(scaled, spans, self.attention_norm1(x), row=scale_attention)
-        x = per_span(gated, spans, x, self.attention_norm2(self.attention(normed, spans)), row=gate_attention)
-        normed = per_span(scaled, spans, self.ffn_norm1(x), row=scale_ffn)
-        return per_span(gated, spans, x, self.ffn_norm2(self.feed_forward(normed)), row=gate_ffn)
-
-
-class FinalLayer(nn.Module):
-    """Norm, scale by the timestep, and back to patches."""
-
-    def __init__(self, config: ZImageConfig) -> None:
-        super().__init__()
-        self.linear = Linear(config.dim, PATCH * PATCH * config.in_channels)
-        self.adaLN_modulation = Linear(config.modulation_width, config.dim)
-
-    def forward(self, x: Tensor, spans: Sequence[Span], condition: Tensor) -> Tensor:
-        scale = self.adaLN_modulation(F.silu(condition))
-        return self.linear(per_span(scaled, spans, F.layer_norm(x, x.shape[-1:], eps=1e-6), row=scale))
-
-
-def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(x, x, scale)
-
-
-def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    return torch.addcmul(x, gate.tanh(), update)
-
-
-def rotated(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates neighbouring pairs of [rows, L, H, head_dim] by rope [L, head_dim / 2, 2], in float32.
-
-    One complex product is several times as fast as four real ones, except for a compiler, which fuses those.
-    """
-    pairs, turns = x.float().unflatten(-1, (-1, 2)), rope[:, None]
-    if torch.compiler.is_compiling():
-        return real_product(pairs, turns).flatten(-2).to(x.dtype)
-    product = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
-    return torch.view_as_real(product).flatten(-2).to(x.dtype)
-
-
-def real_product(a: Tensor, b: Tensor) -> Tensor:
-    """The product of complex numbers that stand as [..., 2]."""
-    (a_real, a_imaginary), (b_real, b_imaginary) = a.unbind(-1), b.unbind(-1)
-    real = a_real * b_real - a_imaginary * b_imaginary
-    return torch.stack([real, a_real * b_imaginary + a_imaginary * b_real], dim=-1)
 
 
 class ZImageTransformer(nn.Module):
@@ -243,7 +71,7 @@ class ZImageTransformer(nn.Module):
             hidden = block(hidden, (span,))
         return hidden.unflatten(0, (rows, length))
 
-    def begin(self, latents: Rows, timesteps: Tensor, texts: Rows) -> Tokens:
+    def embed(self, latents: Rows, timesteps: Tensor, texts: Rows) -> Tokens:
         """Embeds rows. latents: [C, h, w] each; timesteps: [R] in [0, 1], 1 is clean; texts: [T, D] each, from
         `encode_text`.
         """
@@ -265,6 +93,13 @@ class ZImageTransformer(nn.Module):
             hidden = block(hidden, spans, tokens.condition)
         return replace(tokens, hidden=hidden)
 
+    def modulated_input(self, tokens: Tokens) -> list[Tensor]:
+        """[L, D] per packed row: what the first block of the main stack attends with."""
+        block: Block = self.layers[0]  # type: ignore[assignment]
+        scale = block.adaLN_modulation(tokens.condition).chunk(4, dim=-1)[0]  # type: ignore[misc]
+        hidden = block.modulated_input(tokens.hidden, self._spans(tokens.groups), scale)
+        return replace(tokens, hidden=hidden).per_row()
+
     def velocity_patches(self, tokens: Tokens) -> list[Tensor]:
         """The model's answer as patches: [rows, height * width, 4 C] for each group."""
         spans = self._spans(tokens.groups)
@@ -274,8 +109,8 @@ class ZImageTransformer(nn.Module):
             for span, group in zip(spans, tokens.groups, strict=True)
         ]
 
-    def finish(self, tokens: Tokens) -> list[Tensor]:
-        """Velocities [C, h, w] (clean latents minus noise), in the order of the rows that `begin` was given."""
+    def unembed(self, tokens: Tokens) -> list[Tensor]:
+        """Velocities [C, h, w] (clean latents minus noise), in the order of the rows that `embed` was given."""
         velocities: list[Tensor] = []
         for patches, group in zip(self.velocity_patches(tokens), tokens.groups, strict=True):
             velocities += unpatchified(patches, group.height, group.width)
@@ -284,7 +119,7 @@ class ZImageTransformer(nn.Module):
 
     def forward(self, latents: Rows, timesteps: Tensor, texts: Rows) -> list[Tensor]:
         """All of the above in one go."""
-        return self.finish(self.run_blocks(self.begin(latents, timesteps, texts), 0, len(self.layers)))
+        return self.unembed(self.run_blocks(self.embed(latents, timesteps, texts), 0, len(self.layers)))
 
     def _embed_images(self, latents: Rows, order: Sequence[int], groups: Sequence[Group], time: Tensor) -> list[Tensor]:
         """[rows, image tokens, D] for each group, after the noise refiner."""

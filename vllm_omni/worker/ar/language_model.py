@@ -1,5 +1,5 @@
-"""What every language model of an AR stage is and is given: its protocols, the context of one forward pass, and how it
-is loaded.
+"""What every language model of an AR stage is and is given: its protocols, the folder that it stands in, and how it is
+loaded.
 
 Knows no batch and no request. Legend: N tokens of a step, D hidden size, V vocabulary.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from vllm_omni import registry
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
-from vllm_omni.layers.weights import load_weights
+from vllm_omni.layers.weights import load_weights, weights_bytes
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.ar.media_prompt import MediaItem
+from vllm_omni.worker.ar.prompt_reader import PromptReader
 
 
 class LanguageModelConfig(Protocol):
@@ -45,8 +47,9 @@ class LanguageModelConfig(Protocol):
 
 
 class LanguageModel(Protocol):
-    """A decoder-only model over a paged KV cache, loadable by `models.loader`."""
+    """A decoder-only model over a paged KV cache, loadable by `layers.weights`."""
 
+    prompt_reader: ClassVar[type[PromptReader[Any]] | None]  # None for a model that reads text alone
     config: LanguageModelConfig
 
     def __call__(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
@@ -59,7 +62,7 @@ class LanguageModel(Protocol):
 
 
 class MediaReader(Protocol):
-    """A language model that reads media, too."""
+    """A language model that reads media, too, as its prompt reader gives them."""
 
     def encode(self, item: MediaItem) -> Tensor:
         """One image, audio or video -> the rows [M, D] that stand for its placeholder tokens."""
@@ -73,8 +76,58 @@ class ComputedBuffers(ABC):
         """Computes them; called when the module has its memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class LanguageModelFolder:
+    """A checkpoint whose config.json has been read: which model it holds, and how that is loaded."""
+
+    folder: Path
+    part: str | None  # which model of a checkpoint that holds several
+    name: str  # its row in the registry: "architecture" or "architecture.part"
+    model_class: Any
+    config: LanguageModelConfig
+
+    @classmethod
+    def open(cls, folder: Path, part: str | None = None) -> LanguageModelFolder:
+        """ConfigError for anything that the model class does not support, CheckpointError for a missing file."""
+        where = folder / "config.json"
+        raw = read_json(where)
+        name = registered_name(raw, str(where), part)
+        found = registry.resolve("language model", name)
+        return cls(folder, part, name, found, found.read_config(raw, str(where)))
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes the weights of two stages the same ones."""
+        return self.model_class.__name__, str(self.folder.resolve()), self.part or ""
+
+    def weights_bytes(self, itemsize: int) -> int:
+        """Of the model's parameters, itemsize bytes each."""
+        return weights_bytes(self.folder, itemsize, self._tensor_prefix)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+        """The model, built without initialising and filled from its safetensors files."""
+        with torch.device("meta"):
+            model: nn.Module = self.model_class(self.config)
+        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        load_weights(model, self.folder, self._tensor_prefix)
+        for module in model.modules():
+            if isinstance(module, ComputedBuffers):
+                module.fill_buffers()
+        return model  # type: ignore[return-value]
+
+    @property
+    def _tensor_prefix(self) -> str:
+        """How the published names of the part's tensors begin."""
+        return f"{self.part}." if self.part else ""
+
+
 def model_class(raw_config: Mapping[str, Any], where: str, part: str | None = None) -> Any:
-    """The registered class for the `architectures` of a config.json, and for the part where several models share it."""
+    """The registered class for a config.json and, where several models share it, for the part."""
+    return registry.resolve("language model", registered_name(raw_config, where, part))
+
+
+def registered_name(raw_config: Mapping[str, Any], where: str, part: str | None = None) -> str:
+    """`architecture` or `architecture.part`, a row of the registry; ConfigError where there is none."""
     architectures = raw_config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ConfigError(f"{where}: architectures: got {architectures!r}, expected a list of one name")
@@ -85,44 +138,4 @@ def model_class(raw_config: Mapping[str, Any], where: str, part: str | None = No
             f"{where}: got part {part!r} of {name}, expected "
             + (f"one of {', '.join(parts)}; set the stage's `part`" if parts else "none; it is one model")
         )
-    return registry.resolve("language model", f"{name}.{part}" if part else name)
-
-
-def read_model_config(folder: Path, part: str | None = None) -> LanguageModelConfig:
-    """The parsed config.json of a language model folder; ConfigError for anything that the model class does not
-    support.
-    """
-    where = folder / "config.json"
-    raw = read_json(where)
-    config: LanguageModelConfig = model_class(raw, str(where), part).read_config(raw, str(where))
-    return config
-
-
-def tensor_prefix(part: str | None) -> str:
-    """How the published names of a part's tensors begin."""
-    return f"{part}." if part else ""
-
-
-def model_key(
-    folder: Path, device: torch.device, dtype: torch.dtype, part: str | None = None
-) -> tuple[str, str, str, str]:
-    """What makes two loaded models the same: their key in a ModelPool."""
-    name = model_class(read_json(folder / "config.json"), str(folder), part).__name__
-    return name, str(folder.resolve()), str(device), str(dtype)
-
-
-def load_language_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, part: str | None = None
-) -> LanguageModel:
-    """The model of a folder, built without initialising and filled from its safetensors files."""
-    where = folder / "config.json"
-    raw = read_json(where)
-    build = model_class(raw, str(where), part)
-    with torch.device("meta"):
-        model: nn.Module = build(build.read_config(raw, str(where)))
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    load_weights(model, folder, tensor_prefix(part))
-    for module in model.modules():
-        if isinstance(module, ComputedBuffers):
-            module.fill_buffers()
-    return model  # type: ignore[return-value]
+    return f"{name}.{part}" if part else name

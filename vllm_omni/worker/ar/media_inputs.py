@@ -15,7 +15,10 @@ from vllm_omni.worker.ar.media_prompt import MediaItem, MediaPrompt
 
 
 class MediaInputs:
-    """SequenceInputs of one prompt. encode: an item -> [M, D] on the device."""
+    """The inputs of one prompt's tokens, the same whenever they are asked for: preemption recomputes from them.
+
+    encode: an item -> [M, D] on the device.
+    """
 
     def __init__(self, prompt: MediaPrompt, encode: Callable[[MediaItem], Tensor], device: torch.device) -> None:
         self._items = prompt.items
@@ -26,7 +29,7 @@ class MediaInputs:
         self.positions = prompt.positions.to(device)
 
     def between(self, start: int, stop: int) -> TokenInputs:
-        """As of SequenceInputs."""
+        """Of the tokens [start, stop)."""
         parts: list[InputRows] = []
         for number, item in enumerate(self._items):
             first, last = torch.searchsorted(item.indices, torch.tensor([start, stop])).tolist()

@@ -24,14 +24,12 @@ INPUTS = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaItem:
-    """One image, audio or video. indices: [M] int64, increasing, the tokens whose embeddings its encoder gives.
-
-    inputs, by INPUTS of its kind: pixel_values [patches, patch values], grid_thw [3] int64 (in patches),
-    second_per_grid [] float (of one step of t), features [mel bins, frames] without padding.
-    """
+    """One image, audio or video."""
 
     kind: str
-    indices: Tensor
+    indices: Tensor  # [M] int64, increasing: the tokens whose embeddings its encoder gives
+    # by INPUTS of its kind: pixel_values [patches, patch values], grid_thw [3] int64 (in patches), second_per_grid []
+    # float (of one step of t), features [mel bins, frames] without padding
     inputs: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
@@ -53,15 +51,12 @@ class MediaItem:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaPrompt:
-    """token_ids: T, media expanded to their placeholder tokens. content_ids: T, what makes a token the same for the
-    prefix cache: its id, or for a placeholder `content_ids_of`. positions: [3, T] int64 (time, height, width).
-    position_delta: a token t behind the prompt stands at t + position_delta.
-    """
+    """A whole prompt, its media decoded."""
 
-    token_ids: Sequence[int]
-    content_ids: Sequence[int]
-    positions: Tensor
-    position_delta: int
+    token_ids: Sequence[int]  # T, media expanded to their placeholder tokens
+    content_ids: Sequence[int]  # T, what makes a token the same for the prefix cache; see `content_ids_of`
+    positions: Tensor  # [3, T] int64 (time, height, width)
+    position_delta: int  # a token t behind the prompt stands at t + position_delta
     items: Sequence[MediaItem] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:

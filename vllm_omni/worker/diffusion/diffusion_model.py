@@ -53,17 +53,13 @@ class TokenBatch(Protocol):
 class Trajectory(ABC):
     """One output's way from noise to latents. All that changes on it is its own: nothing is shared but weights and
     what `prepare` made.
-
-    latent_shape: of the noise it starts from. sampler: its timesteps are set. num_tokens: of all its branches in one
-    step. conditions: branch -> what `embed` takes for the row of that branch. kept: which rows of the latents are the
-    result; the others are its context.
     """
 
-    latent_shape: tuple[int, ...]
-    sampler: Sampler
-    num_tokens: int
-    conditions: Mapping[str, Any]
-    kept: slice = slice(None)
+    latent_shape: tuple[int, ...]  # of the noise it starts from
+    sampler: Sampler  # its timesteps are set
+    num_tokens: int  # of all its branches in one step
+    conditions: Mapping[str, Any]  # branch -> what `embed` takes for the row of that branch
+    kept: slice = slice(None)  # the rows of the latents that are the result; the others are its context
 
     def noise(self, seed: int) -> Tensor:
         """Standard normal float32 `latent_shape`, drawn on the CPU, so that a seed means the same on every device."""
@@ -134,7 +130,13 @@ class DiffusionModel(ABC):
 
     output_port: ClassVar[str]  # what it makes: "image" or "audio"
     streamed_input: ClassVar[str | None] = None  # the input port, if any, that it takes chunk by chunk
+    gives_modulated_input: ClassVar[bool] = False  # whether step caches may ask for `modulated_input`
     num_blocks: int  # how many `run_blocks` counts
+    token_bytes: int  # of one token's hidden state between two blocks
+
+    def is_heavy(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether `prepare` encodes media (source audio, a picture): at most one such task is prepared per step."""
+        return False
 
     @abstractmethod
     def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Any:
@@ -159,6 +161,12 @@ class DiffusionModel(ABC):
     @abstractmethod
     def run_blocks(self, tokens: Any, start: int, stop: int) -> TokenBatch:
         """Blocks start .. stop - 1."""
+
+    def modulated_input(self, tokens: Any) -> list[Tensor]:
+        """[L, D] per packed row: what block 0 computes with, normed and modulated by the timestep. Only where
+        `gives_modulated_input`.
+        """
+        raise StageError(f"{type(self).__name__} gives no modulated input; choose another cache.policy")
 
     @abstractmethod
     def unembed(self, tokens: Any) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Runs one denoising step for a batch of diffusion states: model rows, step caches, sampler; then decodes, piece by
-piece. Owns the step caches' memory.
+piece.
 
-Every state is its own: latents, trajectory and caches are shared with nobody. `predict` changes nothing but caches,
-so a batch that failed can be tried again row by row; `advance` commits.
+Every state is its own: latents, trajectory and caches are shared with nobody. `predict` changes caches alone, and only
+when it succeeds, so a batch that failed can be tried again row by row; `advance` commits.
 """
 
 from __future__ import annotations
@@ -13,27 +13,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vllm_omni.core.diffusion.caches.base import StepCache
+from vllm_omni.core.diffusion.caches.base import RowCache, StepCachePolicy
 from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
-from vllm_omni.errors import StageError
+from vllm_omni.errors import ConfigError, StageError
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, TokenBatch, Trajectory
 
 
 @dataclass(slots=True)
 class DiffusionState:
-    """One output, or one chunk of it, on its way. step: how many are done. num_reused: rows of steps that a step cache
-    served. pieces: what is decoded, `decoder` gives the rest.
-    """
+    """One output, or one chunk of it, on its way."""
 
     request_id: str
-    index: int
+    index: int  # of the output or chunk
     params: DiffusionParams
     trajectory: Trajectory
     latents: Tensor
-    step: int = 0
-    num_reused: int = 0
-    pieces: list[Tensor] = field(default_factory=list)
+    adapter: str | None = None  # the weights' variant that it runs with
+    step: int = 0  # how many are done
+    num_reused: int = 0  # rows of steps that a step cache served
+    pieces: list[Tensor] = field(default_factory=list)  # decoded so far; `decoder` gives the rest
     decoder: Iterator[Tensor] | None = None
 
     @property
@@ -61,31 +60,64 @@ class Row:
     branch: str
 
     @property
-    def cache_key(self) -> tuple[str, int, str]:
-        return (self.state.request_id, self.state.index, self.branch)
+    def cache_key(self) -> tuple[str, str, str | None]:
+        return (self.state.key, self.branch, self.state.adapter)
+
+
+@dataclass(slots=True)
+class CachedStep:
+    """What a step cache saw of one row's step, until the step has succeeded."""
+
+    row: Row
+    cache: RowCache
+    signal: Tensor | None = None  # [L, D]
+    measured: Sequence[float] = ()
+    rest_residual: Tensor | None = None  # [L, D] where the rest was computed
+
+    @property
+    def is_reused(self) -> bool:
+        return self.cache.decides_to_reuse(self.row.state.step, self.measured)
+
+    def commit(self) -> None:
+        if self.rest_residual is None:
+            self.row.state.num_reused += 1
+            self.cache.note_reuse(self.row.state.step, self.signal, self.measured)
+        else:
+            self.cache.update(self.row.state.step, self.signal, self.measured, self.rest_residual)
 
 
 class DiffusionRunner:
-    """`cache_type` and `threshold` make the step cache of every row; `caches` is their budget."""
+    """`policy` makes the step cache of every row; `caches` holds them, in what each sample has reserved."""
 
-    def __init__(
-        self, model: DiffusionModel, cache_type: type[StepCache], threshold: float | None, caches: DiTCacheManager
-    ) -> None:
+    def __init__(self, model: DiffusionModel, policy: StepCachePolicy, caches: DiTCacheManager) -> None:
         self.model = model
+        self.policy = policy
         self.caches = caches
-        self._cache_type = cache_type
-        self._threshold = threshold
+        if policy.num_lead_blocks + policy.num_tail_blocks > model.num_blocks:
+            raise ConfigError(
+                f"cache.policy: always computes {policy.num_lead_blocks} lead and {policy.num_tail_blocks} tail blocks,"
+                f" but the model has {model.num_blocks}; choose fewer, or another policy"
+            )
+        if policy.signal == "modulated_input" and not model.gives_modulated_input:
+            raise ConfigError(
+                f"cache.policy: {type(policy).__name__} judges by the modulated input, which {type(model).__name__}"
+                " does not give; choose another policy"
+            )
 
     @torch.inference_mode()
     def predict(self, states: Sequence[DiffusionState]) -> list[list[Tensor]]:
         """For each state the outputs of the branches that act now, in their order, each shaped as its latents."""
         rows = [Row(state, branch) for state in states for branch in state.trajectory.branches(state.timestep)]
-        tokens = self.model.begin(
+        tokens = self.model.embed(
             [row.state.latents for row in rows],
             [row.state.timestep for row in rows],
             [row.state.trajectory.conditions[row.branch] for row in rows],
         )
-        outputs = iter(self.model.finish(self._through_blocks(tokens, rows)))
+        tokens, steps = self._through_blocks(tokens, rows)
+        outputs = iter(self.model.unembed(tokens))
+        for step in steps:
+            step.commit()
+            self.caches.set_cache(step.row.cache_key, step.cache, step.cache.num_bytes, owner=step.row.state.key)
         return [[next(outputs) for _ in state.trajectory.branches(state.timestep)] for state in states]
 
     @torch.inference_mode()
@@ -111,36 +143,65 @@ class DiffusionRunner:
         state.pieces.append(piece)
         return self.model.assemble(state.pieces, state.params) if len(state.pieces) == num_pieces else None
 
-    def release(self, request_id: str, index: int | None = None) -> None:
-        """Frees the step caches of a request, or of one of its states."""
-        owner = (request_id,) if index is None else (request_id, index)
-        self.caches.invalidate_where(lambda key: isinstance(key, tuple) and key[: len(owner)] == owner)
+    def cache_bytes(self, trajectory: Trajectory) -> int:
+        """The most that the step cache of one sample may ever hold."""
+        return 0 if self.policy.computes_all else self.policy.row_bytes(trajectory.num_tokens, self.model.token_bytes)
 
-    def _through_blocks(self, tokens: TokenBatch, rows: Sequence[Row]) -> TokenBatch:
-        lead = self._cache_type.num_lead_blocks
-        if lead == 0:
-            return self.model.run_blocks(tokens, 0, self.model.num_blocks)
-        before = tokens.per_row()
-        tokens = self.model.run_blocks(tokens, 0, lead)
+    def _through_blocks(self, tokens: TokenBatch, rows: Sequence[Row]) -> tuple[TokenBatch, list[CachedStep]]:
+        """The batch behind the last block, and what the step caches saw of it, in packed order."""
+        if self.policy.computes_all:
+            return self.model.run_blocks(tokens, 0, self.model.num_blocks), []
+        last = self.model.num_blocks - self.policy.num_tail_blocks
+
+        # 1 lead blocks
+        tokens, signals = self._lead(tokens)
+
+        # 2 decide per row
+        steps = [CachedStep(rows[index], self._cache_of(rows[index])) for index in tokens.order]
+        measure(steps, signals)
         hidden = tokens.per_row()
-        leads = [after - first for after, first in zip(hidden, before, strict=True)]
-        caches = [self._cache_of(rows[index]) for index in tokens.order]
-        rests = [cache.reuse(residual) for cache, residual in zip(caches, leads, strict=True)]
-        computed = [index for index, rest in enumerate(rests) if rest is None]
-        final = [first if rest is None else first + rest for first, rest in zip(hidden, rests, strict=True)]
-        if computed:
-            chosen = tokens if len(computed) == len(rests) else tokens.select(computed)
-            finished = self.model.run_blocks(chosen, lead, self.model.num_blocks).per_row()
-            for index, result in zip(computed, finished, strict=True):
-                final[index] = result
-                caches[index].update(leads[index], result - hidden[index])
-        for index, cache in enumerate(caches):
-            row = rows[tokens.order[index]]
-            row.state.num_reused += rests[index] is not None
-            self.caches.set_cache(row.cache_key, cache, cache.num_bytes)
-        return tokens.with_rows(final)
+        computed = [index for index, step in enumerate(steps) if not step.is_reused]
+        chosen = set(computed)
+        final = [
+            first if index in chosen else first + step.cache.predict(step.row.state.step)
+            for index, (first, step) in enumerate(zip(hidden, steps, strict=True))
+        ]
 
-    def _cache_of(self, row: Row) -> StepCache:
-        """The row's step cache; a fresh one at the first step and after an eviction."""
-        cache: StepCache | None = self.caches.get_cache(row.cache_key)
-        return self._cache_type(self._threshold) if cache is None else cache
+        # 3 the rest for rows that missed
+        if computed:
+            part = tokens if len(computed) == len(steps) else tokens.select(computed)
+            finished = self.model.run_blocks(part, self.policy.num_lead_blocks, last).per_row()
+            for index, result in zip(computed, finished, strict=True):
+                final[index], steps[index].rest_residual = result, result - hidden[index]
+
+        # 4 tail blocks
+        return self.model.run_blocks(tokens.with_rows(final), last, self.model.num_blocks), steps
+
+    def _lead(self, tokens: TokenBatch) -> tuple[TokenBatch, list[Tensor] | None]:
+        """The batch behind the lead blocks, and the signal of each packed row where the policy asks for one."""
+        policy, before = self.policy, tokens.per_row()
+        signals = self.model.modulated_input(tokens) if policy.signal == "modulated_input" else None
+        if policy.num_lead_blocks:
+            tokens = self.model.run_blocks(tokens, 0, policy.num_lead_blocks)
+        if policy.signal == "lead_residual":
+            signals = [after - first for after, first in zip(tokens.per_row(), before, strict=True)]
+        return tokens, signals
+
+    def _cache_of(self, row: Row) -> RowCache:
+        """The row's step cache; a fresh one at its first step."""
+        cache: RowCache | None = self.caches.get_cache(row.cache_key)
+        return self.policy.new_row(row.state.num_steps) if cache is None else cache
+
+
+def measure(steps: Sequence[CachedStep], signals: Sequence[Tensor] | None) -> None:
+    """Fills in the rows' signals and what is measured of them, with one transfer to the host for all rows."""
+    found: list[tuple[CachedStep, Tensor]] = []
+    for index, step in enumerate(steps):
+        step.signal = None if signals is None else signals[index]
+        numbers = step.cache.measure(step.row.state.step, step.signal)
+        if numbers is not None:
+            found.append((step, numbers))
+    if found:
+        flat = iter(torch.cat([numbers for _, numbers in found]).tolist())
+        for step, numbers in found:
+            step.measured = [next(flat) for _ in range(len(numbers))]

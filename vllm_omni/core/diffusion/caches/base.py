@@ -1,39 +1,80 @@
-"""The contract of a step cache: the memory of one (request, output, branch), asked once per denoising step.
+"""The contract of a step cache: a policy for the whole stage, and the memory of one row (one branch of one sample).
 
-A step runs in two parts: the first `num_lead_blocks` blocks, which are always computed and whose residual (output
-minus input) the cache judges by, and the rest, whose residual it may replay. A cache sees one row alone, so that
-batch-mates never change a decision.
+A denoising step runs in three parts: the lead blocks, the rest, the tail blocks. Lead and tail are always computed;
+the residual of the rest (its output minus its input) is computed or predicted from earlier steps, row by row. A row
+sees itself alone, so batch-mates never change a decision. Who runs the blocks is unknown here.
+
+Legend: L tokens of a row, D width, k numbers that a decision needs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+Signal = Literal["none", "lead_residual", "modulated_input"]
 
-class StepCache(ABC):
-    """reference: where the rule comes from. default_threshold: used when the config names none."""
 
-    reference: ClassVar[str]
-    default_threshold: ClassVar[float]
-    num_lead_blocks: ClassVar[int]
+class RowCache(ABC):
+    """What one row keeps from step to step. Only `update` and `note_reuse` change it, and the runner calls one of them
+    once per step, after the whole step has succeeded. signal: [L, D], or None where the policy asks for none.
+    """
 
-    def __init__(self, threshold: float | None) -> None:
-        self.threshold = self.default_threshold if threshold is None else threshold
-
-    @abstractmethod
-    def reuse(self, lead_residual: Tensor) -> Tensor | None:
-        """lead_residual: [L, D] of this step. The rest's residual [L, D] to replay, or None when the rest must be
-        computed.
-        """
+    def measure(self, step: int, signal: Tensor | None) -> Tensor | None:
+        """[k] on the device: what the decision needs of the signal. None where it needs nothing."""
+        return None
 
     @abstractmethod
-    def update(self, lead_residual: Tensor, rest_residual: Tensor) -> None:
-        """Takes the residuals, [L, D] each, of a step that was computed whole. They are kept, not copied."""
+    def decides_to_reuse(self, step: int, measured: Sequence[float]) -> bool:
+        """Whether `predict` serves this step. measured: the numbers of `measure`, on the host; empty for None."""
+
+    @abstractmethod
+    def predict(self, step: int) -> Tensor:
+        """The residual of the rest, [L, D], replayed or extrapolated."""
+
+    @abstractmethod
+    def update(self, step: int, signal: Tensor | None, measured: Sequence[float], rest_residual: Tensor) -> None:
+        """Takes in a step that was computed. The tensors are kept, not copied."""
+
+    def note_reuse(self, step: int, signal: Tensor | None, measured: Sequence[float]) -> None:
+        """Takes in a step that `predict` served."""
+        return
 
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """What the kept tensors take."""
+        """Bytes of the kept tensors."""
+
+
+class StepCachePolicy(ABC):
+    """One rule, with its options. Made once per stage; holds nothing of any request."""
+
+    reference: ClassVar[str]  # where the rule and its defaults come from
+    options_type: ClassVar[type]  # frozen dataclass of the policy's own YAML keys
+    signal: ClassVar[Signal] = "none"  # what `RowCache.measure` is given
+    computes_all: ClassVar[bool] = False  # every step is computed whole: no rows are made
+
+    num_lead_blocks: int = 0  # 0: the decision falls before any block
+    num_tail_blocks: int = 0
+
+    @abstractmethod
+    def __init__(self, options: Any) -> None:
+        """options: of `options_type`."""
+
+    @abstractmethod
+    def new_row(self, num_steps: int) -> RowCache:
+        """The empty memory of one row. num_steps: of its trajectory."""
+
+    @abstractmethod
+    def row_bytes(self, num_tokens: int, token_bytes: int) -> int:
+        """The most that the rows of a sample may ever hold. num_tokens: of all these rows together. token_bytes: of
+        one token's hidden state.
+        """
+
+
+def tensor_bytes(*tensors: Tensor | None) -> int:
+    """Bytes of all of them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
 
-from vllm_omni.core.diffusion.caches.base import StepCache
+from vllm_omni.core.diffusion.caches.base import RowCache, StepCachePolicy
+from vllm_omni.errors import CacheError
 
 
-class NoCache(StepCache):
-    """`num_lead_blocks` 0 tells the runner not to split the step at all."""
+@dataclass(frozen=True, slots=True)
+class NoCacheOptions:
+    """Nothing to choose."""
+
+
+class NoCache(StepCachePolicy):
+    """`computes_all` tells the runner not to split a step at all."""
 
     reference = "every step is computed"
-    default_threshold = 0.0
-    num_lead_blocks = 0
+    options_type = NoCacheOptions
+    computes_all = True
 
-    def reuse(self, lead_residual: Tensor) -> Tensor | None:
-        return None
+    def __init__(self, options: NoCacheOptions) -> None:
+        pass
 
-    def update(self, lead_residual: Tensor, rest_residual: Tensor) -> None:
-        return None
+    def new_row(self, num_steps: int) -> RowCache:
+        raise CacheError("policy 'none' keeps nothing, so it makes no rows")
 
-    @property
-    def num_bytes(self) -> int:
+    def row_bytes(self, num_tokens: int, token_bytes: int) -> int:
         return 0

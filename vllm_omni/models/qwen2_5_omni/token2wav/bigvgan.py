@@ -1,4 +1,4 @@
-"""The BigVGAN vocoder (arXiv 2206.04658) as Qwen2.5-Omni publishes it, run in pieces: the memory that a sound takes is
+"""The BigVGAN vocoder (arXiv 2206.04658) as Qwen2.5-Omni publishes it, run in pieces: the memory that it needs is
 bounded by the piece, and the pieces fit together without a seam.
 
 What a range of samples depends on is a range of mel frames, found exactly by walking the layers backwards
@@ -147,7 +147,7 @@ class BigVGAN(nn.Module):
         self.activation_post = Activation(channels[-1])
         self.conv_post = nn.Conv1d(channels[-1], 1, EDGE_KERNEL, padding=edge, bias=False)
 
-    def settle(self) -> None:
+    def fill_buffers(self) -> None:
         """Writes the filters' taps, which no checkpoint holds, into a model that was built on the meta device."""
         for module in self.modules():
             if isinstance(module, Activation):
@@ -173,7 +173,7 @@ class BigVGAN(nn.Module):
 
     def decode(self, mel: Tensor, kept: slice, frames_of_piece: int | None = None) -> Iterator[Tensor]:
         """The samples [1, n], float32, of the kept ones of the frames [T, M], piece by piece. What lies around them is
-        their context; where it ends, the sound is taken to end.
+        their context; where it ends, the audio is taken to end.
         """
         num_frames, hop = len(mel), self.config.hop
         first_kept, last_kept, _ = kept.indices(num_frames)

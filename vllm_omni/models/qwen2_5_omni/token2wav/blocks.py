@@ -1,6 +1,6 @@
 """Rows of mel frames on a common grid of blocks, for a transformer whose attention sees whole blocks only.
 
-Blocks are counted from frame 0 of the sound, wherever a row starts, so a part of a sound is cut into the same blocks as
+Blocks are counted from frame 0 of the speech, wherever a row starts, so a part of it is cut into the same blocks as
 the whole. The blocks of all rows lie in one [B, S, D] tensor; where a row starts or ends within a block, the rest of
 the block is padding that nobody attends to. Knows no weights.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """A row's frames `start` .. `start + num_frames - 1`, counted from the beginning of the sound."""
+    """A row's frames `start` .. `start + num_frames - 1`, counted from the beginning of the speech."""
 
     start: int
     num_frames: int
@@ -26,12 +26,10 @@ class RowSpan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """What a layer attends to. blocks: [B, W] int64, the blocks that each block sees (its own instead of one that the
-    row does not have). mask: [B, 1, 1, W S] bool, the frames in them.
-    """
+    """What a layer attends to."""
 
-    blocks: Tensor
-    mask: Tensor
+    blocks: Tensor  # [B, W] int64, the blocks that each block sees (its own instead of one that the row does not have)
+    mask: Tensor  # [B, 1, 1, W S] bool, the frames in them
 
     @property
     def is_own_block(self) -> bool:
@@ -40,16 +38,14 @@ class View:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Where the frames of all rows lie. slots: [N] int64, each frame's place among the B S places. row_of_block: [B]
-    int64. positions: [B, S] int64, counted from the beginning of each sound. views: by (blocks back, blocks ahead).
-    """
+    """Where the frames of all rows lie."""
 
     rows: tuple[RowSpan, ...]
-    size: int
-    slots: Tensor
-    row_of_block: Tensor
-    positions: Tensor
-    views: Mapping[tuple[int, int], View]
+    size: int  # S
+    slots: Tensor  # [N] int64, each frame's place among the B S places
+    row_of_block: Tensor  # [B] int64
+    positions: Tensor  # [B, S] int64, counted from the beginning of each row's speech
+    views: Mapping[tuple[int, int], View]  # by (blocks back, blocks ahead)
 
     @classmethod
     def of(cls, rows: Sequence[RowSpan], size: int, reaches: set[tuple[int, int]], device: torch.device) -> Layout:
@@ -83,15 +79,13 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """All rows between two layers. hidden: [B, S, D]; time: [R, D], of each row's timestep; rope: [B, S, d / 2, 2]
-    cosines and sines.
-    """
+    """All rows between two layers."""
 
-    hidden: Tensor
-    time: Tensor
-    rope: Tensor
+    hidden: Tensor  # [B, S, D]
+    time: Tensor  # [R, D], of each row's timestep
+    rope: Tensor  # [B, S, d / 2, 2] cosines and sines
     layout: Layout
-    order: tuple[int, ...]
+    order: tuple[int, ...]  # packed row -> the caller's row
 
     def per_row(self) -> list[Tensor]:
         """[num_frames, D], in packed order, which is the caller's."""

@@ -144,6 +144,8 @@ class BigVGANConfig:
 
 @dataclass(frozen=True, slots=True)
 class Token2WavConfig:
+    """Both networks' configurations."""
+
     dit: DiTConfig
     vocoder: BigVGANConfig
 
@@ -167,10 +169,6 @@ class Token2WavConfig:
                 f"{config.dit.mel_dim}"
             )
         return config
-
-    @property
-    def samples_per_code(self) -> int:
-        return self.dit.repeats * self.vocoder.hop
 
     @property
     def max_codes(self) -> int:

@@ -1,4 +1,4 @@
-"""The ECAPA-TDNN speaker encoder (arXiv 2005.07143) of Qwen2.5-Omni's token2wav: a reference sound becomes one vector.
+"""The ECAPA-TDNN speaker encoder (arXiv 2005.07143) of Qwen2.5-Omni's token2wav: reference audio becomes one vector.
 
 Runs once per voice, when the model is loaded. Parameters have their published names.
 

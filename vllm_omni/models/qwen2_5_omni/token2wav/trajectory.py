@@ -1,4 +1,4 @@
-"""The way of a stretch of speech from noise to mel frames: time points, Runge-Kutta steps, guidance, noise.
+"""The way of one chunk of speech from noise to mel frames: time points, Runge-Kutta steps, guidance, noise.
 
 The flow runs from noise at time 0 to the clean mel at time 1. Each engine step is one evaluation of the transformer.
 """
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from vllm_omni.models.qwen2_5_omni.token2wav.transformer import Condition
-from vllm_omni.params import MAX_SEED
+from vllm_omni.params import MAX_SEED, DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import Trajectory
 
 MAIN, NULL = "main", "null"
 EVALUATIONS = 4  # of one Runge-Kutta step
 SWAY = -1.0
+DEFAULT_POINTS = 10
+DEFAULT_GUIDANCE = 0.5
 NEUTRAL_GUIDANCE = 1e-5
 NOISE_FRAMES = 64
 
@@ -59,7 +61,7 @@ class RungeKuttaSampler:
 
 
 class Token2WavTrajectory(Trajectory):
-    """Frames `start` .. `start + num_frames - 1` of a sound, of which `kept` (counted from `start`) are the result."""
+    """Frames `start` .. `start + num_frames - 1` of the speech, of which `kept` (from `start` on) are the result."""
 
     def __init__(
         self,
@@ -85,9 +87,23 @@ class Token2WavTrajectory(Trajectory):
         return main + (main - null[0]) * self._guidance_scale if null else main
 
     def noise(self, seed: int) -> Tensor:
-        """The same frame of a sound has the same noise in every stretch of it."""
+        """The same frame of the speech has the same noise in every chunk that holds it."""
         num_frames, mel_dim = self.latent_shape
         return frame_noise(seed, self.conditions[MAIN].start, num_frames, mel_dim)
+
+
+def num_points(params: DiffusionParams) -> int:
+    """Time points of the flow, which `num_inference_steps` counts."""
+    return DEFAULT_POINTS if params.num_inference_steps is None else params.num_inference_steps
+
+
+def guidance_scale(params: DiffusionParams) -> float:
+    return DEFAULT_GUIDANCE if params.guidance_scale is None else params.guidance_scale
+
+
+def is_guided(params: DiffusionParams) -> bool:
+    """Whether the unguided branch runs too."""
+    return guidance_scale(params) >= NEUTRAL_GUIDANCE
 
 
 def time_points(num_points: int) -> Tensor:

@@ -48,20 +48,18 @@ PLACES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Voice:
-    """What a speaker adds to the embedded input of every frame, [D]; null: the unguided branch's, codes included."""
+    """What a speaker adds to the embedded input of every frame, [D]."""
 
     guided: Tensor
-    null: Tensor
+    null: Tensor  # the unguided branch's, codes included
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Condition:
-    """What one row is given besides its latents. context: [T, D], the part of the embedded input that no step changes.
-    start: the row's first frame, counted from the beginning of the sound.
-    """
+    """What one row is given besides its latents."""
 
-    context: Tensor
-    start: int
+    context: Tensor  # [T, D], the part of the embedded input that no step changes
+    start: int  # the row's first frame, counted from the beginning of the speech
 
 
 class TimeEmbedding(nn.Module):
@@ -152,7 +150,7 @@ class Token2WavTransformer(nn.Module):
         embedded = F.linear(self.codec_embed(codes), self._inputs()[2]) + voice.guided
         return embedded.repeat_interleave(self.config.repeats, dim=0)
 
-    def begin(self, latents: Sequence[Tensor], timesteps: Tensor, conditions: Sequence[Condition]) -> Blocks:
+    def embed(self, latents: Sequence[Tensor], timesteps: Tensor, conditions: Sequence[Condition]) -> Blocks:
         """Rows of frames [T, M], each at its own timestep [R]."""
         rows = [RowSpan(condition.start, len(row)) for row, condition in zip(latents, conditions, strict=True)]
         layout = Layout.of(rows, self.config.block_size, self.reaches, timesteps.device)
@@ -169,8 +167,8 @@ class Token2WavTransformer(nn.Module):
             hidden = layer(hidden, blocks)
         return replace(blocks, hidden=hidden)
 
-    def finish(self, blocks: Blocks) -> list[Tensor]:
-        """Velocities [T, M], in the order of the rows that `begin` was given."""
+    def unembed(self, blocks: Blocks) -> list[Tensor]:
+        """Velocities [T, M], in the order of the rows that `embed` was given."""
         rows = self.modulation_out(blocks.time)[blocks.layout.row_of_block, None]
         scale, shift = rows.chunk(2, dim=-1)
         return blocks.layout.taken(self.proj_out(modulated(blocks.hidden, shift, scale)))
@@ -190,7 +188,7 @@ class Token2WavTransformer(nn.Module):
         return Target(f"{prefix}.qkv.{kind}", merged.rows(part)) if isinstance(merged, MergedLinear) else None
 
     def _inputs(self) -> tuple[Tensor, ...]:
-        """The input projection's columns: of the latents, the reference sound's vector, the code, the speaker."""
+        """The input projection's columns: of the latents, the reference audio's vector, the code, the speaker."""
         config = self.config
         return self.proj.weight.split([config.mel_dim, config.enc_dim, config.emb_dim, config.enc_emb_dim], dim=1)
 

@@ -14,13 +14,11 @@ from vllm_omni.payload import StreamChunk
 
 @dataclass(slots=True)
 class EdgeCounts:
-    """bytes: of tensors, context included, whether or not anything was copied. rows: new ones. chunks: hand-overs, a
-    whole payload being one.
-    """
+    """What went over one edge."""
 
-    bytes: int = 0
-    rows: int = 0
-    chunks: int = 0
+    bytes: int = 0  # of tensors, context included, whether or not anything was copied
+    rows: int = 0  # new ones
+    chunks: int = 0  # hand-overs, a whole payload being one
 
 
 class EdgeTraffic:

@@ -10,7 +10,7 @@ from vllm_omni.errors import OmniError, SchedulerError
 from vllm_omni.request import OmniRequest, RequestStatus
 
 
-class RequestLedger:
+class RequestTable:
     """Every request is in one place, and each has one end. counts: of ends by status, and what the scheduler adds."""
 
     def __init__(self) -> None:

@@ -1,0 +1,151 @@
+"""The step caches' rows: what they decide, what they predict, what they hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.hooks.taylorseer_cache import TaylorSeerState
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_omni import registry
+from vllm_omni.core.diffusion.caches.base import RowCache, StepCachePolicy
+from vllm_omni.core.diffusion.caches.first_block import FirstBlockCache, FirstBlockOptions
+from vllm_omni.core.diffusion.caches.none import NoCache, NoCacheOptions
+from vllm_omni.core.diffusion.caches.taylorseer import TaylorSeer, TaylorSeerOptions
+from vllm_omni.errors import CacheError, ConfigError
+
+
+def first_block(threshold: float = 0.08) -> RowCache:
+    return FirstBlockCache(FirstBlockOptions(threshold)).new_row(10)
+
+
+def decision(row: RowCache, step: int, signal: torch.Tensor | None) -> tuple[bool, list[float]]:
+    measured = row.measure(step, signal)
+    numbers = [] if measured is None else measured.tolist()
+    return row.decides_to_reuse(step, numbers), numbers
+
+
+def compute(row: RowCache, step: int, signal: torch.Tensor | None, rest: torch.Tensor) -> None:
+    row.update(step, signal, decision(row, step, signal)[1], rest)
+
+
+def test_first_block_compares_with_the_last_computed_step() -> None:
+    """Small changes add up: 1.00 -> 1.06 -> 1.12 is within 8% step by step, but not from the last computed one."""
+    row, rest = first_block(), torch.full((2, 3), 7.0)
+    assert not decision(row, 0, torch.ones(2, 3))[0]
+    compute(row, 0, torch.ones(2, 3), rest)
+    small = torch.full((2, 3), 1.06)
+    is_reused, measured = decision(row, 1, small)
+    assert is_reused and row.predict(1) is rest
+    row.note_reuse(1, small, measured)
+    assert not decision(row, 2, torch.full((2, 3), 1.12))[0]
+
+
+def test_first_block_threshold_is_inclusive_and_zero_never_reuses_a_change() -> None:
+    row = first_block(0.0)
+    compute(row, 0, torch.ones(4, 1), torch.ones(4, 1))
+    assert decision(row, 1, torch.ones(4, 1))[0]
+    assert not decision(row, 1, torch.ones(4, 1) + 1e-3)[0]
+
+
+def test_first_block_of_a_dead_block_is_always_computed() -> None:
+    row = first_block()
+    compute(row, 0, torch.zeros(3, 1), torch.ones(3, 1))
+    assert not decision(row, 1, torch.zeros(3, 1))[0]
+
+
+def test_asking_changes_nothing() -> None:
+    """A batch that failed is tried again: the decision must be the same."""
+    row = first_block()
+    compute(row, 0, torch.ones(2, 3), torch.ones(2, 3))
+    for _ in range(3):
+        assert decision(row, 1, torch.full((2, 3), 1.06))[0] and not decision(row, 1, torch.full((2, 3), 1.2))[0]
+
+
+def schedule(row: RowCache, num_steps: int) -> list[int]:
+    """The steps that are computed."""
+    return [step for step in range(num_steps) if not row.decides_to_reuse(step, ())]
+
+
+@given(st.integers(0, 4), st.integers(1, 6), st.integers(1, 5), st.integers(0, 10_000))
+def test_taylorseer_is_exact_for_polynomials_of_its_order(order: int, interval: int, warmup: int, seed: int) -> None:
+    warmup = max(warmup, order + 1)
+    row = TaylorSeer(TaylorSeerOptions(interval, warmup, order)).new_row(30)
+    coefficients = torch.randn(order + 1, 5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for step in range(30):
+        rest = sum((c * (step / 10) ** power for power, c in enumerate(coefficients)), torch.zeros(5, 3).double())
+        if row.decides_to_reuse(step, ()):
+            torch.testing.assert_close(row.predict(step), rest, rtol=1e-7, atol=1e-7)
+        else:
+            row.update(step, None, (), rest)
+
+
+@pytest.mark.parametrize("interval, warmup", [(5, 3), (2, 1), (3, 4), (1, 2)])
+def test_taylorseer_of_order_1_is_the_reference_s(interval: int, warmup: int) -> None:
+    """diffusers' state over the same schedule, which its hook writes as below."""
+    row = TaylorSeer(TaylorSeerOptions(interval, warmup)).new_row(20)
+    reference = TaylorSeerState(taylor_factors_dtype=torch.float32, max_order=1)
+    for step in range(20):
+        is_computed = step < warmup or (step - warmup - 1) % interval == 0
+        assert row.decides_to_reuse(step, ()) is not is_computed
+        reference.current_step = step
+        if is_computed:
+            rest = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            reference.update((rest,))
+            row.update(step, None, (), rest)
+        else:
+            torch.testing.assert_close(row.predict(step), reference.predict()[0])
+
+
+def test_taylorseer_of_interval_1_computes_every_step_and_order_0_replays() -> None:
+    assert schedule(TaylorSeer(TaylorSeerOptions(interval=1)).new_row(9), 9) == list(range(9))
+    row = TaylorSeer(TaylorSeerOptions(order=0)).new_row(9)
+    assert schedule(row, 11) == [0, 1, 2, 4, 9]
+    rests = [torch.randn(2, 2) for _ in range(3)]
+    for step, rest in enumerate(rests):
+        row.update(step, None, (), rest)
+    assert row.predict(3) is rests[2]
+
+
+@given(st.sampled_from([0, 1, 3]), st.integers(1, 12))
+def test_a_row_never_holds_more_than_it_is_planned_for(order: int, num_steps: int) -> None:
+    policies: list[StepCachePolicy] = [
+        FirstBlockCache(FirstBlockOptions()),
+        TaylorSeer(TaylorSeerOptions(interval=1, order=order)),
+    ]
+    for policy in policies:
+        row, most = policy.new_row(num_steps), 0
+        for step in range(num_steps):
+            compute(row, step, torch.randn(6, 4), torch.randn(6, 4))
+            assert row.num_bytes <= policy.row_bytes(6, 4 * 4)
+            most = max(most, row.num_bytes)
+        assert most > 0
+
+
+def test_no_cache_keeps_nothing() -> None:
+    policy = NoCache(NoCacheOptions())
+    assert policy.row_bytes(100, 100) == 0 and policy.computes_all
+    with pytest.raises(CacheError, match="makes no rows"):
+        policy.new_row(3)
+
+
+@pytest.mark.parametrize("name", registry.names("step cache"))
+def test_every_policy_names_its_reference_and_has_defaults(name: str) -> None:
+    policy = registry.resolve("step cache", name)
+    assert policy.reference and isinstance(policy(policy.options_type()), StepCachePolicy)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (lambda: FirstBlockOptions(-0.1), "threshold: got -0.1"),
+        (lambda: TaylorSeerOptions(interval=0), "interval: got 0"),
+        (lambda: TaylorSeerOptions(warmup_steps=0), "warmup_steps: got 0"),
+        (lambda: TaylorSeerOptions(order=-1), "order: got -1"),
+        (lambda: TaylorSeerOptions(order=1.5), "order: got 1.5"),  # type: ignore[arg-type]
+    ],
+)
+def test_options_out_of_bounds_are_refused(options: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        options()  # type: ignore[operator]

@@ -1,0 +1,279 @@
+"""Step caches in the diffusion stage: what they skip, whose decisions they are, their memory, their options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.dit import engine, pictures, random_pipeline, run, spec, task
+from support.speech import save_tiny_omni
+from support.token2wav import engine as speech_engine
+from support.toy_caches import TOYS, SumRow, add_toys
+
+from vllm_omni.config.loader import load_config
+from vllm_omni.engine.diffusion.engine import DiffusionEngine
+from vllm_omni.errors import ConfigError, ResourceError
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageProgress
+from vllm_omni.params import DiffusionParams
+from vllm_omni.worker.diffusion.diffusion_runner import CachedStep, measure
+
+NUM_BLOCKS = 3
+TOKENS = 64  # of one branch of a 64 x 64 picture: 16 patches and 7 words, both padded to 32
+ROW_BYTES = 2 * TOKENS * 64 * 4  # that first_block keeps of it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("z-image")
+    random_pipeline(path)
+    return path
+
+
+def params(seed: int = 0, steps: int = 3, guidance: float = 0.0, **rest: Any) -> DiffusionParams:
+    return DiffusionParams(seed=seed, num_inference_steps=steps, guidance_scale=guidance, **rest)
+
+
+CROWD = {
+    "a": params(1, 8, 0.0),
+    "b": params(2, 6, 3.0, height=32, width=96),
+    "c": params(3, 10, 2.0),
+    "d": params(4, 2, 0.0, height=96, width=32),
+    "e": params(5, 7, 4.0, num_outputs=2),
+}
+CACHES: list[Mapping[str, Any]] = [
+    {"policy": "first_block", "threshold": 1.2},
+    {"policy": "taylorseer"},
+    {"policy": "taylorseer", "interval": 3, "warmup_steps": 1, "order": 2},
+    *({"policy": name, "threshold": 1.5} for name in TOYS),
+]
+
+
+def done(stage: DiffusionEngine, key: str, value: DiffusionParams, seed: int = 0) -> StageDone:
+    stage.submit(task(key, value, seed=seed))
+    event = run(stage)[key]
+    assert isinstance(event, StageDone), event
+    return event
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: "-".join(map(str, cache.values())))
+def test_a_picture_does_not_depend_on_its_batch_mates(
+    folder: Path, cache: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, and in a crowd of other lengths, sizes and branches: the same picture and the same reused steps."""
+    add_toys(monkeypatch)
+    alone = {key: done(engine(folder, cache=cache), key, value, i) for i, (key, value) in enumerate(CROWD.items())}
+    assert sum(event.metrics["cache_hits"] for event in alone.values()) > 0
+    stage = engine(folder, cache=cache)
+    for key in reversed(CROWD):
+        stage.submit(task(key, CROWD[key], seed=list(CROWD).index(key)))
+    for key, event in run(stage).items():
+        assert isinstance(event, StageDone) and event.metrics == alone[key].metrics
+        difference = event.payload.tensors["image"].int() - alone[key].payload.tensors["image"].int()
+        assert difference.abs().max() <= 1, key
+    assert stage.get_stats()["step_cache_used_bytes"] == 0
+
+
+def test_first_block_skips_steps_and_frees_its_memory(folder: Path) -> None:
+    exact, loose, strict = (
+        engine(folder, policy=policy, threshold=threshold)
+        for policy, threshold in (("none", None), ("first_block", 10.0), ("first_block", 0.0))
+    )
+    value = params(steps=6, guidance=2.0)
+    exact_event, loose_event, strict_event = (done(stage, "x", value) for stage in (exact, loose, strict))
+    assert loose_event.metrics["cache_hits"] == 5 * 2, "all but the first step, on both branches"
+    assert strict_event.metrics["cache_hits"] == 0
+    assert torch.equal(strict_event.payload.tensors["image"], exact_event.payload.tensors["image"])
+    assert not torch.equal(loose_event.payload.tensors["latents"], exact_event.payload.tensors["latents"])
+    assert loose.get_stats()["step_cache_used_bytes"] == 0
+
+
+def test_taylorseer_of_interval_1_equals_no_cache_and_of_5_skips_by_its_schedule(folder: Path) -> None:
+    value = params(steps=12, guidance=2.0)
+    exact = done(engine(folder), "x", value)
+    every = done(engine(folder, cache={"policy": "taylorseer", "interval": 1}), "x", value)
+    fifth = done(engine(folder, cache={"policy": "taylorseer"}), "x", value)
+    assert every.metrics["cache_hits"] == 0 and fifth.metrics["cache_hits"] == 2 * (12 - 5)
+    assert torch.equal(every.payload.tensors["latents"], exact.payload.tensors["latents"])
+    assert not torch.equal(fifth.payload.tensors["latents"], exact.payload.tensors["latents"])
+
+
+def test_the_modulated_input_is_what_the_first_block_attends_with(folder: Path) -> None:
+    stage = engine(folder)
+    prepared = stage.model.prepare(task("x", params()).inputs, params(), 0)
+    trajectories = [stage.model.trajectory(prepared, params(seed)) for seed in (1, 2)]
+    latents, seen = [trajectory.noise(1) for trajectory in trajectories], []
+    block = stage.model.transformer.layers[0]  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        conditions = [trajectory.conditions["positive"] for trajectory in trajectories]
+        tokens = stage.model.embed(latents, [900.0, 200.0], conditions)
+        handle = block.attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        stage.model.run_blocks(tokens, 0, 1)
+        handle.remove()
+        assert torch.equal(torch.cat(stage.model.modulated_input(tokens)), seen[0])
+
+
+def test_a_policy_that_asks_for_what_the_model_does_not_give_is_refused_at_load(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_toys(monkeypatch)
+    with pytest.raises(ConfigError, match=r"cache\.policy: SumPolicy .*Token2Wav does not give"):
+        speech_engine(save_tiny_omni(tmp_path), policy="toy_sum")
+    monkeypatch.setattr("support.toy_caches.MiddlePolicy.num_tail_blocks", NUM_BLOCKS)
+    with pytest.raises(ConfigError, match=r"1 lead and 3 tail blocks, but the model has 3"):
+        engine(folder, policy="toy_middle")
+
+
+def test_tail_blocks_are_computed_at_every_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_toys(monkeypatch)
+    stage = engine(folder, policy="toy_middle", threshold=100.0)
+    run_blocks, ran = stage.model.run_blocks, []
+
+    def counted(tokens: Any, start: int, stop: int) -> Any:
+        ran.append((start, stop))
+        return run_blocks(tokens, start, stop)
+
+    monkeypatch.setattr(stage.model, "run_blocks", counted)
+    assert done(stage, "x", params(steps=3)).metrics["cache_hits"] == 2
+    assert ran == [(0, 1), (1, 2), (2, 3), (0, 1), (2, 3), (0, 1), (2, 3)]
+
+
+def test_all_rows_are_decided_with_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, transfers = [SumRow(0.1) for _ in range(4)], []
+    steps = [CachedStep(_row(), row) for row in rows]
+    for row in rows[:3]:
+        row.update(0, torch.ones(2, 3), (), torch.ones(2, 3))
+    whole = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(tensor.shape) or whole(tensor))
+    measure(steps, [torch.full((2, 3), 1.0 + index / 4) for index in range(4)])
+    assert transfers == [(3,)]
+    assert [step.measured for step in steps] == [[0.0], [0.25], [0.5], ()]
+
+
+def _row() -> Any:
+    class State:
+        step = 1
+
+    class Row:
+        state = State()
+
+    return Row()
+
+
+def test_a_batch_that_fails_is_tried_again_with_the_same_decisions(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum of changes must not count a step twice."""
+    add_toys(monkeypatch)
+    cache = {"policy": "toy_sum", "threshold": 1.5}
+    alone = [done(engine(folder, cache=cache), key, params(i, 10), i) for i, key in enumerate("ab")]
+    stage = engine(folder, cache=cache)
+    whole = stage.model.unembed
+
+    def out_of_memory_for_two(tokens: Any) -> list[torch.Tensor]:
+        if len(tokens.order) > 1:
+            raise MemoryError("out of memory")
+        return whole(tokens)
+
+    monkeypatch.setattr(stage.model, "unembed", out_of_memory_for_two)
+    for index, key in enumerate("ab"):
+        stage.submit(task(key, params(index, 10), seed=index))
+    events = run(stage)
+    for key, expected in zip("ab", alone, strict=True):
+        event = events[key]
+        assert isinstance(event, StageDone) and event.metrics == expected.metrics
+        assert 0 < event.metrics["cache_hits"] < 9
+        assert torch.equal(event.payload.tensors["latents"], expected.payload.tensors["latents"])
+
+
+# Memory
+
+
+def test_a_request_whose_step_cache_never_fits_fails_with_the_key_to_raise(folder: Path) -> None:
+    stage = engine(folder, policy="first_block", cache_mb=1.5 * ROW_BYTES / 2**20)
+    stage.submit(task("guided", params(guidance=2.0)))
+    stage.submit(task("plain", params()))
+    events = run(stage)
+    failed = events["guided"]
+    assert isinstance(failed, StageFailed) and isinstance(failed.error, ResourceError)
+    words = f"dit_cache.max_memory_mb: the step cache of this request needs {2 * ROW_BYTES} bytes, expected at most"
+    assert words in str(failed.error)
+    assert isinstance(events["plain"], StageDone)
+
+
+def test_samples_wait_for_memory_in_order_and_their_pictures_are_the_same(folder: Path) -> None:
+    """Room for one and a half: they run one after another, as if each were alone."""
+    wide = engine(folder, policy="first_block", threshold=1.2)
+    tight = engine(folder, policy="first_block", threshold=1.2, cache_mb=1.5 * ROW_BYTES / 2**20)
+    keys, order = "abc", []
+    for key in keys:
+        wide.submit(task(key, params(ord(key), 4)))
+        tight.submit(task(key, params(ord(key), 4)))
+    expected, last = run(wide), {}
+    for _ in range(12):
+        for event in tight.step():
+            last[event.request_id] = event
+            order += [event.request_id] if isinstance(event, StageProgress) else []
+        tight.check_integrity()
+    assert order == ["a"] * 4 + ["b"] * 4 + ["c"] * 4
+    assert _metrics(last) == _metrics(expected) and any(m["cache_hits"] for m in _metrics(last).values())
+    for key, picture in pictures(expected).items():
+        assert (pictures(last)[key].int() - picture.int()).abs().max() <= 1
+    assert tight.get_stats()["step_cache_evictions"] == 0 and tight.get_stats()["step_cache_used_bytes"] == 0
+
+
+def _metrics(events: Mapping[str, StageEvent]) -> dict[str, Any]:
+    return {key: event.metrics for key, event in events.items() if isinstance(event, StageDone)}
+
+
+def test_what_a_running_sample_reserves_is_what_the_policy_says(folder: Path) -> None:
+    for cache, num_kept in (({"policy": "first_block"}, 2), ({"policy": "taylorseer", "order": 3}, 4)):
+        stage = engine(folder, cache=cache)
+        stage.submit(task("x", params(guidance=2.0)))
+        stage.step()
+        assert stage.get_stats()["step_cache_used_bytes"] == num_kept * ROW_BYTES, "two branches"
+        stage.abort("x")
+        assert stage.get_stats()["step_cache_used_bytes"] == 0
+    stage = engine(folder)
+    stage.submit(task("x", params()))
+    stage.step()
+    assert stage.get_stats()["step_cache_used_bytes"] == 0
+
+
+def test_the_memory_plan_holds_the_budget_where_there_is_a_policy(folder: Path) -> None:
+    assert spec(folder).plan_memory().step_cache_bytes == 0
+    assert spec(folder, cache={"policy": "taylorseer"}).plan_memory().step_cache_bytes == 2**30
+
+
+# Options
+
+YAML = {"stages": {"image": {"kind": "dit", "model": "image"}}, "outputs": ["image"]}
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("{policy: first_block, thresold: 0.1}", r"image\.cache\.thresold: unknown key \(did you mean 'threshold'\?\)"),
+        ("{policy: taylorseer, threshold: 0.1}", r"image\.cache\.threshold: unknown key \(known: interval, order"),
+        ("{policy: taylorseer, interval: 2.5}", r"image\.cache\.interval: got 2\.5, expected an integer"),
+        ("{policy: taylorseer, order: -1}", r"image\.cache\.order: got -1"),
+        ("{policy: first_block, threshold: -1}", r"image\.cache\.threshold: got -1"),
+        ("{policy: first_blok}", r"image\.cache\.policy: got 'first_blok' \(did you mean 'first_block'\?\)"),
+        ("{policy: 3}", r"image\.cache\.policy: got 3 \(known: first_block"),
+        ("{policy: none, threshold: 0.1}", r"image\.cache\.threshold: policy 'none' reads no keys"),
+        ("{threshold: 0.1}", r"image\.cache\.threshold: policy 'none' reads no keys"),
+        ("fast", r"image\.cache: got 'fast', expected a mapping"),
+    ],
+)
+def test_a_wrong_key_of_a_policy_is_named_at_load(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(YAML, [f"image.cache={override}"])
+
+
+def test_a_policy_s_own_keys_reach_it() -> None:
+    config = load_config(YAML, ["image.cache={policy: taylorseer, interval: 2}", "image.cache.order=2"])
+    policy = config.stages["image"].options.make_policy()
+    assert policy.row_bytes(10, 4) == 3 * 10 * 4 and policy.new_row(9).decides_to_reuse(5, ())
+    assert load_config(YAML).stages["image"].options.policy == "none"

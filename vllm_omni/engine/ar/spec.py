@@ -1,0 +1,114 @@
+"""What is known of an AR stage before it is loaded: its folder, its model, its limits and its memory. Says nothing of
+what the stage is for: that is a subclass, by a table of the registry.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import cached_property
+
+from vllm_omni import registry
+from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.engine.ar.base import ARStage
+from vllm_omni.engine.ar.engine import AREngine
+from vllm_omni.engine.ar.options import AROptions
+from vllm_omni.engine.ar.prompt import ARLimits
+from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
+from vllm_omni.params import SamplingParams
+from vllm_omni.utils.device import resolve_device, resolve_dtype
+from vllm_omni.utils.files import ModelFolders
+from vllm_omni.worker.ar.kv_pool import KVPoolPlan, activation_bytes, plan_kv_pool
+from vllm_omni.worker.ar.language_model import LanguageModelFolder
+from vllm_omni.worker.ar.model_runner import ModelRunner
+
+TABLE = "ar stage"
+DEFAULT_ROW = "text"
+
+
+class ARSpec(StageSpec):
+    """A language model over a paged KV pool."""
+
+    options_type = AROptions
+    params_type = SamplingParams
+
+    options: AROptions
+    can_write: bool  # whether its jobs sample
+    prefix_caching: bool
+
+    @classmethod
+    def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> ARSpec:
+        options: AROptions = stage.options
+        folder = model_folder(stage, folders, "the folder of a language model")
+        model = LanguageModelFolder.open(folder, options.part)
+        row = model.name if model.name in registry.names(TABLE) else DEFAULT_ROW
+        spec: type[ARSpec] = registry.resolve(TABLE, row)
+        return spec(stage, config, folders, model)
+
+    def __init__(
+        self, stage: StageConfig, config: OmniConfig, folders: ModelFolders, model: LanguageModelFolder
+    ) -> None:
+        """model: the stage's, its configuration read by `describe`. folders: for options that name further ones."""
+        super().__init__(stage, config, folders)
+        self.options = stage.options
+        self.model = model
+        self.tapped = self.options.tapped_layers(model.config)  # port -> indices of its layers
+        self.model_len = self.options.model_len(model.config)
+
+    @abstractmethod
+    def tapped_layers(self, reads: ReadPorts) -> frozenset[int]:
+        """Indices into `hidden_states` that are kept where these ports are read."""
+
+    @abstractmethod
+    def make_stage(self, context: EngineContext, runner: ModelRunner) -> ARStage:
+        """The running half, side files read."""
+
+    @cached_property
+    def pool(self) -> KVPoolPlan:
+        """The KV pool, as if every declared port were read; ConfigError where not one block fits."""
+        options = self.options
+        return plan_kv_pool(
+            self.model.config,
+            itemsize=self._itemsize,
+            block_size=options.block_size,
+            can_write=self.can_write,
+            tapped_layers={layer for layers in self.tapped.values() for layer in layers},
+            model_len=self.model_len,
+            max_num_seqs=options.max_num_seqs,
+            kv_memory_mb=options.kv_memory_mb,
+            num_blocks=options.num_blocks,
+        )
+
+    @cached_property
+    def ar_limits(self) -> ARLimits:
+        """The largest values of a request."""
+        return ARLimits(
+            vocab_size=self.model.config.vocab_size,
+            model_len=self.model_len,
+            pool_tokens=self.pool.num_blocks * self.options.block_size,
+            pool_limited_by=self.pool.limited_by,
+            max_prompt_chars=self.limits.max_prompt_chars,
+            max_outputs=self.limits.max_outputs,
+        )
+
+    def plan_memory(self) -> MemoryPlan:
+        return MemoryPlan(
+            weights_bytes=self.model.weights_bytes(self._itemsize),
+            kv_pool_bytes=self.pool.num_blocks * self.pool.block_bytes,
+            activation_bytes=activation_bytes(
+                self.model.config,
+                itemsize=self._itemsize,
+                max_num_batched_tokens=self.options.max_num_batched_tokens,
+                max_num_seqs=self.options.max_num_seqs,
+                can_write=self.can_write,
+            ),
+        )
+
+    def weights_key(self) -> tuple[str, ...]:
+        return (self.stage.kind, str(self.model.folder.resolve()), self.model.part or "")
+
+    def load(self, context: EngineContext) -> AREngine:
+        return AREngine(self, context)
+
+    @property
+    def _itemsize(self) -> int:
+        return resolve_dtype(self.stage.dtype, resolve_device(self.stage.device)).itemsize

@@ -1,0 +1,153 @@
+"""What is known of an AR stage over words before it is loaded: a prompt in, text and hidden states out."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.engine.ar.prompt import ARInput, PlannedPrompt, Prepared, PreparedPrompt, read_prompt
+from vllm_omni.engine.ar.spec import ARSpec
+from vllm_omni.engine.ar.tapped_states import POSITIONS
+from vllm_omni.engine.ar.text_stage import TextStage
+from vllm_omni.engine.ar.tokenizer import TextProcessor, find_tokenizer
+from vllm_omni.engine.base import EngineContext, ReadPorts
+from vllm_omni.errors import ConfigError
+from vllm_omni.messages import StageTask
+from vllm_omni.params import SamplingParams, StageParams
+from vllm_omni.payload import PortSpec, StageSignature, TensorSpec
+from vllm_omni.payload import TextSpec as TextPort
+from vllm_omni.request import OmniRequest
+from vllm_omni.utils.files import ModelFolders
+from vllm_omni.worker.ar.language_model import LanguageModelFolder
+from vllm_omni.worker.ar.model_runner import ModelRunner
+from vllm_omni.worker.ar.prompt_reader import PromptReader
+
+ONE_READER = "other stages read what this one writes, or its hidden states"
+
+
+class TextSpec(ARSpec):
+    """Task `generate` writes text, task `encode` computes the hidden states of a prompt; either gives the states that
+    its `outputs` tap, whole or row by row.
+    """
+
+    def __init__(
+        self, stage: StageConfig, config: OmniConfig, folders: ModelFolders, model: LanguageModelFolder
+    ) -> None:
+        super().__init__(stage, config, folders, model)
+        self.can_write = self.reads_params = self.options.can_write
+        self.prefix_caching = self.options.prefix_caching
+        self._reader_class: type[PromptReader[Any]] | None = model.model_class.prompt_reader
+        self.request_keys = frozenset() if self._reader_class is None else self._reader_class.request_keys
+        self._feeds_others = any(
+            edge.stage == stage.name for other in config.stages.values() for edge in other.edges.values()
+        )
+        self._check()
+        self.signature = self._make_signature()
+        configured = self.options.tokenizer
+        self._tokenizer_folder = find_tokenizer(model.folder, folders.resolve(configured) if configured else None)
+        self._input_lock = threading.Lock()
+
+    @property
+    def input(self) -> ARInput:
+        """The tokenizer and what else reads prompts, loaded once, when it is first needed."""
+        with self._input_lock:
+            return self._input
+
+    @property
+    def processor(self) -> TextProcessor:
+        """The tokenizer."""
+        with self._input_lock:
+            return self._processor
+
+    def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> Prepared | None:
+        """The prompt's tokens, or what its media's headers say; None where an edge brings the prompt."""
+        checked = self._checked_params(params, reads)
+        if "prompt" in self.stage.inputs:
+            return None
+        return self.input.prepare(read_prompt(self.options, request, {}), request, checked)
+
+    def cache_key(self, task: StageTask) -> str | None:
+        if self.can_write or self._reader_class is not None:  # media have no content that could be compared here
+            return None
+        prompt = read_prompt(self.options, task.request, task.inputs)
+        content = prompt if isinstance(prompt, str) else [dict(x) if isinstance(x, Mapping) else int(x) for x in prompt]
+        stage, folder = self.stage, str(self.model.folder.resolve())
+        identity = [stage.name, folder, stage.device, stage.dtype, repr(self.options), content]
+        return sha256(json.dumps(identity, sort_keys=True, default=repr).encode()).hexdigest()
+
+    def job_size(self, request: OmniRequest, params: StageParams, prepared: Any) -> float:
+        """In forward passes of one token, a prompt token counting a tenth."""
+        num_new_tokens = 0
+        if self.can_write and isinstance(params, SamplingParams):
+            num_new_tokens = (params.max_tokens or 256) * (params.n or 1)
+        return self._num_prompt_tokens(request, prepared) / 10 + num_new_tokens
+
+    def tapped_layers(self, reads: ReadPorts) -> frozenset[int]:
+        return frozenset(layer for port, layers in self.tapped.items() if port in reads for layer in layers)
+
+    def make_stage(self, context: EngineContext, runner: ModelRunner) -> TextStage:
+        return TextStage(self, context.reads, runner)
+
+    @cached_property
+    def _processor(self) -> TextProcessor:
+        return TextProcessor(
+            self._tokenizer_folder,
+            chat_template=self.options.chat_template,
+            template_kwargs=self.options.chat_template_kwargs,
+            system_prompt=self.options.system_prompt,
+        )
+
+    @cached_property
+    def _input(self) -> ARInput:
+        make, limits = self._reader_class, self.limits
+        reader = None if make is None else make(self.model.folder, self._processor.encode, limits)
+        return ARInput(self.options, self._processor, self.ar_limits, reader)
+
+    def _checked_params(self, params: StageParams, reads: ReadPorts) -> SamplingParams:
+        if not self.can_write:  # it samples nothing; the parameters are meant for other stages
+            assert isinstance(params, SamplingParams)
+            return params
+        is_read = self._feeds_others or any(port in reads for port in self.tapped)
+        return self.ar_limits.check_params(params, why_one=ONE_READER if is_read else None)
+
+    def _num_prompt_tokens(self, request: OmniRequest, prepared: Any) -> float:
+        if isinstance(prepared, PreparedPrompt | PlannedPrompt):
+            return prepared.num_tokens
+        prompt = read_prompt(self.options, request, {})  # stands in for what an edge will bring
+        return len(prompt) / 4 if isinstance(prompt, str) else len(prompt)
+
+    def _check(self) -> None:
+        """What the options ask for and the model, or the rest of the stage, has not."""
+        stage, options = self.stage, self.options
+        if options.can_write and not self.model.config.can_write:
+            raise ConfigError(
+                "task: got 'generate', but the model has no head; use task: encode, or a checkpoint with a head"
+            )
+        if options.prompt != "prompt" and "prompt" in stage.inputs:
+            raise ConfigError(f"prompt: got {options.prompt!r}, but inputs.prompt brings the prompt; keep one of them")
+        if stage.defaults and not options.can_write:
+            raise ConfigError(f"defaults: got {list(stage.defaults)}, but task encode samples nothing; remove it")
+        if self._reader_class is not None and POSITIONS in (*options.outputs, *options.sections):
+            raise ConfigError(f"outputs: got {POSITIONS}, which the stage gives by itself; choose another name")
+
+    def _make_signature(self) -> StageSignature:
+        width = self.model.config.hidden_size
+        states: dict[str, PortSpec] = {
+            port: TensorSpec(("T", len(layers) * width)) for port, layers in self.tapped.items()
+        }
+        if self._reader_class is not None:
+            states[POSITIONS] = TensorSpec(("T", 3))
+        text = {"text": TextPort()} if self.can_write else {}
+        return StageSignature(
+            inputs={"prompt": TextPort()},
+            outputs={**text, **{label: TextPort() for label in self.options.sections}, **states},
+            required_inputs=frozenset({"prompt"} & self.stage.inputs.keys()),  # the request's own is no stand-in for it
+            results=frozenset(text),
+            meta=self.options.meta_keys,
+            streamed_outputs=frozenset(states),
+        )

@@ -1,0 +1,99 @@
+"""All that is known of a `dit` stage before it is loaded: its folder, options and the spec of its model.
+
+Which model a folder holds is said by the class name of a pipeline's index, or by a checkpoint's architecture and the
+stage's `part`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.core.diffusion.dit_cache_manager import budget_bytes
+from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
+from vllm_omni.engine.diffusion.checks import check_counts, check_readers, diffusion_params
+from vllm_omni.engine.diffusion.options import DiTOptions
+from vllm_omni.errors import ConfigError
+from vllm_omni.params import DiffusionParams, StageParams
+from vllm_omni.registry import names, resolve
+from vllm_omni.request import OmniRequest
+from vllm_omni.utils.checks import did_you_mean
+from vllm_omni.utils.device import resolve_device, resolve_dtype
+from vllm_omni.utils.files import ModelFolders, read_json
+from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec
+
+if TYPE_CHECKING:
+    from vllm_omni.engine.diffusion.engine import DiffusionEngine
+
+PIPELINE_INDEX = "model_index.json"
+CHECKPOINT_CONFIG = "config.json"
+EXPECTED = "a diffusers pipeline folder, or a transformers folder beside the key 'part'"
+
+
+class DiffusionSpec(StageSpec):
+    """Stage kind `dit`."""
+
+    options_type = DiTOptions
+    params_type = DiffusionParams
+
+    def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
+        super().__init__(stage, config, folders)
+        self.options: DiTOptions = DiTOptions() if stage.options is None else stage.options
+        self.folder = model_folder(stage, folders, EXPECTED)
+        self.model: DiffusionModelSpec = resolve("diffusion model", model_name(self.folder, self.options.part))(
+            self.folder
+        )
+        self.signature = self.model.signature
+        self.request_keys = self.model.request_keys
+        self._dit_cache = config.dit_cache
+
+    def plan_memory(self) -> MemoryPlan:
+        dtype = resolve_dtype(self.stage.dtype, resolve_device(self.stage.device))
+        return MemoryPlan(
+            weights_bytes=self.model.weights_bytes(dtype),
+            activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
+            step_cache_bytes=0 if self.options.policy == "none" else budget_bytes(self._dit_cache),
+        )
+
+    def weights_key(self) -> tuple[str, ...]:
+        return (self.stage.kind, str(self.folder.resolve()), self.options.part or "")
+
+    def needed_inputs(self, request: OmniRequest, params: StageParams) -> frozenset[str]:
+        return self.model.needed_inputs(frozenset(self.stage.inputs), request, diffusion_params(params))
+
+    def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
+        params = diffusion_params(params)
+        self.model.check(request, params, frozenset(self.stage.inputs), self.limits)
+        check_counts(params, self.model.num_steps(params), self.limits)
+        check_readers(params, self.stage.name, reads)
+
+    def job_size(self, request: OmniRequest, params: StageParams, prepared: object) -> float:
+        return self.model.job_size(request, diffusion_params(params))
+
+    def note(self) -> str:
+        return self.model.note()
+
+    def load(self, context: EngineContext) -> DiffusionEngine:
+        from vllm_omni.engine.diffusion.engine import DiffusionEngine
+
+        return DiffusionEngine(self, context)
+
+
+def model_name(folder: Path, part: str | None) -> str:
+    """The row of the registry's table "diffusion model" for a folder; ConfigError where there is none."""
+    is_checkpoint = (folder / CHECKPOINT_CONFIG).is_file() and not (folder / PIPELINE_INDEX).is_file()
+    if not is_checkpoint:
+        if part is not None:
+            raise ConfigError(f"part: got {part!r}, but {folder} holds one diffusers pipeline; leave it out")
+        return str(read_json(folder / PIPELINE_INDEX).get("_class_name"))
+    architectures = read_json(folder / CHECKPOINT_CONFIG).get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "None"
+    parts = [name.partition(".")[2] for name in names("diffusion model") if name.startswith(architecture + ".")]
+    if not parts:
+        raise ConfigError(f"{folder / CHECKPOINT_CONFIG}: architectures: got {architecture!r}, which diffuses nothing")
+    if part is None:
+        raise ConfigError(f"part: missing; {architecture} holds several models; expected one of {', '.join(parts)}")
+    if part not in parts:
+        raise ConfigError(f"part: got {part!r}{did_you_mean(part, parts)}")
+    return f"{architecture}.{part}"

@@ -1,0 +1,177 @@
+"""An executor that hosts its engine in a thread of its own, so that stages on different devices need not wait for each
+other. Tensors pass by reference; which tasks share a batch depends on time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from vllm_omni.engine.base import Activity, EngineContext, StageEngine, StageSpec
+from vllm_omni.engine.boundary import stage_error
+from vllm_omni.errors import OmniError, StageError
+from vllm_omni.executor.base import StageExecutor
+from vllm_omni.messages import StageEvent, StageFailed, StageTask
+from vllm_omni.payload import StreamChunk
+from vllm_omni.worker.background import Background
+
+T = TypeVar("T")
+
+
+class ThreadExecutor(StageExecutor):
+    """The caller queues orders, the thread carries them out between two steps and queues events.
+
+    Everything that both threads touch is guarded by `_changed`; the engine belongs to the thread alone.
+    """
+
+    def __init__(self, spec: StageSpec, context: EngineContext, wake: Callable[[], None]) -> None:
+        self._spec = spec
+        self._wake = wake
+        self._background = Background(self._notify)
+        self._context = dataclasses.replace(context, background=self._background)
+        self._changed = threading.Condition()
+        self._orders: deque[Callable[[StageEngine], None]] = deque()
+        self._events: list[StageEvent] = []
+        self._dropped: set[str] = set()  # tasks that were aborted, until the engine knows it
+        self._error: Exception | None = None  # what a step raised, for the next poll
+        self._is_working = False
+        self._activity = Activity.IDLE  # the engine's own, after its last step
+        self._is_stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if self._thread is None:
+            engine = self._spec.load(self._context)
+            name = f"omni-{self._spec.stage.name}"
+            self._thread = threading.Thread(target=self._run, args=(engine,), name=name, daemon=True)
+            self._thread.start()
+
+    def submit(self, task: StageTask) -> None:
+        self._order_for(task.request_id, lambda engine: engine.submit(task))
+
+    def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
+        self._order_for(request_id, lambda engine: engine.feed(request_id, port, chunk))
+
+    def pause(self, request_id: str) -> None:
+        self._order_for(request_id, lambda engine: engine.pause(request_id))
+
+    def resume(self, request_id: str) -> None:
+        self._order_for(request_id, lambda engine: engine.resume(request_id))
+
+    def abort(self, request_id: str) -> None:
+        def drop(engine: StageEngine) -> None:
+            engine.abort(request_id)
+            self._dropped.discard(request_id)
+
+        with self._changed:
+            self._dropped.add(request_id)
+            self._events = [event for event in self._events if event.request_id != request_id]
+            self._queue(drop)
+
+    def poll(self) -> list[StageEvent]:
+        with self._changed:
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+            events, self._events = self._events, []
+            return events
+
+    def activity(self) -> Activity:
+        with self._changed:
+            if self._events or self._error is not None:
+                return Activity.BUSY
+            is_idle = not self._orders and not self._is_working and self._activity is Activity.IDLE
+            return Activity.IDLE if is_idle else Activity.PENDING
+
+    def get_stats(self) -> Mapping[str, Any]:
+        return {} if self._thread is None else self._ask(lambda engine: dict(engine.get_stats()))
+
+    def check_integrity(self) -> None:
+        self._ask(lambda engine: engine.check_integrity())
+
+    def shutdown(self) -> None:
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify()
+        self._background.shutdown()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _order_for(self, request_id: str, order: Callable[[StageEngine], None]) -> None:
+        """An order about a task; what it raises ends that task."""
+
+        def carry_out(engine: StageEngine) -> None:
+            try:
+                order(engine)
+            except Exception as error:
+                engine.abort(request_id)
+                wrapped = error if isinstance(error, OmniError) else stage_error(self._spec.stage.name, error)
+                self._report([StageFailed(request_id, wrapped)])
+
+        with self._changed:
+            self._queue(carry_out)
+
+    def _queue(self, order: Callable[[StageEngine], None]) -> None:
+        if self._thread is None or self._is_stopping:
+            raise StageError(f"stage {self._spec.stage.name!r}: not started, or shut down")
+        self._orders.append(order)
+        self._changed.notify()
+
+    def _ask(self, question: Callable[[StageEngine], T]) -> T:
+        """Asks the engine between two steps; raises what that raises."""
+        answer: Future[T] = Future()
+
+        def reply(engine: StageEngine) -> None:
+            try:
+                answer.set_result(question(engine))
+            except Exception as error:
+                answer.set_exception(error)
+
+        with self._changed:
+            self._queue(reply)
+        return answer.result()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _report(self, events: list[StageEvent]) -> None:
+        with self._changed:
+            self._events += [event for event in events if event.request_id not in self._dropped]
+
+    def _run(self, engine: StageEngine) -> None:
+        while True:
+            with self._changed:
+                self._is_working = False
+                self._activity = self._activity_of(engine)
+                while not self._orders and not self._is_stopping and self._activity is not Activity.BUSY:
+                    self._changed.wait()
+                    self._activity = self._activity_of(engine)
+                if self._is_stopping:
+                    return
+                self._is_working = True
+                orders, self._orders = list(self._orders), deque()
+            for order in orders:
+                order(engine)
+            self._step(engine)
+            self._wake()
+
+    def _step(self, engine: StageEngine) -> None:
+        try:
+            if engine.activity() is Activity.BUSY:
+                self._report(engine.step())
+        except Exception as error:
+            with self._changed:
+                self._error = error
+
+    def _activity_of(self, engine: StageEngine) -> Activity:
+        """BUSY of an engine that cannot say: what is wrong with it shows when it is stepped."""
+        try:
+            return engine.activity() if self._error is None else Activity.PENDING
+        except Exception:
+            return Activity.BUSY

@@ -1,0 +1,73 @@
+"""A dense language model: embeddings, the decoder, a head. A family is a config that says how its decoder is built.
+
+Legend: N tokens of a step, R of them, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vllm_omni.layers.decoder import Decoder, DecoderConfig, locate_fused
+from vllm_omni.layers.forward_context import ForwardContext
+from vllm_omni.layers.linear import Linear, linear
+from vllm_omni.layers.weights import Target
+
+
+@dataclass(frozen=True, slots=True)
+class CausalLMConfig(DecoderConfig):
+    """The decoder and what stands around it."""
+
+    tie_word_embeddings: bool  # whether the embeddings are the head
+    has_head: bool  # whether the folder holds a head of its own, where they are not
+
+    @property
+    def can_write(self) -> bool:
+        return self.has_head or self.tie_word_embeddings
+
+    @staticmethod
+    def head_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of this class, from a config.json: base models (`Qwen3Model`) have no head."""
+        architectures = raw.get("architectures") or [""]
+        return {
+            "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+            "has_head": not str(architectures[0]).endswith("Model"),
+        }
+
+
+class CausalLM(nn.Module):
+    """The model of one folder."""
+
+    prompt_reader = None  # text alone
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.decoder = Decoder(config)
+        has_own_head = config.has_head and not config.tie_word_embeddings
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False) if has_own_head else None
+
+    def forward(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """As of a LanguageModel."""
+        states: Tensor = self.decoder(self.embed_tokens(token_ids), positions, context)
+        return states
+
+    def compute_logits(self, states: Tensor) -> Tensor:
+        """states: [R, D] after the final norm -> [R, V]."""
+        return linear(states, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(states)
+
+    def locate(self, name: str) -> Target | None:
+        """The parameter for a published name, with or without the `model.` prefix."""
+        name = name.removeprefix("model.")
+        is_around = name.startswith(("embed_tokens.", "lm_head."))
+        return locate_fused(self, name if is_around else f"decoder.{name}")
+
+    def is_ignored(self, name: str) -> bool:
+        """The tied copy of the embeddings (or the head of a model that is used without one), and the frequencies of old
+        files.
+        """
+        return (name == "lm_head.weight" and self.lm_head is None) or name.endswith("rotary_emb.inv_freq")

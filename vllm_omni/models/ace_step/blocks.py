@@ -1,0 +1,163 @@
+"""The layers of the ACE-Step 1.5 transformer, over packed rows of any durations. Knows no published names of weights.
+
+Legend: R rows, N packed tokens of all rows, L tokens of a row, D width, H query heads, K key-value heads, d head size,
+t text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_omni.layers.banded import attention, windowed_attention
+from vllm_omni.layers.linear import Linear, MergedLinear
+from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.models.ace_step.config import SLIDING, AceStepConfig
+from vllm_omni.models.ace_step.frames import CrossAttentionKV
+from vllm_omni.worker.diffusion.packing import Span, joined, per_span
+
+TIME_FREQUENCIES = 256
+TIME_SCALE = 1000.0
+
+
+class TimeEmbedding(nn.Module):
+    """[R] in [0, 1] -> [R, D], and through one more layer [R, 6, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(TIME_FREQUENCIES, width)
+        self.linear_2 = Linear(width, width)
+        self.time_proj = Linear(width, 6 * width)
+
+    def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        half = TIME_FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
+        angles = time[:, None].float() * TIME_SCALE * torch.exp(-math.log(10000.0) * exponents)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        embedding = self.linear_2(F.silu(self.linear_1(waves.to(self.linear_1.weight.dtype))))
+        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention within each row, with normalised queries and keys and rotary positions. window: how far a
+    token sees to each side; None is everywhere.
+    """
+
+    def __init__(self, config: AceStepConfig, window: int | None) -> None:
+        super().__init__()
+        self.head_dim, self.window = config.head_dim, window
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        parts = {"to_q": query, "to_k": key, "to_v": key}
+        self.qkv = MergedLinear(config.hidden_size, parts, bias=config.attention_bias)
+        self.out = Linear(query, config.hidden_size, bias=config.attention_bias)
+        self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.project(x))
+        query, key = self.norm_q(query), self.norm_k(key)  # [N, H, d] and [N, K, d]
+        attended = [self._attend(query[s.tokens], key[s.tokens], value[s.tokens], s) for s in spans]
+        return self.out(joined(attended))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
+        shape = (span.num_rows, span.length)
+        query = rotated(query.unflatten(0, shape), span.rope).transpose(1, 2)  # [rows, H, L, d]
+        key = rotated(key.unflatten(0, shape), span.rope).transpose(1, 2)
+        value = value.unflatten(0, shape).transpose(1, 2)
+        if self.window is None:
+            attended = attention(query, key, value)
+        else:
+            attended = windowed_attention(query, key, value, self.window)
+        return attended.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+class CrossAttention(nn.Module):
+    """Every token of a row reads the row's text; no positions."""
+
+    def __init__(self, config: AceStepConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.to_q = Linear(config.hidden_size, query, bias=config.attention_bias)
+        self.keys_values = MergedLinear(config.hidden_size, {"to_k": key, "to_v": key}, bias=config.attention_bias)
+        self.out = Linear(query, config.hidden_size, bias=config.attention_bias)
+        self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def encode(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """[t, D] -> keys and values, [1, K, t, d] each."""
+        key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.keys_values.project(states))
+        return self.norm_k(key).transpose(0, 1)[None].contiguous(), value.transpose(0, 1)[None].contiguous()
+
+    def forward(self, x: Tensor, reads: Sequence[tuple[slice, CrossAttentionKV]], layer: int) -> Tensor:
+        query = self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head_dim))).transpose(0, 1)[None]  # [1, H, N, d]
+        attended = [attention(query[:, :, tokens], *read.layers[layer])[0] for tokens, read in reads]
+        return self.out((attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)).transpose(0, 1).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: AceStepConfig) -> None:
+        super().__init__()
+        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up = MergedLinear(config.hidden_size, parts)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up.project(x)
+        return self.down_proj(F.silu(gate).mul_(up))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each after a norm; the first and the last shifted, scaled and
+    gated by the timestep.
+    """
+
+    def __init__(self, config: AceStepConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        window = config.sliding_window if config.layer_types[index] == SLIDING else None
+        self.self_attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, window)
+        self.cross_attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross_attn = CrossAttention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.hidden_size))
+
+    def forward(
+        self, x: Tensor, spans: Sequence[Span], reads: Sequence[tuple[slice, CrossAttentionKV]], modulation: Tensor
+    ) -> Tensor:
+        rows = self.scale_shift_table + modulation  # [R, 6, D]: shift, scale, gate of attention, then of feed-forward
+        # 1 self-attention
+        normed = per_span(modulated, spans, self.self_attn_norm(x), row=rows[:, 0:2])
+        x = per_span(gated, spans, x, self.self_attn(normed, spans), row=rows[:, 2])
+        # 2 cross-attention, which the timestep does not touch
+        x = x + self.cross_attn(self.cross_attn_norm(x), reads, self.index)
+        # 3 feed-forward
+        normed = per_span(modulated, spans, self.mlp_norm(x), row=rows[:, 3:5])
+        return per_span(gated, spans, x, self.mlp(normed), row=rows[:, 5])
+
+
+def modulated(x: Tensor, shift_scale: Tensor) -> Tensor:
+    """x: [rows, L, D]; shift_scale: [rows, 1, 2, D]."""
+    shift, scale = shift_scale.unbind(2)
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    return torch.addcmul(x, gate, update)
+
+
+def rotated(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotates [rows, L, H, d] by rope [L, d / 2, 2], in float32; the halves of the last axis are the real and the
+    imaginary part.
+    """
+    real, imaginary = x.float().chunk(2, dim=-1)
+    cos, sin = rope[:, None].unbind(-1)
+    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,131 @@
+"""What is known of a published Z-Image folder (diffusers ZImagePipeline) before its weights are loaded, and what a
+request may ask of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_omni.config.schema import LimitsConfig
+from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.layers.weights import load_weights, weights_bytes
+from vllm_omni.models.z_image.config import ZImageConfig
+from vllm_omni.models.z_image.packing import PATCH
+from vllm_omni.models.z_image.pipeline import NEGATIVE_PORT, ImageGeometry, ZImagePipeline
+from vllm_omni.models.z_image.trajectory import guidance_scale, num_steps
+from vllm_omni.models.z_image.transformer import ZImageTransformer
+from vllm_omni.params import DiffusionParams
+from vllm_omni.payload import StageSignature, TensorSpec
+from vllm_omni.request import OmniRequest
+from vllm_omni.utils.checks import check_number, did_you_mean
+from vllm_omni.utils.files import read_json
+from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
+
+EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
+UNUSED_FIELDS = ("strength", "image", "duration_s")
+SAMPLER_CLASS = "FlowMatchEulerDiscreteScheduler"
+# Hidden states, their normed copy, q, k, v, both halves of the feed-forward's input (8/3 each) and its product.
+ACTIVATION_WIDTHS = 14
+
+
+class ZImageSpec(DiffusionModelSpec):
+    """Text to image."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = ZImageConfig.from_folder(folder / "transformer")
+        vae = read_json(folder / "vae" / "config.json")
+        self.geometry = ImageGeometry(
+            native_size=int(vae.get("sample_size", 1024)),
+            vae_scale=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
+        )
+        self.sampler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+        name = self.sampler_config.get("_class_name")
+        if name != SAMPLER_CLASS:
+            raise ConfigError(f"{folder}/scheduler: got {name!r}, expected {SAMPLER_CLASS}")
+        text = TensorSpec(("T", self.config.cap_feat_dim))
+        self.signature = StageSignature(
+            inputs={"prompt_embeds": text, NEGATIVE_PORT: text},
+            outputs={"image": TensorSpec(("N", "H", "W", 3)), "latents": TensorSpec(("N", "C", "h", "w"))},
+            required_inputs=frozenset({"prompt_embeds"}),
+            results=frozenset({"image"}),
+        )
+
+    def weights_bytes(self, dtype: torch.dtype) -> int:
+        return sum(weights_bytes(self.folder / part, dtype.itemsize) for part in ("transformer", "vae"))
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        return self.config.dim * dtype.itemsize * ACTIVATION_WIDTHS
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> ZImagePipeline:
+        from diffusers import AutoencoderKL
+
+        with torch.device("meta"):
+            transformer = ZImageTransformer(self.config)
+        transformer.to_empty(device=device).to(dtype).requires_grad_(False).eval()
+        load_weights(transformer, self.folder / "transformer")
+        vae = AutoencoderKL.from_pretrained(
+            self.folder / "vae", torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+        vae = vae.to(device=device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry)
+
+    def check(
+        self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig
+    ) -> None:
+        for name in UNUSED_FIELDS:
+            if getattr(params, name) is not None:
+                raise InvalidRequestError(
+                    f"{name}: Z-Image turns text into images and does not read it; leave it unset"
+                )
+        _check_extra(params.extra or {})
+        self._check_size(params, limits)
+        check_limit("guidance_scale", guidance_scale(params), 0, limits.max_guidance_scale)
+        _check_guidance(request, params, connected)
+
+    def num_steps(self, params: DiffusionParams) -> int:
+        return num_steps(params)
+
+    def job_size(self, request: OmniRequest, params: DiffusionParams) -> float:
+        height, width = self.geometry.size(params)
+        branches = 2 if guidance_scale(params) > 0 else 1
+        return float(height * width * num_steps(params) * branches * (params.num_outputs or 1)) * 1e-6
+
+    def needed_inputs(self, connected: frozenset[str], request: OmniRequest, params: DiffusionParams) -> frozenset[str]:
+        return connected if guidance_scale(params) > 0 else connected - {NEGATIVE_PORT}
+
+    def _check_size(self, params: DiffusionParams, limits: LimitsConfig) -> None:
+        multiple = self.geometry.vae_scale * PATCH
+        longest = min(self.config.axes_lens[1:]) * multiple
+        height, width = self.geometry.size(params)
+        for name, value in (("height", height), ("width", width)):
+            if value % multiple or value > longest:
+                raise InvalidRequestError(
+                    f"{name}: got {value}, expected a multiple of {multiple} and at most {longest}"
+                )
+        check_limit("height * width", height * width, 1, limits.max_pixels, integer=True)
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    for name, value in extra.items():
+        if name not in EXTRA_KEYS:
+            raise InvalidRequestError(f"extra.{name}: unknown key{did_you_mean(str(name), EXTRA_KEYS)}")
+        if not isinstance(value, bool):
+            check_number(f"extra.{name}", value, 0, raises=InvalidRequestError)
+
+
+def _check_guidance(request: OmniRequest, params: DiffusionParams, connected: frozenset[str]) -> None:
+    scale = guidance_scale(params)
+    if scale <= 0 and (params.negative_prompt or request.negative_prompt):
+        raise InvalidRequestError(
+            f"negative_prompt: guidance_scale {scale:g} never reads it; raise guidance_scale or leave it out"
+        )
+    if scale > 0 and NEGATIVE_PORT not in connected:
+        raise InvalidRequestError(
+            f"guidance_scale: got {scale}, but the stage has no input {NEGATIVE_PORT};"
+            " add the edge or turn guidance off"
+        )

@@ -1,0 +1,92 @@
+"""The way of one Z-Image picture from noise to latents: timesteps, guidance and what a request's parameters mean.
+
+Formulas (shift, guidance, normalisation, truncation) are those of diffusers' pipeline_z_image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from vllm_omni.params import DiffusionParams
+from vllm_omni.worker.diffusion.diffusion_model import Sampler, Trajectory
+
+POSITIVE, NEGATIVE = "positive", "negative"
+DEFAULT_STEPS = 50  # the published pipeline's own
+DEFAULT_GUIDANCE = 5.0
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+class ZImageTrajectory(Trajectory):
+    """The way of one image. Guidance adds `scale * (positive - negative)`, so 0 is neutral."""
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, int, int],
+        sampler: Sampler,
+        num_tokens: int,
+        texts: Mapping[str, Tensor],
+        params: DiffusionParams,
+    ) -> None:
+        self.latent_shape = latent_shape
+        self.sampler = sampler
+        self.num_tokens = num_tokens
+        self.conditions = texts
+        extra = params.extra or {}
+        self._scale = guidance_scale(params)
+        self._truncation = float(extra.get("cfg_truncation", 1.0))
+        self._norm_limit = float(extra.get("cfg_normalization", 0.0))
+
+    def branches(self, timestep: float) -> tuple[str, ...]:
+        is_truncated = self._truncation <= 1 and cleanness(timestep) > self._truncation
+        return (POSITIVE, NEGATIVE) if self._scale > 0 and not is_truncated else (POSITIVE,)
+
+    def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
+        if len(outputs) == 1:
+            return outputs[0]
+        positive, negative = outputs
+        guided = positive + self._scale * (positive - negative)
+        if self._norm_limit > 0:
+            most = torch.linalg.vector_norm(positive) * self._norm_limit
+            norm = torch.linalg.vector_norm(guided)
+            guided = torch.where(norm > most, guided * (most / norm), guided)
+        return guided
+
+
+def num_steps(params: DiffusionParams) -> int:
+    if params.sigmas is not None:
+        return len(params.sigmas)
+    return DEFAULT_STEPS if params.num_inference_steps is None else params.num_inference_steps
+
+
+def guidance_scale(params: DiffusionParams) -> float:
+    return DEFAULT_GUIDANCE if params.guidance_scale is None else params.guidance_scale
+
+
+def cleanness(timestep: float) -> float:
+    """Timestep of the sampler (1000 is pure noise) -> time of the transformer (1 is clean)."""
+    return (NUM_TRAIN_TIMESTEPS - timestep) / NUM_TRAIN_TIMESTEPS
+
+
+def fresh_sampler(
+    config: Mapping[str, Any], params: DiffusionParams, num_image_tokens: int, device: torch.device
+) -> Sampler:
+    """A sampler of its own for one image. config: `scheduler_config.json`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    sampler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+    steps = num_steps(params)
+    sigmas = params.sigmas or torch.linspace(1.0, 1 / steps, steps).tolist()
+    sampler.set_timesteps(sigmas=list(sigmas), device=device, mu=_shift(config, num_image_tokens))
+    sampler.set_begin_index(0)
+    return cast(Sampler, sampler)
+
+
+def _shift(config: Mapping[str, Any], num_image_tokens: int) -> float:
+    """Linear in the image's tokens; only a sampler with dynamic shifting reads it."""
+    base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(base_shift + (max_shift - base_shift) / (most - base) * (num_image_tokens - base))

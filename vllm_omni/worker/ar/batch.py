@@ -1,0 +1,182 @@
+"""The tensors of one step of a language model, made from its chunks. Knows no weights, no queue and no sampling.
+
+Legend: N tokens of the step, B sequences, R of them that sample.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_omni.core.ar.scheduler import Chunk
+from vllm_omni.layers.attention.base import AttentionMetadata
+from vllm_omni.layers.token_inputs import InputRows, TokenInputs
+from vllm_omni.worker.ar.kv_pool import KVPool
+
+NO_TABLE: list[int] = []
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What a language model computes in one step."""
+
+    token_ids: Tensor  # [N] int64
+    positions: Tensor  # [N] int64, or [3, N] in a step with sequences that have positions of their own
+    attention: AttentionMetadata
+    input_rows: InputRows | None  # what joins or replaces embeddings
+    sampling_rows: Tensor  # [R] int64, the tokens whose states give logits, in the order of the chunks
+
+    @classmethod
+    def of(cls, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs], pool: KVPool) -> StepBatch:
+        """From chunks of any lengths. inputs: by sequence id, of the tokens of its chunk, where they are more than
+        ids.
+        """
+        starts = [0]
+        for chunk in chunks:
+            starts.append(starts[-1] + chunk.num_tokens)
+        metadata = AttentionMetadata.of(
+            slots=[slot for chunk in chunks for slot in pool.slots(chunk.sequence, chunk.start, chunk.end)],
+            query_starts=starts,
+            context_lens=[chunk.end for chunk in chunks],
+            block_tables=[chunk.sequence.block_table for chunk in chunks],
+            block_size=pool.block_size,
+            device=pool.device,
+        )
+        token_ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
+        positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
+        rows = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.samples]
+        return cls(
+            token_ids=_tensor(token_ids, pool.device),
+            positions=_own_positions(chunks, inputs, pool.device) if inputs else _tensor(positions, pool.device),
+            attention=metadata,
+            input_rows=_input_rows(chunks, inputs) if inputs else None,
+            sampling_rows=_tensor(rows, pool.device),
+        )
+
+
+class DecodeBatch:
+    """The batch of steps in which every sequence computes one token, in buffers that are made once and filled in place.
+
+    A step gets views of the smallest bucket that holds its sequences; without buckets, of exactly as many rows. Padding
+    rows between the last sequence and the end of the bucket write to the pool's scratch block and read only that.
+    What a step got is overwritten by the next one.
+    """
+
+    def __init__(self, pool: KVPool, *, max_num_seqs: int, max_num_blocks: int, bucket_sizes: Many[int] = ()) -> None:
+        """max_num_blocks: the most blocks of one sequence. bucket_sizes: ascending, the last at least max_num_seqs."""
+        assert not bucket_sizes or (pool.scratch_block is not None and bucket_sizes[-1] >= max_num_seqs)
+        self._pool = pool
+        self._bucket_sizes = tuple(bucket_sizes)
+        num_rows = self._bucket_sizes[-1] if bucket_sizes else max_num_seqs
+        # rows: token ids, positions, slots, context lengths
+        columns = torch.zeros(4, num_rows, dtype=torch.int64)
+        block_table = torch.zeros(num_rows, max_num_blocks, dtype=torch.int64)
+        self._columns, self._block_table = columns.numpy(), block_table.numpy()  # written through these
+        self._host = (columns, block_table)
+        self._on_device = (columns.to(pool.device), block_table.to(pool.device))  # the same tensors on a CPU
+        self._every_row = torch.arange(num_rows + 1, dtype=torch.int64, device=pool.device)
+        # Which table each row holds, and how much of it: a table only grows, or another list takes its place.
+        self._tables: list[tuple[list[int], int]] = [(NO_TABLE, 0)] * num_rows
+
+    @staticmethod
+    def fits(chunks: Many[Chunk]) -> bool:
+        """Whether every chunk is one token."""
+        return all(chunk.num_tokens == 1 for chunk in chunks)
+
+    def fill(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> StepBatch:
+        """As `StepBatch.of`. Behind the blocks of a sequence its row of the block table holds any valid numbers."""
+        count = len(chunks)
+        size = self._bucket_size(count)
+        context_lens = [chunk.end for chunk in chunks]
+        self._fill_sequences(chunks, context_lens)
+        if size > count:
+            self._fill_padding(count, size)
+            context_lens += [1] * (size - count)
+        columns, block_table = self._copied(size)
+        samples = [chunk.samples for chunk in chunks]
+        rows = self._every_row[:count]
+        return StepBatch(
+            token_ids=columns[0, :size],
+            positions=_own_positions(chunks, inputs, self._pool.device, size) if inputs else columns[1, :size],
+            attention=AttentionMetadata(
+                slot_mapping=columns[2, :size],
+                query_starts=tuple(range(size + 1)),
+                context_lens=tuple(context_lens),
+                block_table=block_table[:size],
+                block_size=self._pool.block_size,
+                query_starts_tensor=self._every_row[: size + 1],
+                context_lens_tensor=columns[3, :size],
+            ),
+            input_rows=_input_rows(chunks, inputs) if inputs else None,
+            sampling_rows=rows if all(samples) else rows[torch.tensor(samples, device=rows.device)],
+        )
+
+    def _bucket_size(self, count: int) -> int:
+        return self._bucket_sizes[bisect_left(self._bucket_sizes, count)] if self._bucket_sizes else count
+
+    def _fill_sequences(self, chunks: Many[Chunk], context_lens: list[int]) -> None:
+        block_size = self._pool.block_size
+        starts = [chunk.start for chunk in chunks]
+        tables = [chunk.sequence.block_table for chunk in chunks]
+        self._columns[:, : len(chunks)] = (
+            [chunk.sequence.token_ids[chunk.start] for chunk in chunks],
+            starts,
+            [t[p // block_size] * block_size + p % block_size for t, p in zip(tables, starts, strict=True)],
+            context_lens,
+        )
+        for row, table in enumerate(tables):
+            held, length = self._tables[row]
+            start = length if held is table else 0
+            if start < len(table):
+                self._block_table[row, start : len(table)] = table[start:]
+                self._tables[row] = (table, len(table))
+
+    def _fill_padding(self, start: int, stop: int) -> None:
+        assert self._pool.scratch_block is not None
+        scratch = self._pool.scratch_block
+        self._columns[:, start:stop] = [[0], [0], [scratch * self._pool.block_size], [1]]
+        self._block_table[start:stop, 0] = scratch
+        self._tables[start:stop] = [(NO_TABLE, 0)] * (stop - start)
+
+    def _copied(self, size: int) -> tuple[Tensor, Tensor]:
+        """The buffers where the model computes, their first `size` rows up to date."""
+        (columns, block_table), (columns_there, block_table_there) = self._host, self._on_device
+        if columns_there is not columns:
+            columns_there.copy_(columns)
+            block_table_there[:size].copy_(block_table[:size])
+        return columns_there, block_table_there
+
+
+def _own_positions(
+    chunks: Many[Chunk], inputs: Mapping[int, TokenInputs], device: torch.device, num_rows: int = 0
+) -> Tensor:
+    """[3, N], in a step with sequences that have positions of their own; zeros up to num_rows."""
+    parts = [
+        inputs[chunk.sequence.sequence_id].positions
+        if chunk.sequence.sequence_id in inputs
+        else torch.arange(chunk.start, chunk.end, device=device).expand(3, -1)
+        for chunk in chunks
+    ]
+    if num_rows > len(chunks):
+        parts.append(torch.zeros(3, num_rows - len(chunks), dtype=torch.int64, device=device))
+    return torch.cat(parts, dim=1)
+
+
+def _input_rows(chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> InputRows | None:
+    parts: list[tuple[int, InputRows]] = []
+    start = 0
+    for chunk in chunks:
+        found = inputs.get(chunk.sequence.sequence_id)
+        if found is not None and found.rows is not None:
+            parts.append((start, found.rows))
+        start += chunk.num_tokens
+    return InputRows.join(parts)
+
+
+def _tensor(values: Many[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
