@@ -1,4 +1,4 @@
-"""The files around the package agree with each other and with it: versions, make targets, CI, pages for contributors."""
+"""The files around the package agree with each other and with it: versions, make, CI, pages for contributors."""
 
 from __future__ import annotations
 
