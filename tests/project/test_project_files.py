@@ -10,10 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from vllm_omni import DiffusionParams, Omni, registry
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -170,6 +173,47 @@ def test_code_for_contributors_runs_and_keeps_its_contracts(block: str, monkeypa
             left_out = getattr(made, "__abstractmethods__", frozenset())
             (beside,) = re.findall(rf"^class {node.name}\(.*\):(.*)$", block, flags=re.MULTILINE)
             assert left_out == set(re.findall(r"\w+", beside.replace("also", ""))), node.name
+
+
+ROWS = {"stage kind": "Invert", "step cache": "EveryOther", "attention": "LoopAttention"}
+GRAPH = {
+    "name": "shown",
+    "model": "asset://tiny-image",
+    "stages": {
+        "text": {
+            "kind": "ar",
+            "model": "${model}/text_encoder",
+            "tokenizer": "${model}/tokenizer",
+            "task": "encode",
+            "outputs": {"hidden_states": {"layers": [-2]}},
+        },
+        "image": {"kind": "dit", "model": "${model}", "inputs": {"prompt_embeds": "text.hidden_states"}},
+        "negative": {"kind": "Invert", "inputs": {"image": "image.image"}},
+    },
+    "outputs": ["image", "negative"],
+}
+
+
+def test_what_contributors_are_shown_works_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("contributing")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for block in blocks():
+        exec(compile(block, "CONTRIBUTING.md", "exec"), module.__dict__)
+    for table, name in ROWS.items():
+        attribute = "InvertSpec" if name == "Invert" else name
+        monkeypatch.setitem(registry.TABLES, table, {**registry.TABLES[table], name: f"contributing:{attribute}"})
+    params = {"image": DiffusionParams(seed=3, num_inference_steps=6, guidance_scale=0.0)}
+    shown = [[], ["text.attention=LoopAttention"], ["image.cache={policy: EveryOther, warmup_steps: 2}"]]
+    found = []
+    for overrides in shown:
+        with Omni(GRAPH, overrides=overrides, device="cpu", dtype="float32", progress=False) as omni:
+            (output,) = omni.generate("a red circle", params)
+        assert output.error is None
+        picture, negative = (np.asarray(image).astype(int) for image in output.images)
+        assert (picture + negative == 255).all()
+        found.append((picture, output.metrics["image"]["cache_hits"]))
+    assert abs(found[1][0] - found[0][0]).max() <= 1  # another backend, the same picture
+    assert [hits for _, hits in found] == [0, 0, 2]  # steps 3 and 5 of 0 .. 5
 
 
 FOUND_BY_NAME = {"from_json", "read_config"}  # of the class that a config.json's architecture names
