@@ -22,14 +22,14 @@ from vllm_omni.request import OmniRequest, RequestStatus
 
 @dataclass(frozen=True, slots=True)
 class RequestEnd:
-    """How a request ended. abandoned: the stages that still work on it and must forget it."""
+    """How a request ended."""
 
     request: OmniRequest
     status: RequestStatus
     payloads: Mapping[str, StagePayload] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     error: OmniError | None = None
-    abandoned: tuple[str, ...] = ()
+    abandoned: tuple[str, ...] = ()  # the stages that still work on it and must forget it
 
 
 class RequestState:
