@@ -1,0 +1,70 @@
+"""One owner per thing, read from the syntax trees: where the objects that carry a decision are made, and where state that
+says it is written.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import vllm_omni
+
+PACKAGE = Path(vllm_omni.__file__).parent
+# what is decided -> (the classes that carry the decision, the attributes that say it, the one file that may do so)
+OWNERS: dict[str, tuple[set[str], set[str], str]] = {
+    "which task runs": ({"StageTask"}, set(), "core/routing/omni_scheduler.py"),
+    "who is paused": ({"Pause", "Resume"}, set(), "core/routing/omni_scheduler.py"),
+    "which writers are too far ahead": (set(), {"paused"}, "core/routing/request_streams.py"),
+    "which rows make up a chunk, and in which order": ({"RowRange"}, set(), "core/routing/edge_stream.py"),
+    "the rows of a chunk": ({"RowBuffer"}, set(), "executor/stage_host.py"),
+    "the end of a generation": (set(), {"finish_reason", "is_writing"}, "engine/ar/base.py"),
+    "what a request asks of ACE-Step": (
+        {"MusicRequest", "MusicOutline"},
+        set(),
+        "models/ace_step/prompt/request_reader.py",
+    ),
+    "the geometry of the KV pool": ({"KVPoolPlan"}, set(), "worker/ar/kv_pool.py"),
+    "the KV pool": ({"KVPool"}, set(), "worker/ar/model_runner.py"),
+    "model folders": ({"snapshot_download"}, set(), "utils/files.py"),
+}
+
+
+def found_in(source: str, classes: set[str], attributes: set[str]) -> list[str]:
+    """The calls of these names, and the writes to attributes of these names."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            found += [name] if name in classes else []
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found += [part.attr for part in targets if isinstance(part, ast.Attribute) and part.attr in attributes]
+    return found
+
+
+@pytest.mark.parametrize("thing", OWNERS)
+def test_one_file_decides(thing: str) -> None:
+    classes, attributes, owner = OWNERS[thing]
+    found = {
+        path.relative_to(PACKAGE).as_posix(): names
+        for path in PACKAGE.rglob("*.py")
+        if (names := found_in(path.read_text(encoding="utf-8"), classes, attributes))
+    }
+    assert list(found) == [owner], found
+    assert classes | attributes == set(found[owner])
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("orders.append(Pause('r', 's'))", ["Pause"]),
+        ("messages.Pause('r', 's')", ["Pause"]),
+        ("self.sequence.is_writing = False", ["is_writing"]),
+        ("job.is_writing: bool = True", ["is_writing"]),
+        ("sequence.is_writing |= True", ["is_writing"]),
+        ("if sequence.is_writing: isinstance(order, Pause)", []),
+    ],
+)
+def test_the_rule_finds_a_second_owner(source: str, expected: list[str]) -> None:
+    assert found_in(source, {"Pause"}, {"is_writing"}) == expected
