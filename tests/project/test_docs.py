@@ -140,12 +140,13 @@ def rendered(function: Any, skip_first: bool) -> str:
     parameters = list(inspect.signature(function).parameters.values())[1 if skip_first else 0 :]
     words: list[str] = []
     for parameter in parameters:
-        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in words:
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(word.startswith("*") for word in words):
             words.append("*")
+        stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
         default = parameter.default
         named = inspect.isclass(default) or callable(default)
         value = "" if default is parameter.empty else f"={default.__name__ if named else repr(default)}"
-        words.append(f"{parameter.name}{value}")
+        words.append(f"{stars}{parameter.name}{value}")
     return f"({', '.join(words)})"
 
 
