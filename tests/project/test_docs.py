@@ -145,7 +145,8 @@ def rendered(function: Any, skip_first: bool) -> str:
         stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
         default = parameter.default
         named = inspect.isclass(default) or callable(default)
-        value = "" if default is parameter.empty else f"={default.__name__ if named else repr(default)}"
+        shown = default.__name__.replace("<lambda>", "...") if named else repr(default)
+        value = "" if default is parameter.empty else f"={shown}"
         words.append(f"{stars}{parameter.name}{value}")
     return f"({', '.join(words)})"
 
@@ -192,7 +193,7 @@ def test_listed_fields_are_the_fields_of_the_dataclass(page: Path) -> None:
     names = documented(read(page))
     for head, rows in tables(read(page)):
         for row in rows if head[0] == "Data" else ():
-            fields = re.findall(r"`(\w+)`", row[2])
+            fields = re.findall(r"`([a-z_]\w*)`", row[2])  # other names are those of classes
             assert fields == [field.name for field in dataclasses.fields(names[row[0].strip("`")])]
 
 
