@@ -57,7 +57,7 @@ class OmniRequest:
     and, for a stage whose model reads them, image, audio and video, each with its source under its own name. params:
     one object for every stage that takes its type, or {stage name: params}. priority: a key of the scheduler's
     `priority_weights`. timeout_s: seconds from admission to the deadline; None takes the config's. fields: further
-    inputs by name (`lyrics`, `audio`, ...), each read and checked by a stage that says so (StageEngine.request_keys);
+    inputs by name (`lyrics`, `audio`, ...), each read and checked by a stage that says so (StageSpec.request_keys);
     None is as if it were not there.
     """
 
