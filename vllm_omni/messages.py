@@ -74,12 +74,12 @@ Order = StageTask | Feed | Pause | Resume | Skip
 
 @dataclass(frozen=True, slots=True)
 class StageProgress:
-    """`step` of `num_steps` is done. text: what an AR stage has newly written."""
+    """`step` of `num_steps` is done."""
 
     request_id: str
     step: int
     num_steps: int
-    text: str = ""
+    text: str = ""  # what an AR stage has newly written
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,32 +40,25 @@ class StageParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams(StageParams):
-    """How an AR stage samples. Fallbacks stand in brackets.
+    """How an AR stage samples. What is None is the stage's default, else the value in brackets."""
 
-    temperature (1.0; 0 is greedy), top_p (1.0), top_k (off), min_p (0), repetition_penalty (1.0: > 1 discourages,
-    over prompt and output), presence_penalty and frequency_penalty (0, over the output alone), max_tokens (16384,
-    cut to the model's length), min_tokens (0), stop (strings that end the text and are left out of it),
-    stop_token_ids, ignore_eos, seed (none: fresh entropy), n (1 sample), logprobs (how many alternatives per token;
-    0 gives the chosen token's alone), logit_bias {token id: added logit}, skip_special_tokens (True).
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    stop: str | Sequence[str] | None = None
+    temperature: float | None = None  # (1.0) 0 is greedy
+    top_p: float | None = None  # (1.0)
+    top_k: int | None = None  # (off)
+    min_p: float | None = None  # (0)
+    repetition_penalty: float | None = None  # (1.0) > 1 discourages what stands in prompt or output
+    presence_penalty: float | None = None  # (0) over the output alone
+    frequency_penalty: float | None = None  # (0) over the output alone
+    max_tokens: int | None = None  # (16384, cut to the model's length)
+    min_tokens: int | None = None  # (0)
+    stop: str | Sequence[str] | None = None  # strings that end the text and are left out of it
     stop_token_ids: Sequence[int] | None = None
-    ignore_eos: bool | None = None
-    seed: int | None = None
-    n: int | None = None
-    logprobs: int | None = None
-    logit_bias: Mapping[int, float] | None = None
-    skip_special_tokens: bool | None = None
+    ignore_eos: bool | None = None  # (False)
+    seed: int | None = None  # (fresh entropy)
+    n: int | None = None  # (1) samples
+    logprobs: int | None = None  # (off) alternatives per token; 0 gives the chosen token's alone
+    logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
+    skip_special_tokens: bool | None = None  # (True)
 
     def __post_init__(self) -> None:
         _check_numbers(self, _SAMPLING_RANGES)
@@ -84,28 +77,22 @@ class SamplingParams(StageParams):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffusionParams(StageParams):
-    """How a DiT stage denoises. Fallbacks stand in brackets; a model may state its own.
+    """How a DiT stage denoises. What is None is the stage's default, then the model's, else the value in brackets."""
 
-    height, width in pixels (the model's own size), num_inference_steps (50), guidance_scale (the model's formula
-    decides which value is neutral: 0 for Z-Image, 1 for the usual form), negative_prompt (""), seed (none: fresh
-    entropy), num_outputs (1), strength (image to image: 0 keeps the image, 1 ignores it), image, sigmas (one per
-    step, descending, in (0, 1]), output_type ("pil" or "latent"), duration_s (audio), extra (model-specific: Z-Image
-    knows `cfg_normalization` and `cfg_truncation`, ACE-Step `shift`, `cfg_interval_start`, `cfg_interval_end` and
-    `normalize`).
-    """
-
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    seed: int | None = None
-    num_outputs: int | None = None
-    strength: float | None = None
-    image: Image | None = None
-    sigmas: Sequence[float] | None = None
-    output_type: str | None = None
-    duration_s: float | None = None
+    height: int | None = None  # pixels (the model's own size)
+    width: int | None = None  # pixels (the model's own size)
+    num_inference_steps: int | None = None  # (50)
+    guidance_scale: float | None = None  # the model's formula decides which value is neutral: 0 for Z-Image, else 1
+    negative_prompt: str | None = None  # ("")
+    seed: int | None = None  # (fresh entropy)
+    num_outputs: int | None = None  # (1) samples
+    strength: float | None = None  # image to image: 0 keeps the image, 1 ignores it
+    image: Image | None = None  # what image to image starts from
+    sigmas: Sequence[float] | None = None  # one per step, descending, in (0, 1]
+    output_type: str | None = None  # ("pil") or "latent"
+    duration_s: float | None = None  # of the audio
+    # the model's own: Z-Image knows `cfg_normalization` and `cfg_truncation`; ACE-Step `shift`, `cfg_interval_start`,
+    # `cfg_interval_end` and `normalize`
     extra: Mapping[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:

@@ -56,21 +56,15 @@ PortSpec = TensorSpec | TextSpec | DataSpec
 
 @dataclass(frozen=True, slots=True)
 class StageSignature:
-    """The ports of a stage, known from its configuration alone: what it reads and what it can give.
-
-    results: the outputs that make up the stage's final answer: what a bare stage name in a config's `outputs` asks for.
-    meta: the keys that the payload's meta may hold besides its ports, for conditions to be checked; None: not said.
-    streamed_inputs: the ports whose value is always a sequence of StreamChunks, a whole payload being one chunk.
-    streamed_outputs: the ports that can be given row by row while the stage works.
-    """
+    """The ports of a stage, known from its configuration alone: what it reads and what it can give."""
 
     inputs: Mapping[str, PortSpec] = field(default_factory=dict)
     outputs: Mapping[str, PortSpec] = field(default_factory=dict)
     required_inputs: frozenset[str] = frozenset()
-    results: frozenset[str] = frozenset()
-    meta: frozenset[str] | None = None
-    streamed_inputs: frozenset[str] = frozenset()
-    streamed_outputs: frozenset[str] = frozenset()
+    results: frozenset[str] = frozenset()  # the outputs that a bare stage name in a config's `outputs` asks for
+    meta: frozenset[str] | None = None  # keys of the payload's meta besides its ports, for conditions; None: not known
+    streamed_inputs: frozenset[str] = frozenset()  # their value is always StreamChunks, a whole payload being one
+    streamed_outputs: frozenset[str] = frozenset()  # they can be given row by row while the stage works
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +81,13 @@ class RowRange:
 
 @dataclass(frozen=True, slots=True)
 class StreamChunk:
-    """Consecutive rows of a port (its first dimension), each new in exactly one chunk.
+    """Consecutive rows of a port (its first dimension), each new in exactly one chunk."""
 
-    rows: [num_before + n + num_after, ...]: n >= 0 new ones between the context that is brought along. start: the index
-    in the whole port of the first new row. is_last: no chunk follows; then n may be 0.
-    """
-
-    rows: Tensor
-    start: int = 0
+    rows: Tensor  # [num_before + n + num_after, ...]: n >= 0 new ones between the context that is brought along
+    start: int = 0  # the index in the whole port of the first new row
     num_before: int = 0
     num_after: int = 0
-    is_last: bool = False
+    is_last: bool = False  # no chunk follows; then n may be 0
 
     @property
     def new_rows(self) -> Tensor:
@@ -112,17 +102,14 @@ class StreamChunk:
 
 @dataclass(frozen=True, slots=True)
 class StagePayload:
-    """What a stage made of one request.
-
-    `tensors` holds the outputs that somebody wants, by port name, on the stage's device. `meta` holds plain JSON
-    values: for a text stage `text`, `token_ids`, `finish_reason`; a port that carries text or data is found there under
-    its name. In one process tensors pass by reference: the receiver must not write into them.
-    """
+    """What a stage made of one request; its tensors pass by reference in one process, so nobody may write into them."""
 
     request_id: str
     source: str
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # the outputs that somebody reads, on the stage's device
+    meta: Mapping[str, Any] = field(default_factory=dict)  # plain JSON; a port of text or data stands under its name
 
     def port(self, name: str) -> Any:
         """The value of one port: a tensor, text or data."""

@@ -16,7 +16,7 @@ TABLES: dict[str, dict[str, str]] = {
     "stage kind": {
         "ar": "vllm_omni.engine.ar.spec:ARSpec",
         "dit": "vllm_omni.engine.diffusion.spec:DiffusionSpec",
-        "music_prompt": "vllm_omni.models.ace_step.prompt_spec:MusicPromptSpec",
+        "music_prompt": "vllm_omni.models.ace_step.prompt.spec:MusicPromptSpec",
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
     },
     "ar stage": {  # by row of "language model"; what has none here is about text

@@ -53,20 +53,18 @@ def new_request_id() -> str:
 class OmniRequest:
     """One prompt and all that belongs to it.
 
-    prompt: text, token ids or chat messages, whose content is a text or a list of parts: {"type": "text", "text": ...}
-    and, for a stage whose model reads them, image, audio and video, each with its source under its own name. params:
-    one object for every stage that takes its type, or {stage name: params}. priority: a key of the scheduler's
-    `priority_weights`. timeout_s: seconds from admission to the deadline; None takes the config's. fields: further
-    inputs by name (`lyrics`, `audio`, ...), each read and checked by a stage that says so (StageSpec.request_keys);
-    None is as if it were not there.
+    The content of a chat message is a text or a list of parts: {"type": "text", "text": ...} and, for a stage whose
+    model reads them, image, audio and video, each with its source under its own name.
     """
 
-    prompt: Prompt
+    prompt: Prompt  # text, token ids or chat messages
     request_id: str = field(default_factory=new_request_id)
     negative_prompt: str | None = None
-    params: StageParams | Mapping[str, StageParams] | None = None
-    priority: str = "normal"
-    timeout_s: float | None = None
+    params: StageParams | Mapping[str, StageParams] | None = None  # for all stages of its type, or by stage
+    priority: str = "normal"  # a key of the scheduler's `priority_weights`
+    timeout_s: float | None = None  # seconds from admission to the deadline; None takes the config's
+    # further inputs by name (`lyrics`, `audio`, ...), each checked by a stage that reads it (StageSpec.request_keys);
+    # None is as if it were not there
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -198,19 +196,17 @@ class StageResult:
 class OmniOutput:
     """The answer to a request: partial (`finished` False, only in streams) or final.
 
-    results: by stage, in the order of the config's `outputs`. tensors: by "stage.port". metrics: by stage: queued_s,
-    ran_s, started_s (after admission), first_rows_s (after the stage's start, where it gives its rows as they are
-    made), steps, tokens, cache_hits and what else the stage counts; of a stage that a condition kept from running:
-    skipped (True) and reason.
-    error: why there is no (whole) result, or None.
+    The metrics of a stage: queued_s, ran_s, started_s (after admission), first_rows_s (after the stage's start, where
+    it gives its rows as they are made), steps, tokens, cache_hits and what else it counts; skipped (True) and reason
+    of a stage that a condition kept from running.
     """
 
     request_id: str
     status: RequestStatus
-    results: Mapping[str, StageResult] = field(default_factory=dict)
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    error: OmniError | None = None
+    results: Mapping[str, StageResult] = field(default_factory=dict)  # by stage, as the config's `outputs` name them
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by "stage.port"
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by stage
+    error: OmniError | None = None  # why there is no (whole) result
 
     @property
     def finished(self) -> bool:

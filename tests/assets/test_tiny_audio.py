@@ -19,6 +19,7 @@ from tools.tiny.audio.loose import request
 from tools.tiny.audio.words import wording
 from tools.tiny.audio.world import sample_sound
 from vllm_omni import DiffusionParams, Omni, OmniOutput
+from vllm_omni.engine.base import Activity
 from vllm_omni.errors import StageError
 from vllm_omni.utils.files import assets_folder
 
@@ -152,21 +153,21 @@ def test_a_failing_sound_fails_its_request_alone_and_stops_its_picture(monkeypat
     with Omni("tiny_omni.yaml", overrides=["sound_prompt.min_duration_s=1"], progress=False) as omni:
         hosts = omni._executor._hosts
         model = hosts["sound"].executor._engine.model  # type: ignore[attr-defined]
-        begin = model.begin
+        embed = model.embed
 
         def failing(latents: Any, timesteps: Any, conditions: Any) -> Any:
             if any(len(row) == 100 for row in latents):
                 raise RuntimeError("the amplifier burns")
-            return begin(latents, timesteps, conditions)
+            return embed(latents, timesteps, conditions)
 
-        monkeypatch.setattr(model, "begin", failing)
+        monkeypatch.setattr(model, "embed", failing)
         params = DiffusionParams(seed=3, num_inference_steps=40)
         broken, fine, silent = omni.generate([{"prompt": BOTH, "duration_s": 1.0}, BOTH, SCENE_ONLY], params)
         assert isinstance(broken.error, StageError) and "the amplifier burns" in str(broken.error)
         assert "image" not in broken.metrics and not broken.images
         assert fine.error is None and fine.images and fine.audios
         assert silent.error is None and silent.images
-        assert not any(host.executor._engine.has_work() for host in hosts.values())  # type: ignore[attr-defined]
+        assert all(host.executor.activity() is Activity.IDLE for host in hosts.values())
 
 
 def test_the_thinker_understands_held_out_requests(omni: Omni) -> None:

@@ -11,7 +11,7 @@ from support.toy_stream import register_streams
 from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import EdgeConfig, OmniConfig, StreamConfig
-from vllm_omni.entrypoints.check import describe, draw_graph
+from vllm_omni.entrypoints.cli.graph_report import describe, draw_graph
 from vllm_omni.errors import ConfigError
 from vllm_omni.executor.pipeline import Pipeline
 

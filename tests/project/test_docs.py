@@ -35,7 +35,7 @@ from vllm_omni.entrypoints.cli import build_parser
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.layers.sampler import SamplingRow
-from vllm_omni.models.ace_step.prompt_options import REQUEST_KEYS, MusicPromptOptions
+from vllm_omni.models.ace_step.prompt.options import REQUEST_KEYS, MusicPromptOptions
 from vllm_omni.models.z_image import trajectory as z_image
 from vllm_omni.params import DiffusionParams, SamplingParams
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ OTHER_NAMES = {
     "qwen2_5_omni": ("qwen2_5omni", "token2wav", "thinker", "talker"),
     "ace_step": ("acestep", "oobleck"),
 }  # besides the folder's
+ROPE_TYPES = {"llama3"}  # a value of `rope_parameters.rope_type`, in any family's config.json
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "jsonpickle"}
 DEVICE_MODULES = {"cuda", "mps", "xpu", "hpu", "npu"}
 
@@ -126,6 +128,7 @@ def tensor_work_in_core(module: str, node: ast.AST) -> Iterator[str]:
                 yield f"core imports {name}"
 
 
+@functools.cache
 def families() -> dict[str, set[str]]:
     """Folder of a family -> the words by which code could name it."""
     folders = [
@@ -144,7 +147,7 @@ def families_elsewhere(module: str, node: ast.AST) -> Iterator[str]:
     elif isinstance(node, ast.ImportFrom):
         words = [node.module or "", *(alias.name for alias in node.names)]
     elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not is_docstring_like(node.value):
-        words = [node.value]
+        words = [node.value] if node.value not in ROPE_TYPES else []
     for family, names in families().items():
         if not module.startswith(f"vllm_omni.models.{family}"):
             yield from (f"{module} names {family}" for word in words for name in names if name in word.lower())

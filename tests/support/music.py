@@ -16,8 +16,8 @@ from vllm_omni import Audio, DiffusionParams, OmniRequest
 from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
 from vllm_omni.engine.base import Activity, EngineContext, ReadPorts
 from vllm_omni.messages import StageDone, StageEvent, StageTask
-from vllm_omni.models.ace_step.prompt_options import MusicPromptOptions
-from vllm_omni.models.ace_step.prompt_spec import MusicPromptSpec
+from vllm_omni.models.ace_step.prompt.options import MusicPromptOptions
+from vllm_omni.models.ace_step.prompt.spec import MusicPromptSpec
 from vllm_omni.models.ace_step.request import MusicRequest
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.background import Background

@@ -1,4 +1,4 @@
-"""Stage configs: frozen dataclasses (schema), YAML and overrides (loader), the DAG (graph)."""
+"""Stage configs: from a YAML file and overrides to frozen dataclasses, and the graph that they describe."""
 
 from vllm_omni.config.schema import (
     DiTCacheConfig,

@@ -19,20 +19,16 @@ from vllm_omni.utils.checks import did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """`source.source_port` feeds `target.target_port`, where `when` holds of the meta of the source's payload.
-
-    stream: how rows are handed on while they are being made; None hands the port on whole. is_text: whether words pass,
-    which a stage may leave unwritten. takes_chunks: whether the reader is given StreamChunks, even of a whole port.
-    """
+    """`source.source_port` feeds `target.target_port`."""
 
     source: str
     source_port: str
     target: str
     target_port: str
-    when: Condition | None = None
-    is_text: bool = field(default=False, compare=False)  # follows from the port
-    stream: StreamConfig | None = None
-    takes_chunks: bool = field(default=False, compare=False)  # follows from the port
+    when: Condition | None = None  # on the meta of the source's payload; None for always
+    is_text: bool = field(default=False, compare=False)  # text passes, which a stage may leave unwritten
+    stream: StreamConfig | None = None  # how rows are handed on while they are being made; None: the port whole
+    takes_chunks: bool = field(default=False, compare=False)  # the reader gets StreamChunks, even of a whole port
 
     @property
     def origin(self) -> tuple[str, str]:

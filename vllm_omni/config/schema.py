@@ -23,67 +23,53 @@ class SchedulerType(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Queue and order. `policy`: a SchedulerType, or the name of a policy that was added to the registry.
-    `priority_weights`: a request's waiting time counts this much (PRIORITY); names are what requests may ask for.
-    """
+    """The queue of requests and its order."""
 
-    policy: SchedulerType | str = SchedulerType.FIFO
-    max_queue_size: int = 256
-    max_running: int = 64
+    policy: SchedulerType | str = SchedulerType.FIFO  # or the name of a policy that was added to the registry
+    max_queue_size: int = 256  # requests that wait; one more is rejected
+    max_running: int = 64  # requests that run at the same time
+    # the names that a request may ask for -> how much its waiting time counts (policy PRIORITY)
     priority_weights: Mapping[str, float] = field(default_factory=lambda: {"high": 4.0, "normal": 1.0, "low": 0.25})
 
 
 @dataclass(frozen=True, slots=True)
 class DiTCacheConfig:
-    """Memory for step caches of running requests, and for prompt embeddings that outlive a request (0 turns those
-    off).
-    """
+    """Memory of the DiTCacheManager."""
 
-    max_memory_mb: float = 1024.0
-    prompt_embeds_mb: float = 64.0
+    max_memory_mb: float = 1024.0  # for step caches of running requests
+    prompt_embeds_mb: float = 64.0  # for prompt embeddings, which outlive a request; 0 keeps none
 
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:
-    """The largest values that a request may ask for or bring along; checked before any work.
-
-    max_pixels: of a picture that is made; max_image_pixels: of one that a prompt brings, and of each frame of a video.
-    max_images: in all messages of a prompt. max_video_frames: of the file or array, before frames are picked.
-    """
+    """The largest values that a request may ask for or bring along; checked before any work."""
 
     max_prompt_chars: int = 100_000
-    max_pixels: int = 4_194_304
+    max_pixels: int = 4_194_304  # of an image that is made
     max_inference_steps: int = 1_000
     max_guidance_scale: float = 100.0
-    max_outputs: int = 16
-    max_duration_s: float = 600.0
-    max_audio_s: float = 600.0
-    max_audio_mb: float = 200.0
-    max_image_pixels: int = 50_000_000
-    max_images: int = 64
+    max_outputs: int = 16  # samples of one request in one stage
+    max_duration_s: float = 600.0  # of audio that is made
+    max_audio_s: float = 600.0  # of audio that a request brings
+    max_audio_mb: float = 200.0  # of its file, or of its decoded samples
+    max_image_pixels: int = 50_000_000  # of an image that a request brings, and of each frame of a video
+    max_images: int = 64  # in all messages of a prompt
     max_video_s: float = 600.0
-    max_video_frames: int = 40_000
+    max_video_frames: int = 40_000  # of the file or array, before frames are picked
     max_video_mb: float = 500.0
 
 
 @dataclass(frozen=True, slots=True)
 class StreamConfig:
-    """How an edge hands its rows on while they are being made. Counts are rows (tokens, codes) of the port.
+    """How an edge hands its rows on while they are being made. Counts are rows (tokens, codes) of the port."""
 
-    first_chunk, chunk: new rows of the first and of every later chunk. left_context: rows before them that a chunk
-    brings along again. look_ahead: rows behind them that must be there, and are brought along, unless the stream ends.
-    max_ahead: how far the writer may run ahead of what the reader has used up before it pauses. chunk_timeout_s: the
-    longest that a reader with nothing left to do may wait for its next chunk. max_chunk: chunks grow, each later one
-    twice the one before it up to so many; None keeps them all at `chunk`.
-    """
-
-    first_chunk: int = 1
-    chunk: int = 1
-    left_context: int = 0
-    look_ahead: int = 0
-    max_ahead: int = 4096
-    chunk_timeout_s: float = 60.0
-    max_chunk: int | None = None
+    first_chunk: int = 1  # new rows of the first chunk
+    chunk: int = 1  # new rows of every later chunk
+    left_context: int = 0  # rows before the new ones that a chunk brings along again
+    look_ahead: int = 0  # rows behind the new ones that must be there, and come along, unless the stream ends
+    max_ahead: int = 4096  # how far the writer may be ahead of what the reader has used up, before it pauses
+    chunk_timeout_s: float = 60.0  # the longest that a reader with nothing left to do may wait for its next chunk
+    max_chunk: int | None = None  # each later chunk is twice the one before, up to so many; None: all are `chunk`
 
     @property
     def largest_chunk(self) -> int:
@@ -106,13 +92,11 @@ class StreamConfig:
 
 @dataclass(frozen=True, slots=True)
 class EdgeConfig:
-    """Where an input comes from, when, and how. source ("from" in a YAML): "stage.port". when: a Condition on the meta
-    of the source's payload, None for always. stream: None hands the port on whole when its stage is done.
-    """
+    """Where an input comes from, when, and how."""
 
-    source: str = field(metadata={"key": "from"})
-    when: str | None = None
-    stream: StreamConfig | None = None
+    source: str = field(metadata={"key": "from"})  # "stage.port"; `from` in a YAML
+    when: str | None = None  # a Condition on the meta of the source's payload; None for always
+    stream: StreamConfig | None = None  # None: the port whole, when its stage is done
 
     def __post_init__(self) -> None:
         try:
@@ -140,21 +124,17 @@ EdgeLike = str | EdgeConfig
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
-    """One stage. `options` is the dataclass of its kind, filled from the remaining YAML keys of the stage.
-
-    inputs: input port -> "stage.port", or an EdgeConfig. defaults: fields of the kind's params class. device and dtype:
-    "auto" or a name.
-    """
+    """One stage."""
 
     name: str
-    kind: str
-    model: str | None = None
-    inputs: Mapping[str, EdgeLike] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    kind: str  # "ar", "dit", ...: a row of the registry
+    model: str | None = None  # a folder, a hub id, or asset://name
+    inputs: Mapping[str, EdgeLike] = field(default_factory=dict)  # input port -> "stage.port", or an EdgeConfig
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # fields of the kind's params class
     executor: str = "auto"  # "auto" (a thread each where stages are on several devices), or a row of the registry
-    device: str = "auto"
-    dtype: str = "auto"
-    options: Any = None
+    device: str = "auto"  # or a device of torch: "cpu", "cuda:0"
+    dtype: str = "auto"  # or "float32", "bfloat16", "float16"
+    options: Any = None  # the options dataclass of the kind, of the stage's other YAML keys
 
     @property
     def edges(self) -> dict[str, EdgeConfig]:
@@ -164,25 +144,19 @@ class StageConfig:
 
 @dataclass(frozen=True, slots=True)
 class OmniConfig:
-    """Everything that a YAML says.
-
-    outputs: stages (their text, images or audio) and "stage.port" tensors. max_memory_gb: for weights, KV pools and
-    caches of all stages. max_gpu_utilization: the share of an accelerator's memory that may be planned for.
-    request_timeout: seconds that a request may take when it does not say itself. worker_timeout: seconds that a
-    stage may hold work without any progress before its requests fail.
-    """
+    """Everything that a YAML says."""
 
     name: str = "omni"
-    model: str | None = None
+    model: str | None = None  # what `${model}` stands for in the stages
     stages: Mapping[str, StageConfig] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()  # stages (their text, images or audio) and "stage.port" tensors
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     dit_cache: DiTCacheConfig = field(default_factory=DiTCacheConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
-    max_memory_gb: float = 16.0
-    max_gpu_utilization: float = 0.8
-    request_timeout: float = 300.0
-    worker_timeout: float = 60.0
+    max_memory_gb: float = 16.0  # for weights, KV pools and caches of all stages
+    max_gpu_utilization: float = 0.8  # the share of an accelerator's memory that may be planned for
+    request_timeout: float = 300.0  # seconds that a request may take when it does not say itself
+    worker_timeout: float = 60.0  # seconds that a stage may hold work without progress before its requests fail
 
     def validate(self) -> None:
         """Checks every number; raises ConfigError with the key, what it got and what was expected."""

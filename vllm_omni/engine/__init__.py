@@ -1,1 +1,1 @@
-"""Stage engines: each turns tasks into payloads, one batch iteration a step."""
+"""Stage kinds: what is known of a stage before it is loaded (a spec), and what runs it, a batch a step (an engine)."""

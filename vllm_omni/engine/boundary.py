@@ -22,13 +22,13 @@ def stage_boundary(stage: str) -> Iterator[None]:
 
 def stage_error(stage: str, cause: Exception) -> StageError:
     """A StageError that names the stage. The cause keeps its lines, but lets go of its frames' tensors."""
-    let_go(cause)
+    clear_frames(cause)
     error = StageError(f"stage {stage!r} failed: {describe(cause)}")
     error.__cause__ = cause
     return error
 
 
-def let_go(error: BaseException) -> None:
+def clear_frames(error: BaseException) -> None:
     """Clears the frames that an error, and those that it was raised from, went through: who keeps it keeps its lines,
     but no engine and no tensor. Frames that still run stay as they are, and so does what the caller was handling.
     """

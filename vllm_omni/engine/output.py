@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vllm_omni.core.routing.request_state import RequestEnd
-from vllm_omni.engine.boundary import let_go, stage_boundary
+from vllm_omni.engine.boundary import clear_frames, stage_boundary
 from vllm_omni.errors import InvalidRequestError, OmniError, StageError
 from vllm_omni.media.audio import Audio
 from vllm_omni.messages import StageProgress, StageRows
@@ -29,7 +29,7 @@ def make_output(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
     """
     output = _output_of(end, outputs)
     if output.error is not None:
-        let_go(output.error)
+        clear_frames(output.error)
     return output
 
 

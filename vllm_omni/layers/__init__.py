@@ -1,1 +1,1 @@
-"""Building blocks of language models: paged attention, norms, rotary positions, fused projections, sampling."""
+"""What models are built of: attention, projections, norms, rotary positions, sampling, and the reading of weights."""

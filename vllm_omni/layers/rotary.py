@@ -83,11 +83,17 @@ def _section_axes(sections: object, head_dim: int) -> Tensor | None:
 
 
 def _scaled_frequencies(head_dim: int, max_positions: int, rope: Mapping[str, Any]) -> tuple[Tensor, float]:
-    from transformers import Qwen3Config
+    from transformers import PretrainedConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     try:
-        config = Qwen3Config(head_dim=head_dim, max_position_embeddings=max_positions, rope_parameters=dict(rope))
+        config = PretrainedConfig(
+            hidden_size=head_dim,
+            num_attention_heads=1,
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            rope_parameters=dict(rope),
+        )
         frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device=torch.device("cpu"))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(

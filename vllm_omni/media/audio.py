@@ -24,15 +24,14 @@ MAX_INLINE_S = 120.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audio:
-    """samples: float32 [channels, n], -1 to 1 at full scale, read-only (a view: not copied). sample_rate: Hz. start:
-    where a part of a longer sound begins in it, in samples.
+    """Samples and their rate; the data is not copied.
 
     InvalidRequestError for another shape or dtype, a rate outside 1,000 to 384,000 Hz, and samples that are not finite.
     """
 
-    samples: Samples
-    sample_rate: int
-    start: int = 0
+    samples: Samples  # float32 [channels, n], -1 to 1 at full scale, read-only
+    sample_rate: int  # Hz
+    start: int = 0  # where a part of longer audio begins in it, in samples
 
     def __post_init__(self) -> None:
         check_number(

@@ -29,11 +29,11 @@ MAX_MISSING_S = 0.1  # a compressed file may be that much shorter than it says
 
 @dataclass(frozen=True, slots=True)
 class AudioHeader:
-    """What a sound is before its samples are read. num_frames: samples of each channel."""
+    """What audio is before its samples are read."""
 
-    sample_rate: int
+    sample_rate: int  # Hz
     num_channels: int
-    num_frames: int
+    num_frames: int  # samples of each channel
 
     @property
     def duration_s(self) -> float:

@@ -17,14 +17,12 @@ MAX_FPS = 240.0
 
 @dataclass(frozen=True, slots=True)
 class MediaPart:
-    """One image, audio or video in a message. source: what the caller gave. name: how messages call it. fps: frames per
-    second that the model is to see, None for the usual.
-    """
+    """One image, audio or video in a message."""
 
-    kind: str
-    source: Any
-    name: str
-    fps: float | None = None
+    kind: str  # "image", "audio" or "video"
+    source: Any  # what the caller gave
+    name: str  # what error messages call it
+    fps: float | None = None  # frames per second that the model is to see; None: as many as it usually does
 
 
 def is_messages(prompt: Prompt) -> TypeGuard[Messages]:

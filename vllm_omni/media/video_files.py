@@ -28,15 +28,13 @@ EXPECTED = "MP4, MOV, WebM, MKV or AVI"
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """What a video is before it is decoded. height, width: pixels as stored, before a rotation that the file asks for.
-    fps: its own frames per second. sound: its first sound track, None where it is silent.
-    """
+    """What a video is before it is decoded."""
 
-    height: int
+    height: int  # pixels as stored, before a rotation that the file asks for
     width: int
     num_frames: int
-    fps: float
-    sound: AudioHeader | None = None
+    fps: float  # its own frames per second
+    sound: AudioHeader | None = None  # of its first audio track; None where it is silent
 
     @property
     def duration_s(self) -> float:

@@ -1,1 +1,1 @@
-"""Models, one per file, and how their weights are loaded and shared."""
+"""Model families, a folder each, with a README: leaves that the registry alone names."""

@@ -1,1 +1,1 @@
-"""Runners: they hold weights and device memory and run one batch."""
+"""What runs models: their contracts, the runners that compute a batch, loaded weights, and threads for media."""

@@ -22,7 +22,7 @@ from vllm_omni.config.schema import LimitsConfig, StageConfig
 from vllm_omni.engine.base import ReadPorts
 from vllm_omni.engine.diffusers.engine import DiffusersEngine
 from vllm_omni.engine.diffusers.options import DiffusersOptions
-from vllm_omni.entrypoints.check import describe
+from vllm_omni.entrypoints.cli.graph_report import describe
 from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
 from vllm_omni.executor.memory import plan_memory
 from vllm_omni.executor.pipeline import Pipeline

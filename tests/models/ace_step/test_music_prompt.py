@@ -15,7 +15,7 @@ from support.music import EVERYTHING, HOP, POOL, RATE, TEXTS, Prompter, codes, s
 
 from vllm_omni import DiffusionParams
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.models.ace_step.prompt_options import REQUEST_KEYS
+from vllm_omni.models.ace_step.prompt.options import REQUEST_KEYS
 from vllm_omni.models.ace_step.request import MusicOutline
 from vllm_omni.payload import DataSpec, TensorSpec, TextSpec
 

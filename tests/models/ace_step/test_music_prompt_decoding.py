@@ -18,8 +18,8 @@ from vllm_omni.engine.base import Activity
 from vllm_omni.errors import StageError
 from vllm_omni.media.audio_files import BLOCK_FRAMES
 from vllm_omni.messages import StageDone, StageFailed
-from vllm_omni.models.ace_step import prompt_stage
-from vllm_omni.models.ace_step.request_reader import MusicRequestReader
+from vllm_omni.models.ace_step.prompt import stage as prompt_stage
+from vllm_omni.models.ace_step.prompt.request_reader import MusicRequestReader
 
 
 def test_a_sound_may_be_a_file_and_one_that_goes_bad_fails_its_request_alone(

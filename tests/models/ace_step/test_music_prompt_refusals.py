@@ -12,8 +12,8 @@ from support.music import EVERYTHING, RATE, Prompter, codes, save_folder, sound
 from vllm_omni import DiffusionParams
 from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
-from vllm_omni.models.ace_step.prompt_options import MusicPromptOptions
-from vllm_omni.models.ace_step.prompt_spec import MusicPromptSpec
+from vllm_omni.models.ace_step.prompt.options import MusicPromptOptions
+from vllm_omni.models.ace_step.prompt.spec import MusicPromptSpec
 from vllm_omni.utils.files import ModelFolders
 
 

@@ -17,14 +17,12 @@ from vllm_omni.errors import CacheError, ResourceError
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of a sequence, to be computed in one step. `samples`: the last one's logits give the next
-    token.
-    """
+    """Tokens [start, end) of a sequence, to be computed in one step."""
 
     sequence: Sequence
     start: int
     end: int
-    samples: bool
+    samples: bool  # the logits of the last token give the next one
 
     @property
     def num_tokens(self) -> int:

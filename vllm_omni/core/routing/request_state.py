@@ -22,14 +22,14 @@ from vllm_omni.request import OmniRequest, RequestStatus
 
 @dataclass(frozen=True, slots=True)
 class RequestEnd:
-    """How a request ended. abandoned: the stages that still work on it and must forget it."""
+    """How a request ended."""
 
     request: OmniRequest
     status: RequestStatus
     payloads: Mapping[str, StagePayload] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     error: OmniError | None = None
-    abandoned: tuple[str, ...] = ()
+    abandoned: tuple[str, ...] = ()  # the stages that still work on it and must forget it
 
 
 class RequestState:
@@ -80,7 +80,7 @@ class RequestState:
         self.running[stage] = now
         self.metrics[stage] = {"queued_s": now - ready_s, "started_s": now - self.admitted_s}
         inputs = {edge.target_port: self._input(edge) for edge in self._awaited.pop(stage)}
-        self._let_go()
+        self._forget_unread()
         return inputs
 
     def add_rows(self, stage: str, port: str, num_rows: int, is_last: bool, now: float) -> list[Edge]:
@@ -218,7 +218,7 @@ class RequestState:
                 else:
                     self._leave_out(edge, now)
             to_skip += [source for source in sources if self._is_in_vain(source)]
-        self._let_go()
+        self._forget_unread()
 
     def _is_required(self, edge: Edge) -> bool:
         return edge.target_port in self.plan.stages[edge.target].required_inputs
@@ -244,7 +244,7 @@ class RequestState:
         """What stages that have not started read whole."""
         return {edge.origin for edges in self._awaited.values() for edge in edges if edge.stream is None}
 
-    def _let_go(self) -> None:
+    def _forget_unread(self) -> None:
         awaited = self._whole_origins()
         self._values = {origin: value for origin, value in self._values.items() if origin in awaited}
 

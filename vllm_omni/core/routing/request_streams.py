@@ -112,15 +112,15 @@ class RequestStreams:
                 return RequestTimeoutError(f"{edge}: no chunk came for {limit_s:g} s; {fix}")
         return None
 
-    def check_integrity(self, running: Collection[str], settled: Collection[str]) -> None:
+    def check_integrity(self, running: Collection[str], ended: Collection[str]) -> None:
         """Raises SchedulerError when a stream has no reader to come or is open without a writer, or when a stage that
         does not run is paused.
         """
         for edge, stream in self._streams.items():
             stream.check_integrity()
-            if edge.target in settled:
+            if edge.target in ended:
                 raise SchedulerError(f"{edge}: rows are kept for a stage that has ended")
-            if edge.source in settled and not stream.is_closed:
+            if edge.source in ended and not stream.is_closed:
                 raise SchedulerError(f"{edge}: open, though its writer has ended")
         if not self.paused <= set(running):
             raise SchedulerError(f"{sorted(self.paused)} are paused, but only {sorted(running)} run")

@@ -71,7 +71,7 @@ class ARJob(ABC):
         """How a sequence that writes samples."""
 
     @abstractmethod
-    def take(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
+    def record(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
         """Tokens of a sequence have been computed, and perhaps one sampled."""
 
     @property

@@ -191,7 +191,7 @@ class AREngine(StageEngine):
         try:
             if isinstance(token, StageError):
                 raise token
-            events = job.take(sequence, token)
+            events = job.record(sequence, token)
             if job.is_done:
                 events.append(self._finish(job))
             elif job.is_over(sequence):

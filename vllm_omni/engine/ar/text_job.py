@@ -92,7 +92,7 @@ class TextJob(ARJob):
     def row_of(self, sequence: Sequence) -> SamplingRow:
         return self.samples[sequence.sequence_id].generation.row
 
-    def take(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
+    def record(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
         events: list[StageEvent] = []
         is_first = sequence is self.sequences[0]
         if token is not None:

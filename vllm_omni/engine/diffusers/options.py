@@ -11,12 +11,10 @@ OUTPUTS = ("image", "audio")
 
 @dataclass(frozen=True, slots=True)
 class DiffusersOptions:
-    """output: what the pipeline makes, "image" or "audio". pipeline: the class of diffusers that runs the folder
-    (default: the one that its model_index.json names).
-    """
+    """The YAML keys of a `diffusers` stage."""
 
-    output: str
-    pipeline: str | None = None
+    output: str  # what the pipeline makes: "image" or "audio"
+    pipeline: str | None = None  # the class of diffusers that runs the folder; None: that of its model_index.json
 
     def __post_init__(self) -> None:
         if self.output not in OUTPUTS:

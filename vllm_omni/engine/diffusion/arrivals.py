@@ -12,10 +12,10 @@ from vllm_omni.engine.diffusion.job import DiffusionJob
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """chunk: None for a task whose inputs are all there; else what a streamed port brought, unchecked."""
+    """A task whose inputs are there, or a chunk for one that runs."""
 
     job: DiffusionJob
-    chunk: object = None
+    chunk: object = None  # what a streamed port brought, unchecked; None for a task
 
 
 class ArrivalQueue:

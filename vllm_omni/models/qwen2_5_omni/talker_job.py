@@ -98,7 +98,7 @@ class TalkerJob(ARJob):
     def row_of(self, sequence: Sequence) -> SamplingRow:
         return self._started.row
 
-    def take(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
+    def record(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
         events = self._consumed(sequence)
         if token is None:
             return events

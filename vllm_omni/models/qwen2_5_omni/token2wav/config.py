@@ -22,9 +22,7 @@ SAMPLE_RATE = 24_000  # the published models'; their config does not say it
 
 @dataclass(frozen=True, slots=True)
 class DiTConfig:
-    """`dit_config`. block_size is in mel frames; a code is `repeats` of them. rope_theta may also stand in
-    `rope_parameters`.
-    """
+    """`dit_config`."""
 
     hidden_size: int = 1024
     num_hidden_layers: int = 22
@@ -32,12 +30,12 @@ class DiTConfig:
     ff_mult: int = 2
     emb_dim: int = 512
     head_dim: int = 64
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # may also stand in `rope_parameters`
     max_position_embeddings: int = 32768
-    block_size: int = 24
+    block_size: int = 24  # mel frames
     look_ahead_layers: tuple[int, ...] = (10,)
     look_backward_layers: tuple[int, ...] = (0, 20)
-    repeats: int = 2
+    repeats: int = 2  # mel frames of a code
     num_embeds: int = 8193
     mel_dim: int = 80
     enc_emb_dim: int = 192

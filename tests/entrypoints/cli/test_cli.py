@@ -18,9 +18,10 @@ from vllm_omni import Audio
 from vllm_omni.config import EdgeConfig, OmniConfig, StageConfig
 from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.loader import load_config
-from vllm_omni.entrypoints.check import draw_graph
-from vllm_omni.entrypoints.cli import main, prompt_inputs, stage_params
-from vllm_omni.entrypoints.output_files import OutputFiles
+from vllm_omni.entrypoints.cli import main
+from vllm_omni.entrypoints.cli.generate import prompt_inputs, stage_params
+from vllm_omni.entrypoints.cli.graph_report import draw_graph
+from vllm_omni.entrypoints.cli.output_files import OutputFiles
 from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult

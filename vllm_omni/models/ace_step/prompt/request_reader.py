@@ -11,8 +11,14 @@ from vllm_omni.errors import InvalidRequestError
 from vllm_omni.media.audio_input import check_audio
 from vllm_omni.models.ace_step.audio_codes import find_codes, is_codes_alone
 from vllm_omni.models.ace_step.geometry import MusicGeometry
-from vllm_omni.models.ace_step.musical_facts import listed, read_bpm, read_keyscale, read_language, read_timesignature
-from vllm_omni.models.ace_step.prompt_options import MusicPromptOptions
+from vllm_omni.models.ace_step.prompt.musical_facts import (
+    listed,
+    read_bpm,
+    read_keyscale,
+    read_language,
+    read_timesignature,
+)
+from vllm_omni.models.ace_step.prompt.options import MusicPromptOptions
 from vllm_omni.models.ace_step.request import MusicOutline, MusicRequest, MusicSources
 from vllm_omni.params import DiffusionParams
 from vllm_omni.request import OmniRequest

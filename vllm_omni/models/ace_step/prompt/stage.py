@@ -20,15 +20,15 @@ from vllm_omni.media.audio_files import Samples
 from vllm_omni.media.audio_input import read_audio
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask
 from vllm_omni.models.ace_step.geometry import MusicGeometry
-from vllm_omni.models.ace_step.request import MusicRequest
-from vllm_omni.models.ace_step.request_reader import read_caption
-from vllm_omni.models.ace_step.texts import (
+from vllm_omni.models.ace_step.prompt.request_reader import read_caption
+from vllm_omni.models.ace_step.prompt.texts import (
     INSTRUCTIONS,
     format_caption,
     format_lyrics,
     format_metas,
     format_planner_prompt,
 )
+from vllm_omni.models.ace_step.request import MusicRequest
 from vllm_omni.payload import StagePayload
 from vllm_omni.worker.background import BackgroundJob, Stop
 

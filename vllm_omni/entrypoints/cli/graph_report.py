@@ -8,7 +8,7 @@ from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.schema import OmniConfig, StreamConfig
 from vllm_omni.core.routing.budgets import GIB, MIB, format_bytes
 from vllm_omni.engine.base import MemoryPlan
-from vllm_omni.entrypoints.text_table import aligned
+from vllm_omni.entrypoints.cli.text_table import aligned
 from vllm_omni.executor.pipeline import Pipeline
 
 

@@ -10,10 +10,10 @@ from vllm_omni.engine.base import EngineContext, ReadPorts, StageSpec, model_fol
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.models.ace_step.folder import AceStepFolder
 from vllm_omni.models.ace_step.geometry import MusicGeometry
-from vllm_omni.models.ace_step.prompt_options import MusicPromptOptions
-from vllm_omni.models.ace_step.prompt_stage import MusicPromptEngine
+from vllm_omni.models.ace_step.prompt.options import MusicPromptOptions
+from vllm_omni.models.ace_step.prompt.request_reader import MusicRequestReader
+from vllm_omni.models.ace_step.prompt.stage import MusicPromptEngine
 from vllm_omni.models.ace_step.request import MusicRequest
-from vllm_omni.models.ace_step.request_reader import MusicRequestReader
 from vllm_omni.params import DiffusionParams, StageParams
 from vllm_omni.payload import DataSpec, StageSignature, TensorSpec, TextSpec
 from vllm_omni.request import OmniRequest

@@ -1,0 +1,5 @@
+"""The command line: generate, check, models. Only a command that needs torch imports it."""
+
+from vllm_omni.entrypoints.cli.app import build_parser, main
+
+__all__ = ["build_parser", "main"]

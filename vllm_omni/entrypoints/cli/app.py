@@ -1,0 +1,68 @@
+"""The parser of the command line, and what becomes of an error in a command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from vllm_omni import __version__
+from vllm_omni.entrypoints.cli import check, generate, models
+from vllm_omni.entrypoints.cli.console import complain
+from vllm_omni.errors import OmniError
+
+EXAMPLES = """\
+examples:
+  vllm-omni generate "a red circle left of a blue square" -o out.png
+  vllm-omni generate "C4 then E4 then G4, square, fast" --config tiny_audio -o melody.wav --input duration_s=2
+  vllm-omni generate "could you draw me a crimson ball" --config tiny_omni -o out/ --metrics
+  vllm-omni generate "a lighthouse at dusk" --model path/to/Z-Image-Turbo --steps 9 --height 1024 --width 1024
+  vllm-omni generate "Why is the sky blue?" --model path/to/Qwen3-0.6B --max-tokens 200
+  vllm-omni generate "a large pink star" --set image.cache.policy=first_block --set image.cache.threshold=0.1
+  vllm-omni check tiny_omni
+  vllm-omni models
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 for an error (one line on stderr), 2 for a wrong command line."""
+    args = build_parser().parse_args(argv)
+    try:
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
+    except (
+        BrokenPipeError
+    ):  # the reader of a pipe (`| head`) has seen enough; keeps the interpreter from a second complaint
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OmniError as error:
+        complain(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-omni",
+        description="Multi-stage omni-modal inference: language models and diffusion models as stages of one graph.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-omni {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run_prompts = commands.add_parser(
+        "generate",
+        help="run prompts through a graph",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    generate.add_arguments(run_prompts)
+    check.add_arguments(
+        commands.add_parser("check", help="validate a config, draw its graph, plan its memory; loads no weights")
+    )
+    models.add_arguments(commands.add_parser("models", help="list shipped configs and models, and what is supported"))
+    return parser

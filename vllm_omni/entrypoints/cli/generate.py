@@ -1,0 +1,149 @@
+"""`vllm-omni generate`: prompts of the command line through a graph, and its outputs into files."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_omni.entrypoints.cli.config_options import add_config_options
+from vllm_omni.entrypoints.cli.console import complain, say
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.request import TEXT_KEYS
+from vllm_omni.utils.checks import number_complaint
+
+if TYPE_CHECKING:
+    from vllm_omni.config.schema import OmniConfig
+    from vllm_omni.params import StageParams
+    from vllm_omni.request import OmniOutput
+
+DEFAULT_CONFIG = "tiny_image"
+# flag -> the fields of a stage's params that it may fill; the first that any stage has is filled in all that have it
+PARAM_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "seed": ("seed",),
+    "steps": ("num_inference_steps",),
+    "height": ("height",),
+    "width": ("width",),
+    "guidance": ("guidance_scale",),
+    "max_tokens": ("max_tokens",),
+    "temperature": ("temperature",),
+    "n": ("num_outputs", "n"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `generate`."""
+    parser.set_defaults(run=run)
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="one request each")
+    parser.add_argument("--config", metavar="X", help=f"a stage config (default: the model's, else {DEFAULT_CONFIG})")
+    add_config_options(parser)
+    parser.add_argument(
+        "-o", "--output", metavar="PATH", help="picture, sound (.wav .flac .ogg) or folder (default: out.png, out.wav)"
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help='what a stage reads besides the prompt: bpm=90, lyrics="la la", audio=song.wav',
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
+    _add_param_options(parser)
+    parser.add_argument("--metrics", action="store_true", help="print what every stage did for every prompt")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no names of written files")
+
+
+def _add_param_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parameters (default: the config's `defaults`)")
+    group.add_argument("--seed", type=int, help="the same seed gives the same answer")
+    group.add_argument("--steps", type=int, help="denoising steps")
+    group.add_argument("--height", type=int, help="pixels")
+    group.add_argument("--width", type=int, help="pixels")
+    group.add_argument("--guidance", type=float, help="guidance scale")
+    group.add_argument("--max-tokens", type=int, help="most tokens that a stage writes")
+    group.add_argument("--temperature", type=float, help="0 is greedy")
+    group.add_argument("--n", type=int, help="pictures or sounds per prompt (texts, where the config makes none)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code: 1 where some request failed."""
+    from vllm_omni.entrypoints.cli.output_files import OutputFiles
+    from vllm_omni.entrypoints.loading import resolve_config
+    from vllm_omni.entrypoints.omni import Omni
+
+    files = OutputFiles(args.output)
+    inputs = prompt_inputs(args.input, args.negative_prompt)
+    name = args.config if args.config or args.model else DEFAULT_CONFIG
+    config = resolve_config(name, model=args.model, overrides=args.set)
+    params = stage_params(config, vars(args))
+    prompts = [{"prompt": prompt, **inputs} for prompt in args.prompts]
+    with Omni(config, progress=not args.quiet) as omni:
+        outputs = omni.generate(prompts, params)
+    for output in outputs:
+        for completion in output.completions:
+            print(completion.text)
+    _report(outputs, args)
+    for path in files.write(outputs):
+        say(f"wrote {path}", args.quiet)
+    return int(any(output.error is not None for output in outputs))
+
+
+def prompt_inputs(given: Sequence[str], negative_prompt: str | None) -> dict[str, str | float]:
+    """Keys of a prompt dict, of every `--input key=value`. A value that is a number, or a string in double quotes, is
+    read as JSON ('90', '"90"', '"two\\nlines"'), any other as it stands.
+
+    Raises InvalidRequestError for a key that is missing, given twice, or said by another argument.
+    """
+    inputs: dict[str, str | float] = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+    for item in given:
+        key, equals, text = item.partition("=")
+        if not key or not equals:
+            raise InvalidRequestError(f"--input: got {item!r}, expected key=value such as duration_s=30")
+        if key in (*TEXT_KEYS, *inputs):
+            raise InvalidRequestError(f"--input {key}: the command line says it already; give it once")
+        inputs[key] = _input_value(text)
+    return inputs
+
+
+def _input_value(text: str) -> str | float:
+    try:
+        value: str | float = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    is_taken = isinstance(value, str) or number_complaint("", value) is None
+    return value if is_taken else text
+
+
+def stage_params(config: OmniConfig, flags: Mapping[str, Any]) -> dict[str, StageParams]:
+    """Stage -> the params that the given flags fill; only stages with a result of their own (no encoders) take part.
+
+    Raises InvalidRequestError for a flag that no stage takes.
+    """
+    from vllm_omni.executor.pipeline import Pipeline
+
+    types = {name: spec.params_type for name, spec in Pipeline(config).specs.items() if spec.signature.results}
+    fields = {name: {field.name for field in dataclasses.fields(params_type)} for name, params_type in types.items()}
+    given: dict[str, dict[str, Any]] = {}
+    for flag, candidates in PARAM_FLAGS.items():
+        if flags[flag] is None:
+            continue
+        taken = [c for c in candidates if any(c in known for known in fields.values())]
+        if not taken:
+            raise InvalidRequestError(
+                f"--{flag.replace('_', '-')}: no stage of {config.name!r} takes {candidates[0]!r}"
+            )
+        for name, known in fields.items():
+            if taken[0] in known:
+                given.setdefault(name, {})[taken[0]] = flags[flag]
+    return {name: types[name](**values) for name, values in given.items()}
+
+
+def _report(outputs: Sequence[OmniOutput], args: argparse.Namespace) -> None:
+    for index, output in enumerate(outputs):
+        if output.error is not None:
+            complain(output.error, f"prompt {index}: ")
+        for stage, metrics in output.metrics.items() if args.metrics else ():
+            words = (f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in metrics.items())
+            say(f"prompt {index}  {stage}  {'  '.join(words)}")

@@ -1,0 +1,41 @@
+"""`vllm-omni models`: what ships, what finds its config by itself, what is registered."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vllm_omni.entrypoints.cli.text_table import aligned
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`models` has no arguments."""
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the lists."""
+    from vllm_omni import registry
+    from vllm_omni.config.shipped import shipped_configs, supported_checkpoints
+    from vllm_omni.utils.files import assets_folder
+
+    folder = assets_folder()
+    assets = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    about = [(name, _first_comment(path)) for name, path in shipped_configs().items()]
+    print(
+        "\n".join(
+            ["Shipped configs", *aligned(about), "", "Models that ship", *(f"  asset://{name}" for name in assets)]
+        )
+    )
+    print(
+        "\n".join(
+            ["", "Checkpoints that find their config by themselves", *aligned(sorted(supported_checkpoints().items()))]
+        )
+    )
+    rows = [(table, ", ".join(registry.names(table))) for table in registry.TABLES]
+    print("\n".join(["", "Registered", *aligned(rows)]))
+    return 0
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
