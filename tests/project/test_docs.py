@@ -27,6 +27,7 @@ from vllm_omni import errors, registry
 from vllm_omni.config.document import ConfigDocument, ResourcesGroup, SchedulerGroup
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, StageConfig, StreamConfig
+from vllm_omni.config.shipped import supported_checkpoints
 from vllm_omni.engine.ar.options import AROptions, Tap
 from vllm_omni.engine.ar.prompt import DEFAULT_MAX_TOKENS
 from vllm_omni.engine.diffusers.options import DiffusersOptions
@@ -314,6 +315,11 @@ def test_every_step_cache_and_every_key_of_one_stands_in_a_table() -> None:
     for row, (name, field) in zip(rows, STEP_CACHE_KEYS, strict=True):
         assert row[0] == f"`{name}`"
         check_config_row(row[1:], field)
+
+
+def test_every_config_that_is_picked_for_a_checkpoint_is_named() -> None:
+    (paragraph,) = re.findall(r"^\*\*Finding a file\*\*.*?^$", read(PAGES[1]), flags=re.MULTILINE | re.DOTALL)
+    assert set(supported_checkpoints().values()) <= set(re.findall(r"`(\w+)`", paragraph))
 
 
 def test_every_request_key_of_music_has_a_row() -> None:
