@@ -1,17 +1,24 @@
-# make setup: a virtual environment with the package and its tools · make demo: pictures, sounds, speech · make test · make lint · make bench
+# make setup: a virtual environment with the package and its tools, at the versions of constraints.txt
+# make demo: pictures, sounds, speech · make test · make lint · make bench
+# make test-newest, make test-oldest: the suite in an environment of the newest, the oldest versions allowed
+# make pins: constraints.txt from the newest versions, when the suite has passed with them
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NEWEST := .venv-newest
+OLDEST := .venv-oldest
+# Much that is pinned does not run on Python 3.10, where what does run has stopped moving: it takes the last of each.
+PINS = $$($(BIN)/python -c 'import sys; print("--constraint constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test test-newest test-oldest pins lint bench
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet $(PINS) --editable . --group dev
 	touch $@
 
 demo: setup
@@ -20,6 +27,21 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest --cov=vllm_omni --cov-fail-under=85
+
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . --group dev
+	$(NEWEST)/bin/python -m pytest
+
+test-oldest:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . --group dev
+	$(OLDEST)/bin/python -m pytest
+
+pins: test-newest
+	$(NEWEST)/bin/python -m tools.pins
 
 lint: setup
 	$(BIN)/ruff check .
