@@ -405,6 +405,7 @@ def test_commands_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     lines = shell_lines(ROOT / "README.md")
     assert {line[0] for line in lines} == {"make", "pip", "python", "vllm-omni"}
+    lines += [["make", target] for target in re.findall(r"`make ([\w-]+)`", read(ROOT / "README.md"))]
     for command, *arguments in lines:
         if command == "vllm-omni":
             build_parser().parse_args(arguments)
