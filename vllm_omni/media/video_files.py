@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import av.error
@@ -24,6 +24,8 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 MAX_MISSING_FRAMES = 2  # a container may count frames that no decoder shows
 CODING_MARGIN = 64  # a codec rounds sizes up
 EXPECTED = "MP4, MOV, WebM, MKV or AVI"
+# wrong bytes in a file's tags do not keep it from being read: PyAV 19 replaces them by itself
+READ_ANY_TAGS: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class VideoReader:
         self._name = name
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
         try:
-            self._container = av.open(file, "r", options=options, metadata_errors="ignore")
+            self._container = av.open(file, "r", options=options, **READ_ANY_TAGS)
         except (av.error.FFmpegError, ValueError) as error:
             raise InvalidRequestError(
                 f"{name}: got a file that is no whole video ({_reason(error)}), expected {EXPECTED}"
