@@ -1,4 +1,4 @@
-"""Qwen3's hidden states in Python: one AR stage that only encodes, several prompts in one batch, two layers tapped.
+"""Hidden states in Python: one AR stage that only encodes, several prompts in one batch, two layers tapped.
 
 Prints how alike the prompts are (cosine of their last tokens' states, less the mean): the model that ships puts a
 "crimson ball" next to a "red circle". -o keeps the states in a safetensors file.
@@ -33,7 +33,9 @@ def config(model: str) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", default=PROMPTS)
-    parser.add_argument("--model", default="asset://tiny-image/text_encoder", help="a Qwen3 folder or hub id")
+    parser.add_argument(
+        "--model", default="asset://tiny-image/text_encoder", help="folder or hub id of a Llama, Qwen2 or Qwen3"
+    )
     parser.add_argument("-o", "--output", help="a .safetensors file")
     args = parser.parse_args()
 

@@ -76,7 +76,7 @@ def resolve(table: str, name: str) -> Any:
 
 
 def register(table: str, name: str, target: str) -> None:
-    """Adds a row: `register("stage kind", "echo", "my_package.echo:EchoEngine")`."""
+    """Adds a row: `register("stage kind", "echo", "my_package.echo:EchoSpec")`."""
     if table not in TABLES:
         raise ConfigError(f"table: got {table!r}{did_you_mean(table, TABLES)}")
     if ":" not in target:

@@ -27,16 +27,17 @@ from vllm_omni import errors, registry
 from vllm_omni.config.document import ConfigDocument, ResourcesGroup, SchedulerGroup
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, StageConfig, StreamConfig
+from vllm_omni.config.shipped import supported_checkpoints
 from vllm_omni.engine.ar.options import AROptions, Tap
 from vllm_omni.engine.ar.prompt import DEFAULT_MAX_TOKENS
 from vllm_omni.engine.diffusers.options import DiffusersOptions
-from vllm_omni.engine.diffusion.options import DiTOptions, StepCacheOptions
+from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.entrypoints.cli import build_parser
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.layers.sampler import SamplingRow
 from vllm_omni.models.ace_step.prompt.options import REQUEST_KEYS, MusicPromptOptions
-from vllm_omni.models.z_image.pipeline import ZImagePipeline
+from vllm_omni.models.z_image import trajectory as z_image
 from vllm_omni.params import DiffusionParams, SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -140,12 +141,14 @@ def rendered(function: Any, skip_first: bool) -> str:
     parameters = list(inspect.signature(function).parameters.values())[1 if skip_first else 0 :]
     words: list[str] = []
     for parameter in parameters:
-        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in words:
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(word.startswith("*") for word in words):
             words.append("*")
+        stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
         default = parameter.default
         named = inspect.isclass(default) or callable(default)
-        value = "" if default is parameter.empty else f"={default.__name__ if named else repr(default)}"
-        words.append(f"{parameter.name}{value}")
+        shown = default.__name__.replace("<lambda>", "...") if named else repr(default)
+        value = "" if default is parameter.empty else f"={shown}"
+        words.append(f"{stars}{parameter.name}{value}")
     return f"({', '.join(words)})"
 
 
@@ -158,8 +161,8 @@ def actual_call(call: str, names: Mapping[str, Any]) -> str:
         return found[1] + rendered(owner.__init__ if inspect.isclass(owner) else owner, inspect.isclass(owner))
     name = f"{found[1]}.{found[2]}"
     member = inspect.getattr_static(owner, found[2])
-    if isinstance(member, classmethod):
-        return name + rendered(member.__func__, True)
+    if isinstance(member, classmethod | staticmethod):
+        return name + rendered(member.__func__, isinstance(member, classmethod))
     return name + rendered(member, True) if inspect.isfunction(member) else name
 
 
@@ -179,7 +182,7 @@ def test_every_public_method_of_a_documented_class_is_listed(page: Path) -> None
     for name, found in names.items():
         bases = [base for base in names.values() if inspect.isclass(base) and base is not found]
         for member, value in vars(found).items() if inspect.isclass(found) else ():
-            is_method = isinstance(value, (classmethod, property)) or inspect.isfunction(value)
+            is_method = isinstance(value, (classmethod, staticmethod, property)) or inspect.isfunction(value)
             inherited = any(base in found.__mro__ and member in vars(base) for base in bases)
             if is_method and not member.startswith("_") and not inherited:
                 assert f"{name}.{member}" in listed
@@ -191,7 +194,7 @@ def test_listed_fields_are_the_fields_of_the_dataclass(page: Path) -> None:
     names = documented(read(page))
     for head, rows in tables(read(page)):
         for row in rows if head[0] == "Data" else ():
-            fields = re.findall(r"`(\w+)`", row[2])
+            fields = re.findall(r"`([a-z_]\w*)`", row[2])  # other names are those of classes
             assert fields == [field.name for field in dataclasses.fields(names[row[0].strip("`")])]
 
 
@@ -199,10 +202,8 @@ def test_listed_fields_are_the_fields_of_the_dataclass(page: Path) -> None:
 def test_every_exception_exists_and_every_config_key_is_a_key(page: Path) -> None:
     exceptions = first_cells(section(read(page), SECTIONS[4]), "Exception")
     assert exceptions and all(issubclass(getattr(errors, name), errors.OmniError) for name in exceptions)
-    keys = {f"cache.{key}" for key in field_names(StepCacheOptions)} | {
-        "outputs.<port>.layers",
-        "outputs.<port>.tokens",
-    }
+    keys = {"cache.policy", *(f"cache.{field.name}" for _, field in STEP_CACHE_KEYS)}
+    keys |= {f"outputs.<port>.{key}" for key in field_names(Tap)}
     for title, (found, _) in CONFIG_GROUPS.items():
         keys |= {f"{title.strip('`')}.{key}" if title.startswith("`") else key for key in field_names(found)}
     assert set(first_cells(section(read(page), SECTIONS[3]), "Key")) <= keys
@@ -229,7 +230,11 @@ CONFIG_GROUPS: dict[str, tuple[Any, frozenset[str]]] = {
     "Keys of a `music_prompt` stage": (MusicPromptOptions, frozenset()),
     "Keys of a `diffusers` stage": (DiffusersOptions, frozenset()),
 }
-INNER_GROUPS = {"Keys of an `ar` stage": Tap, "Keys of a `dit` stage": StepCacheOptions}
+STEP_CACHE_KEYS = [
+    (policy, field)
+    for policy in registry.TABLES["step cache"]
+    for field in dataclasses.fields(registry.resolve("step cache", policy).options_type)
+]
 
 
 def config_tables(title: str) -> list[list[Row]]:
@@ -256,18 +261,26 @@ def check_config_row(row: Row, field: dataclasses.Field[Any]) -> None:
     assert row[1] == type_words(field.type), field.name
     default = default_of(field)
     if default is dataclasses.MISSING:
-        assert row[2] in ("—", "by task"), field.name
+        assert row[2] == "—", field.name
     elif dataclasses.is_dataclass(default):
         assert row[2] == "see below", field.name
     else:
         assert yaml.safe_load(row[2].strip("`")) == plain(default), field.name
+    for choice in choices_of(field.type):
+        assert f"`{choice}`" in row[-1], field.name
+
+
+def choices_of(annotation: Any) -> list[str]:
+    """`Literal['a', 'b'] | None` -> "a", "b"."""
+    listed = re.findall(r"Literal\[([^]]*)\]", str(annotation))
+    return re.findall(r"'(\w+)'", " ".join(listed))
 
 
 def type_words(annotation: Any) -> str:
     """`Sequence[int] | None` -> "list"; what a reader who knows YAML and no Python expects."""
     words = {"int": "integer", "float": "number", "str": "string", "bool": "boolean", "Any": "any"}
     words |= {"Mapping": "mapping", "Sequence": "list", "tuple": "list", "Image": "image", "DType": "string"}
-    words |= {"SchedulerType": "string", "StepCacheOptions": "mapping"}
+    words |= {"SchedulerType": "string", "Literal": "string"}
     found: list[str] = []
     for part in re.sub(r"\[[^|]*\]", "", str(annotation)).split(" | "):
         word = words.get(part, "mapping" if part.endswith(("Group", "Config")) else part)
@@ -286,11 +299,27 @@ def test_every_config_key_stands_in_its_table_with_its_type_and_default(title: s
         check_config_row(row, fields[row[0].strip("`")])
 
 
-@pytest.mark.parametrize("title", INNER_GROUPS)
-def test_nested_config_keys_stand_in_their_table(title: str) -> None:
-    rows = config_tables(title)[1]
-    for row, field in zip(rows, dataclasses.fields(INNER_GROUPS[title]), strict=True):
+def test_the_keys_of_a_port_of_an_ar_stage_stand_in_their_table() -> None:
+    rows, fields = config_tables("Keys of an `ar` stage")[1], dataclasses.fields(Tap)
+    assert [choices_of(field.type) for field in fields] == [[], ["prompt", "completion", "followed"]]
+    for row, field in zip(rows, fields, strict=True):
         check_config_row(row, field)
+
+
+def test_every_step_cache_and_every_key_of_one_stands_in_a_table() -> None:
+    (policy,) = config_tables("Keys of a `dit` stage")[1]
+    assert policy[:3] == ["`policy`", "string", f"`{DiTOptions().policy}`"]
+    assert re.findall(r"`(\w+)`", policy[-1]) == list(registry.TABLES["step cache"])
+    found = tables(section(read(PAGES[1]), "Keys of a `dit` stage"))
+    (rows,) = [rows for head, rows in found if head[0] == "Policy"]
+    for row, (name, field) in zip(rows, STEP_CACHE_KEYS, strict=True):
+        assert row[0] == f"`{name}`"
+        check_config_row(row[1:], field)
+
+
+def test_every_config_that_is_picked_for_a_checkpoint_is_named() -> None:
+    (paragraph,) = re.findall(r"^\*\*Finding a file\*\*.*?^$", read(PAGES[1]), flags=re.MULTILINE | re.DOTALL)
+    assert set(supported_checkpoints().values()) <= set(re.findall(r"`(\w+)`", paragraph))
 
 
 def test_every_request_key_of_music_has_a_row() -> None:
@@ -346,8 +375,8 @@ def test_a_sampling_fallback_is_what_an_unset_parameter_does(name: str) -> None:
 def test_the_other_stated_fallbacks_are_those_of_the_code() -> None:
     stated = {case.values[1][0].strip("`"): case.values[1][3] for case in PARAM_ROWS}
     assert stated["max_tokens"] == f"`{DEFAULT_MAX_TOKENS}`"
-    assert f"Z-Image: `{ZImagePipeline.default_steps}`" in stated["num_inference_steps"]
-    assert f"Z-Image: `{ZImagePipeline.default_guidance}`" in stated["guidance_scale"]
+    assert f"Z-Image: `{z_image.DEFAULT_STEPS}`" in stated["num_inference_steps"]
+    assert f"Z-Image: `{z_image.DEFAULT_GUIDANCE}`" in stated["guidance_scale"]
 
 
 # Pages as a whole
@@ -376,6 +405,7 @@ def test_commands_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     lines = shell_lines(ROOT / "README.md")
     assert {line[0] for line in lines} == {"make", "pip", "python", "vllm-omni"}
+    lines += [["make", target] for target in re.findall(r"`make ([\w-]+)`", read(ROOT / "README.md"))]
     for command, *arguments in lines:
         if command == "vllm-omni":
             build_parser().parse_args(arguments)
