@@ -1,5 +1,5 @@
-"""One owner per thing, read from the syntax trees: where the objects that carry a decision are made, and where state that
-says it is written.
+"""One owner per thing, read from the syntax trees: where the objects that carry a decision are made, and where state
+that says it is written.
 """
 
 from __future__ import annotations
