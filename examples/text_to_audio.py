@@ -1,4 +1,4 @@
-"""Words to sound with the model that ships: notes, chords, four timbres. Saves the sound and a picture of it.
+"""Text to audio with the model that ships: notes, chords, four timbres. Saves the sound and a picture of it.
 
 python examples/text_to_audio.py "C4 then E4 then G4, square, fast" -o melody.wav
 """

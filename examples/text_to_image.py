@@ -1,4 +1,4 @@
-"""Words to a picture: the prompt is encoded by a Qwen3, whose hidden states condition a diffusion transformer.
+"""Text to image: the prompt is encoded by a Qwen3, whose hidden states condition a diffusion transformer.
 
 python examples/text_to_image.py "a large pink star" -o star.png --seed 7
 python examples/text_to_image.py "a lighthouse at dusk" --model path/to/Z-Image-Turbo --size 1024

@@ -1,4 +1,4 @@
-"""Words to speech with the model that ships: it reads out one to five words it knows.
+"""Text to speech with the model that ships: it reads out one to five words it knows.
 
 python examples/tiny_speech.py "please say three seven red" -o reply.wav
 """
