@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.utils.checks import check_number, did_you_mean
+from vllm_omni.utils.checks import brief, did_you_mean
+from vllm_omni.utils.plain import as_dict, as_list, as_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_SEED = 2**63 - 1
+MAX_ITEMS = 10_000  # of a list or mapping among the parameters
 P = TypeVar("P", bound="StageParams")
 
 
@@ -64,15 +66,11 @@ class SamplingParams(StageParams):
         _check_numbers(self, _SAMPLING_RANGES)
         _check_bools(self, ("ignore_eos", "skip_special_tokens"))
         if self.stop is not None:
-            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-            if not all(isinstance(s, str) and s for s in stop):
-                raise InvalidRequestError(f"stop: got {self.stop!r}, expected non-empty strings")
-            object.__setattr__(self, "stop", stop)
-        for name in ("stop_token_ids", "logit_bias"):
-            for token in getattr(self, name) or ():
-                check_number(name, token, 0, integer=True, raises=InvalidRequestError)
-        for token, bias in (self.logit_bias or {}).items():
-            check_number(f"logit_bias[{token}]", bias, -1e9, 1e9, raises=InvalidRequestError)
+            object.__setattr__(self, "stop", _checked_stop(self.stop))
+        if self.stop_token_ids is not None:
+            object.__setattr__(self, "stop_token_ids", _checked_token_ids(self.stop_token_ids))
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +97,14 @@ class DiffusionParams(StageParams):
         _check_numbers(self, _DIFFUSION_RANGES)
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise InvalidRequestError(f"negative_prompt: got {type(self.negative_prompt).__name__}, expected a string")
-        if self.output_type not in (None, "pil", "latent"):
-            raise InvalidRequestError(f"output_type: got {self.output_type!r}, expected 'pil' or 'latent'")
+        if self.output_type is not None and not (
+            isinstance(self.output_type, str) and self.output_type in ("pil", "latent")
+        ):
+            raise InvalidRequestError(f"output_type: got {brief(self.output_type)}, expected 'pil' or 'latent'")
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", _checked_sigmas(self.sigmas))
+        if self.extra is not None:
+            object.__setattr__(self, "extra", _checked_extra(self.extra))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> DiffusionParams:
         """As of every params class; of `extra`, each key that is not given takes its default."""
@@ -142,19 +144,58 @@ def _check_numbers(params: StageParams, ranges: Mapping[str, Mapping[str, Any]])
     for name, limits in ranges.items():
         value = getattr(params, name)
         if value is not None:
-            check_number(name, value, **limits, raises=InvalidRequestError)
+            object.__setattr__(params, name, as_number(name, value, **limits, raises=InvalidRequestError))
 
 
 def _check_bools(params: StageParams, names: Sequence[str]) -> None:
     for name in names:
         value = getattr(params, name)
         if value is not None and not isinstance(value, bool):
-            raise InvalidRequestError(f"{name}: got {value!r}, expected true or false")
+            raise InvalidRequestError(f"{name}: got {brief(value)}, expected true or false")
 
 
-def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
-    for index, sigma in enumerate(sigmas):
-        check_number(f"sigmas[{index}]", sigma, 0, 1, above_low=True, raises=InvalidRequestError)
-    if not sigmas or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
-        raise InvalidRequestError(f"sigmas: got {list(sigmas)!r}, expected a descending list of numbers in (0, 1]")
-    return tuple(float(sigma) for sigma in sigmas)
+def _checked_stop(stop: object) -> tuple[str, ...]:
+    expected = "a non-empty string, or a list of them"
+    given = (
+        [stop]
+        if isinstance(stop, str)
+        else as_list("stop", stop, MAX_ITEMS, raises=InvalidRequestError, expected=expected)
+    )
+    if not all(isinstance(item, str) and item for item in given):
+        raise InvalidRequestError(f"stop: got {brief(given)}, expected {expected}")
+    return tuple(str(item) for item in given)
+
+
+def _checked_token_ids(token_ids: object) -> tuple[int, ...]:
+    given = as_list("stop_token_ids", token_ids, MAX_ITEMS, raises=InvalidRequestError, expected="a list of token ids")
+    return tuple(as_number("stop_token_ids", token, 0, integer=True, raises=InvalidRequestError) for token in given)
+
+
+def _checked_bias(bias: object) -> dict[int, float]:
+    expected = "a mapping of token ids to numbers"
+    given = as_dict("logit_bias", bias, MAX_ITEMS, raises=InvalidRequestError, expected=expected)
+    found: dict[int, float] = {}
+    for token, value in given.items():
+        token_id = as_number("logit_bias", token, 0, integer=True, raises=InvalidRequestError)
+        found[token_id] = as_number(f"logit_bias[{token_id}]", value, -1e9, 1e9, raises=InvalidRequestError)
+    return found
+
+
+def _checked_sigmas(sigmas: object) -> tuple[float, ...]:
+    expected = "a descending list of numbers in (0, 1]"
+    given = as_list("sigmas", sigmas, MAX_ITEMS, raises=InvalidRequestError, expected=expected)
+    numbers = [
+        float(as_number(f"sigmas[{index}]", sigma, 0, 1, above_low=True, raises=InvalidRequestError))
+        for index, sigma in enumerate(given)
+    ]
+    if not numbers or any(a <= b for a, b in zip(numbers, numbers[1:], strict=False)):
+        raise InvalidRequestError(f"sigmas: got {brief(numbers)}, expected {expected}")
+    return tuple(numbers)
+
+
+def _checked_extra(extra: object) -> dict[str, Any]:
+    given = as_dict("extra", extra, MAX_ITEMS, raises=InvalidRequestError, expected="a mapping of names to values")
+    for key in given:
+        if not isinstance(key, str):
+            raise InvalidRequestError(f"extra: got the key {brief(key)}, expected a name")
+    return given

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
-from vllm_omni.utils.checks import check_number, did_you_mean
+from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.files import check_suffix
+from vllm_omni.utils.plain import as_dict, as_list, as_number, is_array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +28,8 @@ P = TypeVar("P", bound=StageParams)
 TEXT_KEYS = ("prompt", "prompt_token_ids", "messages")
 PROMPT_KEYS = frozenset({*TEXT_KEYS, "negative_prompt", "request_id", "priority", "timeout_s"})
 MAX_ID_LENGTH = 256
+MAX_KEYS = 1_000  # of a prompt dict, of parameters by stage
+MAX_PROMPT_ITEMS = 1_000_000  # token ids or messages; what a stage takes is far less
 
 
 class RequestStatus(enum.Enum):
@@ -70,13 +73,18 @@ class OmniRequest:
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not 0 < len(self.request_id) <= MAX_ID_LENGTH:
             raise InvalidRequestError(
-                f"request_id: got {self.request_id!r:.80}, expected 1 to {MAX_ID_LENGTH} characters"
+                f"request_id: got {brief(self.request_id)}, expected 1 to {MAX_ID_LENGTH} characters"
             )
-        _check_prompt(self.prompt)
+        object.__setattr__(self, "prompt", _checked_prompt(self.prompt))
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise InvalidRequestError(f"negative_prompt: got {type(self.negative_prompt).__name__}, expected a string")
         if self.timeout_s is not None:
-            check_number("timeout_s", self.timeout_s, 0, above_low=True, raises=InvalidRequestError)
+            timeout_s = as_number("timeout_s", self.timeout_s, 0, above_low=True, raises=InvalidRequestError)
+            object.__setattr__(self, "timeout_s", timeout_s)
+        if not isinstance(self.priority, str):
+            raise InvalidRequestError(f"priority: got {brief(self.priority)}, expected a name")
+        if self.params is not None and not isinstance(self.params, StageParams):
+            object.__setattr__(self, "params", _checked_params(self.params))
         object.__setattr__(self, "fields", _checked_fields(self.fields))
 
     @classmethod
@@ -88,16 +96,17 @@ class OmniRequest:
         """
         if not isinstance(prompt, Mapping):
             return cls(prompt=prompt, params=params)
-        fields = {key: value for key, value in prompt.items() if key not in PROMPT_KEYS}
-        texts = [key for key in TEXT_KEYS if prompt.get(key) is not None]
+        given = as_dict("prompt", prompt, MAX_KEYS, raises=InvalidRequestError, expected="keys and their values")
+        fields = {key: value for key, value in given.items() if key not in PROMPT_KEYS}
+        texts = [key for key in TEXT_KEYS if given.get(key) is not None]
         if len(texts) != 1:
             raise InvalidRequestError(
                 f"prompt: got {texts or 'none'} of 'prompt', 'prompt_token_ids' and 'messages', expected exactly one"
                 + _near_misses(fields)
             )
         others = ("negative_prompt", "request_id", "priority", "timeout_s")
-        rest = {key: prompt[key] for key in others if prompt.get(key) is not None}
-        return cls(prompt=prompt[texts[0]], params=params, fields=fields, **rest)
+        rest = {key: given[key] for key in others if given.get(key) is not None}
+        return cls(prompt=given[texts[0]], params=params, fields=fields, **rest)
 
     def params_for(self, stage: str, params_type: type[P]) -> P:
         """The parameters that the caller gave for one stage, unset where none were given."""
@@ -121,30 +130,48 @@ class OmniRequest:
         return self.negative_prompt or ""
 
 
-def _check_prompt(prompt: object) -> None:
+def _checked_prompt(prompt: object) -> Prompt:
+    """Text, a list of plain token ids, or a list of messages."""
+    expected = "a string, a non-empty list of token ids or of chat messages"
     if isinstance(prompt, str):
-        return
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not prompt:
-        raise InvalidRequestError(
-            f"prompt: got {type(prompt).__name__}, expected a string, a non-empty list of token ids or of chat messages"
-        )
-    if all(isinstance(item, Mapping) for item in prompt):
-        for index, message in enumerate(prompt):
-            if not isinstance(message.get("role"), str) or "content" not in message:
-                keys = sorted(map(str, message))
-                raise InvalidRequestError(f"prompt[{index}]: got the keys {keys}, expected 'role' and 'content'")
-        return
-    for index, token in enumerate(prompt):
-        check_number(f"prompt[{index}]", token, 0, integer=True, raises=InvalidRequestError, hint=" (a token id)")
+        return prompt
+    if isinstance(prompt, Mapping) or not (isinstance(prompt, Sequence) or is_array(prompt)):
+        raise InvalidRequestError(f"prompt: got {type(prompt).__name__}, expected {expected}")
+    items = as_list("prompt", prompt, MAX_PROMPT_ITEMS, raises=InvalidRequestError, expected=expected)
+    if not items:
+        raise InvalidRequestError(f"prompt: got {type(prompt).__name__}, expected {expected}")
+    if all(isinstance(item, Mapping) for item in items):
+        for index, message in enumerate(items):
+            _check_message(index, message)
+        return items
+    return [
+        as_number(f"prompt[{index}]", token, 0, raises=InvalidRequestError, integer=True, hint=" (a token id)")
+        for index, token in enumerate(items)
+    ]
+
+
+def _check_message(index: int, message: Mapping[Any, Any]) -> None:
+    expected = "'role' and 'content'"
+    given = as_dict(f"prompt[{index}]", message, MAX_KEYS, raises=InvalidRequestError, expected=expected)
+    if not isinstance(given.get("role"), str) or "content" not in given:
+        raise InvalidRequestError(f"prompt[{index}]: got the keys {brief(list(given))}, expected {expected}")
 
 
 def _checked_fields(fields: object) -> dict[str, Any]:
-    if not isinstance(fields, Mapping):
-        raise InvalidRequestError(f"fields: got {type(fields).__name__}, expected a mapping")
-    for key in fields:
+    given = as_dict("fields", fields, MAX_KEYS, raises=InvalidRequestError, expected="a mapping of names to inputs")
+    for key in given:
         if not isinstance(key, str) or key in PROMPT_KEYS:
-            raise InvalidRequestError(f"fields: got the key {key!r:.80}, expected a name other than the request's own")
-    return dict(fields)
+            raise InvalidRequestError(f"fields: got the key {brief(key)}, expected a name other than the request's own")
+    return given
+
+
+def _checked_params(params: object) -> dict[str, Any]:
+    expected = "parameters of a stage, or {stage: parameters}"
+    given = as_dict("params", params, MAX_KEYS, raises=InvalidRequestError, expected=expected)
+    for key in given:
+        if not isinstance(key, str):
+            raise InvalidRequestError(f"params: got the key {brief(key)}, expected {expected}")
+    return given
 
 
 def _near_misses(fields: Mapping[Any, Any]) -> str:

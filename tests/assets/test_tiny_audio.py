@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AceStepPipeline
+from support.loop import engine
 from support.training import assert_one_command_that_resumes
 
 from tools.tiny.audio import train
@@ -151,8 +152,7 @@ def test_the_branches_run_side_by_side(omni: Omni) -> None:
 
 def test_a_failing_sound_fails_its_request_alone_and_stops_its_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     with Omni("tiny_omni.yaml", overrides=["sound_prompt.min_duration_s=1"], progress=False) as omni:
-        hosts = omni._executor._hosts
-        model = hosts["sound"].executor._engine.model  # type: ignore[attr-defined]
+        model = engine(omni, "sound").model
         embed = model.embed
 
         def failing(latents: Any, timesteps: Any, conditions: Any) -> Any:
@@ -167,7 +167,7 @@ def test_a_failing_sound_fails_its_request_alone_and_stops_its_picture(monkeypat
         assert "image" not in broken.metrics and not broken.images
         assert fine.error is None and fine.images and fine.audios
         assert silent.error is None and silent.images
-        assert all(host.executor.activity() is Activity.IDLE for host in hosts.values())
+        assert all(engine(omni, stage).activity() is Activity.IDLE for stage in omni.config.stages)
 
 
 def test_the_thinker_understands_held_out_requests(omni: Omni) -> None:

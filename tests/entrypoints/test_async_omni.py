@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import pytest
+from support.loop import engine
 from support.toy_engine import PictureParams, TextParams, text_config, toy_config
 
 from vllm_omni import AsyncOmni, OmniOutput, RequestStatus
@@ -27,17 +28,13 @@ def text_omni(**changes: Any) -> AsyncOmni:
     return AsyncOmni(text_config(step_s=0.002, **changes))
 
 
-def engine(omni: AsyncOmni) -> Any:
-    return omni._executor._hosts["text"].executor._engine
-
-
 async def until(condition: Any) -> None:
     while not condition():
         await asyncio.sleep(0.002)
 
 
 def busy(omni: AsyncOmni, count: int = 1) -> Any:
-    return lambda: len(engine(omni).work) == count
+    return lambda: len(engine(omni, "text").work) == count
 
 
 def test_many_requests_at_once_get_their_own_answers() -> None:
@@ -57,7 +54,7 @@ def test_requests_that_come_while_others_run_join_the_batch() -> None:
             await omni.generate("b")
             assert not slow.done()
             await slow
-            return engine(omni).max_batch
+            return engine(omni, "text").max_batch
 
     assert run(main()) == 2
 
@@ -288,8 +285,7 @@ def test_the_thread_ends_with_shutdown() -> None:
     async def main() -> None:
         async with text_omni() as omni:
             await omni.generate("a")
-            thread = omni._loop._thread
-            assert thread in threading.enumerate()
+            (thread,) = (found for found in threading.enumerate() if found.name == "omni-loop")
         thread.join(timeout=5)
         assert not thread.is_alive()
 

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
+import sys
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.loop import engine
 from support.toy_engine import PictureParams, TextParams, register_toys, text_config, toy_config
 
 import vllm_omni
@@ -30,10 +34,6 @@ outputs: [picture]
 
 def text_omni(**changes: Any) -> Omni:
     return Omni(text_config(**changes))
-
-
-def engine(omni: Omni, stage: str) -> Any:
-    return omni._executor._hosts[stage].executor._engine
 
 
 def test_one_prompt_gives_a_list_of_one() -> None:
@@ -200,6 +200,72 @@ def test_calls_from_several_threads_get_their_own_outputs() -> None:
         for thread in threads:
             thread.join(timeout=30)
     assert results == {letter: [letter * 3] * 20 for letter in "abcd"}
+
+
+# What comes from inside a step: a garbage collector, a signal handler
+
+
+def at_call(number: int, function: Callable[[], None]) -> Callable[[Any, str, Any], None]:
+    """A profiler that calls a function once, in the middle of the `number`-th call inside the package."""
+    counter = itertools.count()
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and "vllm_omni" in frame.f_code.co_filename and next(counter) == number:
+            function()
+
+    return profile
+
+
+@pytest.mark.parametrize("moments", [range(start, 1200, 80) for start in range(0, 80, 16)])
+def test_a_stream_that_is_dropped_at_any_moment_harms_nobody(moments: range) -> None:
+    with text_omni() as omni:
+        for number, moment in enumerate(moments):
+            left = omni.stream("left", TextParams(steps=500))
+            next(left)
+            sys.setprofile(at_call(moment, left.close))
+            try:
+                outputs = omni.generate(["a", "b", "c"], TextParams(steps=3))
+            finally:
+                sys.setprofile(None)
+            left.close()  # where the moment never came
+            assert [output.text for output in outputs] == ["aaa", "bbb", "ccc"]
+            omni._executor.check_integrity()
+            assert engine(omni, "text").work == {} and omni.get_metrics()["aborted"] == number + 1
+
+
+def test_streams_in_cycles_that_the_collector_finds_harm_nobody() -> None:
+    thresholds = gc.get_threshold()
+    with text_omni() as omni:
+        try:
+            gc.set_threshold(1, 1, 1)
+            for _ in range(20):
+                cycle: list[Any] = [omni.stream("left", TextParams(steps=500))]
+                next(cycle[0])
+                cycle.append(cycle)
+                del cycle
+                assert [output.text for output in omni.generate(["a", "b"])] == ["aa", "bb"]
+        finally:
+            gc.set_threshold(*thresholds)
+        gc.collect()
+        assert omni.get_metrics()["aborted"] == 20 and engine(omni, "text").work == {}
+
+
+def test_a_call_from_inside_a_step_is_refused_and_closing_waits_for_its_end() -> None:
+    with text_omni() as omni:
+        refused: list[str] = []
+
+        def call() -> None:
+            with pytest.raises(SchedulerError, match="inside a step") as caught:
+                omni.generate("x")
+            refused.append(str(caught.value))
+
+        toy = engine(omni, "text")
+        step = toy.step
+        toy.step = lambda: (call(), step())[1]
+        assert omni.generate("a")[0].text == "aa" and len(refused) == 2
+        toy.step = lambda: (omni.close(), step())[1]
+        (output,) = omni.generate("a")
+        assert isinstance(output.error, RequestAbortedError)
 
 
 # Life

@@ -68,7 +68,7 @@ def test_ctrl_c_while_a_stage_takes_the_task_in_ends_the_request_in_all(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Omni(speech_config()) as omni:
-        taking = engine(omni._executor, stage)
+        taking = engine(omni, stage)
         submit = taking.submit
 
         def interrupted(task: Any) -> None:
@@ -86,7 +86,7 @@ def test_ctrl_c_while_a_stage_takes_the_task_in_ends_the_request_in_all(
 @pytest.mark.parametrize("how", ["close", "exception", "interrupt in feed", "interrupt in step"])
 def test_giving_up_in_the_middle_of_a_chain_ends_all_of_it_at_once(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Omni(chain_config(chunk=2, max_ahead=4)) as omni:
-        speaker = engine(omni._executor, "speaker")
+        speaker = engine(omni, "speaker")
 
         def interrupted(*_: Any) -> Any:
             raise KeyboardInterrupt

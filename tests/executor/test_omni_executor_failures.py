@@ -33,7 +33,7 @@ from vllm_omni.request import OmniOutput, RequestStatus
         ({"pictur": PictureParams()}, "did you mean 'picture'"),
         ({"picture": TextParams()}, "expected PictureParams"),
         ({"picture": None}, "got None"),
-        ("fast", "got str"),
+        ("fast", "got 'fast'"),
         (PictureParams(do="reject"), "got 'reject'"),
     ],
 )

@@ -51,7 +51,7 @@ def assert_at_rest(loop: OmniExecutor) -> None:
     loop.check_integrity()
     assert not loop.has_work() and loop.scheduler.in_flight() == set()
     for host in loop._hosts.values():
-        assert not host.tasks and not host.num_buffers and not host.executor._engine.work  # type: ignore[attr-defined]
+        assert not host.tasks and not host.num_buffers and not engine(loop, host.name).work
 
 
 # Handing on

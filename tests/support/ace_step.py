@@ -19,6 +19,7 @@ from diffusers.pipelines.ace_step import (
     AceStepAudioTokenizer,
     AceStepConditionEncoder,
 )
+from diffusers.pipelines.ace_step.pipeline_ace_step import TASK_INSTRUCTIONS
 from support.ar import make_tokenizer
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
@@ -225,7 +226,7 @@ class Case:
 
     @torch.no_grad()
     def _words(self, pipeline: AceStepPipeline, task: str) -> tuple[Tensor, Tensor]:
-        instruction = pipeline._get_task_instruction(task)
+        instruction = TASK_INSTRUCTIONS[task]
         lyrics = self.fields.get("lyrics", "")
         facts = dict(audio_duration=self.duration_s, instruction=instruction)
         words = pipeline.encode_prompt("slow bells", lyrics, torch.device("cpu"), **facts)

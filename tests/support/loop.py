@@ -6,6 +6,7 @@ from typing import Any
 
 from support.toy_engine import toy_config
 
+from vllm_omni import AsyncOmni, Omni
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
@@ -29,7 +30,9 @@ def request(name: str = "r", prompt: str = "ab", **changes: Any) -> OmniRequest:
     return OmniRequest(prompt=prompt, request_id=name, **changes)
 
 
-def engine(loop: OmniExecutor, stage: str) -> Any:
+def engine(loop: OmniExecutor | Omni | AsyncOmni, stage: str) -> Any:
+    """What runs a stage, in the loop or in what drives one."""
+    loop = loop if isinstance(loop, OmniExecutor) else loop._executor
     return loop._hosts[stage].executor._engine
 
 

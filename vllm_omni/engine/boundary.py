@@ -28,6 +28,11 @@ def stage_error(stage: str, cause: Exception) -> StageError:
     return error
 
 
+def as_stage_error(stage: str, cause: Exception) -> OmniError:
+    """An OmniError as it is, anything else as a StageError."""
+    return cause if isinstance(cause, OmniError) else stage_error(stage, cause)
+
+
 def clear_frames(error: BaseException) -> None:
     """Clears the frames that an error, and those that it was raised from, went through: who keeps it keeps its lines,
     but no engine and no tensor. Frames that still run stay as they are, and so does what the caller was handling.

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vllm_omni.core.routing.request_plan import RequestPlan
-from vllm_omni.engine.boundary import describe
 from vllm_omni.entrypoints.prompts import rejected
 from vllm_omni.errors import OmniError, SchedulerError
 from vllm_omni.executor.omni_executor import OmniExecutor
@@ -60,7 +59,7 @@ class LoopThread:
         """Adds a request; whatever refuses it is delivered as a REJECTED output."""
 
         def plan_and_send() -> None:
-            plan = self._plan(request)
+            plan = self._executor.plan(request)
             self._send(
                 lambda: self._add(request, plan, deliver, stream),
                 lambda error: self._hand_over(deliver, rejected(request.request_id, error)),
@@ -100,15 +99,6 @@ class LoopThread:
             self._planning.submit(function)
         except RuntimeError:  # the loop has ended, and refuses
             function()
-
-    def _plan(self, request: OmniRequest) -> RequestPlan | OmniError:
-        try:
-            return self._executor.plan(request)
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)
-            failed = SchedulerError(f"request {request.request_id!r} could not be planned: {describe(error)}")
-            failed.__cause__ = error
-            return failed
 
     def _send(self, execute: Callable[[], None], refuse: Callable[[OmniError], object] = lambda error: None) -> None:
         with self._wake:
@@ -189,10 +179,10 @@ class LoopThread:
                 self._executor.abort(output.request_id)
 
     def _hand_over(self, deliver: Deliver, output: OmniOutput) -> bool:
-        """False when the receiver is gone: its event loop is closed."""
+        """False when the receiver is gone (its event loop is closed), or cannot take it."""
         try:
             deliver(output)
-        except RuntimeError:
+        except Exception:
             return False
         return True
 

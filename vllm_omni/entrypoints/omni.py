@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +13,7 @@ from vllm_omni.config.schema import OmniConfig
 from vllm_omni.entrypoints.loading import ConfigLike, load_executor, resolve_config
 from vllm_omni.entrypoints.progress import ProgressBar
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, pair, rejected
+from vllm_omni.entrypoints.turn import Turn
 from vllm_omni.errors import QueueFullError, SchedulerError
 from vllm_omni.request import OmniOutput, OmniRequest
 
@@ -41,7 +42,7 @@ class Omni:
         self._config = resolve_config(config, model=model, overrides=overrides, device=device, dtype=dtype)
         self._executor = load_executor(self._config)
         self._has_progress = progress
-        self._lock = threading.RLock()
+        self._turn = Turn()
         self._mailboxes: dict[str, deque[OmniOutput]] = {}
         self._is_closed = False
 
@@ -103,15 +104,13 @@ class Omni:
 
     def get_metrics(self) -> dict[str, Any]:
         """Counters since loading: requests by end, caches, stages, planned memory."""
-        with self._lock:
+        with self._turn.take():
             return self._executor.get_metrics()
 
     def close(self) -> None:
         """Aborts what is unfinished and frees all stages; may be called twice."""
-        with self._lock:
-            self._is_closed = True
-            self._executor.shutdown()
-            self._route(self._executor.take_outputs())
+        self._is_closed = True
+        self._turn.do(self._shut_down)
 
     def __enter__(self) -> Omni:
         return self
@@ -133,14 +132,14 @@ class Omni:
                     if output.finished:
                         unfinished.discard(output.request_id)
                     yield output
-                with self._lock:
+                with self._turn.take():
                     self._feed(waiting, unfinished, mailbox, stream)
                     if not mailbox and (waiting or unfinished):
                         self._step()
                 if not mailbox:
                     self._executor.wait()
         finally:
-            self._abort(unfinished, mailbox)
+            self._turn.do(partial(self._abort, unfinished, mailbox))
 
     def _feed(
         self, waiting: deque[OmniRequest], unfinished: set[str], mailbox: deque[OmniOutput], stream: bool
@@ -172,12 +171,15 @@ class Omni:
 
     def _abort(self, request_ids: set[str], mailbox: deque[OmniOutput]) -> None:
         """Aborts what still delivers into this mailbox; an id whose request has ended may be another's by now."""
-        with self._lock:
-            for request_id in request_ids:
-                if self._mailboxes.get(request_id) is mailbox:
-                    del self._mailboxes[request_id]
-                    self._executor.abort(request_id)
-            self._route(self._executor.take_outputs())
+        for request_id in request_ids:
+            if self._mailboxes.get(request_id) is mailbox:
+                del self._mailboxes[request_id]
+                self._executor.abort(request_id)
+        self._route(self._executor.take_outputs())
+
+    def _shut_down(self) -> None:
+        self._executor.shutdown()
+        self._route(self._executor.take_outputs())
 
     def _ensure_open(self) -> None:
         if self._is_closed:

@@ -8,7 +8,8 @@ from typing import Any
 
 from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.params import StageParams
-from vllm_omni.request import OmniOutput, OmniRequest, Prompt, RequestStatus, new_request_id
+from vllm_omni.request import MAX_ID_LENGTH, OmniOutput, OmniRequest, Prompt, RequestStatus, new_request_id
+from vllm_omni.utils.plain import is_array
 
 Params = StageParams | Mapping[str, StageParams]
 PromptLike = Prompt | Mapping[str, Any] | OmniRequest
@@ -37,7 +38,7 @@ def is_batch(prompts: object) -> bool:
     first = prompts[0]
     if isinstance(first, Mapping):
         return "role" not in first
-    return isinstance(first, (str, Sequence, OmniRequest))
+    return isinstance(first, (str, Sequence, OmniRequest)) or (is_array(first) and first.shape != ())
 
 
 def make_request(prompt: PromptLike, params: Params | None) -> OmniRequest | OmniOutput:
@@ -51,8 +52,16 @@ def make_request(prompt: PromptLike, params: Params | None) -> OmniRequest | Omn
             return prompt
         return dataclasses.replace(prompt, params=params)
     except OmniError as error:
+        return rejected(_given_id(prompt) or new_request_id(), error)
+
+
+def _given_id(prompt: PromptLike) -> str | None:
+    """The id that a refused prompt names, where that can be read."""
+    try:
         given = prompt.get("request_id") if isinstance(prompt, Mapping) else None
-        return rejected(given if isinstance(given, str) and given else new_request_id(), error)
+    except Exception:
+        return None
+    return given if isinstance(given, str) and len(given) <= MAX_ID_LENGTH else None
 
 
 def rejected(request_id: str, error: OmniError) -> OmniOutput:

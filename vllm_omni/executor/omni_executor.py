@@ -17,7 +17,7 @@ from vllm_omni.config.schema import StageConfig
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
 from vllm_omni.core.routing.request_plan import RequestPlan
 from vllm_omni.engine.base import EngineContext
-from vllm_omni.engine.boundary import stage_boundary
+from vllm_omni.engine.boundary import as_stage_error, clear_frames, describe, stage_boundary
 from vllm_omni.engine.output import PartialOutputs, make_output
 from vllm_omni.errors import OmniError, SchedulerError, StageError
 from vllm_omni.executor.base import StageExecutor
@@ -86,6 +86,11 @@ class OmniExecutor:
             return self._planner.plan(request)
         except OmniError as error:
             return error
+        except Exception as error:  # whatever foreign code in the request's values raises
+            failed = SchedulerError(f"request {request.request_id!r} could not be planned: {describe(error)}")
+            clear_frames(error)
+            failed.__cause__ = error
+            return failed
 
     def add_request(
         self, request: OmniRequest, plan: RequestPlan | OmniError | None = None, *, stream: bool = False
@@ -128,7 +133,10 @@ class OmniExecutor:
                 continue
             timeout_s = self._scheduler.get_config().worker_timeout
             for event in host.poll(self._clock(), timeout_s, partial(self._scheduler.is_waiting, stage=name)):
-                self._receive(name, event)
+                try:
+                    self._receive(name, event)
+                except Exception as error:  # what the event holds is not what it should be
+                    self._scheduler.fail(event.request_id, as_stage_error(name, error))
         self._carry_out_orders()
         for host in self._hosts.values():
             host.compact_rows()
@@ -235,8 +243,8 @@ class OmniExecutor:
         for order in self._scheduler.tick(self._clock()):
             try:
                 self._carry_out(order)
-            except StageError as error:
-                self._scheduler.stage_failed(order.request_id, order.stage, error)
+            except Exception as error:
+                self._scheduler.stage_failed(order.request_id, order.stage, as_stage_error(order.stage, error))
 
     def _carry_out(self, order: Order) -> None:
         host = self._hosts[order.stage]

@@ -146,11 +146,12 @@ class StageHost:
                     yield StageRows(event.request_id, port, event.payload.tensors[port], is_last=True)
         if isinstance(event, StageDone | StageFailed):
             self._end(event.request_id)
-        yield (
-            StageFailed(event.request_id, stage_error(self.name, event.error))
-            if isinstance(event, StageFailed)
-            else event
-        )
+        yield self._named(event) if isinstance(event, StageFailed) else event
+
+    def _named(self, event: StageFailed) -> StageFailed:
+        """The same failure, as an error of this stage."""
+        cause = event.error if isinstance(event.error, Exception) else StageError(f"{event.error}")
+        return StageFailed(event.request_id, stage_error(self.name, cause))
 
     def _stuck(
         self,

@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine, StageSpec
-from vllm_omni.engine.boundary import stage_error
-from vllm_omni.errors import OmniError, StageError
+from vllm_omni.engine.boundary import as_stage_error
+from vllm_omni.errors import StageError
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.messages import StageEvent, StageFailed, StageTask
 from vllm_omni.payload import StreamChunk
@@ -110,8 +110,7 @@ class ThreadExecutor(StageExecutor):
                 order(engine)
             except Exception as error:
                 engine.abort(request_id)
-                wrapped = error if isinstance(error, OmniError) else stage_error(self._spec.stage.name, error)
-                self._report([StageFailed(request_id, wrapped)])
+                self._report([StageFailed(request_id, as_stage_error(self._spec.stage.name, error))])
 
         with self._changed:
             self._queue(carry_out)

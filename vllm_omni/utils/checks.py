@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import enum
 import math
 import numbers
+import reprlib
 from collections.abc import Iterable
-from typing import SupportsFloat, SupportsInt, cast
+from pathlib import PurePath
+from typing import Any, SupportsFloat, SupportsInt, cast
 
 from vllm_omni.errors import OmniError
 
@@ -49,18 +52,46 @@ def number_complaint(
 
 
 def brief(value: object) -> str:
-    """`repr` for an error message: at most 80 characters, and no crash over an integer of thousands of digits."""
+    """A value for an error message: at most 80 characters. Of a foreign object only its type is said, since its own
+    `repr` may raise, or never end.
+    """
     try:
-        return f"{value!r:.80}"
-    except ValueError:
+        return f"{_REPR.repr(value):.80}"
+    except Exception:  # an integer of thousands of digits; a subclass of a plain type that misbehaves
         return f"a {type(value).__name__} too long to print"
+
+
+class _BoundedRepr(reprlib.Repr):
+    """Plain values and the first items of plain containers as Python writes them, other objects by their type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 80
+        self.maxlevel = 3
+
+    def repr1(self, x: Any, level: int) -> str:
+        kind = type(x)
+        if kind in _PLAIN_TYPES:
+            return repr(x)
+        if kind in (str, bytes):
+            return repr(x[:80])
+        if kind in _CONTAINER_TYPES:
+            return super().repr1(x, level)
+        if isinstance(x, (enum.Enum, PurePath)):
+            return repr(x)
+        return f"a value of type {kind.__name__}"
+
+
+_PLAIN_TYPES = {int, float, complex, bool, type(None), range}
+_CONTAINER_TYPES = {list, tuple, dict, set, frozenset}
+_REPR = _BoundedRepr()
 
 
 def is_finite(value: object) -> bool:
     """Whether a number is neither NaN nor infinite and fits a float (an integer of a thousand digits does not)."""
     try:
         return math.isfinite(cast(SupportsFloat, value))
-    except OverflowError:
+    except Exception:  # an OverflowError, or whatever a foreign kind of number raises
         return False
 
 

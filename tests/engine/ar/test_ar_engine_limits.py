@@ -35,6 +35,7 @@ from support.ar import (
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.engine.ar.options import AROptions
+from vllm_omni.engine.ar.tokenizer import TextProcessor, end_of_sequence_ids
 from vllm_omni.errors import ConfigError, InvalidRequestError, OmniError, ResourceError, StageError
 from vllm_omni.messages import StageDone, StageFailed, StageProgress
 from vllm_omni.params import DiffusionParams, SamplingParams
@@ -289,8 +290,8 @@ def test_a_damaged_tokenizer_is_an_error_that_names_the_folder(tmp_path: Path) -
 def test_the_end_of_sequence_ids_fall_back_to_config_and_tokenizer(tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model")
     (model / "generation_config.json").unlink()
-    assert make_engine(model)._stage._eos_ids == {2}
+    assert end_of_sequence_ids(model, TextProcessor(model).tokenizer) == {2}
     edit_json(model / "config.json", eos_token_id=7)
-    assert make_engine(model)._stage._eos_ids == {7}
+    assert end_of_sequence_ids(model, TextProcessor(model).tokenizer) == {7}
     edit_json(model / "config.json", eos_token_id=None)
-    assert make_engine(model)._stage._eos_ids == {2}
+    assert end_of_sequence_ids(model, TextProcessor(model).tokenizer) == {2}

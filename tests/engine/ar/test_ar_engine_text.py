@@ -20,6 +20,8 @@ from support.ar import (
     make_encoder,
     make_engine,
     make_model_folder,
+    make_spec,
+    make_stage,
     make_task,
     make_tokenizer,
     run,
@@ -199,7 +201,7 @@ def test_the_first_line_that_begins_with_a_label_is_its_section(text: str, secti
 
 def test_sections_stand_in_the_meta_and_leave_the_text_as_it_is(folder: Path) -> None:
     engine = make_engine(folder, sections=["scene", "sound"])
-    signature = engine._spec.signature
+    signature = make_spec(make_stage(folder, sections=["scene", "sound"])).signature
     assert set(signature.outputs) == {"text", "scene", "sound"} and signature.results == {"text"}
     words = "sound: the end\nmore"
     ids = make_tokenizer()(words)["input_ids"]

@@ -9,8 +9,6 @@ import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, apply_first_block_cache
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from support.dit import BOTH, engine, pictures, random_pipeline, random_transformer, run, states, task
 
@@ -110,15 +108,21 @@ class NamedBlock(ZImageTransformerBlock):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_first_block_skips_the_steps_that_the_reference_skips(tmp_path: Path, seed: int) -> None:
-    """diffusers' own FirstBlockCache on one picture, over thresholds from no reuse to reuse of every step."""
+    """diffusers' own FirstBlockCache on one picture, over thresholds from no reuse to reuse of every step.
+
+    diffusers has no public way to use it with this transformer: where its helpers have moved, nothing can be compared.
+    """
+    helpers = pytest.importorskip("diffusers.hooks._helpers")
+    hooks = pytest.importorskip("diffusers.hooks.hooks")
     pipeline, partly = random_pipeline(tmp_path), 0
-    TransformerBlockRegistry.register(NamedBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+    metadata = helpers.TransformerBlockMetadata(return_hidden_states_index=0)
+    helpers.TransformerBlockRegistry.register(NamedBlock, metadata)
     for block in pipeline.transformer.layers:
         block.__class__ = NamedBlock
     settings = dict(height=64, width=64, guidance_scale=0.0, num_inference_steps=10)
     for threshold in (0.5, 1.1, 1.2, 1.3, 1.5, 5.0):
         apply_first_block_cache(pipeline.transformer, FirstBlockCacheConfig(threshold=threshold))
-        _set_cache_context(pipeline.transformer, CacheContext("one picture"))
+        hooks._set_cache_context(pipeline.transformer, hooks.CacheContext("one picture"))
         embeds = {"prompt_embeds": [states(7, seed)], "negative_prompt_embeds": []}
         generator = torch.Generator().manual_seed(seed)
         picture = pipeline(**embeds, **settings, generator=generator, output_type="np").images[0]
@@ -130,8 +134,9 @@ def test_first_block_skips_the_steps_that_the_reference_skips(tmp_path: Path, se
         assert np.abs(got - (picture * 255).round().astype(int)).max() <= 2, threshold
         partly += 0 < event.metrics["cache_hits"] < settings["num_inference_steps"] - 1
         for block in pipeline.transformer.layers:
-            for name in list(HookRegistry.check_if_exists_or_initialize(block).hooks):
-                block._diffusers_hook.remove_hook(name, recurse=False)
+            registry = HookRegistry.check_if_exists_or_initialize(block)
+            for name in list(registry.hooks):
+                registry.remove_hook(name, recurse=False)
     assert partly, "a threshold between all and nothing must have been tried"
 
 

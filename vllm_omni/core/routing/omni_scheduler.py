@@ -258,9 +258,25 @@ class OmniScheduler:
             return
         startable = {key: state for key, state in self._requests.waiting.items() if state.plan.stages}
         while startable and len(self._requests.running) < self._config.scheduler.max_running:
-            request_id = self._policy.pick(startable.values(), now).request.request_id
+            request_id, error = self._pick(startable, now)
             del startable[request_id]
-            self._requests.start(request_id)
+            if error is None:
+                self._requests.start(request_id)
+            else:
+                self.fail(request_id, error)
+
+    def _pick(self, startable: Mapping[str, RequestState], now: float) -> tuple[str, SchedulerError | None]:
+        """The request that starts next. Where the policy cannot say, the oldest one, and the error that ends it."""
+        try:
+            picked = self._policy.pick(startable.values(), now)
+            if startable.get(picked.request.request_id) is picked:
+                return picked.request.request_id, None
+            why = "picked what does not wait"
+        except Exception as error:
+            why = f"raised {type(error).__name__}: {error}"
+        oldest = min(startable.values(), key=lambda state: state.order)
+        name = str.__str__(self._config.scheduler.policy)
+        return oldest.request.request_id, SchedulerError(f"scheduling policy {name!r} {why}")
 
     def _launch(self, state: RequestState, stage: str, now: float) -> list[StageTask]:
         """The task of a ready stage; none when the cache answers for it or its key cannot be made. What streams is not

@@ -15,8 +15,8 @@ from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
 from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.base import ARJob
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
-from vllm_omni.engine.boundary import stage_error
-from vllm_omni.errors import OmniError, StageError
+from vllm_omni.engine.boundary import as_stage_error
+from vllm_omni.errors import StageError
 from vllm_omni.layers.sampler import SampledToken, sample
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask
@@ -210,8 +210,7 @@ class AREngine(StageEngine):
 
     def _fail(self, request_id: str, error: Exception) -> StageFailed:
         self._free(request_id)
-        name = self._spec.stage.name
-        return StageFailed(request_id, error if isinstance(error, OmniError) else stage_error(name, error))
+        return StageFailed(request_id, as_stage_error(self._spec.stage.name, error))
 
     def _free(self, request_id: str) -> None:
         job = self._jobs.pop(request_id, None)

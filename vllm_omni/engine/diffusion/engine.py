@@ -14,12 +14,12 @@ from torch import Tensor
 from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
 from vllm_omni.core.diffusion.step_scheduler import StepScheduler
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
-from vllm_omni.engine.boundary import stage_error
+from vllm_omni.engine.boundary import as_stage_error
 from vllm_omni.engine.diffusion.arrivals import Arrival, ArrivalQueue
 from vllm_omni.engine.diffusion.checks import diffusion_params
 from vllm_omni.engine.diffusion.job import DiffusionJob
 from vllm_omni.engine.diffusion.spec import DiffusionSpec
-from vllm_omni.errors import OmniError, StageError
+from vllm_omni.errors import StageError
 from vllm_omni.messages import ChunkConsumed, StageDone, StageEvent, StageFailed, StageProgress, StageRows, StageTask
 from vllm_omni.params import MAX_SEED
 from vllm_omni.payload import StagePayload, StreamChunk
@@ -221,5 +221,4 @@ class DiffusionEngine(StageEngine):
 
     def _fail(self, request_id: str, error: Exception) -> None:
         self._drop(request_id)
-        wrapped = error if isinstance(error, OmniError) else stage_error(self.spec.stage.name, error)
-        self._events.append(StageFailed(request_id, wrapped))
+        self._events.append(StageFailed(request_id, as_stage_error(self.spec.stage.name, error)))

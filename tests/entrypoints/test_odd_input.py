@@ -1,0 +1,169 @@
+"""Values that no caller should send: each refuses its own request with words, and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.toy_engine import TextParams, text_config
+
+from vllm_omni import AsyncOmni, DiffusionParams, Omni, OmniRequest, RequestStatus, SamplingParams
+from vllm_omni.errors import InvalidRequestError
+
+
+class NoRepr:
+    """Cannot be shown, compared or hashed."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+
+class Endless(Sequence[Any]):
+    """Says that it is short, and never ends."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        return 1
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield 1
+
+
+class Raising(Mapping[Any, Any]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, key: Any) -> Any:
+        raise RuntimeError("no item")
+
+    def __iter__(self) -> Iterator[Any]:
+        yield "seed"
+
+
+class EndlessMapping(Raising):
+    def __getitem__(self, key: Any) -> Any:
+        return 1
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 0
+        while True:
+            yield number
+            number += 1
+
+
+ODD: list[Any] = [
+    [],
+    {},
+    ["a"],
+    NoRepr(),
+    Endless(),
+    Raising(),
+    EndlessMapping(),
+    torch.zeros(3),
+    np.zeros((2, 2)),
+    np.array(["x"]),
+    torch.tensor(float("nan")),
+    float("inf"),
+    10**5000,
+    object(),
+    b"bytes",
+    lambda: 1,
+    True,
+    "\ud800",
+]
+NUMBERS = ("temperature", "top_p", "top_k", "max_tokens", "seed", "n", "logprobs")
+TRIED = [
+    *[(lambda value, name=name: SamplingParams(**{name: value}), name) for name in NUMBERS],
+    *[(lambda value, name=name: DiffusionParams(**{name: value}), name) for name in ("height", "seed", "duration_s")],
+    (lambda value: SamplingParams(ignore_eos=NoRepr() if value is True else value), "ignore_eos"),
+    (lambda value: OmniRequest(prompt="x", timeout_s=value), "timeout_s"),
+]
+
+
+@pytest.mark.parametrize(("make", "name"), TRIED, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
+def test_an_odd_value_is_refused_by_the_name_of_its_field(make: Callable[[Any], Any], name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{name}: got ") as caught:
+        make(value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("value", [v for v in ODD if not isinstance(v, str)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "name", ["stop", "stop_token_ids", "logit_bias", "sigmas", "extra", "output_type", "fields", "params"]
+)
+def test_odd_collections_are_refused_or_read_within_bounds(name: str, value: Any) -> None:
+    kinds: dict[str, Any] = {"sigmas": DiffusionParams, "extra": DiffusionParams, "output_type": DiffusionParams}
+    if name in ("fields", "params"):
+        kinds[name] = lambda **given: OmniRequest(prompt="x", **given)
+    try:
+        kinds.get(name, SamplingParams)(**{name: value})
+    except InvalidRequestError as error:
+        assert str(error).startswith(name) and len(str(error)) < 300
+    else:
+        is_empty = isinstance(value, (dict, list)) and not value
+        assert is_empty or (name == "stop" and list(value) in (["a"], ["x"])), "this should have been refused"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("seed", np.int64(3), 3),
+        ("seed", torch.tensor(3), 3),
+        ("seed", np.array(3), 3),
+        ("temperature", np.float32(0.5), 0.5),
+        ("temperature", torch.tensor(0.5), 0.5),
+        ("stop_token_ids", range(3), (0, 1, 2)),
+        ("stop_token_ids", np.arange(3), (0, 1, 2)),
+        ("stop_token_ids", torch.arange(3), (0, 1, 2)),
+        ("stop", ("a", "b"), ("a", "b")),
+        ("logit_bias", {np.int64(1): np.float32(2)}, {1: 2.0}),
+    ],
+)
+def test_sensible_values_are_taken_as_plain_ones(name: str, value: Any, expected: Any) -> None:
+    found = getattr(SamplingParams(**{name: value}), name)
+    assert found == expected and type(found) is type(expected)
+    parts = found if isinstance(found, tuple) else found.items() if isinstance(found, dict) else [found]
+    assert all(type(part).__module__ == "builtins" for part in parts)
+
+
+@pytest.mark.parametrize("prompt", [range(1, 4), (1, 2, 3), np.array([1, 2, 3]), torch.tensor([1, 2, 3])])
+def test_token_ids_may_come_in_any_sequence(prompt: Any) -> None:
+    assert OmniRequest(prompt=prompt).prompt == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "prompt", [Endless(), range(10**9), np.zeros((2, 2)), [NoRepr()], [Raising()], Raising(), NoRepr()]
+)
+def test_odd_prompts_are_refused(prompt: Any) -> None:
+    with Omni(text_config()) as omni:
+        odd, good = omni.generate([{"prompt": prompt}, "a"])
+    assert odd.status is RequestStatus.REJECTED and isinstance(odd.error, InvalidRequestError)
+    assert good.text == "aa"
+
+
+@pytest.mark.parametrize("priority", [["a"], {}, NoRepr(), 3, "unknown"], ids=["list", "dict", "odd", "number", "name"])
+def test_an_odd_priority_is_rejected_and_the_loop_goes_on(priority: Any) -> None:
+    async def serve() -> list[Any]:
+        async with AsyncOmni(text_config()) as omni:
+            bad = {"prompt": "x", "priority": priority}
+            return list(await asyncio.gather(omni.generate(bad), omni.generate("a"), omni.generate("b")))
+
+    bad, *good = asyncio.run(serve())
+    assert bad.status is RequestStatus.REJECTED and str(bad.error).startswith("priority: got ")
+    assert [output.text for output in good] == ["aa", "bb"]
+    with Omni(text_config()) as omni:
+        outputs = omni.generate([{"prompt": "x", "priority": priority}, "a"], TextParams(steps=1))
+    assert outputs[0].status is RequestStatus.REJECTED and outputs[1].text == "a"
