@@ -83,6 +83,13 @@ class StageProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class StageWorked:
+    """Something was computed for a task that cannot be shown (part of its prompt, its conditions): it is not stuck."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class StageRows:
     """New rows of a streamed output port, in order. What StageDone finds open is complete then."""
 
@@ -121,4 +128,4 @@ class StageFailed:
     error: OmniError
 
 
-StageEvent = StageProgress | StageRows | ChunkConsumed | StageDone | StageFailed
+StageEvent = StageProgress | StageWorked | StageRows | ChunkConsumed | StageDone | StageFailed

@@ -58,7 +58,7 @@ class Run:
 
     def __init__(self, drawn: StageGraph, plan: RequestPlan | None = None) -> None:
         self.machine = OmniScheduler(OmniConfig(), drawn)
-        self.machine.schedule(request(), plan)
+        self.machine.schedule(request(timeout_s=300.0), plan)
         self.inputs: dict[str, Mapping[str, Any]] = {}
 
     def tick(self, now: float = 0.0) -> list[str]:

@@ -33,7 +33,6 @@ from vllm_omni.request import OmniOutput, RequestStatus
         ({"pictur": PictureParams()}, "did you mean 'picture'"),
         ({"picture": TextParams()}, "expected PictureParams"),
         ({"picture": None}, "got None"),
-        ("fast", "got 'fast'"),
         (PictureParams(do="reject"), "got 'reject'"),
     ],
 )

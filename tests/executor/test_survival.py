@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.loop import answer, engine, executor, finish, request
+from support.loop import Clock, answer, engine, executor, finish, request
 from support.toy_engine import TextParams, text_config
 
 from vllm_omni import OmniOutput, RequestStatus, registry
 from vllm_omni.config.schema import SchedulerConfig
-from vllm_omni.errors import SchedulerError, StageError
+from vllm_omni.errors import RequestTimeoutError, SchedulerError, StageError
 from vllm_omni.executor.omni_executor import OmniExecutor
-from vllm_omni.messages import StageDone, StageFailed, StageProgress, StageRows
+from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.messages import StageDone, StageFailed, StageProgress, StageRows, StageWorked
 from vllm_omni.payload import StagePayload
 
 NONSENSE: dict[str, Any] = {
@@ -79,3 +80,27 @@ def test_a_policy_that_cannot_say_fails_the_oldest_request_alone(
     assert isinstance(found[name].error, SchedulerError) and why in str(found[name].error)
     assert [found[request_id].text for request_id in ("first", "last")] == ["xx", "xx"]
     loop.check_integrity()
+
+
+def test_a_stage_that_works_on_a_task_without_showing_it_is_not_stuck() -> None:
+    clock = Clock()
+    loop = OmniExecutor(Pipeline(text_config(worker_timeout=10.0)), clock=clock)
+    toy = engine(loop, "text")
+    step, toy.step = toy.step, lambda: [StageWorked("r")]
+    loop.add_request(request("r", "x"))
+    for _ in range(20):
+        assert loop.step() == []
+        clock.now += 9.0
+    toy.step = step
+    assert finish(loop)["r"].text == "xx"
+
+
+def test_a_request_that_nobody_gave_a_deadline_has_none() -> None:
+    clock = Clock()
+    loop = OmniExecutor(Pipeline(text_config()), clock=clock)
+    loop.add_request(request("r", "x"))
+    loop.add_request(request("hurried", "x", timeout_s=5.0))
+    loop.step()
+    clock.now = 1e9
+    found = finish(loop)
+    assert found["r"].text == "xx" and isinstance(found["hurried"].error, RequestTimeoutError)

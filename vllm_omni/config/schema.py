@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,7 +156,7 @@ class OmniConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     max_memory_gb: float = 16.0  # for weights, KV pools and caches of all stages
     max_gpu_utilization: float = 0.8  # the share of an accelerator's memory that may be planned for
-    request_timeout: float = 300.0  # seconds that a request may take when it does not say itself
+    request_timeout: float = math.inf  # seconds that a request may take when it does not say itself
     worker_timeout: float = 60.0  # seconds that a stage may hold work without progress before its requests fail
 
     def validate(self) -> None:
@@ -164,7 +165,8 @@ class OmniConfig:
         check_number(
             "resources.max_gpu_utilization", self.max_gpu_utilization, 0, 1, above_low=True, raises=ConfigError
         )
-        check_number("scheduler.request_timeout_s", self.request_timeout, 0, above_low=True, raises=ConfigError)
+        if self.request_timeout != math.inf:  # which is none
+            check_number("scheduler.request_timeout_s", self.request_timeout, 0, above_low=True, raises=ConfigError)
         check_number("scheduler.worker_timeout_s", self.worker_timeout, 0, above_low=True, raises=ConfigError)
         check_number("scheduler.max_queue_size", self.scheduler.max_queue_size, 1, integer=True, raises=ConfigError)
         check_number("scheduler.max_running", self.scheduler.max_running, 1, integer=True, raises=ConfigError)

@@ -269,7 +269,7 @@ class OmniExecutor:
             self._scheduler.stage_failed(event.request_id, stage, event.error)
         elif isinstance(event, ChunkConsumed):
             self._scheduler.chunk_consumed(event.request_id, stage, event.port, now)
-        else:
+        elif isinstance(event, StageProgress | StageRows):
             if isinstance(event, StageRows):
                 self._receive_rows(stage, event, now)
             self._add_partial(stage, event)

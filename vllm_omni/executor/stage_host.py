@@ -19,7 +19,7 @@ from vllm_omni.engine.boundary import describe, stage_error
 from vllm_omni.errors import StageError
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.executor.row_buffer import RowBuffer
-from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageRows, StageTask
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageRows, StageTask, StageWorked
 from vllm_omni.payload import RowRange, StreamChunk
 
 MAX_RAISES = 2
@@ -100,11 +100,12 @@ class StageHost:
         if not self.tasks:
             return []
         try:
-            events = [event for reported in self.executor.poll() for event in self._received(reported)]
+            reported = self.executor.poll()
+            events = [event for found in reported for event in self._received(found)]
             activity = self.executor.activity()
         except Exception as error:
             return self._break(error)
-        return events + self._stuck(bool(events), activity, now, worker_timeout, is_waiting)
+        return events + self._stuck(bool(reported), activity, now, worker_timeout, is_waiting)
 
     def hold(self) -> None:
         """It is not stepped for now; its silence meanwhile is not its own."""
@@ -146,7 +147,8 @@ class StageHost:
                     yield StageRows(event.request_id, port, event.payload.tensors[port], is_last=True)
         if isinstance(event, StageDone | StageFailed):
             self._end(event.request_id)
-        yield self._named(event) if isinstance(event, StageFailed) else event
+        if not isinstance(event, StageWorked):
+            yield self._named(event) if isinstance(event, StageFailed) else event
 
     def _named(self, event: StageFailed) -> StageFailed:
         """The same failure, as an error of this stage."""

@@ -19,7 +19,7 @@ from vllm_omni.engine.boundary import as_stage_error
 from vllm_omni.errors import StageError
 from vllm_omni.layers.sampler import SampledToken, sample
 from vllm_omni.layers.token_inputs import TokenInputs
-from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask
+from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask, StageWorked
 from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.worker.ar.model_runner import ModelRunner
 from vllm_omni.worker.background import BackgroundJob
@@ -93,14 +93,16 @@ class AREngine(StageEngine):
         logits = self._runner.run(chunks, inputs)
         for chunk in chunks:
             self._scheduler.advance(chunk)
-        for request_id in {chunk.sequence.request_id for chunk in chunks}:
+        computed = {chunk.sequence.request_id for chunk in chunks}
+        for request_id in computed:
             self._jobs[request_id].num_steps += 1
         writing = [chunk.sequence for chunk in chunks if chunk.samples]
         rows = [self._jobs[sequence.request_id].row_of(sequence) for sequence in writing]
         tokens = dict(zip((sequence.sequence_id for sequence in writing), sample(logits, rows), strict=True))
         for chunk in chunks:
             events += self._postprocess(chunk.sequence, tokens.get(chunk.sequence.sequence_id))
-        return events
+        silent = computed.difference(event.request_id for event in events)
+        return events + [StageWorked(request_id) for request_id in sorted(silent)]
 
     def abort(self, request_id: str) -> None:
         self._events = [event for event in self._events if event.request_id != request_id]

@@ -20,7 +20,16 @@ from vllm_omni.engine.diffusion.checks import diffusion_params
 from vllm_omni.engine.diffusion.job import DiffusionJob
 from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.errors import StageError
-from vllm_omni.messages import ChunkConsumed, StageDone, StageEvent, StageFailed, StageProgress, StageRows, StageTask
+from vllm_omni.messages import (
+    ChunkConsumed,
+    StageDone,
+    StageEvent,
+    StageFailed,
+    StageProgress,
+    StageRows,
+    StageTask,
+    StageWorked,
+)
 from vllm_omni.params import MAX_SEED
 from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
@@ -47,6 +56,7 @@ class DiffusionEngine(StageEngine):
         self._arrivals = ArrivalQueue()
         self._decoding: deque[DiffusionState] = deque()
         self._events: deque[StageEvent] = deque()
+        self._prepared: set[str] = set()  # tasks whose conditions were encoded in this step
 
     def submit(self, task: StageTask) -> None:
         params, port = diffusion_params(task.params), self.model.streamed_input
@@ -92,7 +102,9 @@ class DiffusionEngine(StageEngine):
         if self._decoding:
             self._decode(self._decoding[0])
         events, self._events = list(self._events), deque()
-        return events
+        silent = self._prepared.difference(event.request_id for event in events)
+        self._prepared = set()
+        return events + [StageWorked(request_id) for request_id in sorted(silent)]
 
     def abort(self, request_id: str) -> None:
         self._events = deque(event for event in self._events if event.request_id != request_id)
@@ -122,6 +134,7 @@ class DiffusionEngine(StageEngine):
         try:
             if not job.is_prepared:
                 job.prepared, job.is_prepared = self.model.prepare(job.inputs, job.params, job.seed), True
+                self._prepared.add(job.request_id)
             if port is None:
                 self._begin_parts(job, job.prepared)
                 return
