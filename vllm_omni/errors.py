@@ -15,9 +15,14 @@ OmniError
 
 from __future__ import annotations
 
+MAX_MESSAGE = 2_000
+
 
 class OmniError(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base of everything that this package raises on purpose. Its message can be printed, and is never long."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_printable(item) if isinstance(item, str) else item for item in args))
 
 
 class ConfigError(OmniError):
@@ -58,3 +63,11 @@ class ResourceError(OmniError):
 
 class StageError(OmniError):
     """A stage failed while it worked on this request."""
+
+
+def _printable(message: str) -> str:
+    """Characters that no encoding has are escaped, and the middle of a long message is left out."""
+    if len(message) > MAX_MESSAGE:
+        half = MAX_MESSAGE // 2 - 20
+        message = f"{message[:half]} [...{len(message) - 2 * half} more...] {message[-half:]}"
+    return message.encode("utf-8", "backslashreplace").decode("utf-8")

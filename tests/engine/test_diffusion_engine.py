@@ -370,12 +370,12 @@ def test_random_operations_leak_nothing(folder: Path, operations: list[tuple[str
             stage.submit(task(key, params(which, 1 + which % 3, guidance, height=32, width=32)))
             added.add(key)
         elif operation == "step":
-            ended += [e.request_id for e in stage.step() if not isinstance(e, StageProgress)]
+            ended += [e.request_id for e in stage.step() if isinstance(e, StageDone | StageFailed)]
         elif added:
             key = sorted(added)[which % len(added)]
             stage.abort(key)
             added.discard(key)
         stage.check_integrity()
-    ended += [key for key, event in run(stage).items() if not isinstance(event, StageProgress)]
+    ended += [key for key, event in run(stage).items() if isinstance(event, StageDone | StageFailed)]
     assert len(ended) == len(set(ended)) and added <= set(ended)
     assert stage.get_stats()["running"] == 0 and stage.get_stats()["step_cache_used_bytes"] == 0

@@ -12,7 +12,7 @@ import torch
 from support.toy_engine import TextParams, text_config
 
 from vllm_omni import AsyncOmni, DiffusionParams, Omni, OmniRequest, RequestStatus, SamplingParams
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import MAX_MESSAGE, InvalidRequestError, OmniError, StageError
 
 
 class NoRepr:
@@ -167,3 +167,19 @@ def test_an_odd_priority_is_rejected_and_the_loop_goes_on(priority: Any) -> None
     with Omni(text_config()) as omni:
         outputs = omni.generate([{"prompt": "x", "priority": priority}, "a"], TextParams(steps=1))
     assert outputs[0].status is RequestStatus.REJECTED and outputs[1].text == "a"
+
+
+def test_no_message_is_long_or_cannot_be_printed() -> None:
+    with Omni(text_config()) as omni:
+        outputs = omni.generate(
+            [{"prompt": "x", "k" * 5000: 1}, {"prompt": "x", "\ud800": 1}, {"prompt": "x", "priority": "p" * 5000}]
+        )
+    for output in outputs:
+        assert isinstance(output.error, OmniError) and len(str(output.error)) <= MAX_MESSAGE
+        str(output.error).encode("utf-8")
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
+    message = str(StageError("begin" + "x" * 10_000 + "end"))
+    assert message.startswith("begin") and message.endswith("end") and "more" in message
+    assert len(message) <= MAX_MESSAGE and str(OmniError("short")) == "short" and OmniError().args == ()

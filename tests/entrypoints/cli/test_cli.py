@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -427,3 +428,14 @@ def test_generate_fails_before_any_work_when_a_flag_or_a_name_is_wrong(
     assert main(["generate", "red", "--config", toy_file, "-o", "x.gif"]) == 1
     assert main(["generate", "red", "--config", toy_file, "--steps", "3"]) == 1
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_what_the_terminal_cannot_show_is_replaced() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "vllm_omni", "check", "no-such-config-\u00e9\u732b"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == 1 and b"Traceback" not in run.stderr and b"no-such-config-??" in run.stderr
