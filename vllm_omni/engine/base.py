@@ -77,6 +77,7 @@ class StageSpec(ABC):
     stage: StageConfig
     limits: LimitsConfig
     signature: StageSignature
+    defaults: Mapping[str, Any]  # of the fields of `params_type`: the config's, and below them the checkpoint's own
     request_keys: frozenset[str] = frozenset()  # the keys of `OmniRequest.fields` that it reads and answers for
     reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
 
@@ -89,6 +90,7 @@ class StageSpec(ABC):
         """A stage with a model resolves its folder and reads its configuration here: nobody does either again."""
         self.stage = stage
         self.limits = config.limits
+        self.defaults = stage.defaults
 
     @abstractmethod
     def load(self, context: EngineContext) -> StageEngine:

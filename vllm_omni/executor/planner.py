@@ -108,7 +108,7 @@ class RequestPlanner:
 
 def _resolve(request: OmniRequest, spec: StageSpec) -> StageParams:
     with stage_boundary(spec.stage.name):
-        return request.params_for(spec.stage.name, spec.params_type).with_defaults(spec.stage.defaults)
+        return request.params_for(spec.stage.name, spec.params_type).with_defaults(spec.defaults)
 
 
 def _guarded_cache_key(spec: StageSpec) -> Callable[[StageTask], str | None]:

@@ -58,6 +58,7 @@ class AROptions:
     tokenizer: str | None = None  # its folder; None: the model's own, else `tokenizer` beside it
     chat_template: bool = True  # whether strings become a user message in the tokenizer's template, where it has one
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # what the template is given besides
+    generation_config: Literal["read", "ignore"] = "read"  # whether the checkpoint's own sampling is the default
     system_prompt: str | None = None  # the system message of chats that have none; None leaves that to the template
     outputs: Mapping[str, Tap] = field(default_factory=dict)  # port -> the hidden states that it gives
     sections: tuple[str, ...] = ()  # labels; the first written line `label: words` gives its words to a port `label`

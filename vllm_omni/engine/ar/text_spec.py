@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.engine.ar.generation_defaults import FILE, generation_defaults
 from vllm_omni.engine.ar.prompt import ARInput, PlannedPrompt, Prepared, PreparedPrompt, read_prompt
 from vllm_omni.engine.ar.spec import ARSpec
 from vllm_omni.engine.ar.tapped_states import POSITIONS
@@ -47,6 +48,9 @@ class TextSpec(ARSpec):
             edge.stage == stage.name for other in config.stages.values() for edge in other.edges.values()
         )
         self._check()
+        reads_file = self.can_write and self.options.generation_config == "read"
+        self._checkpoint_defaults = generation_defaults(model.folder) if reads_file else {}
+        self.defaults = {**self._checkpoint_defaults, **stage.defaults}
         self.signature = self._make_signature()
         configured = self.options.tokenizer
         self._tokenizer_folder = find_tokenizer(model.folder, folders.resolve(configured) if configured else None)
@@ -86,6 +90,16 @@ class TextSpec(ARSpec):
         if self.can_write and isinstance(params, SamplingParams):
             num_new_tokens = (params.max_tokens or 256) * (params.n or 1)
         return self._num_prompt_tokens(request, prepared) / 10 + num_new_tokens
+
+    def note(self) -> str:
+        """Where the parameters come from that a request leaves unset."""
+        said = [f"{name} {value} (config)" for name, value in self.stage.defaults.items()]
+        said += [
+            f"{name} {value:g} ({FILE})"
+            for name, value in self._checkpoint_defaults.items()
+            if name not in self.stage.defaults
+        ]
+        return f"defaults: {', '.join(said)}" if said else ""
 
     def tapped_layers(self, reads: ReadPorts) -> frozenset[int]:
         return frozenset(layer for port, layers in self.tapped.items() if port in reads for layer in layers)
