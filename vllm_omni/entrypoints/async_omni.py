@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any
@@ -34,6 +35,7 @@ class AsyncOmni:
         self._config = resolve_config(config, model=model, overrides=overrides, device=device, dtype=dtype)
         self._executor = load_executor(self._config)
         self._loop = LoopThread(self._executor)
+        weakref.finalize(self, self._loop.stop, drain=False)  # whoever drops it frees its thread and weights
 
     @property
     def config(self) -> OmniConfig:

@@ -6,6 +6,8 @@ Every request gets exactly one final output, also when the loop stops or dies.
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
 import traceback
 from collections import deque
@@ -22,6 +24,7 @@ from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus
 
 Deliver = Callable[[OmniOutput], None]
 T = TypeVar("T")
+EXIT_S = 10.0  # the most that the end of the interpreter waits for a step to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +51,15 @@ class LoopThread:
         self._has_ended = False
         self.cause_of_death: BaseException | None = None  # what broke the loop
         self.finished: Future[None] = Future()  # done when the thread has ended
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._main, name="omni-loop", daemon=True)
         self._thread.start()
+        atexit.register(self._leave)
 
     @property
     def is_alive(self) -> bool:
-        return not self._has_ended
+        """Whether the loop runs; a process that was forked off has a copy of this object, and no such thread."""
+        return not self._has_ended and not self._is_fork
 
     def submit(self, request: OmniRequest, deliver: Deliver, *, stream: bool) -> None:
         """Adds a request; whatever refuses it is delivered as a REJECTED output."""
@@ -93,14 +99,30 @@ class LoopThread:
         """Ends the thread: once every admitted request is done, or (without `drain`) at once, aborting them."""
         self._in_order(lambda: self._send(lambda: self._stop(drain)))
 
+    @property
+    def _is_fork(self) -> bool:
+        return os.getpid() != self._process
+
+    def _leave(self) -> None:
+        """The interpreter ends, and a thread that computes would crash it."""
+        if not self._is_fork:
+            self.stop(drain=False)
+            self._thread.join(EXIT_S)
+
     def _in_order(self, function: Callable[[], None]) -> None:
         """Runs behind the requests that are planned at the moment: what was asked for first comes first."""
+        if self._is_fork:  # nobody plans here: refuses
+            function()
+            return
         try:
             self._planning.submit(function)
         except RuntimeError:  # the loop has ended, and refuses
             function()
 
     def _send(self, execute: Callable[[], None], refuse: Callable[[OmniError], object] = lambda error: None) -> None:
+        if self._is_fork:  # whoever held the lock at the fork holds it for ever
+            refuse(SchedulerError("AsyncOmni was made before this process was forked off; make a new one here"))
+            return
         with self._wake:
             if not self._has_ended:
                 self._commands.append(_Command(execute, refuse))
@@ -140,6 +162,7 @@ class LoopThread:
         with self._wake:
             self._has_ended = True
         self._planning.shutdown(wait=False)
+        atexit.unregister(self._leave)
         for command in self._commands:
             command.refuse(self._ended_error())
         for request_id, deliver in self._delivers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -41,6 +42,7 @@ class Omni:
     ) -> None:
         self._config = resolve_config(config, model=model, overrides=overrides, device=device, dtype=dtype)
         self._executor = load_executor(self._config)
+        weakref.finalize(self, self._executor.shutdown)  # whoever drops it, or ends the interpreter, frees the stages
         self._has_progress = progress
         self._turn = Turn()
         self._mailboxes: dict[str, deque[OmniOutput]] = {}

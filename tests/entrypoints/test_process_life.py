@@ -1,0 +1,82 @@
+"""A loop that is forked, dropped, or still at work when the interpreter ends: in processes of their own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.loop import engine
+from support.toy_engine import text_config
+
+from vllm_omni import AsyncOmni, Omni
+
+BEGIN = """
+import asyncio, os, sys
+from vllm_omni import AsyncOmni, DiffusionParams
+omni = AsyncOmni("tiny_image")
+async def draw(steps):
+    return await omni.generate("a red circle", DiffusionParams(num_inference_steps=steps, height=64, width=64))
+"""
+LEAVE = """
+async def main():
+    task = asyncio.ensure_future(draw(1000))
+    await asyncio.sleep(0.5)
+    sys.exit(3)
+asyncio.run(main())
+"""
+FORK = """
+child = os.fork()
+if not child:
+    output = asyncio.run(draw(1))
+    print(output.status.value, omni.get_status()["alive"], output.error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print(asyncio.run(draw(1)).status.value, omni.get_status()["alive"])
+"""
+
+
+def program(text: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", text],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_the_interpreter_can_end_while_a_request_is_at_work() -> None:
+    found = program(BEGIN + LEAVE)
+    assert found.returncode == 3, found.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_is_refused_at_once_and_the_parent_goes_on() -> None:
+    found = program(BEGIN + FORK)
+    child, parent = found.stdout.splitlines()
+    assert child.startswith("rejected False AsyncOmni was made before this process was forked off; make a new one")
+    assert parent == "finished True", found.stderr
+
+
+@pytest.mark.parametrize("kind", [Omni, AsyncOmni])
+def test_what_is_dropped_frees_its_thread_and_its_engines(kind: Any) -> None:
+    before = set(threading.enumerate())
+    omni = kind(text_config())
+    held = weakref.ref(engine(omni, "text"))
+    assert held() is not None
+    del omni
+    deadline = time.monotonic() + 10
+    while (held() is not None or set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert held() is None and not set(threading.enumerate()) - before
