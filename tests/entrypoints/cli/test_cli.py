@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -14,22 +17,21 @@ from PIL import Image
 from support.music import save_folder
 from support.toy_stage import TOY_YAML, register_toys
 
-import vllm_omni
 from vllm_omni import Audio
 from vllm_omni.config import EdgeConfig, OmniConfig, StageConfig
 from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.loader import load_config
 from vllm_omni.entrypoints.cli import main
-from vllm_omni.entrypoints.cli.generate import prompt_inputs, stage_params
+from vllm_omni.entrypoints.cli.generate import prompt_inputs, prompt_texts, stage_params
 from vllm_omni.entrypoints.cli.graph_report import draw_graph
 from vllm_omni.entrypoints.cli.output_files import OutputFiles
 from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
 
 register_toys()
 
-HAS_OMNI = (Path(vllm_omni.__file__).parent / "entrypoints" / "omni.py").exists()
 NO_FLAGS = dict.fromkeys(["seed", "steps", "height", "width", "guidance", "max_tokens", "temperature", "n"])
 STATES = TensorSpec(("T", 8))
 RELAY = StageSignature(inputs=dict.fromkeys("abcd", STATES), outputs={"out": STATES}, results=frozenset({"out"}))
@@ -125,7 +127,7 @@ def test_check_says_what_is_not_loaded_and_plans_without_it(toy_file: str, capsy
 
 def test_flags_leave_out_the_stages_that_are_not_loaded(toy_file: str) -> None:
     config = load_config(toy_file, ["outputs=[source]"])
-    assert list(stage_params(config, {**NO_FLAGS, "seed": 3})) == ["source"]
+    assert list(stage_params(Pipeline(config), {**NO_FLAGS, "seed": 3})) == ["source"]
 
 
 def test_a_plan_beyond_the_budget_is_shown_and_fails(toy_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,15 +258,15 @@ def test_every_stage_stands_once_in_the_drawing_and_no_rail_is_left_over() -> No
 
 
 def test_flags_become_params_of_the_stages_that_take_them(toy_file: str) -> None:
-    params = stage_params(load_config(toy_file), {**NO_FLAGS, "seed": 7})
+    params = stage_params(Pipeline(load_config(toy_file)), {**NO_FLAGS, "seed": 7})
     assert set(params) == {"source", "loud"}
     assert all(stage.seed == 7 and stage.repeat is None for stage in params.values())
-    assert stage_params(load_config(toy_file), NO_FLAGS) == {}
+    assert stage_params(Pipeline(load_config(toy_file)), NO_FLAGS) == {}
 
 
 def test_a_flag_that_no_stage_takes_is_an_error(toy_file: str) -> None:
     with pytest.raises(InvalidRequestError, match="--max-tokens: no stage of 'toy' takes 'max_tokens'"):
-        stage_params(load_config(toy_file), {**NO_FLAGS, "max_tokens": 3})
+        stage_params(Pipeline(load_config(toy_file)), {**NO_FLAGS, "max_tokens": 3})
 
 
 def output(
@@ -362,7 +364,6 @@ def test_an_input_is_said_once_and_has_a_value(given: list[str]) -> None:
         prompt_inputs(given, "blurry")
 
 
-@pytest.mark.skipif(not HAS_OMNI, reason="Omni is not in this tree")
 def test_inputs_reach_the_stages_and_a_wrong_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_folder(tmp_path / "model")
     path = tmp_path / "music.yaml"
@@ -393,8 +394,8 @@ def test_an_output_name_that_cannot_hold_the_answer_is_an_error(
 ) -> None:
     with pytest.raises(ConfigError, match=r"-o: got 'x\.gif', expected a folder or a file"):
         OutputFiles("x.gif")
-    for kind, name in (("picture", "x.png"), ("sound", "x.wav")):
-        with pytest.raises(ConfigError, match=f"{name}', but no answer holds a {kind}; give a folder for all kinds"):
+    for kind, name in (("an image", "x.png"), ("audio", "x.wav")):
+        with pytest.raises(ConfigError, match=f"{name}', but no answer holds {kind}; give a folder for all kinds"):
             OutputFiles(str(tmp_path / name)).write([output(0, "words")])
     assert OutputFiles(str(tmp_path / "x.png")).write([output(error=StageError("no memory"))]) == []
     monkeypatch.chdir(tmp_path)
@@ -404,7 +405,6 @@ def test_an_output_name_that_cannot_hold_the_answer_is_an_error(
         OutputFiles(str(tmp_path / "file" / "x.png")).write([output(1)])
 
 
-@pytest.mark.skipif(not HAS_OMNI, reason="Omni is not in this tree")
 def test_generate_prints_text_writes_files_and_reports_metrics(
     toy_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -421,7 +421,6 @@ def test_generate_prints_text_writes_files_and_reports_metrics(
     ]
 
 
-@pytest.mark.skipif(not HAS_OMNI, reason="Omni is not in this tree")
 def test_generate_fails_before_any_work_when_a_flag_or_a_name_is_wrong(
     toy_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -439,3 +438,70 @@ def test_what_the_terminal_cannot_show_is_replaced() -> None:
         timeout=120,
     )
     assert run.returncode == 1 and b"Traceback" not in run.stderr and b"no-such-config-??" in run.stderr
+
+
+def test_text_goes_into_one_file_as_it_is_or_as_json(tmp_path: Path) -> None:
+    outputs = [output(0, "red"), output(1, "caf\u00e9"), output(error=StageError("no memory"))]
+    prompts = ["a", "b", "c"]
+    assert names(OutputFiles(f"{tmp_path}/a.txt").write(outputs, prompts), tmp_path) == ["a.txt", "a.png"]
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "red\ncaf\u00e9\n"
+    OutputFiles(f"{tmp_path}/b.json").write(outputs, prompts)
+    OutputFiles(f"{tmp_path}/c.jsonl").write(outputs, prompts)
+    whole = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+    assert whole == [json.loads(line) for line in (tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert whole[1] == {
+        "prompt": "b",
+        "completions": [{"text": "caf\u00e9", "finish_reason": "stop"}],
+        "status": "finished",
+        "error": None,
+    }
+    assert whole[2]["error"] == "no memory" and whole[2]["completions"] == []
+    with pytest.raises(ConfigError, match="no answer holds text"):
+        OutputFiles(f"{tmp_path}/d.txt").write([output(1)])
+
+
+def test_prompts_come_from_the_command_line_stdin_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\n  \ntwo words\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from\nstdin\n"))
+    assert prompt_texts(["a", "-"], str(file)) == ["a", "from\nstdin", "one", "two words"]
+    file.write_text("\n")
+    for name, words in ((str(file), "which holds no prompt"), (str(tmp_path / "no.txt"), "expected a text file")):
+        with pytest.raises(InvalidRequestError, match=f"--prompts: got .*{words}"):
+            prompt_texts([], name)
+
+
+def test_a_file_of_prompts_gives_a_file_of_answers(tmp_path: Path) -> None:
+    file, answers = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    file.write_text("please paint a crimson ball\ncould you draw me a golden hoop\n", encoding="utf-8")
+    assert (
+        main(["generate", "--config", "tiny_scene", "--prompts", str(file), "-o", str(answers), "-q", "--steps", "1"])
+        == 0
+    )
+    found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    assert [answer["completions"][0]["text"] for answer in found] == ["a red circle", "a yellow ring"]
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
+def test_text_shows_on_a_terminal_as_it_is_written() -> None:
+    terminal, end = os.openpty()
+    command = ["generate", "please paint a crimson ball", "--config", "tiny_scene", "--set", "outputs=[writer]"]
+    with subprocess.Popen([sys.executable, "-m", "vllm_omni", *command], stdout=end) as run:
+        os.close(end)
+        pieces: list[bytes] = []
+        with contextlib.suppress(OSError):  # which says that the other end is closed
+            while piece := os.read(terminal, 1024):
+                pieces.append(piece)
+    os.close(terminal)
+    assert run.returncode == 0 and b"".join(pieces) == b"a red circle\r\n"
+    assert len(pieces) > 1, "it came all at once"
+
+
+@pytest.mark.parametrize("name", ["file/x.png", "file/", "x" * 300 + ".png"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("vllm_omni.entrypoints.omni.Omni.__init__", lambda *_, **__: pytest.fail("work began"))
+    assert main(["generate", "a red circle", "-o", f"{tmp_path}/{name}"]) == 1
+    assert "cannot be written" in capsys.readouterr().err

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_omni.entrypoints.cli.config_options import add_config_options
@@ -15,7 +17,7 @@ from vllm_omni.request import TEXT_KEYS
 from vllm_omni.utils.checks import number_complaint
 
 if TYPE_CHECKING:
-    from vllm_omni.config.schema import OmniConfig
+    from vllm_omni.executor.pipeline import Pipeline
     from vllm_omni.params import StageParams
     from vllm_omni.request import OmniOutput
 
@@ -35,12 +37,16 @@ PARAM_FLAGS: Mapping[str, tuple[str, ...]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `generate`."""
-    parser.set_defaults(run=run)
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="one request each")
+    parser.set_defaults(run=run, refuse=parser.error)
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="one request each; '-' reads one from stdin")
+    parser.add_argument("--prompts", dest="file", metavar="FILE", help="a text file with one prompt in each line")
     parser.add_argument("--config", metavar="X", help=f"a stage config (default: the model's, else {DEFAULT_CONFIG})")
     add_config_options(parser)
     parser.add_argument(
-        "-o", "--output", metavar="PATH", help="picture, sound (.wav .flac .ogg) or folder (default: out.png, out.wav)"
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="image, audio (.wav .flac .ogg), text (.txt .json .jsonl) or folder (default: out.png, out.wav)",
     )
     parser.add_argument(
         "--input",
@@ -72,22 +78,68 @@ def run(args: argparse.Namespace) -> int:
     from vllm_omni.entrypoints.cli.output_files import OutputFiles
     from vllm_omni.entrypoints.loading import resolve_config
     from vllm_omni.entrypoints.omni import Omni
+    from vllm_omni.executor.pipeline import Pipeline
 
+    if not args.prompts and args.file is None:
+        args.refuse("give a PROMPT, '-' for stdin, or --prompts FILE")
+    texts = prompt_texts(args.prompts, args.file)
     files = OutputFiles(args.output)
+    files.ensure_writable()
     inputs = prompt_inputs(args.input, args.negative_prompt)
     name = args.config if args.config or args.model else DEFAULT_CONFIG
     config = resolve_config(name, model=args.model, overrides=args.set)
-    params = stage_params(config, vars(args))
-    prompts = [{"prompt": prompt, **inputs} for prompt in args.prompts]
+    pipeline = Pipeline(config)
+    params = stage_params(pipeline, vars(args))
+    prompts = [{"prompt": text, **inputs} for text in texts]
     with Omni(config, progress=not args.quiet) as omni:
-        outputs = omni.generate(prompts, params)
-    for output in outputs:
-        for completion in output.completions:
-            print(completion.text)
+        if len(prompts) == 1 and writes_text_alone(pipeline) and sys.stdout.isatty():
+            outputs = [_write_out(omni.stream(prompts[0], params))]
+        else:
+            outputs = omni.generate(prompts, params)
+            for output in outputs:
+                for completion in output.completions:
+                    print(completion.text)
     _report(outputs, args)
-    for path in files.write(outputs):
+    for path in files.write(outputs, texts):
         say(f"wrote {path}", args.quiet)
     return int(any(output.error is not None for output in outputs))
+
+
+def prompt_texts(given: Sequence[str], file: str | None) -> list[str]:
+    """The prompts of the command line, '-' being what stdin holds, and those of a file, one in each line that is not
+    empty. Raises InvalidRequestError where there is none, or where the file cannot be read.
+    """
+    texts = [sys.stdin.read().strip() if text == "-" else text for text in given]
+    if file is not None:
+        try:
+            lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequestError(f"--prompts: got {file!r}, expected a text file in UTF-8 ({error})") from error
+        texts += [line for line in lines if line.strip()]
+    if not texts:
+        raise InvalidRequestError(f"--prompts: got {file!r}, which holds no prompt; write one in each line")
+    return texts
+
+
+def writes_text_alone(pipeline: Pipeline) -> bool:
+    """Whether all that the config gives is text of one stage, which can be shown as it is written."""
+    stages = pipeline.graph.result_stages
+    return len(stages) == 1 and all(pipeline.graph.signatures[stage].results == {"text"} for stage in stages)
+
+
+def _write_out(parts: Iterable[OmniOutput]) -> OmniOutput:
+    """Shows text as it is written; returns the final output."""
+    shown = 0
+    for part in parts:
+        text = part.text or ""
+        if part.finished:
+            print(text[shown:])
+            for completion in part.completions[1:]:
+                print(completion.text)
+            return part
+        print(text, end="", flush=True)
+        shown += len(text)
+    raise AssertionError("a stream ends with its final output")
 
 
 def prompt_inputs(given: Sequence[str], negative_prompt: str | None) -> dict[str, str | float]:
@@ -116,14 +168,12 @@ def _input_value(text: str) -> str | float:
     return value if is_taken else text
 
 
-def stage_params(config: OmniConfig, flags: Mapping[str, Any]) -> dict[str, StageParams]:
+def stage_params(pipeline: Pipeline, flags: Mapping[str, Any]) -> dict[str, StageParams]:
     """Stage -> the params that the given flags fill; only stages with a result of their own (no encoders) take part.
 
     Raises InvalidRequestError for a flag that no stage takes.
     """
-    from vllm_omni.executor.pipeline import Pipeline
-
-    types = {name: spec.params_type for name, spec in Pipeline(config).specs.items() if spec.signature.results}
+    types = {name: spec.params_type for name, spec in pipeline.specs.items() if spec.signature.results}
     fields = {name: {field.name for field in dataclasses.fields(params_type)} for name, params_type in types.items()}
     given: dict[str, dict[str, Any]] = {}
     for flag, candidates in PARAM_FLAGS.items():
@@ -132,7 +182,7 @@ def stage_params(config: OmniConfig, flags: Mapping[str, Any]) -> dict[str, Stag
         taken = [c for c in candidates if any(c in known for known in fields.values())]
         if not taken:
             raise InvalidRequestError(
-                f"--{flag.replace('_', '-')}: no stage of {config.name!r} takes {candidates[0]!r}"
+                f"--{flag.replace('_', '-')}: no stage of {pipeline.config.name!r} takes {candidates[0]!r}"
             )
         for name, known in fields.items():
             if taken[0] in known:

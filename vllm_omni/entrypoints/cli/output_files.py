@@ -1,16 +1,20 @@
-"""Where `vllm-omni generate -o` puts pictures, sounds, text and tensors. Knows outputs and file names, no engine."""
+"""Where `vllm-omni generate -o` puts images, audio, text and tensors. Knows outputs and file names, no engine."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.request import OmniOutput
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl")
 DEFAULT_STEM = "out"
 
 
@@ -23,8 +27,9 @@ class Saveable(Protocol):
 class OutputFiles:
     """A file or a folder for what a call gives.
 
-    A file (out.png, out.wav) names the kind that is asked for; sounds beside pictures go to a file of the same stem,
-    and several of a kind are numbered: out-0.png, out-1.png. In a folder, which takes text and tensors too, the n-th
+    A file (out.png, out.wav) names the kind that is asked for; audio beside images goes to a file of the same stem, and
+    several of a kind are numbered: out-0.png, out-1.png. All text goes into one file: out.txt holds nothing else,
+    out.json a list, and out.jsonl lines of an object for every prompt. In a folder, which takes tensors too, the n-th
     prompt's files are n.png, n.wav (n-0.png, n-1.png, ... when it has several), n.txt and n.safetensors.
     """
 
@@ -33,37 +38,67 @@ class OutputFiles:
         self._target = target
         self._path = Path(target or DEFAULT_STEM).expanduser()
         self._suffix = self._path.suffix.lower()
-        self._is_folder = target is not None and (target.endswith("/") or self._path.is_dir() or not self._suffix)
-        if target is not None and not self._is_folder and self._suffix not in IMAGE_SUFFIXES + AUDIO_SUFFIXES:
-            raise ConfigError(
-                f"-o: got {target!r}, expected a folder or a file that ends in "
-                f"{', '.join(IMAGE_SUFFIXES + AUDIO_SUFFIXES)}"
-            )
+        self._is_folder = target is not None and (target.endswith("/") or _is_folder(self._path) or not self._suffix)
+        known = IMAGE_SUFFIXES + AUDIO_SUFFIXES + TEXT_SUFFIXES
+        if target is not None and not self._is_folder and self._suffix not in known:
+            raise ConfigError(f"-o: got {target!r}, expected a folder or a file that ends in {', '.join(known)}")
 
-    def write(self, outputs: Sequence[OmniOutput]) -> list[Path]:
-        """Writes what there is and returns the files; ConfigError when a file was asked for that nothing goes into."""
-        folder = self._path if self._is_folder else self._path.parent
+    def ensure_writable(self) -> None:
+        """Before the work: ConfigError where the place that was asked for could not be written."""
+        if self._target is None:
+            return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._path.stat()  # which says that a name is too long
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def write(self, outputs: Sequence[OmniOutput], prompts: Sequence[str] = ()) -> list[Path]:
+        """Writes what there is and returns the files; ConfigError when a file was asked for that nothing goes into.
+
+        prompts: of these outputs; .json and .jsonl hold them.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             if self._is_folder:
                 return [path for index, output in enumerate(outputs) for path in self._write_output(index, output)]
-            return self._write_files(outputs)
+            return [*self._write_text(outputs, prompts), *self._write_files(outputs)]
         except OSError as error:
-            raise ConfigError(
-                f"-o: {error.filename or folder} cannot be written ({error.strerror or error})"
-            ) from error
+            raise self._cannot_write(error) from error
+
+    @property
+    def _folder(self) -> Path:
+        return self._path if self._is_folder else self._path.parent
+
+    def _cannot_write(self, error: OSError) -> ConfigError:
+        return ConfigError(f"-o: {error.filename or self._folder} cannot be written ({error.strerror or error})")
+
+    def _write_text(self, outputs: Sequence[OmniOutput], prompts: Sequence[str]) -> list[Path]:
+        if self._suffix not in TEXT_SUFFIXES:
+            return []
+        if not any(output.completions or output.error is not None for output in outputs):
+            raise ConfigError(f"-o: got {self._target!r}, but no answer holds text; give a folder for all kinds")
+        if self._suffix == ".txt":
+            lines = [completion.text for output in outputs for completion in output.completions]
+        else:
+            answers = [_as_json(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+            lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
+            lines = lines if self._suffix == ".jsonl" else [json.dumps(answers, ensure_ascii=False, indent=2)]
+        self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return [self._path]
 
     def _write_files(self, outputs: Sequence[OmniOutput]) -> list[Path]:
         written: list[Path] = []
         for kind, suffixes, found in (
-            ("picture", IMAGE_SUFFIXES, [image for output in outputs for image in output.images]),
-            ("sound", AUDIO_SUFFIXES, [audio for output in outputs for audio in output.audios]),
+            ("an image", IMAGE_SUFFIXES, [image for output in outputs for image in output.images]),
+            ("audio", AUDIO_SUFFIXES, [audio for output in outputs for audio in output.audios]),
         ):
             is_asked = self._suffix in suffixes
             if is_asked and not found and all(output.error is None for output in outputs):
-                raise ConfigError(
-                    f"-o: got {self._target!r}, but no answer holds a {kind}; give a folder for all kinds"
-                )
+                raise ConfigError(f"-o: got {self._target!r}, but no answer holds {kind}; give a folder for all kinds")
             path = self._path if is_asked else self._path.with_suffix(suffixes[0])
             written += _save_all(found, path)
         return written
@@ -81,6 +116,24 @@ class OutputFiles:
             written.append(self._path / f"{index}.safetensors")
             save_file({name: tensor.contiguous() for name, tensor in output.tensors.items()}, str(written[-1]))
         return written
+
+
+def _is_folder(path: Path) -> bool:
+    """Of a name that no file could have as well."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _as_json(prompt: str, output: OmniOutput) -> dict[str, Any]:
+    completions = [{"text": item.text, "finish_reason": item.finish_reason} for item in output.completions]
+    return {
+        "prompt": prompt,
+        "completions": completions,
+        "status": output.status.value,
+        "error": None if output.error is None else str(output.error),
+    }
 
 
 def _save_all(items: Sequence[Saveable], path: Path) -> list[Path]:
