@@ -11,6 +11,7 @@ from support.toy_engine import TextParams, text_config
 
 from vllm_omni import OmniOutput, RequestStatus, registry
 from vllm_omni.config.schema import SchedulerConfig
+from vllm_omni.engine.boundary import stage_error
 from vllm_omni.errors import RequestTimeoutError, SchedulerError, StageError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
@@ -104,3 +105,12 @@ def test_a_request_that_nobody_gave_a_deadline_has_none() -> None:
     clock.now = 1e9
     found = finish(loop)
     assert found["r"].text == "xx" and isinstance(found["hurried"].error, RequestTimeoutError)
+
+
+def test_an_error_names_its_stage_once() -> None:
+    loop = executor(text_config())
+    toy = engine(loop, "text")
+    named = stage_error("text", RuntimeError("boom"))
+    toy.step = lambda: [StageFailed(toy.work.popitem()[0], named)]
+    error = answer(loop, request("r", "x")).error
+    assert str(error) == "stage 'text' failed: RuntimeError: boom" and isinstance(error.__cause__, RuntimeError)

@@ -21,9 +21,14 @@ def stage_boundary(stage: str) -> Iterator[None]:
 
 
 def stage_error(stage: str, cause: Exception) -> StageError:
-    """A StageError that names the stage. The cause keeps its lines, but lets go of its frames' tensors."""
+    """A StageError that names the stage; one that already does stays as it is. The cause keeps its lines, but lets go
+    of its frames' tensors.
+    """
     clear_frames(cause)
-    error = StageError(f"stage {stage!r} failed: {describe(cause)}")
+    prefix = f"stage {stage!r} failed: "
+    if isinstance(cause, StageError) and str(cause).startswith(prefix):
+        return cause
+    error = StageError(prefix + describe(cause))
     error.__cause__ = cause
     return error
 
