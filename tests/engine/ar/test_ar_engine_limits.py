@@ -41,6 +41,7 @@ from vllm_omni.messages import StageDone, StageFailed, StageProgress
 from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.payload import TensorSpec, TextSpec
 from vllm_omni.request import OmniRequest
+from vllm_omni.worker.ar.kv_pool import DEFAULT_POOL
 from vllm_omni.worker.model_pool import ModelPool
 
 PROMPT = "a red circle left of a blue square"
@@ -200,7 +201,7 @@ def test_the_default_pool_is_bounded_and_says_by_what(folder: Path) -> None:
         for count in (64, 10_000)
     )
     assert (small.num_blocks, small.limited_by) == (64 * 16, "max_num_seqs")
-    assert large.limited_by == "the default of 256 MB"
+    assert large.limited_by == DEFAULT_POOL
     assert 255 * 2**20 < large.num_blocks * large.block_bytes <= 256 * 2**20
 
 

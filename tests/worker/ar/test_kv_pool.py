@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.errors import ConfigError
-from vllm_omni.worker.ar.kv_pool import KVLayout, KVPool, KVPoolPlan, activation_bytes, plan_kv_pool
+from vllm_omni.worker.ar.kv_pool import DEFAULT_POOL, KVLayout, KVPool, KVPoolPlan, activation_bytes, plan_kv_pool
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -75,7 +75,7 @@ def test_the_plan_says_what_limits_it() -> None:
         plan(mb=0.001)
 
 
-def test_the_default_memory_holds_one_block_at_least() -> None:
+def test_the_default_memory_holds_one_sequence_at_least() -> None:
     huge = ToyModel(num_layers=1000, head_dim=4096)
     planned = plan_kv_pool(
         huge,
@@ -84,11 +84,11 @@ def test_the_default_memory_holds_one_block_at_least() -> None:
         can_write=True,
         tapped_layers=[],
         model_len=64,
-        max_num_seqs=1,
+        max_num_seqs=8,
         kv_memory_mb=None,
         num_blocks=None,
     )
-    assert (planned.num_blocks, planned.limited_by) == (1, "the default of 256 MB")
+    assert (planned.num_blocks, planned.limited_by) == (4, DEFAULT_POOL)
 
 
 def test_activations_are_those_of_the_widest_moment() -> None:

@@ -68,7 +68,7 @@ class AROptions:
     max_num_seqs: int = 64  # sequences of one step
     max_num_batched_tokens: int = 2048  # tokens of one step
     block_size: int = 16  # tokens of a block of the KV pool
-    kv_memory_mb: float | None = None  # the pool's most; None: 256
+    kv_memory_mb: float | None = None  # the pool's most; None: 256, or one full sequence if that is more
     num_blocks: int | None = None  # the pool's blocks; None: enough for max_num_seqs full sequences in kv_memory_mb
     prefix_caching: bool = True  # whether equal beginnings of prompts are computed once
     attention: str = AUTO  # a row of the registry's table "attention"; "auto" chooses

@@ -18,6 +18,7 @@ from vllm_omni.layers.forward_context import HiddenStateTaps
 from vllm_omni.worker.ar.language_model import LanguageModelConfig
 
 DEFAULT_POOL_BYTES = 256 * 2**20
+DEFAULT_POOL = "the default of 256 MB, or one sequence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +124,17 @@ def plan_kv_pool(
     num_blocks: int | None,
 ) -> KVPoolPlan:
     """`num_blocks` blocks where that is given, else enough for max_num_seqs sequences of model_len tokens in at most
-    kv_memory_mb (256 MB where that is not given). ConfigError when not one block fits into kv_memory_mb.
+    kv_memory_mb (where that is not given 256 MB, or one such sequence if that is more). ConfigError when not one block
+    fits into kv_memory_mb.
     """
     layout = KVLayout.of(model, can_write=can_write, tapped_layers=tapped_layers)
     block_bytes = layout.token_bytes(itemsize) * block_size
     if num_blocks is not None:
         return KVPoolPlan(num_blocks, block_bytes, "num_blocks")
-    needed = -(-model_len // block_size) * max_num_seqs
+    one_sequence = -(-model_len // block_size)
+    needed = one_sequence * max_num_seqs
     if kv_memory_mb is None:
-        affordable, limit = max(1, DEFAULT_POOL_BYTES // block_bytes), "the default of 256 MB"
+        affordable, limit = max(one_sequence, DEFAULT_POOL_BYTES // block_bytes), DEFAULT_POOL
     else:
         affordable, limit = int(kv_memory_mb * 2**20) // block_bytes, "kv_memory_mb"
     if affordable == 0:
