@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import thread as pool
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,19 @@ def test_what_is_dropped_frees_its_thread_and_its_engines(kind: Any) -> None:
         gc.collect()
         time.sleep(0.01)
     assert held() is None and not set(threading.enumerate()) - before
+
+
+def test_the_collector_may_drop_one_while_any_lock_is_held() -> None:
+    """As in the middle of `submit` of an executor of threads, all of which share a lock."""
+    dropped = threading.Event()
+
+    def drop() -> None:
+        omni: list[Any] = [AsyncOmni(text_config())]
+        omni.append(omni)
+        with pool._global_shutdown_lock, omni[0]._loop._wake:
+            del omni
+            gc.collect()
+        dropped.set()
+
+    threading.Thread(target=drop, daemon=True).start()
+    assert dropped.wait(10), "the collector waits for a lock that its own thread holds"

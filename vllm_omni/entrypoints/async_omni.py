@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import weakref
 from collections.abc import AsyncGenerator, Sequence
@@ -35,7 +36,9 @@ class AsyncOmni:
         self._config = resolve_config(config, model=model, overrides=overrides, device=device, dtype=dtype)
         self._executor = load_executor(self._config)
         self._loop = LoopThread(self._executor)
-        weakref.finalize(self, self._loop.stop, drain=False)  # whoever drops it frees its thread and weights
+        # Whoever drops it frees its thread and weights. The collector runs in the middle of anything, with any lock
+        # held that ending the loop may need (`threading` has such locks itself): so in a thread of its own.
+        weakref.finalize(self, _thread.start_new_thread, self._loop.end, ()).atexit = False
 
     @property
     def config(self) -> OmniConfig:

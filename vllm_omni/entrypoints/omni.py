@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -42,7 +41,6 @@ class Omni:
     ) -> None:
         self._config = resolve_config(config, model=model, overrides=overrides, device=device, dtype=dtype)
         self._executor = load_executor(self._config)
-        weakref.finalize(self, self._executor.shutdown)  # whoever drops it, or ends the interpreter, frees the stages
         self._has_progress = progress
         self._turn = Turn()
         self._mailboxes: dict[str, deque[OmniOutput]] = {}
@@ -112,7 +110,11 @@ class Omni:
     def close(self) -> None:
         """Aborts what is unfinished and frees all stages; may be called twice."""
         self._is_closed = True
-        self._turn.do(self._shut_down)
+        if self._turn.is_mine():
+            self._turn.do(self._shut_down)
+            return
+        with self._turn.take():
+            self._shut_down()
 
     def __enter__(self) -> Omni:
         return self
@@ -141,7 +143,8 @@ class Omni:
                 if not mailbox:
                     self._executor.wait()
         finally:
-            self._turn.do(partial(self._abort, unfinished, mailbox))
+            if unfinished:
+                self._turn.do(partial(self._abort, unfinished, mailbox))
 
     def _feed(
         self, waiting: deque[OmniRequest], unfinished: set[str], mailbox: deque[OmniOutput], stream: bool

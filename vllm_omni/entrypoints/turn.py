@@ -25,7 +25,7 @@ class Turn:
     @contextmanager
     def take(self) -> Iterator[None]:
         """One turn; SchedulerError from inside another one of this thread."""
-        if self._is_inside():
+        if self.is_mine():
             raise SchedulerError(
                 "called from inside a step, by a signal handler or a finaliser; call it after the step"
             )
@@ -38,17 +38,26 @@ class Turn:
                     self._do_late()
                 finally:
                     self._owner = None
-        if self._late:  # it came after the last of them was done, and before this turn had ended
-            self.do(lambda: None)
+        self._catch_up()  # with what came after the last of them was done, and before this turn had ended
 
     def do(self, function: Callable[[], None]) -> None:
-        """Calls a function in a turn: now, or at the end of the turn that this thread is in."""
+        """Calls a function in a turn: now, or at the end of the turn that somebody is in. Never waits: whoever runs
+        inside something else may hold a lock that the other one needs.
+        """
         self._late.append(function)
-        if not self._is_inside():
-            with self.take():
-                pass
+        self._catch_up()
 
-    def _is_inside(self) -> bool:
+    def _catch_up(self) -> None:
+        while self._late and self._lock.acquire(blocking=False):
+            try:
+                self._owner = threading.get_ident()
+                self._do_late()
+            finally:
+                self._owner = None
+                self._lock.release()
+
+    def is_mine(self) -> bool:
+        """Whether this thread is in the middle of a turn."""
         return self._owner == threading.get_ident() and self._lock.locked()
 
     def _do_late(self) -> None:
