@@ -491,3 +491,9 @@ def test_an_integer_of_thousands_of_digits_is_a_complaint_and_no_crash() -> None
 @given(st.integers(min_value=10**308, max_value=10**400))
 def test_an_integer_too_large_for_a_float_is_a_complaint_and_no_crash(value: int) -> None:
     assert (number_complaint("x", value, 0, integer=True) is None) == (value < 2**1024 - 2**970)
+
+
+def test_no_deadline_is_the_default_and_can_be_written() -> None:
+    for timeout, expected in ((None, float("inf")), (12, 12.0)):
+        assert load_config(toy(scheduler={"request_timeout_s": timeout})).request_timeout == expected
+    assert load_config(toy()).request_timeout == float("inf")

@@ -6,6 +6,7 @@ Knows no file and no stage kind.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +23,7 @@ _DEFAULTS = OmniConfig()
 class SchedulerGroup(SchedulerConfig):
     """`scheduler:`; the timeouts go to OmniConfig.request_timeout and OmniConfig.worker_timeout."""
 
-    request_timeout_s: float = _DEFAULTS.request_timeout
+    request_timeout_s: float | None = None  # None: requests that set none have no deadline
     worker_timeout_s: float = _DEFAULTS.worker_timeout
 
     def narrowed(self) -> SchedulerConfig:
@@ -65,7 +66,7 @@ class ConfigDocument:
             limits=self.limits,
             max_memory_gb=self.resources.max_memory_gb,
             max_gpu_utilization=self.resources.max_gpu_utilization,
-            request_timeout=self.scheduler.request_timeout_s,
+            request_timeout=math.inf if self.scheduler.request_timeout_s is None else self.scheduler.request_timeout_s,
             worker_timeout=self.scheduler.worker_timeout_s,
         )
 

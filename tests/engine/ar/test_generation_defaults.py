@@ -109,3 +109,8 @@ def test_check_says_where_each_default_comes_from(model: Path) -> None:
 def test_a_stage_that_writes_nothing_reads_no_sampling(model: Path) -> None:
     spec = make_spec(make_stage(model, task="encode", outputs={"h": {"layers": [-1]}}))
     assert spec.defaults == {} and spec.note() == ""
+
+
+def test_the_key_is_refused_where_nothing_is_sampled(model: Path) -> None:
+    with pytest.raises(ConfigError, match="generation_config: task encode samples nothing"):
+        make_spec(make_stage(model, task="encode", outputs={"h": {"layers": [-1]}}, generation_config="ignore"))

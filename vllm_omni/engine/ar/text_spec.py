@@ -146,6 +146,8 @@ class TextSpec(ARSpec):
             raise ConfigError(f"prompt: got {options.prompt!r}, but inputs.prompt brings the prompt; keep one of them")
         if stage.defaults and not options.can_write:
             raise ConfigError(f"defaults: got {list(stage.defaults)}, but task encode samples nothing; remove it")
+        if options.generation_config != "read" and not options.can_write:
+            raise ConfigError("generation_config: task encode samples nothing; remove it")
         if self._reader_class is not None and POSITIONS in (*options.outputs, *options.sections):
             raise ConfigError(f"outputs: got {POSITIONS}, which the stage gives by itself; choose another name")
 
