@@ -26,7 +26,8 @@ Prompt = str | Sequence[int] | Messages
 P = TypeVar("P", bound=StageParams)
 
 TEXT_KEYS = ("prompt", "prompt_token_ids", "messages")
-PROMPT_KEYS = frozenset({*TEXT_KEYS, "negative_prompt", "request_id", "priority", "timeout_s"})
+OWN_KEYS = ("negative_prompt", "request_id", "priority", "timeout_s", "outputs")
+PROMPT_KEYS = frozenset({*TEXT_KEYS, *OWN_KEYS})
 MAX_ID_LENGTH = 256
 MAX_KEYS = 1_000  # of a prompt dict, of parameters by stage
 MAX_PROMPT_ITEMS = 1_000_000  # token ids or messages; what a stage takes is far less
@@ -66,6 +67,7 @@ class OmniRequest:
     params: StageParams | Mapping[str, StageParams] | None = None  # for all stages of its type, or by stage
     priority: str = "normal"  # a key of the scheduler's `priority_weights`
     timeout_s: float | None = None  # seconds from admission to the deadline; None takes the config's
+    outputs: Sequence[str] | None = None  # of the config's `outputs` those that are wanted; the rest is not computed
     # further inputs by name (`lyrics`, `audio`, ...), each checked by a stage that reads it (StageSpec.request_keys);
     # None is as if it were not there
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +87,8 @@ class OmniRequest:
             raise InvalidRequestError(f"priority: got {brief(self.priority)}, expected a name")
         if self.params is not None and not isinstance(self.params, StageParams):
             object.__setattr__(self, "params", _checked_params(self.params))
+        if self.outputs is not None:
+            object.__setattr__(self, "outputs", _checked_outputs(self.outputs))
         object.__setattr__(self, "fields", _checked_fields(self.fields))
 
     @classmethod
@@ -104,8 +108,7 @@ class OmniRequest:
                 f"prompt: got {texts or 'none'} of 'prompt', 'prompt_token_ids' and 'messages', expected exactly one"
                 + _near_misses(fields)
             )
-        others = ("negative_prompt", "request_id", "priority", "timeout_s")
-        rest = {key: given[key] for key in others if given.get(key) is not None}
+        rest = {key: given[key] for key in OWN_KEYS if given.get(key) is not None}
         return cls(prompt=given[texts[0]], params=params, fields=fields, **rest)
 
     def params_for(self, stage: str, params_type: type[P]) -> P:
@@ -155,6 +158,14 @@ def _check_message(index: int, message: Mapping[Any, Any]) -> None:
     given = as_dict(f"prompt[{index}]", message, MAX_KEYS, raises=InvalidRequestError, expected=expected)
     if not isinstance(given.get("role"), str) or "content" not in given:
         raise InvalidRequestError(f"prompt[{index}]: got the keys {brief(list(given))}, expected {expected}")
+
+
+def _checked_outputs(outputs: object) -> tuple[str, ...]:
+    expected = "a list of entries of the config's `outputs`"
+    given = as_list("outputs", outputs, MAX_KEYS, raises=InvalidRequestError, expected=expected)
+    if not given or not all(isinstance(entry, str) for entry in given):
+        raise InvalidRequestError(f"outputs: got {brief(given)}, expected {expected}")
+    return tuple(dict.fromkeys(given))
 
 
 def _checked_fields(fields: object) -> dict[str, Any]:

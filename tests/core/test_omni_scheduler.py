@@ -229,7 +229,7 @@ def test_a_request_that_nothing_can_advance_fails_instead_of_waiting_for_ever() 
 def test_max_running_holds_and_the_policy_picks() -> None:
     machine = scheduler(policy=SchedulerType.SHORTEST_JOB_FIRST, max_running=1)
     for name, size in (("long", 9.0), ("short", 1.0), ("middle", 5.0)):
-        plan = RequestPlan({"a": StagePlan(StageParams())}, {"a": frozenset()}, size)
+        plan = RequestPlan({"a": StagePlan(StageParams())}, {"a": frozenset()}, job_size=size)
         machine.schedule(request(name), plan)
     started = []
     while launches := machine.tick(0.0):

@@ -71,7 +71,7 @@ def test_a_stage_reads_what_the_prompt_brings(omni: Omni) -> None:
         ("lirycs", "prompt['lirycs']: unknown key (did you mean 'lyrics'?)"),
         ("ecko", "unknown key (did you mean 'echo'?)"),
         ("priorty", "unknown key (did you mean 'priority'?)"),
-        ("xyz", "unknown key (known: echo, lyrics, messages, negative_prompt, priority, prompt,"),
+        ("xyz", "unknown key (known: echo, lyrics, messages, negative_prompt, outputs, priority, prompt,"),
         ("k" * 10_000, "unknown key (known: "),
     ],
 )

@@ -100,16 +100,20 @@ class StageGraph:
             ports |= self.signatures[stage].results & self.signatures[stage].streamed_outputs
         return frozenset(ports)
 
-    def demand(self, needed: Callable[[str], frozenset[str]]) -> Mapping[str, frozenset[str]]:
+    def demand(
+        self, needed: Callable[[str], frozenset[str]], outputs: Sequence[str] | None = None
+    ) -> Mapping[str, frozenset[str]]:
         """Which stages run for one request, in topological order, and which of their connected inputs they read.
 
         needed: stage -> the input ports that the request makes it read (StageSpec.needed_inputs), asked of running
-        stages alone. A stage runs when `outputs` lists it or when a running stage reads one of its edges.
+        stages alone. outputs: entries of the graph's own; None for all. A stage runs when `outputs` lists it or when a
+        running stage reads one of its edges.
         """
+        ends = {entry.partition(".")[0] for entry in (self.outputs if outputs is None else outputs)}
         reads: dict[str, frozenset[str]] = {}
         for stage in reversed(self.order):
             is_read = any(edge.target_port in reads.get(edge.target, ()) for edge in self._from[stage])
-            if is_read or stage in self._ends:
+            if is_read or stage in ends:
                 reads[stage] = needed(stage) & {edge.target_port for edge in self._into[stage]}
         return {stage: reads[stage] for stage in self.order if stage in reads}
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, OmniConfig, StageConfig
@@ -79,6 +80,10 @@ class StageSpec(ABC):
     signature: StageSignature
     defaults: Mapping[str, Any]  # of the fields of `params_type`: the config's, and below them the checkpoint's own
     request_keys: frozenset[str] = frozenset()  # the keys of `OmniRequest.fields` that it reads and answers for
+    input_media: frozenset[str] = frozenset()  # kinds of parts of a chat message that it reads besides text
+    request_choices: Mapping[str, tuple[str, ...]] = MappingProxyType(
+        {}
+    )  # the values that one of `request_keys` may have
     reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
 
     @classmethod

@@ -23,11 +23,11 @@ IMAGE_PORT = "image"
 AUDIO_PORT = "audio"
 
 
-def make_output(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
-    """The final OmniOutput, `outputs` being the config's entries; what a failed request did finish is given as well. A
-    caller who keeps its error keeps no engine by that.
+def make_output(end: RequestEnd) -> OmniOutput:
+    """The final OmniOutput; what a failed request did finish is given as well. A caller who keeps its error keeps no
+    engine by that.
     """
-    output = _output_of(end, outputs)
+    output = _output_of(end)
     if output.error is not None:
         clear_frames(output.error)
     return output
@@ -36,7 +36,7 @@ def make_output(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
 class PartialOutputs:
     """The partial outputs of one request, to be made in the order of its events: it counts the samples of each stage.
 
-    outputs: the config's entries.
+    outputs: the entries of the config's `outputs` that the caller gets.
     """
 
     def __init__(self, outputs: Sequence[str]) -> None:
@@ -113,12 +113,12 @@ def to_audios(sounds: Tensor, sample_rate: object, stage: str, start: int = 0) -
         raise StageError(f"stage {stage!r}: audio: {error}") from error
 
 
-def _output_of(end: RequestEnd, outputs: Sequence[str]) -> OmniOutput:
+def _output_of(end: RequestEnd) -> OmniOutput:
     results: dict[str, StageResult] = {}
     tensors: dict[str, Tensor] = {}
     status, error = end.status, end.error
     try:
-        for entry in outputs:
+        for entry in end.outputs:
             stage, _, port = entry.partition(".")
             payload = end.payloads.get(stage)
             if payload is None:

@@ -14,6 +14,7 @@ from vllm_omni.entrypoints.loading import ConfigLike, load_executor, resolve_con
 from vllm_omni.entrypoints.loop_thread import LoopThread
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request
 from vllm_omni.executor.omni_executor import OmniExecutor
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, OmniRequest
 
 
@@ -43,6 +44,11 @@ class AsyncOmni:
     @property
     def config(self) -> OmniConfig:
         return self._config
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Its graph and the specs of its stages: what it reads, and what it makes."""
+        return self._executor.pipeline
 
     async def generate(self, prompt: PromptLike, params: Params | None = None) -> OmniOutput:
         """The final output of one prompt. Cancelling the awaiting task aborts the request."""

@@ -114,7 +114,7 @@ class OmniExecutor:
             self._scheduler.reject(request, error)
             return
         if stream:
-            self._partials[request.request_id] = PartialOutputs(self._graph.outputs)
+            self._partials[request.request_id] = PartialOutputs(plan.outputs)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once; its final output is the next `take_outputs`'. Unknown or finished ones are fine."""
@@ -175,6 +175,11 @@ class OmniExecutor:
             host.executor.shutdown()
         self._background.shutdown()
         self._models.clear()
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What runs: config, graph and the specs of its stages."""
+        return self._pipeline
 
     @property
     def scheduler(self) -> OmniScheduler:
@@ -309,4 +314,4 @@ class OmniExecutor:
             for host in self._hosts.values():
                 host.abort(end.request.request_id)
             self._partials.pop(end.request.request_id, None)
-            self._outputs.append(make_output(end, self._graph.outputs))
+            self._outputs.append(make_output(end))

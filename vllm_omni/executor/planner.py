@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from vllm_omni.core.routing.request_plan import RequestPlan, StagePlan, kept_ports
 from vllm_omni.engine.base import StageSpec
@@ -25,13 +25,13 @@ class RequestPlanner:
         self._graph = pipeline.graph
         self._specs = pipeline.specs
         self._reads = pipeline.reads
-        self._kept = kept_ports(pipeline.graph)
 
     def plan(self, request: OmniRequest) -> RequestPlan:
         """Resolves parameters, asks every stage that the request needs, and sums the job's size."""
         self._check_params(request)
+        outputs = self._outputs_of(request)
         params = {name: _resolve(request, spec) for name, spec in self._specs.items()}
-        demand = self._graph.demand(lambda stage: self._needed_inputs(stage, request, params[stage]))
+        demand = self._graph.demand(lambda stage: self._needed_inputs(stage, request, params[stage]), outputs)
         self._check_fields(request, demand)
         self._check_params_are_read(request, demand)
         stages: dict[str, StagePlan] = {}
@@ -48,7 +48,15 @@ class RequestPlanner:
                 prepared,
                 _guarded_cache_key(spec),
             )
-        return RequestPlan(stages, self._kept, job_size)
+        return RequestPlan(stages, kept_ports(self._graph, outputs), outputs, job_size)
+
+    def _outputs_of(self, request: OmniRequest) -> Sequence[str]:
+        if request.outputs is None:
+            return self._graph.outputs
+        for entry in request.outputs:
+            if entry not in self._graph.outputs:
+                raise InvalidRequestError(f"outputs: got {entry!r:.80}{did_you_mean(entry[:80], self._graph.outputs)}")
+        return request.outputs
 
     def _check_params(self, request: OmniRequest) -> None:
         if request.params is None:

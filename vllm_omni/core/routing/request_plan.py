@@ -33,6 +33,7 @@ class RequestPlan:
 
     stages: Mapping[str, StagePlan] = field(default_factory=dict)  # in topological order
     kept: Mapping[str, frozenset[str]] = field(default_factory=dict)  # stage -> ports that the caller gets
+    outputs: Sequence[str] = ()  # which entries of the config's `outputs` the caller gets
     job_size: float = 1.0  # for shortest job first
 
 
@@ -47,13 +48,13 @@ def default_plan(graph: StageGraph | None) -> RequestPlan:
         )
         for stage in demand
     }
-    return RequestPlan(stages, kept_ports(graph))
+    return RequestPlan(stages, kept_ports(graph, graph.outputs), graph.outputs)
 
 
-def kept_ports(graph: StageGraph) -> dict[str, frozenset[str]]:
+def kept_ports(graph: StageGraph, outputs: Sequence[str]) -> dict[str, frozenset[str]]:
     """Stages that `outputs` lists -> the ports to keep of their payloads: the port it names, or the stage's results."""
     kept: dict[str, frozenset[str]] = {}
-    for entry in graph.outputs:
+    for entry in outputs:
         stage, _, port = entry.partition(".")
         ports = frozenset({port}) if port else graph.signatures[stage].results
         kept[stage] = kept.get(stage, frozenset()) | ports

@@ -6,7 +6,7 @@ Knows no other request, no engine and no clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ class RequestEnd:
     payloads: Mapping[str, StagePayload] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     error: OmniError | None = None
+    outputs: Sequence[str] = ()  # which entries of the config's `outputs` the caller gets
     abandoned: tuple[str, ...] = ()  # the stages that still work on it and must forget it
 
 
@@ -131,7 +132,9 @@ class RequestState:
         """The last word; drop the state after it."""
         ended = self.done.union(self.skipped)
         metrics = {stage: values for stage, values in self.metrics.items() if stage in ended}
-        return RequestEnd(self.request, status, dict(self.payloads), metrics, error, tuple(self.running))
+        return RequestEnd(
+            self.request, status, dict(self.payloads), metrics, error, self.plan.outputs, tuple(self.running)
+        )
 
     def check_integrity(self) -> None:
         """Raises SchedulerError when a stage is in two places, waits for what will never come or for nobody, or when an

@@ -43,7 +43,9 @@ class TextSpec(ARSpec):
         self.can_write = self.reads_params = self.options.can_write
         self.prefix_caching = self.options.prefix_caching
         self._reader_class: type[PromptReader[Any]] | None = model.model_class.prompt_reader
-        self.request_keys = frozenset() if self._reader_class is None else self._reader_class.request_keys
+        if self._reader_class is not None:
+            self.request_keys = self._reader_class.request_keys
+            self.input_media = self._reader_class.input_media
         self._feeds_others = any(
             edge.stage == stage.name for other in config.stages.values() for edge in other.edges.values()
         )

@@ -63,6 +63,7 @@ class MediaContent:
 class OmniPromptReader(PromptReader[OmniPromptPlan]):
     """Makes prompts for the checkpoint in `folder`."""
 
+    input_media = frozenset({"image", "audio", "video"})
     request_keys = frozenset({USE_AUDIO_IN_VIDEO})
 
     def __init__(self, folder: Path, encode: Encode, limits: LimitsConfig) -> None:

@@ -45,6 +45,7 @@ class TalkerSpec(ARSpec):
         _refuse_words(self.options)
         self.talker = model.config
         self.speakers = Speakers.load(model.folder)
+        self.request_choices = {SPEAKER: tuple(self.speakers.names)}
         states = TensorSpec(("T", 2 * self.talker.embedding_size))
         self.signature = StageSignature(
             inputs={PROMPT: states, REPLY: states, POSITIONS: TensorSpec(("T", 3))},

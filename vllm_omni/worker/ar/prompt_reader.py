@@ -32,6 +32,7 @@ Plan = TypeVar("Plan", bound=MediaPlan)
 class PromptReader(ABC, Generic[Plan]):
     """Reads the prompts of one checkpoint that hold media. Safe to ask from any thread."""
 
+    input_media: ClassVar[frozenset[str]]  # the kinds of parts that it reads: "image", "audio", "video"
     request_keys: ClassVar[frozenset[str]] = frozenset()  # the keys of `OmniRequest.fields` that it reads
 
     @abstractmethod
