@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_omni import __version__
-from vllm_omni.entrypoints.cli import check, generate, models
+from vllm_omni.entrypoints.cli import check, generate, models, serve
 from vllm_omni.entrypoints.cli.console import complain
 from vllm_omni.errors import OmniError
 
@@ -21,6 +21,7 @@ examples:
   vllm-omni generate "a lighthouse at dusk" --model path/to/Z-Image-Turbo --steps 9 --height 1024 --width 1024
   vllm-omni generate "Why is the sky blue?" --model path/to/Qwen3-0.6B --max-tokens 200
   vllm-omni generate "a large pink star" --set image.cache.policy=first_block --set image.cache.threshold=0.1
+  vllm-omni serve --config tiny_omni --ui
   vllm-omni check tiny_omni
   vllm-omni models
 """
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     generate.add_arguments(run_prompts)
+    serve.add_arguments(commands.add_parser("serve", help="serve configs over HTTP, as OpenAI's API"))
     check.add_arguments(
         commands.add_parser("check", help="validate a config, draw its graph, plan its memory; loads no weights")
     )

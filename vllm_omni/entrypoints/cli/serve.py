@@ -1,0 +1,146 @@
+"""`vllm-omni serve`: one or several configs over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_omni.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm_omni.config.schema import OmniConfig
+    from vllm_omni.entrypoints.server.settings import ServerSettings
+
+KEY_VARIABLE = "VLLM_OMNI_API_KEY"
+DEFAULT_CONFIG = "tiny_omni"
+# flag -> what `--help` says of it; the type and the default are the field's
+NUMBERS = {
+    "port": "0: any free one",
+    "max_body_mb": "largest body of a request",
+    "max_media_mb": "largest input that is fetched from a host",
+    "max_connections": "at the same time; more get 503",
+    "request_timeout_s": "deadline of a request, and the longest that one may ask for",
+    "body_timeout_s": "longest that a client may keep its next bytes back",
+    "write_timeout_s": "longest that a client may leave its answer unread",
+    "drain_s": "after SIGTERM, how long what runs may take to end",
+    "max_jobs": "jobs that are kept, finished ones included",
+    "job_lifetime_s": "after which a finished job goes",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `serve`."""
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="[NAME=]X",
+        help=f"a stage config, and the name it is served under; may be repeated (default: {DEFAULT_CONFIG})",
+    )
+    parser.add_argument("--model", metavar="M", help="a checkpoint folder or hub id, instead of or with one config")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a key of the config")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0: other machines may reach it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help=f"one key in each line; a single one may be in {KEY_VARIABLE}"
+    )
+    parser.add_argument("--no-auth", action="store_true", help="other machines need no key")
+    parser.add_argument("--cors-origin", action="append", default=[], metavar="URL", help="browsers there may call it")
+    parser.add_argument(
+        "--allow-media-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="http(s) inputs may come from there; *.HOST: from what is below it",
+    )
+    parser.add_argument(
+        "--files", type=Path, metavar="FOLDER", help="where finished jobs lie (default: a temporary one)"
+    )
+    parser.add_argument("--embed-prompt", action="store_true", help="files carry the prompt that made them")
+    parser.add_argument("--ui", action="store_true", help="the playground at /")
+    _add_numbers(parser)
+
+
+def _add_numbers(parser: argparse.ArgumentParser) -> None:
+    from vllm_omni.entrypoints.server.settings import ServerSettings
+
+    defaults = {field.name: field.default for field in dataclasses.fields(ServerSettings)}
+    for name, words in NUMBERS.items():
+        default = defaults[name]
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=type(default),
+            default=default,
+            metavar="N",
+            help=f"{words} (default: %(default)g)",
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Until it is told to end."""
+    settings = settings_of(args)
+    configs = served_configs(args.config, args.model, args.set)
+    try:
+        from vllm_omni.entrypoints.server.models import ModelTable
+        from vllm_omni.entrypoints.server.serving import serve
+    except ImportError as error:
+        raise ConfigError(f"serve: {error.name} is missing; pip install 'vllm-omni[server]'") from error
+    serve(ModelTable(configs), settings)
+    return 0
+
+
+def settings_of(args: argparse.Namespace) -> ServerSettings:
+    """ConfigError for values that cannot be."""
+    from vllm_omni.entrypoints.server.settings import ServerSettings
+
+    numbers: dict[str, Any] = {name: getattr(args, name) for name in NUMBERS}
+    return ServerSettings(
+        host=args.host,
+        api_keys=tuple(read_keys(args.api_key_file)),
+        no_auth=args.no_auth,
+        cors_origins=tuple(args.cors_origin),
+        media_hosts=tuple(args.allow_media_host),
+        files=args.files,
+        embed_prompt=args.embed_prompt,
+        ui=args.ui,
+        **numbers,
+    )
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """The keys of the file, else the one of the environment; lines that begin with # are none."""
+    if file is None:
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        return [key] if key else []
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file: got {str(file)!r}, expected a text file ({error})") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise ConfigError(f"--api-key-file: {str(file)!r} holds no key; write one in each line")
+    return keys
+
+
+def served_configs(given: Sequence[str], model: str | None, overrides: Sequence[str]) -> dict[str, OmniConfig]:
+    """Name -> config; ConfigError where two have one name."""
+    from vllm_omni.entrypoints.loading import resolve_config
+
+    if len(given) > 1 and (model is not None or overrides):
+        flag = "--model" if model is not None else "--set"
+        raise ConfigError(f"{flag}: got several --config, of which it could mean any; write it into theirs")
+    found: dict[str, OmniConfig] = {}
+    for item in given or ["" if model is not None else DEFAULT_CONFIG]:
+        name, equals, place = item.rpartition("=")
+        config = resolve_config(place or None, model=model, overrides=overrides)
+        name = name if equals else config.name
+        if not name or name in found:
+            raise ConfigError(f"--config: got the name {name!r} twice, or an empty one; write NAME=PATH")
+        found[name] = config
+    return found

@@ -1,0 +1,85 @@
+"""What a graph reads and makes, known from the specs of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_omni.engine.base import StageSpec
+from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
+from vllm_omni.payload import TensorSpec
+
+VOICE_KEY = "speaker"
+STATES = "hidden_states"
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """By stage names; every tuple in the order of the config's `outputs`."""
+
+    texts: tuple[str, ...]  # stages whose text the caller gets
+    images: tuple[str, ...]
+    audios: tuple[str, ...]
+    embeddings: str | None  # "stage.port" of hidden states, [T, D]
+    writer: str | None  # the stage that samples words, whether the caller gets them or not
+    input_media: frozenset[str]  # kinds of message parts that some stage reads besides text
+    request_keys: frozenset[str]  # what a prompt may hold besides the words
+    voices: tuple[str, ...]
+    params_types: Mapping[str, type[StageParams]]
+
+    @classmethod
+    def of(cls, pipeline: Pipeline) -> Abilities:
+        specs, graph = pipeline.specs, pipeline.graph
+        tensors = [f"{stage}.{port}" for stage, port in graph.output_tensors if _is_rows(specs[stage], port)]
+        choices = [spec.request_choices[VOICE_KEY] for spec in specs.values() if VOICE_KEY in spec.request_choices]
+        written = [name for name, spec in specs.items() if _writes(spec)]
+        texts = _with_result(pipeline, "text")
+        return cls(
+            texts=texts,
+            images=_with_result(pipeline, "image"),
+            audios=_with_result(pipeline, "audio"),
+            embeddings=tensors[0] if tensors else None,
+            writer=next(iter((*texts, *written)), None),
+            input_media=frozenset().union(*(spec.input_media for spec in specs.values())),
+            request_keys=frozenset().union(*(spec.request_keys for spec in specs.values())),
+            voices=choices[0] if choices else (),
+            params_types={name: spec.params_type for name, spec in specs.items()},
+        )
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        kinds = {"text": self.texts, "image": self.images, "audio": self.audios, "embedding": self.embeddings}
+        return tuple(kind for kind, stages in kinds.items() if stages)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it reads a conversation; else a prompt is one text."""
+        return self.writer is not None
+
+    def describe(self) -> dict[str, Any]:
+        """For `/v1/models`."""
+        return {
+            "input_modalities": ["text", *sorted(self.input_media)],
+            "output_modalities": list(self.makes),
+            "voices": list(self.voices),
+            "request_fields": sorted(self.request_keys),
+        }
+
+
+def _with_result(pipeline: Pipeline, port: str) -> tuple[str, ...]:
+    return tuple(stage for stage in pipeline.graph.result_stages if port in pipeline.graph.signatures[stage].results)
+
+
+def _is_rows(spec: StageSpec, port: str) -> bool:
+    given = spec.signature.outputs[port]
+    return isinstance(given, TensorSpec) and len(given.dims) == 2
+
+
+def _writes(spec: StageSpec) -> bool:
+    return spec.params_type is SamplingParams and spec.reads_params and "text" in spec.signature.outputs
+
+
+def is_diffusion(params_type: type[StageParams]) -> bool:
+    return issubclass(params_type, DiffusionParams)

@@ -1,0 +1,110 @@
+"""The ASGI application: routes, the gate before them, and what every error looks like."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from vllm_omni import __version__
+from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error
+from vllm_omni.entrypoints.server.context import ServerParts
+from vllm_omni.entrypoints.server.gate import Gate
+from vllm_omni.entrypoints.server.models import ModelTable
+from vllm_omni.entrypoints.server.routes import chat, completions, models, operations
+from vllm_omni.entrypoints.server.runs import RunTable
+from vllm_omni.entrypoints.server.settings import ServerSettings
+from vllm_omni.errors import OmniError
+from vllm_omni.utils.checks import brief
+
+ROUTERS = (models.router, chat.router, completions.router, operations.router)
+WORDS = {
+    "extra_forbidden": "unknown, or not supported by this server",
+    "missing": "missing",
+}
+
+
+def create_app(table: ModelTable, settings: ServerSettings, on_failure: Callable[[Exception], None]) -> FastAPI:
+    """The application; it loads the models when it starts, and frees them when it ends. on_failure: called when a model
+    cannot be loaded.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        loading = asyncio.ensure_future(_load(table, on_failure))
+        yield
+        loading.cancel()
+        await table.shutdown(drain=False)
+
+    app = FastAPI(title="vllm-omni", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.parts = ServerParts(settings, table, RunTable())
+    for router in ROUTERS:
+        app.include_router(router)
+    for kind in (ApiError, OmniError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_middleware(Gate, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    return app
+
+
+async def _load(table: ModelTable, on_failure: Callable[[Exception], None]) -> None:
+    try:
+        await table.load()
+    except Exception as error:
+        on_failure(error)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):
+        return _invalid(request, error).response()
+    if isinstance(error, HTTPException):
+        return _of_framework(error).response()
+    return as_api_error(error).response()
+
+
+def _invalid(request: Request, error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body; clients of OpenAI's know no 422."""
+    first: dict[str, Any] = error.errors()[0]
+    where = [part for part in first["loc"] if part != "body"]
+    kind = first["type"]
+    if not where and not _is_json(request):
+        got = request.headers.get("content-type", "none")
+        return ApiError(415, f"content-type: got {got!r:.80}, expected application/json", code="unsupported_media_type")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
+    words = WORDS.get(kind, first["msg"])
+    if kind == "json_invalid":
+        return ApiError(400, "the body is no JSON", code="invalid_json")
+    got = "" if kind == "missing" else f"got {brief(first.get('input'))}; "
+    return ApiError(400, f"{param or 'body'}: {got}{words}", code=_code(kind), param=param or None)
+
+
+def _code(kind: str) -> str:
+    return {"extra_forbidden": "unsupported_parameter", "missing": "missing_required_parameter"}.get(
+        kind, "invalid_value"
+    )
+
+
+def _is_json(request: Request) -> bool:
+    return "json" in request.headers.get("content-type", "").lower()
+
+
+def _of_framework(error: HTTPException) -> ApiError:
+    if isinstance(error.__cause__, ApiError):  # what the gate refused while the body was being read
+        return error.__cause__
+    words = {404: "there is no such path", 405: "the path does not take this method", 400: "the body cannot be read"}
+    return ApiError(error.status_code, words.get(error.status_code, str(error.detail)), code="invalid_request")

@@ -1,0 +1,98 @@
+"""From the body of a request to an OmniRequest: which stage gets which parameters, and what the graph cannot honour."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_omni.entrypoints.server.abilities import VOICE_KEY, Abilities
+from vllm_omni.entrypoints.server.api_error import ApiError, unsupported
+from vllm_omni.entrypoints.server.context import Call
+from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.schemas.base import Body
+from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
+from vllm_omni.request import PROMPT_KEYS, OmniRequest
+from vllm_omni.utils.checks import did_you_mean
+
+
+def build_request(
+    call: Call,
+    model: ServedModel,
+    body: Body,
+    prompt: Mapping[str, Any],
+    outputs: Sequence[str],
+    *,
+    sampling: SamplingParams | None = None,
+    diffusion: DiffusionParams | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> OmniRequest:
+    """outputs: the stages that are wanted. diffusion goes to those of them that diffuse, sampling to the writer. extra:
+    the body's `extra_params`. ApiError 400 for what no stage takes.
+    """
+    keys, rest = _sorted_extra(model.abilities, extra or {})
+    if diffusion is not None and rest:
+        diffusion = dataclasses.replace(diffusion, extra=rest)
+    params = {
+        **_for_stages(_writer(model.abilities), sampling),
+        **_for_stages(_diffusers(model.abilities, outputs), diffusion),
+    }
+    timeout_s = call.timeout_s(body.timeout)
+    own = {"request_id": call.run_id, "outputs": list(outputs), "timeout_s": timeout_s, "priority": body.priority}
+    return OmniRequest.from_prompt({**prompt, **keys, **own}, params)
+
+
+def require(model: ServedModel, kind: str, stages: Sequence[str]) -> Sequence[str]:
+    """The stages that make `kind`; ApiError 400 where there is none."""
+    if not stages:
+        made = ", ".join(model.abilities.makes) or "nothing"
+        raise ApiError(
+            400, f"model: {model.name!r} makes {made}, not {kind}", code="unsupported_by_model", param="model"
+        )
+    return stages
+
+
+def voice_key(model: ServedModel, voice: str | None) -> dict[str, str]:
+    """The voice as the key of a prompt. The model's default for None, `default` and `alloy`, which clients send that
+    know no other.
+    """
+    voices = model.abilities.voices
+    if voice is None or (voice in ("default", "alloy") and voice not in voices):
+        return {}
+    if not voices:
+        raise unsupported("voice", f"got {voice!r:.80}, but this model has one voice alone; leave it out")
+    found = {name.lower(): name for name in voices}.get(voice.lower())
+    if found is None:
+        raise ApiError(
+            400, f"voice: got {voice!r:.80}{did_you_mean(voice[:80], voices)}", code="invalid_value", param="voice"
+        )
+    return {VOICE_KEY: found}
+
+
+def _for_stages(stages: Sequence[str], params: StageParams | None) -> dict[str, StageParams]:
+    """Parameters by stage; ApiError 400 where some are set and no stage is there to take them."""
+    given = (
+        [] if params is None else [f.name for f in dataclasses.fields(params) if getattr(params, f.name) is not None]
+    )
+    if params is None or not given:
+        return {}
+    if not stages:
+        raise unsupported(given[0], "no stage of this model reads it; leave it out")
+    return dict.fromkeys(stages, params)
+
+
+def _writer(abilities: Abilities) -> tuple[str, ...]:
+    return () if abilities.writer is None else (abilities.writer,)
+
+
+def _diffusers(abilities: Abilities, outputs: Sequence[str]) -> tuple[str, ...]:
+    return tuple(stage for stage in outputs if issubclass(abilities.params_types[stage], DiffusionParams))
+
+
+def _sorted_extra(abilities: Abilities, extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`extra_params`: keys that a stage reads beside the prompt, and the rest, which is the diffusion model's own."""
+    for key in extra:
+        if key in PROMPT_KEYS:
+            raise unsupported(f"extra_params.{key}", "is a field of its own, or not the caller's to set")
+    keys = {key: value for key, value in extra.items() if key in abilities.request_keys}
+    return keys, {key: value for key, value in extra.items() if key not in keys}

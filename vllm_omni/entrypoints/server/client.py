@@ -1,0 +1,78 @@
+"""The client of one HTTP request: whether it is still there, and what is made for it meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any, Generic, TypeVar
+
+from starlette.requests import Request
+from starlette.types import Receive
+
+from vllm_omni.entrypoints.server.api_error import ApiError
+
+T = TypeVar("T")
+FIRST_S = 2.0  # how long the first part of a stream may take before the answer's headers go out without it
+
+
+async def until_gone(receive: Receive) -> None:
+    """Returns when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away; then ApiError 499, which nobody reads."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(until_gone(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ApiError(499, "the client closed the connection", code="request_aborted")
+    finally:
+        await cancel(working, leaving)
+
+
+async def begun(parts: AsyncGenerator[T, None]) -> Begun[T]:
+    """The parts with the first one made, or begun: what refuses a request at once raises here, while the answer's
+    status can still say so.
+    """
+    found = Begun(parts)
+    try:
+        await asyncio.wait({found.first}, timeout=FIRST_S)
+        if found.first.done() and not isinstance(found.first.exception(), StopAsyncIteration):
+            found.first.result()
+    except BaseException:
+        await found.aclose()
+        raise
+    return found
+
+
+class Begun(AsyncIterator[T], Generic[T]):
+    """Parts of which the first is being made. `aclose` ends whatever is behind them, read or not."""
+
+    def __init__(self, parts: AsyncGenerator[T, None]) -> None:
+        self._parts = parts
+        self._next: asyncio.Future[T] | None = asyncio.ensure_future(anext(parts))
+        self.first = self._next
+
+    async def __anext__(self) -> T:
+        """May be cancelled and called again: nothing is lost."""
+        if self._next is None:
+            self._next = asyncio.ensure_future(anext(self._parts))
+        part = await asyncio.shield(self._next)
+        self._next = None
+        return part
+
+    async def aclose(self) -> None:
+        if self._next is not None:
+            await cancel(self._next)
+        await self._parts.aclose()
+
+
+async def cancel(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels what still runs, and waits until it has ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

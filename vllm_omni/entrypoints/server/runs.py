@@ -1,0 +1,172 @@
+"""Requests that are being served: from their admission to their final output, and for a while beyond."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_omni.entrypoints.server.api_error import RETRY_S, ApiError, error_of
+from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.request import OmniOutput, OmniRequest
+
+MAX_ENDED = 256  # runs that are remembered after their end
+GRACE_S = 5.0  # how much later than its deadline a request is given up whose loop does not answer
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One request. Times are seconds on `time.monotonic`, but for `created`."""
+
+    request: OmniRequest
+    model: ServedModel
+    route: str
+    wants_parts: bool  # whether somebody reads partial outputs
+    created: float = field(default_factory=time.time)  # seconds since 1970
+    began_s: float = field(default_factory=time.monotonic)
+    first_part_s: float | None = None  # when there was something to show
+    ended_s: float | None = None
+    progress: dict[str, tuple[int, int]] = field(default_factory=dict)  # stage -> step, number of steps
+    output: OmniOutput | None = None  # the final one
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def is_ended(self) -> bool:
+        return self.output is not None
+
+    @property
+    def status(self) -> str:
+        if self.output is not None:
+            return self.output.status.value
+        return "running" if self.progress else "waiting"
+
+    def note(self, output: OmniOutput) -> None:
+        """Keeps what a partial or final output says of the way."""
+        for stage, metrics in output.metrics.items():
+            if "step" in metrics:
+                self.progress[stage] = (metrics["step"], metrics["num_steps"])
+        if self.first_part_s is None and output.results:
+            self.first_part_s = time.monotonic()
+        if output.finished:
+            self.output, self.ended_s = output, time.monotonic()
+
+    def forget_content(self) -> None:
+        """Of prompt and answer only what is needed to say how it went."""
+        self.request = OmniRequest(prompt="", request_id=self.id, timeout_s=self.request.timeout_s)
+        if self.output is not None:
+            self.output = OmniOutput(
+                request_id=self.id, status=self.output.status, metrics=self.output.metrics, error=self.output.error
+            )
+
+
+class RunTable:
+    """Every run by its id; whoever wants to know of them is an observer."""
+
+    def __init__(self) -> None:
+        self._living: dict[str, Run] = {}
+        self._ended: deque[Run] = deque(maxlen=MAX_ENDED)
+        self.observers: list[Callable[[Run], None]] = []  # called when a run has ended
+        self.is_draining = False
+
+    @property
+    def living(self) -> Sequence[Run]:
+        return list(self._living.values())
+
+    def find(self, run_id: str) -> Run:
+        """ApiError 404 for one that is not known, or no longer."""
+        run = self._living.get(run_id) or next((run for run in self._ended if run.id == run_id), None)
+        if run is None:
+            raise ApiError(404, f"request {run_id!r:.80} is unknown, or ended long ago", code="request_not_found")
+        return run
+
+    async def final(self, run: Run) -> OmniOutput:
+        """The final output; ApiError where it has an error."""
+        async with aclosing(self.parts(run)) as parts:
+            async for output in parts:
+                if output.finished:
+                    return output
+        raise AssertionError("a run ends with its final output")
+
+    async def parts(self, run: Run) -> AsyncGenerator[OmniOutput, None]:
+        """Partial outputs, where the run wants them, and the final one; ApiError where that has an error. Closing it
+        early aborts the run.
+        """
+        self._begin(run)
+        timeout_s = run.request.timeout_s
+        deadline_s = None if timeout_s is None else run.began_s + timeout_s + GRACE_S
+        try:
+            async with aclosing(_outputs(run)) as outputs:
+                while not run.is_ended:
+                    output = await _next(outputs, deadline_s)
+                    run.note(output)
+                    error = error_of(output)
+                    if error is not None:
+                        raise error
+                    yield output
+        finally:
+            self._end(run)
+
+    def _begin(self, run: Run) -> None:
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", code="draining", retry_s=RETRY_S)
+        if run.id in self._living:
+            raise ApiError(409, f"request_id: {run.id!r:.80} is running already", code="duplicate_id")
+        self._living[run.id] = run
+
+    def _end(self, run: Run) -> None:
+        run.ended_s = run.ended_s or time.monotonic()
+        for observe in self.observers:
+            observe(run)
+        run.forget_content()
+        self._ended.append(self._living.pop(run.id))
+
+
+async def _outputs(run: Run) -> AsyncGenerator[OmniOutput, None]:
+    omni = run.model.omni
+    if not run.wants_parts:
+        yield await omni.generate(run.request)
+        return
+    async with aclosing(omni.stream(run.request)) as outputs:
+        async for output in outputs:
+            yield output
+
+
+async def _next(outputs: AsyncGenerator[OmniOutput, None], deadline_s: float | None) -> OmniOutput:
+    """The next output; ApiError 504 when even the loop's own deadline brings none: a step hangs."""
+    if deadline_s is None:
+        return await anext(outputs)
+    try:
+        return await asyncio.wait_for(anext(outputs), max(0.0, deadline_s - time.monotonic()))
+    except asyncio.TimeoutError:
+        raise ApiError(
+            504, "the model did not answer within the request's deadline: a stage is stuck", code="deadline_exceeded"
+        ) from None
+
+
+def position(run: Run) -> Mapping[str, Any]:
+    """As in `/v1/requests/{id}`."""
+    now = run.ended_s or time.monotonic()
+    error = None if run.output is None else error_of(run.output)
+    stages = {
+        stage: {"step": step, "num_steps": num_steps, "progress": round(min(1.0, step / max(1, num_steps)), 4)}
+        for stage, (step, num_steps) in run.progress.items()
+    }
+    return {
+        "id": run.id,
+        "object": "request",
+        "model": run.model.name,
+        "route": run.route,
+        "created": int(run.created),
+        "status": run.status,
+        "elapsed_s": round(now - run.began_s, 4),
+        "stages": stages,
+        "metrics": {} if run.output is None else {stage: dict(values) for stage, values in run.output.metrics.items()},
+        "error": None if error is None else error.body["error"],
+    }

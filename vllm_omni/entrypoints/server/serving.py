@@ -1,0 +1,75 @@
+"""The process of a server: its socket, its end. Owns the uvicorn server and knows no route."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from vllm_omni.entrypoints.server.app import create_app
+from vllm_omni.entrypoints.server.models import ModelTable
+from vllm_omni.entrypoints.server.protocol import PatientH11Protocol
+from vllm_omni.entrypoints.server.settings import ServerSettings
+
+MAX_HEADER_BYTES = 32_768
+MAX_WEBSOCKET_BYTES = 16 * 1024**2
+
+
+class Server(uvicorn.Server):
+    """Ends when told to: the first signal drains, a second one ends at once."""
+
+    def __init__(self, table: ModelTable, settings: ServerSettings) -> None:
+        self._settings = settings
+        self.failure: Exception | None = None  # why a model could not be loaded
+        self._app: FastAPI = create_app(table, settings, self._fail)
+        super().__init__(
+            uvicorn.Config(
+                self._app,
+                host=settings.host,
+                port=settings.port,
+                http=PatientH11Protocol,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                ws_max_size=MAX_WEBSOCKET_BYTES,
+                limit_concurrency=settings.max_connections,
+                timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+                timeout_keep_alive=75,
+                access_log=False,
+                log_level="warning",
+                server_header=False,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Of SIGTERM and SIGINT."""
+        if self.should_exit:
+            print("vllm-omni: ending at once", file=sys.stderr, flush=True)
+            os._exit(128 + sig)
+        self._app.state.parts.runs.is_draining = True
+        self.should_exit = True
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.started:
+            print(f"vllm-omni: listening on {self.address}", file=sys.stderr, flush=True)
+
+    @property
+    def address(self) -> str:
+        """http://host:port, the port being the one that was found where 0 was asked for."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = error
+        self.should_exit = True
+
+
+def serve(table: ModelTable, settings: ServerSettings) -> None:
+    """Serves until it is told to end; raises what kept a model from being loaded."""
+    server = Server(table, settings)
+    asyncio.run(server.serve())
+    if server.failure is not None:
+        raise server.failure
