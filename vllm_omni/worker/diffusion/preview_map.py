@@ -1,6 +1,6 @@
-"""The linear map from a VAE's latents to colours that makes previews cheap: read beside the VAE, or one that is known.
+"""The map from a VAE's latents to colours that makes previews cheap: read beside the VAE, or one that is known.
 
-Knows no weights. tools/fit_preview.py writes the file.
+Knows no weights and computes nothing. tools/fit_preview.py writes the file.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ MAX_FACTOR = 1e3
 
 @dataclass(frozen=True, slots=True)
 class PreviewMap:
-    """red, green, blue = latents @ factors + bias, in 0 to 1, with the latents as the sampler has them (scaled)."""
+    """red, green, blue = bias + channels @ factors + products of two channels @ products, in 0 to 1, of the channels of
+    a latent as the sampler has it (scaled). Products tell colours apart that a linear map mixes up.
+    """
 
-    factors: tuple[tuple[float, ...], ...]  # a row of three for each latent channel
+    factors: tuple[tuple[float, ...], ...]  # a row of three for each channel
     bias: tuple[float, ...] = (0.5, 0.5, 0.5)
+    products: tuple[tuple[float, ...], ...] = ()  # a row for each pair: 0 and 0, 0 and 1, ..., 1 and 1, 1 and 2, ...
 
     @classmethod
     def of_vae(cls, folder: Path) -> PreviewMap | None:
@@ -35,22 +38,32 @@ class PreviewMap:
         config = read_json(folder / "config.json")
         path = folder / PREVIEW_FILE
         if path.is_file():
-            return cls.from_dict(read_json(path), int(config.get("latent_channels", 4)), str(path))
+            num_channels, where = config.get("latent_channels", 4), f"{folder / 'config.json'}: latent_channels"
+            check_number(where, num_channels, 1, integer=True, raises=CheckpointError)
+            return cls.from_dict(read_json(path), num_channels, str(path))
         return FLUX_1 if all(_plain(config.get(key)) == value for key, value in FLUX_1_VAE.items()) else None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], num_channels: int, where: str) -> PreviewMap:
-        """`{"factors": [[r, g, b], ...], "bias": [r, g, b]}`, checked."""
-        factors = raw.get("factors")
-        if not isinstance(factors, list) or len(factors) != num_channels:
-            got = f"{len(factors)} rows" if isinstance(factors, list) else brief(factors)
-            raise CheckpointError(f"{where}: factors: got {got}, expected {num_channels}; {HOW_TO_FIT}")
-        rows = [_colour(f"{where}: factors[{index}]", row) for index, row in enumerate(factors)]
-        return cls(tuple(rows), _colour(f"{where}: bias", raw.get("bias")))
+        """The content of PREVIEW_FILE, a JSON object of these fields (`products` may be missing), checked."""
+        products = raw.get("products", [])
+        return cls(
+            factors=_rows(f"{where}: factors", raw.get("factors"), num_channels),
+            bias=_colour(f"{where}: bias", raw.get("bias")),
+            products=_rows(f"{where}: products", products, num_pairs(num_channels)) if products != [] else (),
+        )
 
-    def as_dict(self) -> dict[str, Any]:
-        """What PREVIEW_FILE holds."""
-        return {"factors": [list(row) for row in self.factors], "bias": list(self.bias)}
+
+def num_pairs(num_channels: int) -> int:
+    """Of channels, each with itself and with those behind it."""
+    return num_channels * (num_channels + 1) // 2
+
+
+def _rows(where: str, rows: object, count: int) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(rows, list) or len(rows) != count:
+        got = f"{len(rows)} rows" if isinstance(rows, list) else brief(rows)
+        raise CheckpointError(f"{where}: got {got}, expected {count}; {HOW_TO_FIT}")
+    return tuple(_colour(f"{where}[{index}]", row) for index, row in enumerate(rows))
 
 
 def _colour(where: str, values: object) -> tuple[float, ...]:

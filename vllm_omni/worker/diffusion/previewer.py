@@ -17,7 +17,7 @@ MAX_DECODED_SIDE = 32  # latents along each side that are decoded where there is
 
 
 class Previewer:
-    """Pictures of latents by a linear map or, without one, by the VAE on latents that are made smaller.
+    """Pictures of latents by a map or, without one, by the VAE on latents that are made smaller.
 
     decode: [C, h, w] -> [3, H, W] float in 0 to 1, the VAE itself. scale: pixels of a latent, along each side.
     """
@@ -25,22 +25,34 @@ class Previewer:
     def __init__(
         self, preview_map: PreviewMap | None, decode: Callable[[Tensor], Tensor], scale: int, device: torch.device
     ) -> None:
-        self._decode = decode
         self._scale = scale
-        self._factors: Tensor | None = None
-        if preview_map is not None:
-            self._factors = torch.tensor(preview_map.factors, device=device).T.contiguous()  # [3, C]
-            self._bias = torch.tensor(preview_map.bias, device=device)[:, None, None]
+        self._decode = decode
+        self._map = None if preview_map is None else Colours(preview_map, device)
 
     def __call__(self, latents: Tensor) -> Tensor:
         """[C, h, w] float32 -> [H, W, 3] uint8, of the finished picture's size."""
         latents = latents.nan_to_num()
         size = [side * self._scale for side in latents.shape[1:]]
-        colours = self._decode(smaller(latents)) if self._factors is None else self._mapped(self._factors, latents)
+        colours = self._decode(smaller(latents)) if self._map is None else self._map(latents)
         return to_pixels(F.interpolate(colours[None], size, mode="bicubic", align_corners=False)[0])
 
-    def _mapped(self, factors: Tensor, latents: Tensor) -> Tensor:
-        return (factors @ latents.flatten(1)).unflatten(1, latents.shape[1:]) + self._bias
+
+class Colours:
+    """A PreviewMap on a device."""
+
+    def __init__(self, preview_map: PreviewMap, device: torch.device) -> None:
+        self._pairs = torch.triu_indices(len(preview_map.factors), len(preview_map.factors), device=device)
+        self._has_products = bool(preview_map.products)
+        self._factors = torch.tensor([*preview_map.factors, *preview_map.products], device=device).T.contiguous()
+        self._bias = torch.tensor(preview_map.bias, device=device)[:, None]
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """[C, h, w] float32 -> [3, h, w], 0 to 1 being what can be shown."""
+        channels = latents.flatten(1)
+        if self._has_products:
+            first, second = self._pairs
+            channels = torch.cat([channels, channels[first] * channels[second]])
+        return (self._factors @ channels + self._bias).unflatten(1, latents.shape[1:])
 
 
 def preview_steps(num_previews: int, num_steps: int) -> tuple[int, ...]:
