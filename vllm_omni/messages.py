@@ -80,6 +80,7 @@ class StageProgress:
     step: int
     num_steps: int
     text: str = ""  # what an AR stage has newly written
+    previews: Tensor | None = None  # [N, H, W, 3] uint8: all samples of a diffusion stage, where they are to be shown
 
 
 @dataclass(frozen=True, slots=True)

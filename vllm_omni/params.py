@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_SEED = 2**63 - 1
+MAX_PREVIEWS = 10
 MAX_ITEMS = 10_000  # of a list or mapping among the parameters
 P = TypeVar("P", bound="StageParams")
 
@@ -84,6 +85,7 @@ class DiffusionParams(StageParams):
     negative_prompt: str | None = None  # ("")
     seed: int | None = None  # (fresh entropy)
     num_outputs: int | None = None  # (1) samples
+    num_previews: int | None = None  # (0) pictures of each running sample, for who streams
     strength: float | None = None  # image to image: 0 keeps the image, 1 ignores it
     image: Image | None = None  # what image to image starts from
     sigmas: Sequence[float] | None = None  # one per step, descending, in (0, 1]
@@ -135,6 +137,7 @@ _DIFFUSION_RANGES: dict[str, dict[str, Any]] = {
     "guidance_scale": {"low": 0},
     "seed": {"low": 0, "high": MAX_SEED, "integer": True},
     "num_outputs": {"low": 1, "integer": True},
+    "num_previews": {"low": 0, "high": MAX_PREVIEWS, "integer": True},
     "strength": {"low": 0, "high": 1},
     "duration_s": {"low": 0, "above_low": True},
 }

@@ -228,6 +228,15 @@ class StageResult:
     completions: tuple[Completion, ...] = ()
     images: tuple[Image, ...] = ()
     audios: tuple[Audio, ...] = ()
+    previews: tuple[Image, ...] = ()  # of a partial output: what the pictures of all samples look like so far
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a running stage is: denoising steps of all its outputs, or tokens of the most that it may write."""
+
+    step: int  # done
+    num_steps: int  # known of; of a stage whose input comes in chunks, those of the chunks that have come
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +253,7 @@ class OmniOutput:
     results: Mapping[str, StageResult] = field(default_factory=dict)  # by stage, as the config's `outputs` name them
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by "stage.port"
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by stage
+    progress: Mapping[str, Progress] = field(default_factory=dict)  # of a partial output, by stage that has begun
     error: OmniError | None = None  # why there is no (whole) result
 
     @property
@@ -257,6 +267,10 @@ class OmniOutput:
     @property
     def audios(self) -> list[Audio]:
         return [audio for result in self.results.values() for audio in result.audios]
+
+    @property
+    def previews(self) -> list[Image]:
+        return [preview for result in self.results.values() for preview in result.previews]
 
     @property
     def completions(self) -> list[Completion]:

@@ -17,7 +17,7 @@ from vllm_omni.errors import InvalidRequestError, OmniError, StageError
 from vllm_omni.media.audio import Audio
 from vllm_omni.messages import StageProgress, StageRows
 from vllm_omni.payload import StagePayload
-from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
+from vllm_omni.request import Completion, OmniOutput, Progress, RequestStatus, StageResult
 
 IMAGE_PORT = "image"
 AUDIO_PORT = "audio"
@@ -34,7 +34,8 @@ def make_output(end: RequestEnd) -> OmniOutput:
 
 
 class PartialOutputs:
-    """The partial outputs of one request, to be made in the order of its events: it counts the samples of each stage.
+    """The partial outputs of one request, to be made in the order of its events: it counts the samples of each stage,
+    and knows how far each is.
 
     outputs: the entries of the config's `outputs` that the caller gets.
     """
@@ -42,25 +43,33 @@ class PartialOutputs:
     def __init__(self, outputs: Sequence[str]) -> None:
         self._outputs = outputs
         self._num_samples: dict[str, int] = {}
+        self._progress: dict[str, Progress] = {}
 
     def make(self, event: StageProgress | StageRows, stage: str) -> OmniOutput | None:
-        """A RUNNING output: how far the stage is and, where `outputs` lists the stage itself, what it has newly
-        written, or the sound that it has newly made. None for rows that the caller does not get; StageError for rows
-        that are no sound.
+        """A RUNNING output: how far the stages are, previews where the request asks for them and, where `outputs` lists
+        the stage itself, what it has newly written, or the sound that it has newly made. None for rows that the caller
+        does not get; StageError for rows that are no sound.
         """
         if isinstance(event, StageProgress):
-            return self._progress(event, stage)
+            return self._step(event, stage)
         if event.port != AUDIO_PORT or stage not in self._outputs or not event.rows.numel():
             return None
         return self._sound(event, stage)
 
-    def _progress(self, event: StageProgress, stage: str) -> OmniOutput:
+    def _step(self, event: StageProgress, stage: str) -> OmniOutput:
+        self._progress[stage] = Progress(event.step, event.num_steps)
+        is_text = event.text and stage in self._outputs
         piece = Completion(text=event.text, token_ids=(), finish_reason=None)
+        result = StageResult(
+            completions=(piece,) if is_text else (),
+            previews=() if event.previews is None else to_images(event.previews, stage),
+        )
         return OmniOutput(
             request_id=event.request_id,
             status=RequestStatus.RUNNING,
-            results={stage: StageResult(completions=(piece,))} if event.text and stage in self._outputs else {},
+            results={stage: result} if result.completions or result.previews else {},
             metrics={stage: {"step": event.step, "num_steps": event.num_steps}},
+            progress=dict(self._progress),
         )
 
     def _sound(self, event: StageRows, stage: str) -> OmniOutput:
@@ -70,7 +79,10 @@ class PartialOutputs:
         self._num_samples[stage] = start + len(event.rows)
         audios = to_audios(event.rows.T[None], event.meta.get("sample_rate"), stage, start)
         return OmniOutput(
-            request_id=event.request_id, status=RequestStatus.RUNNING, results={stage: StageResult(audios=audios)}
+            request_id=event.request_id,
+            status=RequestStatus.RUNNING,
+            results={stage: StageResult(audios=audios)},
+            progress=dict(self._progress),
         )
 
 

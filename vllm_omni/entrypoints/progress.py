@@ -24,9 +24,9 @@ class ProgressBar:
     def show(self, output: OmniOutput) -> None:
         if output.finished:
             self._bar.update(1)
-        for stage, metrics in output.metrics.items():
-            if not output.finished:
-                self._bar.set_postfix_str(f"{stage} {metrics['step']}/{metrics['num_steps']}")
+        steps = (f"{stage} {progress.step}/{progress.num_steps}" for stage, progress in output.progress.items())
+        if not output.finished:
+            self._bar.set_postfix_str("  ".join(steps))
 
     def __enter__(self) -> ProgressBar:
         return self

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
+from tools import fit_preview
 from tools.tiny.image.train_image import TIME_SHIFT, export, whitening_of
 
 MODEL_INDEX = {
@@ -44,3 +45,4 @@ def assemble(runs: Path, folder: Path) -> None:
     export(folder / "transformer", state["average"], whitening_of(data))
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     (folder / "README.md").write_text(CARD)
+    fit_preview.main([str(folder)])

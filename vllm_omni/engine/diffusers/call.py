@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_omni.config.schema import LimitsConfig
-from vllm_omni.engine.diffusion.checks import check_counts
+from vllm_omni.engine.diffusion.checks import check_counts, check_previews
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.params import MAX_SEED, DiffusionParams
 from vllm_omni.request import OmniRequest
@@ -128,6 +128,7 @@ class PipelineCall:
     def _check_sizes(self, params: DiffusionParams) -> None:
         limits = self._limits
         check_counts(params, self.num_steps(params), limits)
+        check_previews(params, gives_previews=False)
         if params.output_type == "latent":
             raise InvalidRequestError("output_type: got 'latent', expected 'pil'; a hosted pipeline gives no latents")
         if params.guidance_scale is not None:

@@ -27,6 +27,15 @@ def check_counts(params: DiffusionParams, num_steps: int, limits: LimitsConfig) 
         )
 
 
+def check_previews(params: DiffusionParams, gives_previews: bool) -> None:
+    """InvalidRequestError where running samples are to be shown and cannot be."""
+    if params.num_previews and not gives_previews:
+        raise InvalidRequestError(
+            f"num_previews: got {params.num_previews}, expected 0: what this stage makes cannot be shown before it is"
+            " done; leave it out"
+        )
+
+
 def check_readers(params: DiffusionParams, stage: str, reads: ReadPorts) -> None:
     """What is asked for must have a reader, and a result that is handed on while it is made must be one."""
     if params.output_type == "latent" and "latents" not in reads.whole:

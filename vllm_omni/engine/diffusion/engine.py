@@ -172,11 +172,11 @@ class DiffusionEngine(StageEngine):
         if job is None:
             return
         try:
-            self.runner.advance(state, outputs)
+            preview = self.runner.advance(state, outputs)
         except Exception as error:
             self._fail(state.request_id, error)
             return
-        self._report(job, state)
+        self._report(job, None if preview is None else job.collect(state, preview))
         if state.is_done:
             self._scheduler.remove(state.key)
             if self.model.output_port in self._reads and job.params.output_type != "latent":
@@ -193,7 +193,7 @@ class DiffusionEngine(StageEngine):
             self._fail(state.request_id, error)
             return
         if output is None:
-            self._report(job, state)
+            self._report(job)
             return
         self._decoding.popleft()
         self._end_part(job, state, output)
@@ -214,8 +214,8 @@ class DiffusionEngine(StageEngine):
         if self.model.streamed_input is not None:
             self._events.append(ChunkConsumed(job.request_id, self.model.streamed_input))
 
-    def _report(self, job: DiffusionJob, state: DiffusionState) -> None:
-        self._events.append(StageProgress(state.request_id, *job.progress(state)))
+    def _report(self, job: DiffusionJob, previews: Tensor | None = None) -> None:
+        self._events.append(StageProgress(job.request_id, *job.progress(), previews=previews))
 
     def _finish(self, job: DiffusionJob) -> None:
         tensors = job.tensors(self.model.output_port, self._reads)

@@ -37,6 +37,7 @@ class DiffusionJob:
     running: dict[int, DiffusionState] = field(default_factory=dict)  # parts on their way, by number
     outputs: dict[int, Tensor] = field(default_factory=dict)  # what is kept of finished parts
     latents: dict[int, Tensor] = field(default_factory=dict)
+    previews: dict[int, dict[int, Tensor]] = field(default_factory=dict)  # by step and part, until all parts are there
 
     @property
     def request_id(self) -> str:
@@ -87,10 +88,22 @@ class DiffusionJob:
         if keeps_latents:
             self.latents[state.index] = state.latents[state.trajectory.kept]
 
-    def progress(self, state: DiffusionState) -> tuple[int, int]:
-        """(steps done, steps known of): of this output, or of all chunks up to this one."""
-        before = state.index * state.num_steps if self.is_chunked else 0
-        return before + state.step, before + state.num_steps
+    def progress(self) -> tuple[int, int]:
+        """(steps done, steps known of), of all outputs or of all chunks that have begun."""
+        states = self.running.values()
+        return (
+            self.num_steps + sum(state.step for state in states),
+            self.num_steps + sum(state.num_steps for state in states),
+        )
+
+    def collect(self, state: DiffusionState, preview: Tensor) -> Tensor | None:
+        """Keeps a preview [H, W, 3] until those of all outputs after this step are there: then [N, H, W, 3]."""
+        found = self.previews.setdefault(state.step, {})
+        found[state.index] = preview
+        if len(found) < self.num_outputs:
+            return None
+        del self.previews[state.step]
+        return torch.stack([found[index] for index in range(self.num_outputs)])
 
     def tensors(self, output_port: str, reads: ReadPorts) -> dict[str, Tensor]:
         """[outputs, ...] by port, of those that somebody reads; chunks are put together along a dimension of the

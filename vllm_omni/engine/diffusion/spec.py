@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.core.diffusion.dit_cache_manager import budget_bytes
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
-from vllm_omni.engine.diffusion.checks import check_counts, check_readers, diffusion_params
+from vllm_omni.engine.diffusion.checks import check_counts, check_previews, check_readers, diffusion_params
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.errors import ConfigError
 from vllm_omni.params import DiffusionParams, StageParams
@@ -67,6 +67,7 @@ class DiffusionSpec(StageSpec):
         self.model.check(request, params, frozenset(self.stage.inputs), self.limits)
         check_counts(params, self.model.num_steps(params), self.limits)
         check_readers(params, self.stage.name, reads)
+        check_previews(params, self.model.gives_previews)
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: object) -> float:
         return self.model.job_size(request, diffusion_params(params))

@@ -24,6 +24,8 @@ from vllm_omni.models.z_image.trajectory import (
 from vllm_omni.models.z_image.transformer import ZImageTransformer
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
+from vllm_omni.worker.diffusion.preview_map import PreviewMap
+from vllm_omni.worker.diffusion.previewer import Previewer, to_pixels
 
 NEGATIVE_PORT = "negative_prompt_embeds"
 
@@ -57,7 +59,12 @@ class ZImagePipeline(DiffusionModel):
     gives_modulated_input = True
 
     def __init__(
-        self, transformer: ZImageTransformer, vae: Any, sampler_config: Mapping[str, Any], geometry: ImageGeometry
+        self,
+        transformer: ZImageTransformer,
+        vae: Any,
+        sampler_config: Mapping[str, Any],
+        geometry: ImageGeometry,
+        preview_map: PreviewMap | None,
     ) -> None:
         self.transformer = transformer
         self.vae = vae
@@ -66,6 +73,7 @@ class ZImagePipeline(DiffusionModel):
         self.token_bytes = transformer.config.dim * transformer.x_pad_token.element_size()
         self._sampler_config = sampler_config
         self._device = transformer.x_pad_token.device
+        self._previewer = Previewer(preview_map, self._decode, geometry.vae_scale, self._device)
 
     def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Prepared:
         texts = {POSITIVE: self._encode_text(inputs["prompt_embeds"])}
@@ -102,11 +110,17 @@ class ZImagePipeline(DiffusionModel):
         return [-velocity.float() for velocity in self.transformer.unembed(tokens)]
 
     def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
+        yield to_pixels(self._decode(latents))
+
+    def preview(self, latents: Tensor) -> Tensor:
+        return self._previewer(latents)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """[C, h, w] -> [3, H, W] float32, 0 to 1 being what can be shown."""
         config = self.vae.config
         scaled = (latents[None] / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
         decoded = self.vae.decode(scaled.contiguous(memory_format=torch.channels_last)).sample[0]
-        pixels = (decoded.float() / 2 + 0.5).clamp(0, 1)
-        yield (pixels * 255).round().to(torch.uint8).permute(1, 2, 0)
+        return decoded.float() / 2 + 0.5
 
     def _encode_text(self, prompt_embeds: Tensor) -> Tensor:
         """[t, D] states of one prompt -> [T, D], padded to the multiple that the model attends to."""

@@ -24,6 +24,7 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import check_number, did_you_mean
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
+from vllm_omni.worker.diffusion.preview_map import PreviewMap
 
 EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
 UNUSED_FIELDS = ("strength", "image", "duration_s")
@@ -35,6 +36,8 @@ ACTIVATION_WIDTHS = 14
 class ZImageSpec(DiffusionModelSpec):
     """Text to image."""
 
+    gives_previews = True
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = ZImageConfig.from_folder(folder / "transformer")
@@ -43,6 +46,7 @@ class ZImageSpec(DiffusionModelSpec):
             native_size=int(vae.get("sample_size", 1024)),
             vae_scale=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
         )
+        self.preview_map = PreviewMap.of_vae(folder / "vae")
         self.sampler_config = read_json(folder / "scheduler" / "scheduler_config.json")
         name = self.sampler_config.get("_class_name")
         if name != SAMPLER_CLASS:
@@ -72,7 +76,7 @@ class ZImageSpec(DiffusionModelSpec):
             self.folder / "vae", torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
         vae = vae.to(device=device, memory_format=torch.channels_last).requires_grad_(False).eval()
-        return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry)
+        return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 
     def check(
         self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig

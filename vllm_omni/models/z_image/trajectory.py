@@ -6,13 +6,14 @@ Formulas (shift, guidance, normalisation, truncation) are those of diffusers' pi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import Sampler, Trajectory
+from vllm_omni.worker.diffusion.previewer import flow_estimate
 
 POSITIVE, NEGATIVE = "positive", "negative"
 DEFAULT_STEPS = 50  # the published pipeline's own
@@ -20,13 +21,21 @@ DEFAULT_GUIDANCE = 5.0
 NUM_TRAIN_TIMESTEPS = 1000
 
 
+class FlowSampler(Sampler, Protocol):
+    """A sampler whose model output is the change of the latents per sigma."""
+
+    sigmas: Tensor  # of every step, and of the end
+
+
 class ZImageTrajectory(Trajectory):
     """The way of one image. Guidance adds `scale * (positive - negative)`, so 0 is neutral."""
+
+    sampler: FlowSampler
 
     def __init__(
         self,
         latent_shape: tuple[int, int, int],
-        sampler: Sampler,
+        sampler: FlowSampler,
         num_tokens: int,
         texts: Mapping[str, Tensor],
         params: DiffusionParams,
@@ -55,6 +64,9 @@ class ZImageTrajectory(Trajectory):
             guided = torch.where(norm > most, guided * (most / norm), guided)
         return guided
 
+    def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
+        return flow_estimate(self.sampler.sigmas, step, latents, output)
+
 
 def num_steps(params: DiffusionParams) -> int:
     if params.sigmas is not None:
@@ -73,7 +85,7 @@ def cleanness(timestep: float) -> float:
 
 def fresh_sampler(
     config: Mapping[str, Any], params: DiffusionParams, num_image_tokens: int, device: torch.device
-) -> Sampler:
+) -> FlowSampler:
     """A sampler of its own for one image. config: `scheduler_config.json`."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -82,7 +94,7 @@ def fresh_sampler(
     sigmas = params.sigmas or torch.linspace(1.0, 1 / steps, steps).tolist()
     sampler.set_timesteps(sigmas=list(sigmas), device=device, mu=_shift(config, num_image_tokens))
     sampler.set_begin_index(0)
-    return cast(Sampler, sampler)
+    return cast(FlowSampler, sampler)
 
 
 def _shift(config: Mapping[str, Any], num_image_tokens: int) -> float:

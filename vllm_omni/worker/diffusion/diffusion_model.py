@@ -76,6 +76,12 @@ class Trajectory(ABC):
         Called exactly once per denoising step, so it may keep state of its own (a guidance momentum).
         """
 
+    def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
+        """What the latents will be at the end, judged by this step alone: `latents` before it, and the output that its
+        sampler takes. Only where the spec `gives_previews`.
+        """
+        raise StageError(f"{type(self).__name__} gives no previews")
+
 
 class DiffusionModelSpec(ABC):
     """All that is known of a checkpoint before its weights are loaded: one implementation per published pipeline.
@@ -84,6 +90,7 @@ class DiffusionModelSpec(ABC):
 
     signature: StageSignature  # outputs are `output_port` [N, ...] and "latents" [N, ...]; the result is `output_port`
     request_keys: frozenset[str] = frozenset()  # keys of `OmniRequest.fields` that it reads; `prepare` is given them
+    gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
 
     @abstractmethod
     def __init__(self, folder: Path) -> None: ...
@@ -181,6 +188,12 @@ class DiffusionModel(ABC):
         """The result piece by piece, in order; each is computed when it is asked for. A picture is one piece. kept: the
         trajectory's; where it is not everything, only chunks make it so (see `streamed_input`).
         """
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """A picture [H, W, 3] uint8 of what a trajectory's `estimate` gave, at a fraction of what `decode` costs and as
+        large as its result. Only where the spec `gives_previews`.
+        """
+        raise StageError(f"{type(self).__name__} gives no previews")
 
     def assemble(self, pieces: Sequence[Tensor], params: DiffusionParams) -> Tensor:
         """The finished output of one trajectory: a picture [H, W, 3] uint8, audio [channels, n] float32."""

@@ -18,6 +18,7 @@ from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
 from vllm_omni.errors import ConfigError, StageError
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, TokenBatch, Trajectory
+from vllm_omni.worker.diffusion.previewer import preview_steps
 
 
 @dataclass(slots=True)
@@ -121,15 +122,18 @@ class DiffusionRunner:
         return [[next(outputs) for _ in state.trajectory.branches(state.timestep)] for state in states]
 
     @torch.inference_mode()
-    def advance(self, state: DiffusionState, outputs: Sequence[Tensor]) -> None:
-        """One sampler step. outputs: what `predict` gave for this state."""
-        trajectory = state.trajectory
+    def advance(self, state: DiffusionState, outputs: Sequence[Tensor]) -> Tensor | None:
+        """One sampler step; a preview [H, W, 3] uint8 where one is due. outputs: what `predict` gave for this state."""
+        trajectory, latents = state.trajectory, state.latents
         output = trajectory.combine(outputs, state.timestep)
         timestep = trajectory.sampler.timesteps[state.step]
-        state.latents = trajectory.sampler.step(output[None], timestep, state.latents[None], return_dict=False)[0][0]
+        state.latents = trajectory.sampler.step(output[None], timestep, latents[None], return_dict=False)[0][0]
         state.step += 1
         if state.is_done and not bool(torch.isfinite(state.latents).all()):
             raise StageError("the latents are not finite; use dtype bfloat16 or float32, or a smaller guidance_scale")
+        if state.step not in preview_steps(state.params.num_previews or 0, state.num_steps):
+            return None
+        return self.model.preview(trajectory.estimate(latents, output, state.step - 1))
 
     @torch.inference_mode()
     def decode(self, state: DiffusionState) -> Tensor | None:
