@@ -21,6 +21,7 @@ class Abilities:
 
     texts: tuple[str, ...]  # stages whose text the caller gets
     images: tuple[str, ...]
+    edits: tuple[str, ...]  # of the images' those that start from an image, where a request brings one
     audios: tuple[str, ...]
     embeddings: str | None  # "stage.port" of hidden states, [T, D]
     writer: str | None  # the stage that samples words, whether the caller gets them or not
@@ -35,14 +36,16 @@ class Abilities:
         tensors = [f"{stage}.{port}" for stage, port in graph.output_tensors if _is_rows(specs[stage], port)]
         choices = [spec.request_choices[VOICE_KEY] for spec in specs.values() if VOICE_KEY in spec.request_choices]
         written = [name for name, spec in specs.items() if _writes(spec)]
-        texts = _with_result(pipeline, "text")
+        texts, images = _with_result(pipeline, "text"), _with_result(pipeline, "image")
+        readers = [spec for spec in specs.values() if not issubclass(spec.params_type, DiffusionParams)]
         return cls(
             texts=texts,
-            images=_with_result(pipeline, "image"),
+            images=images,
+            edits=tuple(stage for stage in images if "image" in specs[stage].input_media),
             audios=_with_result(pipeline, "audio"),
             embeddings=tensors[0] if tensors else None,
             writer=next(iter((*texts, *written)), None),
-            input_media=frozenset().union(*(spec.input_media for spec in specs.values())),
+            input_media=frozenset().union(*(spec.input_media for spec in readers)),
             request_keys=frozenset().union(*(spec.request_keys for spec in specs.values())),
             voices=choices[0] if choices else (),
             params_types={name: spec.params_type for name, spec in specs.items()},
@@ -79,7 +82,3 @@ def _is_rows(spec: StageSpec, port: str) -> bool:
 
 def _writes(spec: StageSpec) -> bool:
     return spec.params_type is SamplingParams and spec.reads_params and "text" in spec.signature.outputs
-
-
-def is_diffusion(params_type: type[StageParams]) -> bool:
-    return issubclass(params_type, DiffusionParams)

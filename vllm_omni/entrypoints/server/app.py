@@ -19,13 +19,13 @@ from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error
 from vllm_omni.entrypoints.server.context import ServerParts
 from vllm_omni.entrypoints.server.gate import Gate
 from vllm_omni.entrypoints.server.models import ModelTable
-from vllm_omni.entrypoints.server.routes import chat, completions, models, operations
+from vllm_omni.entrypoints.server.routes import chat, completions, embeddings, images, models, operations
 from vllm_omni.entrypoints.server.runs import RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.errors import OmniError
 from vllm_omni.utils.checks import brief
 
-ROUTERS = (models.router, chat.router, completions.router, operations.router)
+ROUTERS = (models.router, chat.router, completions.router, embeddings.router, images.router, operations.router)
 WORDS = {
     "extra_forbidden": "unknown, or not supported by this server",
     "missing": "missing",

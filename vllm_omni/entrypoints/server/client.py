@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request
@@ -32,6 +32,15 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         raise ApiError(499, "the client closed the connection", code="request_aborted")
     finally:
         await cancel(working, leaving)
+
+
+async def all_of(works: Sequence[Coroutine[Any, Any, T]]) -> Sequence[T]:
+    """All results, or the first error, which cancels the others."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await cancel(*tasks)
 
 
 async def begun(parts: AsyncGenerator[T, None]) -> Begun[T]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -14,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from vllm_omni.entrypoints.server.api_error import unsupported
 from vllm_omni.entrypoints.server.building import build_request, require
-from vllm_omni.entrypoints.server.client import begun, while_connected
+from vllm_omni.entrypoints.server.client import all_of, begun, while_connected
 from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.event_stream import event_stream
 from vllm_omni.entrypoints.server.logprobs import text_logprobs
@@ -38,7 +37,7 @@ async def create_completion(body: CompletionBody, call: CallOf, request: Request
     runs = [_run(body, prompt, index, model, call) for index, prompt in enumerate(body.prompts)]
     answer = _Answer(model, call.run_id, body)
     if not body.stream:
-        outputs = await while_connected(request, _all(call, runs))
+        outputs = await while_connected(request, all_of([call.parts.runs.final(run) for run in runs]))
         return JSONResponse(answer.whole(outputs))
     parts = merged([call.parts.runs.parts(run) for run in runs])
     return event_stream(await begun(answer.chunks(parts, len(runs))), call.parts.settings)
@@ -51,17 +50,6 @@ def _run(body: CompletionBody, prompt: Any, index: int, model: ServedModel, call
     if index:
         made = dataclasses.replace(made, request_id=f"{call.run_id}-{index}")
     return Run(made, model, call.route, wants_parts=body.stream)
-
-
-async def _all(call: Call, runs: Sequence[Run]) -> Sequence[OmniOutput]:
-    """All or none: when one fails, the others are given up."""
-    tasks = [asyncio.ensure_future(call.parts.runs.final(run)) for run in runs]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Answer:
