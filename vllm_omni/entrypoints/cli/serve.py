@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--files", type=Path, metavar="FOLDER", help="where finished jobs lie (default: a temporary one)"
     )
     parser.add_argument("--embed-prompt", action="store_true", help="files carry the prompt that made them")
+    parser.add_argument("--otel", metavar="URL", help="OpenTelemetry spans go there (OTLP over HTTP)")
     parser.add_argument("--ui", action="store_true", help="the playground at /")
     _add_numbers(parser)
 
@@ -108,6 +109,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
         media_hosts=tuple(args.allow_media_host),
         files=args.files,
         embed_prompt=args.embed_prompt,
+        otel=args.otel,
         ui=args.ui,
         **numbers,
     )

@@ -18,14 +18,25 @@ from vllm_omni import __version__
 from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error
 from vllm_omni.entrypoints.server.context import ServerParts
 from vllm_omni.entrypoints.server.gate import Gate
+from vllm_omni.entrypoints.server.jobs import JobStore
+from vllm_omni.entrypoints.server.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.models import ModelTable
-from vllm_omni.entrypoints.server.routes import chat, completions, embeddings, images, models, operations
+from vllm_omni.entrypoints.server.routes import chat, completions, embeddings, images, jobs, models, operations
 from vllm_omni.entrypoints.server.runs import RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
+from vllm_omni.entrypoints.server.tracing import Tracing
 from vllm_omni.errors import OmniError
 from vllm_omni.utils.checks import brief
 
-ROUTERS = (models.router, chat.router, completions.router, embeddings.router, images.router, operations.router)
+ROUTERS = (
+    models.router,
+    chat.router,
+    completions.router,
+    embeddings.router,
+    images.router,
+    jobs.router,
+    operations.router,
+)
 WORDS = {
     "extra_forbidden": "unknown, or not supported by this server",
     "missing": "missing",
@@ -37,15 +48,24 @@ def create_app(table: ModelTable, settings: ServerSettings, on_failure: Callable
     cannot be loaded.
     """
 
+    runs = RunTable()
+    parts = ServerParts(settings, table, runs, ServerMetrics(table, runs), JobStore(settings))
+    tracing = None if settings.otel is None else Tracing.to_endpoint(settings.otel)
+    if tracing is not None:
+        runs.observers.append(tracing.observe)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         loading = asyncio.ensure_future(_load(table, on_failure))
         yield
         loading.cancel()
+        await parts.jobs.close()
         await table.shutdown(drain=False)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.shutdown)
 
     app = FastAPI(title="vllm-omni", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.parts = ServerParts(settings, table, RunTable())
+    app.state.parts = parts
     for router in ROUTERS:
         app.include_router(router)
     for kind in (ApiError, OmniError, RequestValidationError, HTTPException, Exception):

@@ -43,13 +43,13 @@ async def all_of(works: Sequence[Coroutine[Any, Any, T]]) -> Sequence[T]:
         await cancel(*tasks)
 
 
-async def begun(parts: AsyncGenerator[T, None]) -> Begun[T]:
+async def begun(parts: AsyncGenerator[T, None], wait_s: float = FIRST_S) -> Begun[T]:
     """The parts with the first one made, or begun: what refuses a request at once raises here, while the answer's
     status can still say so.
     """
     found = Begun(parts)
     try:
-        await asyncio.wait({found.first}, timeout=FIRST_S)
+        await asyncio.wait({found.first}, timeout=wait_s)
         if found.first.done() and not isinstance(found.first.exception(), StopAsyncIteration):
             found.first.result()
     except BaseException:

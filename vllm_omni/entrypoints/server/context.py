@@ -10,9 +10,12 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.models import ModelTable
-from vllm_omni.entrypoints.server.runs import RunTable
+from vllm_omni.entrypoints.server.jobs import JobStore
+from vllm_omni.entrypoints.server.metrics import ServerMetrics
+from vllm_omni.entrypoints.server.models import ModelTable, ServedModel
+from vllm_omni.entrypoints.server.runs import Run, RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
+from vllm_omni.request import OmniRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,8 @@ class ServerParts:
     settings: ServerSettings
     models: ModelTable
     runs: RunTable
+    metrics: ServerMetrics
+    jobs: JobStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +41,16 @@ class Call:
         """The request's id in all that we say of it; the gate has made or checked it."""
         return str(self.connection.scope["state"]["run_id"])
 
+    def begin(self, request: OmniRequest, model: ServedModel, *, wants_parts: bool) -> Run:
+        """A run for this call, to be read by `RunTable.final` or `RunTable.parts`."""
+        trace = self.connection.headers.get("traceparent")
+        return Run(request, model, self.route, wants_parts, traceparent=trace)
+
     @property
     def route(self) -> str:
-        return str(self.connection.scope["path"])
+        """The path of the route, without what differs from call to call."""
+        route = self.connection.scope.get("route")
+        return str(getattr(route, "path", self.connection.scope["path"]))
 
     def timeout_s(self, field: float | None = None) -> float:
         """Seconds to the deadline: the body's field, else the header `timeout`, never more than the server's own."""

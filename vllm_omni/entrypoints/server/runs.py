@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_omni.entrypoints.server.api_error import RETRY_S, ApiError, error_of
 from vllm_omni.entrypoints.server.models import ServedModel
-from vllm_omni.request import OmniOutput, OmniRequest
+from vllm_omni.request import OmniOutput, OmniRequest, Progress, StageResult
 
 MAX_ENDED = 256  # runs that are remembered after their end
 GRACE_S = 5.0  # how much later than its deadline a request is given up whose loop does not answer
@@ -30,7 +30,9 @@ class Run:
     began_s: float = field(default_factory=time.monotonic)
     first_part_s: float | None = None  # when there was something to show
     ended_s: float | None = None
-    progress: dict[str, tuple[int, int]] = field(default_factory=dict)  # stage -> step, number of steps
+    first_kind: str = ""  # what that was: "text", "image", "audio" or "preview"
+    traceparent: str | None = None  # the caller's own trace, W3C
+    progress: dict[str, Progress] = field(default_factory=dict)  # by stage that has begun
     output: OmniOutput | None = None  # the final one
 
     @property
@@ -49,11 +51,9 @@ class Run:
 
     def note(self, output: OmniOutput) -> None:
         """Keeps what a partial or final output says of the way."""
-        for stage, metrics in output.metrics.items():
-            if "step" in metrics:
-                self.progress[stage] = (metrics["step"], metrics["num_steps"])
+        self.progress.update(output.progress)
         if self.first_part_s is None and output.results:
-            self.first_part_s = time.monotonic()
+            self.first_part_s, self.first_kind = time.monotonic(), _kind_of(next(iter(output.results.values())))
         if output.finished:
             self.output, self.ended_s = output, time.monotonic()
 
@@ -155,8 +155,12 @@ def position(run: Run) -> Mapping[str, Any]:
     now = run.ended_s or time.monotonic()
     error = None if run.output is None else error_of(run.output)
     stages = {
-        stage: {"step": step, "num_steps": num_steps, "progress": round(min(1.0, step / max(1, num_steps)), 4)}
-        for stage, (step, num_steps) in run.progress.items()
+        stage: {
+            "step": at.step,
+            "num_steps": at.num_steps,
+            "progress": round(min(1.0, at.step / max(1, at.num_steps)), 4),
+        }
+        for stage, at in run.progress.items()
     }
     return {
         "id": run.id,
@@ -170,3 +174,9 @@ def position(run: Run) -> Mapping[str, Any]:
         "metrics": {} if run.output is None else {stage: dict(values) for stage, values in run.output.metrics.items()},
         "error": None if error is None else error.body["error"],
     }
+
+
+def _kind_of(result: StageResult) -> str:
+    if result.previews:
+        return "preview"
+    return "image" if result.images else "audio" if result.audios else "text"

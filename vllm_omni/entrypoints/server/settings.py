@@ -36,6 +36,7 @@ class ServerSettings:
     max_jobs: int = 256  # that are kept, finished ones included
     job_lifetime_s: float = 3_600.0  # after which a finished job goes
     embed_prompt: bool = False  # whether files carry the prompt that made them, besides seed and parameters
+    otel: str | None = None  # where OpenTelemetry spans go: an OTLP collector, http://host:4318/v1/traces
     ui: bool = False  # the playground at /
 
     def __post_init__(self) -> None:

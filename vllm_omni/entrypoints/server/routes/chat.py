@@ -78,7 +78,7 @@ async def _run(body: ChatBody, model: ServedModel, outputs: Sequence[str], call:
     omni_request = build_request(
         call, model, body, prompt, outputs, sampling=sampling, diffusion=drawing, extra=body.extra_params
     )
-    return Run(omni_request, model, call.route, wants_parts=body.stream)
+    return call.begin(omni_request, model, wants_parts=body.stream)
 
 
 def _params(body: ChatBody, model: ServedModel) -> tuple[SamplingParams | None, DiffusionParams]:

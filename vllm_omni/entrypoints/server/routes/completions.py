@@ -49,7 +49,7 @@ def _run(body: CompletionBody, prompt: Any, index: int, model: ServedModel, call
     made = build_request(call, model, body, {key: prompt}, model.abilities.texts[:1], sampling=sampling)
     if index:
         made = dataclasses.replace(made, request_id=f"{call.run_id}-{index}")
-    return Run(made, model, call.route, wants_parts=body.stream)
+    return call.begin(made, model, wants_parts=body.stream)
 
 
 class _Answer:

@@ -46,7 +46,7 @@ def _run(body: EmbeddingBody, text: Any, index: int, model: ServedModel, call: C
     key = "prompt" if isinstance(text, str) else "prompt_token_ids"
     made = build_request(call, model, body, {key: text}, [model.abilities.embeddings or ""])
     made = dataclasses.replace(made, request_id=f"{call.run_id}-{index}")
-    return Run(made, model, call.route, wants_parts=False)
+    return call.begin(made, model, wants_parts=False)
 
 
 def _pooled(states: Tensor, body: EmbeddingBody) -> Tensor:

@@ -97,4 +97,4 @@ def _run(body: ImageBody, sources: dict[str, Any], model: ServedModel, stages: S
     # where the graph writes before it draws, what it wrote is the revised prompt
     outputs = [*model.abilities.texts, *stages]
     made = build_request(call, model, body, {"prompt": body.prompt}, outputs, diffusion=drawing, extra=extra)
-    return Run(made, model, call.route, wants_parts=body.stream)
+    return call.begin(made, model, wants_parts=True)  # few steps, and `/v1/requests` tells them

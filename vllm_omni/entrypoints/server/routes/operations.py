@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from vllm_omni.entrypoints.server.context import CallOf
 from vllm_omni.entrypoints.server.readiness import readiness
 from vllm_omni.entrypoints.server.runs import position
+from vllm_omni.entrypoints.server.timeline import chrome_trace
 
 router = APIRouter()
 
@@ -37,6 +39,18 @@ async def list_requests(call: CallOf) -> dict[str, Any]:
 async def retrieve_request(request_id: str, call: CallOf) -> dict[str, Any]:
     """Where a request is: its stages and their steps."""
     return dict(position(call.parts.runs.find(request_id)))
+
+
+@router.get("/v1/requests/{request_id}/timeline", tags=["operations"])
+async def retrieve_timeline(request_id: str, call: CallOf) -> dict[str, Any]:
+    """When its stages waited and worked, as a Chrome trace."""
+    return chrome_trace(call.parts.runs.find(request_id))
+
+
+@router.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
+async def metrics(call: CallOf) -> Response:
+    """Counters, histograms and gauges, in the text format of Prometheus."""
+    return PlainTextResponse(await call.parts.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.delete("/v1/requests/{request_id}", tags=["operations"])

@@ -1,0 +1,123 @@
+"""`/v1/jobs`: pictures and sounds that take long, in the shape of OpenAI's videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from vllm_omni.entrypoints.server.api_error import ApiError
+from vllm_omni.entrypoints.server.building import build_request, require
+from vllm_omni.entrypoints.server.client import begun
+from vllm_omni.entrypoints.server.context import CallOf
+from vllm_omni.entrypoints.server.encoding import AUDIO_TYPES, IMAGE_TYPES, audio_bytes, image_bytes
+from vllm_omni.entrypoints.server.jobs import Encode
+from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.schemas.base import diffusion
+from vllm_omni.entrypoints.server.schemas.jobs import JobBody
+from vllm_omni.request import OmniOutput
+
+router = APIRouter()
+POLL_MS = 500
+REFUSAL_S = 0.5  # within which a request that is wrong is refused, before the job is begun
+TYPES = {**IMAGE_TYPES, **AUDIO_TYPES}
+
+
+@router.post("/v1/jobs", tags=["jobs"])
+async def create_job(body: JobBody, call: CallOf) -> Response:
+    """Begins a job, and answers at once."""
+    model = call.parts.models.find(body.model)
+    kind = _kind(body, model)
+    stages = require(model, kind, model.abilities.images if kind == "image" else model.abilities.audios)
+    suffix = body.file_format(kind)
+    if suffix is None:
+        known = ", ".join(body.has_files_of[kind])
+        raise ApiError(
+            400,
+            f"output_format: got {body.output_format!r}, expected one of {known} for {kind}",
+            code="invalid_value",
+            param="output_format",
+        )
+    drawing = diffusion(body, num_outputs=body.n)
+    made = build_request(call, model, body, {"prompt": body.prompt}, stages, diffusion=drawing, extra=body.extra_params)
+    run = call.begin(made, model, wants_parts=True)
+    parts = await begun(call.parts.runs.parts(run), REFUSAL_S)
+    try:
+        job = call.parts.jobs.start(run, kind, parts, _encoder(kind, suffix))
+    except ApiError:
+        await parts.aclose()
+        raise
+    return JSONResponse(job.describe(), 200, {"openai-poll-after-ms": str(POLL_MS)})
+
+
+@router.get("/v1/jobs", tags=["jobs"])
+async def list_jobs(
+    call: CallOf,
+    after: Annotated[str | None, Query(max_length=200)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> dict[str, Any]:
+    """The jobs that are kept, from behind `after` on."""
+    jobs = call.parts.jobs.all()
+    jobs = jobs[::-1] if order == "desc" else jobs
+    if after is not None:
+        found = [index for index, job in enumerate(jobs) if job.id == after]
+        if not found:
+            raise ApiError(400, f"after: got {after!r}, which is no job", code="invalid_value", param="after")
+        jobs = jobs[found[0] + 1 :]
+    data = [job.describe() for job in jobs[:limit]]
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return {"object": "list", "data": data, **ends, "has_more": len(jobs) > limit}
+
+
+@router.get("/v1/jobs/{job_id}", tags=["jobs"])
+async def retrieve_job(job_id: str, call: CallOf) -> Response:
+    """How far a job is."""
+    job = call.parts.jobs.find(job_id)
+    return JSONResponse(job.describe(), 200, {"openai-poll-after-ms": str(POLL_MS)})
+
+
+@router.get("/v1/jobs/{job_id}/content", tags=["jobs"])
+async def retrieve_content(job_id: str, call: CallOf, index: Annotated[int, Query(ge=0)] = 0) -> Response:
+    """One of the files of a completed job."""
+    job = call.parts.jobs.find(job_id)
+    if job.status != "completed":
+        raise ApiError(409, f"job {job_id!r} is {job.status.replace('_', ' ')}", code="job_not_completed")
+    if index >= len(job.files):
+        raise ApiError(404, f"index: got {index}, but the job has {len(job.files)} files", code="file_not_found")
+    path = job.files[index]
+    return FileResponse(path, media_type=TYPES[path.suffix[1:]], filename=path.name)
+
+
+@router.delete("/v1/jobs/{job_id}", tags=["jobs"])
+async def delete_job(job_id: str, call: CallOf) -> dict[str, Any]:
+    """Aborts a job where it runs, and deletes its files."""
+    job = call.parts.jobs.find(job_id)
+    await call.parts.jobs.delete(job)
+    return {"id": job.id, "object": "job.deleted", "deleted": True}
+
+
+def _kind(body: JobBody, model: ServedModel) -> str:
+    made = [kind for kind in ("image", "audio") if kind in model.abilities.makes]
+    if body.kind is not None:
+        return body.kind
+    require(model, "images or audio", made)
+    by_format = [kind for kind in made if body.output_format in body.has_files_of[kind]]
+    if len(made) > 1 and not by_format:
+        raise ApiError(400, "kind: missing; this model makes images and audio", code="invalid_value", param="kind")
+    return (by_format or made)[0]
+
+
+def _encoder(kind: str, suffix: str) -> Encode:
+    async def encode(output: OmniOutput) -> Sequence[tuple[bytes, str]]:
+        if kind == "image":
+            contents = [await image_bytes(image, suffix) for image in output.images]
+        else:
+            contents = [await audio_bytes(audio, suffix) for audio in output.audios]
+        if not contents:
+            raise ApiError(400, f"prompt: the model made no {kind} of it", code=f"no_{kind}", param="prompt")
+        return [(content, suffix) for content in contents]
+
+    return encode
