@@ -156,12 +156,12 @@ class StageEngine(ABC):
         raise StageError(f"stage input {port!r} is not streamed")
 
     def pause(self, request_id: str) -> None:
-        """Makes no more rows for this task until `resume`: its readers are behind. It keeps what it holds."""
-        raise StageError(f"request {request_id!r}: the stage streams nothing, so it cannot pause")
+        """Makes no more rows and words for this task until `resume`: its readers are behind. It keeps what it holds. To
+        be overridden by whatever gives them as they are made.
+        """
 
     def resume(self, request_id: str) -> None:
         """Ends a pause."""
-        raise StageError(f"request {request_id!r}: the stage streams nothing, so it cannot resume")
 
     @abstractmethod
     def step(self) -> list[StageEvent]:

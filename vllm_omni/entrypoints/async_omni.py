@@ -17,6 +17,8 @@ from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, OmniRequest
 
+MAX_UNREAD = 64  # partial outputs of one request
+
 
 class AsyncOmni:
     """A loaded pipeline of stages; arguments as Omni's, save for `progress`. Constructing blocks until all are loaded.
@@ -97,7 +99,9 @@ class AsyncOmni:
 
 
 class _Subscription:
-    """One request's outputs, brought from the loop's thread into the event loop; leaving early aborts it."""
+    """One request's outputs, brought from the loop's thread into the event loop; leaving early aborts it. Whoever
+    leaves partial outputs unread holds their writers back, so that memory does not grow.
+    """
 
     def __init__(self, thread: LoopThread, request: OmniRequest, stream: bool) -> None:
         self._thread = thread
@@ -105,11 +109,14 @@ class _Subscription:
         self._stream = stream
         self._events = asyncio.get_running_loop()
         self._queue: asyncio.Queue[OmniOutput] = asyncio.Queue()
+        self._is_behind = False
         self.is_finished = False
 
     async def next(self) -> OmniOutput:
         output = await self._queue.get()
         self.is_finished = output.finished
+        if self._is_behind and self._queue.qsize() <= MAX_UNREAD // 2:
+            self._set_behind(False)
         return output
 
     def __enter__(self) -> _Subscription:
@@ -123,4 +130,13 @@ class _Subscription:
             self._thread.abort(self._request.request_id, self._deliver)
 
     def _deliver(self, output: OmniOutput) -> None:
-        self._events.call_soon_threadsafe(self._queue.put_nowait, output)
+        self._events.call_soon_threadsafe(self._put, output)
+
+    def _put(self, output: OmniOutput) -> None:
+        self._queue.put_nowait(output)
+        if not self._is_behind and not output.finished and self._queue.qsize() >= MAX_UNREAD:
+            self._set_behind(True)
+
+    def _set_behind(self, is_behind: bool) -> None:
+        self._is_behind = is_behind
+        self._thread.set_caller_behind(self._request.request_id, is_behind)

@@ -77,6 +77,10 @@ class LoopThread:
         """Aborts a request; with `deliver`, only the one that was submitted with it."""
         self._in_order(lambda: self._send(lambda: self._abort(request_id, deliver)))
 
+    def set_caller_behind(self, request_id: str, is_behind: bool) -> None:
+        """Holds the writers of a stream back, or lets them go on."""
+        self._send(lambda: self._executor.set_caller_behind(request_id, is_behind))
+
     def run(self, function: Callable[[OmniExecutor], T]) -> Future[T]:
         """Calls `function` with the executor between two steps."""
         future: Future[T] = Future()

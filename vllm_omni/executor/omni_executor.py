@@ -121,6 +121,10 @@ class OmniExecutor:
         self._scheduler.abort(request_id)
         self._finish_ended()
 
+    def set_caller_behind(self, request_id: str, is_behind: bool) -> None:
+        """Holds the writers of a stream back while its partial outputs pile up unread."""
+        self._scheduler.set_caller_behind(request_id, is_behind)
+
     def step(self) -> list[OmniOutput]:
         """One step of every stage that has work and is not held back: the outputs that this made, partial and final."""
         busy = [name for name, host in self._hosts.items() if host.is_busy()]

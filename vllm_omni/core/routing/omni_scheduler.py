@@ -108,6 +108,14 @@ class OmniScheduler:
         """Ends a request FAILED; an unknown or finished one is left alone."""
         self._requests.end(request_id, RequestStatus.FAILED, error)
 
+    def set_caller_behind(self, request_id: str, is_behind: bool) -> None:
+        """While the caller of a stream does not keep up, the stages that write for it pause; nothing for an unknown or
+        finished request.
+        """
+        state = self._requests.running.get(request_id) or self._requests.waiting.get(request_id)
+        if state is not None:
+            state.is_caller_behind = is_behind
+
     def tick(self, now: float) -> list[Order]:
         """Ends what is overdue, starts waiting requests up to `max_running`, launches what has its inputs and hands on
         what was streamed. The orders are to be carried out as they come.
@@ -305,7 +313,7 @@ class OmniScheduler:
         orders: list[Order] = []
         for edge, rows in streams.hand_over(state.running):
             orders.append(Feed(request_id, edge.target, edge.target_port, rows))
-        to_pause, to_resume = streams.change_pauses(state.running)
+        to_pause, to_resume = streams.change_pauses(state.running, self._too_fast(state))
         orders += [Pause(request_id, stage) for stage in sorted(to_pause)]
         orders += [Resume(request_id, stage) for stage in sorted(to_resume)]
         orders += [Skip(request_id, stage) for stage in state.dropped_readers]
@@ -315,6 +323,13 @@ class OmniScheduler:
             self._requests.counts["timed_out"] += 1
             self.fail(request_id, late)
         return orders
+
+    def _too_fast(self, state: RequestState) -> set[str]:
+        """The running stages that write words or rows for a caller who is behind; what gives its result whole is not."""
+        if not state.is_caller_behind or self._graph is None:
+            return set()
+        signatures = {stage: self._graph.signatures[stage] for stage in state.plan.outputs if stage in state.running}
+        return {name for name, ports in signatures.items() if ports.results & ({"text"} | ports.streamed_outputs)}
 
     def _complete(
         self, state: RequestState, stage: str, payload: StagePayload, metrics: Mapping[str, Any], now: float

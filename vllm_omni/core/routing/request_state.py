@@ -46,6 +46,7 @@ class RequestState:
         self.missing = {name: len(stage.edges) for name, stage in plan.stages.items() if stage.edges}
         self.ready = {name: now for name, stage in plan.stages.items() if not stage.edges}
         self.running: dict[str, float] = {}  # since when
+        self.is_caller_behind = False  # partial outputs pile up unread
         self.done: set[str] = set()
         self.skipped: dict[str, str] = {}  # why
         self.dropped_readers: list[str] = []  # skipped stages that rows may have been streamed to, to be announced

@@ -81,9 +81,12 @@ class RequestStreams:
             while edge.target in running and (chunk := stream.pop()) is not None:
                 yield edge, chunk
 
-    def change_pauses(self, running: Collection[str]) -> tuple[set[str], set[str]]:
-        """Stages that must pause now, and those that may go on."""
+    def change_pauses(self, running: Collection[str], too_fast: Collection[str] = ()) -> tuple[set[str], set[str]]:
+        """Stages that must pause now, and those that may go on. too_fast: running ones that write for a caller who does
+        not keep up.
+        """
         full = {edge.source for edge, stream in self._streams.items() if stream.is_full and edge.target in running}
+        full |= set(too_fast)
         to_pause, to_resume = full - self.paused, self.paused - full
         self.paused = full
         return to_pause, to_resume

@@ -81,14 +81,10 @@ class DiffusionEngine(StageEngine):
 
     def pause(self, request_id: str) -> None:
         """Chunks that have begun are finished; no further one begins."""
-        if self.model.streamed_input is None:
-            super().pause(request_id)
         if request_id in self._jobs:
             self._jobs[request_id].is_paused = True
 
     def resume(self, request_id: str) -> None:
-        if self.model.streamed_input is None:
-            super().resume(request_id)
         if request_id in self._jobs:
             self._jobs[request_id].is_paused = False
 
