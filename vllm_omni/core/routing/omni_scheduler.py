@@ -325,7 +325,7 @@ class OmniScheduler:
         return orders
 
     def _too_fast(self, state: RequestState) -> set[str]:
-        """The running stages that write words or rows for a caller who is behind; what gives its result whole is not."""
+        """The running stages that write words or rows for a caller who is behind; not those with one whole result."""
         if not state.is_caller_behind or self._graph is None:
             return set()
         signatures = {stage: self._graph.signatures[stage] for stage in state.plan.outputs if stage in state.running}

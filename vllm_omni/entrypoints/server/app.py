@@ -21,7 +21,16 @@ from vllm_omni.entrypoints.server.gate import Gate
 from vllm_omni.entrypoints.server.jobs import JobStore
 from vllm_omni.entrypoints.server.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.models import ModelTable
-from vllm_omni.entrypoints.server.routes import chat, completions, embeddings, images, jobs, models, operations
+from vllm_omni.entrypoints.server.routes import (
+    chat,
+    completions,
+    embeddings,
+    images,
+    jobs,
+    models,
+    operations,
+    playground,
+)
 from vllm_omni.entrypoints.server.runs import RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.entrypoints.server.tracing import Tracing
@@ -66,7 +75,7 @@ def create_app(table: ModelTable, settings: ServerSettings, on_failure: Callable
 
     app = FastAPI(title="vllm-omni", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.parts = parts
-    for router in ROUTERS:
+    for router in (*ROUTERS, *([playground.router] if settings.ui else [])):
         app.include_router(router)
     for kind in (ApiError, OmniError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)

@@ -15,6 +15,8 @@ from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
 from vllm_omni.request import PROMPT_KEYS, OmniRequest
 from vllm_omni.utils.checks import did_you_mean
 
+OF_PICTURES = ("width", "height", "image", "strength", "num_previews", "negative_prompt", "guidance_scale")
+
 
 def build_request(
     call: Call,
@@ -35,7 +37,7 @@ def build_request(
         diffusion = dataclasses.replace(diffusion, extra=rest)
     params = {
         **_for_stages(_writer(model.abilities), sampling),
-        **_for_stages(_diffusers(model.abilities, outputs), diffusion),
+        **_for_diffusers(model.abilities, outputs, diffusion),
     }
     timeout_s = call.timeout_s(body.timeout)
     own = {"request_id": call.run_id, "outputs": list(outputs), "timeout_s": timeout_s, "priority": body.priority}
@@ -81,12 +83,20 @@ def _for_stages(stages: Sequence[str], params: StageParams | None) -> dict[str, 
     return dict.fromkeys(stages, params)
 
 
+def _for_diffusers(
+    abilities: Abilities, outputs: Sequence[str], params: DiffusionParams | None
+) -> dict[str, StageParams]:
+    """As `_for_stages`; what says something of pictures goes to the stages alone that make them."""
+    stages = [stage for stage in outputs if issubclass(abilities.params_types.get(stage, StageParams), DiffusionParams)]
+    pictures = [stage for stage in stages if stage in abilities.images]
+    if params is None or len(pictures) in (0, len(stages)):
+        return _for_stages(stages, params)
+    bare = dataclasses.replace(params, **dict.fromkeys(OF_PICTURES, None))
+    return {**_for_stages(stages, bare), **_for_stages(pictures, params)}
+
+
 def _writer(abilities: Abilities) -> tuple[str, ...]:
     return () if abilities.writer is None else (abilities.writer,)
-
-
-def _diffusers(abilities: Abilities, outputs: Sequence[str]) -> tuple[str, ...]:
-    return tuple(stage for stage in outputs if issubclass(abilities.params_types[stage], DiffusionParams))
 
 
 def _sorted_extra(abilities: Abilities, extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

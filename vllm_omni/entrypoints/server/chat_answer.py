@@ -11,6 +11,7 @@ from typing import Any
 from vllm_omni.entrypoints.server.encoding import AudioPieces, audio_base64, image_base64
 from vllm_omni.entrypoints.server.logprobs import chat_logprobs
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.schemas.chat import StreamOptions
 from vllm_omni.entrypoints.server.usage import chat_usage
 from vllm_omni.media.audio import Audio
 from vllm_omni.request import Completion, OmniOutput
@@ -42,7 +43,7 @@ class ChatAnswer:
         return {**self._head("chat.completion"), "choices": choices, "usage": usage}
 
     async def chunks(
-        self, parts: AsyncGenerator[OmniOutput, None], wants_usage: bool
+        self, parts: AsyncGenerator[OmniOutput, None], options: StreamOptions
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Chunks in order; words, pictures and sound together are what `whole` gives."""
         written = _Written(self._audio_format)
@@ -52,11 +53,13 @@ class ChatAnswer:
                     async for delta, logprobs in self._deltas(written, output, index):
                         role = {"role": "assistant"} if written.begin(index) else {}
                         yield self._chunk(index, {**role, **delta}, logprobs=logprobs)
+                if options.include_progress and output.progress:
+                    yield {**self._head("chat.completion.chunk"), "choices": [], "progress": _progress(output)}
                 if output.finished:
                     for index in range(self._num_choices(output)):
                         role = {"role": "assistant", "content": ""} if written.begin(index) else {}
                         yield self._chunk(index, role, self._finish_reason(output, index))
-                    if wants_usage:
+                    if options.include_usage:
                         usage = chat_usage(self._model, output)
                         yield {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
 
@@ -95,16 +98,20 @@ class ChatAnswer:
             if text or logprobs:
                 heard = {"audio": {"id": self._audio_id, "transcript": text}} if self._audios else {}
                 yield {"content": text, **heard}, logprobs
+        for preview in self._previews(output, index):
+            yield {"preview": await _image_part(preview)}, None
         for image in written.new_images(index, self._pictures(output, index)):
             yield {"content": [await _image_part(image)]}, None
         if self._audio_format is not None:
-            data = await written.new_sound(index, self._sounds(output, index), output.finished)
+            sounds = self._sounds(output, index)
+            data = await written.new_sound(index, sounds, output.finished)
             if data:
-                yield {"audio": {"id": self._audio_id, "data": base64.b64encode(data).decode()}}, None
+                rate = {"sample_rate": sounds[0].sample_rate} if sounds else {}
+                yield {"audio": {"id": self._audio_id, "data": base64.b64encode(data).decode(), **rate}}, None
 
     def _num_choices(self, output: OmniOutput) -> int:
         results = output.results.values()
-        counts = [max(len(r.completions), len(r.images), len(r.audios)) for r in results]
+        counts = [max(map(len, (r.completions, r.images, r.previews, r.audios))) for r in results]
         return max(counts, default=1 if output.finished else 0)
 
     def _completion(self, output: OmniOutput, index: int) -> Completion | None:
@@ -114,6 +121,10 @@ class ChatAnswer:
     def _pictures(self, output: OmniOutput, index: int) -> list[Any]:
         found = [output.results[stage].images for stage in self._images if stage in output.results]
         return [images[index] for images in found if index < len(images)]
+
+    def _previews(self, output: OmniOutput, index: int) -> list[Any]:
+        found = [output.results[stage].previews for stage in self._images if stage in output.results]
+        return [previews[index] for previews in found if index < len(previews)]
 
     def _sounds(self, output: OmniOutput, index: int) -> list[Audio]:
         found = [output.results[stage].audios for stage in self._audios if stage in output.results]
@@ -179,3 +190,7 @@ class _Written:
 
 async def _image_part(image: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{await image_base64(image)}"}}
+
+
+def _progress(output: OmniOutput) -> dict[str, Any]:
+    return {stage: {"step": at.step, "num_steps": at.num_steps} for stage, at in output.progress.items()}

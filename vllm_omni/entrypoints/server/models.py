@@ -54,6 +54,29 @@ class ServedModel:
         about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "vllm-omni"}
         return {**about, **self.abilities.describe()}
 
+    def describe_graph(self) -> dict[str, Any]:
+        """Its stages and edges, for whoever draws them."""
+        graph, specs = self.pipeline.graph, self.pipeline.specs
+        stages = [
+            {
+                "name": name,
+                "kind": spec.stage.kind,
+                "is_output": name in graph.result_stages,
+                "defaults": dict(spec.defaults),
+            }
+            for name, spec in specs.items()
+        ]
+        edges = [
+            {
+                "source": edge.source,
+                "target": edge.target,
+                "port": edge.target_port,
+                "is_streamed": edge.stream is not None,
+            }
+            for edge in graph.edges
+        ]
+        return {"stages": stages, "edges": edges}
+
 
 class ModelTable:
     """The served models, the first being the default."""

@@ -18,7 +18,7 @@ from vllm_omni.entrypoints.server.event_stream import event_stream
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.schemas.base import diffusion
-from vllm_omni.entrypoints.server.schemas.chat import ChatBody, Voice
+from vllm_omni.entrypoints.server.schemas.chat import ChatBody, StreamOptions, Voice
 from vllm_omni.params import DiffusionParams, SamplingParams
 
 router = APIRouter()
@@ -31,13 +31,15 @@ async def create_chat_completion(body: ChatBody, call: CallOf, request: Request)
     outputs = _outputs(body, model)
     if body.stream_options is not None and not body.stream:
         raise unsupported("stream_options", "is of streams alone; say stream: true")
+    if body.partial_images and not body.stream:
+        raise unsupported("partial_images", "are parts of a stream; say stream: true")
     run = await _run(body, model, outputs, call)
     answer = ChatAnswer(model, call.run_id, outputs, _audio_format(body, model, outputs), _num_top(body))
     if not body.stream:
         output = await while_connected(request, call.parts.runs.final(run))
         return JSONResponse(await answer.whole(output))
-    wants_usage = body.stream_options is not None and body.stream_options.include_usage
-    return event_stream(await begun(answer.chunks(call.parts.runs.parts(run), wants_usage)), call.parts.settings)
+    chunks = answer.chunks(call.parts.runs.parts(run), body.stream_options or StreamOptions())
+    return event_stream(await begun(chunks), call.parts.settings)
 
 
 def _outputs(body: ChatBody, model: ServedModel) -> Sequence[str]:
@@ -88,8 +90,8 @@ def _params(body: ChatBody, model: ServedModel) -> tuple[SamplingParams | None, 
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     sampling = body.sampling(max_tokens=max_tokens, logprobs=_num_top(body))
     if model.abilities.writer is not None:
-        return sampling, diffusion(body)
-    drawing = diffusion(body, num_outputs=body.n)
+        return sampling, diffusion(body, num_previews=body.partial_images)
+    drawing = diffusion(body, num_outputs=body.n, num_previews=body.partial_images)
     bare = SamplingParams(**{name: getattr(sampling, name) for name in _of_writers(sampling)})
     return bare, drawing
 

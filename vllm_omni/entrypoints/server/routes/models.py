@@ -17,6 +17,12 @@ async def list_models(call: CallOf) -> dict[str, Any]:
     return {"object": "list", "data": [model.describe() for model in call.parts.models]}
 
 
+@router.get("/v1/models/{model_id}/graph", tags=["models"])
+async def retrieve_graph(model_id: str, call: CallOf) -> dict[str, Any]:
+    """The stages of a model, and what goes from one to another."""
+    return call.parts.models.find(model_id).describe_graph()
+
+
 @router.get("/v1/models/{model_id:path}", tags=["models"])
 async def retrieve_model(model_id: str, call: CallOf) -> dict[str, Any]:
     """One model."""

@@ -75,6 +75,7 @@ class AudioOptions(Part):
 
 class StreamOptions(Part):
     include_usage: bool = False
+    include_progress: bool = Field(default=False, description="chunks with `progress`: steps by stage")
     include_obfuscation: bool = False
 
 
@@ -101,6 +102,7 @@ class ChatBody(SamplingFields, DiffusionFields):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     stream: bool = False
+    partial_images: int | None = Field(None, ge=0, le=10, description="previews of each picture, in `delta.preview`")
     stream_options: StreamOptions | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
