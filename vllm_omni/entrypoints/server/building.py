@@ -89,6 +89,8 @@ def _for_diffusers(
     """As `_for_stages`; what says something of pictures goes to the stages alone that make them."""
     stages = [stage for stage in outputs if issubclass(abilities.params_types.get(stage, StageParams), DiffusionParams)]
     pictures = [stage for stage in stages if stage in abilities.images]
+    if params is not None and not stages and abilities.writer is not None:
+        params = dataclasses.replace(params, seed=None)  # it is the writer's, too
     if params is None or len(pictures) in (0, len(stages)):
         return _for_stages(stages, params)
     bare = dataclasses.replace(params, **dict.fromkeys(OF_PICTURES, None))

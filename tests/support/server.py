@@ -1,0 +1,112 @@
+"""A real server in a process of its own, on loopback, for tests of its routes."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import IO, Any
+
+import httpx
+
+ADDRESS = "vllm-omni: listening on "
+
+
+class ServerProcess:
+    """`vllm-omni serve` with these configs ("tiny_speech", "NAME=path.yaml") and flags, ready when made. A context
+    manager that ends it, and shows what it complained of.
+    """
+
+    def __init__(self, configs: Sequence[str], flags: Sequence[str] = (), *, start_s: float = 240.0) -> None:
+        named = [word for config in configs for word in ("--config", config)]
+        command = [sys.executable, "-m", "vllm_omni", "serve", "--port", "0", *named, *flags]
+        # the tests' own threads and the server's share few cores
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment.pop("VLLM_OMNI_API_KEY", None)
+        silent = subprocess.DEVNULL
+        self._process = subprocess.Popen(command, env=environment, stdin=silent, stdout=silent, stderr=subprocess.PIPE)
+        self._lines: list[str] = []
+        self._found: queue.Queue[str | None] = queue.Queue()
+        assert self._process.stderr is not None
+        threading.Thread(target=self._read, args=(self._process.stderr,), daemon=True).start()
+        try:
+            self.address = self._address(start_s)
+            self._wait_until_ready(start_s)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def base_url(self) -> str:
+        """As OpenAI's client wants it."""
+        return f"{self.address}/v1"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def errors(self) -> str:
+        """What it has written to stderr so far."""
+        return "".join(self._lines)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.address + path, timeout=60, **options)
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Those that wait or run."""
+        return list(self.get("/v1/requests").json()["data"])
+
+    def wait_until_idle(self, timeout_s: float = 30.0) -> float:
+        """Until nothing waits or runs, neither at the server nor in its engines; the seconds that took."""
+        began_s = time.monotonic()
+        while self.requests() or any(
+            model["waiting"] or model["running"] for model in self.get("/ready").json()["models"].values()
+        ):
+            assert time.monotonic() - began_s < timeout_s, self.requests()
+            time.sleep(0.02)
+        return time.monotonic() - began_s
+
+    def stop(self, timeout_s: float = 60.0) -> int:
+        """Ends it as a service manager would; its exit status."""
+        self._process.terminate()
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        if error is not None:
+            sys.stderr.write(self.errors)
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in (content.decode(errors="replace") for content in stream):
+            self._lines.append(line)
+            if line.startswith(ADDRESS):
+                self._found.put(line.removeprefix(ADDRESS).strip())
+        self._found.put(None)
+
+    def _address(self, timeout_s: float) -> str:
+        address = self._found.get(timeout=timeout_s)
+        if address is None:
+            raise AssertionError(f"the server ended before it listened:\n{self.errors}")
+        return address
+
+    def _wait_until_ready(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while self.get("/ready").status_code != 200:
+            assert self._process.poll() is None, f"the server ended while it loaded:\n{self.errors}"
+            assert time.monotonic() < deadline_s, f"the server is not ready after {timeout_s:g} s:\n{self.errors}"
+            time.sleep(0.1)
