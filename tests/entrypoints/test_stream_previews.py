@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import timeit
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from PIL import Image
 from support.ssim import ssim
 
 from vllm_omni import AsyncOmni, DiffusionParams, Omni, OmniOutput, RequestStatus, SamplingParams
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.models.z_image.spec import ZImageSpec
+from vllm_omni.utils.files import assets_folder
 
 SCENES = ["a red circle left of a blue square", "a large pink star", "a green triangle above a yellow square"]
-LIKE = 0.75  # structural similarity of a later preview and its picture; unrelated scenes are below UNLIKE
-UNLIKE = 0.7
+LIKE = 0.8  # structural similarity of a preview, from the second step on, and its picture; half the other scenes: 0.75
 SEED = 7
 
 
@@ -39,6 +42,18 @@ def test_previews_look_like_the_picture_that_follows(omni: Omni, scene: str) -> 
     others = omni.generate([other for other in SCENES if other != scene], DiffusionParams(seed=SEED))
     for other in others:
         assert ssim(shown[-1], final.images[0]) > ssim(shown[-1], other.images[0])
+
+
+def test_a_preview_costs_a_small_part_of_a_decode() -> None:
+    """Measured: 1.2% of it, 6% of a step, for the smallest of VAEs."""
+    model = ZImageSpec(assets_folder() / "tiny-image").load(torch.device("cpu"), torch.float32)
+    latents = torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def seconds(function: Callable[[], object]) -> float:
+        with torch.inference_mode():
+            return min(timeit.repeat(function, number=1, repeat=7))
+
+    assert 8 * seconds(lambda: model.preview(latents)) < seconds(lambda: next(model.decode(latents, slice(None))))
 
 
 def test_the_final_output_is_the_same_without_previews(omni: Omni) -> None:
@@ -91,7 +106,8 @@ def test_where_nothing_can_be_shown_asking_for_it_is_refused(config: str) -> Non
         (output,) = omni.stream("C4", DiffusionParams(num_previews=2))
         assert output.status is RequestStatus.REJECTED and isinstance(output.error, InvalidRequestError)
         assert "num_previews: got 2, expected 0" in str(output.error)
-        *_, output = omni.stream("C4", DiffusionParams(num_previews=0, num_inference_steps=2))
+        size = {"height": 32, "width": 32} if config == "adapter" else {}
+        *_, output = omni.stream("C4", DiffusionParams(num_previews=0, num_inference_steps=2, **size))
         assert output.error is None
 
 
@@ -122,4 +138,4 @@ def test_previews_reach_asyncio_in_order_too() -> None:
 
     *parts, final = asyncio.run(asyncio.wait_for(main(), 60.0))
     likeness = [ssim(preview, final.images[0]) for preview in previews(parts)]
-    assert len(likeness) == 2 and min(likeness) > UNLIKE
+    assert len(likeness) == 2 and min(likeness) > LIKE

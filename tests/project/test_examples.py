@@ -16,6 +16,13 @@ def test_text_to_image_writes_a_picture_of_the_size_that_was_asked_for(tmp_path:
     assert picture(tmp_path / "star.png").size == (96, 96)
 
 
+def test_previews_stand_in_a_row_before_the_picture_and_progress_ends_at_all(tmp_path: Path) -> None:
+    shown = succeed("stream_previews.py", "a large pink star", "--previews", "3", "-o", "row.png", folder=tmp_path)
+    percent = [int(value) for value in re.findall(r"image +(\d+)%", shown)]
+    assert percent == sorted(percent) and percent[-1] == 100 and shown.count("preview\n") == 3
+    assert picture(tmp_path / "row.png").size == (4 * (PICTURE[0] + 4) - 4, PICTURE[1])
+
+
 def test_loose_words_are_shown_token_by_token_before_the_picture(tmp_path: Path) -> None:
     shown = succeed("loose_words_to_image.py", "-o", "out.png", folder=tmp_path)
     words = re.findall(r"writer  step \d+ of at most 48  (.*)", shown)

@@ -61,8 +61,8 @@ class AsyncOmni:
             return await subscription.next()
 
     async def stream(self, prompt: PromptLike, params: Params | None = None) -> AsyncGenerator[OmniOutput, None]:
-        """Partial outputs as they are made (new text, new pieces of sound), then exactly one final output that holds
-        all of it. Leaving early (`aclose`, cancelling the task) aborts the request between two steps.
+        """Partial outputs as they are made, as `Omni.stream` gives them, then exactly one final output. Leaving early
+        (`aclose`, cancelling the task) aborts the request between two steps.
         """
         request = make_request(prompt, params)
         if isinstance(request, OmniOutput):
