@@ -27,6 +27,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_omni"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 REQUIRED = {canonicalize_name(found.name): found for found in map(Requirement, PROJECT["project"]["dependencies"])}
+EXTRAS = {
+    canonicalize_name(found.name): found
+    for extra in ("server", "otel")
+    for found in map(Requirement, PROJECT["project"]["optional-dependencies"][extra])
+}
 TOOLS = {canonicalize_name(found.name): found for found in map(Requirement, PROJECT["dependency-groups"]["dev"])}
 UNPINNED = {"torch"}
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "decisions.md"]
@@ -73,26 +78,46 @@ def test_pins_bring_nothing_of_a_cuda_build_and_say_how_to_move_them() -> None:
 
 
 def test_the_oldest_versions_are_the_lower_bounds() -> None:
-    bounds = {name: lower_bound(requirement) for name, requirement in REQUIRED.items() if name not in UNPINNED}
+    requirements = {**REQUIRED, **EXTRAS}
+    bounds = {name: lower_bound(requirement) for name, requirement in requirements.items() if name not in UNPINNED}
     oldest = pins("constraints-oldest.txt")
     assert oldest.keys() == bounds.keys()
     for name, version in oldest.items():
-        assert REQUIRED[name].specifier.contains(version)
+        assert requirements[name].specifier.contains(version)
         assert version == bounds[name] or version.removesuffix(".0") == bounds[name], name
 
 
 def test_what_the_package_imports_is_required() -> None:
     """Tools of development are no part of it: `rich` is, and only the benchmarks use it."""
-    modules = {"yaml": "pyyaml", "PIL": "pillow", "huggingface_hub": "huggingface-hub"}
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
-    names = {name.split(".")[0] for tree in trees for node in ast.walk(tree) for name in imported(node)}
-    foreign = {modules.get(name, name) for name in names - sys.stdlib_module_names - {"vllm_omni"}}
+    server = set((PACKAGE / "entrypoints" / "server").rglob("*.py"))
+    foreign = foreign_packages(set(PACKAGE.rglob("*.py")) - server)
     assert foreign <= REQUIRED.keys()
     assert REQUIRED.keys() - foreign <= IMPORTED_BY_OTHERS
+    beyond = foreign_packages(server) - REQUIRED.keys()
+    assert beyond <= EXTRAS.keys() | {"opentelemetry"}
+    assert EXTRAS.keys() - beyond <= IMPORTED_BY_OTHERS
 
 
-# torchsde: by diffusers, for a sampler of Stable Audio; tokenizers: by transformers, and its backend is used directly
-IMPORTED_BY_OTHERS = {"torchsde", "tokenizers"}
+def test_the_tools_of_development_bring_every_extra_that_tests_need() -> None:
+    for name, requirement in EXTRAS.items():
+        assert TOOLS[name].specifier == requirement.specifier
+
+
+def foreign_packages(files: set[Path]) -> set[str]:
+    """What is imported that is neither ours nor Python's."""
+    modules = {"yaml": "pyyaml", "PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+    modules["prometheus_client"] = "prometheus-client"
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    names = {name.split(".")[0] for tree in trees for node in ast.walk(tree) for name in imported(node)}
+    return {modules.get(name, name) for name in names - sys.stdlib_module_names - {"vllm_omni"}}
+
+
+# torchsde: by diffusers, for a sampler of Stable Audio; tokenizers: by transformers, and its backend is used directly;
+# the next two by fastapi and uvicorn; opentelemetry is a namespace of several
+IMPORTED_BY_OTHERS = {
+    *("torchsde", "tokenizers", "python-multipart", "websockets"),
+    *("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
+}
 
 
 def imported(node: ast.AST) -> list[str]:

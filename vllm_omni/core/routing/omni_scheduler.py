@@ -33,6 +33,8 @@ from vllm_omni.payload import StagePayload
 from vllm_omni.request import OmniRequest, RequestStatus
 from vllm_omni.utils.checks import did_you_mean
 
+KEPT_COUNTS = ("prompt_tokens", "truncated_tokens")  # that a cached payload says of the prompt all the same
+
 
 class OmniScheduler:
     """Owns every unfinished request and the prompt embeddings that outlive one.
@@ -189,7 +191,8 @@ class OmniScheduler:
         key = state.cache_keys.pop(stage, None)
         if key is not None:
             num_bytes = payload.num_bytes + len(key) + len(repr(payload.meta))  # text takes memory too
-            self._embeddings.set_cache((stage, key), payload, num_bytes)
+            counts = {name: metrics[name] for name in KEPT_COUNTS if name in metrics}
+            self._embeddings.set_cache((stage, key), (payload, counts), num_bytes)
         self._complete(state, stage, payload, metrics, now)
 
     def stage_failed(self, request_id: str, stage: str, error: OmniError) -> None:
@@ -299,10 +302,11 @@ class OmniScheduler:
             self.fail(state.request.request_id, error)
             return []
         if key is not None:
-            payload: StagePayload | None = self._embeddings.get_cache((stage, key))
-            if payload is not None:
+            kept: tuple[StagePayload, dict[str, Any]] | None = self._embeddings.get_cache((stage, key))
+            if kept is not None:
+                payload, counts = kept
                 mine = dataclasses.replace(payload, request_id=state.request.request_id)
-                self._complete(state, stage, mine, {"cached": True, "steps": 0}, now)
+                self._complete(state, stage, mine, {"cached": True, "steps": 0, **counts}, now)
                 return []
             state.cache_keys[stage] = key
         return [task]
