@@ -75,6 +75,10 @@ class ServerProcess:
     def stop(self, timeout_s: float = 60.0) -> int:
         """Ends it as a service manager would; its exit status."""
         self._process.terminate()
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Its exit status, once it has ended by itself; it is killed when that takes too long."""
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

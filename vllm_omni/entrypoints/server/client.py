@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request
@@ -12,6 +12,7 @@ from starlette.types import Receive
 from vllm_omni.entrypoints.server.api_error import ApiError
 
 T = TypeVar("T")
+RECANCEL_S = 0.1
 FIRST_S = 2.0  # how long the first part of a stream may take before the answer's headers go out without it
 
 
@@ -80,8 +81,27 @@ class Begun(AsyncIterator[T], Generic[T]):
         await self._parts.aclose()
 
 
+async def within(work: Awaitable[T], seconds: float) -> T:
+    """The result of `work`; asyncio.TimeoutError, and the work cancelled, after so long.
+
+    `asyncio.wait_for` of Python 3.11 loses a cancellation that comes together with the result.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if task.done():
+            return task.result()
+    finally:
+        await cancel(task)
+    raise asyncio.TimeoutError
+
+
 async def cancel(*tasks: asyncio.Future[Any]) -> None:
-    """Cancels what still runs, and waits until it has ended."""
+    """Cancels what still runs, and waits until it has ended; whatever swallows a cancellation gets another."""
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=RECANCEL_S)
     for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        if not task.cancelled():
+            task.exception()  # so that nobody complains that it was not looked at

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.server.api_error import as_api_error
-from vllm_omni.entrypoints.server.client import Begun, cancel, until_gone
+from vllm_omni.entrypoints.server.client import Begun, cancel, until_gone, within
 from vllm_omni.entrypoints.server.settings import ServerSettings
 
 DONE = b"data: [DONE]\n\n"
@@ -79,7 +79,7 @@ class PartStream(Response, Generic[T]):
     async def _pieces(self) -> Any:
         while True:
             try:
-                yield self._encode(await asyncio.wait_for(anext(self._source), self._settings.keep_alive_s))
+                yield self._encode(await within(anext(self._source), self._settings.keep_alive_s))
             except StopAsyncIteration:
                 return
             except asyncio.TimeoutError:
@@ -88,7 +88,7 @@ class PartStream(Response, Generic[T]):
     async def _send_body(self, send: Send, body: bytes, more: bool) -> None:
         if body or not more:
             message = {"type": "http.response.body", "body": body, "more_body": more}
-            await asyncio.wait_for(send(message), self._settings.write_timeout_s)
+            await within(send(message), self._settings.write_timeout_s)
 
 
 def event_stream(source: Begun[Event], settings: ServerSettings) -> PartStream[Event]:

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.entrypoints.server.api_error import ApiError
+from vllm_omni.entrypoints.server.client import within
 from vllm_omni.entrypoints.server.settings import MIB, ServerSettings
 from vllm_omni.request import new_request_id
 
@@ -84,7 +85,7 @@ class _Body:
         if self._is_complete:  # what is waited for now is the client going away
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), self._settings.body_timeout_s)
+            message = await within(self._receive(), self._settings.body_timeout_s)
         except asyncio.TimeoutError:
             raise ApiError(
                 408, f"no more of the body came for {self._settings.body_timeout_s:g} s", code="slow_body"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_omni.entrypoints.server.api_error import RETRY_S, ApiError, error_of
+from vllm_omni.entrypoints.server.client import within
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.request import OmniOutput, OmniRequest, Progress, StageResult
 
@@ -143,7 +144,7 @@ async def _next(outputs: AsyncGenerator[OmniOutput, None], deadline_s: float | N
     if deadline_s is None:
         return await anext(outputs)
     try:
-        return await asyncio.wait_for(anext(outputs), max(0.0, deadline_s - time.monotonic()))
+        return await within(anext(outputs), max(0.0, deadline_s - time.monotonic()))
     except asyncio.TimeoutError:
         raise ApiError(
             504, "the model did not answer within the request's deadline: a stage is stuck", code="deadline_exceeded"

@@ -1,0 +1,136 @@
+"""How a server begins and ends: as a service manager sees it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.server import ServerProcess
+
+from vllm_omni.entrypoints.server.settings import ServerSettings
+from vllm_omni.errors import ConfigError
+
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {
+    "model": "tiny-omni",
+    "messages": [{"role": "user", "content": "hello"}],
+    "modalities": ["text"],
+}
+
+
+def begin(server: ServerProcess, max_tokens: int) -> tuple[threading.Thread, list[httpx.Response | Exception]]:
+    """A long request in a thread, once it runs."""
+    found: list[httpx.Response | Exception] = []
+
+    def ask() -> None:
+        try:
+            body = {**BODY, "max_tokens": max_tokens, "ignore_eos": True}
+            found.append(httpx.post(server.address + CHAT, json=body, timeout=120))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not server.requests():
+        time.sleep(0.02)
+    return thread, found
+
+
+def test_sigterm_lets_what_runs_end_and_takes_nothing_new() -> None:
+    with ServerProcess(["tiny_omni"]) as server:
+        with httpx.Client(base_url=server.address) as kept:  # a connection that stays open
+            kept.get("/health")
+            thread, found = begin(server, 400)
+            os.kill(server.pid, signal.SIGTERM)
+            thread.join(120)
+            (response,) = found
+            assert isinstance(response, httpx.Response) and response.status_code == 200
+            assert response.json()["usage"]["completion_tokens"] == 400
+        assert server.wait() == 0
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with ServerProcess(["tiny_omni"]) as server:
+        thread, _ = begin(server, 500)
+        os.kill(server.pid, signal.SIGTERM)
+        time.sleep(0.3)
+        began_s = time.monotonic()
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.wait() == 128 + signal.SIGTERM
+        assert time.monotonic() - began_s < 5
+        thread.join(10)
+
+
+def test_a_drain_has_an_end() -> None:
+    with ServerProcess(["tiny_omni"], ["--drain-s", "1"]) as server:
+        thread, _ = begin(server, 500)
+        began_s = time.monotonic()
+        os.kill(server.pid, signal.SIGTERM)
+        server.wait()
+        assert time.monotonic() - began_s < 20
+        thread.join(10)
+
+
+def serve(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vllm_omni", "serve", "--port", "0", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--host", "0.0.0.0"), "without a key"),
+        (("--config", "no_such_config"), "no_such_config"),
+        (("--config", "tiny_image", "--config", "tiny_image"), "twice"),
+        (("--config", "tiny_image", "--config", "tiny_omni", "--set", "limits.max_pixels=1"), "--set"),
+        (("--drain-s", "-1"), "--drain-s"),
+        (("--api-key-file", "/no/such/file"), "--api-key-file"),
+        (("--model", "/no/such/folder"), "/no/such/folder"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_and_no_server(flags: tuple[str, ...], message: str) -> None:
+    result = serve(*flags)
+    assert result.returncode == 1
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert "listening" not in result.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
+    from support.ar import make_model_folder
+
+    folder = make_model_folder(tmp_path / "model")
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    result = serve("--model", str(folder))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr and "safetensors" in result.stderr
+
+
+@pytest.mark.parametrize("key", ["short", "with space here", "ünprintable-key"])
+def test_keys_are_long_and_plain(key: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key-file: got a key"):
+        ServerSettings(api_keys=(key,))
+
+
+def test_keys_are_not_shown() -> None:
+    assert "a-secret-key" not in repr(ServerSettings(api_keys=("a-secret-key",)))
+
+
+@pytest.mark.parametrize(
+    ("host", "is_open"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("10.0.0.1", False)]
+)
+def test_only_loopback_needs_no_key(host: str, is_open: bool) -> None:
+    if is_open:
+        ServerSettings(host=host)
+    else:
+        with pytest.raises(ConfigError, match="--no-auth"):
+            ServerSettings(host=host)
+        ServerSettings(host=host, no_auth=True)
