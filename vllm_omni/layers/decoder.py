@@ -6,6 +6,7 @@ Legend: N tokens of a step, D hidden size, H query heads, K key-value heads, d h
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.layers.rope_config import num_positions, override_rope, read_rope, scaled_beyond
 from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies, rotate
 from vllm_omni.layers.weights import Target
 from vllm_omni.utils.checks import check_number
@@ -83,7 +85,7 @@ class DecoderConfig:
                 {"max_position_embeddings": 32768, **raw}, "max_position_embeddings", where
             ),
             "rms_norm_eps": _epsilon(raw, where),
-            "rope": _rope(raw, where, rope),
+            "rope": read_rope(raw, where, rope),
         }
         if heads % fields["num_kv_heads"] or fields["head_dim"] % 2:
             raise ConfigError(
@@ -92,6 +94,22 @@ class DecoderConfig:
             )
         rotary_frequencies(fields["head_dim"], fields["max_position_embeddings"], fields["rope"])
         return fields
+
+    def with_rope_scaling(self, scaling: Mapping[str, Any]) -> DecoderConfig:
+        """The same with another scaling of its positions: `rope_type` and the keys of that type."""
+        rope = override_rope(self.rope, scaling)
+        rotary_frequencies(self.head_dim, self.max_position_embeddings, rope, "rope_scaling")
+        return dataclasses.replace(self, rope=rope)
+
+    @property
+    def num_positions(self) -> int:
+        """How many tokens a sequence may have, scaling included."""
+        return num_positions(self.rope, self.max_position_embeddings)
+
+    @property
+    def scaled_beyond(self) -> int | None:
+        """The length of a sequence from which on what its tokens are depends on it; None where it never does."""
+        return scaled_beyond(self.rope, self.max_position_embeddings)
 
 
 class Decoder(nn.Module):
@@ -112,7 +130,7 @@ class Decoder(nn.Module):
         the last that did.
         """
         context.tap(0, states)
-        cos, sin = self.rotary(positions, states.dtype)
+        cos, sin = self.rotary(positions, states.dtype, context.rope_lengths)
         for index in range(context.num_layers):
             states = self.layers[index](states, cos, sin, context, index)
             if index + 1 < self.config.num_layers:
@@ -223,17 +241,3 @@ def _epsilon(raw: Mapping[str, Any], where: str) -> float:
     epsilon = raw.get("rms_norm_eps", 1e-6)
     check_number(f"{where}: rms_norm_eps", epsilon, 0, raises=ConfigError)
     return float(epsilon)
-
-
-def _rope(raw: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"{where}: rope_parameters: got {rope!r}, expected an object")
-    rope = {**defaults, "rope_theta": raw.get("rope_theta", defaults["rope_theta"]), **rope}
-    _refuse_unsupported({"partial_rotary_factor": rope.get("partial_rotary_factor")}, where)
-    old_type = rope.pop("type", "default")
-    rope["rope_type"] = rope.get("rope_type", old_type)
-    if rope["rope_type"] == "mrope":  # what files of early versions call the default one with sections
-        rope["rope_type"] = "default"
-    check_number(f"{where}: rope_theta", rope["rope_theta"], 0, above_low=True, raises=ConfigError)
-    return rope

@@ -188,8 +188,8 @@ def test_the_published_names_and_shapes_of_the_qwen3_4b_encoder_load_whole(build
     [
         ({"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window: got True"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "got 'longrope', expected one of default"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters: got"),
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "got 'su', expected one of default"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.factor: got"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "partial_rotary",

@@ -39,7 +39,7 @@ class ARSpec(StageSpec):
     def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> ARSpec:
         options: AROptions = stage.options
         folder = model_folder(stage, folders, "the folder of a language model")
-        model = LanguageModelFolder.open(folder, options.part)
+        model = LanguageModelFolder.open(folder, options.part, options.rope_scaling)
         row = model.name if model.name in registry.names(TABLE) else DEFAULT_ROW
         spec: type[ARSpec] = registry.resolve(TABLE, row)
         return spec(stage, config, folders, model)
@@ -104,7 +104,7 @@ class ARSpec(StageSpec):
         )
 
     def weights_key(self) -> tuple[str, ...]:
-        return (self.stage.kind, str(self.model.folder.resolve()), self.model.part or "")
+        return (self.stage.kind, *self.model.key)
 
     def load(self, context: EngineContext) -> AREngine:
         return AREngine(self, context)

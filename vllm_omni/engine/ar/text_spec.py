@@ -41,7 +41,9 @@ class TextSpec(ARSpec):
     ) -> None:
         super().__init__(stage, config, folders, model)
         self.can_write = self.reads_params = self.options.can_write
-        self.prefix_caching = self.options.prefix_caching
+        beyond = model.config.scaled_beyond
+        depends_on_length = beyond is not None and self.model_len > beyond
+        self.prefix_caching = self.options.prefix_caching and not depends_on_length
         self._reader_class: type[PromptReader[Any]] | None = model.model_class.prompt_reader
         if self._reader_class is not None:
             self.request_keys = self._reader_class.request_keys

@@ -40,10 +40,23 @@ class LanguageModelConfig(Protocol):
     @property
     def head_dim(self) -> int: ...
     @property
-    def max_position_embeddings(self) -> int: ...
+    def num_positions(self) -> int:
+        """The most tokens of a sequence."""
+
+    @property
+    def scaled_beyond(self) -> int | None:
+        """The length of a sequence from which on the keys and values of its tokens depend on that length, so that no
+        other may share them; None where they never do.
+        """
+
     @property
     def can_write(self) -> bool:
         """Whether there is a head that gives logits."""
+
+    def with_rope_scaling(self, scaling: Mapping[str, Any]) -> LanguageModelConfig:
+        """The same with other rotary positions, in the keys of transformers' `rope_scaling`; ConfigError for what makes
+        none.
+        """
 
 
 class LanguageModel(Protocol):
@@ -85,20 +98,30 @@ class LanguageModelFolder:
     name: str  # its row in the registry: "architecture" or "architecture.part"
     model_class: Any
     config: LanguageModelConfig
+    rope_scaling: str = ""  # what stands in the place of the file's own, as text
 
     @classmethod
-    def open(cls, folder: Path, part: str | None = None) -> LanguageModelFolder:
-        """ConfigError for anything that the model class does not support, CheckpointError for a missing file."""
+    def open(
+        cls, folder: Path, part: str | None = None, rope_scaling: Mapping[str, Any] | None = None
+    ) -> LanguageModelFolder:
+        """ConfigError for anything that the model class does not support, CheckpointError for a missing file.
+        rope_scaling: in the place of the file's own.
+        """
         where = folder / "config.json"
         raw = read_json(where)
         name = registered_name(raw, str(where), part)
         found = registry.resolve("language model", name)
-        return cls(folder, part, name, found, found.read_config(raw, str(where)))
+        config: LanguageModelConfig = found.read_config(raw, str(where))
+        if rope_scaling is None:
+            return cls(folder, part, name, found, config)
+        return cls(
+            folder, part, name, found, config.with_rope_scaling(rope_scaling), repr(sorted(rope_scaling.items()))
+        )
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """What makes the weights of two stages the same ones."""
-        return self.model_class.__name__, str(self.folder.resolve()), self.part or ""
+    def key(self) -> tuple[str, ...]:
+        """What makes the models of two stages the same one."""
+        return self.model_class.__name__, str(self.folder.resolve()), self.part or "", self.rope_scaling
 
     def weights_bytes(self, itemsize: int) -> int:
         """Of the model's parameters, itemsize bytes each."""
