@@ -45,6 +45,8 @@ def read_rope(raw: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -
     own = raw.get(key) or {}
     if not isinstance(own, Mapping):
         raise ConfigError(f"{where}: {key}: got {brief(own)}, expected an object")
+    if any(isinstance(value, Mapping) for value in own.values()):
+        raise ConfigError(f"{where}: {key}: got {brief(own)}, expected the same rotary positions for all layers")
     rope = {**defaults, "rope_theta": raw.get("rope_theta", defaults["rope_theta"]), **own}
     old_type = rope.pop("type", "default")
     rope["rope_type"] = rope.get("rope_type", old_type)
@@ -127,7 +129,9 @@ def _check_value(key: str, value: object, where: str) -> None:
     if key in _LISTS:
         items = value if isinstance(value, Sequence) and not isinstance(value, str) else [None]
         if any(number_complaint("", item, 0, above_low=True) for item in items):
-            raise ConfigError(f"{where}: got {brief(value)}, expected a list of numbers above 0, one for each frequency")
+            raise ConfigError(
+                f"{where}: got {brief(value)}, expected a list of numbers above 0, one for each frequency"
+            )
     elif key == "factor":
         check_number(where, value, 1, MAX_FACTOR, raises=ConfigError)
     elif key == ORIGINAL:

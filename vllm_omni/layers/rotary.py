@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
-from vllm_omni.layers.rope_config import ORIGINAL, WITH_ORIGINAL, original_positions, scaled_beyond
+from vllm_omni.layers.rope_config import ORIGINAL, WITH_ORIGINAL, original_positions
 from vllm_omni.utils.checks import brief, number_complaint
 
 
@@ -81,8 +81,7 @@ class LongFrequencies:
     """The longrope type: other frequencies for sequences beyond the original length."""
 
     def __init__(self, head_dim: int, max_positions: int, rope: Mapping[str, Any]) -> None:
-        self._original = scaled_beyond(rope, max_positions)
-        assert self._original is not None
+        self._original = original_positions(rope, max_positions)
         self._long, _ = _scaled_frequencies(head_dim, max_positions, rope, self._original + 1)
 
     def frequencies(self, lengths: Tensor, usual: Tensor) -> Tensor:
@@ -136,7 +135,9 @@ def _scaled_frequencies(
     known = dict(rope)
     for key in ("short_factor", "long_factor"):
         if rope["rope_type"] == "longrope" and len(rope[key]) != head_dim // 2:
-            raise ConfigError(f"{where}.{key}: got {len(rope[key])} numbers, expected {head_dim // 2}, half of head_dim")
+            raise ConfigError(
+                f"{where}.{key}: got {len(rope[key])} numbers, expected {head_dim // 2}, half of head_dim"
+            )
     if rope["rope_type"] in WITH_ORIGINAL:
         known[ORIGINAL] = original_positions(rope, max_positions)
     try:

@@ -144,12 +144,14 @@ def load_rows(folder: Path, name: str, indices: Sequence[int], width: int) -> Te
         return torch.cat([rows[index : index + 1] for index in indices])
 
 
-def weights_bytes(folder: Path, itemsize: int, prefix: str = "") -> int:
-    """Bytes of all tensors of a folder (whose names begin with the prefix) once they are loaded with this item
-    size.
+def weights_bytes(folder: Path, itemsize: int, prefix: str = "", left_out: tuple[str, ...] = ()) -> int:
+    """Bytes of all tensors of a folder (whose names begin with the prefix, and not with what is left out) once they are
+    loaded with this item size.
     """
     total = 0
-    for shape in tensor_shapes(folder, prefix).values():
+    for name, shape in tensor_shapes(folder, prefix).items():
+        if name.startswith(left_out):
+            continue
         count = 1
         for size in shape:
             count *= size

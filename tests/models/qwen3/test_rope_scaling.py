@@ -1,4 +1,4 @@
-"""Scaled rotary positions against transformers beyond the original length, from config.json and from the stage's key."""
+"""Scaled rotary positions against transformers beyond the original length: from config.json, and from the stage."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ def assert_writes_as_transformers(done: Any, folder: Path, prompt: list[int]) ->
 
 @pytest.mark.parametrize("prompt", [SHORT, LONG], ids=["written beyond", "prompt beyond"])
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_texts_beyond_the_original_length_equal_transformers(
-    scaling: str, prompt: list[int], tmp_path: Path
-) -> None:
+def test_texts_beyond_the_original_length_equal_transformers(scaling: str, prompt: list[int], tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", SCALINGS[scaling])
     assert LanguageModelFolder.open(folder).config.num_positions == 4 * ORIGINAL
     engine = make_engine(folder, max_num_batched_tokens=7)
@@ -147,9 +145,7 @@ def test_scaling_by_length_is_the_same_alone_and_after_a_shorter_prompt_with_the
 
 def test_stages_with_different_scaling_do_not_share_a_model(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
-    plain, scaled = (
-        make_spec(make_stage(folder, rope_scaling=scaling)) for scaling in (None, SCALINGS["linear"])
-    )
+    plain, scaled = (make_spec(make_stage(folder, rope_scaling=scaling)) for scaling in (None, SCALINGS["linear"]))
     assert plain.model.key != scaled.model.key and plain.weights_key() != scaled.weights_key()
     assert tokens_of(run(load(scaled), make_task(SHORT, GREEDY))["r"])
 

@@ -44,6 +44,10 @@ class LanguageModelConfig(Protocol):
         """The most tokens of a sequence."""
 
     @property
+    def window(self) -> int | None:
+        """How many tokens up to its own any token sees in any layer; None where a layer sees all of them."""
+
+    @property
     def scaled_beyond(self) -> int | None:
         """The length of a sequence from which on the keys and values of its tokens depend on that length, so that no
         other may share them; None where they never do.
@@ -63,6 +67,7 @@ class LanguageModel(Protocol):
     """A decoder-only model over a paged KV cache, loadable by `layers.weights`."""
 
     prompt_reader: ClassVar[type[PromptReader[Any]] | None]  # None for a model that reads text alone
+    other_parts: ClassVar[tuple[str, ...]]  # how published names begin that belong to other models of the folder
     config: LanguageModelConfig
 
     def __call__(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
@@ -125,7 +130,7 @@ class LanguageModelFolder:
 
     def weights_bytes(self, itemsize: int) -> int:
         """Of the model's parameters, itemsize bytes each."""
-        return weights_bytes(self.folder, itemsize, self._tensor_prefix)
+        return weights_bytes(self.folder, itemsize, self._tensor_prefix, self.model_class.other_parts)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
         """The model, built without initialising and filled from its safetensors files."""

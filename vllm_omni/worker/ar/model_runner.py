@@ -56,10 +56,11 @@ class ModelRunner:
             dtype=dtype,
             has_scratch=bool(decode_buckets),
         )
+        most_blocks = -(-config.num_positions // block_size)  # with a window more than are held at once
         self._decode_batch = DecodeBatch(
             self._pool,
             max_num_seqs=max_num_seqs,
-            max_num_blocks=min(num_blocks, -(-config.num_positions // block_size)),
+            max_num_blocks=most_blocks if config.window is not None else min(num_blocks, most_blocks),
             bucket_sizes=decode_buckets,
         )
 
