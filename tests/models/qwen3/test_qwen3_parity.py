@@ -204,7 +204,7 @@ def test_the_published_names_and_shapes_of_the_qwen3_4b_encoder_load_whole(build
             "partial_rotary",
         ),
         ({"architectures": ["GemmaForCausalLM"]}, "got 'GemmaForCausalLM'"),
-        ({"architectures": []}, "architectures"),
+        ({"architectures": [], "model_type": None}, "architectures: got none"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias: got True"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),

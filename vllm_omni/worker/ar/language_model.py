@@ -22,6 +22,7 @@ from vllm_omni.layers.weights import load_weights, weights_bytes
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.ar.media_prompt import MediaItem
 from vllm_omni.worker.ar.prompt_reader import PromptReader
+from vllm_omni.worker.architecture import language_architecture
 
 
 class LanguageModelConfig(Protocol):
@@ -114,7 +115,8 @@ class LanguageModelFolder:
         """
         where = folder / "config.json"
         raw = read_json(where)
-        name = registered_name(raw, str(where), part)
+        name = registered_name(raw, str(where), part, folder)
+        raw["architectures"] = [name.partition(".")[0]]
         found = registry.resolve("language model", name)
         config: LanguageModelConfig = found.read_config(raw, str(where))
         if rope_scaling is None:
@@ -154,12 +156,13 @@ def model_class(raw_config: Mapping[str, Any], where: str, part: str | None = No
     return registry.resolve("language model", registered_name(raw_config, where, part))
 
 
-def registered_name(raw_config: Mapping[str, Any], where: str, part: str | None = None) -> str:
-    """`architecture` or `architecture.part`, a row of the registry; ConfigError where there is none."""
-    architectures = raw_config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
-        raise ConfigError(f"{where}: architectures: got {architectures!r}, expected a list of one name")
-    name = str(architectures[0])
+def registered_name(
+    raw_config: Mapping[str, Any], where: str, part: str | None = None, folder: Path | None = None
+) -> str:
+    """`architecture` or `architecture.part`, a row of the registry; ConfigError where there is none. folder: see
+    `language_architecture`.
+    """
+    name = language_architecture(raw_config, where, folder)
     parts = [row.partition(".")[2] for row in registry.names("language model") if row.startswith(f"{name}.")]
     if part not in parts if parts else part is not None:
         raise ConfigError(
