@@ -25,11 +25,10 @@ class SDPAAttention(PagedAttention):
         lengths = [stop - start for start, stop in pairwise(metadata.query_starts)]
         self._chunks = [index for index, length in enumerate(lengths) if length > 1]
         self._single = [index for index, length in enumerate(lengths) if length == 1]
-        self._longest = max(metadata.context_lens)
         self._groups: dict[int | None, list[_DecodeGroup]] = {}  # by window, planned when the first layer asks
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, window: int | None) -> Tensor:
-        if window is not None and window >= self._longest:  # nothing is hidden yet
+        if window is not None and window >= max(self.metadata.context_lens):  # nothing is hidden yet
             window = None
         groups = self._groups.get(window)
         if groups is None:
@@ -54,17 +53,12 @@ class SDPAAttention(PagedAttention):
 
     def _plan(self, window: int | None) -> list[_DecodeGroup]:
         """The single tokens, by how many blocks they see."""
-        size = self.metadata.block_size
-        skipped: dict[int, int] = {}  # blocks that a sequence has before those that it sees
+        size, lengths = self.metadata.block_size, self.metadata.context_lens
         by_num_blocks: dict[int, list[int]] = {}
         for index in self._single:
-            length = self.metadata.context_lens[index]
-            skipped[index] = first_seen(length - 1, window) // size
-            by_num_blocks.setdefault(-(-length // size) - skipped[index], []).append(index)
-        return [
-            _DecodeGroup.of(self.metadata, num_blocks, members, window, [skipped[index] for index in members])
-            for num_blocks, members in by_num_blocks.items()
-        ]
+            num_skipped = 0 if window is None else first_seen(lengths[index] - 1, window) // size
+            by_num_blocks.setdefault(-(-lengths[index] // size) - num_skipped, []).append(index)
+        return [_DecodeGroup.of(self.metadata, *item, window) for item in by_num_blocks.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +71,7 @@ class _DecodeGroup:
     is_vacant: Tensor  # [G, block_size] bool, True where the last block has none
 
     @classmethod
-    def of(
-        cls,
-        metadata: AttentionMetadata,
-        num_blocks: int,
-        members: list[int],
-        window: int | None,
-        skipped: list[int],
-    ) -> _DecodeGroup:
-        """members: indices of the sequences, skipped: how many of its blocks each does not see."""
+    def of(cls, metadata: AttentionMetadata, num_blocks: int, members: list[int], window: int | None) -> _DecodeGroup:
         device, size = metadata.block_table.device, metadata.block_size
         rows: Tensor | slice = slice(None)
         tables, lengths = metadata.block_table, metadata.context_lens_tensor
@@ -97,7 +83,7 @@ class _DecodeGroup:
         if window is None:
             blocks, mask = tables[:, :num_blocks], positions < lengths[:, None]
             return cls(rows, blocks, mask, is_vacant=~mask[:, -size:])
-        first = torch.tensor(skipped, device=device)[:, None]
+        first = (lengths - window).clamp_min(0)[:, None] // size  # the blocks before it are not seen
         blocks = tables.gather(1, first + torch.arange(num_blocks, device=device))
         positions = first * size + positions
         has_token = positions < lengths[:, None]
