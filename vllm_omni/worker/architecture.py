@@ -39,8 +39,7 @@ def language_architecture(raw: Mapping[str, Any], where: str, folder: Path | Non
         got = brief(names[0] if len(names) == 1 else names) if names else "none"
         raise ConfigError(
             f"{where}: architectures: got {got} (model_type {brief(raw.get('model_type'))}), expected one of "
-            f"{', '.join(sorted(known))}; no other loads as a language model, whatever its config.json is made to say: "
-            "choose such a checkpoint, or register a model of your own"
+            f"{', '.join(sorted(known))}; choose a checkpoint of one of these, or register a model of your own"
         )
     if folder is not None and not raw.get("architectures") and not raw.get("tie_word_embeddings"):
         base = _bases_by_type().get(str(raw.get("model_type")))

@@ -33,7 +33,7 @@ from support.ar import (
 from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.engine.ar.text_job import read_sections
 from vllm_omni.engine.ar.tokenizer import TextProcessor
-from vllm_omni.errors import ConfigError, StageError
+from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
 from vllm_omni.messages import StageDone, StageProgress
 from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.request import OmniRequest

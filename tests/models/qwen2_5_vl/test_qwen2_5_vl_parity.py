@@ -17,6 +17,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from vllm_omni.engine.ar.tokenizer import end_of_sequence_ids
 from vllm_omni.errors import ConfigError
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
 
@@ -46,6 +47,7 @@ def make_folder(folder: Path, family: str = "2.5", tied: bool = False, **changes
         {"tied": True},
         {"num_key_value_heads": 1},
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     ],
 )
 def test_greedy_tokens_logits_and_states_equal_transformers(
@@ -77,6 +79,12 @@ def test_the_encoder_is_neither_loaded_nor_counted(tmp_path: Path) -> None:
     attention = 2 * width * width + 2 * width * width // 2 + 2 * width
     numbers = 2 * vocabulary * width + width + layers * (attention + 3 * width * inner + 2 * width)
     assert model.weights_bytes(4) == 4 * numbers
+
+
+def test_the_ending_token_is_found_with_the_text(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", eos_token_id=7)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert end_of_sequence_ids(folder, None) == {7}
 
 
 def test_what_is_wrong_is_named_with_its_place(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from support.ar import edit_json, load, make_engine, make_model_folder, make_spec, make_stage, make_task, run, tokens_of
 from transformers import Qwen3ForCausalLM
 
-from vllm_omni.errors import ConfigError
+from vllm_omni import Omni
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.messages import StageDone
 from vllm_omni.params import SamplingParams
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
@@ -176,3 +177,18 @@ def test_a_scaling_that_makes_no_positions_is_a_config_error_that_names_the_key(
     folder = make_folder(tmp_path / "model")
     with pytest.raises(ConfigError, match=complaint):
         make_engine(folder, rope_scaling=scaling)
+
+
+def test_the_public_surface_takes_the_key_and_the_longer_prompt(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    edited = make_folder(tmp_path / "edited", SCALINGS["yarn"])
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with Omni(model=str(folder), device="cpu", dtype="float32") as omni:
+        refused = omni.generate(LONG, params)[0]
+    assert isinstance(refused.error, InvalidRequestError) and "expected at most 31" in str(refused.error)
+    key = "text.rope_scaling={rope_type: yarn, factor: 4.0}"
+    with Omni(model=str(folder), device="cpu", dtype="float32", overrides=[key]) as omni:
+        by_key = omni.generate(LONG, params)[0]
+    with Omni(model=str(edited), device="cpu", dtype="float32") as omni:
+        by_file = omni.generate(LONG, params)[0]
+    assert by_key.error is None and by_key.token_ids == by_file.token_ids
