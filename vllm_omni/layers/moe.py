@@ -2,7 +2,8 @@
 the few experts that its router chooses. Knows no model.
 
 Tokens are sorted by expert, and each expert that has any computes them in one product; nothing is computed for the
-others. A row's result depends on that row alone: its experts' parts are added in the order of the experts.
+others. A row's result depends on that row alone, as far as that of a `Linear` does: its experts' parts are added in the
+order of the experts, whoever else they compute.
 
 Legend: N tokens of a step, D hidden size, E experts, k of them for each token.
 """
