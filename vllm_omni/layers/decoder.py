@@ -32,6 +32,7 @@ FUSED = {
     "up_proj": "gate_up_proj",
 }
 Config = TypeVar("Config", bound="DecoderConfig")
+MAX_LAYERS = 10_000  # families make a row for each before anything is loaded
 MakeMLP = Callable[[int], nn.Module]
 PLAIN_ROPE: Mapping[str, Any] = {"rope_theta": 10000.0}
 OMNI_ROPE: Mapping[str, Any] = {"rope_theta": 1000000.0, "mrope_section": (16, 24, 24)}
@@ -73,6 +74,9 @@ class DecoderConfig:
         """
         _refuse_unsupported({key: value for key, value in raw.items() if key not in own_keys}, where)
         heads = count_of(raw, "num_attention_heads", where)
+        check_number(
+            f"{where}: num_hidden_layers", raw.get("num_hidden_layers"), 1, MAX_LAYERS, integer=True, raises=ConfigError
+        )
         head_dim = raw.get("head_dim", head_dim)
         sizes = {"num_key_value_heads": heads, **{k: v for k, v in raw.items() if v is not None}}
         fields: dict[str, Any] = {

@@ -209,6 +209,7 @@ def test_the_published_names_and_shapes_of_the_qwen3_4b_encoder_load_whole(build
         ({"mlp_bias": True}, "mlp_bias: got True"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"hidden_size": 0}, "hidden_size: got 0"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers: got 1000000000000, expected at least 1 and at most"),
         ({"vocab_size": "many"}, "vocab_size: got 'many'"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
     ],
