@@ -32,6 +32,7 @@ SHIPPED = {
     "qwen3",
     "qwen_omni",
     "stable_audio",
+    "qwen3_embedding",
     "tiny_audio",
     "tiny_image",
     "tiny_omni",
