@@ -109,7 +109,7 @@ def test_quality_is_a_number_for_formats_that_lose_something() -> None:
         assert len(encode_image(image, form, quality=10)) < len(encode_image(image, form))
     for form, quality, words in (
         ("png", 90, "quality: got 90, but png loses nothing"),
-        ("jpeg", 0, "quality: got 0, expected at least 1 and at most 100"),
+        ("jpeg", -1, "quality: got -1, expected at least 0 and at most 100"),
         ("jpeg", "high", "quality: got 'high', expected an integer"),
     ):
         with pytest.raises(InvalidRequestError, match=words):

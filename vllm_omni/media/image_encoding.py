@@ -33,7 +33,7 @@ def encode_image(
 ) -> bytes:
     """The bytes of a file.
 
-    format: a key of IMAGE_FORMATS. quality: 1 to 100, for jpeg, webp and avif; None takes QUALITIES'. metadata: goes to
+    format: a key of IMAGE_FORMATS. quality: 0 to 100, for jpeg, webp and avif; None takes QUALITIES'. metadata: goes to
     `parameters` of a PNG, to the UserComment of the others; a JPEG keeps 5,000 characters of a prompt for which it has
     no room. JPEG has no transparency: the picture is put on white. InvalidRequestError for an unknown format, one that
     the installed Pillow does not write, and a picture that the format does not hold.
@@ -76,7 +76,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 def _quality(format: str, quality: int | None) -> dict[str, int]:
     if quality is None:
         return {"quality": QUALITIES[format]} if format in QUALITIES else {}
-    check_number("quality", quality, 1, 100, integer=True, raises=InvalidRequestError)
+    check_number("quality", quality, 0, 100, integer=True, raises=InvalidRequestError)
     if format not in QUALITIES:
         raise InvalidRequestError(f"quality: got {quality}, but {format} loses nothing; leave it out")
     return {"quality": quality}

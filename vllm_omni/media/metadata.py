@@ -33,7 +33,9 @@ LABELS = {
 }
 NAMES = {label: name for name, label in LABELS.items()}
 # not of one sample, or said otherwise
-UNSAID = frozenset({"seed", "n", "num_outputs", "height", "width", "negative_prompt", "output_type", "extra", "image"})
+UNSAID = frozenset(
+    {"seed", "n", "num_outputs", "num_previews", "height", "width", "negative_prompt", "output_type", "extra", "image"}
+)
 MIN_SETTINGS = 3  # fewer are taken for words of the prompt, unless they say our version
 MAX_VALUE_CHARS = 1_000  # a longer value is left out
 _SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
