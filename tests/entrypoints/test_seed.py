@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from support.toy_stage import register_toys
@@ -10,7 +12,18 @@ from vllm_omni import DiffusionParams, Omni, SamplingParams
 from vllm_omni.params import MAX_SEED
 
 register_toys()
-WRITER = {"config": "tiny_scene", "overrides": ["outputs=[writer]"]}
+WRITER = {
+    "name": "writer",
+    "stages": {
+        "writer": {
+            "kind": "ar",
+            "model": "asset://tiny-image/text_encoder",
+            "task": "generate",
+            "tokenizer": "asset://tiny-image/tokenizer",
+        }
+    },
+    "outputs": ["writer"],
+}
 WORDS = SamplingParams(temperature=2.0, max_tokens=12, ignore_eos=True)
 
 
@@ -30,9 +43,7 @@ def test_a_drawn_seed_makes_the_same_pictures_again_and_each_alone() -> None:
 
 
 def test_a_drawn_seed_makes_the_same_words_again() -> None:
-    import dataclasses
-
-    with Omni(**WRITER, progress=False) as omni:  # type: ignore[arg-type]
+    with Omni(WRITER, progress=False) as omni:
         first, second = omni.generate(["paint a crimson ball"] * 2, dataclasses.replace(WORDS, n=2))
         assert first.seed is not None and first.token_ids != second.token_ids
         (again,) = omni.generate("paint a crimson ball", dataclasses.replace(WORDS, n=2, seed=first.seed))
