@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
-
-    from vllm_omni.request import OmniOutput, StageResult
 
 MAX_TEXT = 10_000  # characters of each text
 MAX_ITEMS = 16  # texts, pictures and sounds that are shown of each stage
@@ -19,8 +17,8 @@ MAX_SIDE = 512  # pixels of a picture
 MAX_BYTES = 8_000_000  # of all pictures and sounds, as they stand in the HTML
 
 
-def output_html(output: OmniOutput) -> str:
-    """Every stage's texts, pictures (made smaller) and sounds, and the error; what is too much is counted or named."""
+def output_html(output: Any) -> str:
+    """output: an OmniOutput. Every stage's texts, pictures (made smaller) and sounds, and the error; what is too much is counted or named."""
     seed = "" if output.seed is None else f", seed {output.seed}"
     parts = [f"<div><code>{html.escape(output.request_id[:80])}</code> {output.status.value}{seed}</div>"]
     if output.error is not None:
@@ -37,7 +35,7 @@ def output_html(output: OmniOutput) -> str:
     return f"<div>{''.join(parts)}</div>"
 
 
-def _items(result: StageResult) -> Iterator[tuple[str, str]]:
+def _items(result: Any) -> Iterator[tuple[str, str]]:
     """HTML, and what stands for it where there is no room."""
     for completion in result.completions[:MAX_ITEMS]:
         text = completion.text
