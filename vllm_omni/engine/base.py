@@ -107,6 +107,10 @@ class StageSpec(ABC):
         """
         return None
 
+    def draws(self, params: StageParams) -> bool:
+        """Whether the stage draws random numbers, from the `seed` that these parameters have then."""
+        return False
+
     def plan_memory(self) -> MemoryPlan:
         """What the stage will hold."""
         return MemoryPlan()

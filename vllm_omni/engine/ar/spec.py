@@ -15,7 +15,7 @@ from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.engine.ar.options import AROptions
 from vllm_omni.engine.ar.prompt import ARLimits
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
-from vllm_omni.params import SamplingParams
+from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.utils.device import resolve_device, resolve_dtype
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.ar.kv_pool import KVPoolPlan, activation_bytes, plan_kv_pool
@@ -105,6 +105,9 @@ class ARSpec(StageSpec):
             max_prompt_chars=self.limits.max_prompt_chars,
             max_outputs=self.limits.max_outputs,
         )
+
+    def draws(self, params: StageParams) -> bool:
+        return self.can_write and isinstance(params, SamplingParams) and params.temperature != 0
 
     def plan_memory(self) -> MemoryPlan:
         return MemoryPlan(

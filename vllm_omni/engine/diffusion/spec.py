@@ -49,6 +49,9 @@ class DiffusionSpec(StageSpec):
         self.request_keys = self.model.request_keys
         self._dit_cache = config.dit_cache
 
+    def draws(self, params: StageParams) -> bool:
+        return True
+
     def plan_memory(self) -> MemoryPlan:
         dtype = resolve_dtype(self.stage.dtype, resolve_device(self.stage.device))
         return MemoryPlan(

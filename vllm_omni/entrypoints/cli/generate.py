@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         metavar="PATH",
-        help="image, audio (.wav .flac .ogg), text (.txt .json .jsonl) or folder (default: out.png, out.wav)",
+        help="image (.png .jpg .webp .avif .tiff), audio (.wav .flac .ogg .opus .mp3 .aac .pcm), text (.txt .json "
+        ".jsonl) or folder (default: out.png, out.wav)",
     )
     parser.add_argument(
         "--input",
@@ -54,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help='what a stage reads besides the prompt: bpm=90, lyrics="la la", audio=song.wav',
+    )
+    parser.add_argument(
+        "--no-prompt-metadata", action="store_true", help="files say seed, parameters and model, but not what was asked"
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
     _add_param_options(parser)
@@ -75,6 +79,7 @@ def _add_param_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where some request failed."""
+    from vllm_omni.entrypoints.cli.output_contents import Provenance
     from vllm_omni.entrypoints.cli.output_files import OutputFiles
     from vllm_omni.entrypoints.loading import resolve_config
     from vllm_omni.entrypoints.omni import Omni
@@ -89,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     name = args.config if args.config or args.model else DEFAULT_CONFIG
     config = resolve_config(name, model=args.model, overrides=args.set)
     pipeline = Pipeline(config)
+    files.expect({name: pipeline.graph.signatures[name].results for name in pipeline.graph.result_stages})
     params = stage_params(pipeline, vars(args))
     prompts = [{"prompt": text, **inputs} for text in texts]
     with Omni(config, progress=not args.quiet) as omni:
@@ -100,8 +106,9 @@ def run(args: argparse.Namespace) -> int:
                 for completion in output.completions:
                     print(completion.text)
     _report(outputs, args)
-    for path in files.write(outputs, texts):
-        say(f"wrote {path}", args.quiet)
+    models = {name: stage.model for name, stage in config.stages.items()}
+    provenance = Provenance(models, inputs, says_prompt=not args.no_prompt_metadata)
+    files.write(outputs, texts, provenance, lambda path: say(f"wrote {path}", args.quiet))
     return int(any(output.error is not None for output in outputs))
 
 
@@ -194,6 +201,8 @@ def _report(outputs: Sequence[OmniOutput], args: argparse.Namespace) -> None:
     for index, output in enumerate(outputs):
         if output.error is not None:
             complain(output.error, f"prompt {index}: ")
+        if args.seed is None and output.seed is not None:
+            say(f"prompt {index}: seed {output.seed}" if len(outputs) > 1 else f"seed {output.seed}", args.quiet)
         for stage, metrics in output.metrics.items() if args.metrics else ():
             words = (f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in metrics.items())
             say(f"prompt {index}  {stage}  {'  '.join(words)}")

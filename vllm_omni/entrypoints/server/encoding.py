@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from vllm_omni.media.audio import Audio
-from vllm_omni.media.audio_files import write_audio
+from vllm_omni.media.audio_encoding import encode_audio
+from vllm_omni.media.image_encoding import QUALITIES, encode_image
 
 IMAGE_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AUDIO_TYPES = {
@@ -46,17 +46,11 @@ def joined(pieces: Sequence[Audio]) -> Audio:
 
 
 def _image_bytes(image: Image.Image, kind: str, quality: int | None) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind.upper(), **({} if quality is None else {"quality": quality}))
-    return file.getvalue()
+    return encode_image(image, kind, quality=quality if kind in QUALITIES else None)
 
 
 def _audio_bytes(audio: Audio, kind: str) -> bytes:
-    if kind in ("pcm", "pcm16"):
-        return (np.clip(audio.samples.T, -1, 1) * 32767).astype("<i2").tobytes()
-    file = io.BytesIO()
-    write_audio(audio.samples, audio.sample_rate, file, f".{kind}")
-    return file.getvalue()
+    return encode_audio(audio, "pcm" if kind == "pcm16" else kind)
 
 
 class AudioPieces:
