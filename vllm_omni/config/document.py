@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, OmniConfig, SchedulerConfig, StageConfig
+from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, OmniConfig, PromptsConfig, SchedulerConfig, StageConfig
 from vllm_omni.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -53,6 +53,7 @@ class ConfigDocument:
     resources: ResourcesGroup = field(default_factory=ResourcesGroup)
     dit_cache: DiTCacheConfig = field(default_factory=DiTCacheConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
 
     def with_stages(self, stages: Mapping[str, StageConfig]) -> OmniConfig:
         """The configuration that the rest of the package uses."""
@@ -64,6 +65,7 @@ class ConfigDocument:
             scheduler=self.scheduler.narrowed(),
             dit_cache=self.dit_cache,
             limits=self.limits,
+            prompts=self.prompts,
             max_memory_gb=self.resources.max_memory_gb,
             max_gpu_utilization=self.resources.max_gpu_utilization,
             request_timeout=math.inf if self.scheduler.request_timeout_s is None else self.scheduler.request_timeout_s,
