@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, OmniConfig, PromptsConfig, SchedulerConfig, StageConfig
+from vllm_omni.config.schema import (
+    DiTCacheConfig,
+    LimitsConfig,
+    OmniConfig,
+    PromptsConfig,
+    SchedulerConfig,
+    StageConfig,
+)
 from vllm_omni.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

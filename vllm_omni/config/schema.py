@@ -70,7 +70,8 @@ class PromptsConfig:
 
     def __post_init__(self) -> None:
         if self.speech is not None and INPUT not in self.speech:
-            raise ConfigError(f"speech: got {brief(self.speech)}, expected a text with {INPUT}, as in 'read out: {INPUT}'")
+            expected = f"a text with {INPUT}, as in 'read out: {INPUT}'"
+            raise ConfigError(f"speech: got {brief(self.speech)}, expected {expected}")
 
     def for_speech(self, text: str) -> str:
         """What the model is given so that it says `text`."""

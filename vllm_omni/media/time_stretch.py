@@ -38,9 +38,7 @@ class TimeStretch:
 
     def write(self, samples: Samples) -> Samples:
         """samples: float32 [channels, n]. Returns what is ready, which may be nothing: [channels, 0]."""
-        frame = av.AudioFrame.from_ndarray(
-            np.ascontiguousarray(samples), format="fltp", layout=LAYOUTS[self._channels]
-        )
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=LAYOUTS[self._channels])
         frame.sample_rate, frame.pts = self._rate, self._num_written
         self._num_written += samples.shape[1]
         self._graph.push(frame)

@@ -22,6 +22,7 @@ from vllm_omni.entrypoints.server.jobs import JobStore
 from vllm_omni.entrypoints.server.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.models import ModelTable
 from vllm_omni.entrypoints.server.routes import (
+    audio,
     chat,
     completions,
     embeddings,
@@ -30,6 +31,7 @@ from vllm_omni.entrypoints.server.routes import (
     models,
     operations,
     playground,
+    speech,
 )
 from vllm_omni.entrypoints.server.runs import RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
@@ -43,6 +45,8 @@ ROUTERS = (
     completions.router,
     embeddings.router,
     images.router,
+    audio.router,
+    speech.router,
     jobs.router,
     operations.router,
 )
