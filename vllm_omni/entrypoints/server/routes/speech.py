@@ -21,7 +21,7 @@ from vllm_omni.entrypoints.server.speech import Speech, speaker_of
 from vllm_omni.entrypoints.server.usage import media_usage
 
 router = APIRouter()
-UPLOADS = "no served model clones a voice, so none can be uploaded; GET /v1/audio/voices lists those that are there"
+UPLOADS = "no served model clones a voice, so none can be uploaded or deleted; a GET lists those that are there"
 
 
 @router.post("/v1/audio/speech", tags=["audio"])
