@@ -82,7 +82,7 @@ def test_a_file_becomes_the_dataclasses(tmp_path: Path) -> None:
         TOY_YAML
         + "model: a/b\nscheduler: {policy: priority, max_running: 3, request_timeout_s: 12, worker_timeout_s: 7.5}\n"
         + "resources: {max_memory_gb: 2, max_gpu_utilization: 0.5}\nlimits: {max_pixels: 99}\ndtype: float32\n"
-        + "dit_cache: {prompt_embeds_mb: 0}\n"
+        + "dit_cache: {prompt_embeds_mb: 0}\nprompts: {speech: 'say {input}!'}\n"
     )
     config = load_config(path, ["source.speaker=${model}/x", "loud.device=cpu"])
     assert (config.name, config.outputs, list(config.stages)) == ("toy", ("loud", "source.states"), ["source", "loud"])
@@ -92,6 +92,7 @@ def test_a_file_becomes_the_dataclasses(tmp_path: Path) -> None:
     assert (config.max_memory_gb, config.max_gpu_utilization) == (2.0, 0.5)
     assert type(config.max_memory_gb) is float
     assert (config.limits.max_pixels, config.dit_cache.prompt_embeds_mb) == (99, 0.0)
+    assert config.prompts.for_speech("{input} twice") == "say {input} twice!"
     source, loud = config.stages["source"], config.stages["loud"]
     assert source.options.speaker == "a/b/x" and source.options.width == 4
     assert loud.inputs == {"text": "source.text", "states": "source.states"}
@@ -157,6 +158,9 @@ def test_a_mapping_is_read_like_a_file_and_stays_as_it_was() -> None:
         ),
         (toy(scheduler={"priority_weights": {"vip": 1.0}}), ["scheduler.priority_weights: 'normal' is missing"]),
         (toy(limits={"max_pixels": 0}), ["limits.max_pixels: got 0, expected at least 1"]),
+        (toy(prompts={"speech": "read it out"}), ["prompts.speech: got 'read it out', expected a text with {input}"]),
+        (toy(prompts={"speech": 3}), ["prompts.speech: got 3, expected a string"]),
+        (toy(prompts={"speach": "{input}"}), ["prompts.speach: unknown key (did you mean 'speech'?)"]),
         (toy(dtype="fp32"), ["dtype: got 'fp32', expected one of 'auto', 'float32'"]),
         (toy(device="graphics card"), ["stages.source.device: got 'graphics card'"]),
         (toy(name=5), ["name: got 5, expected a string"]),

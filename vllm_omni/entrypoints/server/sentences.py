@@ -32,6 +32,8 @@ class Sentences:
             return []
         start, found = 0, []
         for match in self._ends.finditer(self._rest):
+            if match.end() == len(self._rest):  # more marks may follow
+                break
             found.append(self._rest[start : match.end()].strip())
             start = match.end()
         self._rest = self._rest[start:]
