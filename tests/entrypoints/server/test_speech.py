@@ -209,14 +209,18 @@ def test_a_batch_answers_each_item_by_itself(server: ServerProcess, spoken: byte
     assert (answer["total"], answer["succeeded"], answer["failed"]) == (5, 3, 2)
 
 
-def test_a_batch_of_nothing_or_of_too_much_is_refused(server: ServerProcess) -> None:
-    for items in ([], [{"input": "red"}] * 129, [{}], "red", [{"input": "red", "model": "tiny-audio", "items": []}]):
-        body = {"model": "tiny-speech", "items": items}
-        answer = httpx.post(f"{server.base_url}/audio/speech/batch", json=body, timeout=60)
-        if isinstance(items, list) and items and "model" in items[0]:  # an item's own model is no field of it
-            assert answer.json()["results"][0]["error"]["param"] == "model"
-        else:
-            assert answer.status_code == 400 and "items" in answer.json()["error"]["param"]
+@pytest.mark.parametrize("items", [[], [{"input": "red"}] * 129, [{}], "red", [7], [{"input": "red", "speed": 9}]])
+def test_a_batch_that_is_none_is_refused_whole(server: ServerProcess, items: Any) -> None:
+    body = {"model": "tiny-speech", "items": items}
+    answer = httpx.post(f"{server.base_url}/audio/speech/batch", json=body, timeout=60)
+    assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("items"), answer.text
+
+
+@pytest.mark.parametrize("field", ["model", "stream", "ref_audio", "timeout"])
+def test_what_an_item_cannot_have_is_refused_in_its_place(server: ServerProcess, field: str) -> None:
+    body = {"model": "tiny-speech", "items": [{"input": "red", field: "tiny-audio"}]}
+    (result,) = post(server, body, "/audio/speech/batch").json()["results"]
+    assert result["status"] == "error" and result["error"]["param"] == field
 
 
 def test_voices_are_those_of_the_models(server: ServerProcess) -> None:

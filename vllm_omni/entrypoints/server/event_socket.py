@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from vllm_omni.entrypoints.server.api_error import ApiError
+from vllm_omni.entrypoints.server.client import within
 from vllm_omni.entrypoints.server.invalid import invalid_field
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.utils.checks import did_you_mean
@@ -43,7 +44,8 @@ class EventSocket:
         """The next event. asyncio.TimeoutError when none comes, ClientGone, ApiError 400 for what is no event and 413
         for one that is too long.
         """
-        message = await asyncio.wait_for(self._websocket.receive(), timeout_s)
+        receiving = self._websocket.receive()
+        message = await (receiving if timeout_s is None else within(receiving, timeout_s))
         if message["type"] == "websocket.disconnect":
             raise ClientGone
         text = message.get("text")
@@ -79,7 +81,7 @@ class EventSocket:
 
     async def _sent(self, sending: Awaitable[None]) -> None:
         try:
-            await asyncio.wait_for(sending, self._settings.write_timeout_s)
+            await within(sending, self._settings.write_timeout_s)
         except (OSError, RuntimeError, asyncio.TimeoutError, WebSocketDisconnect):
             raise ClientGone from None
 
