@@ -87,7 +87,8 @@ class DiffusionParams(StageParams):
     num_outputs: int | None = None  # (1) samples
     num_previews: int | None = None  # (0) pictures of each running sample, for who streams
     strength: float | None = None  # image to image: 0 keeps the image, 1 ignores it
-    image: Image | None = None  # what image to image starts from
+    # what image to image starts from, or edits: a PIL image, a path, bytes, an array, or a list of them
+    image: Image | Sequence[Image] | Any = None
     sigmas: Sequence[float] | None = None  # one per step, descending, in (0, 1]
     output_type: str | None = None  # ("pil") or "latent"
     duration_s: float | None = None  # of the audio
