@@ -53,6 +53,5 @@ def _parts_without_weights(folder: Path) -> list[str]:
     """The models among a pipeline's parts (schedulers and tokenizers have no config.json) that have no weights yet."""
     index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     parts = [name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")]
-    return [
-        part for part in parts if (folder / part / "config.json").is_file() and not any((folder / part).glob(WEIGHTS))
-    ]
+    models = [part for part in parts if (folder / part / "config.json").is_file()]
+    return [part for part in models if not any((folder / part).glob(WEIGHTS))]
