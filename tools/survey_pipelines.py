@@ -3,8 +3,8 @@
     python tools/survey_pipelines.py                    # all of them -> docs/pipelines.md
     python tools/survey_pipelines.py FluxPipeline ...   # some of them, shown only
 
-For every pipeline that can be made here a tiny random folder is written, and the same request goes to plain diffusers and
-to `Omni(model=folder)`; the pictures or samples must be equal bit for bit.
+For every pipeline that can be made here a tiny random folder is written, and the same request goes to plain diffusers
+and to a `diffusers` stage over that folder; the pictures or samples must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 from support import tiny_pipelines as tiny
 from support.diffusers_folders import random_stable_audio, random_z_image
@@ -98,6 +99,20 @@ MAKERS: dict[str, Callable[[str], Any]] = {
     "ScoreSdeVePipeline": lambda kind: pixel_pipeline(kind, "ScoreSdeVeScheduler"),
     "KarrasVePipeline": lambda kind: pixel_pipeline(kind, "KarrasVeScheduler"),
     "ConsistencyModelPipeline": lambda kind: pixel_pipeline(kind, "CMStochasticIterativeScheduler"),
+}
+MAKERS |= {
+    **dict.fromkeys(
+        ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"), tiny.sd3
+    ),
+    **dict.fromkeys(("StableDiffusion3PAGPipeline", "StableDiffusion3PAGImg2ImgPipeline"), tiny.sd3),
+    **dict.fromkeys(("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"), tiny.chroma),
+    **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline", "PixArtSigmaPAGPipeline"), tiny.pixart),
+    "AuraFlowPipeline": tiny.aura_flow,
+    **dict.fromkeys(("ZImageImg2ImgPipeline", "ZImageInpaintPipeline"), tiny.z_image),
+    **dict.fromkeys(("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"), tiny.deep_floyd),
+    "FluxControlInpaintPipeline": lambda kind: flux(kind, in_channels=32),
+    "FluxKontextInpaintPipeline": flux,
+    "DiTPipeline": tiny.dit,
 }
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "StableAudioPipeline": random_stable_audio,
@@ -209,6 +224,8 @@ def request(pipeline_type: type) -> dict[str, Any]:
         "audio_end_in_s": 0.5,
         "max_area": SIDE * SIDE,
         "_auto_resize": False,
+        "use_resolution_binning": False,
+        "class_labels": [1],
     }
     return {name: value for name, value in wanted.items() if name in known}
 
@@ -259,8 +276,8 @@ def page(outcomes: Mapping[str, str]) -> str:
     lines = [
         "# Pipelines of diffusers",
         "",
-        f"All {len(outcomes)} pipeline classes that diffusers {diffusers.__version__} exports, as a `diffusers` stage finds them:"
-        f" {words(EQUAL)} give bit for bit what plain diffusers gives on a tiny random folder, {words('refused')} are"
+        f"All {len(outcomes)} pipeline classes that diffusers {diffusers.__version__} exports, as a `diffusers` stage"
+        f" finds them: {words(EQUAL)} give bit for bit what plain diffusers gives on a tiny random folder, {words('refused')} are"
         f" refused (films, text and embeddings, libraries that are not installed here), {words('differs')} differ,"
         f" {words(NOT_TRIED)} were not tried. Written by `python tools/survey_pipelines.py`.",
         "",
