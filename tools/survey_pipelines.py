@@ -24,9 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support import tiny_pipelines as tiny
 from support.diffusers_folders import random_stable_audio, random_z_image
@@ -36,6 +35,7 @@ from vllm_omni.engine.diffusers.call import NAMES
 from vllm_omni.engine.diffusers.pipeline_class import given_kind, pipeline_class
 from vllm_omni.errors import OmniError
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "pipelines.md"
 SIDE = 32
 SEED = 3
@@ -277,9 +277,10 @@ def page(outcomes: Mapping[str, str]) -> str:
         "# Pipelines of diffusers",
         "",
         f"All {len(outcomes)} pipeline classes that diffusers {diffusers.__version__} exports, as a `diffusers` stage"
-        f" finds them: {words(EQUAL)} give bit for bit what plain diffusers gives on a tiny random folder, {words('refused')} are"
-        f" refused (films, text and embeddings, libraries that are not installed here), {words('differs')} differ,"
-        f" {words(NOT_TRIED)} were not tried. Written by `python tools/survey_pipelines.py`.",
+        f" finds them: {words(EQUAL)} give bit for bit what plain diffusers gives on a tiny random folder,"
+        f" {words('refused')} are refused (films, text and embeddings, libraries that are not installed here),"
+        f" {words('differs')} differ, {words(NOT_TRIED)} were not tried. Written by `python"
+        " tools/survey_pipelines.py`.",
         "",
         "| Pipeline | Outcome |",
         "|---|---|",
