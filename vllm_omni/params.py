@@ -88,7 +88,7 @@ class DiffusionParams(StageParams):
     num_previews: int | None = None  # (0) pictures of each running sample, for who streams
     strength: float | None = None  # image to image: 0 keeps the image, 1 ignores it
     # what image to image starts from, or edits: a PIL image, a path, bytes, an array, or a list of them
-    image: Image | Sequence[Image] | Any = None
+    image: Image | Sequence[Image] | None = None
     sigmas: Sequence[float] | None = None  # one per step, descending, in (0, 1]
     output_type: str | None = None  # ("pil") or "latent"
     duration_s: float | None = None  # of the audio
