@@ -89,7 +89,8 @@ class DiffusionParams(StageParams):
     num_outputs: int | None = None  # (1) samples
     num_previews: int | None = None  # (0) pictures of each running sample, for who streams
     strength: float | None = None  # image to image: 0 keeps the image, 1 ignores it
-    image: Image | None = None  # what image to image starts from
+    # what image to image starts from, or edits: a PIL image, a path, bytes, an array, or a list of them
+    image: Image | Sequence[Image] | None = None
     sigmas: Sequence[float] | None = None  # one per step, descending, in (0, 1]
     output_type: str | None = None  # ("pil") or "latent"
     duration_s: float | None = None  # of the audio
@@ -111,7 +112,10 @@ class DiffusionParams(StageParams):
             object.__setattr__(self, "extra", _checked_extra(self.extra))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> DiffusionParams:
-        """As of every params class; of `extra`, each key that is not given takes its default."""
+        """As of every params class; of `extra`, each key that is not given takes its default. Defaults that say in
+        another way what is given (`sigmas` and the number of steps) do not apply.
+        """
+        defaults = _without_other_schedules(self, defaults)
         filled = StageParams.with_defaults(self, defaults)
         if self.extra is None or defaults.get("extra") is None:
             return filled
@@ -126,6 +130,32 @@ def draw_seed() -> int:
 def sample_seed(seed: int, index: int) -> int:
     """What sample `index` of a request draws from; given as its seed, it makes this sample alone."""
     return (seed + index) % (MAX_SEED + 1)
+
+
+# each says how the noise falls; a request that names one leaves the defaults of the others aside
+SCHEDULE_FIELDS = ("num_inference_steps", "sigmas")
+SCHEDULE_EXTRA = ("timesteps", "shift")
+
+
+def layered(above: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of DiffusionParams from two places, `above` first."""
+    filled = DiffusionParams(**above).with_defaults(below)
+    return {f.name: value for f in dataclasses.fields(filled) if (value := getattr(filled, f.name)) is not None}
+
+
+def _without_other_schedules(params: DiffusionParams, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    extra, below = params.extra or {}, defaults.get("extra") or {}
+    has_list = params.sigmas is not None or extra.get("timesteps") is not None
+    given = {name for name in SCHEDULE_FIELDS if getattr(params, name) is not None}
+    given |= {name for name in SCHEDULE_EXTRA if extra.get(name) is not None}
+    if not given:
+        return defaults
+    fields = SCHEDULE_FIELDS if has_list else ("sigmas",)
+    keys = SCHEDULE_EXTRA if has_list else ("timesteps",)
+    kept = {name: value for name, value in defaults.items() if name in given or name not in fields}
+    if below:
+        kept["extra"] = {key: value for key, value in below.items() if key in given or key not in keys}
+    return kept
 
 
 _SAMPLING_RANGES: dict[str, dict[str, Any]] = {

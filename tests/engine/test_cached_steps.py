@@ -104,7 +104,7 @@ def test_the_modulated_input_is_what_the_first_block_attends_with(folder: Path) 
     stage = engine(folder)
     prepared = stage.model.prepare(task("x", params()).inputs, params(), 0)
     trajectories = [stage.model.trajectory(prepared, params(seed)) for seed in (1, 2)]
-    latents, seen = [trajectory.noise(1) for trajectory in trajectories], []
+    latents, seen = [trajectory.noise(torch.Generator().manual_seed(1)) for trajectory in trajectories], []
     block = stage.model.transformer.layers[0]  # type: ignore[attr-defined]
     with torch.inference_mode():
         conditions = [trajectory.conditions["positive"] for trajectory in trajectories]

@@ -48,12 +48,13 @@ class ResourcesGroup:
 
 @dataclass(frozen=True, slots=True)
 class ConfigDocument:
-    """The whole file. device and dtype are the default of stages that do not say their own."""
+    """The whole file. revision, device and dtype are the default of stages that do not say their own."""
 
     stages: Mapping[str, Mapping[str, Any]]
     outputs: tuple[str, ...]
     name: str = _DEFAULTS.name
     model: str | None = None
+    revision: str | None = None
     device: str = "auto"
     dtype: DType = "auto"
     scheduler: SchedulerGroup = field(default_factory=SchedulerGroup)

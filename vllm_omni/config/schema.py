@@ -148,6 +148,7 @@ class StageConfig:
     name: str
     kind: str  # "ar", "dit", ...: a row of the registry
     model: str | None = None  # a folder, a hub id, or asset://name
+    revision: str | None = None  # of a hub id: a branch, a tag or a commit; None: its main branch
     inputs: Mapping[str, EdgeLike] = field(default_factory=dict)  # input port -> "stage.port", or an EdgeConfig
     defaults: Mapping[str, Any] = field(default_factory=dict)  # fields of the kind's params class
     executor: str = "auto"  # "auto" (a thread each where stages are on several devices), or a row of the registry

@@ -37,6 +37,9 @@ _BY_MODEL_TYPE = {
 }
 
 
+_ANY_OTHER_PIPELINE = "diffusers"
+
+
 def supported_checkpoints() -> dict[str, str]:
     """Pipeline or architecture -> name of the shipped config that runs it."""
     return {**_BY_PIPELINE, **_BY_ARCHITECTURE}
@@ -64,13 +67,17 @@ def find_config(name: str | Path) -> Path:
 
 
 def config_for_model(folder: str | Path) -> Path:
-    """The shipped config for a local checkpoint folder, from its model_index.json (diffusers) or config.json."""
+    """The shipped config for a local checkpoint folder, from its model_index.json (diffusers) or config.json. A
+    pipeline without one of its own is hosted as it is.
+    """
     folder = Path(folder)
     index, config = folder / "model_index.json", folder / "config.json"
     name, got = None, "neither model_index.json nor config.json"
     if index.is_file():
         pipeline = read_json(index).get("_class_name")
         name, got = _lookup(_BY_PIPELINE, pipeline), f"the pipeline {pipeline!r}"
+        if name is None and isinstance(pipeline, str):
+            name = _ANY_OTHER_PIPELINE  # whose stage refuses what diffusers does not know
     elif config.is_file():
         content = read_json(config)
         architectures, model_type = content.get("architectures"), content.get("model_type")

@@ -39,7 +39,7 @@ def resolve_config(
             "config: got neither a config nor a model; pass Omni(config='x.yaml') or Omni(model='folder')"
         )
     elif config is None:
-        folder = resolve_model_folder(str(model))
+        folder = resolve_model_folder(str(model), _given_revision(overrides))
         loaded = load_config(config_for_model(folder), overrides, str(folder))
     else:
         loaded = load_config(config, overrides, model)
@@ -48,6 +48,12 @@ def resolve_config(
         return loaded
     stages = {name: dataclasses.replace(stage, **placed) for name, stage in loaded.stages.items()}
     return dataclasses.replace(loaded, stages=stages)
+
+
+def _given_revision(overrides: Sequence[str]) -> str | None:
+    """The revision of the hub that is looked into for the fitting config, too."""
+    given = [text for key, equals, text in (item.partition("=") for item in overrides) if key.strip() == "revision"]
+    return given[-1] if given else None
 
 
 def load_executor(config: OmniConfig) -> OmniExecutor:

@@ -117,8 +117,11 @@ class RequestPlanner:
 
 
 def _resolve(request: OmniRequest, spec: StageSpec) -> StageParams:
+    defaults = spec.defaults
+    if request.negative_prompt is not None:  # it stands beside the parameters, and above their defaults too
+        defaults = {name: value for name, value in defaults.items() if name != "negative_prompt"}
     with stage_boundary(spec.stage.name):
-        return request.params_for(spec.stage.name, spec.params_type).with_defaults(spec.defaults)
+        return request.params_for(spec.stage.name, spec.params_type).with_defaults(defaults)
 
 
 def _request_seed(request: OmniRequest) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
 from vllm_omni.utils.checks import did_you_mean
+from vllm_omni.utils.hub import download
 
 ASSET_SCHEME = "asset://"
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "spk_dict.pt"]
 
 
 def assets_folder() -> Path:
@@ -26,36 +26,40 @@ class ModelFolders:
     """Resolves what configs call a model to local folders, each hub repository once."""
 
     def __init__(self) -> None:
-        self._hub_roots: dict[str, Path] = {}
+        self._hub_roots: dict[tuple[str, str | None, str | None], Path] = {}
 
-    def resolve(self, model: str) -> Path:
+    def resolve(self, model: str, revision: str | None = None, variant: str | None = None) -> Path:
         """A folder, `asset://name[/sub]` of the package, or a hub id `owner/name[/sub]` -> a local folder that exists;
-        ConfigError where there is none.
+        ConfigError where there is none. revision, variant: of a hub repository, and of its weights.
         """
         if model.startswith(ASSET_SCHEME):
             return _asset_folder(model)
-        if Path(model).expanduser().is_dir():
-            return Path(model).expanduser()
-        return self._hub_folder(model)
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            if revision is not None and "snapshots" not in folder.resolve().parts:  # of the hub's own cache
+                raise ConfigError(f"revision: got {revision!r}, but {model} is a local folder; leave it out")
+            return folder
+        return self._hub_folder(model, revision, variant)
 
-    def _hub_folder(self, model: str) -> Path:
+    def _hub_folder(self, model: str, revision: str | None, variant: str | None) -> Path:
         parts = model.split("/")
         if len(parts) < 2 or model.startswith(("/", ".", "~")):
             raise ConfigError(
                 f"model: got {model!r}, expected a folder that exists, a hub id 'owner/name' or 'asset://name'"
             )
         repository = "/".join(parts[:2])
-        if repository not in self._hub_roots:
-            self._hub_roots[repository] = _download(repository, model)
-        folder = self._hub_roots[repository].joinpath(*parts[2:])
+        key = (repository, revision, variant)
+        if key not in self._hub_roots:
+            self._hub_roots[key] = download(repository, revision, variant)
+        folder = self._hub_roots[key].joinpath(*parts[2:])
         if not folder.is_dir():
             raise ConfigError(f"model: got {model!r}, but {repository} has no folder {'/'.join(parts[2:])!r}")
         return folder
 
 
-def resolve_model_folder(model: str) -> Path:
+def resolve_model_folder(model: str, revision: str | None = None) -> Path:
     """One model's folder; see `ModelFolders.resolve`."""
-    return ModelFolders().resolve(model)
+    return ModelFolders().resolve(model, revision)
 
 
 def _asset_folder(model: str) -> Path:
@@ -64,17 +68,6 @@ def _asset_folder(model: str) -> Path:
     if not folder.resolve().is_relative_to(assets_folder().resolve()) or not folder.is_dir():
         raise ConfigError(f"model: got {model!r}, which does not ship{did_you_mean(folder.name, shipped)}")
     return folder
-
-
-def _download(repository: str, model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_PATTERNS))
-    except Exception as error:
-        raise ConfigError(
-            f"model: {model!r} is no local folder and could not be fetched from the hub: {error}"
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

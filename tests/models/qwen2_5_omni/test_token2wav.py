@@ -205,7 +205,8 @@ def test_nan_in_one_row_stays_there(folder: Path) -> None:
     voice = model.prepare({}, params(), 0)
     with torch.inference_mode():
         trajectories = [model.trajectory(model.prepare_chunk(voice, chunk), params()) for chunk in chunks]
-        latents = [trajectory.noise(index) for index, trajectory in enumerate(trajectories)]
+        generators = [torch.Generator().manual_seed(index) for index in range(3)]
+        latents = [each.noise(generator) for each, generator in zip(trajectories, generators, strict=True)]
         latents[1][:] = float("nan")
         conditions = [trajectory.conditions["main"] for trajectory in trajectories]
         tokens = model.embed(latents, [0.5] * 3, conditions)

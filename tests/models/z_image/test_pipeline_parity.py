@@ -127,6 +127,9 @@ def test_a_prompt_cut_at_the_reference_limit_says_so(omni: Omni, reference: ZIma
     expected = reference(prompt=[prompt], generator=torch.Generator().manual_seed(1), **settings).images[0]
     assert np.abs(pixels(output) - np.asarray(expected).astype(int)).max() <= 2
     assert output.metrics["text"]["truncated_tokens"] > 0
+    again, longer = (omni.generate(words, params)[0].metrics["text"] for words in (prompt, f"{prompt} and on"))
+    assert again["cached"] and again["truncated_tokens"] == output.metrics["text"]["truncated_tokens"]
+    assert longer["truncated_tokens"] > again["truncated_tokens"], "each request is told of its own prompt"
 
 
 def test_alone_in_a_crowd_in_another_order_and_on_replay(omni: Omni) -> None:

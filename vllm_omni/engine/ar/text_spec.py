@@ -61,7 +61,8 @@ class TextSpec(ARSpec):
         self.defaults = {**self._checkpoint_defaults, **stage.defaults}
         self.signature = self._make_signature()
         configured = self.options.tokenizer
-        self._tokenizer_folder = find_tokenizer(model.folder, folders.resolve(configured) if configured else None)
+        named = folders.resolve(configured, stage.revision) if configured else None
+        self._tokenizer_folder = find_tokenizer(model.folder, named)
         self._check_tokenizer()
         self._input_lock = threading.Lock()
 

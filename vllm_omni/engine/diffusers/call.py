@@ -1,22 +1,33 @@
-"""DiffusionParams into the keyword arguments of a diffusers pipeline, by its signature. Nothing is dropped: a parameter
-that is set and that the pipeline does not take is refused.
+"""A request into the keyword arguments of a diffusers pipeline, by its signature. Nothing is dropped: what is set and
+what the pipeline does not take is refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vllm_omni.config.schema import LimitsConfig
+from vllm_omni.engine.diffusers.pipeline_inputs import (
+    MediaFormat,
+    check_media,
+    check_pictures,
+    check_value,
+    is_picture,
+    is_sound,
+    read_pictures,
+    read_sounds,
+)
 from vllm_omni.engine.diffusion.checks import check_counts, check_previews
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.params import MAX_SEED, DiffusionParams
 from vllm_omni.request import OmniRequest
-from vllm_omni.utils.checks import brief, check_number, did_you_mean
+from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
 
 # field -> what pipelines call it; the first that a signature has is meant
@@ -29,30 +40,38 @@ NAMES: dict[str, tuple[str, ...]] = {
     "seed": ("generator",),
     "num_outputs": ("num_images_per_prompt", "num_waveforms_per_prompt", "batch_size"),
     "strength": ("strength",),
-    "image": ("image",),
+    "image": ("image", "images", "input_images"),
     "sigmas": ("sigmas",),
     "duration_s": ("audio_end_in_s", "audio_length_in_s", "audio_duration", "audio_duration_s", "duration"),
 }
+REQUEST_FIELDS = ("duration_s", "image", "strength")  # of DiffusionParams, which the prompt's dict may hold as well
 RESERVED = frozenset({"self", "prompt", "return_dict", "output_type"})
 AUDIO_START = "audio_start_in_s"
+FLOOR_OF_STRENGTH = "int(num_inference_steps * strength)"  # how most pipelines count the steps that are left
 
 
 class PipelineCall:
-    """How requests become calls of one pipeline class. output: "image" or "audio"."""
+    """How requests become calls of one pipeline class. output: "image" or "audio", None where that is not known."""
 
-    def __init__(self, pipeline_class: type, output: str, limits: LimitsConfig) -> None:
+    def __init__(
+        self, pipeline_class: type, output: str | None, limits: LimitsConfig, form: MediaFormat | None = None
+    ) -> None:
         self.name = pipeline_class.__name__
         self._output = output
         self._limits = limits
+        self._form = form or MediaFormat()
         parameters = inspect.signature(pipeline_class.__call__).parameters
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self._defaults = {name: each.default for name, each in parameters.items() if each.kind in kinds}
         self._targets = {
             field: next((name for name in names if name in self._defaults), None) for field, names in NAMES.items()
         }
-        taken = {name for names in NAMES.values() for name in names}
-        free = self._defaults.keys() - RESERVED - taken
+        free = self._defaults.keys() - RESERVED - set(self._targets.values()) - {"generator"}
         self._extra_keys = sorted(name for name in free if "callback" not in name)
+        self._floors_strength = FLOOR_OF_STRENGTH in _source(getattr(pipeline_class, "get_timesteps", None))
+        own = [field for field in REQUEST_FIELDS if self._targets[field] is not None]
+        media = [name for name in self._extra_keys if is_picture(name) or is_sound(name)]
+        self.request_keys = frozenset({*own, *media})
 
     @property
     def takes_seed(self) -> bool:
@@ -71,19 +90,48 @@ class PipelineCall:
         size = params.duration_s or (params.height or 1024) * (params.width or 1024) * 1e-6
         return float(self.num_steps(params) * (params.num_outputs or 1) * size)
 
+    def with_fields(self, request: OmniRequest, params: DiffusionParams, given: DiffusionParams) -> DiffusionParams:
+        """The parameters with what the prompt's dict says beside them, which stands above defaults. given: those of the
+        request, without defaults. InvalidRequestError for what both say.
+        """
+        said = {key: value for key, value in request.fields.items() if key in self.request_keys and value is not None}
+        for key in said:
+            if (getattr(given, key) if key in REQUEST_FIELDS else (given.extra or {}).get(key)) is not None:
+                raise InvalidRequestError(f"prompt[{key!r}]: the parameters say it too; give it once")
+        extra = {key: said.pop(key) for key in list(said) if key not in REQUEST_FIELDS}
+        if extra:
+            said["extra"] = {**(params.extra or {}), **extra}
+        return dataclasses.replace(params, **said)
+
     def check(self, request: OmniRequest, params: DiffusionParams, reads_prompt: bool) -> None:
         """Raises InvalidRequestError for what the pipeline does not take or the limits do not allow."""
         prompt = request.prompt if reads_prompt else ""
         if not isinstance(prompt, str):
             raise InvalidRequestError(f"prompt: got {type(prompt).__name__}, expected a string for {self.name}")
         self._check_sizes(params)
-        self._check_extra(params.extra)
-        self.arguments(prompt, request, params)
+        self._check_strength(params)
+        self._check_extra(params.extra or {})
+        self._named(prompt, request, params)
 
-    def arguments(self, prompt: str, request: OmniRequest, params: DiffusionParams) -> dict[str, Any]:
-        """The keyword arguments of one call, fresh generators among them. Those that the request leaves unset are left
-        to the pipeline's own defaults.
+    def arguments(
+        self, prompt: str, request: OmniRequest, params: DiffusionParams, generators: Sequence[torch.Generator]
+    ) -> dict[str, Any]:
+        """The keyword arguments of one call, pictures and sounds read. Those that the request leaves unset are left to
+        the pipeline's own defaults.
         """
+        arguments = {name: self._read(name, value) for name, value in self._named(prompt, request, params).items()}
+        if arguments.get("audio_end_in_s") is not None:
+            arguments["audio_end_in_s"] += arguments.get(AUDIO_START) or 0.0
+        if "initial_audio_waveforms" in arguments:
+            arguments.setdefault("initial_audio_sampling_rate", self._form.rate)
+        if self._output != "audio" and "output_type" in self._defaults:
+            arguments["output_type"] = "pil"
+        if self._targets["seed"] is not None:
+            arguments["generator"] = list(generators) if len(generators) > 1 else generators[0]
+        return arguments
+
+    def _named(self, prompt: str, request: OmniRequest, params: DiffusionParams) -> dict[str, Any]:
+        """What the request sets, by the pipeline's own names; nothing is read or converted."""
         arguments = {**(params.extra or {}), **self._prompts(prompt, request, params)}
         for field, target in self._targets.items():
             value = getattr(params, field)
@@ -91,14 +139,13 @@ class PipelineCall:
                 continue
             if target is None:
                 raise self._not_taken(field, NAMES[field])
-            arguments[target] = value
-        if arguments.get("audio_end_in_s") is not None:
-            arguments["audio_end_in_s"] += arguments.get(AUDIO_START) or 0.0
-        if params.sigmas is not None:
-            arguments["sigmas"] = list(params.sigmas)
-        if self._output == "image" and "output_type" in self._defaults:
-            arguments["output_type"] = "pil"
-        return arguments | self._generators(params)
+            arguments[target] = list(value) if field == "sigmas" else value
+        return arguments
+
+    def _read(self, name: str, value: Any) -> Any:
+        if is_picture(name) and not isinstance(value, (bool, int, float)) and value is not None:
+            return read_pictures(name, value, self._form, self._limits)
+        return read_sounds(name, value, self._form, self._limits) if is_sound(name) else value
 
     def _prompts(self, prompt: str, request: OmniRequest, params: DiffusionParams) -> dict[str, str]:
         negative = params.negative_prompt if params.negative_prompt is not None else request.negative_prompt
@@ -118,17 +165,6 @@ class PipelineCall:
             arguments[name] = text
         return arguments
 
-    def _generators(self, params: DiffusionParams) -> dict[str, Any]:
-        """Output i draws from seed + i, on the CPU, so that a seed means the same on every device."""
-        if self._targets["seed"] is None:
-            if params.seed is not None:
-                raise self._not_taken("seed", NAMES["seed"])
-            return {}
-        seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
-        seeds = [(seed + index) % (MAX_SEED + 1) for index in range(params.num_outputs or 1)]
-        generators = [torch.Generator().manual_seed(each) for each in seeds]
-        return {"generator": generators if len(generators) > 1 else generators[0]}
-
     def _check_sizes(self, params: DiffusionParams) -> None:
         limits = self._limits
         check_counts(params, self.num_steps(params), limits)
@@ -143,18 +179,26 @@ class PipelineCall:
         if sides[0] is not None and sides[1] is not None:
             check_limit("height * width", sides[0] * sides[1], 1, limits.max_pixels, integer=True)
         if params.image is not None:
-            size = getattr(params.image, "size", None)
-            if not isinstance(size, tuple) or len(size) != 2:
-                raise InvalidRequestError(f"image: got {type(params.image).__name__}, expected a PIL.Image")
-            check_limit("image: width * height", size[0] * size[1], 1, limits.max_pixels, integer=True)
+            check_pictures("image", params.image, limits)
 
-    def _check_extra(self, extra: object) -> None:
-        if extra is None:
+    def _check_strength(self, params: DiffusionParams) -> None:
+        default = self._defaults.get("strength")
+        strength = params.strength if params.strength is not None else default
+        if self._targets["strength"] is None or not isinstance(strength, (int, float)):
             return
-        if not isinstance(extra, Mapping):
-            raise InvalidRequestError(f"extra: got {type(extra).__name__}, expected a mapping")
+        num_steps = self.num_steps(params)
+        left = int(num_steps * strength) if self._floors_strength else num_steps * strength
+        if left <= 0:
+            raise InvalidRequestError(
+                f"strength: got {strength:g}, which leaves none of {num_steps} steps; expected at least"
+                f" {1 / num_steps:.3g}, or more steps"
+            )
+
+    def _check_extra(self, extra: Mapping[str, Any]) -> None:
         for key, value in extra.items():
-            field = next((field for field, names in NAMES.items() if key in names), None)
+            field = next((field for field, target in self._targets.items() if key == target), None)
+            if field is None and key not in self._extra_keys:
+                field = next((field for field, names in NAMES.items() if key in names), None)
             if field is not None:
                 raise InvalidRequestError(f"extra.{key}: got {brief(value)}; set the parameter {field} instead")
             if key not in self._extra_keys:
@@ -163,19 +207,36 @@ class PipelineCall:
 
     def _check_extra_value(self, key: str, value: object) -> None:
         """Numbers are finite; what multiplies the work has the limit of steps, or of guidance."""
-        if isinstance(value, str) and len(value) > self._limits.max_prompt_chars:
-            raise InvalidRequestError(f"extra.{key}: got {len(value)} characters (limits.max_prompt_chars)")
+        name, limits = f"extra.{key}", self._limits
+        if (is_picture(key) or is_sound(key)) and value is not None and not isinstance(value, (bool, int, float)):
+            check_media(name, key, value, self._form, limits)
+            return
+        check_value(name, value, limits)
         if key == "timesteps" and isinstance(value, list | tuple):
-            check_limit("extra.timesteps: its length", len(value), 1, self._limits.max_inference_steps, integer=True)
+            check_limit("extra.timesteps: its length", len(value), 1, limits.max_inference_steps, integer=True)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return
-        check_number(f"extra.{key}", value, 0 if key == AUDIO_START else None, raises=InvalidRequestError)
-        if "num_" in key:
-            check_limit(f"extra.{key}", value, 0, self._limits.max_inference_steps)
+        if key == AUDIO_START:
+            check_limit(name, value, 0, limits.max_duration_s)
+        elif "num_" in key:
+            check_limit(name, value, 0, limits.max_inference_steps)
         elif key.endswith(("guidance_scale", "cfg_scale")):
-            most = self._limits.max_guidance_scale
-            check_limit(f"extra.{key}", value, -most, most)
+            check_limit(name, value, -limits.max_guidance_scale, limits.max_guidance_scale)
 
     def _not_taken(self, field: str, names: tuple[str, ...]) -> InvalidRequestError:
         words = " or ".join(repr(name) for name in names)
         return InvalidRequestError(f"{field}: {self.name} does not take it (it has no {words}); leave it unset")
+
+
+def request_generators(params: DiffusionParams) -> list[torch.Generator]:
+    """Output i draws from seed + i, on the CPU, so that a seed means the same on every device."""
+    seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
+    seeds = [(seed + index) % (MAX_SEED + 1) for index in range(params.num_outputs or 1)]
+    return [torch.Generator().manual_seed(each) for each in seeds]
+
+
+def _source(function: Any) -> str:
+    try:
+        return inspect.getsource(inspect.unwrap(function)) if function is not None else ""
+    except (OSError, TypeError):
+        return ""

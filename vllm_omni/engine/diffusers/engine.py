@@ -10,17 +10,15 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import stage_error
-from vllm_omni.engine.diffusers.pipeline_folder import load_pipeline, sample_rate
-from vllm_omni.engine.diffusers.pipeline_host import PipelineHost, PipelineRun
+from vllm_omni.engine.diffusers.call import request_generators
+from vllm_omni.engine.diffusers.pipeline_host import PipelineHost, PipelineRun, with_own_modules
+from vllm_omni.engine.diffusers.pipeline_loading import load_pipeline, sample_rate
+from vllm_omni.engine.diffusers.pipeline_result import blanked, result_tensor
 from vllm_omni.engine.diffusers.spec import DiffusersSpec
 from vllm_omni.engine.diffusion.checks import diffusion_params
-from vllm_omni.errors import InvalidRequestError, OmniError, StageError
+from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageProgress, StageTask
 from vllm_omni.payload import StagePayload
 
@@ -37,13 +35,13 @@ class DiffusersEngine(StageEngine):
     """Stage kind `diffusers`."""
 
     def __init__(self, spec: DiffusersSpec, context: EngineContext) -> None:
-        folder, name = spec.folder, spec.pipeline_name
+        folder, pipeline_type = spec.folder, spec.pipeline_type
         pipeline = context.models.get(
-            (name, folder.resolve(), context.device, context.dtype),
-            lambda: load_pipeline(folder, name, context.device, context.dtype),
+            (spec.pipeline_name, folder.path.resolve(), folder.variant or "", context.device, context.dtype),
+            lambda: load_pipeline(folder, pipeline_type, context.device, context.dtype),
         )
         self.spec = spec
-        self.host = PipelineHost(pipeline)
+        self.host = PipelineHost(with_own_modules(pipeline))
         self._meta = {"sample_rate": sample_rate(pipeline)} if spec.output == "audio" else {}
         self._queue: deque[StageTask] = deque()
         self._running: _Running | None = None
@@ -78,8 +76,10 @@ class DiffusersEngine(StageEngine):
             params, prompt = diffusion_params(task.params), task.inputs.get("prompt", task.request.prompt)
             if not isinstance(prompt, str):
                 raise InvalidRequestError(f"prompt: got {type(prompt).__name__}, expected a string")
-            arguments = self.spec.call.arguments(prompt, task.request, params)
-            self._running = _Running(task, self.host.begin(arguments, self.spec.call.num_steps(params)))
+            params, generators = self.spec.with_fields(task.request, params), request_generators(params)
+            arguments = self.spec.call.arguments(prompt, task.request, params, generators)
+            run = self.host.begin(arguments, self.spec.call.num_steps(params), generators)
+            self._running = _Running(task, run)
         except Exception as error:
             self._fail(task.request_id, error)
 
@@ -89,13 +89,14 @@ class DiffusersEngine(StageEngine):
             if not run.advance():
                 self._events.append(StageProgress(request_id, run.step, run.num_steps))
                 return
-            tensors = {self.spec.output: _to_tensor(run.result(), self.spec.output)}
+            result = run.result()
+            tensors = {self.spec.output: result_tensor(result, self.spec.output)}
         except Exception as error:
             self._fail(request_id, error)
             return
         self._running = None
         payload = StagePayload(request_id, self.spec.stage.name, tensors, self._meta)
-        self._events.append(StageDone(payload, {"steps": run.step}))
+        self._events.append(StageDone(payload, {"steps": run.step, **_blanked_metrics(result)}))
 
     def _fail(self, request_id: str, error: Exception) -> None:
         self.abort(request_id)
@@ -103,18 +104,7 @@ class DiffusersEngine(StageEngine):
         self._events.append(StageFailed(request_id, wrapped))
 
 
-def _to_tensor(result: Any, output: str) -> Tensor:
-    """What a pipeline returned -> image [N, H, W, 3] uint8, or audio [N, channels, n] float32."""
-    made = getattr(result, f"{output}s", None)
-    if made is None:
-        raise StageError(f"the pipeline gave a {type(result).__name__} without {output}s; is `output` right?")
-    if output == "image":
-        pixels = [np.array(picture.convert("RGB")) for picture in made]
-        return torch.from_numpy(np.stack(pixels))
-    sounds = torch.stack([torch.as_tensor(sound).detach().float() for sound in made])
-    sounds = sounds[:, None] if sounds.dim() == 2 else sounds
-    if sounds.dim() != 3:
-        raise StageError(f"the pipeline gave sounds of shape {list(sounds.shape)}, expected [N, channels, n]")
-    if not bool(torch.isfinite(sounds).all()):
-        raise StageError("the samples are not finite; use dtype bfloat16 or float32, or a smaller guidance_scale")
-    return sounds
+def _blanked_metrics(result: Any) -> dict[str, Any]:
+    """Which pictures a safety checker has made black, counted from 0; nothing where it let all through."""
+    found = [index for index, is_blanked in enumerate(blanked(result)) if is_blanked]
+    return {"blanked_by_safety_checker": found} if found else {}

@@ -1,21 +1,22 @@
-"""A diffusers pipeline folder that is hosted as it is: what may be loaded from it, and loading it.
+"""A diffusers pipeline folder before it is loaded: its index, the parts that hold weights, the variant of their files.
 
 Only classes of diffusers and transformers are loaded, only from safetensors files; code in the folder is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_omni.engine.diffusers.pipeline_inputs import MediaFormat
 from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.layers.weights import weights_bytes
-from vllm_omni.utils.checks import brief, did_you_mean
+from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
+from vllm_omni.utils.variants import variants_of
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
@@ -29,121 +30,93 @@ SAMPLE_RATES = (
 )
 
 
-def pipeline_name(folder: Path, chosen: str | None) -> str:
-    """The class that runs the folder: `chosen`, else that of its index; ConfigError unless diffusers exports it.
-
-    Imports no pipeline: the name alone is looked up.
+class PipelineFolder:
+    """Reads the index when it is made. variant: which files to load ("fp16"); None: the plain ones or, where a part has
+    one variant alone, that one.
     """
-    import diffusers
 
-    named = read_json(folder / INDEX).get("_class_name")
-    name = named if chosen is None else chosen
-    where = f"{folder / INDEX}: _class_name" if chosen is None else "pipeline"
-    if not isinstance(name, str):
-        raise ConfigError(f"{where}: got {brief(name)}, expected the name of a pipeline class; custom code is not run")
-    known = [entry for entry in dir(diffusers) if entry.endswith("Pipeline") and entry != "DiffusionPipeline"]
-    if name not in known:
-        near = did_you_mean(name, known)
-        hint = near if near.startswith(" (did") else ""
-        raise ConfigError(f"{where}: got {name!r}, expected a pipeline class that diffusers exports{hint}")
-    return name
+    def __init__(self, path: Path, variant: str | None = None) -> None:
+        self.path = path
+        self.index = read_json(path / INDEX)
+        self.components = {name: entry for name, entry in self.index.items() if self._is_component(name, entry)}
+        self._refuse_code()
+        self._check_parts()
+        self.variant = self._chosen_variant(variant)
 
+    @property
+    def named_class(self) -> object:
+        """What the index says of the pipeline's class, unchecked."""
+        return self.index.get("_class_name")
 
-def component_folders(folder: Path) -> list[Path]:
-    """The parts of a pipeline folder that hold weights; ConfigError for what could bring code along."""
-    found = []
-    for name, entry in read_json(folder / INDEX).items():
-        if not isinstance(entry, list):
-            continue
-        if len(entry) != 2 or not _is_loadable(entry[0]):
+    def weight_folders(self) -> list[Path]:
+        """The parts that hold weights."""
+        return [self.path / name for name in self.components if any((self.path / name).glob("*.safetensors"))]
+
+    def weights_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights of all parts, from the safetensors headers."""
+        return sum(weights_bytes(part, dtype.itemsize) for part in self.weight_folders())
+
+    def media_format(self) -> MediaFormat:
+        """What pictures and sounds the pipeline takes, by its configs."""
+        vae = self._config("vae")
+        rates = (self._config(part).get(key) for part, key in SAMPLE_RATES)
+        found: dict[str, Any] = {
+            "rate": next((rate for rate in rates if isinstance(rate, int)), None),
+            "channels": vae.get("audio_channels"),
+            "mode": "RGBA" if vae.get("input_channels", vae.get("in_channels")) == len("RGBA") else None,
+        }
+        return MediaFormat(**{name: value for name, value in found.items() if value is not None})
+
+    def _config(self, part: str) -> Mapping[str, Any]:
+        file = self.path / part / "config.json"
+        return read_json(file) if file.is_file() else {}
+
+    def _is_component(self, name: str, entry: object) -> bool:
+        """Whether an entry is [library, class]; other lists are settings, as numbers and mappings are. ConfigError for
+        a class that could bring code along.
+        """
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
+            return False
+        library, kind = entry
+        if library is None or not (isinstance(library, str) and isinstance(kind, (str, type(None)))):
+            return False
+        if kind is None or not _is_loadable(library):
             raise ConfigError(
-                f"{folder / INDEX}: {name}: got {brief(entry)}, expected [library, class] with a library of"
+                f"{self.path / INDEX}: {name}: got {brief(entry)}, expected [library, class] with a library of"
                 f" {', '.join(LIBRARIES)} or a pipeline module of diffusers; custom code is not run"
             )
-        if entry[0] is not None and any((folder / name).glob("*.safetensors")):
-            found.append(folder / name)
-    scripts = sorted(folder.rglob("*.py"))
-    if scripts:
-        raise ConfigError(
-            f"{scripts[0]}: a checkpoint with code; it is never run, so remove the file if it is not needed"
-        )
-    return found
+        return True
 
-
-def hosted_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of the weights of all components, from the safetensors headers."""
-    return sum(weights_bytes(part, dtype.itemsize) for part in component_folders(folder))
-
-
-def pipeline_class(name: str) -> Any:
-    """The class of that name, with the library that it needs; ConfigError where that is missing."""
-    import diffusers
-
-    found = getattr(diffusers, name)
-    if not issubclass(found, diffusers.DiffusionPipeline):
-        try:
-            found()  # a placeholder of diffusers, which names the library that is missing
-        except ImportError as error:
-            raise _missing_library(name, error) from error
-        raise ConfigError(f"pipeline: {name} is no DiffusionPipeline")
-    return found
-
-
-def load_pipeline(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The diffusers pipeline of class `name` with the folder's weights."""
-    from diffusers.utils import is_accelerate_available
-
-    component_folders(folder)
-    try:
-        with _no_progress_bars():
-            pipeline = pipeline_class(name).from_pretrained(
-                folder,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=is_accelerate_available(),
+    def _refuse_code(self) -> None:
+        scripts = sorted(self.path.rglob("*.py"))
+        if scripts:
+            raise ConfigError(
+                f"{scripts[0]}: a checkpoint with code; it is never run, so remove the file if it is not needed"
             )
-    except ImportError as error:
-        raise _missing_library(name, error) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: {name} cannot be loaded from it: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+
+    def _check_parts(self) -> None:
+        for name, (library, kind) in self.components.items():
+            if not (self.path / name).is_dir():
+                raise CheckpointError(
+                    f"{self.path / name}: missing, though {INDEX} names {library}.{kind} there; copy the folder whole"
+                )
+
+    def _chosen_variant(self, asked: str | None) -> str | None:
+        found = {part.name: variants_of([file.name for file in part.iterdir()]) for part in self.weight_folders()}
+        known = sorted({variant for variants in found.values() for variant in variants if variant is not None})
+        if asked is not None:
+            if asked not in known:
+                names = ", ".join(known) or "no variant"
+                raise ConfigError(f"variant: got {asked!r}, but {self.path} has {names}")
+            return asked
+        without_plain = {part: variants for part, variants in found.items() if None not in variants}
+        needed = sorted({variant for variants in without_plain.values() for variant in variants if variant is not None})
+        if len(needed) > 1:
+            raise ConfigError(f"variant: {self.path} has {', '.join(needed)} and no plain weights; name one of them")
+        return needed[0] if needed else None
 
 
-def _missing_library(name: str, error: ImportError) -> ConfigError:
-    return ConfigError(f"pipeline: {name} needs a library that is not installed: {error}")
-
-
-def sample_rate(pipeline: Any) -> int:
-    """Hz of what an audio pipeline makes; ConfigError where it says none."""
-    for component, key in SAMPLE_RATES:
-        config = getattr(getattr(pipeline, component, None), "config", None)
-        rate = getattr(config, key, None)
-        if rate is not None:
-            return int(rate)
-    if isinstance(getattr(pipeline, "sample_rate", None), int):
-        return int(pipeline.sample_rate)
-    raise ConfigError(f"output: got 'audio', but {type(pipeline).__name__} states no sample rate; is it for images?")
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Turns off what diffusers and transformers draw while they load, where it is on."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    drawing = [each for each in (of_diffusers, of_transformers) if each.is_progress_bar_enabled()]
-    for each in drawing:
-        each.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for each in drawing:
-            each.enable_progress_bar()
-
-
-def _is_loadable(library: object) -> bool:
+def _is_loadable(library: str) -> bool:
     from diffusers import pipelines
 
-    return library is None or library in LIBRARIES or (isinstance(library, str) and library in dir(pipelines))
+    return library in LIBRARIES or library in dir(pipelines)

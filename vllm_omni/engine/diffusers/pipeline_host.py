@@ -1,18 +1,24 @@
 """Runs calls of a diffusers pipeline step by step, each on a pipeline object of its own over the same weights.
 
 A call runs in a thread that hands control back at every denoising step (StepThread). What a pipeline keeps on itself
-(guidance, step counts, schedulers) belongs to one call; weights and their settings (`enable_*`) belong to all.
+(guidance, step counts, schedulers) belongs to one call, its modules (attention processors, hooks) to one stage; weights
+are shared by all.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+
 from vllm_omni.engine.diffusers.step_thread import Pause, StepThread
+from vllm_omni.errors import StageError
+from vllm_omni.worker.diffusion.request_noise import RequestNoise
 
 
 @dataclass(slots=True)
@@ -26,10 +32,12 @@ class _Progress:
 class PipelineRun:
     """One call under way. `advance` runs it to its next denoising step."""
 
-    def __init__(self, pipeline: Any, arguments: Mapping[str, Any], num_steps: int) -> None:
+    def __init__(
+        self, pipeline: Any, arguments: Mapping[str, Any], num_steps: int, generators: Sequence[torch.Generator]
+    ) -> None:
         self._progress = _Progress(0, num_steps)
         self._thread: StepThread[Any] = StepThread(
-            _call(pipeline, dict(arguments), self._progress), f"{type(pipeline).__name__} call"
+            _call(pipeline, dict(arguments), self._progress, generators), f"{type(pipeline).__name__} call"
         )
 
     @property
@@ -64,9 +72,11 @@ class PipelineHost:
             if hasattr(component, "attn_processors") and hasattr(component, "set_attn_processor")
         }
 
-    def begin(self, arguments: Mapping[str, Any], num_steps: int) -> PipelineRun:
-        """A call of the pipeline with these keyword arguments and callbacks of ours. Nothing runs yet."""
-        return PipelineRun(self._fresh_pipeline(), arguments, num_steps)
+    def begin(self, arguments: Mapping[str, Any], num_steps: int, generators: Sequence[torch.Generator]) -> PipelineRun:
+        """A call of the pipeline with these keyword arguments and callbacks of ours. Nothing runs yet. generators: one
+        for each output; what the call draws without naming one comes from them.
+        """
+        return PipelineRun(self._fresh_pipeline(), arguments, num_steps, generators)
 
     def restore(self) -> None:
         """Undoes what a call that did not come to its end has left on the weights."""
@@ -76,17 +86,50 @@ class PipelineHost:
                 component.set_attn_processor(dict(processors))
 
     def _fresh_pipeline(self) -> Any:
-        """The same weights, schedulers as their configs describe them, nothing that a call before has left."""
+        """The same modules, schedulers that nobody has used, nothing that a call before has left."""
         from diffusers import SchedulerMixin
 
-        pipeline = copy.copy(self.pipeline)
-        for name, component in self.pipeline.components.items():
-            if isinstance(component, SchedulerMixin):
-                setattr(pipeline, name, type(component).from_config(component.config))
-        return pipeline
+        kept = [each for each in self.pipeline.components.values() if not isinstance(each, SchedulerMixin)]
+        return copy.deepcopy(self.pipeline, {id(each): each for each in kept})
 
 
-def _call(pipeline: Any, arguments: dict[str, Any], progress: _Progress) -> Any:
+def with_own_modules(pipeline: Any) -> Any:
+    """The same pipeline over the same weights, each module an object of its own: two stages that host one folder set
+    attention processors and hooks without a trace in the other.
+    """
+    components = pipeline.components.values()
+    modules = [each for each in components if isinstance(each, torch.nn.Module)]
+    shared = [tensor for module in modules for part in module.modules() for tensor in _tensors(part)]
+    shared += [each for each in components if _is_stateless(each)]
+    return copy.deepcopy(pipeline, {id(each): each for each in shared})
+
+
+def _tensors(module: torch.nn.Module) -> list[Any]:
+    """Parameters, buffers, and what a module holds as a plain attribute (a weight that is normalised in each call)."""
+    own = [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False), *own]
+
+
+def _is_stateless(component: object) -> bool:
+    """Tokenizers and feature extractors, which are slow to copy."""
+    from diffusers import SchedulerMixin
+
+    return not isinstance(component, (torch.nn.Module, SchedulerMixin))
+
+
+class _CastWatch:
+    """Takes numpy's notes: values that are not finite and become integers, as the pixels of a picture do, silently
+    turn black.
+    """
+
+    def __init__(self) -> None:
+        self.saw_lost_values = False
+
+    def write(self, message: str) -> None:
+        self.saw_lost_values = self.saw_lost_values or "in cast" in message
+
+
+def _call(pipeline: Any, arguments: dict[str, Any], progress: _Progress, generators: Sequence[torch.Generator]) -> Any:
     """The call as a function of `pause`. It must not know the PipelineRun, which ends it when it is forgotten."""
     accepted = inspect.signature(type(pipeline).__call__).parameters
 
@@ -110,6 +153,11 @@ def _call(pipeline: Any, arguments: dict[str, Any], progress: _Progress) -> Any:
             arguments.update(callback=legacy, callback_steps=1)
         if "prior_callback_on_step_end" in accepted:
             arguments["prior_callback_on_step_end"] = on_step_end
-        return pipeline(**arguments)
+        watch = _CastWatch()
+        with RequestNoise(generators), np.errstate(invalid="log", call=watch):
+            result = pipeline(**arguments)
+        if watch.saw_lost_values:
+            raise StageError("the pixels are not finite; use dtype bfloat16 or float32, or a smaller guidance_scale")
+        return result
 
     return run

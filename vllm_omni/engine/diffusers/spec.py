@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.engine.diffusers.call import PipelineCall
 from vllm_omni.engine.diffusers.options import DiffusersOptions
-from vllm_omni.engine.diffusers.pipeline_folder import hosted_bytes, pipeline_class, pipeline_name
+from vllm_omni.engine.diffusers.pipeline_class import given_kind, pipeline_class
+from vllm_omni.engine.diffusers.pipeline_folder import INDEX, PipelineFolder
 from vllm_omni.engine.diffusion.checks import diffusion_params
+from vllm_omni.errors import ConfigError
 from vllm_omni.params import DiffusionParams, StageParams
 from vllm_omni.payload import StageSignature, TensorSpec, TextSpec
 from vllm_omni.request import OmniRequest
@@ -30,16 +32,21 @@ class DiffusersSpec(StageSpec):
 
     def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
         super().__init__(stage, config, folders)
-        options: DiffusersOptions = stage.options
-        self.folder = model_folder(stage, folders, "a diffusers pipeline folder")
-        self.output = options.output
-        self.pipeline_name = pipeline_name(self.folder, options.pipeline)
-        self.call = PipelineCall(pipeline_class(self.pipeline_name), options.output, config.limits)
+        options: DiffusersOptions = DiffusersOptions() if stage.options is None else stage.options
+        folder = model_folder(stage, folders, "a diffusers pipeline folder", options.variant)
+        self.folder = PipelineFolder(folder, options.variant)
+        self.pipeline_type = self._pipeline_type(options.pipeline)
+        self.pipeline_name = self.pipeline_type.__name__
+        self._check_accelerate()
+        given = given_kind(self.pipeline_type)
+        self.output = options.output or given or "image"  # a class that does not say what it gives makes pictures
+        self.call = PipelineCall(self.pipeline_type, self.output, config.limits, self.folder.media_format())
+        self.request_keys = self.call.request_keys
         self.signature = StageSignature(
             inputs={"prompt": TextSpec()},
-            outputs={options.output: PORTS[options.output]},
+            outputs={self.output: PORTS[self.output]},
             required_inputs=frozenset(stage.inputs) & {"prompt"},  # a prompt that has an edge comes from nowhere else
-            results=frozenset({options.output}),
+            results=frozenset({self.output}),
         )
 
     def load(self, context: EngineContext) -> DiffusersEngine:
@@ -48,20 +55,47 @@ class DiffusersSpec(StageSpec):
         return DiffusersEngine(self, context)
 
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
-        self.call.check(request, diffusion_params(params), reads_prompt="prompt" not in self.stage.inputs)
+        whole = self.with_fields(request, diffusion_params(params))
+        self.call.check(request, whole, reads_prompt="prompt" not in self.stage.inputs)
+
+    def with_fields(self, request: OmniRequest, params: DiffusionParams) -> DiffusionParams:
+        """The parameters of the stage with what the prompt's dict says beside them."""
+        return self.call.with_fields(request, params, request.params_for(self.stage.name, DiffusionParams))
 
     def draws(self, params: StageParams) -> bool:
         return self.call.takes_seed
 
     def plan_memory(self) -> MemoryPlan:
         dtype = resolve_dtype(self.stage.dtype, resolve_device(self.stage.device))
-        return MemoryPlan(weights_bytes=hosted_bytes(self.folder, dtype))
+        return MemoryPlan(weights_bytes=self.folder.weights_bytes(dtype))
 
     def weights_key(self) -> tuple[str, ...]:
-        return (self.stage.kind, str(self.folder.resolve()))
+        return (self.stage.kind, str(self.folder.path.resolve()), self.folder.variant or "")
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: object) -> float:
-        return self.call.job_size(diffusion_params(params))
+        return self.call.job_size(self.with_fields(request, diffusion_params(params)))
 
     def note(self) -> str:
-        return "requests run one after another; its memory plan counts weights alone"
+        files = f", {self.folder.variant} files" if self.folder.variant else ""
+        return (
+            f"{self.pipeline_name} of diffusers, hosted as it is (gives {self.output}{files}); requests run one after"
+            " another; its memory plan counts weights alone"
+        )
+
+    def _pipeline_type(self, chosen: str | None) -> Any:
+        if chosen is not None:
+            return pipeline_class(chosen)
+        return pipeline_class(self.folder.named_class, f"{self.folder.path / INDEX}: _class_name")
+
+    def _check_accelerate(self) -> None:
+        """diffusers loads models that keep some weights in float32 with the library `accelerate` alone."""
+        import diffusers
+        from diffusers.utils import is_accelerate_available
+
+        for name, (_, kind) in self.folder.components.items():
+            model = getattr(diffusers, kind, None)
+            if getattr(model, "_keep_in_fp32_modules", None) and not is_accelerate_available():
+                raise ConfigError(
+                    f"{self.folder.path / name}: diffusers loads a {kind} with the library accelerate alone, which is"
+                    " not installed: pip install accelerate"
+                )

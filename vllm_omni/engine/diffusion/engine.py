@@ -147,8 +147,9 @@ class DiffusionEngine(StageEngine):
         """A state per output; a chunk goes on with the noise of the one output there is."""
         for output in range(job.num_outputs):
             trajectory = self.model.trajectory(prepared, job.params)
-            noise = trajectory.noise(sample_seed(job.seed, output)).to(self._device)
-            state = DiffusionState(job.request_id, job.num_parts, job.params, trajectory, noise)
+            generator = torch.Generator().manual_seed(sample_seed(job.seed, output))
+            noise = trajectory.noise(generator).to(self._device)
+            state = DiffusionState(job.request_id, job.num_parts, job.params, trajectory, noise, generator)
             self._scheduler.add(state.key, state, trajectory.num_tokens, self.runner.cache_bytes(trajectory))
             job.begin(state)
 

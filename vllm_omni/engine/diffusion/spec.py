@@ -15,7 +15,7 @@ from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpe
 from vllm_omni.engine.diffusion.checks import check_counts, check_previews, check_readers, diffusion_params
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.errors import ConfigError
-from vllm_omni.params import DiffusionParams, StageParams
+from vllm_omni.params import DiffusionParams, StageParams, layered
 from vllm_omni.registry import names, resolve
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import did_you_mean
@@ -47,6 +47,7 @@ class DiffusionSpec(StageSpec):
         )
         self.signature = self.model.signature
         self.request_keys = self.model.request_keys
+        self.defaults = layered(stage.defaults, self.model.defaults)
         self._dit_cache = config.dit_cache
 
     def draws(self, params: StageParams) -> bool:
@@ -77,7 +78,14 @@ class DiffusionSpec(StageSpec):
         return self.model.job_size(request, diffusion_params(params))
 
     def note(self) -> str:
-        return self.model.note()
+        """What the model says of itself, and where the parameters come from that a request leaves unset."""
+        said = [f"{name} {value} (config)" for name, value in self.stage.defaults.items()]
+        said += [
+            f"{name} {value:g} (checkpoint)"
+            for name, value in self.model.defaults.items()
+            if name in self.defaults and name not in self.stage.defaults
+        ]
+        return "; ".join(filter(None, [self.model.note(), f"defaults: {', '.join(said)}" if said else ""]))
 
     def load(self, context: EngineContext) -> DiffusionEngine:
         from vllm_omni.engine.diffusion.engine import DiffusionEngine

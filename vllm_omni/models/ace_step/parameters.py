@@ -8,9 +8,11 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.utils.checks import check_number, did_you_mean
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
 
-DEFAULT_STEPS = 8
+DEFAULT_STEPS = 8  # of diffusers' pipeline, which is made for turbo models
 DEFAULT_GUIDANCE = 7.0
 DEFAULT_SHIFT = 3.0
+TURBO_DEFAULTS = {"num_inference_steps": DEFAULT_STEPS}
+BASE_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": DEFAULT_GUIDANCE}  # as published for base and sft
 MAX_SHIFT = 100.0
 UNUSED_FIELDS = ("height", "width", "strength", "image")
 EXTRA_KEYS = ("shift", "cfg_interval_start", "cfg_interval_end", "normalize")

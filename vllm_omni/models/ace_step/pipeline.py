@@ -30,7 +30,7 @@ from vllm_omni.models.ace_step.request import MusicOutline
 from vllm_omni.models.ace_step.trajectory import MAIN, NULL, PLAIN, AceStepTrajectory, fresh_sampler
 from vllm_omni.models.ace_step.transformer import AceStepTransformer
 from vllm_omni.params import MAX_SEED, DiffusionParams
-from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
+from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
 
 PEAK = 10 ** (-1 / 20)  # -1 dBFS
 QUIETEST = 1e-6
@@ -127,6 +127,7 @@ class AceStepPipeline(DiffusionModel):
     def assemble(self, pieces: Sequence[Tensor], params: DiffusionParams) -> Tensor:
         """Never beyond 1; with its peak at -1 dBFS unless `extra.normalize` is false."""
         audio = torch.cat(list(pieces), dim=1)
+        check_finite(audio, "the samples")
         peak = audio.abs().max()
         audio = audio / peak.clamp(min=1.0)
         return audio * (PEAK / peak.clamp(QUIETEST, 1.0)) if is_normalized(params) else audio

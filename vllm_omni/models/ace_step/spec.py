@@ -16,7 +16,13 @@ from vllm_omni.models.ace_step.config import AceStepConfig
 from vllm_omni.models.ace_step.folder import AceStepFolder
 from vllm_omni.models.ace_step.geometry import MusicGeometry
 from vllm_omni.models.ace_step.oobleck import Oobleck, check_config
-from vllm_omni.models.ace_step.parameters import check_params, guidance_scale, num_steps
+from vllm_omni.models.ace_step.parameters import (
+    BASE_DEFAULTS,
+    TURBO_DEFAULTS,
+    check_params,
+    guidance_scale,
+    num_steps,
+)
 from vllm_omni.models.ace_step.pipeline import AceStepPipeline
 from vllm_omni.models.ace_step.request import ALWAYS_NEEDED, MusicSources
 from vllm_omni.models.ace_step.trajectory import check_sampler
@@ -40,6 +46,7 @@ class AceStepSpec(DiffusionModelSpec):
         self._transformer = AceStepConfig.from_dict(
             published.config("transformer"), str(published.config_file("transformer"))
         )
+        self.defaults = TURBO_DEFAULTS if self._transformer.is_turbo else BASE_DEFAULTS
         self._geometry = MusicGeometry.from_folder(published)
         check_config(published.config("vae"), str(published.config_file("vae")))
         check_sampler(published.config("scheduler"), f"{folder}/scheduler")
@@ -92,6 +99,10 @@ class AceStepSpec(DiffusionModelSpec):
         duration_s = float(given) if given and isinstance(given, int | float) else USUAL_DURATION_S
         num_branches = 2 if guidance_scale(params, self._transformer.is_turbo) > 1 else 1
         return duration_s * num_steps(params) * num_branches * (params.num_outputs or 1) * STEP_SECONDS
+
+    def note(self) -> str:
+        name = "ACE-Step turbo" if self._transformer.is_turbo else "ACE-Step base or sft"
+        return f"{name} (by is_turbo and model_version of transformer/config.json)"
 
     def load(self, device: torch.device, dtype: torch.dtype) -> AceStepPipeline:
         path = self._folder.path

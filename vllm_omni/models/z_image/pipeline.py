@@ -23,7 +23,7 @@ from vllm_omni.models.z_image.trajectory import (
 )
 from vllm_omni.models.z_image.transformer import ZImageTransformer
 from vllm_omni.params import DiffusionParams
-from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
+from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.previewer import Previewer, to_pixels
 
@@ -110,7 +110,9 @@ class ZImagePipeline(DiffusionModel):
         return [-velocity.float() for velocity in self.transformer.unembed(tokens)]
 
     def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
-        yield to_pixels(self._decode(latents))
+        decoded = self._decode(latents)
+        check_finite(decoded, "the pixels")
+        yield to_pixels(decoded)
 
     def preview(self, latents: Tensor) -> Tensor:
         return self._previewer(latents)

@@ -18,6 +18,7 @@ from vllm_omni.models.z_image.packing import PATCH
 from vllm_omni.models.z_image.pipeline import NEGATIVE_PORT, ImageGeometry, ZImagePipeline
 from vllm_omni.models.z_image.trajectory import guidance_scale, num_steps
 from vllm_omni.models.z_image.transformer import ZImageTransformer
+from vllm_omni.models.z_image.variant import Variant
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
@@ -51,6 +52,8 @@ class ZImageSpec(DiffusionModelSpec):
         name = self.sampler_config.get("_class_name")
         if name != SAMPLER_CLASS:
             raise ConfigError(f"{folder}/scheduler: got {name!r}, expected {SAMPLER_CLASS}")
+        self.variant = Variant.of(folder, self.sampler_config)
+        self.defaults = self.variant.defaults
         text = TensorSpec(("T", self.config.cap_feat_dim))
         self.signature = StageSignature(
             inputs={"prompt_embeds": text, NEGATIVE_PORT: text},
@@ -101,6 +104,9 @@ class ZImageSpec(DiffusionModelSpec):
 
     def needed_inputs(self, connected: frozenset[str], request: OmniRequest, params: DiffusionParams) -> frozenset[str]:
         return connected if guidance_scale(params) > 0 else connected - {NEGATIVE_PORT}
+
+    def note(self) -> str:
+        return self.variant.words()
 
     def _check_size(self, params: DiffusionParams, limits: LimitsConfig) -> None:
         multiple = self.geometry.vae_scale * PATCH

@@ -61,9 +61,11 @@ class Trajectory(ABC):
     conditions: Mapping[str, Any]  # branch -> what `embed` takes for the row of that branch
     kept: slice = slice(None)  # the rows of the latents that are the result; the others are its context
 
-    def noise(self, seed: int) -> Tensor:
-        """Standard normal float32 `latent_shape`, drawn on the CPU, so that a seed means the same on every device."""
-        return torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    def noise(self, generator: torch.Generator) -> Tensor:
+        """Standard normal float32 `latent_shape`, drawn on the CPU, so that a seed means the same on every device. A
+        sampler that draws while it goes draws on from the same generator.
+        """
+        return torch.randn(self.latent_shape, generator=generator, dtype=torch.float32)
 
     @abstractmethod
     def branches(self, timestep: float) -> tuple[str, ...]:
@@ -91,6 +93,7 @@ class DiffusionModelSpec(ABC):
     signature: StageSignature  # outputs are `output_port` [N, ...] and "latents" [N, ...]; the result is `output_port`
     request_keys: frozenset[str] = frozenset()  # keys of `OmniRequest.fields` that it reads; `prepare` is given them
     gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
+    defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
 
     @abstractmethod
     def __init__(self, folder: Path) -> None: ...
@@ -208,3 +211,11 @@ def check_limit(name: str, value: object, low: float, high: float, *, integer: b
     """InvalidRequestError unless value is a number within [low, high], `high` being one of the config's limits."""
     hint = " (limits.* of the config can raise this)"
     check_number(name, value, low, high, integer=integer, raises=InvalidRequestError, hint=hint)
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """StageError for NaN or infinity, which would otherwise become black pixels or silence. Waits for the device, so
+    only for what is finished.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise StageError(f"{name} are not finite; use dtype bfloat16 or float32, or a smaller guidance_scale")

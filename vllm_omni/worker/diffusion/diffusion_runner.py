@@ -17,8 +17,9 @@ from vllm_omni.core.diffusion.caches.base import RowCache, StepCachePolicy
 from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
 from vllm_omni.errors import ConfigError, StageError
 from vllm_omni.params import DiffusionParams
-from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, TokenBatch, Trajectory
+from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, TokenBatch, Trajectory, check_finite
 from vllm_omni.worker.diffusion.previewer import preview_steps
+from vllm_omni.worker.diffusion.request_noise import RequestNoise
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class DiffusionState:
     params: DiffusionParams
     trajectory: Trajectory
     latents: Tensor
+    generator: torch.Generator  # what the noise came from; a sampler that draws goes on with it
     adapter: str | None = None  # the weights' variant that it runs with
     step: int = 0  # how many are done
     num_reused: int = 0  # rows of steps that a step cache served
@@ -127,10 +129,12 @@ class DiffusionRunner:
         trajectory, latents = state.trajectory, state.latents
         output = trajectory.combine(outputs, state.timestep)
         timestep = trajectory.sampler.timesteps[state.step]
-        state.latents = trajectory.sampler.step(output[None], timestep, latents[None], return_dict=False)[0][0]
+        with RequestNoise([state.generator]):
+            stepped = trajectory.sampler.step(output[None], timestep, latents[None], return_dict=False)
+        state.latents = stepped[0][0]
         state.step += 1
-        if state.is_done and not bool(torch.isfinite(state.latents).all()):
-            raise StageError("the latents are not finite; use dtype bfloat16 or float32, or a smaller guidance_scale")
+        if state.is_done:
+            check_finite(state.latents, "the latents")
         if state.step not in preview_steps(state.params.num_previews or 0, state.num_steps):
             return None
         return self.model.preview(trajectory.estimate(latents, output, state.step - 1))

@@ -86,10 +86,10 @@ class Token2WavTrajectory(Trajectory):
         main, *null = outputs
         return main + (main - null[0]) * self._guidance_scale if null else main
 
-    def noise(self, seed: int) -> Tensor:
+    def noise(self, generator: torch.Generator) -> Tensor:
         """The same frame of the speech has the same noise in every chunk that holds it."""
         num_frames, mel_dim = self.latent_shape
-        return frame_noise(seed, self.conditions[MAIN].start, num_frames, mel_dim)
+        return frame_noise(generator.initial_seed(), self.conditions[MAIN].start, num_frames, mel_dim)
 
 
 def num_points(params: DiffusionParams) -> int:
