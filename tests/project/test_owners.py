@@ -27,7 +27,7 @@ OWNERS: dict[str, tuple[set[str], set[str], str]] = {
     ),
     "the geometry of the KV pool": ({"KVPoolPlan"}, set(), "worker/ar/kv_pool.py"),
     "the KV pool": ({"KVPool"}, set(), "worker/ar/model_runner.py"),
-    "model folders": ({"snapshot_download"}, set(), "utils/files.py"),
+    "model folders": ({"snapshot_download"}, set(), "utils/hub.py"),
 }
 
 

@@ -28,6 +28,8 @@ FUSED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+MAX_COUNT = 2**31 - 1
+MAX_COUNTS = {"num_hidden_layers": 10_000, "head_dim": 2**16}  # what planning makes lists or tensors of
 PLAIN_ROPE: Mapping[str, Any] = {"rope_theta": 10000.0}
 OMNI_ROPE: Mapping[str, Any] = {"rope_theta": 1000000.0, "mrope_section": (16, 24, 24)}
 
@@ -197,7 +199,7 @@ def sub_config(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any
 
 def count_of(raw: Mapping[str, Any], key: str, where: str) -> int:
     """A positive integer of a config.json."""
-    check_number(f"{where}: {key}", raw.get(key), 1, integer=True, raises=ConfigError)
+    check_number(f"{where}: {key}", raw.get(key), 1, MAX_COUNTS.get(key, MAX_COUNT), integer=True, raises=ConfigError)
     return int(raw[key])
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from vllm_omni.errors import CheckpointError
 from vllm_omni.layers.linear import pack_linears
+from vllm_omni.utils.checkpoint_files import check_file
+from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -62,9 +64,12 @@ def _all_tensor_files(folder: Path) -> dict[str, Path]:
         weight_map = read_json(indices[0]).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{indices[0]}: 'weight_map' is missing")
-        for file in set(weight_map.values()):
-            if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{indices[0]}: got the file name {file!r}, expected a name in the same folder")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{indices[0]}: weight_map: {brief(name)}: got {brief(file)}, expected the name of a .safetensors "
+                    "file in the same folder"
+                )
         return {name: folder / file for name, file in weight_map.items()}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -166,12 +171,11 @@ def _by_file(files: Mapping[str, Path]) -> dict[Path, list[str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
+    check_file(file)
     try:
         with safe_open(str(file), framework="pt") as handle:
             yield handle
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing, though the index names it") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged safetensors file ({error})") from error
 
 

@@ -1,18 +1,23 @@
-"""Where models and stage configs live on disk, JSON side files, and names of files to write. Reads no weights."""
+"""Where models live on disk, JSON side files, and names of files to write. Reads no weights."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
-from vllm_omni.utils.checks import did_you_mean
+from vllm_omni.utils.checkpoint_files import MAX_JSON_BYTES, check_folder, read_bytes
+from vllm_omni.utils.checks import brief, did_you_mean
+from vllm_omni.utils.hub import fetch
 
 ASSET_SCHEME = "asset://"
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "spk_dict.pt"]
+MAX_LAYERS = 10_000
+_NUM_LAYERS = re.compile(r"(layers?|depths?|blocks?|repeats)$")
+MAX_DIGITS = 20  # of an integer; no size, count or token id has more
 
 
 def assets_folder() -> Path:
@@ -21,39 +26,57 @@ def assets_folder() -> Path:
 
 
 class ModelFolders:
-    """Resolves what configs call a model to local folders, each hub repository once."""
+    """Resolves what configs call a model to local folders, each hub repository once.
 
-    def __init__(self) -> None:
+    headers_only: of a repository that is not here yet, nothing is fetched of the weights but their headers.
+    """
+
+    def __init__(self, *, headers_only: bool = False) -> None:
+        self._headers_only = headers_only
         self._hub_roots: dict[str, Path] = {}
+        self._checked: set[Path] = set()
 
     def resolve(self, model: str) -> Path:
         """A folder, `asset://name[/sub]` of the package, or a hub id `owner/name[/sub]` -> a local folder that exists;
-        ConfigError where there is none.
+        ConfigError where there is none, CheckpointError for a folder with a file that is none, or that leaves it.
         """
         if model.startswith(ASSET_SCHEME):
             return _asset_folder(model)
-        if Path(model).expanduser().is_dir():
-            return Path(model).expanduser()
-        return self._hub_folder(model)
+        folder = _local_folder(model) or self._hub_folder(model)
+        if folder not in self._checked:
+            check_folder(folder)
+            self._checked.add(folder)
+        return folder
 
     def _hub_folder(self, model: str) -> Path:
         parts = model.split("/")
         if len(parts) < 2 or model.startswith(("/", ".", "~")):
             raise ConfigError(
-                f"model: got {model!r}, expected a folder that exists, a hub id 'owner/name' or 'asset://name'"
+                f"model: got {brief(model)}, expected a folder that exists, a hub id 'owner/name' or 'asset://name'"
             )
         repository = "/".join(parts[:2])
         if repository not in self._hub_roots:
-            self._hub_roots[repository] = _download(repository, model)
+            self._hub_roots[repository] = fetch(repository, headers_only=self._headers_only)
         folder = self._hub_roots[repository].joinpath(*parts[2:])
-        if not folder.is_dir():
-            raise ConfigError(f"model: got {model!r}, but {repository} has no folder {'/'.join(parts[2:])!r}")
+        if ".." in parts or not folder.is_dir():
+            raise ConfigError(f"model: got {brief(model)}, but {repository} has no folder {'/'.join(parts[2:])!r}")
         return folder
 
 
 def resolve_model_folder(model: str) -> Path:
     """One model's folder; see `ModelFolders.resolve`."""
     return ModelFolders().resolve(model)
+
+
+def _local_folder(model: str) -> Path | None:
+    """Absolute, so that a later change of the working directory changes nothing; None where there is no such folder,
+    or no folder could have such a name.
+    """
+    try:
+        folder = Path(model).expanduser().absolute()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name; no such user; a null character
+        return None
 
 
 def _asset_folder(model: str) -> Path:
@@ -64,30 +87,36 @@ def _asset_folder(model: str) -> Path:
     return folder
 
 
-def _download(repository: str, model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_PATTERNS))
-    except Exception as error:
-        raise ConfigError(
-            f"model: {model!r} is no local folder and could not be fetched from the hub: {error}"
-        ) from error
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing, damaged or something else."""
+    """A JSON object from a regular file of bounded size; CheckpointError when it is missing, damaged or something
+    else.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: missing; expected a checkpoint folder in transformers or diffusers format"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(read_bytes(path, MAX_JSON_BYTES).decode("utf-8"), parse_int=_bounded_int)
+    except RecursionError:
+        raise CheckpointError(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: got a JSON {type(content).__name__}, expected an object")
+    _check_depths(content, str(path))
     return content
+
+
+def _check_depths(content: object, where: str) -> None:
+    """No model has that many layers, and a library that believes it fills the memory with lists of their kinds."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        if isinstance(value, (dict, list)):
+            _check_depths(value, f"{where}: {key}")
+        elif isinstance(value, (int, float)) and value > MAX_LAYERS and _NUM_LAYERS.search(str(key)):
+            raise CheckpointError(f"{where}: {key}: got {value}, expected at most {MAX_LAYERS}")
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
 
 
 def check_suffix(path: Path, known: Collection[str]) -> None:

@@ -76,9 +76,8 @@ def _add_param_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where some request failed."""
     from vllm_omni.entrypoints.cli.output_files import OutputFiles
-    from vllm_omni.entrypoints.loading import resolve_config
+    from vllm_omni.entrypoints.loading import open_pipeline
     from vllm_omni.entrypoints.omni import Omni
-    from vllm_omni.executor.pipeline import Pipeline
 
     if not args.prompts and args.file is None:
         args.refuse("give a PROMPT, '-' for stdin, or --prompts FILE")
@@ -87,11 +86,10 @@ def run(args: argparse.Namespace) -> int:
     files.ensure_writable()
     inputs = prompt_inputs(args.input, args.negative_prompt)
     name = args.config if args.config or args.model else DEFAULT_CONFIG
-    config = resolve_config(name, model=args.model, overrides=args.set)
-    pipeline = Pipeline(config)
+    pipeline = open_pipeline(name, model=args.model, overrides=args.set)
     params = stage_params(pipeline, vars(args))
     prompts = [{"prompt": text, **inputs} for text in texts]
-    with Omni(config, progress=not args.quiet) as omni:
+    with Omni(pipeline, progress=not args.quiet) as omni:
         if len(prompts) == 1 and writes_text_alone(pipeline) and sys.stdout.isatty():
             outputs = [_write_out(omni.stream(prompts[0], params))]
         else:

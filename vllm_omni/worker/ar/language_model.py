@@ -19,6 +19,8 @@ from vllm_omni import registry
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.weights import load_weights, weights_bytes
+from vllm_omni.utils.checkpoint_files import reading
+from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.ar.media_prompt import MediaItem
 from vllm_omni.worker.ar.prompt_reader import PromptReader
@@ -93,7 +95,8 @@ class LanguageModelFolder:
         raw = read_json(where)
         name = registered_name(raw, str(where), part)
         found = registry.resolve("language model", name)
-        return cls(folder, part, name, found, found.read_config(raw, str(where)))
+        with reading(str(where)):
+            return cls(folder, part, name, found, found.read_config(raw, str(where)))
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -130,7 +133,7 @@ def registered_name(raw_config: Mapping[str, Any], where: str, part: str | None 
     """`architecture` or `architecture.part`, a row of the registry; ConfigError where there is none."""
     architectures = raw_config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
-        raise ConfigError(f"{where}: architectures: got {architectures!r}, expected a list of one name")
+        raise ConfigError(f"{where}: architectures: got {brief(architectures)}, expected a list of one name")
     name = str(architectures[0])
     parts = [row.partition(".")[2] for row in registry.names("language model") if row.startswith(f"{name}.")]
     if part not in parts if parts else part is not None:
