@@ -25,7 +25,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     check_file(path)
     try:
         with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)  # it allocates what it is told
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if len(content) > max_bytes:

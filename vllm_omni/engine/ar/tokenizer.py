@@ -12,6 +12,8 @@ from typing import Any
 
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
 from vllm_omni.request import Prompt
+from vllm_omni.utils.checkpoint_files import reading
+from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -36,12 +38,19 @@ def end_of_sequence_ids(model_folder: Path, tokenizer: Any, part: str | None = N
     tokenizer's own.
     """
     files = [model_folder / name for name in ("generation_config.json", "config.json")]
-    configs = [read_json(file) for file in files if file.is_file()]
+    with reading(f"{model_folder}: eos_token_id"):
+        return _end_of_sequence_ids([read_json(file) for file in files if file.is_file()], tokenizer, part)
+
+
+def _end_of_sequence_ids(configs: Sequence[Mapping[str, Any]], tokenizer: Any, part: str | None) -> frozenset[int]:
     inner = configs[-1].get(f"{part}_config", {}) if part and configs else {}
     for config in (*configs, inner, inner.get("text_config", {})):
         ids = config.get("eos_token_id")
         if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
+            found = frozenset([ids] if isinstance(ids, int) else ids)
+            if not all(type(token) is int for token in found):
+                raise TypeError(f"got {brief(ids)}, expected an integer or a list of them")
+            return found
     return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
 
 
@@ -66,7 +75,8 @@ class TextProcessor:
         except Exception as error:  # the library raises whatever its parsers raise
             raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from error
         if (folder / TEMPLATE_FILE).is_file():
-            self.tokenizer.chat_template = read_json(folder / TEMPLATE_FILE)["chat_template"]
+            with reading(f"{folder / TEMPLATE_FILE}: chat_template"):
+                self.tokenizer.chat_template = read_json(folder / TEMPLATE_FILE)["chat_template"]
         # A token is decoded at every step, and the library's checks and conversions around that cost more than it does.
         is_plain = isinstance(self.tokenizer, PreTrainedTokenizerFast) and (
             type(self.tokenizer)._decode is PreTrainedTokenizerFast._decode

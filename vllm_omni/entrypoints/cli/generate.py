@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_omni.entrypoints.cli.config_options import add_config_options
 from vllm_omni.entrypoints.cli.console import complain, say
+from vllm_omni.entrypoints.cli.interrupts import interrupts_raise
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.request import TEXT_KEYS
 from vllm_omni.utils.checks import number_complaint
@@ -98,8 +99,9 @@ def run(args: argparse.Namespace) -> int:
                 for completion in output.completions:
                     print(completion.text)
     _report(outputs, args)
-    for path in files.write(outputs, texts):
-        say(f"wrote {path}", args.quiet)
+    with interrupts_raise():
+        for path in files.write(outputs, texts):
+            say(f"wrote {path}", args.quiet)
     return int(any(output.error is not None for output in outputs))
 
 

@@ -132,9 +132,9 @@ def model_class(raw_config: Mapping[str, Any], where: str, part: str | None = No
 def registered_name(raw_config: Mapping[str, Any], where: str, part: str | None = None) -> str:
     """`architecture` or `architecture.part`, a row of the registry; ConfigError where there is none."""
     architectures = raw_config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
+    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise ConfigError(f"{where}: architectures: got {brief(architectures)}, expected a list of one name")
-    name = str(architectures[0])
+    name = architectures[0]
     parts = [row.partition(".")[2] for row in registry.names("language model") if row.startswith(f"{name}.")]
     if part not in parts if parts else part is not None:
         raise ConfigError(
