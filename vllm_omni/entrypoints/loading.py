@@ -1,4 +1,4 @@
-"""From what a caller names (a config, a checkpoint, overrides) to a Pipeline, and from that to a loaded OmniExecutor."""
+"""From what a caller names (a config, a checkpoint, overrides) to a Pipeline, and on to a loaded OmniExecutor."""
 
 from __future__ import annotations
 

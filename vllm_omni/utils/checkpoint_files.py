@@ -15,6 +15,7 @@ from pathlib import Path
 from vllm_omni.errors import CheckpointError, OmniError
 
 MAX_JSON_BYTES = 64 * 2**20
+MAX_SIDE_BYTES = 128 * 2**20  # of what a library reads whole, such as tokenizer.json
 READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".pt")  # what this package, or a library for it, opens
 MAX_ENTRIES = 10_000  # that are looked at in a folder; no checkpoint has more
 FIX = "expected a checkpoint folder in transformers or diffusers format"
@@ -45,7 +46,7 @@ def check_file(path: Path) -> None:
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: got {_kind(mode)}, expected a regular file; {FIX}")
     if path.is_symlink() and not _is_at_home(path):
-        raise CheckpointError(f"{path}: a link to {os.readlink(path)!r}, outside of the folder; copy the file there")
+        raise CheckpointError(f"{path}: a link to {str(path.readlink())!r}, outside of the folder; copy the file there")
 
 
 def check_folder(folder: Path) -> None:
@@ -83,6 +84,8 @@ def _check_present(path: Path) -> None:
     """A link to nothing is a file that is missing, if somebody asks for it."""
     if os.path.exists(path) and not path.is_dir():  # noqa: PTH110 - which never raises
         check_file(path)
+        if path.suffix != ".safetensors" and path.stat().st_size > MAX_SIDE_BYTES:
+            raise CheckpointError(f"{path}: got more than {MAX_SIDE_BYTES} bytes, expected a side file of a checkpoint")
 
 
 def _kind(mode: int) -> str:

@@ -1,4 +1,4 @@
-"""Model repositories of the Hugging Face hub as local folders. Knows no format of a model but the safetensors header."""
+"""Model repositories of the Hugging Face hub as local folders. Knows no format but the header of safetensors."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
+from vllm_omni.worker.diffusion.published_part import load_part
 
 EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
 UNUSED_FIELDS = ("strength", "image", "duration_s")
@@ -72,10 +73,8 @@ class ZImageSpec(DiffusionModelSpec):
             transformer = ZImageTransformer(self.config)
         transformer.to_empty(device=device).to(dtype).requires_grad_(False).eval()
         load_weights(transformer, self.folder / "transformer")
-        vae = AutoencoderKL.from_pretrained(
-            self.folder / "vae", torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
-        vae = vae.to(device=device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        vae = load_part(AutoencoderKL, self.folder / "vae", dtype)
+        vae = vae.to(device=device, memory_format=torch.channels_last)
         return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 
     def check(
