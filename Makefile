@@ -54,4 +54,4 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/run.py all
+	$(BIN)/python benchmarks/run.py all --write

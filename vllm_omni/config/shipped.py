@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import did_you_mean
-from vllm_omni.utils.files import assets_folder, read_json
+from vllm_omni.utils.files import assets_folder, read_json, user_path
 
 _BY_PIPELINE = {"AceStepPipeline": "ace_step", "StableAudioPipeline": "stable_audio", "ZImagePipeline": "z_image"}
 _BY_ARCHITECTURE = {
@@ -40,7 +40,7 @@ def shipped_configs() -> dict[str, Path]:
 
 def find_config(name: str | Path) -> Path:
     """A file that exists, else the shipped config of that name (with or without '.yaml')."""
-    path = Path(name).expanduser()
+    path = user_path("config", name, raises=ConfigError)
     if path.is_file():
         return path
     shipped = shipped_configs()

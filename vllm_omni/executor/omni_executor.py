@@ -41,7 +41,7 @@ from vllm_omni.messages import (
     StageTask,
 )
 from vllm_omni.request import OmniOutput, OmniRequest
-from vllm_omni.utils.device import resolve_device, resolve_dtype
+from vllm_omni.utils.device import resolve_device, resolve_dtype, set_threads
 from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
 
@@ -62,6 +62,8 @@ class OmniExecutor:
         self._scheduler = OmniScheduler(pipeline.config, pipeline.graph)
         self._planner = RequestPlanner(pipeline)
         self._memory = reserve_memory(pipeline.config, plan_memory(pipeline))
+        if pipeline.config.threads is not None:
+            set_threads(pipeline.config.threads)
         self._models = ModelPool()
         self._devices = {name: resolve_device(spec.stage.device) for name, spec in pipeline.specs.items()}
         self._wake = Wake()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
+from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError, OmniError
 from vllm_omni.utils.checkpoint_files import MAX_JSON_BYTES, check_folder, read_bytes
 from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.hub import fetch
@@ -73,14 +74,14 @@ def _local_folder(model: str) -> Path | None:
     or no folder could have such a name.
     """
     try:
-        folder = Path(model).expanduser().absolute()
-        return folder if folder.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # too long a name; no such user; a null character
+        folder = user_path("model", model, raises=ConfigError).absolute()
+    except ConfigError:
         return None
+    return folder if model and folder.is_dir() else None
 
 
 def _asset_folder(model: str) -> Path:
-    folder = assets_folder() / model.removeprefix(ASSET_SCHEME)
+    folder = user_path("model", assets_folder() / model.removeprefix(ASSET_SCHEME), raises=ConfigError)
     shipped = [path.name for path in assets_folder().glob("*") if path.is_dir()]
     if not folder.resolve().is_relative_to(assets_folder().resolve()) or not folder.is_dir():
         raise ConfigError(f"model: got {model!r}, which does not ship{did_you_mean(folder.name, shipped)}")
@@ -117,6 +118,18 @@ def _bounded_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)
+
+
+def user_path(where: str, name: str | Path, *, raises: type[OmniError]) -> Path:
+    """A path as people write it, `~` being their home; `raises` for one that no file could have."""
+    try:
+        path = Path(name).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name; no such user; a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise raises(f"{where}: got {brief(str(name))}, which cannot be opened ({reason})") from error
+    return path
 
 
 def check_suffix(path: Path, known: Collection[str]) -> None:

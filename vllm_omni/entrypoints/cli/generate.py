@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_omni.entrypoints.cli.config_options import add_config_options
@@ -16,6 +15,7 @@ from vllm_omni.entrypoints.cli.interrupts import interrupts_raise
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.request import TEXT_KEYS
 from vllm_omni.utils.checks import number_complaint
+from vllm_omni.utils.files import user_path
 
 if TYPE_CHECKING:
     from vllm_omni.executor.pipeline import Pipeline
@@ -112,7 +112,7 @@ def prompt_texts(given: Sequence[str], file: str | None) -> list[str]:
     texts = [sys.stdin.read().strip() if text == "-" else text for text in given]
     if file is not None:
         try:
-            lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+            lines = user_path("--prompts", file, raises=InvalidRequestError).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequestError(f"--prompts: got {file!r}, expected a text file in UTF-8 ({error})") from error
         texts += [line for line in lines if line.strip()]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.request import OmniOutput
+from vllm_omni.utils.files import user_path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
@@ -36,7 +37,7 @@ class OutputFiles:
     def __init__(self, target: str | None) -> None:
         """target: a name without a suffix is a folder; None: out.png and out.wav. ConfigError for another suffix."""
         self._target = target
-        self._path = Path(target or DEFAULT_STEM).expanduser()
+        self._path = user_path("-o", target or DEFAULT_STEM, raises=ConfigError)
         self._suffix = self._path.suffix.lower()
         self._is_folder = target is not None and (target.endswith("/") or _is_folder(self._path) or not self._suffix)
         known = IMAGE_SUFFIXES + AUDIO_SUFFIXES + TEXT_SUFFIXES
