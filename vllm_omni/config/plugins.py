@@ -35,9 +35,8 @@ def import_modules(names: Sequence[str], folder: Path | None) -> None:
             raise ConfigError(f"import: {name}: {error}") from error
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(
-                f"import: got {brief(name)}, which cannot be imported ({reason}); install it, or put it beside the config"
-            ) from error
+            fix = "install it, or put it beside the config"
+            raise ConfigError(f"import: got {brief(name)}, which cannot be imported ({reason}); {fix}") from error
 
 
 @functools.cache
