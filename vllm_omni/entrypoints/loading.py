@@ -11,6 +11,7 @@ from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.config.shipped import config_for_model
 from vllm_omni.errors import ConfigError
+from vllm_omni.executor.loading_step import OnLoading
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.files import ModelFolders
@@ -46,9 +47,9 @@ def open_pipeline(
     return Pipeline(loaded, folders)
 
 
-def load_executor(pipeline: Pipeline) -> OmniExecutor:
-    """Every stage loaded; CheckpointError or ResourceError when that cannot be."""
-    return OmniExecutor(pipeline)
+def load_executor(pipeline: Pipeline, on_loading: OnLoading | None = None) -> OmniExecutor:
+    """Every stage loaded; CheckpointError or ResourceError when that cannot be. on_loading: is called before each."""
+    return OmniExecutor(pipeline, on_loading=on_loading)
 
 
 def _resolve_config(

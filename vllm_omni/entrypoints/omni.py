@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeline
-from vllm_omni.entrypoints.progress import ProgressBar
+from vllm_omni.entrypoints.progress import LoadingBar, ProgressBar
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, pair, rejected
 from vllm_omni.entrypoints.turn import Turn
 from vllm_omni.errors import QueueFullError, SchedulerError
@@ -25,7 +25,7 @@ class Omni:
     config: a YAML file, the name of a shipped one, a mapping of the same content, an OmniConfig, or a Pipeline.
     model: a checkpoint folder or hub id; alone, it picks the shipped config that fits.
     overrides: "image.cache.threshold=0.1". device, dtype: for all stages, whatever the config says.
-    progress: whether long work shows a bar (never when stderr is no terminal).
+    progress: whether loading and long work show a bar, on a terminal or in a notebook.
 
     Calls from several threads are safe; each drives the one loop for all. A context manager that closes itself.
     """
@@ -42,7 +42,8 @@ class Omni:
     ) -> None:
         pipeline = open_pipeline(config, model=model, overrides=overrides, device=device, dtype=dtype)
         self._config = pipeline.config
-        self._executor = load_executor(pipeline)
+        with LoadingBar(pipeline.config.name, len(pipeline.specs), progress) as bar:
+            self._executor = load_executor(pipeline, bar.show)
         self._has_progress = progress
         self._turn = Turn()
         self._mailboxes: dict[str, deque[OmniOutput]] = {}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm_omni.entrypoints.cli.as_json import answers_as_json, print_json
 from vllm_omni.entrypoints.cli.config_options import add_config_options
 from vllm_omni.entrypoints.cli.console import complain, say
 from vllm_omni.entrypoints.cli.interrupts import interrupts_raise
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
     _add_param_options(parser)
     parser.add_argument("--metrics", action="store_true", help="print what every stage did for every prompt")
+    parser.add_argument("--json", action="store_true", help="print one JSON document of answers, metrics and files")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no names of written files")
 
 
@@ -91,17 +93,20 @@ def run(args: argparse.Namespace) -> int:
     params = stage_params(pipeline, vars(args))
     prompts = [{"prompt": text, **inputs} for text in texts]
     with Omni(pipeline, progress=not args.quiet) as omni:
-        if len(prompts) == 1 and writes_text_alone(pipeline) and sys.stdout.isatty():
+        if len(prompts) == 1 and not args.json and writes_text_alone(pipeline) and sys.stdout.isatty():
             outputs = [_write_out(omni.stream(prompts[0], params))]
         else:
             outputs = omni.generate(prompts, params)
-            for output in outputs:
-                for completion in output.completions:
+            for completion in (item for output in outputs for item in output.completions):
+                if not args.json:
                     print(completion.text)
     _report(outputs, args)
     with interrupts_raise():
-        for path in files.write(outputs, texts):
-            say(f"wrote {path}", args.quiet)
+        written = files.write(outputs, texts)
+    for path in written:
+        say(f"wrote {path}", args.quiet)
+    if args.json:
+        print_json(answers_as_json(texts, outputs, written))
     return int(any(output.error is not None for output in outputs))
 
 

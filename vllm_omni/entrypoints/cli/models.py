@@ -6,12 +6,14 @@ import argparse
 import re
 from itertools import takewhile
 
+from vllm_omni.entrypoints.cli.as_json import print_json
 from vllm_omni.entrypoints.cli.text_table import aligned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`models` has no arguments."""
+    """The arguments of `models`."""
     parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,6 +27,11 @@ def run(args: argparse.Namespace) -> int:
     folder = assets_folder()
     assets = sorted(path.name for path in folder.glob("*") if path.is_dir())
     about = [(name, first_sentence(path.read_text(encoding="utf-8"))) for name, path in shipped_configs().items()]
+    if args.json:
+        tables = {table: registry.names(table) for table in registry.TABLES}
+        checkpoints = supported_checkpoints()
+        print_json({"configs": dict(about), "models": assets, "checkpoints": checkpoints, "registered": tables})
+        return 0
     print(
         "\n".join(
             ["Shipped configs", *aligned(about), "", "Models that ship", *(f"  asset://{name}" for name in assets)]

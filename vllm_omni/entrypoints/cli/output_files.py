@@ -7,8 +7,9 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from vllm_omni.entrypoints.cli.as_json import output_as_json
 from vllm_omni.errors import ConfigError
 from vllm_omni.request import OmniOutput
 from vllm_omni.utils.files import user_path
@@ -85,7 +86,7 @@ class OutputFiles:
         if self._suffix == ".txt":
             lines = [completion.text for output in outputs for completion in output.completions]
         else:
-            answers = [_as_json(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+            answers = [output_as_json(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
             lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
             lines = lines if self._suffix == ".jsonl" else [json.dumps(answers, ensure_ascii=False, indent=2)]
         self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -125,16 +126,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:
         return False
-
-
-def _as_json(prompt: str, output: OmniOutput) -> dict[str, Any]:
-    completions = [{"text": item.text, "finish_reason": item.finish_reason} for item in output.completions]
-    return {
-        "prompt": prompt,
-        "completions": completions,
-        "status": output.status.value,
-        "error": None if output.error is None else str(output.error),
-    }
 
 
 def _save_all(items: Sequence[Saveable], path: Path) -> list[Path]:
