@@ -7,7 +7,6 @@ import logging
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 
 import pytest
 from support.loop import executor
@@ -23,18 +22,18 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What goes to a terminal, at once."""
+def on_terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What goes to a terminal, without delay."""
     stderr = Terminal()
     monkeypatch.setattr("sys.stderr", stderr)
     monkeypatch.setattr("vllm_omni.entrypoints.progress.DELAY_S", 0.0)
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")
-    monkeypatch.setenv("TQDM_NCOLS", "200")
-    yield stderr
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("LINES", "50")
+    return stderr
 
 
-def test_loading_says_what_it_loads_from_where_and_in_which_dtype(shown: io.StringIO) -> None:
+def test_loading_says_what_it_loads_from_where_and_in_which_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = on_terminal(monkeypatch)
     Omni("tiny_image", dtype="bfloat16").close()
     said = shown.getvalue()
     assert "loading tiny-image" in said
@@ -54,7 +53,8 @@ def test_a_stage_without_a_model_says_no_place() -> None:
     assert str(LoadingStep("a", "toy", None, "float32", "cpu", 0)) == "a: toy (float32 on cpu)"
 
 
-def test_one_request_shows_its_steps_and_several_their_number(shown: io.StringIO) -> None:
+def test_one_request_shows_its_steps_and_several_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = on_terminal(monkeypatch)
     with Omni(text_config(name="toyland")) as omni:
         shown.truncate(0)
         omni.generate("a", TextParams(steps=50))
@@ -64,7 +64,8 @@ def test_one_request_shows_its_steps_and_several_their_number(shown: io.StringIO
         assert "/3" in shown.getvalue() and "request" in shown.getvalue()
 
 
-def test_steps_of_several_stages_add_up(shown: io.StringIO) -> None:
+def test_steps_of_several_stages_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = on_terminal(monkeypatch)
     with Omni(toy_config()) as omni:
         (output,) = omni.generate("a", {"encode": TextParams(steps=7), "picture": PictureParams(steps=11)})
     assert output.error is None and "picture 11/11" in shown.getvalue()
