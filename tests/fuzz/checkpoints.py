@@ -21,6 +21,7 @@ from vllm_omni.config.loader import load_config
 from vllm_omni.errors import OmniError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+MAX_BYTES = 10 * 2**20  # of a file that is read to be changed
 ODD_FILES = ("folder", "fifo", "device", "loop", "gone", "empty", "outside", "deep", "digits", "zeros")
 
 
@@ -84,6 +85,8 @@ def damage(folder: Path, random: Random) -> None:
     if not files:
         return
     path = random.choice(files)
+    if path.stat().st_size > MAX_BYTES:
+        return
     how = random.random()
     if how < 0.55 and path.suffix == ".json":
         path.write_text(_json(path, random), encoding="utf-8")

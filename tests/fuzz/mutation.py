@@ -109,6 +109,6 @@ def _change(group: Any, key: Any, places: list[Any], random: Random) -> None:
         group[key] = copy.deepcopy(other[at])
     elif isinstance(group[key], (int, float)) and not isinstance(group[key], bool):
         number = group[key]
-        group[key] = random.choice([-number, number * 10, number * 10**6, float(number), str(number)])
+        group[key] = random.choice([-number, number * 10, number * 10**6, str(number)])
     else:
         group[key] = [group[key]]

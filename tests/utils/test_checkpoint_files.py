@@ -228,3 +228,16 @@ def test_a_name_that_no_model_can_have_is_refused_in_words(name: str, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OmniError, match="model: "):
         Pipeline(load_config("tiny_image", model=name))
+
+
+def test_a_library_that_panics_over_a_file_is_said_as_any_other(model: Path) -> None:
+    from vllm_omni.utils.checkpoint_files import reading
+
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+    with (
+        pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read \(PanicException: out of range"),
+        reading("tokenizer.json"),
+    ):
+        raise panic("out of range")
+    with pytest.raises(KeyboardInterrupt), reading("tokenizer.json"):
+        raise KeyboardInterrupt

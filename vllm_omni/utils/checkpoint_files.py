@@ -18,6 +18,7 @@ MAX_JSON_BYTES = 64 * 2**20
 MAX_SIDE_BYTES = 128 * 2**20  # of what a library reads whole, such as tokenizer.json
 READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".pt")  # what this package, or a library for it, opens
 MAX_ENTRIES = 10_000  # that are looked at in a folder; no checkpoint has more
+RUST = "pyo3_runtime"  # libraries in Rust panic over files that they did not expect, with a BaseException
 FIX = "expected a checkpoint folder in transformers or diffusers format"
 
 
@@ -69,8 +70,10 @@ def reading(where: str) -> Iterator[None]:
         yield
     except OmniError:
         raise
-    except Exception as error:
-        raise CheckpointError(f"{where}: cannot be used ({type(error).__name__}: {error})") from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != RUST:
+            raise
+        raise CheckpointError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _entries(folder: Path) -> list[Path]:

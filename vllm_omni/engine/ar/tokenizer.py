@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.request import Prompt
 from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.checks import brief
@@ -67,16 +67,10 @@ class TextProcessor:
     ) -> None:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        try:
-            with _only_errors_logged():
-                self.tokenizer = AutoTokenizer.from_pretrained(
-                    str(folder), local_files_only=True, trust_remote_code=False
-                )
-        except Exception as error:  # the library raises whatever its parsers raise
-            raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from error
+        with reading(f"{folder}: the tokenizer"), _only_errors_logged():
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if (folder / TEMPLATE_FILE).is_file():
-            with reading(f"{folder / TEMPLATE_FILE}: chat_template"):
-                self.tokenizer.chat_template = read_json(folder / TEMPLATE_FILE)["chat_template"]
+            self.tokenizer.chat_template = read_json(folder / TEMPLATE_FILE)["chat_template"]
         # A token is decoded at every step, and the library's checks and conversions around that cost more than it does.
         is_plain = isinstance(self.tokenizer, PreTrainedTokenizerFast) and (
             type(self.tokenizer)._decode is PreTrainedTokenizerFast._decode
