@@ -8,6 +8,7 @@ the stage that runs the request.
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_PREVIEWS = 10
+MAX_DRAWN_SEED = 2**32 - 1  # what is drawn for a request; every reader of files and JSON holds it
 MAX_ITEMS = 10_000  # of a list or mapping among the parameters
 P = TypeVar("P", bound="StageParams")
 
@@ -57,7 +59,7 @@ class SamplingParams(StageParams):
     stop: str | Sequence[str] | None = None  # strings that end the text and are left out of it
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool | None = None  # (False)
-    seed: int | None = None  # (fresh entropy)
+    seed: int | None = None  # (one that is drawn for the request, see OmniOutput.seed)
     n: int | None = None  # (1) samples
     logprobs: int | None = None  # (off) alternatives per token; 0 gives the chosen token's alone
     logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
@@ -83,7 +85,7 @@ class DiffusionParams(StageParams):
     num_inference_steps: int | None = None  # (50)
     guidance_scale: float | None = None  # the model's formula decides which value is neutral: 0 for Z-Image, else 1
     negative_prompt: str | None = None  # ("")
-    seed: int | None = None  # (fresh entropy)
+    seed: int | None = None  # (one that is drawn for the request, see OmniOutput.seed)
     num_outputs: int | None = None  # (1) samples
     num_previews: int | None = None  # (0) pictures of each running sample, for who streams
     strength: float | None = None  # image to image: 0 keeps the image, 1 ignores it
@@ -114,6 +116,16 @@ class DiffusionParams(StageParams):
         if self.extra is None or defaults.get("extra") is None:
             return filled
         return dataclasses.replace(filled, extra={**defaults["extra"], **self.extra})
+
+
+def draw_seed() -> int:
+    """A fresh one."""
+    return secrets.randbelow(MAX_DRAWN_SEED + 1)
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """What sample `index` of a request draws from; given as its seed, it makes this sample alone."""
+    return (seed + index) % (MAX_SEED + 1)
 
 
 _SAMPLING_RANGES: dict[str, dict[str, Any]] = {

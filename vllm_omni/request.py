@@ -58,7 +58,8 @@ class OmniRequest:
     """One prompt and all that belongs to it.
 
     The content of a chat message is a text or a list of parts: {"type": "text", "text": ...} and, for a stage whose
-    model reads them, image, audio and video, each with its source under its own name.
+    model reads them, image, audio and video, each with its source under its own name; `sampling_rate` beside an audio
+    that is an array, `fps` beside a video.
     """
 
     prompt: Prompt  # text, token ids or chat messages
@@ -244,8 +245,8 @@ class OmniOutput:
     """The answer to a request: partial (`finished` False, only in streams) or final.
 
     The metrics of a stage: queued_s, ran_s, started_s (after admission), first_rows_s (after the stage's start, where
-    it gives its rows as they are made), steps, tokens, cache_hits and what else it counts; skipped (True) and reason
-    of a stage that a condition kept from running.
+    it gives its rows as they are made), seed (of a stage that draws), steps, tokens, cache_hits and what else it
+    counts; skipped (True) and reason of a stage that a condition kept from running.
     """
 
     request_id: str
@@ -254,6 +255,7 @@ class OmniOutput:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by "stage.port"
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by stage
     progress: Mapping[str, Progress] = field(default_factory=dict)  # of a partial output, by stage that has begun
+    params: Mapping[str, StageParams] = field(default_factory=dict)  # by stage that is done, defaults filled in
     error: OmniError | None = None  # why there is no (whole) result
 
     @property
@@ -292,6 +294,20 @@ class OmniOutput:
     @property
     def finish_reason(self) -> str | None:
         return self.completions[0].finish_reason if self.completions else None
+
+    @property
+    def seed(self) -> int | None:
+        """What the first stage of `results` that draws has drawn from, else any other; None where none has. Given as
+        the parameters' seed, it makes the same again; sample i alone is made by seed + i.
+        """
+        seeds = (self.metrics.get(stage, {}).get("seed") for stage in (*self.results, *self.metrics))
+        return next((seed for seed in seeds if seed is not None), None)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: texts, pictures, sounds to play, the error."""
+        from vllm_omni.utils.notebook import output_html
+
+        return output_html(self)
 
     def plot_timeline(self, path: str | Path) -> None:
         """Writes a `.png`: when each stage waited and worked, and where its first rows came; of a final output whose

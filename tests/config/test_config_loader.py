@@ -32,6 +32,7 @@ SHIPPED = {
     "qwen3",
     "qwen_omni",
     "stable_audio",
+    "qwen3_embedding",
     "tiny_audio",
     "tiny_image",
     "tiny_omni",
@@ -81,7 +82,7 @@ def test_a_file_becomes_the_dataclasses(tmp_path: Path) -> None:
         TOY_YAML
         + "model: a/b\nscheduler: {policy: priority, max_running: 3, request_timeout_s: 12, worker_timeout_s: 7.5}\n"
         + "resources: {max_memory_gb: 2, max_gpu_utilization: 0.5}\nlimits: {max_pixels: 99}\ndtype: float32\n"
-        + "dit_cache: {prompt_embeds_mb: 0}\n"
+        + "dit_cache: {prompt_embeds_mb: 0}\nprompts: {speech: 'say {input}!'}\n"
     )
     config = load_config(path, ["source.speaker=${model}/x", "loud.device=cpu"])
     assert (config.name, config.outputs, list(config.stages)) == ("toy", ("loud", "source.states"), ["source", "loud"])
@@ -91,6 +92,7 @@ def test_a_file_becomes_the_dataclasses(tmp_path: Path) -> None:
     assert (config.max_memory_gb, config.max_gpu_utilization) == (2.0, 0.5)
     assert type(config.max_memory_gb) is float
     assert (config.limits.max_pixels, config.dit_cache.prompt_embeds_mb) == (99, 0.0)
+    assert config.prompts.for_speech("{input} twice") == "say {input} twice!"
     source, loud = config.stages["source"], config.stages["loud"]
     assert source.options.speaker == "a/b/x" and source.options.width == 4
     assert loud.inputs == {"text": "source.text", "states": "source.states"}
@@ -139,7 +141,10 @@ def test_a_mapping_is_read_like_a_file_and_stays_as_it_was() -> None:
         (toy(resources={"max_memory_gb": 0}), ["resources.max_memory_gb: got 0.0, expected more than 0"]),
         (toy(resources={"max_memory_gb": 10**400}), ["resources.max_memory_gb: got 1000", "a finite number"]),
         (toy(resources={"max_gpu_utilization": 1.5}), ["resources.max_gpu_utilization: got 1.5", "at most 1"]),
-        (toy(resources=None), ["resources: got null, expected a group of keys (max_memory_gb, max_gpu_utilization, threads)"]),
+        (
+            toy(resources=None),
+            ["resources: got null, expected a group of keys (max_memory_gb, max_gpu_utilization, threads)"],
+        ),
         (
             toy(scheduler={"policy": "fif0"}),
             ["scheduler.policy: got 'fif0'", "'fifo', 'priority'", "did you mean 'fifo'"],
@@ -156,6 +161,9 @@ def test_a_mapping_is_read_like_a_file_and_stays_as_it_was() -> None:
         ),
         (toy(scheduler={"priority_weights": {"vip": 1.0}}), ["scheduler.priority_weights: 'normal' is missing"]),
         (toy(limits={"max_pixels": 0}), ["limits.max_pixels: got 0, expected at least 1"]),
+        (toy(prompts={"speech": "read it out"}), ["prompts.speech: got 'read it out', expected a text with {input}"]),
+        (toy(prompts={"speech": 3}), ["prompts.speech: got 3, expected a string"]),
+        (toy(prompts={"speach": "{input}"}), ["prompts.speach: unknown key (did you mean 'speech'?)"]),
         (toy(dtype="fp32"), ["dtype: got 'fp32', expected one of 'auto', 'float32'"]),
         (toy(device="graphics card"), ["stages.source.device: got 'graphics card'"]),
         (toy(name=5), ["name: got 5, expected a string"]),
@@ -410,6 +418,10 @@ def test_every_shipped_config_and_example_loads() -> None:
         ("config.json", {"model_type": "qwen3"}, "qwen3"),
         ("config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "language_model"),
         ("config.json", {"model_type": "qwen2"}, "language_model"),
+        ("config.json", {"architectures": ["MistralForCausalLM"]}, "language_model"),
+        ("config.json", {"architectures": [], "model_type": "qwen3_moe"}, "language_model"),
+        ("config.json", {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, "language_model"),
+        ("config.json", {"architectures": ["Own", "Qwen3VLForConditionalGeneration"]}, "language_model"),
         ("config.json", {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni"}, "qwen_omni"),
         ("config.json", {"architectures": ["Qwen2_5OmniForConditionalGeneration"]}, "qwen_omni"),
         ("config.json", {"model_type": "qwen2_5_omni"}, "qwen_omni"),
@@ -425,7 +437,7 @@ def test_a_checkpoint_finds_its_config(tmp_path: Path, file: str, content: Mappi
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}, "'FluxPipeline'"),
         ("model_index.json", {"_class_name": ["ZImagePipeline"]}, "ZImagePipeline"),
-        ("config.json", {"architectures": ["MistralForCausalLM"], "model_type": "qwen3"}, "'MistralForCausalLM'"),
+        ("config.json", {"architectures": ["GemmaForCausalLM"], "model_type": "qwen3"}, "'GemmaForCausalLM'"),
         ("config.json", {"architectures": []}, "None"),
         ("other.json", {}, "neither model_index.json nor config.json"),
     ],

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from support.pool_content import PoolContent
 
 from vllm_omni.core.ar.block_manager import BlockManager
+from vllm_omni.core.ar.cache_window import CacheWindow
 from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
 from vllm_omni.core.ar.sequence import Sequence, SequenceStatus
 from vllm_omni.errors import CacheError, ResourceError
@@ -17,10 +18,18 @@ from vllm_omni.errors import CacheError, ResourceError
 class Simulation:
     """A scheduler, a pool and a model whose next token depends on all tokens before it, computed one step at a time."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_num_seqs: int = 8, budget: int = 16) -> None:
-        self.blocks = BlockManager(num_blocks, block_size)
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 16,
+        window: int | None = None,
+    ) -> None:
+        cache_window = None if window is None else CacheWindow(window, budget)
+        self.blocks = BlockManager(num_blocks, block_size, window=cache_window)
         self.scheduler = ARScheduler(self.blocks, max_num_seqs, budget)
-        self.content = PoolContent(block_size)
+        self.content = PoolContent(block_size, window)
         self.max_num_seqs, self.budget = max_num_seqs, budget
         self.living: list[Sequence] = []
         self.count = 0
@@ -229,12 +238,26 @@ def test_an_idle_one_gives_way_when_nothing_else_could_run_even_to_a_younger_one
     assert idle.num_tokens == 16
 
 
+def test_with_a_window_sequences_run_that_are_longer_than_the_pool() -> None:
+    simulation = Simulation(num_blocks=6, block_size=4, budget=8, window=6)
+    long = simulation.add(list(range(50)), num_new=100)
+    others = [simulation.add([number] * 9, num_new=60) for number in range(3)]
+    simulation.drain()
+    assert long.num_tokens == 150 and all(other.num_tokens == 69 for other in others)
+    with pytest.raises(ResourceError, match="got 40 tokens, expected at most 8"):
+        Simulation(num_blocks=2, block_size=4, budget=8, window=6).add([1] * 30, num_new=10)
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random arrivals, steps and aborts in pools so small that preemption is usual."""
 
+    num_blocks, window = 6, None
+
     def __init__(self) -> None:
         super().__init__()
-        self.simulation = Simulation(num_blocks=6, block_size=2, max_num_seqs=4, budget=5)
+        self.simulation = Simulation(
+            num_blocks=self.num_blocks, block_size=2, max_num_seqs=4, budget=5, window=self.window
+        )
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),
@@ -281,3 +304,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestRandomArrivals = SchedulerMachine.TestCase
 TestRandomArrivals.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+class WindowMachine(SchedulerMachine):
+    """The same, where tokens see three tokens, and no sequence but the shortest fits whole."""
+
+    num_blocks, window = 5, 3  # as many as one sequence holds at once
+
+
+TestRandomWindowedArrivals = WindowMachine.TestCase
+TestRandomWindowedArrivals.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

@@ -12,6 +12,7 @@ from support.pool_content import PoolContent
 
 from vllm_omni.core.ar import block_manager
 from vllm_omni.core.ar.block_manager import BlockManager
+from vllm_omni.core.ar.cache_window import CacheWindow
 from vllm_omni.core.ar.sequence import CacheState, Sequence
 from vllm_omni.errors import CacheError
 
@@ -223,7 +224,7 @@ def test_every_misuse_is_a_cache_error() -> None:
         blocks.allocate(sequence)
 
 
-@pytest.mark.parametrize("damage", ["reference", "free", "table", "unknown"])
+@pytest.mark.parametrize("damage", ["reference", "free", "table", "unknown", "released"])
 def test_check_integrity_sees_damage(damage: str) -> None:
     blocks = BlockManager(4, SIZE)
     sequence = compute_all(blocks, make_sequence(list(range(6))))
@@ -235,18 +236,67 @@ def test_check_integrity_sees_damage(damage: str) -> None:
         internals._free[sequence.block_table[0]] = None
     elif damage == "table":
         sequence.block_table.pop()
+    elif damage == "released":
+        sequence.num_released_blocks = 1
     living = [] if damage == "unknown" else [sequence]
     with pytest.raises(CacheError):
         blocks.check_integrity(living)
 
 
+def test_blocks_behind_the_window_are_given_back_while_the_sequence_goes_on() -> None:
+    blocks = BlockManager(8, SIZE, window=CacheWindow(size=6, max_chunk=4))
+    sequence = make_sequence(list(range(4)))
+    blocks.allocate(sequence)
+    for end in range(4, 200):
+        blocks.grow(sequence, end)
+        sequence.num_computed_tokens = end
+        blocks.commit(sequence)
+        blocks.check_integrity([sequence])
+        assert sequence.num_released_blocks == max(0, end - 5) // SIZE
+        assert 8 - blocks.num_free_blocks == len(sequence.held_blocks) <= 3
+        sequence.append(end)
+    blocks.free(sequence)
+    assert blocks.num_free_blocks == 8
+
+
+def test_a_prefix_needs_no_more_than_what_its_next_token_sees() -> None:
+    blocks = BlockManager(4, SIZE, window=CacheWindow(size=6, max_chunk=4))
+    sequence = make_sequence(list(range(4)), 1)
+    blocks.allocate(sequence)
+    for end in range(4, 33, 4):  # its first blocks serve its later ones
+        sequence.token_ids += range(sequence.num_tokens, end)
+        blocks.grow(sequence, end)
+        sequence.num_computed_tokens = end
+        blocks.commit(sequence)
+    blocks.free(sequence)
+    again = make_sequence(list(range(40)), 2)
+    assert blocks.can_admit(again)
+    blocks.allocate(again)
+    assert again.num_computed_tokens == 32 and again.num_released_blocks == 6 and len(again.held_blocks) == 2
+    blocks.check_integrity([again])
+    blocks.free(again)
+    other = make_sequence([9, *range(1, 40)], 3)
+    blocks.allocate(other)
+    assert other.num_computed_tokens == 0, "the same block after another prefix is not shared"
+
+
+def test_a_window_holds_sequences_longer_than_the_pool() -> None:
+    window = CacheWindow(size=6, max_chunk=4)
+    assert window.most_blocks(SIZE) == 3
+    assert BlockManager(3, SIZE, window=window).can_ever_hold(10_000)
+    assert not BlockManager(2, SIZE, window=window).can_ever_hold(10_000)
+    assert BlockManager(2, SIZE, window=window).can_ever_hold(8)
+
+
 class BlockManagerMachine(RuleBasedStateMachine):
     """Random lives of sequences over few tokens (so that prefixes meet) in a small pool."""
 
+    window: CacheWindow | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = BlockManager(7, 2)
-        self.content = PoolContent(2)
+        self.blocks = BlockManager(7, 2, window=self.window)
+        self.content = PoolContent(2, None if self.window is None else self.window.size)
         self.living: list[Sequence] = []
         self.count = 0
 
@@ -268,7 +318,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
         if sequence.cache_state is CacheState.UNALLOCATED and self.blocks.can_admit(sequence):
             self.blocks.allocate(sequence)
             assert sequence.num_computed_tokens < sequence.num_tokens
-            assert self.blocks.can_grow(sequence, sequence.num_tokens), "what can be admitted must fit"
+            chunk = sequence.num_uncomputed_tokens
+            if self.window is not None:
+                chunk = min(chunk, self.window.max_chunk)
+            end = sequence.num_computed_tokens + chunk
+            assert self.blocks.can_grow(sequence, end), "what can be admitted must fit"
 
     @precondition(lambda self: self.living)
     @rule(data=st.data(), written=st.integers(0, 1))
@@ -278,7 +332,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
             return
         if sequence.num_uncomputed_tokens == 0:
             sequence.append(written)
-        end = sequence.num_computed_tokens + data.draw(st.integers(1, sequence.num_uncomputed_tokens))
+        most = sequence.num_uncomputed_tokens
+        if self.window is not None:
+            most = min(most, self.window.max_chunk)
+        end = sequence.num_computed_tokens + data.draw(st.integers(1, most))
         if self.blocks.can_grow(sequence, end):
             self.blocks.grow(sequence, end)
             self.content.compute(sequence, sequence.num_computed_tokens, end)
@@ -310,3 +367,21 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 TestRandomLives = BlockManagerMachine.TestCase
 TestRandomLives.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+class WindowMachine(BlockManagerMachine):
+    """The same, where tokens see three tokens."""
+
+    window = CacheWindow(size=3, max_chunk=4)
+
+
+class NarrowMachine(BlockManagerMachine):
+    """The same, where tokens see themselves alone."""
+
+    window = CacheWindow(size=1, max_chunk=2)
+
+
+TestRandomWindowedLives = WindowMachine.TestCase
+TestRandomWindowedLives.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestRandomNarrowLives = NarrowMachine.TestCase
+TestRandomNarrowLives.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

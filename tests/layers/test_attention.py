@@ -53,9 +53,9 @@ class Step:
             device=torch.device("cpu"),
         )
 
-    def attend(self, backend: str) -> Tensor:
+    def attend(self, backend: str, window: int | None = None) -> Tensor:
         attention: type[PagedAttention] = registry.resolve("attention", backend)
-        return attention(self.metadata)(self.query, self.key, self.value, self.cache.clone())
+        return attention(self.metadata)(self.query, self.key, self.value, self.cache.clone(), window)
 
     def alone(self, index: int) -> tuple[Step, slice]:
         """The same sequence as a step of its own, and its rows here."""
@@ -77,12 +77,52 @@ shapes = st.lists(st.tuples(st.integers(0, 11), st.sampled_from([1, 1, 1, 2, 3, 
     heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (4, 1), (6, 2)]),
     seed=st.integers(0, 99),
     garbage=st.sampled_from([0.0, float("nan")]),
+    window=st.none() | st.integers(1, 20),
 )
 def test_every_backend_equals_the_definition(
-    backend: str, shapes: list[Shape], heads: tuple[int, int], seed: int, garbage: float
+    backend: str, shapes: list[Shape], heads: tuple[int, int], seed: int, garbage: float, window: int | None
 ) -> None:
     step = Step(shapes, *heads, seed, garbage)
-    torch.testing.assert_close(step.attend(backend), step.attend("reference"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(step.attend(backend, window), step.attend("reference", window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 50])
+@pytest.mark.parametrize("past", [0, 6])
+def test_a_window_is_the_token_itself_and_those_just_before_it(window: int, past: int) -> None:
+    step = Step([(past, 5)], 2, 1, seed=3)
+    slots = [step.tables[0][position // SIZE] * SIZE + position % SIZE for position in range(past)]
+    key, value = (
+        torch.cat([cache.flatten(0, 1)[slots], new])
+        for cache, new in zip(step.cache, (step.key, step.value), strict=True)
+    )
+    expected = torch.zeros_like(step.query)
+    for head in range(2):
+        for row in range(5):
+            seen = slice(max(0, past + row + 1 - window), past + row + 1)
+            scores = key[seen, 0] @ step.query[row, head] / HEAD_DIM**0.5
+            expected[row, head] = scores.softmax(0) @ value[seen, 0]
+    torch.testing.assert_close(step.attend("reference", window), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 9])
+def test_blocks_behind_the_window_are_never_read(backend: str, window: int) -> None:
+    step = Step([(11, 1), (9, 1), (6, 3), (8, 4), (2, 1)], 4, 2, seed=6)
+    expected = step.attend(backend, window)
+    for table, (past, _) in zip(step.tables, step.shapes, strict=True):
+        for index in range(max(0, past - window + 1) // SIZE):
+            step.cache[:, table[index]] = float("nan")
+            table[index] = 0  # any number may stand there by now
+    torch.testing.assert_close(step.attend(backend, window), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_with_and_without_a_window_share_one_step(backend: str) -> None:
+    step = Step([(11, 1), (6, 3), (2, 1)], 4, 2, seed=6)
+    attention = registry.resolve("attention", backend)(step.metadata)
+    for window in (None, 3, 5, None, 3, 100):
+        shared = attention(step.query, step.key, step.value, step.cache.clone(), window)
+        torch.testing.assert_close(shared, step.attend(backend, window), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,10 +165,11 @@ def test_what_a_former_owner_left_in_the_pool_does_not_matter(backend: str) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_is_the_same_alone_and_in_a_crowd(backend: str) -> None:
+@pytest.mark.parametrize("window", [None, 3, 6])
+def test_a_row_is_the_same_alone_and_in_a_crowd(backend: str, window: int | None) -> None:
     """To the last rounding: with several threads torch's kernel adds up a row in parts that depend on the batch."""
     step = Step([(9, 1), (10, 1), (2, 1), (0, 6), (5, 4), (11, 1), (8, 1)], 4, 2, seed=8)
-    crowd = step.attend(backend)
+    crowd = step.attend(backend, window)
     for index in range(len(step.shapes)):
         alone, rows = step.alone(index)
-        torch.testing.assert_close(alone.attend(backend), crowd[rows], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(alone.attend(backend, window), crowd[rows], rtol=1e-6, atol=1e-6)

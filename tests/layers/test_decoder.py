@@ -58,7 +58,7 @@ def run(decoder: Decoder, states: Tensor) -> Tensor:
 
 def test_a_decoder_is_built_with_the_mlp_it_is_given() -> None:
     torch.manual_seed(0)
-    plain, silent = Decoder(make_config()), Decoder(make_config(), Silent)
+    plain, silent = Decoder(make_config()), Decoder(make_config(), lambda _index: Silent(make_config()))
     silent.load_state_dict({name: t for name, t in plain.state_dict().items() if ".mlp." not in name})
     states = torch.randn(3, 8)
     assert not torch.allclose(run(plain, states), run(silent, states))

@@ -78,13 +78,13 @@ def test_samples_beyond_full_scale_are_cut_not_wrapped(tmp_path: Path) -> None:
 
 
 def test_a_sound_goes_into_known_formats_only(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match=r"got '.*x\.mp3', expected .* ends in \.wav or \.flac or \.ogg"):
-        tone().save(tmp_path / "x.mp3")
+    with pytest.raises(InvalidRequestError, match=r"got '.*x\.wma', expected .* ends in \.wav or \.flac or \.ogg"):
+        tone().save(tmp_path / "x.wma")
     with pytest.raises(InvalidRequestError, match=r"got '.*x\.jpg', expected a name that ends in \.png"):
         tone().plot(tmp_path / "x.jpg")
-    with pytest.raises(InvalidRequestError, match=r"\.ogg: got 384000 Hz, expected at most 200000 Hz"):
+    with pytest.raises(InvalidRequestError, match=r"ogg: got 384000 Hz, expected at most 200000 Hz"):
         tone(rate=384_000).save(tmp_path / "x.ogg")
-    with pytest.raises(InvalidRequestError, match=r"\.flac: 9 channels at 16000 Hz cannot be written as FLAC"):
+    with pytest.raises(InvalidRequestError, match=r"flac: 9 channels at 16000 Hz cannot be written as FLAC"):
         tone(channels=9).save(tmp_path / "x.flac")
     with pytest.raises(FileNotFoundError):
         tone().save(tmp_path / "nowhere" / "x.wav")

@@ -128,7 +128,7 @@ def test_mono_is_repeated_and_stereo_is_averaged() -> None:
     assert np.array_equal(read((wave(channels=4), 16_000), channels=4), wave(channels=4))
 
 
-@pytest.mark.parametrize(("given", "expected", "words"), [(3, 2, "1 or 2"), (6, 1, "1 or 2"), (2, 4, "1 or 4")])
+@pytest.mark.parametrize(("given", "expected", "words"), [(9, 2, "1 to 8"), (9, 1, "1 to 8"), (2, 4, "1 or 4")])
 def test_other_numbers_of_channels_are_refused(given: int, expected: int, words: str) -> None:
     message = refusal((wave(channels=given), 16_000), channels=expected)
     assert f"got {given} channels, expected {words}; arrays are [channels, n]" in message
@@ -185,9 +185,14 @@ def wav(rate: int = 16_000, num_frames: int = 1600, declared: int | None = None,
         ((wave().astype(complex), 16_000), "got an array of complex128, expected float16"),
         ((np.zeros(8, np.int64), 16_000), "got an array of int64"),
         ((torch.zeros(8, dtype=torch.bool), 16_000), "got an array of bool"),
-        (([0.0, 0.1], 16_000), "got an array of type list"),
-        ((wave().T, 16_000), "got 8000 channels, expected 1 or 2; arrays are [channels, n]"),
-        (wave(), "got ndarray, expected a path"),
+        (([0, 1], 16_000), "got an array of int64"),
+        ((["0.5"], 16_000), "got an array of str"),
+        (([[0.0, 0.1], [0.0]], 16_000), "got a list that is no array"),
+        (([0.0] * 600_000, 16_000), "got 4.6 MB, expected at most 4"),
+        ([0.0, 0.1], "got list without its rate"),
+        (torch.zeros(8), "got Tensor without its rate"),
+        ((wave().T, 16_000), "got 8000 channels, expected 1 to 8; arrays are [channels, n]"),
+        (wave(), "got ndarray without its rate, expected a path"),
         (7, "got int, expected a path, the bytes of a file"),
         ({"array": wave()}, "got dict with the keys ['array'], expected"),
         ({"array": wave(), "sampling_rate": 16_000, "rate": 1}, "audio['rate']: unknown key (known: array"),

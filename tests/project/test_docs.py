@@ -26,7 +26,7 @@ import yaml
 from vllm_omni import errors, registry
 from vllm_omni.config.document import ConfigDocument, ResourcesGroup, SchedulerGroup
 from vllm_omni.config.loader import load_config
-from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, StageConfig, StreamConfig
+from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, PromptsConfig, StageConfig, StreamConfig
 from vllm_omni.config.shipped import supported_checkpoints
 from vllm_omni.engine.ar.options import AROptions, Tap
 from vllm_omni.engine.ar.prompt import DEFAULT_MAX_TOKENS
@@ -222,6 +222,7 @@ CONFIG_GROUPS: dict[str, tuple[Any, frozenset[str]]] = {
     "`resources`": (ResourcesGroup, frozenset()),
     "`dit_cache`": (DiTCacheConfig, frozenset()),
     "`limits`": (LimitsConfig, frozenset()),
+    "`prompts`": (PromptsConfig, frozenset()),
     "Keys of every stage": (StageConfig, frozenset({"name", "options"})),
     "Conditional edges": (EdgeConfig, frozenset()),
     "Streamed edges": (StreamConfig, frozenset()),

@@ -118,7 +118,7 @@ def write(
 def assert_equals_transformers(build: Any, folder: Path, num_tokens: int = 24) -> None:
     """Greedy tokens, log probabilities and all hidden states of a folder, ours against those of the class `build`."""
     published = build.from_pretrained(folder).eval()
-    layers = list(range(published.config.num_hidden_layers + 1))
+    layers = list(range(published.config.get_text_config().num_hidden_layers + 1))
     written = write(load_model(folder), [PROMPT], num_tokens, tapped_layers=layers)[0]
     with torch.no_grad():
         expected = published.generate(

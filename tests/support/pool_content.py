@@ -10,19 +10,22 @@ class PoolContent:
     it is not the one expected.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, window: int | None = None) -> None:
+        """window: the tokens up to its own that a token reads; None: all of them."""
         self._block_size = block_size
+        self._window = window
         self._slots: dict[int, tuple[str | None, tuple[int, ...]]] = {}
 
     def compute(self, sequence: Sequence, start: int, end: int) -> None:
-        """Computes tokens [start, end), which read everything before them."""
+        """Computes tokens [start, end), which read what they see before them."""
         self.check(sequence, start)
         for position in range(start, end):
             self._slots[self._slot(sequence, position)] = _prefix(sequence, position)
 
     def check(self, sequence: Sequence, end: int) -> None:
-        """Tokens [0, end) stand where the block table says."""
-        for position in range(end):
+        """What of the tokens [0, end) the next one sees stands where the block table says."""
+        first = 0 if self._window is None else max(0, end - self._window + 1)
+        for position in range(first, end):
             assert self._slots[self._slot(sequence, position)] == _prefix(sequence, position)
 
     def _slot(self, sequence: Sequence, position: int) -> int:

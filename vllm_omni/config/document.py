@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_omni.config.builder import fields_by_key
-from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, OmniConfig, SchedulerConfig, StageConfig
+from vllm_omni.config.schema import (
+    DiTCacheConfig,
+    LimitsConfig,
+    OmniConfig,
+    PromptsConfig,
+    SchedulerConfig,
+    StageConfig,
+)
 from vllm_omni.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -56,6 +63,7 @@ class ConfigDocument:
     resources: ResourcesGroup = field(default_factory=ResourcesGroup)
     dit_cache: DiTCacheConfig = field(default_factory=DiTCacheConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
 
     def with_stages(self, stages: Mapping[str, StageConfig]) -> OmniConfig:
         """The configuration that the rest of the package uses."""
@@ -67,6 +75,7 @@ class ConfigDocument:
             scheduler=self.scheduler.narrowed(),
             dit_cache=self.dit_cache,
             limits=self.limits,
+            prompts=self.prompts,
             max_memory_gb=self.resources.max_memory_gb,
             max_gpu_utilization=self.resources.max_gpu_utilization,
             threads=self.resources.threads,

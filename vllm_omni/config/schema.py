@@ -16,6 +16,7 @@ from vllm_omni.utils.checks import brief, check_number, did_you_mean
 MAX_GB = 1e6
 MAX_MB = 1e9
 MAX_THREADS = 4096
+INPUT = "{input}"
 
 
 class SchedulerType(str, enum.Enum):
@@ -62,6 +63,22 @@ class LimitsConfig:
     max_video_s: float = 600.0
     max_video_frames: int = 40_000  # of the file or array, before frames are picked
     max_video_mb: float = 500.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptsConfig:
+    """How a model is asked for what a route of the server promises; `{input}` stands for the caller's own words."""
+
+    speech: str | None = None  # asks a model that replies to read out instead; None: it speaks what it is given
+
+    def __post_init__(self) -> None:
+        if self.speech is not None and INPUT not in self.speech:
+            expected = f"a text with {INPUT}, as in 'read out: {INPUT}'"
+            raise ConfigError(f"speech: got {brief(self.speech)}, expected {expected}")
+
+    def for_speech(self, text: str) -> str:
+        """What the model is given so that it says `text`."""
+        return text if self.speech is None else self.speech.replace(INPUT, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +175,7 @@ class OmniConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     dit_cache: DiTCacheConfig = field(default_factory=DiTCacheConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     max_memory_gb: float = 16.0  # for weights, KV pools and caches of all stages
     max_gpu_utilization: float = 0.8  # the share of an accelerator's memory that may be planned for
     threads: int | None = None  # of torch on the CPU, in the whole process; None leaves it at all cores

@@ -12,16 +12,28 @@ from vllm_omni.utils.files import assets_folder, read_json, user_path
 _BY_PIPELINE = {"AceStepPipeline": "ace_step", "StableAudioPipeline": "stable_audio", "ZImagePipeline": "z_image"}
 _BY_ARCHITECTURE = {
     "LlamaForCausalLM": "language_model",
+    "MinistralForCausalLM": "language_model",
+    "MistralForCausalLM": "language_model",
     "Qwen2ForCausalLM": "language_model",
+    "Qwen2VLForConditionalGeneration": "language_model",
+    "Qwen2_5_VLForConditionalGeneration": "language_model",
     "Qwen2_5OmniForConditionalGeneration": "qwen_omni",
     "Qwen2_5OmniModel": "qwen_omni",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "language_model",
+    "Qwen3VLForConditionalGeneration": "language_model",
 }
 _BY_MODEL_TYPE = {
     "llama": "language_model",
+    "ministral": "language_model",
+    "mistral": "language_model",
     "qwen2": "language_model",
+    "qwen2_vl": "language_model",
+    "qwen2_5_vl": "language_model",
     "qwen2_5_omni": "qwen_omni",
     "qwen3": "qwen3",
+    "qwen3_moe": "language_model",
+    "qwen3_vl": "language_model",
 }
 
 
@@ -67,7 +79,8 @@ def config_for_model(folder: str | Path) -> Path:
     elif config.is_file():
         content = read_json(config)
         architectures, model_type = content.get("architectures"), content.get("model_type")
-        first = architectures[0] if isinstance(architectures, list) and architectures else None
+        named = architectures if isinstance(architectures, list) else []
+        first = next((name for name in named if _lookup(_BY_ARCHITECTURE, name)), named[0] if named else None)
         name = _lookup(_BY_ARCHITECTURE, first) if first is not None else _lookup(_BY_MODEL_TYPE, model_type)
         got = f"the architecture {first!r} (model type {model_type!r})"
     if name is None:

@@ -80,6 +80,7 @@ class StageSpec(ABC):
     signature: StageSignature
     defaults: Mapping[str, Any]  # of the fields of `params_type`: the config's, and below them the checkpoint's own
     request_keys: frozenset[str] = frozenset()  # the keys of `OmniRequest.fields` that it reads and answers for
+    media_keys: frozenset[str] = frozenset()  # of them those that hold media: files' paths, which no stranger may name
     input_media: frozenset[str] = frozenset()  # kinds of parts of a chat message that it reads besides text
     request_choices: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {}
@@ -106,6 +107,10 @@ class StageSpec(ABC):
         ResourceError) for a request that the stage could not run. params: with their defaults.
         """
         return None
+
+    def draws(self, params: StageParams) -> bool:
+        """Whether the stage draws random numbers, from the `seed` that these parameters have then."""
+        return False
 
     def plan_memory(self) -> MemoryPlan:
         """What the stage will hold."""

@@ -150,6 +150,7 @@ def _output_of(end: RequestEnd) -> OmniOutput:
         results=results,
         tensors=tensors,
         metrics=end.metrics,
+        params=end.params,
         error=error,
     )
 

@@ -11,7 +11,7 @@ from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.messages import StageTask
-from vllm_omni.params import StageParams
+from vllm_omni.params import DiffusionParams, SamplingParams, StageParams, draw_seed
 from vllm_omni.request import PROMPT_KEYS, OmniRequest
 from vllm_omni.utils.checks import check_number, did_you_mean
 
@@ -35,10 +35,11 @@ class RequestPlanner:
         self._check_fields(request, demand)
         self._check_params_are_read(request, demand)
         stages: dict[str, StagePlan] = {}
-        job_size = 0.0
+        job_size, request_seed = 0.0, _request_seed(request)
         for name, ports in demand.items():
             spec = self._specs[name]
             with stage_boundary(name):
+                seed = _seed(spec, params[name], request_seed)
                 prepared = spec.check(request, params[name], self._reads[name])
                 job_size += _checked_size(name, spec.job_size(request, params[name], prepared))
             stages[name] = StagePlan(
@@ -46,6 +47,7 @@ class RequestPlanner:
                 tuple(edge for edge in self._graph.edges_into(name) if edge.target_port in ports),
                 self._graph.signatures[name].required_inputs,
                 prepared,
+                seed,
                 _guarded_cache_key(spec),
             )
         return RequestPlan(stages, kept_ports(self._graph, outputs), outputs, job_size)
@@ -117,6 +119,22 @@ class RequestPlanner:
 def _resolve(request: OmniRequest, spec: StageSpec) -> StageParams:
     with stage_boundary(spec.stage.name):
         return request.params_for(spec.stage.name, spec.params_type).with_defaults(spec.defaults)
+
+
+def _request_seed(request: OmniRequest) -> int:
+    """What stages draw from that have no seed of their own: the first one of the request, else one that is drawn. So a
+    request can be made again with a single number.
+    """
+    given = request.params.values() if isinstance(request.params, Mapping) else [request.params]
+    seeds = (each.seed for each in given if isinstance(each, SamplingParams | DiffusionParams))
+    seed = next((each for each in seeds if each is not None), None)
+    return draw_seed() if seed is None else seed
+
+
+def _seed(spec: StageSpec, params: StageParams, request_seed: int) -> int | None:
+    if not isinstance(params, SamplingParams | DiffusionParams) or not spec.draws(params):
+        return None
+    return request_seed if params.seed is None else params.seed
 
 
 def _guarded_cache_key(spec: StageSpec) -> Callable[[StageTask], str | None]:

@@ -1,4 +1,4 @@
-"""A dense language model: embeddings, the decoder, a head. A family is a config that says how its decoder is built.
+"""A language model: embeddings, the decoder, a head. A family is a config that says how its decoder is built.
 
 Legend: N tokens of a step, R of them, D hidden size, V vocabulary.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vllm_omni.layers.decoder import Decoder, DecoderConfig, locate_fused
+from vllm_omni.layers.decoder import Decoder, DecoderConfig, MakeMLP, locate_fused, sub_config
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.linear import Linear, linear
 from vllm_omni.layers.weights import Target
@@ -42,12 +42,14 @@ class CausalLM(nn.Module):
     """The model of one folder."""
 
     prompt_reader = None  # text alone
+    other_parts: ClassVar[tuple[str, ...]] = ()  # how published names begin that belong to other models of the folder
 
-    def __init__(self, config: CausalLMConfig) -> None:
+    def __init__(self, config: CausalLMConfig, make_mlp: MakeMLP | None = None) -> None:
+        """make_mlp: as a Decoder's."""
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config, make_mlp)
         has_own_head = config.has_head and not config.tie_word_embeddings
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False) if has_own_head else None
 
@@ -67,7 +69,33 @@ class CausalLM(nn.Module):
         return locate_fused(self, name if is_around else f"decoder.{name}")
 
     def is_ignored(self, name: str) -> bool:
-        """The tied copy of the embeddings (or the head of a model that is used without one), and the frequencies of old
-        files.
+        """The tied copy of the embeddings (or the head of a model that is used without one), the frequencies of old
+        files, and other models of the folder.
         """
-        return (name == "lm_head.weight" and self.lm_head is None) or name.endswith("rotary_emb.inv_freq")
+        is_tied = name == "lm_head.weight" and self.lm_head is None
+        return is_tied or name.endswith("rotary_emb.inv_freq") or name.startswith(self.other_parts)
+
+
+class TextPart(CausalLM):
+    """The language model of a checkpoint that holds a vision encoder besides, for text alone: its positions are those
+    of a plain model, since text advances all axes together.
+    """
+
+    other_parts = ("visual.", "model.visual.")
+
+    def locate(self, name: str) -> Target | None:
+        """The parameter for a published name, old (`model.`) or new (`model.language_model.`)."""
+        return super().locate(name.removeprefix("model.").removeprefix("language_model."))
+
+    @staticmethod
+    def text_config(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str]:
+        """What a config.json says of the language model, and where: early files have no `text_config`. Whether the
+        embeddings are the head stands in either place.
+        """
+        inner = raw if raw.get("text_config") is None else sub_config(raw, "text_config", where)
+        is_tied = bool(raw.get("tie_word_embeddings") or inner.get("tie_word_embeddings"))
+        text = {**inner, "architectures": raw.get("architectures"), "tie_word_embeddings": is_tied}
+        for key in ("rope_parameters", "rope_scaling"):
+            if isinstance(text.get(key), Mapping):
+                text[key] = {k: v for k, v in text[key].items() if not k.startswith("mrope_")}
+        return text, where if inner is raw else f"{where}: text_config"

@@ -6,17 +6,20 @@ Legend: N tokens of a step, D hidden size, H query heads, K key-value heads, d h
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
+from vllm_omni.layers.layer_windows import NO_WINDOWS, common_window
 from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.layers.rope_config import num_positions, override_rope, read_rope, scaled_beyond
 from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies, rotate
 from vllm_omni.layers.weights import Target
 from vllm_omni.utils.checks import check_number
@@ -29,7 +32,10 @@ FUSED = {
     "up_proj": "gate_up_proj",
 }
 MAX_COUNT = 2**31 - 1
-MAX_COUNTS = {"num_hidden_layers": 10_000, "head_dim": 2**16}  # what planning makes lists or tensors of
+MAX_COUNTS = {"head_dim": 2**16}  # what planning makes tensors of
+Config = TypeVar("Config", bound="DecoderConfig")
+MAX_LAYERS = 10_000  # families make a row for each before anything is loaded
+MakeMLP = Callable[[int], nn.Module]
 PLAIN_ROPE: Mapping[str, Any] = {"rope_theta": 10000.0}
 OMNI_ROPE: Mapping[str, Any] = {"rope_theta": 1000000.0, "mrope_section": (16, 24, 24)}
 
@@ -52,6 +58,7 @@ class DecoderConfig:
     output_bias: bool
     head_norms: bool  # whether queries and keys are normed head by head
     mlp_bias: bool = field(default=False, kw_only=True)
+    windows: tuple[int | None, ...] = field(default=NO_WINDOWS, kw_only=True)  # by layer; empty: none has one
 
     @classmethod
     def fields_from(
@@ -69,6 +76,9 @@ class DecoderConfig:
         """
         _refuse_unsupported({key: value for key, value in raw.items() if key not in own_keys}, where)
         heads = count_of(raw, "num_attention_heads", where)
+        check_number(
+            f"{where}: num_hidden_layers", raw.get("num_hidden_layers"), 1, MAX_LAYERS, integer=True, raises=ConfigError
+        )
         head_dim = raw.get("head_dim", head_dim)
         sizes = {"num_key_value_heads": heads, **{k: v for k, v in raw.items() if v is not None}}
         fields: dict[str, Any] = {
@@ -85,7 +95,7 @@ class DecoderConfig:
                 {"max_position_embeddings": 32768, **raw}, "max_position_embeddings", where
             ),
             "rms_norm_eps": _epsilon(raw, where),
-            "rope": _rope(raw, where, rope),
+            "rope": read_rope(raw, where, rope),
         }
         if heads % fields["num_kv_heads"] or fields["head_dim"] % 2:
             raise ConfigError(
@@ -95,17 +105,42 @@ class DecoderConfig:
         rotary_frequencies(fields["head_dim"], fields["max_position_embeddings"], fields["rope"])
         return fields
 
+    def with_rope_scaling(self: Config, scaling: Mapping[str, Any]) -> Config:
+        """The same with another scaling of its positions: `rope_type` and the keys of that type."""
+        rope = override_rope(self.rope, scaling)
+        rotary_frequencies(self.head_dim, self.max_position_embeddings, rope, "rope_scaling")
+        return dataclasses.replace(self, rope=rope)
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens up to its own any token sees in any layer; None where a layer sees all of them."""
+        return common_window(self.windows)
+
+    @property
+    def num_positions(self) -> int:
+        """How many tokens a sequence may have, scaling included."""
+        return num_positions(self.rope, self.max_position_embeddings)
+
+    @property
+    def scaled_beyond(self) -> int | None:
+        """The length of a sequence from which on what its tokens are depends on it; None where it never does."""
+        return scaled_beyond(self.rope, self.max_position_embeddings)
+
 
 class Decoder(nn.Module):
     """All layers and the final norm. Names of parameters follow transformers' models, fused projections apart.
 
-    make_mlp: what stands behind attention in each layer, [N, D] -> [N, D]; DecoderMLP where it is None.
+    make_mlp: what stands behind attention in the layer of an index, [N, D] -> [N, D]; None: a DecoderMLP in each.
     """
 
-    def __init__(self, config: DecoderConfig, make_mlp: Callable[[DecoderConfig], nn.Module] | None = None) -> None:
+    def __init__(self, config: DecoderConfig, make_mlp: MakeMLP | None = None) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(DecoderLayer(config, make_mlp or DecoderMLP) for _ in range(config.num_layers))
+        mlps = [DecoderMLP(config) if make_mlp is None else make_mlp(index) for index in range(config.num_layers)]
+        windows = config.windows or (None,) * config.num_layers
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, mlp, window) for mlp, window in zip(mlps, windows, strict=True)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope)
 
@@ -114,7 +149,7 @@ class Decoder(nn.Module):
         the last that did.
         """
         context.tap(0, states)
-        cos, sin = self.rotary(positions, states.dtype)
+        cos, sin = self.rotary(positions, states.dtype, context.rope_lengths)
         for index in range(context.num_layers):
             states = self.layers[index](states, cos, sin, context, index)
             if index + 1 < self.config.num_layers:
@@ -128,12 +163,12 @@ class Decoder(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each after a norm and around a residual."""
 
-    def __init__(self, config: DecoderConfig, make_mlp: Callable[[DecoderConfig], nn.Module]) -> None:
+    def __init__(self, config: DecoderConfig, mlp: nn.Module, window: int | None) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DecoderAttention(config)
+        self.self_attn = DecoderAttention(config, window)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = make_mlp(config)
+        self.mlp = mlp
 
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
         states = states + self.self_attn(self.input_layernorm(states), cos, sin, context, index)
@@ -141,11 +176,12 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention."""
+    """Grouped-query attention, within a window or of everything before."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, window: int | None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.window = window
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {"q_proj": query, "k_proj": key, "v_proj": key}
         self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.qkv_bias)
@@ -158,18 +194,20 @@ class DecoderAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)  # [N, H, d] and [N, K, d]
-        attended = context.attention(query, key, value, context.kv_cache[index])
+        attended = context.attention(query, key, value, context.kv_cache[index], self.window)
         return self.o_proj(attended.flatten(1))
 
 
 class DecoderMLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU. intermediate_size: another than the config's."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, intermediate_size: int | None = None) -> None:
         super().__init__()
-        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        width = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.gate_up_proj = MergedLinear(
+            config.hidden_size, {"gate_proj": width, "up_proj": width}, bias=config.mlp_bias
+        )
+        self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, states: Tensor) -> Tensor:
         gate, up = self.gate_up_proj.project(states)
@@ -225,17 +263,3 @@ def _epsilon(raw: Mapping[str, Any], where: str) -> float:
     epsilon = raw.get("rms_norm_eps", 1e-6)
     check_number(f"{where}: rms_norm_eps", epsilon, 0, raises=ConfigError)
     return float(epsilon)
-
-
-def _rope(raw: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"{where}: rope_parameters: got {rope!r}, expected an object")
-    rope = {**defaults, "rope_theta": raw.get("rope_theta", defaults["rope_theta"]), **rope}
-    _refuse_unsupported({"partial_rotary_factor": rope.get("partial_rotary_factor")}, where)
-    old_type = rope.pop("type", "default")
-    rope["rope_type"] = rope.get("rope_type", old_type)
-    if rope["rope_type"] == "mrope":  # what files of early versions call the default one with sections
-        rope["rope_type"] = "default"
-    check_number(f"{where}: rope_theta", rope["rope_theta"], 0, above_low=True, raises=ConfigError)
-    return rope

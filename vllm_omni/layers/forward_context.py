@@ -52,6 +52,7 @@ class ForwardContext:
     num_layers: int  # how many layers run; when all do, the final norm follows
     taps: HiddenStateTaps | None = None
     input_rows: InputRows | None = None  # what joins or replaces embeddings, for models that are fed such
+    rope_lengths: Tensor | None = None  # [N] int64, as RotaryEmbedding's, for models whose rotary positions need them
 
     def tap(self, layer: int, states: Tensor) -> None:
         """Offers the states of one index of `hidden_states`, [N, D]."""

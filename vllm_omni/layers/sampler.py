@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.errors import StageError
-from vllm_omni.params import SamplingParams
+from vllm_omni.params import SamplingParams, sample_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class SamplingRow:
         if params.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(params.seed + sample_index)
+            self._generator.manual_seed(sample_seed(params.seed, sample_index))
 
     @property
     def is_plain_greedy(self) -> bool:

@@ -8,6 +8,7 @@ works on the meta device too.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
+WHOLE_FILE, WHOLE_PIPELINE_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
+ADAPTER_PREFIX = "adapter_"
+SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +63,15 @@ def tensor_files(folder: Path, prefix: str = "") -> dict[str, Path]:
 
 
 def _all_tensor_files(folder: Path) -> dict[str, Path]:
-    indices = sorted(folder.glob("*" + INDEX_SUFFIX))
-    if indices:
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{indices[0]}: 'weight_map' is missing")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{indices[0]}: weight_map: {brief(name)}: got {brief(file)}, expected the name of a .safetensors "
-                    "file in the same folder"
-                )
-        return {name: folder / file for name, file in weight_map.items()}
-    files = sorted(folder.glob("*.safetensors"))
+    """What transformers would load: a whole file stands above an index, which may be of an earlier conversion; adapters
+    and hidden files (such as those that macOS leaves beside each file) are not of the model.
+    """
+    whole = folder / WHOLE_FILE
+    index = None if whole.is_file() else _find_index(folder)
+    if index is not None:
+        return _indexed_files(index)
+    is_there = whole.exists() or whole.is_symlink()  # also as something that is no file, which is said when it is read
+    files = [whole] if is_there else _unindexed_files(folder)
     if not files:
         raise CheckpointError(f"{folder}: no .safetensors file; convert the weights (nothing else is ever loaded)")
     found: dict[str, Path] = {}
@@ -79,6 +79,44 @@ def _all_tensor_files(folder: Path) -> dict[str, Path]:
         with _opened(file) as handle:
             found.update(dict.fromkeys(handle.keys(), file))
     return found
+
+
+def _find_index(folder: Path) -> Path | None:
+    """The index of the model: that of transformers, that of diffusers, else any; a stale one beside a whole file is
+    none.
+    """
+    indices = {file.name: file for file in sorted(folder.glob("*" + INDEX_SUFFIX)) if not file.name.startswith(".")}
+    preferred = [f"{stem}{INDEX_SUFFIX}" for stem in ("model", "diffusion_pytorch_model")]
+    name = next((name for name in (*preferred, *indices) if name in indices), None)
+    if name is None:
+        return None
+    has_whole = (folder / name.replace(INDEX_SUFFIX, ".safetensors")).is_file()
+    is_stale = has_whole and not all(file.is_file() for file in _indexed_files(indices[name]).values())
+    return None if is_stale else indices[name]
+
+
+def _indexed_files(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: 'weight_map' is missing")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: weight_map: {brief(name)}: got {brief(file)}, expected the name of a .safetensors file in "
+                "the same folder"
+            )
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def _unindexed_files(folder: Path) -> list[Path]:
+    """The shards, where files are named as such, else all that could be of the model."""
+    files = [
+        file
+        for file in sorted(folder.glob("*.safetensors"))
+        if file.is_file() and not file.name.startswith((".", ADAPTER_PREFIX))
+    ]
+    whole = [file for file in files if file.name == WHOLE_PIPELINE_FILE]
+    return whole or [file for file in files if SHARD_NAME.search(file.name)] or files
 
 
 def tensor_shapes(folder: Path, prefix: str = "") -> dict[str, tuple[int, ...]]:
@@ -149,12 +187,14 @@ def load_rows(folder: Path, name: str, indices: Sequence[int], width: int) -> Te
         return torch.cat([rows[index : index + 1] for index in indices])
 
 
-def weights_bytes(folder: Path, itemsize: int, prefix: str = "") -> int:
-    """Bytes of all tensors of a folder (whose names begin with the prefix) once they are loaded with this item
-    size.
+def weights_bytes(folder: Path, itemsize: int, prefix: str = "", left_out: tuple[str, ...] = ()) -> int:
+    """Bytes of all tensors of a folder (whose names begin with the prefix, and not with what is left out) once they are
+    loaded with this item size.
     """
     total = 0
-    for shape in tensor_shapes(folder, prefix).values():
+    for name, shape in tensor_shapes(folder, prefix).items():
+        if name.startswith(left_out):
+            continue
         count = 1
         for size in shape:
             count *= size

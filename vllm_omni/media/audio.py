@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import numpy as np
 
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.utils.checks import check_number
-from vllm_omni.utils.files import check_suffix
+from vllm_omni.utils.files import check_suffix, write_whole
 
 if TYPE_CHECKING:
     from vllm_omni.media.audio_files import Samples
@@ -64,17 +63,17 @@ class Audio:
         return float(self.samples.shape[1] / self.sample_rate)
 
     def save(self, path: str | Path) -> None:
-        """Writes `.wav` (16 bit), `.flac` (24 bit) or `.ogg` (Vorbis); samples beyond -1 ... 1 are cut there.
+        """Writes `.wav` (16 bit), `.flac` (24 bit), `.ogg` (Vorbis), `.opus`, `.mp3`, `.aac` or `.pcm`; samples beyond
+        -1 ... 1 are cut there. A file that cannot be written whole is not there at all.
 
         InvalidRequestError for another suffix or for channels and rates that the format does not hold, OSError when the
         file cannot be written.
         """
-        from vllm_omni.media.audio_files import FORMATS, write_audio
+        from vllm_omni.media.audio_encoding import AUDIO_SUFFIXES, encode_audio
 
         path = Path(path).expanduser()
-        check_suffix(path, tuple(FORMATS))
-        with path.open("wb") as file:
-            write_audio(self.samples, self.sample_rate, file, path.suffix.lower())
+        check_suffix(path, tuple(AUDIO_SUFFIXES))
+        write_whole(path, encode_audio(self, AUDIO_SUFFIXES[path.suffix.lower()]))
 
     def plot(self, path: str | Path) -> None:
         """Writes a `.png`: the waveform above, the mel spectrogram below, both of the mean of the channels."""
@@ -90,11 +89,9 @@ class Audio:
 
     def _repr_html_(self) -> str:
         """A player for notebooks, the sound within it; a long one (more than two minutes) is only named."""
-        from vllm_omni.media.audio_files import write_audio
+        from vllm_omni.media.audio_encoding import encode_audio
 
         if self.duration_s > MAX_INLINE_S:
             return f"<code>{self!r}</code>: too long to play here, <code>save()</code> it"
-        file = io.BytesIO()
-        write_audio(self.samples, self.sample_rate, file, ".wav")
-        content = base64.b64encode(file.getvalue()).decode()
+        content = base64.b64encode(encode_audio(self, "wav")).decode()
         return f'<audio controls src="data:audio/wav;base64,{content}" title="{self!r}"></audio>'

@@ -1,4 +1,4 @@
-"""Sound files: what their headers say, their samples block by block, and how samples are written. Knows no request.
+"""Sound files: what their headers say, their samples block by block. Knows no request.
 
 Samples are float32, full scale is -1 to 1. Reading never trusts a header: see `AudioReader`.
 """
@@ -19,12 +19,14 @@ from vllm_omni.errors import InvalidRequestError
 Samples = npt.NDArray[np.float32]
 
 BLOCK_FRAMES = 65_536
-# libsndfile format and subtype by suffix: 16 bit PCM plays everywhere, 24 bit FLAC keeps what is soft.
-FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
 UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # what a WAV says that was written into a pipe
+MAX_FRAMES = 2**62  # libsndfile's word for an unknown length is more
 MAX_WAV_CHUNKS = 1_000  # that are looked at for the samples
-MAX_VORBIS_RATE = 200_000  # libvorbis has no mode beyond, and crashes instead of saying so
 MAX_MISSING_S = 0.1  # a compressed file may be that much shorter than it says
+
+
+class UnreadableSoundError(InvalidRequestError):
+    """No sound that libsndfile reads; others may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class AudioReader:
     """A sound file that is open for reading (any container that libsndfile knows); a context manager.
 
     file: binary, seekable, at its beginning; it stays the caller's. name: how messages call it. Opening reads the
-    header alone; InvalidRequestError for what is no sound, or has no sample rate.
+    header alone; InvalidRequestError for what has no sample rate, UnreadableSoundError for what is no sound.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -56,10 +58,10 @@ class AudioReader:
         try:
             self._sound = soundfile.SoundFile(file)
         except soundfile.LibsndfileError as error:
-            raise InvalidRequestError(
-                f"{name}: got a file that is no sound ({_reason(error)}), expected "
-                "WAV, FLAC, OGG or another format that libsndfile reads"
-            ) from None
+            raise UnreadableSoundError(f"{name}: got a file that is no sound ({sound_file_reason(error)})") from None
+        if self._sound.frames > MAX_FRAMES:  # a FLAC that was written into a pipe says no length
+            self._sound.close()
+            raise UnreadableSoundError(f"{name}: got a sound that does not say how long it is")
         found = AudioHeader(self._sound.samplerate, self._sound.channels, self._sound.frames)
         self.header = declared if declared is not None and declared.num_frames > found.num_frames else found
         self._num_present = found.num_frames
@@ -89,7 +91,7 @@ class AudioReader:
             block: Samples = self._sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise InvalidRequestError(
-                f"{self._name}: got a file that is damaged or truncated ({_reason(error)}) after "
+                f"{self._name}: got a file that is damaged or truncated ({sound_file_reason(error)}) after "
                 f"{num_read / self.header.sample_rate:.2f} s; save or copy it again"
             ) from None
         return block
@@ -108,29 +110,7 @@ class AudioReader:
         self._sound.close()
 
 
-def write_audio(samples: Samples, sample_rate: int, file: BinaryIO, suffix: str) -> None:
-    """samples: [channels, n], cut to -1 ... 1; suffix: a key of FORMATS. InvalidRequestError for rates and numbers of
-    channels that the format does not hold.
-    """
-    container, subtype = FORMATS[suffix]
-    if subtype == "VORBIS" and sample_rate > MAX_VORBIS_RATE:
-        raise InvalidRequestError(
-            f"{suffix}: got {sample_rate} Hz, expected at most {MAX_VORBIS_RATE} Hz; choose another format"
-        )
-    try:
-        with soundfile.SoundFile(
-            file, "w", samplerate=sample_rate, channels=len(samples), format=container, subtype=subtype
-        ) as sound:
-            for start in range(0, samples.shape[1], BLOCK_FRAMES):
-                sound.write(samples[:, start : start + BLOCK_FRAMES].T)
-    except soundfile.LibsndfileError as error:
-        raise InvalidRequestError(
-            f"{suffix}: {len(samples)} channels at {sample_rate} Hz cannot be written as {container} "
-            f"({_reason(error)}); choose another format"
-        ) from None
-
-
-def _reason(error: soundfile.LibsndfileError) -> str:
+def sound_file_reason(error: soundfile.LibsndfileError) -> str:
     """libsndfile's own words; the exception's text would add the file object's address."""
     return str(error.error_string).strip(" .\n")
 

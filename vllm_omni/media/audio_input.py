@@ -11,7 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +21,21 @@ import torch
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.media.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, Audio
-from vllm_omni.media.audio_files import BLOCK_FRAMES, AudioHeader, AudioReader, Samples
+from vllm_omni.media.audio_containers import ContainerAudioReader
+from vllm_omni.media.audio_files import BLOCK_FRAMES, AudioHeader, AudioReader, Samples, UnreadableSoundError
+from vllm_omni.media.mixing import check_channels, mixed
 from vllm_omni.media.source_files import check_num_bytes, open_source_file
-from vllm_omni.utils.checks import check_number, did_you_mean
+from vllm_omni.utils.checks import check_number, did_you_mean, number_complaint
 
 # Full scale of integer samples, and what they hold at rest.
 INTEGER_SCALES = {"int16": (2.0**15, 0.0), "int32": (2.0**31, 0.0), "uint8": (2.0**7, 2.0**7)}
 FLOATS = ("float16", "float32", "float64")
-ARRAY_KEYS = frozenset({"array", "sampling_rate", "path"})  # `path` stands there in what `datasets` gives
+RATE_KEYS = ("sampling_rate", "sample_rate")
+ARRAY_KEYS = frozenset({"array", *RATE_KEYS, "path"})  # `path` stands there in what `datasets` gives
+MAX_SAMPLE = 8.0  # 18 dB above full scale: what is louder was never divided
 SOURCES = (
     "a path, the bytes of a file, an Audio, (array, sampling rate) or {'array': ..., 'sampling_rate': ...}; arrays are "
-    "numpy or torch, [n] or [channels, n]"
+    "numpy, torch or lists of floats, [n] or [channels, n]"
 )
 
 
@@ -52,18 +56,19 @@ def read_audio(
 ) -> Samples:
     """The samples of a source, float32 [channels, n] at `sample_rate` Hz.
 
-    source: see SOURCES; a path or bytes hold any container that libsndfile reads. One channel is repeated into several,
-    two are averaged into one, other differences are refused. Integer arrays (int16, int32, uint8) are scaled to full
-    scale. Rates are converted by soxr, quality HQ. name: how messages call the source. stop: called before every block,
-    raises where nobody wants the samples any more. InvalidRequestError for anything
-    that cannot be read, is longer or larger than `limits`, or holds samples that are not finite.
+    source: see SOURCES; a path or bytes hold any container that libsndfile or FFmpeg reads, also that of a film. One
+    channel is repeated into several, up to eight are mixed into two or one (`mixing`), other differences are refused.
+    Integer arrays (int16, int32, uint8) are scaled to full scale; floats far beyond it are refused. Rates are converted
+    by soxr, quality HQ. name: how messages call the source. stop: called before every block, raises where nobody wants
+    the samples any more. InvalidRequestError for anything that cannot be read, is longer or larger than `limits`, or
+    holds samples that are not finite.
     """
     with ExitStack() as stack:
         sound = _opened(source, channels, limits, name, stack)
-        mixed = (_mixed(block, channels) for block in _finite(sound.blocks(), name, stop))
+        blocks = (mixed(block, channels) for block in _checked(sound.blocks(), name, stop))
         rate = sound.header.sample_rate
-        parts = list(mixed if rate == sample_rate else _resampled(mixed, rate, sample_rate, channels))
-    samples = np.ascontiguousarray(np.concatenate(parts).T)
+        parts = list(blocks if rate == sample_rate else _resampled(blocks, rate, sample_rate, channels))
+    samples = np.ascontiguousarray(np.concatenate([*parts, np.empty((0, channels), np.float32)]).T)
     if not samples.shape[1]:
         raise InvalidRequestError(
             f"{name}: got {sound.header.num_frames} samples at {rate} Hz, expected at least one at {sample_rate} Hz"
@@ -105,7 +110,7 @@ class _ArraySound(_Sound):
 
 
 class _FileSound(_Sound):
-    def __init__(self, reader: AudioReader) -> None:
+    def __init__(self, reader: AudioReader | ContainerAudioReader) -> None:
         self._reader = reader
         self.header = reader.header
 
@@ -122,7 +127,7 @@ def _opened(source: object, channels: int, limits: LimitsConfig, name: str, stac
         sound = _open_file(source, limits, name, stack)
     elif isinstance(source, bytes | bytearray | memoryview):
         _check_size(memoryview(source).nbytes, limits, name)
-        sound = _FileSound(stack.enter_context(AudioReader(io.BytesIO(source), name)))
+        sound = _FileSound(_reader(io.BytesIO(source), name, stack))
     else:
         sound = _open_array(source, limits, name)
     _check_header(sound.header, channels, limits, name)
@@ -133,7 +138,16 @@ def _opened(source: object, channels: int, limits: LimitsConfig, name: str, stac
 def _open_file(source: str | os.PathLike[str], limits: LimitsConfig, name: str, stack: ExitStack) -> _Sound:
     file = stack.enter_context(open_source_file(source, name, "a sound file"))
     _check_size(os.fstat(file.fileno()).st_size, limits, name)
-    return _FileSound(stack.enter_context(AudioReader(file, name)))
+    return _FileSound(_reader(file, name, stack))
+
+
+def _reader(file: BinaryIO, name: str, stack: ExitStack) -> AudioReader | ContainerAudioReader:
+    """libsndfile where it can: it is exact where FFmpeg adds or cuts what encoders pad with."""
+    try:
+        return stack.enter_context(AudioReader(file, name))
+    except UnreadableSoundError:
+        file.seek(0)
+        return stack.enter_context(ContainerAudioReader(file, name))
 
 
 def _open_array(source: object, limits: LimitsConfig, name: str) -> _Sound:
@@ -147,6 +161,8 @@ def _open_array(source: object, limits: LimitsConfig, name: str) -> _Sound:
         raises=InvalidRequestError,
         hint=" (Hz)",
     )
+    if isinstance(array, list | tuple):
+        array = _listed(array, limits, name)
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
@@ -162,19 +178,40 @@ def _open_array(source: object, limits: LimitsConfig, name: str) -> _Sound:
     return _ArraySound(np.atleast_2d(array), int(rate))
 
 
+def _listed(values: list[Any] | tuple[Any, ...], limits: LimitsConfig, name: str) -> npt.NDArray[Any]:
+    """An array of a list of samples, or of one list for each channel."""
+    rows = values if values and isinstance(values[0], list | tuple) else [values]
+    _check_size(sum(len(row) for row in rows if isinstance(row, list | tuple)) * 8, limits, name)
+    try:
+        return np.asarray(values)
+    except Exception:  # lists of several lengths, or whatever foreign values raise
+        raise InvalidRequestError(
+            f"{name}: got a list that is no array, expected floats, or a list of as many floats for each channel"
+        ) from None
+
+
 def _parted(source: object, name: str) -> tuple[Any, Any]:
     """The array and the rate of an Audio, a pair or a mapping."""
     if isinstance(source, Audio):
         return source.samples, source.sample_rate
-    if isinstance(source, tuple) and len(source) == 2:
-        return source
-    if isinstance(source, Mapping) and "array" in source and "sampling_rate" in source:
+    if isinstance(source, tuple | list) and len(source) == 2 and _is_pair(source):
+        return source[0], source[1]
+    if isinstance(source, Mapping) and "array" in source and any(key in source for key in RATE_KEYS):
         for key in source:
             if key not in ARRAY_KEYS:
                 raise InvalidRequestError(f"{name}[{key!r}]: unknown key{did_you_mean(str(key), ARRAY_KEYS)}")
-        return source["array"], source["sampling_rate"]
+        return source["array"], next(source[key] for key in RATE_KEYS if key in source)
     keys = f" with the keys {sorted(map(str, source))}" if isinstance(source, Mapping) else ""
+    if isinstance(source, np.ndarray | torch.Tensor | list | tuple):
+        keys = " without its rate"
     raise InvalidRequestError(f"{name}: got {type(source).__name__}{keys}, expected {SOURCES}")
+
+
+def _is_pair(source: tuple[Any, ...] | list[Any]) -> bool:
+    """Rather than a list of two samples, or of two channels."""
+    return isinstance(source, tuple) or (
+        number_complaint("", source[0]) is not None and number_complaint("", source[1]) is None
+    )
 
 
 def _check_size(num_bytes: int, limits: LimitsConfig, name: str) -> None:
@@ -190,11 +227,7 @@ def _check_header(header: AudioHeader, channels: int, limits: LimitsConfig, name
         raises=InvalidRequestError,
         hint=" (Hz)",
     )
-    if header.num_channels not in (1, channels) and (header.num_channels, channels) != (2, 1):
-        raise InvalidRequestError(
-            f"{name}: got {header.num_channels} channels, expected {' or '.join(_channel_counts(channels))}; "
-            "arrays are [channels, n]"
-        )
+    check_channels(header.num_channels, channels, name)
     if header.num_frames < 1:
         raise InvalidRequestError(f"{name}: got a sound of no length, expected at least one sample")
     if header.duration_s > limits.max_audio_s:
@@ -204,23 +237,17 @@ def _check_header(header: AudioHeader, channels: int, limits: LimitsConfig, name
         )
 
 
-def _channel_counts(channels: int) -> list[str]:
-    return [str(count) for count in sorted({1, channels, *([2] if channels == 1 else [])})]
-
-
-def _finite(blocks: Iterator[Samples], name: str, stop: Callable[[], None]) -> Iterator[Samples]:
+def _checked(blocks: Iterator[Samples], name: str, stop: Callable[[], None]) -> Iterator[Samples]:
     for block in blocks:
         stop()
         if not np.isfinite(block).all():
             raise InvalidRequestError(f"{name}: got samples that are NaN or infinite, expected finite numbers")
+        if len(block) and np.abs(block).max() > MAX_SAMPLE:
+            raise InvalidRequestError(
+                f"{name}: got samples up to {np.abs(block).max():g}, expected -1 to 1 at full scale; divide them "
+                "(those of 16 bit by 32768), or give an array of integers as it is"
+            )
         yield block
-
-
-def _mixed(block: Samples, channels: int) -> Samples:
-    """[frames, any] -> [frames, channels]."""
-    if block.shape[1] == channels:
-        return block
-    return block.mean(axis=1, keepdims=True) if channels == 1 else np.repeat(block, channels, axis=1)
 
 
 def _resampled(blocks: Iterator[Samples], source_rate: int, target_rate: int, channels: int) -> Iterator[Samples]:

@@ -1,5 +1,5 @@
 """What comes in as an image: from whatever a caller passes to pixels of a wanted size. Its header is read and measured
-first; PIL's own guard against bombs stays on.
+first; PIL's own guard against bombs stays on. What is transparent shows white, as transformers has it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from torch.nn import functional
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.media.image_encoding import on_white
 from vllm_omni.media.source_files import open_source_file
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # PIL reads dozens, one of them by running a program
+# PIL reads dozens, one of them by running a program; AVIF and HEIF where it, or a plugin that was registered, can
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+FULL_SCALES = (1.0, 2.0**8 - 1, 2.0**16 - 1, 2.0**31 - 1)  # of pixels that are wide integers or floats
 SOURCES = "a path, the bytes of a file, a PIL image or a numpy array uint8 [height, width, 3] or [height, width]"
 
 
@@ -41,12 +44,48 @@ def read_image(source: object, limits: LimitsConfig, name: str) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(pixels).copy())
     with _opened(source, limits, name) as image:
         try:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = to_rgb(ImageOps.exif_transpose(image), name)
+        except InvalidRequestError:
+            raise
         except Exception as error:  # the library raises whatever its parsers raise, with addresses in some texts
             raise InvalidRequestError(
                 f"{name}: got an image that is damaged or truncated ({type(error).__name__}); save or copy it again"
             ) from None
         return torch.from_numpy(np.array(upright))
+
+
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """On white where it is transparent; pixels of 16 and 32 bits and floats are scaled to 8 bits. InvalidRequestError
+    for pixels that are negative or not finite.
+    """
+    if image.mode.startswith(("I", "F")):
+        return _scaled(image, name).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        return on_white(image)
+    return image.convert("RGB")
+
+
+def _scaled(image: Image.Image, name: str) -> Image.Image:
+    """8 bit grey of wide integers and floats. Those of 16 bits have their full scale; of others it is the least of
+    FULL_SCALES that holds every pixel.
+    """
+    pixels = np.asarray(image).astype(np.float64)
+    if not np.isfinite(pixels).all() or pixels.min() < 0:
+        raise InvalidRequestError(
+            f"{name}: got an image of mode {image.mode} with pixels from {pixels.min():g} to {pixels.max():g}, "
+            "expected finite ones of at least 0; scale them"
+        )
+    most = max(pixels.max(), 1.0)
+    full = FULL_SCALES[2] if image.mode.startswith("I;16") else next((f for f in FULL_SCALES if most <= f), most)
+    if image.mode == "I" and full == FULL_SCALES[0]:
+        full = FULL_SCALES[1]
+    grey = np.rint(pixels * (255 / full)).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[pixels == transparent] = 255
+    return Image.fromarray(grey)
 
 
 def resized(frame: Tensor, size: tuple[int, int]) -> Tensor:
@@ -67,6 +106,11 @@ def check_pixels(height: int, width: int, limits: LimitsConfig, name: str) -> No
         raise InvalidRequestError(f"{name}: got {width}x{height} pixels, expected at least one")
 
 
+def _readable_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 @contextmanager
 def _opened(source: object, limits: LimitsConfig, name: str) -> Iterator[Image.Image]:
     """The image with its header read; a file that was opened for it is closed again."""
@@ -82,7 +126,7 @@ def _opened(source: object, limits: LimitsConfig, name: str) -> Iterator[Image.I
         raise InvalidRequestError(f"{name}: got {type(source).__name__}, expected {SOURCES}")
     with file:
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=_readable_formats())
         except Image.DecompressionBombError:
             raise InvalidRequestError(
                 f"{name}: got an image so large that it is taken for an attack, expected at most "
@@ -90,7 +134,7 @@ def _opened(source: object, limits: LimitsConfig, name: str) -> Iterator[Image.I
             ) from None
         except UnidentifiedImageError:
             raise InvalidRequestError(
-                f"{name}: got a file that is no whole image, expected {', '.join(FORMATS)}"
+                f"{name}: got a file that is no whole image, expected {', '.join(_readable_formats())}"
             ) from None
         except Exception as error:  # the library raises whatever its parsers raise, with addresses in some texts
             raise InvalidRequestError(

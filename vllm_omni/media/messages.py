@@ -13,6 +13,7 @@ from vllm_omni.utils.checks import check_number, did_you_mean
 TEXT = "text"
 PART_TYPES = (TEXT, "image", "video", "audio")
 MAX_FPS = 240.0
+OWN_KEYS = {"video": ("fps",), "audio": ("sampling_rate",)}  # what may stand beside the source
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def has_media(messages: Messages) -> bool:
 def media_parts(messages: Messages) -> list[MediaPart]:
     """All parts but texts, in order; InvalidRequestError for a part that is none."""
     return [
-        MediaPart(part["type"], part[part["type"]], f"{where}.{part['type']}", _fps(part, where))
+        MediaPart(part["type"], _source(part), f"{where}.{part['type']}", _fps(part, where))
         for where, part in _parts(messages)
         if part["type"] != TEXT
     ]
@@ -100,12 +101,19 @@ def _check_part(part: object, where: str) -> None:
         raise InvalidRequestError(f"{where}: got the type {kind!r:.80}{did_you_mean(str(kind)[:80], PART_TYPES)}")
     if part.get(kind) is None:
         raise InvalidRequestError(f"{where}: got the type {kind!r} without {kind!r}, expected what it holds there")
-    known = {"type", kind, "fps"} if kind == "video" else {"type", kind}
+    known = {"type", kind, *OWN_KEYS.get(kind, ())}
     for key in part:
         if key not in known:
             raise InvalidRequestError(f"{where}: unknown key {key!r:.80}{did_you_mean(str(key)[:80], known)}")
     if kind == TEXT and not isinstance(part[TEXT], str):
         raise InvalidRequestError(f"{where}.text: got {type(part[TEXT]).__name__}, expected a string")
+
+
+def _source(part: Mapping[str, Any]) -> Any:
+    """What is in a part; a bare array with the rate beside it as the pair of both."""
+    if part.get("sampling_rate") is None:
+        return part[part["type"]]
+    return part[part["type"]], part["sampling_rate"]
 
 
 def _fps(part: Mapping[str, Any], where: str) -> float | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import uuid
 from collections.abc import Collection
 from contextlib import suppress
 from importlib.resources import files
@@ -130,6 +132,25 @@ def user_path(where: str, name: str | Path, *, raises: type[OmniError]) -> Path:
         reason = error.strerror if isinstance(error, OSError) else error
         raise raises(f"{where}: got {brief(str(name))}, which cannot be opened ({reason})") from error
     return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is whole or as it was before: into another one beside it, which takes its place at the end.
+    OSError when it cannot be written.
+    """
+    path = path.resolve()  # a link stays one
+    if path.exists() and not path.is_file():  # a device or a pipe, which nothing can take the place of
+        path.write_bytes(content)
+        return
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        part.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def check_suffix(path: Path, known: Collection[str]) -> None:

@@ -27,6 +27,7 @@ from support.ar import (
     tokens_of,
 )
 
+from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.errors import StageError
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask
 from vllm_omni.params import SamplingParams
@@ -227,20 +228,8 @@ def pool() -> ModelPool:
     return ModelPool()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(operations=operations, data=st.data())
-def test_any_mix_of_requests_steps_and_aborts_ends_clean_and_right(
-    folder: Path, pool: ModelPool, operations: list[Any], data: st.DataObject
-) -> None:
-    engine = make_engine(
-        folder,
-        models=pool,
-        wanted=["h", "p"],
-        outputs={**WRITTEN_STATES, "p": {"layers": [-2], "tokens": "prompt"}},
-        num_blocks=9,
-        max_num_seqs=4,
-        max_num_batched_tokens=9,
-    )
+def live(engine: AREngine, operations: list[Any], data: st.DataObject) -> tuple[dict[str, StageTask], list[StageEvent]]:
+    """Runs the operations to the end; all tasks, and all events."""
     tasks: dict[str, StageTask] = {}
     aborted: set[str] = set()
     events: list[StageEvent] = []
@@ -262,6 +251,24 @@ def test_any_mix_of_requests_steps_and_aborts_ends_clean_and_right(
     ended = [event.request_id for event in events if isinstance(event, (StageDone, StageFailed))]
     assert len(ended) == len(set(ended))
     assert set(tasks) - aborted <= set(ended) <= set(tasks)
+    return tasks, events
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operations=operations, data=st.data())
+def test_any_mix_of_requests_steps_and_aborts_ends_clean_and_right(
+    folder: Path, pool: ModelPool, operations: list[Any], data: st.DataObject
+) -> None:
+    engine = make_engine(
+        folder,
+        models=pool,
+        wanted=["h", "p"],
+        outputs={**WRITTEN_STATES, "p": {"layers": [-2], "tokens": "prompt"}},
+        num_blocks=9,
+        max_num_seqs=4,
+        max_num_batched_tokens=9,
+    )
+    tasks, events = live(engine, operations, data)
     for event in events:
         if isinstance(event, StageDone):
             alone = make_engine(folder, models=pool, wanted=["h"], outputs=WRITTEN_STATES)
@@ -271,3 +278,24 @@ def test_any_mix_of_requests_steps_and_aborts_ends_clean_and_right(
             assert tokens_of(event) == tokens_of(expected)
             torch.testing.assert_close(states_of(event), states_of(expected), rtol=1e-3, atol=1e-4)
             assert len(event.payload.tensors["p"]) == len(tasks[event.request_id].request.prompt)
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose layers see five tokens."""
+    types = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention"] * 3}
+    return make_model_folder(tmp_path_factory.mktemp("ar") / "windowed", **types)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operations=operations, data=st.data())
+def test_any_mix_in_a_model_of_windows_writes_what_it_writes_alone_with_room_for_all(
+    windowed: Path, pool: ModelPool, operations: list[Any], data: st.DataObject
+) -> None:
+    engine = make_engine(windowed, models=pool, num_blocks=5, max_num_seqs=4, max_num_batched_tokens=8)
+    tasks, events = live(engine, operations, data)
+    for event in events:
+        if isinstance(event, StageDone):
+            task = tasks[event.request_id]
+            alone = make_engine(windowed, models=pool, num_blocks=64, prefix_caching=False)
+            assert tokens_of(event) == tokens_of(run(alone, make_task(task.request.prompt, task.params))["r"])

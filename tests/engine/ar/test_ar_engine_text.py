@@ -33,7 +33,7 @@ from support.ar import (
 from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.engine.ar.text_job import read_sections
 from vllm_omni.engine.ar.tokenizer import TextProcessor
-from vllm_omni.errors import ConfigError, StageError
+from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
 from vllm_omni.messages import StageDone, StageProgress
 from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.request import OmniRequest
@@ -157,8 +157,10 @@ def test_the_tokenizer_is_found_beside_the_model_and_its_absence_is_said(tmp_pat
     done(run(make_encoder(model, chat_template=True), make_task("hello"))["r"])
     (tmp_path / "tokenizer").rename(tmp_path / "words")
     done(run(make_encoder(model, tokenizer=str(tmp_path / "words")), make_task("hello"))["r"])
-    with pytest.raises(ConfigError, match=r"tokenizer: found none in .*text_encoder or .*tokenizer"):
-        make_encoder(model)
+    without = make_encoder(model)
+    done(run(without, make_task([1, 2, 3]))["r"])
+    with pytest.raises(InvalidRequestError, match=r"got words, expected token ids, since .*text_encoder has no"):
+        run(without, make_task("hello"))
 
 
 def test_a_prompt_longer_than_the_tokenizer_expects_draws_no_warning(

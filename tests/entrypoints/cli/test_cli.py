@@ -289,8 +289,12 @@ def names(paths: list[Path], folder: Path) -> list[str]:
 def test_one_picture_takes_the_name_and_several_are_numbered(tmp_path: Path) -> None:
     files = OutputFiles(str(tmp_path / "new" / "out.png"))
     assert names(files.write([output(1, "words")]), tmp_path) == ["new/out.png"]
-    assert names(files.write([output(1), output(2)]), tmp_path) == ["new/out-0.png", "new/out-1.png", "new/out-2.png"]
-    assert Image.open(tmp_path / "new" / "out-2.png").getpixel((0, 0)) == (1, 0, 0)
+    assert names(files.write([output(1), output(2)]), tmp_path) == [
+        "new/out-0.png",
+        "new/out-1-0.png",
+        "new/out-1-1.png",
+    ]
+    assert Image.open(tmp_path / "new" / "out-1-1.png").getpixel((0, 0)) == (1, 0, 0)
 
 
 def test_a_folder_takes_pictures_and_text(tmp_path: Path) -> None:
@@ -312,10 +316,10 @@ def test_sounds_take_the_name_or_that_of_the_pictures_beside_them(
     assert names(melody.write([output(num_sounds=1)]), tmp_path) == ["melody.flac"]
     assert names(melody.write([output(num_sounds=1), output(num_sounds=2)]), tmp_path) == [
         "melody-0.flac",
-        "melody-1.flac",
-        "melody-2.flac",
+        "melody-1-0.flac",
+        "melody-1-1.flac",
     ]
-    assert soundfile.read(tmp_path / "melody-2.flac")[0][0] == 0.25
+    assert soundfile.read(tmp_path / "melody-1-1.flac")[0][0] == 0.25
     assert names(melody.write([output(1, num_sounds=1)]), tmp_path) == ["melody.png", "melody.flac"]
     assert names(OutputFiles(str(tmp_path / "a.b.jpg")).write([output(1, num_sounds=1)]), tmp_path) == [
         "a.b.jpg",
@@ -444,7 +448,7 @@ def test_what_the_terminal_cannot_show_is_replaced() -> None:
 def test_text_goes_into_one_file_as_it_is_or_as_json(tmp_path: Path) -> None:
     outputs = [output(0, "red"), output(1, "caf\u00e9"), output(error=StageError("no memory"))]
     prompts = ["a", "b", "c"]
-    assert names(OutputFiles(f"{tmp_path}/a.txt").write(outputs, prompts), tmp_path) == ["a.txt", "a.png"]
+    assert names(OutputFiles(f"{tmp_path}/a.txt").write(outputs, prompts), tmp_path) == ["a.txt", "a-1.png"]
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "red\ncaf\u00e9\n"
     OutputFiles(f"{tmp_path}/b.json").write(outputs, prompts)
     OutputFiles(f"{tmp_path}/c.jsonl").write(outputs, prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ def test_two_covers_of_a_file_are_numbered_and_named_out(folder: Path, tmp_path:
     sound(0.6, rate=8000).save(tmp_path / "song.ogg")
     cover = ["--input", "task_type=cover", "--input", "audio=song.ogg"]
     done = generate(folder, tmp_path, "slow bells", "fast bells", *cover)
-    assert (done.returncode, done.stderr) == (0, "wrote out-0.wav\nwrote out-1.wav\n")
+    assert done.returncode == 0 and done.stderr.endswith("wrote out-0.wav\nwrote out-1.wav\n")
+    assert re.match(r"prompt 0: seed (\d+)\nprompt 1: seed (?!\1\n)\d+\nwrote", done.stderr), done.stderr
     first, second = (soundfile.read(tmp_path / f"out-{index}.wav")[0] for index in range(2))
     assert first.shape == second.shape == (round(0.6 * SAMPLE_RATE) // 32 * 32, 2)
     assert np.abs(first - second).max() > 0.01

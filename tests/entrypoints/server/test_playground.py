@@ -99,7 +99,7 @@ def test_escape_cancels_and_the_request_ends(page: Page, server: ServerProcess) 
 def test_what_is_wrong_is_said_where_one_looks(page: Page) -> None:
     page.get_by_text("Parameters").click()
     page.fill("input[name=size]", "100000x10000")
-    run(page, "tiny-image", "a red circle")
+    run(page, "tiny-omni", SCENE)
     page.wait_for_selector("#error:not(:empty)", timeout=LIMIT_MS)
     assert "height: got 10000" in page.inner_text("#error")
 

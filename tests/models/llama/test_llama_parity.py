@@ -96,7 +96,7 @@ def test_the_published_names_and_shapes_of_llama_3_1_8b_load_whole() -> None:
     [
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_parameters: got"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_parameters.factor: got"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
     ],
 )

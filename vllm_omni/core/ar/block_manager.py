@@ -5,6 +5,9 @@ A block that is computed whole is entered under a sha256 over the hash of the bl
 tokens; a hit also compares that content. The chain begins with a hash of the sequence's adapter, so that sequences of
 different adapters share nothing. Freed blocks keep their entry until they are taken for something else, least recently
 used first.
+
+Where every layer sees a window alone, the blocks behind it are given back while the sequence goes on; their places in
+its block table stay, and nobody reads them. A prefix then needs no more than the blocks that its next token sees.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
+from vllm_omni.core.ar.cache_window import CacheWindow
 from vllm_omni.core.ar.sequence import CacheState, Sequence
 from vllm_omni.errors import CacheError
 
@@ -45,9 +49,13 @@ class BlockManager:
     right.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_caching: bool = True, window: CacheWindow | None = None
+    ) -> None:
+        """window: of the whole model; None where a layer sees everything."""
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._window = window
         self._prefix_caching = prefix_caching
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
@@ -64,14 +72,17 @@ class BlockManager:
 
     def can_ever_hold(self, num_tokens: int) -> bool:
         """Whether the empty pool would have room for one sequence of this length."""
-        return self.num_blocks_for(num_tokens) <= self.num_blocks
+        return self._most_blocks(self.num_blocks_for(num_tokens)) <= self.num_blocks
 
     def can_admit(self, sequence: Sequence) -> bool:
-        """Whether all known tokens of a sequence without blocks would find room now, prefix hits counted."""
+        """Whether all known tokens of a sequence without blocks would find room now, prefix hits counted; with a
+        window, the most of them that it holds at once.
+        """
         self._expect(sequence, CacheState.UNALLOCATED, "admit")
-        hits = self._find_prefix(sequence)
+        num_skipped, hits = self._find_prefix(sequence)
         num_revived = sum(self._blocks[block].num_references == 0 for block in hits)
-        return self.num_blocks_for(sequence.num_tokens) - len(hits) <= len(self._free) - num_revived
+        num_held = self._most_blocks(self.num_blocks_for(sequence.num_tokens) - num_skipped)
+        return num_held - len(hits) <= len(self._free) - num_revived
 
     def allocate(self, sequence: Sequence) -> None:
         """Starts the block table with the longest cached prefix; sets how many tokens are computed by that.
@@ -79,10 +90,12 @@ class BlockManager:
         At least the last token is left to compute, however much is cached: something must run to give logits.
         """
         self._expect(sequence, CacheState.UNALLOCATED, "allocate")
-        sequence.block_table = self._find_prefix(sequence)
-        for block in sequence.block_table:
+        num_skipped, hits = self._find_prefix(sequence)
+        for block in hits:
             self._free.pop(block, None)
             self._blocks[block].num_references += 1
+        sequence.block_table = [0] * num_skipped + hits
+        sequence.num_released_blocks = num_skipped
         sequence.num_computed_tokens = len(sequence.block_table) * self.block_size
         sequence.cache_state = CacheState.ALLOCATED
 
@@ -107,14 +120,21 @@ class BlockManager:
             sequence.block_table.append(block)
 
     def commit(self, sequence: Sequence) -> None:
-        """Enters the blocks whose tokens are all computed, so that other sequences may share them.
+        """Enters the blocks whose tokens are all computed, so that other sequences may share them, and gives back those
+        that no later token sees.
 
         A block whose content is entered already (an identical prompt in the same step) stays private.
         """
         self._expect(sequence, CacheState.ALLOCATED, "commit")
-        if not self._prefix_caching:
-            return
-        for index in range(sequence.num_computed_tokens // self.block_size):
+        if self._prefix_caching:
+            self._enter(sequence)
+        if self._window is not None:
+            first = self._first_block(sequence.num_computed_tokens)
+            self._give_back(sequence.block_table[sequence.num_released_blocks : first])
+            sequence.num_released_blocks = max(first, sequence.num_released_blocks)
+
+    def _enter(self, sequence: Sequence) -> None:
+        for index in range(sequence.num_released_blocks, sequence.num_computed_tokens // self.block_size):
             block = self._blocks[sequence.block_table[index]]
             key = self._hash(sequence, index)
             if block.key is None and key not in self._cached:
@@ -145,7 +165,7 @@ class BlockManager:
         held: Counter[int] = Counter()
         for sequence in sequences:
             self._check_table(sequence)
-            held.update(sequence.block_table)
+            held.update(sequence.held_blocks)
         for number, block in enumerate(self._blocks):
             if block.num_references != held[number]:
                 raise CacheError(
@@ -164,28 +184,47 @@ class BlockManager:
 
     def _check_table(self, sequence: Sequence) -> None:
         name, size = f"sequence {sequence.sequence_id}", len(sequence.block_table)
-        if len(set(sequence.block_table)) != size:
+        if len(set(sequence.held_blocks)) != len(sequence.held_blocks):
             raise CacheError(f"{name}: the block table {sequence.block_table} names a block twice")
         if sequence.cache_state is not CacheState.ALLOCATED and (size or sequence.num_computed_tokens):
             raise CacheError(f"{name}: {sequence.cache_state.value}, but has {size} blocks")
+        expected = self._first_block(sequence.num_computed_tokens)
+        if sequence.num_released_blocks != expected:
+            raise CacheError(f"{name}: {sequence.num_released_blocks} blocks given back, expected {expected}")
         if not self.num_blocks_for(sequence.num_computed_tokens) <= size <= self.num_blocks_for(sequence.num_tokens):
             raise CacheError(
                 f"{name}: {size} blocks for {sequence.num_computed_tokens} of {sequence.num_tokens} tokens"
             )
 
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        found: list[int] = []
-        if not self._prefix_caching:
-            return found
-        for index in range((sequence.num_tokens - 1) // self.block_size):
-            number = self._cached.get(self._hash(sequence, index))
-            if number is None:
+    def _find_prefix(self, sequence: Sequence) -> tuple[int, list[int]]:
+        """How many blocks of the longest prefix that is served nobody will read, and the others."""
+        numbers: list[int | None] = []
+        num_hits = num_in_row = 0
+        for index in range((sequence.num_tokens - 1) // self.block_size if self._prefix_caching else 0):
+            number = self._serving(sequence, index)
+            if number is None and self._window is None:
                 break
-            parent, content = self._parent(sequence, index), self._content(sequence, index)
-            if not self._blocks[number].holds(parent, content, sequence.adapter):
-                break
-            found.append(number)
-        return found
+            numbers.append(number)
+            num_in_row = 0 if number is None else num_in_row + 1
+            if num_in_row >= index + 1 - self._first_block((index + 1) * self.block_size):
+                num_hits = index + 1
+        num_skipped = self._first_block(num_hits * self.block_size)
+        return num_skipped, [number for number in numbers[num_skipped:num_hits] if number is not None]
+
+    def _serving(self, sequence: Sequence, index: int) -> int | None:
+        """The block that holds what a block of this sequence would."""
+        number = self._cached.get(self._hash(sequence, index))
+        if number is None:
+            return None
+        parent, content = self._parent(sequence, index), self._content(sequence, index)
+        return number if self._blocks[number].holds(parent, content, sequence.adapter) else None
+
+    def _first_block(self, position: int) -> int:
+        return 0 if self._window is None else self._window.first_block(position, self.block_size)
+
+    def _most_blocks(self, num_blocks: int) -> int:
+        """Of so many blocks of one sequence, how many it holds at once."""
+        return num_blocks if self._window is None else min(num_blocks, self._window.most_blocks(self.block_size))
 
     def _hash(self, sequence: Sequence, index: int) -> bytes:
         chain = sequence.block_hashes
@@ -203,14 +242,17 @@ class BlockManager:
         return tuple(ids[index * self.block_size : (index + 1) * self.block_size])
 
     def _release(self, sequence: Sequence) -> None:
-        for number in reversed(sequence.block_table):  # a prefix outlives what follows it
+        self._give_back(sequence.held_blocks)
+        sequence.block_table, sequence.num_released_blocks = [], 0
+
+    def _give_back(self, numbers: list[int]) -> None:
+        for number in reversed(numbers):  # a prefix outlives what follows it
             block = self._blocks[number]
             block.num_references -= 1
             if block.num_references == 0:
                 self._free[number] = None
                 if block.key is None:
                     self._free.move_to_end(number, last=False)
-        sequence.block_table = []
 
     def _forget(self, number: int) -> None:
         block = self._blocks[number]

@@ -50,6 +50,9 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     cache_state: CacheState = CacheState.UNALLOCATED
     block_table: list[int] = field(default_factory=list)  # grows in place; another list after preemption
+    num_released_blocks: int = (
+        0  # of its first blocks, given back: no token reads them again; their numbers say nothing
+    )
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, as far as needed; outlives preemption
 
     def __post_init__(self) -> None:
@@ -77,6 +80,11 @@ class Sequence:
         known = len(self.token_ids)
         ready = known if self.num_ready_tokens is None else min(known, self.num_ready_tokens)
         return ready - self.num_computed_tokens if ready > self.num_reached_tokens else 0
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """The part of the block table that is its own."""
+        return self.block_table[self.num_released_blocks :] if self.num_released_blocks else self.block_table
 
     @property
     def position(self) -> int:

@@ -294,7 +294,7 @@ class OmniScheduler:
         cached: its inputs are not complete yet, or its rows are not kept.
         """
         plan = state.plan.stages[stage]
-        task = StageTask(state.request, stage, plan.params, state.launch(stage, now), plan.prepared)
+        task = StageTask(state.request, stage, plan.seeded_params, state.launch(stage, now), plan.prepared)
         try:
             key = None if state.streams.touches(stage) else plan.cache_key(task)
         except OmniError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_omni.config.graph import Edge, StageGraph
@@ -23,8 +23,16 @@ class StagePlan:
     edges: Sequence[Edge] = ()  # those into the stage that are read, one a port
     required_inputs: frozenset[str] = frozenset()  # the ports without which the stage does not run
     prepared: Any = None  # what the stage made of the request when it checked it
+    seed: int | None = None  # what it draws from, given or drawn; None where it draws nothing
     # a task with its inputs -> a key under which its payload may serve other requests, or None; may raise an OmniError
     cache_key: Callable[[StageTask], str | None] = _never_cached
+
+    @property
+    def seeded_params(self) -> StageParams:
+        """The parameters with the seed."""
+        if self.seed is None:
+            return self.params
+        return replace(self.params, seed=self.seed)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True, slots=True)

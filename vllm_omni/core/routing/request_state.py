@@ -16,6 +16,7 @@ from vllm_omni.config.graph import Edge
 from vllm_omni.core.routing.request_plan import RequestPlan
 from vllm_omni.core.routing.request_streams import RequestStreams
 from vllm_omni.errors import OmniError, SchedulerError, StageError
+from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.request import OmniRequest, RequestStatus
 
@@ -30,6 +31,7 @@ class RequestEnd:
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     error: OmniError | None = None
     outputs: Sequence[str] = ()  # which entries of the config's `outputs` the caller gets
+    params: Mapping[str, StageParams] = field(default_factory=dict)  # of the stages that are done, with their defaults
     abandoned: tuple[str, ...] = ()  # the stages that still work on it and must forget it
 
 
@@ -81,6 +83,8 @@ class RequestState:
         ready_s = self.ready.pop(stage)
         self.running[stage] = now
         self.metrics[stage] = {"queued_s": now - ready_s, "started_s": now - self.admitted_s}
+        if self.plan.stages[stage].seed is not None:
+            self.metrics[stage]["seed"] = self.plan.stages[stage].seed
         inputs = {edge.target_port: self._input(edge) for edge in self._awaited.pop(stage)}
         self._forget_unread()
         return inputs
@@ -133,8 +137,9 @@ class RequestState:
         """The last word; drop the state after it."""
         ended = self.done.union(self.skipped)
         metrics = {stage: values for stage, values in self.metrics.items() if stage in ended}
+        params = {stage: self.plan.stages[stage].seeded_params for stage in self.plan.stages if stage in self.done}
         return RequestEnd(
-            self.request, status, dict(self.payloads), metrics, error, self.plan.outputs, tuple(self.running)
+            self.request, status, dict(self.payloads), metrics, error, self.plan.outputs, params, tuple(self.running)
         )
 
     def check_integrity(self) -> None:

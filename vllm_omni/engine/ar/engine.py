@@ -43,7 +43,7 @@ class AREngine(StageEngine):
         self._spec = spec
         self._background = context.background
         options = spec.options
-        blocks = BlockManager(spec.pool.num_blocks, options.block_size, spec.prefix_caching)
+        blocks = BlockManager(spec.pool.num_blocks, options.block_size, spec.prefix_caching, spec.cache_window)
         self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens)
         self._runner = _load_runner(spec, context)
         self._stage = spec.make_stage(context, self._runner)

@@ -63,6 +63,7 @@ class AROptions:
     system_prompt: str | None = None  # the system message of chats that have none; None leaves that to the template
     outputs: Mapping[str, Tap] = field(default_factory=dict)  # port -> the hidden states that it gives
     sections: tuple[str, ...] = ()  # labels; the first written line `label: words` gives its words to a port `label`
+    rope_scaling: Mapping[str, Any] | None = None  # scaling of positions, as in transformers; None: the config.json's
     max_model_len: int | None = None  # tokens of a sequence; None: the model's positions, 4096 where no pool is given
     max_prompt_tokens: int | None = None  # a longer prompt is an error, or is cut
     truncate_prompt: bool = False  # whether a prompt that is too long keeps its first tokens
@@ -113,13 +114,14 @@ class AROptions:
 
     def model_len(self, config: LanguageModelConfig) -> int:
         """Most tokens of one sequence; ConfigError when more are asked for than the model has positions."""
-        positions = config.max_position_embeddings
+        positions = config.num_positions
         if self.max_model_len is None:
             is_pool_given = self.kv_memory_mb is not None or self.num_blocks is not None
             return positions if is_pool_given else min(positions, DEFAULT_MODEL_LEN)
         if self.max_model_len > positions:
             raise ConfigError(
-                f"max_model_len: got {self.max_model_len}, expected at most {positions}, the model's positions"
+                f"max_model_len: got {self.max_model_len}, expected at most {positions}, the model's positions; "
+                "rope_scaling extends them, where the model is made for that"
             )
         return self.max_model_len
 

@@ -9,12 +9,13 @@ from functools import cached_property
 
 from vllm_omni import registry
 from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.core.ar.cache_window import CacheWindow
 from vllm_omni.engine.ar.base import ARStage
 from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.engine.ar.options import AROptions
 from vllm_omni.engine.ar.prompt import ARLimits
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
-from vllm_omni.params import SamplingParams
+from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.utils.device import resolve_device, resolve_dtype
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.ar.kv_pool import KVPoolPlan, activation_bytes, plan_kv_pool
@@ -39,7 +40,7 @@ class ARSpec(StageSpec):
     def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> ARSpec:
         options: AROptions = stage.options
         folder = model_folder(stage, folders, "the folder of a language model")
-        model = LanguageModelFolder.open(folder, options.part)
+        model = LanguageModelFolder.open(folder, options.part, options.rope_scaling)
         row = model.name if model.name in registry.names(TABLE) else DEFAULT_ROW
         spec: type[ARSpec] = registry.resolve(TABLE, row)
         return spec(stage, config, folders, model)
@@ -76,19 +77,37 @@ class ARSpec(StageSpec):
             max_num_seqs=options.max_num_seqs,
             kv_memory_mb=options.kv_memory_mb,
             num_blocks=options.num_blocks,
+            window=self.cache_window,
         )
+
+    @property
+    def cache_window(self) -> CacheWindow | None:
+        """What of a sequence its blocks must hold; None where that is all of it: a layer sees everything, no sequence
+        is longer than the window, or tapped states, which are read when all is computed, stand beside the blocks.
+        """
+        window = self.model.config.window
+        if window is None or window >= self.model_len or self.tapped or not self.can_write:
+            return None
+        return CacheWindow(window, self.options.max_num_batched_tokens)
 
     @cached_property
     def ar_limits(self) -> ARLimits:
         """The largest values of a request."""
+        pool_tokens = self.pool.num_blocks * self.options.block_size
+        window = self.cache_window
+        if window is not None and window.most_blocks(self.options.block_size) <= self.pool.num_blocks:
+            pool_tokens = max(pool_tokens, self.model_len)  # it never holds a whole sequence
         return ARLimits(
             vocab_size=self.model.config.vocab_size,
             model_len=self.model_len,
-            pool_tokens=self.pool.num_blocks * self.options.block_size,
+            pool_tokens=pool_tokens,
             pool_limited_by=self.pool.limited_by,
             max_prompt_chars=self.limits.max_prompt_chars,
             max_outputs=self.limits.max_outputs,
         )
+
+    def draws(self, params: StageParams) -> bool:
+        return self.can_write and isinstance(params, SamplingParams) and params.temperature != 0
 
     def plan_memory(self) -> MemoryPlan:
         return MemoryPlan(
@@ -104,7 +123,7 @@ class ARSpec(StageSpec):
         )
 
     def weights_key(self) -> tuple[str, ...]:
-        return (self.stage.kind, str(self.model.folder.resolve()), self.model.part or "")
+        return (self.stage.kind, *self.model.key)
 
     def load(self, context: EngineContext) -> AREngine:
         return AREngine(self, context)

@@ -11,13 +11,14 @@ from typing import Any
 
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.ar.generation_defaults import FILE, generation_defaults
+from vllm_omni.engine.ar.no_tokenizer import NoTokenizer
 from vllm_omni.engine.ar.prompt import ARInput, PlannedPrompt, Prepared, PreparedPrompt, read_prompt
 from vllm_omni.engine.ar.spec import ARSpec
 from vllm_omni.engine.ar.tapped_states import POSITIONS
 from vllm_omni.engine.ar.text_stage import TextStage
 from vllm_omni.engine.ar.tokenizer import TextProcessor, find_tokenizer
 from vllm_omni.engine.base import EngineContext, ReadPorts
-from vllm_omni.errors import ConfigError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.messages import StageTask
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.payload import PortSpec, StageSignature, TensorSpec
@@ -41,13 +42,18 @@ class TextSpec(ARSpec):
     ) -> None:
         super().__init__(stage, config, folders, model)
         self.can_write = self.reads_params = self.options.can_write
-        self.prefix_caching = self.options.prefix_caching
+        beyond = model.config.scaled_beyond
+        depends_on_length = beyond is not None and self.model_len > beyond
+        self.prefix_caching = self.options.prefix_caching and not depends_on_length
         self._reader_class: type[PromptReader[Any]] | None = model.model_class.prompt_reader
         if self._reader_class is not None:
             self.request_keys = self._reader_class.request_keys
             self.input_media = self._reader_class.input_media
         self._feeds_others = any(
             edge.stage == stage.name for other in config.stages.values() for edge in other.edges.values()
+        )
+        self._text_is_read = any(
+            edge.source == f"{stage.name}.text" for other in config.stages.values() for edge in other.edges.values()
         )
         self._check()
         reads_file = self.can_write and self.options.generation_config == "read"
@@ -56,6 +62,7 @@ class TextSpec(ARSpec):
         self.signature = self._make_signature()
         configured = self.options.tokenizer
         self._tokenizer_folder = find_tokenizer(model.folder, folders.resolve(configured) if configured else None)
+        self._check_tokenizer()
         self._input_lock = threading.Lock()
 
     @property
@@ -111,6 +118,8 @@ class TextSpec(ARSpec):
 
     @cached_property
     def _processor(self) -> TextProcessor:
+        if self._tokenizer_folder is None:
+            return NoTokenizer(self.model.folder)
         return TextProcessor(
             self._tokenizer_folder,
             chat_template=self.options.chat_template,
@@ -129,7 +138,10 @@ class TextSpec(ARSpec):
             assert isinstance(params, SamplingParams)
             return params
         is_read = self._feeds_others or any(port in reads for port in self.tapped)
-        return self.ar_limits.check_params(params, why_one=ONE_READER if is_read else None)
+        checked = self.ar_limits.check_params(params, why_one=ONE_READER if is_read else None)
+        if checked.stop and self._tokenizer_folder is None:
+            raise InvalidRequestError("stop: got strings, but the checkpoint has no tokenizer; give stop_token_ids")
+        return checked
 
     def _num_prompt_tokens(self, request: OmniRequest, prepared: Any) -> float:
         if isinstance(prepared, PreparedPrompt | PlannedPrompt):
@@ -152,6 +164,26 @@ class TextSpec(ARSpec):
             raise ConfigError("generation_config: task encode samples nothing; remove it")
         if self._reader_class is not None and POSITIONS in (*options.outputs, *options.sections):
             raise ConfigError(f"outputs: got {POSITIONS}, which the stage gives by itself; choose another name")
+
+    def _check_tokenizer(self) -> None:
+        """Without one, prompts and answers are token ids: ConfigError for what needs words."""
+        if self._tokenizer_folder is not None:
+            return
+        stage, options = self.stage, self.options
+        needed = {
+            "inputs.prompt": "prompt" in stage.inputs,
+            "sections": bool(options.sections),
+            "system_prompt": options.system_prompt is not None,
+            "chat_template_kwargs": bool(options.chat_template_kwargs),
+            "media in prompts": self._reader_class is not None,
+            "a stage that reads its text": self._text_is_read,
+        }
+        for key, is_needed in needed.items():
+            if is_needed:
+                raise ConfigError(
+                    f"tokenizer: found none in {self.model.folder} or beside it, which {key} needs; set the stage's "
+                    "`tokenizer` to the folder of one"
+                )
 
     def _make_signature(self) -> StageSignature:
         width = self.model.config.hidden_size

@@ -16,26 +16,31 @@ from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# the files that make a tokenizer, each line enough by itself
+TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer_config.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 TEMPLATE_FILE = "chat_template.json"  # where a checkpoint with a processor keeps it, if not with the tokenizer
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer gives for bytes that are no character yet
 
 
-def find_tokenizer(model_folder: Path, configured: Path | None) -> Path:
-    """The configured folder, else the model's own, else `tokenizer` beside it (as diffusers lays it out)."""
+def find_tokenizer(model_folder: Path, configured: Path | None) -> Path | None:
+    """The configured folder, else the model's own, else `tokenizer` beside it (as diffusers lays it out); None where
+    neither has one. ConfigError for a configured folder without one.
+    """
     folders = [model_folder, model_folder.parent / "tokenizer"] if configured is None else [configured]
     for folder in folders:
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
             return folder
+    if configured is None:
+        return None
+    expected = " or ".join(" and ".join(names) for names in TOKENIZER_FILES)
     raise ConfigError(
-        f"tokenizer: found none in {' or '.join(map(str, folders))}, expected {' or '.join(TOKENIZER_FILES)}; "
-        "set the stage's `tokenizer` to its folder"
+        f"tokenizer: found none in {configured}, expected {expected}; set another folder, or leave it out"
     )
 
 
 def end_of_sequence_ids(model_folder: Path, tokenizer: Any, part: str | None = None) -> frozenset[int]:
     """What ends a text: from generation_config.json, else from config.json (and what it holds of the part), else the
-    tokenizer's own.
+    tokenizer's own; None: there is none.
     """
     files = [model_folder / name for name in ("generation_config.json", "config.json")]
     with reading(f"{model_folder}: eos_token_id"):
@@ -43,7 +48,8 @@ def end_of_sequence_ids(model_folder: Path, tokenizer: Any, part: str | None = N
 
 
 def _end_of_sequence_ids(configs: Sequence[Mapping[str, Any]], tokenizer: Any, part: str | None) -> frozenset[int]:
-    inner = configs[-1].get(f"{part}_config", {}) if part and configs else {}
+    inner = configs[-1] if configs else {}
+    inner = inner.get(f"{part}_config", {}) if part else inner
     for config in (*configs, inner, inner.get("text_config", {})):
         ids = config.get("eos_token_id")
         if ids is not None:
@@ -51,7 +57,8 @@ def _end_of_sequence_ids(configs: Sequence[Mapping[str, Any]], tokenizer: Any, p
             if not all(type(token) is int for token in found):
                 raise TypeError(f"got {brief(ids)}, expected an integer or a list of them")
             return found
-    return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    return frozenset() if own is None else frozenset([own])
 
 
 class TextProcessor:

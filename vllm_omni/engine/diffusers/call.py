@@ -54,6 +54,10 @@ class PipelineCall:
         free = self._defaults.keys() - RESERVED - taken
         self._extra_keys = sorted(name for name in free if "callback" not in name)
 
+    @property
+    def takes_seed(self) -> bool:
+        return self._targets["seed"] is not None
+
     def num_steps(self, params: DiffusionParams) -> int:
         """Denoising steps, the pipeline's own number where the request names none; 1 where it counts none."""
         if params.sigmas is not None:

@@ -50,6 +50,9 @@ class DiffusersSpec(StageSpec):
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
         self.call.check(request, diffusion_params(params), reads_prompt="prompt" not in self.stage.inputs)
 
+    def draws(self, params: StageParams) -> bool:
+        return self.call.takes_seed
+
     def plan_memory(self) -> MemoryPlan:
         dtype = resolve_dtype(self.stage.dtype, resolve_device(self.stage.device))
         return MemoryPlan(weights_bytes=hosted_bytes(self.folder, dtype))

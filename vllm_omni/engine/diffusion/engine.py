@@ -4,7 +4,6 @@ one. Where a model takes an input chunk by chunk, every chunk is a state of its 
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from typing import Any
 
@@ -30,7 +29,7 @@ from vllm_omni.messages import (
     StageTask,
     StageWorked,
 )
-from vllm_omni.params import MAX_SEED
+from vllm_omni.params import draw_seed, sample_seed
 from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
 from vllm_omni.worker.diffusion.diffusion_runner import DiffusionRunner, DiffusionState
@@ -65,7 +64,7 @@ class DiffusionEngine(StageEngine):
         job = self._jobs[task.request_id] = DiffusionJob(
             task=task,
             params=params,
-            seed=secrets.randbelow(MAX_SEED) if params.seed is None else params.seed,
+            seed=draw_seed() if params.seed is None else params.seed,
             inputs=inputs,
             is_heavy=self.model.is_heavy(inputs),
             is_complete=port is None,
@@ -148,7 +147,7 @@ class DiffusionEngine(StageEngine):
         """A state per output; a chunk goes on with the noise of the one output there is."""
         for output in range(job.num_outputs):
             trajectory = self.model.trajectory(prepared, job.params)
-            noise = trajectory.noise((job.seed + output) % (MAX_SEED + 1)).to(self._device)
+            noise = trajectory.noise(sample_seed(job.seed, output)).to(self._device)
             state = DiffusionState(job.request_id, job.num_parts, job.params, trajectory, noise)
             self._scheduler.add(state.key, state, trajectory.num_tokens, self.runner.cache_bytes(trajectory))
             job.begin(state)

@@ -21,6 +21,7 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import did_you_mean
 from vllm_omni.utils.device import resolve_device, resolve_dtype
 from vllm_omni.utils.files import ModelFolders, read_json
+from vllm_omni.worker.architecture import named_architectures
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class DiffusionSpec(StageSpec):
         self.signature = self.model.signature
         self.request_keys = self.model.request_keys
         self._dit_cache = config.dit_cache
+
+    def draws(self, params: StageParams) -> bool:
+        return True
 
     def plan_memory(self) -> MemoryPlan:
         dtype = resolve_dtype(self.stage.dtype, resolve_device(self.stage.device))
@@ -88,8 +92,8 @@ def model_name(folder: Path, part: str | None) -> str:
         if part is not None:
             raise ConfigError(f"part: got {part!r}, but {folder} holds one diffusers pipeline; leave it out")
         return str(read_json(folder / PIPELINE_INDEX).get("_class_name"))
-    architectures = read_json(folder / CHECKPOINT_CONFIG).get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "None"
+    where = folder / CHECKPOINT_CONFIG
+    architecture = next(iter(named_architectures(read_json(where), str(where))), "None")
     parts = [name.partition(".")[2] for name in names("diffusion model") if name.startswith(architecture + ".")]
     if not parts:
         raise ConfigError(f"{folder / CHECKPOINT_CONFIG}: architectures: got {architecture!r}, which diffuses nothing")

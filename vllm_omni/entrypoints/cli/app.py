@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_omni import __version__
-from vllm_omni.entrypoints.cli import check, completion, generate, models, serve
+from vllm_omni.entrypoints.cli import check, completion, generate, info, models, serve
 from vllm_omni.entrypoints.cli.console import complain
 from vllm_omni.entrypoints.cli.logs import add_verbose_option, set_up_logging
 from vllm_omni.errors import OmniError
@@ -24,6 +24,7 @@ examples:
   vllm-omni generate "a large pink star" --set image.cache.policy=first_block --set image.cache.threshold=0.1
   vllm-omni serve --config tiny_omni --ui
   vllm-omni check tiny_omni
+  vllm-omni info out.png
   vllm-omni models
 """
 
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_arguments(
         commands.add_parser("check", help="validate a config, draw its graph, plan its memory; loads no weights")
     )
+    info.add_arguments(commands.add_parser("info", help="what a picture or a sound says of how it was made"))
     models.add_arguments(commands.add_parser("models", help="list shipped configs and models, and what is supported"))
     completion.add_arguments(
         commands.add_parser("completion", help="print a script that completes commands in a shell")

@@ -23,6 +23,7 @@ def output_as_json(prompt: str, output: OmniOutput) -> dict[str, Any]:
         "completions": [{"text": item.text, "finish_reason": item.finish_reason} for item in output.completions],
         "status": output.status.value,
         "error": None if output.error is None else str(output.error),
+        **({} if output.seed is None else {"seed": output.seed}),
     }
 
 

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         metavar="PATH",
-        help="image, audio (.wav .flac .ogg), text (.txt .json .jsonl) or folder (default: out.png, out.wav)",
+        help="image (.png .jpg .webp .avif .tiff), audio (.wav .flac .ogg .opus .mp3 .aac .pcm), text (.txt .json "
+        ".jsonl) or folder (default: out.png, out.wav)",
     )
     parser.add_argument(
         "--input",
@@ -56,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help='what a stage reads besides the prompt: bpm=90, lyrics="la la", audio=song.wav',
+    )
+    parser.add_argument(
+        "--no-prompt-metadata", action="store_true", help="files say seed, parameters and model, but not what was asked"
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
     _add_param_options(parser)
@@ -78,6 +82,7 @@ def _add_param_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where some request failed."""
+    from vllm_omni.entrypoints.cli.output_contents import Provenance
     from vllm_omni.entrypoints.cli.output_files import OutputFiles
     from vllm_omni.entrypoints.loading import open_pipeline
     from vllm_omni.entrypoints.omni import Omni
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = prompt_inputs(args.input, args.negative_prompt)
     name = args.config if args.config or args.model else DEFAULT_CONFIG
     pipeline = open_pipeline(name, model=args.model, overrides=args.set)
+    files.expect({name: pipeline.graph.signatures[name].results for name in pipeline.graph.result_stages})
     params = stage_params(pipeline, vars(args))
     prompts = [{"prompt": text, **inputs} for text in texts]
     with Omni(pipeline, progress=not args.quiet) as omni:
@@ -101,10 +107,10 @@ def run(args: argparse.Namespace) -> int:
                 if not args.json:
                     print(completion.text)
     _report(outputs, args)
+    models = {name: stage.model for name, stage in pipeline.config.stages.items()}
+    provenance = Provenance(models, inputs, says_prompt=not args.no_prompt_metadata)
     with interrupts_raise():
-        written = files.write(outputs, texts)
-    for path in written:
-        say(f"wrote {path}", args.quiet)
+        written = files.write(outputs, texts, provenance, lambda path: say(f"wrote {path}", args.quiet))
     if args.json:
         print_json(answers_as_json(texts, outputs, written))
     return int(any(output.error is not None for output in outputs))
@@ -199,6 +205,8 @@ def _report(outputs: Sequence[OmniOutput], args: argparse.Namespace) -> None:
     for index, output in enumerate(outputs):
         if output.error is not None:
             complain(output.error, f"prompt {index}: ")
+        if args.seed is None and output.seed is not None:
+            say(f"prompt {index}: seed {output.seed}" if len(outputs) > 1 else f"seed {output.seed}", args.quiet)
         for stage, metrics in output.metrics.items() if args.metrics else ():
             words = (f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in metrics.items())
             say(f"prompt {index}  {stage}  {'  '.join(words)}")

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from vllm_omni.entrypoints.cli.as_json import output_as_json
-from vllm_omni.errors import ConfigError
+from vllm_omni.entrypoints.cli.output_contents import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
+    TEXT_SUFFIXES,
+    Provenance,
+    check_suffix_can_be_written,
+    media_content,
+    tensors_content,
+    text_content,
+)
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.request import OmniOutput
-from vllm_omni.utils.files import user_path
+from vllm_omni.utils.files import user_path, write_whole
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
-TEXT_SUFFIXES = (".txt", ".json", ".jsonl")
 DEFAULT_STEM = "out"
-
-
-class Saveable(Protocol):
-    """A picture or a sound."""
-
-    def save(self, path: Path, /) -> None: ...
+# kind of result -> its suffixes, the first of them where none is asked for
+SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES, "text": TEXT_SUFFIXES}
+WORDS = {"image": "an image", "audio": "audio", "text": "text"}
+MAX_REFUGE_NAME = 100  # characters that are kept of a name which may be too long
 
 
 class OutputFiles:
     """A file or a folder for what a call gives.
 
-    A file (out.png, out.wav) names the kind that is asked for; audio beside images goes to a file of the same stem, and
-    several of a kind are numbered: out-0.png, out-1.png. All text goes into one file: out.txt holds nothing else,
-    out.json a list, and out.jsonl lines of an object for every prompt. In a folder, which takes tensors too, the n-th
-    prompt's files are n.png, n.wav (n-0.png, n-1.png, ... when it has several), n.txt and n.safetensors.
+    A file (out.png, out.wav) names the kind that is asked for; audio beside images goes to a file of the same stem. All
+    text goes into one file: out.txt holds nothing else, out.json a list, and out.jsonl lines of an object for every
+    prompt. In a folder, which takes tensors too, the n-th prompt's files are n.png, n.wav, n.txt and n.safetensors.
+
+    Names say what a file is, and are the same whatever else ran: out-1-sketch-0.png is of the prompt 1 (where there are
+    several), the stage `sketch` (where several give images), and its sample 0 (where it gives several).
+
+    Every file is whole or not there. What cannot be written where it should is put into a temporary folder, and the
+    error names it.
     """
 
     def __init__(self, target: str | None) -> None:
@@ -41,14 +48,72 @@ class OutputFiles:
         self._path = user_path("-o", target or DEFAULT_STEM, raises=ConfigError)
         self._suffix = self._path.suffix.lower()
         self._is_folder = target is not None and (target.endswith("/") or _is_folder(self._path) or not self._suffix)
+        self._results: Mapping[str, Collection[str]] = {}
+        self._provenance = Provenance()
+        self._complaints: list[str] = []
+        self._refuge: Path | None = None  # the temporary folder for what cannot be written
         known = IMAGE_SUFFIXES + AUDIO_SUFFIXES + TEXT_SUFFIXES
         if target is not None and not self._is_folder and self._suffix not in known:
             raise ConfigError(f"-o: got {target!r}, expected a folder or a file that ends in {', '.join(known)}")
 
+    def expect(self, results: Mapping[str, Collection[str]]) -> None:
+        """Before the work: which stages give which kinds of results. ConfigError for a file of a kind that none gives,
+        and for a place that cannot be written where they need one.
+        """
+        self._results = results
+        given = {kind for kinds in results.values() for kind in kinds}
+        asked = self._asked_kind
+        if asked is not None and asked not in given:
+            kinds = ", ".join(sorted(given)) or "tensors alone"
+            raise ConfigError(f"-o: got {self._target!r}, but the config gives {kinds}; give a folder for all kinds")
+        if asked is not None:
+            try:
+                check_suffix_can_be_written(self._suffix)
+            except InvalidRequestError as error:
+                raise ConfigError(f"-o: got {self._target!r}: {error}") from error
+        if self._target is None and given & {"image", "audio"}:
+            self._check_place()
+
     def ensure_writable(self) -> None:
         """Before the work: ConfigError where the place that was asked for could not be written."""
-        if self._target is None:
-            return
+        if self._target is not None:
+            self._check_place()
+
+    def write(
+        self,
+        outputs: Sequence[OmniOutput],
+        prompts: Sequence[str] = (),
+        provenance: Provenance | None = None,
+        announce: Callable[[Path], None] = lambda path: None,
+    ) -> list[Path]:
+        """Writes what there is and returns the files; announce: called with each. ConfigError when a file was asked for
+        that nothing goes into, and where something had to go elsewhere; all else is written before that.
+
+        prompts: of these outputs; .json, .jsonl and the files' metadata hold them.
+        """
+        self._complaints, self._refuge = [], None
+        self._provenance = Provenance() if provenance is None else provenance
+        written = []
+        for path, content in (self._in_folder if self._is_folder else self._in_files)(outputs, prompts):
+            if self._save(path, content):
+                written.append(path)
+                announce(path)
+        if self._complaints:
+            raise ConfigError(f"-o: {'; '.join(dict.fromkeys(self._complaints))}")
+        return written
+
+    @property
+    def _folder(self) -> Path:
+        return self._path if self._is_folder else self._path.parent
+
+    @property
+    def _asked_kind(self) -> str | None:
+        """The kind of the file that was asked for."""
+        if self._target is None or self._is_folder:
+            return None
+        return next(kind for kind, suffixes in SUFFIXES.items() if self._suffix in suffixes)
+
+    def _check_place(self) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
@@ -56,68 +121,79 @@ class OutputFiles:
             with tempfile.TemporaryFile(dir=self._folder):
                 pass
         except OSError as error:
-            raise self._cannot_write(error) from error
+            raise ConfigError(self._cannot_write(self._folder, error)) from error
 
-    def write(self, outputs: Sequence[OmniOutput], prompts: Sequence[str] = ()) -> list[Path]:
-        """Writes what there is and returns the files; ConfigError when a file was asked for that nothing goes into.
+    def _cannot_write(self, path: Path, error: OSError) -> str:
+        reason = "a file stands in the place of a folder" if isinstance(error, FileExistsError) else error.strerror
+        return f"{path} cannot be written ({reason or error})"
 
-        prompts: of these outputs; .json and .jsonl hold them.
-        """
+    def _save(self, path: Path, content: bytes) -> bool:
+        """Whether it stands where it should; else it is elsewhere, and a complaint says where."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if self._is_folder:
-                return [path for index, output in enumerate(outputs) for path in self._write_output(index, output)]
-            return [*self._write_text(outputs, prompts), *self._write_files(outputs)]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content)
+            return True
         except OSError as error:
-            raise self._cannot_write(error) from error
+            complaint = self._cannot_write(path, error)
+        try:
+            self._refuge = self._refuge or Path(tempfile.mkdtemp(prefix="vllm-omni-"))
+            refuge = self._refuge / path.name[-MAX_REFUGE_NAME:]
+            write_whole(refuge, content)
+            self._complaints.append(f"{complaint}; it is in {refuge} instead")
+        except OSError as error:
+            self._complaints.append(f"{complaint}, nor in {tempfile.gettempdir()} ({error.strerror}): it is lost")
+        return False
 
-    @property
-    def _folder(self) -> Path:
-        return self._path if self._is_folder else self._path.parent
+    def _in_files(self, outputs: Sequence[OmniOutput], prompts: Sequence[str]) -> Iterator[tuple[Path, bytes]]:
+        kind = self._asked_kind
+        found = {each for output in outputs for each in _kinds(output)}
+        has_failed = any(output.error is not None for output in outputs)
+        if kind is not None and kind not in found and not has_failed:
+            self._complaints.append(
+                f"got {self._target!r}, but no answer holds {WORDS[kind]}; give a folder for all kinds"
+            )
+        elif kind == "text":
+            yield self._path, text_content(outputs, prompts, self._suffix)
+        for each in ("image", "audio"):
+            path = self._path.with_suffix(self._suffix if each == kind else SUFFIXES[each][0])
+            for number in range(len(outputs)):
+                own = path.with_stem(f"{path.stem}-{number}") if len(outputs) > 1 else path
+                yield from self._media(each, own, number, outputs, prompts)
 
-    def _cannot_write(self, error: OSError) -> ConfigError:
-        return ConfigError(f"-o: {error.filename or self._folder} cannot be written ({error.strerror or error})")
+    def _in_folder(self, outputs: Sequence[OmniOutput], prompts: Sequence[str]) -> Iterator[tuple[Path, bytes]]:
+        for number, output in enumerate(outputs):
+            for kind in ("image", "audio"):
+                yield from self._media(kind, self._path / f"{number}{SUFFIXES[kind][0]}", number, outputs, prompts)
+            if output.completions:
+                yield self._path / f"{number}.txt", text_content([output], (), ".txt")
+            if output.tensors:
+                yield self._path / f"{number}.safetensors", tensors_content(output)
 
-    def _write_text(self, outputs: Sequence[OmniOutput], prompts: Sequence[str]) -> list[Path]:
-        if self._suffix not in TEXT_SUFFIXES:
-            return []
-        if not any(output.completions or output.error is not None for output in outputs):
-            raise ConfigError(f"-o: got {self._target!r}, but no answer holds text; give a folder for all kinds")
-        if self._suffix == ".txt":
-            lines = [completion.text for output in outputs for completion in output.completions]
-        else:
-            answers = [output_as_json(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
-            lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
-            lines = lines if self._suffix == ".jsonl" else [json.dumps(answers, ensure_ascii=False, indent=2)]
-        self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return [self._path]
+    def _media(
+        self, kind: str, path: Path, number: int, outputs: Sequence[OmniOutput], prompts: Sequence[str]
+    ) -> Iterator[tuple[Path, bytes]]:
+        """The pictures or sounds of one output."""
+        giving = {stage for stage, kinds in self._results.items() if kind in kinds} or {
+            stage for output in outputs for stage, result in output.results.items() if getattr(result, f"{kind}s")
+        }
+        prompt = prompts[number] if prompts else None
+        for stage, result in outputs[number].results.items():
+            items = getattr(result, f"{kind}s")
+            for index, item in enumerate(items):
+                ending = f"-{stage}" * (len(giving) > 1) + f"-{index}" * (len(items) > 1)
+                metadata = self._provenance.metadata(
+                    outputs[number], prompt, stage, index, item if kind == "image" else None
+                )
+                content, suffix, complaint = media_content(item, path.suffix.lower(), metadata)
+                if complaint:
+                    self._complaints.append(complaint)
+                own = path.with_stem(path.stem + ending)
+                yield own if suffix == path.suffix.lower() else own.with_suffix(suffix), content
 
-    def _write_files(self, outputs: Sequence[OmniOutput]) -> list[Path]:
-        written: list[Path] = []
-        for kind, suffixes, found in (
-            ("an image", IMAGE_SUFFIXES, [image for output in outputs for image in output.images]),
-            ("audio", AUDIO_SUFFIXES, [audio for output in outputs for audio in output.audios]),
-        ):
-            is_asked = self._suffix in suffixes
-            if is_asked and not found and all(output.error is None for output in outputs):
-                raise ConfigError(f"-o: got {self._target!r}, but no answer holds {kind}; give a folder for all kinds")
-            path = self._path if is_asked else self._path.with_suffix(suffixes[0])
-            written += _save_all(found, path)
-        return written
 
-    def _write_output(self, index: int, output: OmniOutput) -> list[Path]:
-        """Everything that one prompt has given."""
-        written = _save_all(output.images, self._path / f"{index}.png")
-        written += _save_all(output.audios, self._path / f"{index}.wav")
-        if output.completions:
-            written.append(self._path / f"{index}.txt")
-            written[-1].write_text("\n".join(item.text for item in output.completions) + "\n", encoding="utf-8")
-        if output.tensors:
-            from safetensors.torch import save_file
-
-            written.append(self._path / f"{index}.safetensors")
-            save_file({name: tensor.contiguous() for name, tensor in output.tensors.items()}, str(written[-1]))
-        return written
+def _kinds(output: OmniOutput) -> Iterator[str]:
+    found = {"image": output.images, "audio": output.audios, "text": output.completions}
+    return (kind for kind, items in found.items() if items)
 
 
 def _is_folder(path: Path) -> bool:
@@ -126,13 +202,3 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:
         return False
-
-
-def _save_all(items: Sequence[Saveable], path: Path) -> list[Path]:
-    """Saves pictures or sounds as `path`, or numbered when they are not just one."""
-    paths = [path]
-    if len(items) != 1:
-        paths = [path.with_stem(f"{path.stem}-{number}") for number in range(len(items))]
-    for item, own_path in zip(items, paths, strict=True):
-        item.save(own_path)
-    return paths

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-media-host",
         action="append",
         default=[],
-        metavar="HOST",
+        metavar="HOST[:PORT]",
         help="http(s) inputs may come from there; *.HOST: from what is below it",
     )
     parser.add_argument(

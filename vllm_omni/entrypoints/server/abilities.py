@@ -27,6 +27,7 @@ class Abilities:
     writer: str | None  # the stage that samples words, whether the caller gets them or not
     input_media: frozenset[str]  # kinds of message parts that some stage reads besides text
     request_keys: frozenset[str]  # what a prompt may hold besides the words
+    media_keys: frozenset[str]  # of these keys those that hold pictures or sounds
     voices: tuple[str, ...]
     params_types: Mapping[str, type[StageParams]]
 
@@ -47,6 +48,7 @@ class Abilities:
             writer=next(iter((*texts, *written)), None),
             input_media=frozenset().union(*(spec.input_media for spec in readers)),
             request_keys=frozenset().union(*(spec.request_keys for spec in specs.values())),
+            media_keys=frozenset().union(*(spec.media_keys for spec in specs.values())),
             voices=choices[0] if choices else (),
             params_types={name: spec.params_type for name, spec in specs.items()},
         )

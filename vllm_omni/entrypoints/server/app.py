@@ -18,10 +18,12 @@ from vllm_omni import __version__
 from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error
 from vllm_omni.entrypoints.server.context import ServerParts
 from vllm_omni.entrypoints.server.gate import Gate
+from vllm_omni.entrypoints.server.invalid import invalid_field
 from vllm_omni.entrypoints.server.jobs import JobStore
 from vllm_omni.entrypoints.server.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.models import ModelTable
 from vllm_omni.entrypoints.server.routes import (
+    audio,
     chat,
     completions,
     embeddings,
@@ -30,12 +32,14 @@ from vllm_omni.entrypoints.server.routes import (
     models,
     operations,
     playground,
+    realtime,
+    speech,
+    speech_stream,
 )
 from vllm_omni.entrypoints.server.runs import RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.entrypoints.server.tracing import Tracing
 from vllm_omni.errors import OmniError
-from vllm_omni.utils.checks import brief
 
 ROUTERS = (
     models.router,
@@ -43,13 +47,13 @@ ROUTERS = (
     completions.router,
     embeddings.router,
     images.router,
+    audio.router,
+    speech.router,
+    speech_stream.router,
+    realtime.router,
     jobs.router,
     operations.router,
 )
-WORDS = {
-    "extra_forbidden": "unknown, or not supported by this server",
-    "missing": "missing",
-}
 
 
 def create_app(table: ModelTable, settings: ServerSettings, on_failure: Callable[[Exception], None]) -> FastAPI:
@@ -114,18 +118,9 @@ def _invalid(request: Request, error: RequestValidationError) -> ApiError:
     if not where and not _is_json(request):
         got = request.headers.get("content-type", "none")
         return ApiError(415, f"content-type: got {got!r:.80}, expected application/json", code="unsupported_media_type")
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
-    words = WORDS.get(kind, first["msg"])
     if kind == "json_invalid":
         return ApiError(400, "the body is no JSON", code="invalid_json")
-    got = "" if kind == "missing" else f"got {brief(first.get('input'))}; "
-    return ApiError(400, f"{param or 'body'}: {got}{words}", code=_code(kind), param=param or None)
-
-
-def _code(kind: str) -> str:
-    return {"extra_forbidden": "unsupported_parameter", "missing": "missing_required_parameter"}.get(
-        kind, "invalid_value"
-    )
+    return invalid_field(first)
 
 
 def _is_json(request: Request) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 from vllm_omni.entrypoints.server.abilities import VOICE_KEY, Abilities
 from vllm_omni.entrypoints.server.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.context import Call
+from vllm_omni.entrypoints.server.media_fetch import read_source
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.schemas.base import Body
+from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
 from vllm_omni.request import PROMPT_KEYS, OmniRequest
-from vllm_omni.utils.checks import did_you_mean
+from vllm_omni.utils.checks import brief, did_you_mean
 
 OF_PICTURES = ("width", "height", "image", "strength", "num_previews", "negative_prompt", "guidance_scale")
 
@@ -71,6 +74,27 @@ def voice_key(model: ServedModel, voice: str | None) -> dict[str, str]:
     return {VOICE_KEY: found}
 
 
+async def graph_keys(model: ServedModel, given: Mapping[str, Any], settings: ServerSettings) -> dict[str, Any]:
+    """Fields of a body that only some graphs read, as keys of a prompt: files as their bytes, never as paths. ApiError
+    400 for the first that this one does not read.
+    """
+    able = model.abilities
+    for key in given:
+        if key in PROMPT_KEYS or key not in able.request_keys:
+            raise unsupported(key[:80], "no stage of this model reads it; leave it out")
+    return {key: await _graph_value(key, value, able, settings) for key, value in given.items()}
+
+
+async def _graph_value(key: str, value: Any, able: Abilities, settings: ServerSettings) -> Any:
+    if key not in able.media_keys:
+        return value
+    if not isinstance(value, str):
+        raise ApiError(
+            400, f"{key}: got {brief(value)}, expected a data URI or base64", code="invalid_media", param=key
+        )
+    return await asyncio.to_thread(read_source, value, key, settings)
+
+
 def _for_stages(stages: Sequence[str], params: StageParams | None) -> dict[str, StageParams]:
     """Parameters by stage; ApiError 400 where some are set and no stage is there to take them."""
     given = (
@@ -106,5 +130,7 @@ def _sorted_extra(abilities: Abilities, extra: Mapping[str, Any]) -> tuple[dict[
     for key in extra:
         if key in PROMPT_KEYS:
             raise unsupported(f"extra_params.{key}", "is a field of its own, or not the caller's to set")
+        if key in abilities.media_keys:  # a stage would open what a path names
+            raise unsupported(f"extra_params.{key}", "holds a file; it is a field of /v1/audio/generate")
     keys = {key: value for key, value in extra.items() if key in abilities.request_keys}
     return keys, {key: value for key, value in extra.items() if key not in keys}

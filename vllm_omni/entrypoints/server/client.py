@@ -51,8 +51,8 @@ async def begun(parts: AsyncGenerator[T, None], wait_s: float = FIRST_S) -> Begu
     found = Begun(parts)
     try:
         await asyncio.wait({found.first}, timeout=wait_s)
-        if found.first.done() and not isinstance(found.first.exception(), StopAsyncIteration):
-            found.first.result()
+        if found.first.done():
+            await found.ready()
     except BaseException:
         await found.aclose()
         raise
@@ -66,6 +66,12 @@ class Begun(AsyncIterator[T], Generic[T]):
         self._parts = parts
         self._next: asyncio.Future[T] | None = asyncio.ensure_future(anext(parts))
         self.first = self._next
+
+    async def ready(self) -> None:
+        """Returns when the first part is there; raises what kept it from being made."""
+        await asyncio.wait({self.first})
+        if not isinstance(self.first.exception(), StopAsyncIteration):
+            self.first.result()
 
     async def __anext__(self) -> T:
         """May be cancelled and called again: nothing is lost."""

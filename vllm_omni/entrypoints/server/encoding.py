@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from vllm_omni.media.audio import Audio
-from vllm_omni.media.audio_files import write_audio
+from vllm_omni.media.audio_encoding import AUDIO_FORMATS, AudioStream, encode_audio
+from vllm_omni.media.audio_files import Samples
+from vllm_omni.media.image_encoding import QUALITIES, encode_image
+from vllm_omni.media.metadata import MediaMetadata
+from vllm_omni.media.time_stretch import TimeStretch
 
 IMAGE_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AUDIO_TYPES = {
@@ -33,12 +36,18 @@ async def image_base64(image: Image.Image, kind: str = "png", quality: int | Non
     return base64.b64encode(await image_bytes(image, kind, quality)).decode()
 
 
-async def audio_bytes(audio: Audio, kind: str) -> bytes:
-    return await asyncio.to_thread(_audio_bytes, audio, kind)
+async def audio_bytes(audio: Audio, kind: str, metadata: MediaMetadata | None = None) -> bytes:
+    """A whole file that says how it was made, where its format can."""
+    return await asyncio.to_thread(encode_audio, audio, file_format(kind), metadata=metadata)
 
 
 async def audio_base64(audio: Audio, kind: str) -> str:
     return base64.b64encode(await audio_bytes(audio, kind)).decode()
+
+
+def file_format(kind: str) -> str:
+    """The name of a format among AUDIO_FORMATS; OpenAI's chat has another one for bare samples."""
+    return "pcm" if kind == "pcm16" else kind
 
 
 def joined(pieces: Sequence[Audio]) -> Audio:
@@ -46,32 +55,67 @@ def joined(pieces: Sequence[Audio]) -> Audio:
 
 
 def _image_bytes(image: Image.Image, kind: str, quality: int | None) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind.upper(), **({} if quality is None else {"quality": quality}))
-    return file.getvalue()
+    return encode_image(image, kind, quality=quality if kind in QUALITIES else None)
 
 
-def _audio_bytes(audio: Audio, kind: str) -> bytes:
-    if kind in ("pcm", "pcm16"):
-        return (np.clip(audio.samples.T, -1, 1) * 32767).astype("<i2").tobytes()
-    file = io.BytesIO()
-    write_audio(audio.samples, audio.sample_rate, file, f".{kind}")
-    return file.getvalue()
+def sample_headers(audio: Audio, kind: str) -> dict[str, str]:
+    """What a client must know of bare samples. Of formats alone that keep rate and channels."""
+    bits = AUDIO_FORMATS[file_format(kind)].bits
+    if bits is None:
+        return {}
+    return {
+        "x-sample-rate": str(audio.sample_rate),
+        "x-channels": str(audio.num_channels),
+        "x-bit-depth": str(bits),
+    }
+
+
+class NewSamples:
+    """Partial and whole sounds may be given, one after the other: what was there is known by where they start."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0  # that were given so far, each once
+
+    def of(self, audio: Audio) -> Samples:
+        new = audio.samples[:, max(0, self.num_samples - audio.start) :]
+        self.num_samples += new.shape[1]
+        return new
 
 
 class AudioPieces:
-    """Sound as it comes, as the bytes of one file. Partial and whole sounds may be given: what was there is known by
-    where they start.
+    """Sound as it comes, as the bytes of one file; see NewSamples. speed: how fast it is said, at the same pitch.
+    InvalidRequestError where the format cannot hold it.
     """
 
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._num_samples = 0
+    def __init__(self, kind: str, speed: float = 1.0) -> None:
+        self._format = file_format(kind)
+        self._speed = speed
+        self._new = NewSamples()
+        self._stream: AudioStream | None = None  # made with the first samples, which tell rate and channels
+        self._stretch: TimeStretch | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Of the sound as it came."""
+        return self._new.num_samples
 
     async def add(self, audio: Audio) -> bytes:
-        new = audio.samples[:, max(0, self._num_samples - audio.start) :]
-        self._num_samples += new.shape[1]
-        return (np.clip(new.T, -1, 1) * 32767).astype("<i2").tobytes()
+        return await asyncio.to_thread(self._add, audio)
 
     async def close(self) -> bytes:
-        return b""
+        return b"" if self._stream is None else await asyncio.to_thread(self._close, self._stream)
+
+    def _add(self, audio: Audio) -> bytes:
+        if self._stream is None:
+            rate, channels = audio.sample_rate, audio.num_channels
+            if self._speed != 1:
+                self._stretch = TimeStretch(self._speed, rate, channels)
+            self._stream = AudioStream(self._format, rate, channels)
+        new = self._new.of(audio)
+        if not new.shape[1]:
+            return b""
+        return self._stream.write(new if self._stretch is None else self._stretch.write(new))
+
+    def _close(self, stream: AudioStream) -> bytes:
+        rest = b"" if self._stretch is None else stream.write(self._stretch.close())
+        return rest + stream.close()

@@ -14,7 +14,6 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Sequence
 from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
 
 from vllm_omni.entrypoints.server.api_error import ApiError
@@ -96,10 +95,9 @@ class _Fetch:
             raise self._refused(
                 "got a URL, but this server fetches nothing (--allow-media-host); send the file as a data URI"
             )
-        if not _is_allowed(host, self._hosts):
-            raise self._refused(f"got a URL of host {host!r:.80}, which is none of the server's --allow-media-host")
-        if port not in (None, 80, 443):
-            raise self._refused(f"got a URL with port {port}, expected 80 or 443")
+        if not any(_allows(entry, host.lower(), port) for entry in self._hosts):
+            where = host if port is None else f"{host}:{port}"
+            raise self._refused(f"got a URL of host {where!r:.80}, which is none of the server's --allow-media-host")
         return parts
 
     def _get(self, parts: SplitResult) -> bytes | str:
@@ -158,10 +156,11 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def _is_allowed(host: str, allowed: Sequence[str]) -> bool:
-    """`example.org` allows itself, `*.example.org` what is below it."""
-    host = host.lower()
-    return any(host == name or (name.startswith("*.") and host.endswith(name[1:])) for name in allowed)
+def _allows(entry: str, host: str, port: int | None) -> bool:
+    """`example.org` allows itself, `*.example.org` what is below it, `example.org:8080` its port 8080 alone."""
+    name, _, its_port = entry.partition(":")
+    is_host = host == name or (name.startswith("*.") and host.endswith(name[1:]))
+    return is_host and (str(port) == its_port if its_port else port in (None, 80, 443))
 
 
 class _Pinned(http.client.HTTPConnection):

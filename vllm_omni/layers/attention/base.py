@@ -2,10 +2,12 @@
 
 Another backend is one file and one row of the registry's table "attention": a subclass of PagedAttention that gives
 `attend`. It is made once per step from the AttentionMetadata, where it plans what all layers share, and then called by
-every layer. It must not read a slot at or behind a sequence's context length (what stands there may be NaN), nor the
-block table behind a sequence's blocks, and a row's result must not depend on its batch-mates beyond rounding. The tests
-of this folder run over every row of the table. Legend: N tokens of the step, B sequences, H query heads, K key-value
-heads, D head size, L tokens of a sequence so far.
+every layer, with the layer's window: a token sees itself and the `window - 1` tokens before it, without one everything
+before it. It must not read a slot at or behind a sequence's context length (what stands there may be NaN), nor a block
+that is wholly before what its queries see (another sequence may hold it by now), nor the block table behind a
+sequence's blocks, and a row's result must not depend on its batch-mates beyond rounding. The tests of this folder run
+over every row of the table. Legend: N tokens of the step, B sequences, H query heads, K key-value heads, D head size, L
+tokens of a sequence so far.
 """
 
 from __future__ import annotations
@@ -63,28 +65,42 @@ class PagedAttention(ABC):
     def __init__(self, metadata: AttentionMetadata) -> None:
         self.metadata = metadata
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, window: int | None = None
+    ) -> Tensor:
         """Writes this step's keys and values into the pool, then attends.
 
-        query: [N, H, D]; key, value: [N, K, D]; kv_cache: [2, blocks, block_size, K, D] of one layer -> [N, H, D], the
-        query's dtype.
+        query: [N, H, D]; key, value: [N, K, D]; kv_cache: [2, blocks, block_size, K, D] of one layer; window: the
+        tokens that each sees, itself among them; None: all before it -> [N, H, D], the query's dtype.
         """
         for cache, states in zip(kv_cache, (key, value), strict=True):
             cache.view(-1, *cache.shape[2:]).index_copy_(0, self.metadata.slot_mapping, states)
-        return self.attend(query, key, value, kv_cache)
+        return self.attend(query, key, value, kv_cache, window)
 
     @abstractmethod
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, window: int | None) -> Tensor:
         """As `__call__`, with this step's keys and values already in the pool."""
 
-    def gather(self, index: int, kv_cache: Tensor) -> Tensor:
-        """The keys and values [2, L, K, D] of one sequence, out of the pool."""
-        length = self.metadata.context_lens[index]
-        blocks = self.metadata.block_table[index, : -(-length // self.metadata.block_size)]
-        return kv_cache[:, blocks].flatten(1, 2)[:, :length]
+    def gather(self, index: int, kv_cache: Tensor, window: int | None) -> Tensor:
+        """The keys and values [2, n, K, D] of the last n of L tokens of one sequence, out of the pool: those that any
+        of its queries sees.
+        """
+        length, size = self.metadata.context_lens[index], self.metadata.block_size
+        start, stop = self.metadata.query_starts[index : index + 2]
+        first = first_seen(length - (stop - start), window)
+        skipped = first // size
+        blocks = self.metadata.block_table[index, skipped : -(-length // size)]
+        return kv_cache[:, blocks].flatten(1, 2)[:, first - skipped * size : length - skipped * size]
 
 
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """[num_queries, num_keys] bool: the last query sees every key."""
-    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    return mask.tril(num_keys - num_queries)
+def first_seen(position: int, window: int | None) -> int:
+    """The first token that the token at a position sees."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device, window: int | None = None) -> Tensor:
+    """[num_queries, num_keys] bool: the last query stands at the last key, and each sees `window` keys up to its own,
+    or all of them.
+    """
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    return mask if window is None else mask.triu(num_keys - num_queries - window + 1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_omni.layers.attention.base import AttentionMetadata, PagedAttention, causal_mask
+from vllm_omni.layers.attention.base import AttentionMetadata, PagedAttention, causal_mask, first_seen
 
 
 class SDPAAttention(PagedAttention):
@@ -24,52 +24,71 @@ class SDPAAttention(PagedAttention):
         super().__init__(metadata)
         lengths = [stop - start for start, stop in pairwise(metadata.query_starts)]
         self._chunks = [index for index, length in enumerate(lengths) if length > 1]
-        by_num_blocks: dict[int, list[int]] = {}
-        for index, length in enumerate(lengths):
-            if length == 1:
-                by_num_blocks.setdefault(-(-metadata.context_lens[index] // metadata.block_size), []).append(index)
-        self._groups = [_DecodeGroup.of(metadata, *item) for item in by_num_blocks.items()]
+        self._single = [index for index, length in enumerate(lengths) if length == 1]
+        self._groups: dict[int | None, list[_DecodeGroup]] = {}  # by window, planned when the first layer asks
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, window: int | None) -> Tensor:
+        if window is not None and window >= max(self.metadata.context_lens):  # nothing is hidden yet
+            window = None
+        groups = self._groups.get(window)
+        if groups is None:
+            groups = self._groups[window] = self._plan(window)
         # 1 a step of one group: no rows to pick out and put back
-        if not self._chunks and len(self._groups) == 1:
-            return self._groups[0].attend(query, kv_cache)
+        if not self._chunks and len(groups) == 1:
+            return groups[0].attend(query, kv_cache)
         output = torch.empty_like(query)
         # 2 chunks of several tokens, one call each
         for index in self._chunks:
             start, stop = self.metadata.query_starts[index : index + 2]
-            if stop - start == self.metadata.context_lens[index]:  # a prompt from its first token: nothing to gather
-                keys, values, mask = key[start:stop], value[start:stop], None
-            else:
-                keys, values = self.gather(index, kv_cache)
-                mask = causal_mask(stop - start, len(keys), query.device)
+            length = self.metadata.context_lens[index]
+            is_whole = stop - start == length  # a prompt from its first token: nothing to gather
+            keys, values = (key[start:stop], value[start:stop]) if is_whole else self.gather(index, kv_cache, window)
+            is_plain = is_whole and (window is None or length <= window)
+            mask = None if is_plain else causal_mask(stop - start, len(keys), query.device, window)
             output[start:stop] = _sdpa(query[None, start:stop], keys[None], values[None], mask)[0]
         # 3 single tokens, one call per group
-        for group in self._groups:
+        for group in groups:
             output[group.rows] = group.attend(query[group.rows], kv_cache)
         return output
+
+    def _plan(self, window: int | None) -> list[_DecodeGroup]:
+        """The single tokens, by how many blocks they see."""
+        size, lengths = self.metadata.block_size, self.metadata.context_lens
+        by_num_blocks: dict[int, list[int]] = {}
+        for index in self._single:
+            num_skipped = 0 if window is None else first_seen(lengths[index] - 1, window) // size
+            by_num_blocks.setdefault(-(-lengths[index] // size) - num_skipped, []).append(index)
+        return [_DecodeGroup.of(self.metadata, *item, window) for item in by_num_blocks.items()]
 
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
-    """G single-token queries whose sequences have equally many blocks: the same padded length P."""
+    """G single-token queries whose sequences see equally many blocks: the same padded length P."""
 
     rows: Tensor | slice  # [G] rows of the query
     blocks: Tensor  # [G, blocks]
-    mask: Tensor  # [G, P] bool, True where there is a token
+    mask: Tensor  # [G, P] bool, True where there is a token that is seen
     is_vacant: Tensor  # [G, block_size] bool, True where the last block has none
 
     @classmethod
-    def of(cls, metadata: AttentionMetadata, num_blocks: int, members: list[int]) -> _DecodeGroup:
-        device = metadata.block_table.device
+    def of(cls, metadata: AttentionMetadata, num_blocks: int, members: list[int], window: int | None) -> _DecodeGroup:
+        device, size = metadata.block_table.device, metadata.block_size
         rows: Tensor | slice = slice(None)
-        blocks, lengths = metadata.block_table[:, :num_blocks], metadata.context_lens_tensor
+        tables, lengths = metadata.block_table, metadata.context_lens_tensor
         if len(members) < len(metadata.context_lens):
             indices = torch.tensor(members, device=device)
             rows = metadata.query_starts_tensor[indices]
-            blocks, lengths = blocks[indices], lengths[indices]
-        mask = torch.arange(num_blocks * metadata.block_size, device=device) < lengths[:, None]
-        return cls(rows, blocks, mask, is_vacant=~mask[:, -metadata.block_size :])
+            tables, lengths = tables[indices], lengths[indices]
+        positions = torch.arange(num_blocks * size, device=device)
+        if window is None:
+            blocks, mask = tables[:, :num_blocks], positions < lengths[:, None]
+            return cls(rows, blocks, mask, is_vacant=~mask[:, -size:])
+        first = (lengths - window).clamp_min(0)[:, None] // size  # the blocks before it are not seen
+        blocks = tables.gather(1, first + torch.arange(num_blocks, device=device))
+        positions = first * size + positions
+        has_token = positions < lengths[:, None]
+        is_seen = has_token & (positions >= lengths[:, None] - window)
+        return cls(rows, blocks, is_seen, is_vacant=~has_token[:, -size:])
 
     def attend(self, query: Tensor, kv_cache: Tensor) -> Tensor:
         """query: [G, H, D] -> [G, H, D]."""

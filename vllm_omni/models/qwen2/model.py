@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_omni.layers.causal_lm import CausalLM, CausalLMConfig
+from vllm_omni.layers.layer_windows import WINDOW_KEYS, read_qwen_windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +18,12 @@ class Qwen2Config(CausalLMConfig):
     def from_json(cls, raw: Mapping[str, Any], where: str) -> Qwen2Config:
         """From a config.json of any age; ConfigError with the key for what is missing, wrong or not supported."""
         return cls(
-            **cls.fields_from(raw, where, head_dim=None),
+            **cls.fields_from(raw, where, head_dim=None, own_keys=WINDOW_KEYS),
             **cls.head_fields(raw),
             qkv_bias=True,
             output_bias=False,
             head_norms=False,
+            windows=read_qwen_windows(raw, where),
         )
 
 

@@ -77,6 +77,7 @@ class Talker(nn.Module):
     """
 
     prompt_reader = None  # it reads no prompt: states alone
+    other_parts = ()
 
     def __init__(self, config: TalkerConfig) -> None:
         super().__init__()

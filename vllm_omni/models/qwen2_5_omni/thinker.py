@@ -56,6 +56,7 @@ class Thinker(nn.Module):
     """The thinker of one folder."""
 
     prompt_reader = OmniPromptReader
+    other_parts = ()
 
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()

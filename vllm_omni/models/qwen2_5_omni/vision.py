@@ -45,12 +45,9 @@ class VisionGrid:
         return self.patch_size * self.merge_size
 
     def fit(self, height: int, width: int, name: str) -> tuple[int, int]:
-        """The size to which a picture is resized; InvalidRequestError for one that no patches cover well."""
-        if min(height, width) < self.factor:
-            raise InvalidRequestError(
-                f"{name}: got {width}x{height} pixels, expected at least {self.factor}x{self.factor}, "
-                "one token of the model; enlarge it"
-            )
+        """The size to which a picture is resized, sides of at least one token; InvalidRequestError for one that no
+        patches cover well.
+        """
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
             raise InvalidRequestError(
                 f"{name}: got {width}x{height} pixels, expected sides that differ at most {MAX_ASPECT_RATIO} times; "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_omni.layers.causal_lm import CausalLM, CausalLMConfig
+from vllm_omni.layers.layer_windows import WINDOW_KEYS, read_qwen_windows
 
 HEAD_DIM = 128  # transformers' default, whatever hidden size and heads say
 
@@ -20,11 +21,12 @@ class Qwen3Config(CausalLMConfig):
         """From a config.json of any age; ConfigError with the key for what is missing, wrong or not supported."""
         has_bias = bool(raw.get("attention_bias", False))
         return cls(
-            **cls.fields_from(raw, where, HEAD_DIM),
+            **cls.fields_from(raw, where, HEAD_DIM, own_keys=WINDOW_KEYS),
             **cls.head_fields(raw),
             qkv_bias=has_bias,
             output_bias=has_bias,
             head_norms=True,
+            windows=read_qwen_windows(raw, where),
         )
 
 

@@ -152,6 +152,18 @@ class DecodeBatch:
         return columns_there, block_table_there
 
 
+def rope_lengths(chunks: Many[Chunk], num_rows: int, device: torch.device) -> Tensor:
+    """[num_rows] int64: of how many tokens each token's sequence was when transformers would compute it, which
+    computes a prompt at once and then token by token; ones behind the last chunk.
+    """
+    lengths = [
+        max(chunk.sequence.num_prompt_tokens, position + 1)
+        for chunk in chunks
+        for position in range(chunk.start, chunk.end)
+    ]
+    return _tensor(lengths + [1] * (num_rows - len(lengths)), device)
+
+
 def _own_positions(
     chunks: Many[Chunk], inputs: Mapping[int, TokenInputs], device: torch.device, num_rows: int = 0
 ) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_omni.core.ar.cache_window import CacheWindow
 from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import HiddenStateTaps
@@ -122,16 +123,19 @@ def plan_kv_pool(
     max_num_seqs: int,
     kv_memory_mb: float | None,
     num_blocks: int | None,
+    window: CacheWindow | None = None,
 ) -> KVPoolPlan:
     """`num_blocks` blocks where that is given, else enough for max_num_seqs sequences of model_len tokens in at most
     kv_memory_mb (where that is not given 256 MB, or one such sequence if that is more). ConfigError when not one block
-    fits into kv_memory_mb.
+    fits into kv_memory_mb. window: what of a sequence is held, where that is not all of it.
     """
     layout = KVLayout.of(model, can_write=can_write, tapped_layers=tapped_layers)
     block_bytes = layout.token_bytes(itemsize) * block_size
     if num_blocks is not None:
         return KVPoolPlan(num_blocks, block_bytes, "num_blocks")
     one_sequence = -(-model_len // block_size)
+    if window is not None:
+        one_sequence = min(one_sequence, window.most_blocks(block_size))
     needed = one_sequence * max_num_seqs
     if kv_memory_mb is None:
         affordable, limit = max(one_sequence, DEFAULT_POOL_BYTES // block_bytes), DEFAULT_POOL

@@ -20,10 +20,10 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.weights import load_weights, weights_bytes
 from vllm_omni.utils.checkpoint_files import reading
-from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.ar.media_prompt import MediaItem
 from vllm_omni.worker.ar.prompt_reader import PromptReader
+from vllm_omni.worker.architecture import language_architecture
 
 
 class LanguageModelConfig(Protocol):
@@ -42,16 +42,34 @@ class LanguageModelConfig(Protocol):
     @property
     def head_dim(self) -> int: ...
     @property
-    def max_position_embeddings(self) -> int: ...
+    def num_positions(self) -> int:
+        """The most tokens of a sequence."""
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens up to its own any token sees in any layer; None where a layer sees all of them."""
+
+    @property
+    def scaled_beyond(self) -> int | None:
+        """The length of a sequence from which on the keys and values of its tokens depend on that length, so that no
+        other may share them; None where they never do.
+        """
+
     @property
     def can_write(self) -> bool:
         """Whether there is a head that gives logits."""
+
+    def with_rope_scaling(self, scaling: Mapping[str, Any]) -> LanguageModelConfig:
+        """The same with other rotary positions, in the keys of transformers' `rope_scaling`; ConfigError for what makes
+        none.
+        """
 
 
 class LanguageModel(Protocol):
     """A decoder-only model over a paged KV cache, loadable by `layers.weights`."""
 
     prompt_reader: ClassVar[type[PromptReader[Any]] | None]  # None for a model that reads text alone
+    other_parts: ClassVar[tuple[str, ...]]  # how published names begin that belong to other models of the folder
     config: LanguageModelConfig
 
     def __call__(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
@@ -87,25 +105,35 @@ class LanguageModelFolder:
     name: str  # its row in the registry: "architecture" or "architecture.part"
     model_class: Any
     config: LanguageModelConfig
+    rope_scaling: str = ""  # what stands in the place of the file's own, as text
 
     @classmethod
-    def open(cls, folder: Path, part: str | None = None) -> LanguageModelFolder:
-        """ConfigError for anything that the model class does not support, CheckpointError for a missing file."""
+    def open(
+        cls, folder: Path, part: str | None = None, rope_scaling: Mapping[str, Any] | None = None
+    ) -> LanguageModelFolder:
+        """ConfigError for anything that the model class does not support, CheckpointError for a missing file.
+        rope_scaling: in the place of the file's own.
+        """
         where = folder / "config.json"
         raw = read_json(where)
-        name = registered_name(raw, str(where), part)
+        name = registered_name(raw, str(where), part, folder)
+        raw["architectures"] = [name.partition(".")[0]]
         found = registry.resolve("language model", name)
         with reading(str(where)):
-            return cls(folder, part, name, found, found.read_config(raw, str(where)))
+            config: LanguageModelConfig = found.read_config(raw, str(where))
+            if rope_scaling is None:
+                return cls(folder, part, name, found, config)
+            scaled = config.with_rope_scaling(rope_scaling)
+        return cls(folder, part, name, found, scaled, repr(sorted(rope_scaling.items())))
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """What makes the weights of two stages the same ones."""
-        return self.model_class.__name__, str(self.folder.resolve()), self.part or ""
+    def key(self) -> tuple[str, ...]:
+        """What makes the models of two stages the same one."""
+        return self.model_class.__name__, str(self.folder.resolve()), self.part or "", self.rope_scaling
 
     def weights_bytes(self, itemsize: int) -> int:
         """Of the model's parameters, itemsize bytes each."""
-        return weights_bytes(self.folder, itemsize, self._tensor_prefix)
+        return weights_bytes(self.folder, itemsize, self._tensor_prefix, self.model_class.other_parts)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
         """The model, built without initialising and filled from its safetensors files."""
@@ -129,12 +157,13 @@ def model_class(raw_config: Mapping[str, Any], where: str, part: str | None = No
     return registry.resolve("language model", registered_name(raw_config, where, part))
 
 
-def registered_name(raw_config: Mapping[str, Any], where: str, part: str | None = None) -> str:
-    """`architecture` or `architecture.part`, a row of the registry; ConfigError where there is none."""
-    architectures = raw_config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
-        raise ConfigError(f"{where}: architectures: got {brief(architectures)}, expected a list of one name")
-    name = architectures[0]
+def registered_name(
+    raw_config: Mapping[str, Any], where: str, part: str | None = None, folder: Path | None = None
+) -> str:
+    """`architecture` or `architecture.part`, a row of the registry; ConfigError where there is none. folder: see
+    `language_architecture`.
+    """
+    name = language_architecture(raw_config, where, folder)
     parts = [row.partition(".")[2] for row in registry.names("language model") if row.startswith(f"{name}.")]
     if part not in parts if parts else part is not None:
         raise ConfigError(

@@ -17,7 +17,7 @@ from vllm_omni.layers.attention.base import PagedAttention
 from vllm_omni.layers.attention.sdpa import SDPAAttention
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.token_inputs import TokenInputs
-from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch
+from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch, rope_lengths
 from vllm_omni.worker.ar.kv_pool import KVLayout, KVPool
 from vllm_omni.worker.ar.language_model import LanguageModel, MediaReader
 from vllm_omni.worker.ar.media_prompt import MediaItem
@@ -47,6 +47,7 @@ class ModelRunner:
         config = model.config
         self._model = model
         self._attention = attention
+        self._scales_by_length = config.scaled_beyond is not None
         self._pool = KVPool(
             KVLayout.of(config, can_write=can_sample, tapped_layers=tapped_layers),
             num_blocks=num_blocks,
@@ -55,10 +56,11 @@ class ModelRunner:
             dtype=dtype,
             has_scratch=bool(decode_buckets),
         )
+        most_blocks = -(-config.num_positions // block_size)  # with a window more than are held at once
         self._decode_batch = DecodeBatch(
             self._pool,
             max_num_seqs=max_num_seqs,
-            max_num_blocks=min(num_blocks, -(-config.max_position_embeddings // block_size)),
+            max_num_blocks=most_blocks if config.window is not None else min(num_blocks, most_blocks),
             bucket_sizes=decode_buckets,
         )
 
@@ -91,6 +93,7 @@ class ModelRunner:
             self._pool.layout.num_layers,
             self._pool.taps,
             batch.input_rows,
+            rope_lengths(chunks, len(batch.token_ids), self.device) if self._scales_by_length else None,
         )
         states = self._model(batch.token_ids, batch.positions, context)
         if not len(batch.sampling_rows):

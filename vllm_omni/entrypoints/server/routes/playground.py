@@ -11,8 +11,9 @@ router = APIRouter()
 PAGE = Path(__file__).parents[1] / "playground" / "index.html"
 # The page's script and style stand in it; it loads nothing from anywhere, and nobody may frame it.
 POLICY = (
-    "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data: blob:; "
-    "media-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    "default-src 'self'; connect-src 'self' data: blob:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'"
 )
 
 

@@ -15,18 +15,12 @@ Label = Annotated[str, Field(max_length=512)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
-class Body(BaseModel):
+class Fields(BaseModel):
     """null is as if the field were not there; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
     # fields that we have not, with the values that ask for nothing we do not do anyway
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    model: Label | None = None
-    user: Label | None = Field(None, description="a label of the caller's; changes nothing")
-    safety_identifier: Label | None = Field(None, description="a label of the caller's; changes nothing")
-    timeout: float | None = Field(None, gt=0, description="seconds from now to the deadline")
-    priority: Label | None = Field(None, description="one of the config's `scheduler.priority_weights`")
 
     @model_validator(mode="before")
     @classmethod
@@ -38,6 +32,16 @@ class Body(BaseModel):
             for key, value in data.items()
             if value is not None and not (key in cls.neutral and value in cls.neutral[key])
         }
+
+
+class Body(Fields):
+    """What every body may say."""
+
+    model: Label | None = None
+    user: Label | None = Field(None, description="a label of the caller's; changes nothing")
+    safety_identifier: Label | None = Field(None, description="a label of the caller's; changes nothing")
+    timeout: float | None = Field(None, gt=0, description="seconds from now to the deadline")
+    priority: Label | None = Field(None, description="one of the config's `scheduler.priority_weights`")
 
 
 class SamplingFields(Body):

@@ -26,6 +26,7 @@ REQUEST_KEYS = frozenset(
         "instruction",
     }
 )
+MEDIA_KEYS = frozenset({"audio", "reference_audio"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from vllm_omni.engine.base import EngineContext, ReadPorts, StageSpec, model_fol
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.models.ace_step.folder import AceStepFolder
 from vllm_omni.models.ace_step.geometry import MusicGeometry
-from vllm_omni.models.ace_step.prompt.options import MusicPromptOptions
+from vllm_omni.models.ace_step.prompt.options import MEDIA_KEYS, MusicPromptOptions
 from vllm_omni.models.ace_step.prompt.request_reader import MusicRequestReader
 from vllm_omni.models.ace_step.prompt.stage import MusicPromptEngine
 from vllm_omni.models.ace_step.request import MusicRequest
@@ -36,6 +36,7 @@ class MusicPromptSpec(StageSpec):
         self.geometry = MusicGeometry.from_folder(AceStepFolder(folder))
         self._options: MusicPromptOptions = stage.options if stage.options is not None else MusicPromptOptions()
         self.request_keys = self._options.request_keys
+        self.media_keys = self.request_keys & MEDIA_KEYS
         if stage.defaults:
             raise ConfigError(
                 f"defaults: got {', '.join(stage.defaults)}, but this stage takes none; set default_duration_s here "

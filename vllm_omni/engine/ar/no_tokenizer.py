@@ -1,0 +1,31 @@
+"""What stands for the tokenizer of a checkpoint that has none: prompts are token ids, and so are answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vllm_omni.engine.ar.tokenizer import TextProcessor
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.request import Prompt
+
+
+class NoTokenizer(TextProcessor):
+    """Takes token ids as they are, and gives no text."""
+
+    def __init__(self, model_folder: Path) -> None:
+        self.tokenizer = None
+        self._model_folder = model_folder
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids as they came; InvalidRequestError for words."""
+        if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
+            raise InvalidRequestError(
+                f"prompt: got words, expected token ids, since {self._model_folder} has no tokenizer; give "
+                "prompt_token_ids, or set the stage's `tokenizer` to the folder of one"
+            )
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """No text."""
+        return ""

@@ -1,0 +1,104 @@
+"""`/v1/audio/speech`: words read out, heard while they are said; `/v1/audio/voices`: who may say them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error
+from vllm_omni.entrypoints.server.client import Begun, all_of, begun, while_connected
+from vllm_omni.entrypoints.server.context import Call, CallOf
+from vllm_omni.entrypoints.server.encoding import AUDIO_TYPES, sample_headers
+from vllm_omni.entrypoints.server.event_stream import PartStream, event_stream
+from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.schemas.speech import SpeechBatchBody, SpeechBody, SpeechItem
+from vllm_omni.entrypoints.server.speech import Speech, speaker_of
+from vllm_omni.entrypoints.server.usage import media_usage
+
+router = APIRouter()
+UPLOADS = "no served model clones a voice, so none can be uploaded or deleted; a GET lists those that are there"
+
+
+@router.post("/v1/audio/speech", tags=["audio"])
+async def create_speech(body: SpeechBody, call: CallOf, request: Request) -> Response:
+    """Words read out. The bytes come while they are said: those of a file, or base64 in events (`stream_format`)."""
+    model = call.parts.models.find(body.model)
+    speaker = await speaker_of(call, model, body, body)
+    speech = speaker.say(speaker.run(body.input))
+    if body.wants_events:
+        return event_stream(await begun(_events(speech, model)), call.parts.settings)
+    source = await _heard(request, speech)
+    headers = {} if speech.first is None else sample_headers(speech.first, body.response_format)
+    media_type = AUDIO_TYPES[body.response_format]
+    return PartStream(source, call.parts.settings, media_type, lambda piece: piece, headers=headers)
+
+
+@router.post("/v1/audio/speech/batch", tags=["audio"])
+async def create_speech_batch(body: SpeechBatchBody, call: CallOf, request: Request) -> dict[str, Any]:
+    """Several texts, each with its own sound or its own error."""
+    model = call.parts.models.find(body.model)
+    works = [_result(index, body.merged(item), body, call, model) for index, item in enumerate(body.items)]
+    results = await while_connected(request, all_of(works))
+    succeeded = sum(result["status"] == "success" for result in results)
+    counts = {"total": len(results), "succeeded": succeeded, "failed": len(results) - succeeded}
+    return {"id": f"speech-batch-{call.run_id}", "results": list(results), **counts}
+
+
+@router.get("/v1/audio/voices", tags=["audio"])
+async def list_voices(call: CallOf, model: Annotated[str | None, Query(max_length=512)] = None) -> dict[str, Any]:
+    """The voices of one model, or of all."""
+    asked = list(call.parts.models) if model is None else [call.parts.models.find(model)]
+    by_model = {each.name: list(each.abilities.voices) for each in asked if each.abilities.audios}
+    voices = dict.fromkeys(voice for names in by_model.values() for voice in names)
+    return {"voices": list(voices), "uploaded_voices": [], "models": by_model}
+
+
+@router.post("/v1/audio/voices", tags=["audio"])
+@router.delete("/v1/audio/voices/{name:path}", tags=["audio"])
+async def refuse_uploads() -> Response:
+    """Voices of one's own: not yet."""
+    raise ApiError(400, UPLOADS, code="unsupported_by_model")
+
+
+async def _heard(request: Request, speech: Speech) -> Begun[bytes]:
+    """The sound's bytes with the first of them there, so that the answer's headers can say what it is."""
+    source = Begun(speech.pieces())
+    try:
+        await while_connected(request, source.ready())
+    except BaseException:
+        await source.aclose()
+        raise
+    return source
+
+
+async def _events(speech: Speech, model: ServedModel) -> AsyncGenerator[Mapping[str, Any], None]:
+    async with aclosing(speech.pieces()) as pieces:
+        async for piece in pieces:
+            yield {"type": "speech.audio.delta", "audio": base64.b64encode(piece).decode()}
+    assert speech.final is not None
+    yield {"type": "speech.audio.done", "usage": dict(media_usage(model, speech.final))}
+
+
+async def _result(
+    index: int, item: SpeechItem, body: SpeechBatchBody, call: Call, model: ServedModel
+) -> dict[str, Any]:
+    about: dict[str, Any] = {"index": index, "audio_data": None, "media_type": None, "error": None, "usage": None}
+    try:
+        speaker = await speaker_of(call, model, item, body)
+        speech = speaker.say(speaker.run(item.input, index))
+        content = b"".join([piece async for piece in speech.pieces()])
+    except Exception as error:
+        return {**about, "status": "error", "error": as_api_error(error).body["error"]}
+    assert speech.final is not None
+    return {
+        **about,
+        "status": "success",
+        "audio_data": base64.b64encode(content).decode(),
+        "media_type": AUDIO_TYPES[item.response_format],
+        "usage": dict(media_usage(model, speech.final)),
+    }

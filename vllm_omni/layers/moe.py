@@ -1,0 +1,65 @@
+"""A sparse mixture of experts (Switch Transformers, arXiv 2101.03961) in the place of an MLP: each token is computed by
+the few experts that its router chooses. Knows no model.
+
+Tokens are sorted by expert, and each expert that has any computes them in one product; nothing is computed for the
+others. A row's result depends on that row alone, as far as that of a `Linear` does: its experts' parts are added in the
+order of the experts, whoever else they compute.
+
+Legend: N tokens of a step, D hidden size, E experts, k of them for each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vllm_omni.layers.linear import Linear
+
+
+class SparseMLP(nn.Module):
+    """E experts behind a router. Parameters are named as transformers publishes them: `gate`, `experts.0`, ..."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        make_expert: Callable[[], nn.Module],
+        *,
+        num_experts: int,
+        num_chosen: int,
+        normalises: bool,
+    ) -> None:
+        """num_chosen: k. normalises: whether the weights of the chosen ones are scaled to sum to one."""
+        super().__init__()
+        self.num_chosen = num_chosen
+        self.normalises = normalises
+        self.gate = Linear(hidden_size, num_experts, bias=False)
+        self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states: [N, D] -> [N, D]."""
+        weights, chosen = self.route(states)
+        by_expert = chosen.flatten().argsort(stable=True)  # [N k] places in `chosen`
+        rows = states[by_expert // self.num_chosen]
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        parts = torch.empty_like(rows)
+        start = 0
+        for expert, count in zip(self.experts, counts, strict=True):
+            if count:
+                parts[start : start + count] = expert(rows[start : start + count])
+                start += count
+        placed = torch.empty_like(parts).index_copy_(0, by_expert, parts).view(*chosen.shape, -1)  # [N, k, D]
+        total = placed[:, 0] * weights[:, :1]
+        for index in range(1, self.num_chosen):
+            total = total + placed[:, index] * weights[:, index : index + 1]
+        return total
+
+    def route(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """states: [N, D] -> the weights [N, k], the model's dtype, and the experts [N, k] int64, ascending in a row."""
+        probabilities = self.gate(states).float().softmax(dim=-1)
+        weights, chosen = probabilities.topk(self.num_chosen, dim=-1)
+        if self.normalises:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        chosen, order = chosen.sort(dim=-1)
+        return weights.gather(1, order).to(states.dtype), chosen

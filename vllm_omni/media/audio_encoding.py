@@ -1,0 +1,263 @@
+"""Sounds as the bytes of a file, whole or piece by piece while they are made, with what they say of how they were made.
+Knows no request and no path.
+
+libsndfile writes WAV, FLAC and Ogg Vorbis; FFmpeg the other formats, and all streams.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
+
+import av
+import av.error
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.media.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, Audio
+from vllm_omni.media.audio_files import BLOCK_FRAMES, Samples, sound_file_reason
+from vllm_omni.media.metadata import MediaMetadata
+from vllm_omni.utils.checks import brief, check_number, did_you_mean
+
+MAX_VORBIS_RATE = 200_000  # libvorbis has no mode beyond, and crashes instead of saying so
+LAYOUTS = {1: "mono", 2: "stereo"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """How one format is written."""
+
+    suffix: str
+    bits: int | None = None  # of a sample as integer; None: floats are encoded
+    sndfile: tuple[str, str] | None = None  # libsndfile's format and subtype; None: FFmpeg writes whole files too
+    container: str | None = None  # FFmpeg's; None: nothing but samples, or written by libsndfile alone
+    codec: str = ""
+    sample_format: str = "fltp"
+    container_options: Mapping[str, str] = field(default_factory=dict)
+    codec_options: Mapping[str, str] = field(default_factory=dict)
+
+
+# 16 bit PCM plays everywhere, 24 bit FLAC keeps what is soft. AAC stands in ADTS frames, which take an ID3 tag.
+AUDIO_FORMATS = {
+    "wav": _Format(".wav", 16, ("WAV", "PCM_16"), "wav", "pcm_s16le", "s16"),
+    "flac": _Format(
+        ".flac", 24, ("FLAC", "PCM_24"), "flac", "flac", "s32", codec_options={"bits_per_raw_sample": "24"}
+    ),
+    "ogg": _Format(".ogg", None, ("OGG", "VORBIS")),
+    "opus": _Format(
+        ".opus",
+        container="ogg",
+        codec="libopus",
+        sample_format="flt",
+        container_options={"page_duration": "100000"},  # microseconds: a listener need not wait for a whole second
+    ),
+    "mp3": _Format(".mp3", container="mp3", codec="libmp3lame", container_options={"id3v2_version": "4"}),
+    "aac": _Format(".aac", container="adts", codec="aac", container_options={"write_id3v2": "1"}),
+    "pcm": _Format(".pcm", 16),
+}
+AUDIO_SUFFIXES = {form.suffix: name for name, form in AUDIO_FORMATS.items()}
+STREAM_FORMATS = tuple(name for name, form in AUDIO_FORMATS.items() if form.container or not form.sndfile)
+
+
+def encode_audio(audio: Audio, format: str, *, metadata: MediaMetadata | None = None) -> bytes:
+    """The bytes of a file; samples beyond -1 ... 1 are cut there.
+
+    format: a key of AUDIO_FORMATS: wav (16 bit), flac (24 bit), ogg (Vorbis), opus (in Ogg), mp3, aac (ADTS), pcm (16
+    bit little-endian, channels interleaved, no header). mp3, opus and aac know certain rates only: other sounds are
+    converted to the next higher one. metadata: goes to the comment (RIFF INFO, Vorbis comments, ID3); pcm has none.
+    InvalidRequestError for an unknown format, and rates and numbers of channels that it does not hold.
+    """
+    form = _format(format, AUDIO_FORMATS)
+    if form.sndfile is not None:
+        return _encode_by_sndfile(audio, format, form, metadata)
+    if form.container is None:
+        return _packed(audio.samples)
+    encoder = _Encoder(format, audio.sample_rate, audio.num_channels, metadata, io.BytesIO())
+    encoder.write(audio.samples)
+    return encoder.close()
+
+
+class AudioStream:
+    """A sound as the bytes of a file while it is made: what `write` and `close` return, put together, is that file.
+
+    format: a key of STREAM_FORMATS. The header of a file of unknown length goes ahead: wav and flac say no length, mp3
+    does not say how many samples of silence its encoder has put before the sound. The samples of wav, flac and pcm are
+    those of `encode_audio`. One or two channels; InvalidRequestError for more and for rates out of range.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        sample_rate: int,
+        channels: int,
+        *,
+        metadata: MediaMetadata | None = None,
+    ) -> None:
+        form = _format(format, STREAM_FORMATS)
+        check_number(
+            "sample_rate", sample_rate, MIN_SAMPLE_RATE, MAX_SAMPLE_RATE, integer=True, raises=InvalidRequestError
+        )
+        self._channels = channels
+        self._is_closed = False
+        self._encoder = _Encoder(format, sample_rate, channels, metadata, _Pipe()) if form.container else None
+
+    def write(self, samples: Samples) -> bytes:
+        """samples: float32 [channels, n]. Returns what can be sent by now, which may be nothing."""
+        if self._is_closed:
+            raise InvalidRequestError("samples: got some after the end of the stream; make a new AudioStream")
+        if samples.ndim != 2 or len(samples) != self._channels or samples.dtype != np.float32:
+            raise InvalidRequestError(
+                f"samples: got {samples.dtype} {list(samples.shape)}, expected float32 [{self._channels}, n]"
+            )
+        if self._encoder is None:
+            return _packed(samples)
+        return self._encoder.write(samples)
+
+    def close(self) -> bytes:
+        """What is left; may be called twice."""
+        if self._is_closed or self._encoder is None:
+            self._is_closed = True
+            return b""
+        self._is_closed = True
+        return self._encoder.close()
+
+
+def as_integers(samples: Samples, bits: int) -> npt.NDArray[np.int32]:
+    """Rounded; full scale is 2**(bits - 1), and what is beyond is cut there."""
+    scale = 2.0 ** (bits - 1)
+    return np.clip(np.rint(samples.astype(np.float64) * scale), -scale, scale - 1).astype(np.int32)
+
+
+def _packed(samples: Samples) -> bytes:
+    """Format pcm."""
+    return as_integers(samples, 16).astype("<i2").T.tobytes()
+
+
+def _left_aligned(samples: Samples, bits: int, kind: type[np.signedinteger[Any]]) -> npt.NDArray[Any]:
+    """Integers of so many bits at the top of a wider kind, as both libraries take them."""
+    return (as_integers(samples, bits) << (np.iinfo(kind).bits - bits)).astype(kind)
+
+
+class _Pipe:
+    """Takes bytes in and gives them out; cannot seek, so that nothing which was sent changes later."""
+
+    def __init__(self) -> None:
+        self._content = bytearray()
+
+    def write(self, content: bytes) -> int:
+        self._content += content
+        return len(content)
+
+    def take(self) -> bytes:
+        taken = bytes(self._content)
+        self._content.clear()
+        return taken
+
+
+class _Encoder:
+    """FFmpeg at work on one file. sink: a pipe, of which every call takes what is there, or a file, which is whole at
+    the end.
+    """
+
+    def __init__(
+        self, name: str, sample_rate: int, channels: int, metadata: MediaMetadata | None, sink: _Pipe | io.BytesIO
+    ) -> None:
+        form = AUDIO_FORMATS[name]
+        if channels not in LAYOUTS:
+            raise InvalidRequestError(f"{name}: got {channels} channels, expected 1 or 2; write a whole wav or flac")
+        self._format, self._sink, self._channels = form, sink, channels
+        self._rate = _encoder_rate(form.codec, sample_rate)
+        self._resampler = None
+        if self._rate != sample_rate:
+            self._resampler = soxr.ResampleStream(sample_rate, self._rate, channels, dtype="float32", quality="HQ")
+        options = {**form.container_options, "flush_packets": "1"}
+        self._container = av.open(cast(BinaryIO, sink), "w", format=form.container, options=options)
+        if metadata is not None:
+            self._container.metadata["comment"] = metadata.to_text()
+        stream = self._container.add_stream(
+            form.codec, rate=self._rate, layout=LAYOUTS[channels], options=dict(form.codec_options)
+        )
+        self._stream = cast(av.AudioStream, stream)
+        self._stream.format = form.sample_format
+        self._num_written = 0
+        self._container.start_encoding()
+
+    def write(self, samples: Samples) -> bytes:
+        for start in range(0, samples.shape[1], BLOCK_FRAMES):
+            self._encode(self._resampled(samples[:, start : start + BLOCK_FRAMES]))
+        return self._take()
+
+    def close(self) -> bytes:
+        if self._resampler is not None:
+            self._encode(self._resampled(np.empty((self._channels, 0), np.float32), is_last=True))
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        return self._sink.getvalue() if isinstance(self._sink, io.BytesIO) else self._sink.take()
+
+    def _take(self) -> bytes:
+        return b"" if isinstance(self._sink, io.BytesIO) else self._sink.take()
+
+    def _resampled(self, samples: Samples, is_last: bool = False) -> Samples:
+        if self._resampler is None:
+            return samples
+        made: Samples = self._resampler.resample_chunk(np.ascontiguousarray(samples.T), last=is_last).T
+        return made
+
+    def _encode(self, samples: Samples) -> None:
+        if not samples.shape[1]:
+            return
+        frame = self._frame(samples)
+        frame.sample_rate, frame.pts = self._rate, self._num_written
+        self._num_written += samples.shape[1]
+        self._container.mux(self._stream.encode(frame))
+
+    def _frame(self, samples: Samples) -> av.AudioFrame:
+        layout, bits = LAYOUTS[self._channels], self._format.bits
+        if bits is None:
+            cut = np.ascontiguousarray(np.clip(samples, -1, 1))
+            return av.AudioFrame.from_ndarray(cut, format="fltp", layout=layout)
+        kind = np.int16 if bits == 16 else np.int32
+        packed = np.ascontiguousarray(_left_aligned(samples, bits, kind).T.reshape(1, -1))
+        return av.AudioFrame.from_ndarray(packed, format=self._format.sample_format, layout=layout)
+
+
+def _encoder_rate(codec: str, sample_rate: int) -> int:
+    """The rate at which a codec encodes: the sound's own, else the next higher one that it has."""
+    rates = av.Codec(codec, "w").audio_rates
+    if not rates or sample_rate in rates:
+        return sample_rate
+    return min((rate for rate in rates if rate > sample_rate), default=max(rates))
+
+
+def _format(name: str, known: Mapping[str, object] | tuple[str, ...]) -> _Format:
+    if name not in known:
+        raise InvalidRequestError(f"format: got {brief(name)}{did_you_mean(str(name)[:80], known)}")
+    return AUDIO_FORMATS[name]
+
+
+def _encode_by_sndfile(audio: Audio, name: str, form: _Format, metadata: MediaMetadata | None) -> bytes:
+    assert form.sndfile is not None
+    (container, subtype), rate = form.sndfile, audio.sample_rate
+    if subtype == "VORBIS" and rate > MAX_VORBIS_RATE:
+        raise InvalidRequestError(
+            f"{name}: got {rate} Hz, expected at most {MAX_VORBIS_RATE} Hz; choose another format"
+        )
+    file = io.BytesIO()
+    try:
+        with soundfile.SoundFile(file, "w", rate, audio.num_channels, subtype, format=container) as sound:
+            if metadata is not None:
+                sound.comment = metadata.to_text()
+            for start in range(0, audio.samples.shape[1], BLOCK_FRAMES):
+                block = audio.samples[:, start : start + BLOCK_FRAMES].T
+                sound.write(np.clip(block, -1, 1) if form.bits is None else _left_aligned(block, form.bits, np.int32))
+    except soundfile.LibsndfileError as error:
+        raise InvalidRequestError(
+            f"{name}: {audio.num_channels} channels at {rate} Hz cannot be written as {container} "
+            f"({sound_file_reason(error)}); choose another format"
+        ) from None
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""The language model of Qwen2.5-VL."""

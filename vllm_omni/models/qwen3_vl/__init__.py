@@ -1,0 +1,1 @@
+"""The language model of Qwen3-VL."""
