@@ -1,17 +1,19 @@
 # make setup: a virtual environment with the package and its tools, at the versions of constraints.txt
 # make demo: pictures, sounds, speech · make test · make lint · make bench
+# make fuzz SECONDS=600: odd configs, requests and checkpoint folders, so long each
 # make test-newest, make test-oldest: the suite in an environment of the newest, the oldest versions allowed
 # make pins: constraints.txt from the newest versions, when the suite has passed with them
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SECONDS ?= 60
 NEWEST := .venv-newest
 OLDEST := .venv-oldest
 # Much that is pinned does not run on Python 3.10, where what does run has stopped moving: it takes the last of each.
 PINS = $$($(BIN)/python -c 'import sys; print("--constraint constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: setup demo test test-newest test-oldest pins lint bench
+.PHONY: setup demo test fuzz test-newest test-oldest pins lint bench
 
 setup: $(STAMP)
 
@@ -27,6 +29,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest --cov=vllm_omni --cov-fail-under=85
+
+fuzz: setup
+	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m fuzz --seconds $(SECONDS)
 
 test-newest:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
@@ -49,4 +54,4 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/run.py all
+	$(BIN)/python benchmarks/run.py all --write

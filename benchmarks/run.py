@@ -1,6 +1,7 @@
-"""Measures the package: `python benchmarks/run.py [SUITE ...] [--quick] [--json FILE]`.
+"""Measures the package: `python benchmarks/run.py [SUITE ...] [--quick] [--json FILE] [--write]`.
 
-Figures go to benchmarks/results; with --quick, which only shows that everything runs, they go nowhere but to --json.
+Figures are shown, and with --write (as `make bench` says it) kept in benchmarks/results; never with --quick, which only
+shows that everything runs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.write and args.quick:
+        parser.error("--write: the figures of --quick are none; leave out one of them")
     names = list(SUITES) if "all" in args.suites else [name for name in SUITES if name in args.suites]
     repeats = 1 if args.quick else args.repeats
     options = Options(args.threads, repeats, args.budget, args.dtype, args.quick)
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = SUITES[name](options, bounds)
         report.show(result, console)
         found[name] = report.as_json(result, about, asdict(options))
-        if not args.quick:
+        if args.write:
             report.write_json(RESULTS / f"{name}.json", found[name])
             report.write_page(RESULTS)
     if args.json:
@@ -65,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SUITE",
         help=", ".join([*SUITES, "all"]),
     )
-    parser.add_argument("--quick", action="store_true", help="tiny counts, to see that it runs; writes no results")
+    parser.add_argument("--quick", action="store_true", help="tiny counts, to see that it runs")
+    parser.add_argument("--write", action="store_true", help="put the figures into benchmarks/results")
     parser.add_argument("--json", type=Path, metavar="FILE", help="put all figures there as well")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each side of each case (default 7)")
     parser.add_argument(

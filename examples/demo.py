@@ -118,7 +118,7 @@ def spectrogram(audio: Audio) -> Image.Image:
 
 def timeline(prompts: Sequence[str], outputs: Sequence[OmniOutput], end_s: float, width: int = 900) -> Image.Image:
     """A row per stage of every request on one axis of time; a pale bar is waiting, a full one is work."""
-    rows = sum(len(output.metrics) + 1 for output in outputs)
+    rows = sum(len(spans(output)) + 1 for output in outputs)
     picture = Image.new("RGB", (width, MARGIN * 4 + rows * 24), PAPER)
     draw = ImageDraw.Draw(picture)
     left, right, y = 90, width - 2 * MARGIN, MARGIN

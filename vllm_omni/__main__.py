@@ -1,8 +1,19 @@
-"""`python -m vllm_omni` is the command line."""
+"""`python -m vllm_omni` and `vllm-omni` are the command line."""
 
-import sys
+from vllm_omni.entrypoints.cli.interrupts import exit_on_interrupt
 
-from vllm_omni.entrypoints.cli import main
+__all__ = ["run"]
+
+
+def run() -> int:
+    """One command; the exit code."""
+    exit_on_interrupt()  # before anything else is imported, which takes seconds and minds being interrupted
+    from vllm_omni.entrypoints.cli.app import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import sys
+
+    sys.exit(run())

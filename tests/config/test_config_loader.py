@@ -142,7 +142,10 @@ def test_a_mapping_is_read_like_a_file_and_stays_as_it_was() -> None:
         (toy(resources={"max_memory_gb": 0}), ["resources.max_memory_gb: got 0.0, expected more than 0"]),
         (toy(resources={"max_memory_gb": 10**400}), ["resources.max_memory_gb: got 1000", "a finite number"]),
         (toy(resources={"max_gpu_utilization": 1.5}), ["resources.max_gpu_utilization: got 1.5", "at most 1"]),
-        (toy(resources=None), ["resources: got null, expected a group of keys (max_memory_gb, max_gpu_utilization)"]),
+        (
+            toy(resources=None),
+            ["resources: got null, expected a group of keys (max_memory_gb, max_gpu_utilization, threads)"],
+        ),
         (
             toy(scheduler={"policy": "fif0"}),
             ["scheduler.policy: got 'fif0'", "'fifo', 'priority'", "did you mean 'fifo'"],

@@ -146,7 +146,8 @@ def test_under_every_schedule_the_last_estimate_is_the_end_and_the_picture_stays
     stage, value = engine(scheduled), params(seed=1, steps=4)
     inputs = task("x", value).inputs
     trajectory = stage.model.trajectory(stage.model.prepare(inputs, value, 1), value)
-    state = DiffusionState("x", 0, value, trajectory, trajectory.noise(1))
+    generator = torch.Generator().manual_seed(1)
+    state = DiffusionState("x", 0, value, trajectory, trajectory.noise(generator), generator)
     while not state.is_done:
         (outputs,), before = stage.runner.predict([state]), state.latents
         with torch.inference_mode():

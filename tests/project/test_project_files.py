@@ -135,7 +135,7 @@ def targets() -> set[str]:
 
 def test_the_makefile_has_its_targets_and_none_is_taken_for_a_file() -> None:
     (phony,) = re.findall(r"^\.PHONY: (.*)$", read("Makefile"), flags=re.MULTILINE)
-    expected = {"setup", "demo", "test", "test-newest", "test-oldest", "pins", "lint", "bench"}
+    expected = {"setup", "demo", "test", "fuzz", "test-newest", "test-oldest", "pins", "lint", "bench"}
     assert targets() == expected == set(phony.split())
     assert "constraints.txt" in read("Makefile") and "constraints-oldest.txt" in read("Makefile")
 

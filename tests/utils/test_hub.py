@@ -11,7 +11,7 @@ import pytest
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.files import ModelFolders
-from vllm_omni.utils.hub import download
+from vllm_omni.utils.hub import fetch
 
 PARTS = ("unet", "vae")
 SMALL = {
@@ -65,17 +65,17 @@ def test_a_pipelines_parts_are_fetched_in_one_variant_and_no_checkpoint_beside_t
 ) -> None:
     hub = Hub(tmp_path, files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
-    assert download("owner/name", "v1", variant) == tmp_path
+    assert fetch("owner/name", "v1", variant) == tmp_path
     assert hub.weights() == sorted(expected) and set(hub.revisions) == {"v1"}
     hub.revisions.clear()
-    download("owner/name", "v1", variant)
+    fetch("owner/name", "v1", variant)
     assert len(hub.revisions) == 1, "weights that are there already are not asked for again"
 
 
 def test_other_repositories_are_fetched_with_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(tmp_path, ["model.safetensors"], {"config.json": "{}"})
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
-    download("owner/name", None, None)
+    fetch("owner/name", None, None)
     assert hub.weights() == ["model.safetensors"]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vllm_omni.config.builder import fields_by_key
 from vllm_omni.config.schema import (
     DiTCacheConfig,
     LimitsConfig,
@@ -40,10 +41,11 @@ class SchedulerGroup(SchedulerConfig):
 
 @dataclass(frozen=True, slots=True)
 class ResourcesGroup:
-    """`resources:`; both go to the fields of the same name of OmniConfig."""
+    """`resources:`; all go to the fields of the same name of OmniConfig."""
 
     max_memory_gb: float = _DEFAULTS.max_memory_gb
     max_gpu_utilization: float = _DEFAULTS.max_gpu_utilization
+    threads: int | None = _DEFAULTS.threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class ConfigDocument:
     revision: str | None = None
     device: str = "auto"
     dtype: DType = "auto"
+    imports: str | tuple[str, ...] = field(default=(), metadata={"key": "import"})  # modules that add to the registry
     scheduler: SchedulerGroup = field(default_factory=SchedulerGroup)
     resources: ResourcesGroup = field(default_factory=ResourcesGroup)
     dit_cache: DiTCacheConfig = field(default_factory=DiTCacheConfig)
@@ -76,12 +79,13 @@ class ConfigDocument:
             prompts=self.prompts,
             max_memory_gb=self.resources.max_memory_gb,
             max_gpu_utilization=self.resources.max_gpu_utilization,
+            threads=self.resources.threads,
             request_timeout=math.inf if self.scheduler.request_timeout_s is None else self.scheduler.request_timeout_s,
             worker_timeout=self.scheduler.worker_timeout_s,
         )
 
 
-TOP_LEVEL_KEYS = frozenset(f.name for f in dataclasses.fields(ConfigDocument))
+TOP_LEVEL_KEYS = frozenset(fields_by_key(ConfigDocument))
 STAGE_KEYS = frozenset(f.name for f in dataclasses.fields(StageConfig)) - {"name", "options"}
 
 

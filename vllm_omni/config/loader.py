@@ -15,6 +15,7 @@ from vllm_omni import registry
 from vllm_omni.config.builder import build, check_known, construct, convert, join
 from vllm_omni.config.document import STAGE_KEYS, TOP_LEVEL_KEYS, ConfigDocument, DType, check_stage_name
 from vllm_omni.config.parsing import parse_value, read_yaml, resolve
+from vllm_omni.config.plugins import import_modules, load_entry_points
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.config.shipped import find_config
 from vllm_omni.errors import ConfigError
@@ -37,6 +38,7 @@ def load_config(
     """
     if isinstance(overrides, str):
         raise ConfigError(f"overrides: got the string {brief(overrides)}, expected a list of strings")
+    load_entry_points()
     source = "config" if isinstance(config, Mapping) else str(find_config(config))
     try:
         tree = _copied(config) if isinstance(config, Mapping) else read_yaml(Path(source))
@@ -45,7 +47,7 @@ def load_config(
             tree["model"] = model
         for override in overrides:
             _apply_override(tree, override, stage_names)
-        return _build(tree)
+        return _build(tree, None if isinstance(config, Mapping) else Path(source).absolute().parent)
     except ConfigError as error:
         changed = f" with {', '.join(overrides)}" if overrides else ""
         raise ConfigError(f"{source}{changed}: {error}") from error
@@ -102,12 +104,14 @@ def _apply_override(tree: dict[str, Any], override: str, stage_names: Sequence[s
     group[parts[-1]] = value
 
 
-def _build(tree: dict[str, Any]) -> OmniConfig:
+def _build(tree: dict[str, Any], folder: Path | None) -> OmniConfig:
+    """folder: of the file, None for a mapping."""
     if tree.get("model") is None:
         tree.pop("model", None)
     elif not any(_refers_to_model(stage) for stage in tree["stages"].values()):
         raise ConfigError(f"model: got {tree['model']!r}, which no stage uses; write 'model: ${{model}}' in a stage")
     document = build(ConfigDocument, resolve(tree))
+    import_modules([document.imports] if isinstance(document.imports, str) else document.imports, folder)
     stages = {name: _build_stage(name, section, document) for name, section in document.stages.items()}
     config = document.with_stages(stages)
     config.validate()

@@ -47,7 +47,7 @@ def parse_value(text: str) -> Any:
     _check_bounds(text)
     try:
         return plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+    except Exception as error:  # the library raises whatever its constructors of values raise
         raise ConfigError(_one_line(error)) from error
 
 
@@ -72,7 +72,7 @@ def resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _guarded_load(text: str) -> Any:
     try:
         return OmegaConf.load(io.StringIO(text))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+    except Exception as error:  # the library raises whatever its constructors of values raise
         raise ConfigError(_one_line(error)) from error
 
 
@@ -132,7 +132,10 @@ def _events(text: str) -> Any:
 def _one_line(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{_place(error.problem_mark)}: {error.problem}"
-    return str(error).split("\n", 1)[0] or type(error).__name__
+    words = str(error).split("\n", 1)[0] or type(error).__name__
+    if isinstance(error, (yaml.YAMLError, OmegaConfBaseException)):
+        return words
+    return f"a value does not fit its tag, or is too large to read ({words})"
 
 
 def _place(mark: Any) -> str:

@@ -13,6 +13,9 @@ from vllm_omni.config.condition import Condition
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
 
+MAX_GB = 1e6
+MAX_MB = 1e9
+MAX_THREADS = 4096
 INPUT = "{input}"
 
 
@@ -176,22 +179,25 @@ class OmniConfig:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     max_memory_gb: float = 16.0  # for weights, KV pools and caches of all stages
     max_gpu_utilization: float = 0.8  # the share of an accelerator's memory that may be planned for
+    threads: int | None = None  # of torch on the CPU, in the whole process; None leaves it at all cores
     request_timeout: float = math.inf  # seconds that a request may take when it does not say itself
     worker_timeout: float = 60.0  # seconds that a stage may hold work without progress before its requests fail
 
     def validate(self) -> None:
         """Checks every number; raises ConfigError with the key, what it got and what was expected."""
-        check_number("resources.max_memory_gb", self.max_memory_gb, 0, above_low=True, raises=ConfigError)
+        check_number("resources.max_memory_gb", self.max_memory_gb, 0, MAX_GB, above_low=True, raises=ConfigError)
         check_number(
             "resources.max_gpu_utilization", self.max_gpu_utilization, 0, 1, above_low=True, raises=ConfigError
         )
+        if self.threads is not None:
+            check_number("resources.threads", self.threads, 1, MAX_THREADS, integer=True, raises=ConfigError)
         if self.request_timeout != math.inf:  # which is none
             check_number("scheduler.request_timeout_s", self.request_timeout, 0, above_low=True, raises=ConfigError)
         check_number("scheduler.worker_timeout_s", self.worker_timeout, 0, above_low=True, raises=ConfigError)
         check_number("scheduler.max_queue_size", self.scheduler.max_queue_size, 1, integer=True, raises=ConfigError)
         check_number("scheduler.max_running", self.scheduler.max_running, 1, integer=True, raises=ConfigError)
-        check_number("dit_cache.max_memory_mb", self.dit_cache.max_memory_mb, 0, raises=ConfigError)
-        check_number("dit_cache.prompt_embeds_mb", self.dit_cache.prompt_embeds_mb, 0, raises=ConfigError)
+        check_number("dit_cache.max_memory_mb", self.dit_cache.max_memory_mb, 0, MAX_MB, raises=ConfigError)
+        check_number("dit_cache.prompt_embeds_mb", self.dit_cache.prompt_embeds_mb, 0, MAX_MB, raises=ConfigError)
         check_number("limits.max_prompt_chars", self.limits.max_prompt_chars, 1, integer=True, raises=ConfigError)
         check_number("limits.max_pixels", self.limits.max_pixels, 1, integer=True, raises=ConfigError)
         check_number("limits.max_inference_steps", self.limits.max_inference_steps, 1, integer=True, raises=ConfigError)
@@ -199,12 +205,12 @@ class OmniConfig:
         check_number("limits.max_outputs", self.limits.max_outputs, 1, integer=True, raises=ConfigError)
         check_number("limits.max_duration_s", self.limits.max_duration_s, 0, above_low=True, raises=ConfigError)
         check_number("limits.max_audio_s", self.limits.max_audio_s, 0, above_low=True, raises=ConfigError)
-        check_number("limits.max_audio_mb", self.limits.max_audio_mb, 0, above_low=True, raises=ConfigError)
+        check_number("limits.max_audio_mb", self.limits.max_audio_mb, 0, MAX_MB, above_low=True, raises=ConfigError)
         check_number("limits.max_image_pixels", self.limits.max_image_pixels, 1, integer=True, raises=ConfigError)
         check_number("limits.max_images", self.limits.max_images, 0, integer=True, raises=ConfigError)
         check_number("limits.max_video_s", self.limits.max_video_s, 0, above_low=True, raises=ConfigError)
         check_number("limits.max_video_frames", self.limits.max_video_frames, 1, integer=True, raises=ConfigError)
-        check_number("limits.max_video_mb", self.limits.max_video_mb, 0, above_low=True, raises=ConfigError)
+        check_number("limits.max_video_mb", self.limits.max_video_mb, 0, MAX_MB, above_low=True, raises=ConfigError)
         for name, weight in self.scheduler.priority_weights.items():
             check_number(f"scheduler.priority_weights.{name}", weight, 0, above_low=True, raises=ConfigError)
         _check_policy(self.scheduler.policy)

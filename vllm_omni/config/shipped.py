@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import did_you_mean
-from vllm_omni.utils.files import read_json
+from vllm_omni.utils.files import assets_folder, read_json, user_path
 
 _BY_PIPELINE = {"AceStepPipeline": "ace_step", "StableAudioPipeline": "stable_audio", "ZImagePipeline": "z_image"}
 _BY_ARCHITECTURE = {
@@ -55,7 +55,7 @@ def shipped_configs() -> dict[str, Path]:
 
 def find_config(name: str | Path) -> Path:
     """A file that exists, else the shipped config of that name (with or without '.yaml')."""
-    path = Path(name).expanduser()
+    path = user_path("config", name, raises=ConfigError)
     if path.is_file():
         return path
     shipped = shipped_configs()
@@ -67,10 +67,13 @@ def find_config(name: str | Path) -> Path:
 
 
 def config_for_model(folder: str | Path) -> Path:
-    """The shipped config for a local checkpoint folder, from its model_index.json (diffusers) or config.json. A
-    pipeline without one of its own is hosted as it is.
+    """The shipped config for a local checkpoint folder: an asset's own, else by its model_index.json (diffusers) or
+    config.json. A pipeline without one of its own is hosted as it is.
     """
     folder = Path(folder)
+    own = _config_of_asset(folder)
+    if own is not None:
+        return own
     index, config = folder / "model_index.json", folder / "config.json"
     name, got = None, "neither model_index.json nor config.json"
     if index.is_file():
@@ -89,6 +92,13 @@ def config_for_model(folder: str | Path) -> Path:
         supported = ", ".join(sorted(supported_checkpoints()))
         raise ConfigError(f"{folder}: got {got}, expected one of {supported}; for anything else write a stage config")
     return shipped_configs()[name]
+
+
+def _config_of_asset(folder: Path) -> Path | None:
+    """The config that ships with a model that ships: its sizes and its ways are not those of the large ones."""
+    if folder.resolve().parent != assets_folder().resolve():
+        return None
+    return shipped_configs().get(folder.name.replace("-", "_"))
 
 
 def _lookup(table: dict[str, str], name: object) -> str | None:

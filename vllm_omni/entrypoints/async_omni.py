@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_omni.config.schema import OmniConfig
-from vllm_omni.entrypoints.loading import ConfigLike, load_executor, resolve_config
+from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeline
 from vllm_omni.entrypoints.loop_thread import LoopThread
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request
 from vllm_omni.executor.omni_executor import OmniExecutor
@@ -29,15 +29,16 @@ class AsyncOmni:
 
     def __init__(
         self,
-        config: ConfigLike | None = None,
+        config: ConfigLike | Pipeline | None = None,
         *,
         model: str | None = None,
         overrides: Sequence[str] = (),
         device: str | None = None,
         dtype: str | None = None,
     ) -> None:
-        self._config = resolve_config(config, model=model, overrides=overrides, device=device, dtype=dtype)
-        self._executor = load_executor(self._config)
+        pipeline = open_pipeline(config, model=model, overrides=overrides, device=device, dtype=dtype)
+        self._config = pipeline.config
+        self._executor = load_executor(pipeline)
         self._loop = LoopThread(self._executor)
         # Whoever drops it frees its thread and weights. The collector runs in the middle of anything, with any lock
         # held that ending the loop may need (`threading` has such locks itself): so in a thread of its own.

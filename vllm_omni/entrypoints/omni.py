@@ -10,28 +10,29 @@ from types import TracebackType
 from typing import Any
 
 from vllm_omni.config.schema import OmniConfig
-from vllm_omni.entrypoints.loading import ConfigLike, load_executor, resolve_config
-from vllm_omni.entrypoints.progress import ProgressBar
+from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeline
+from vllm_omni.entrypoints.progress import LoadingBar, ProgressBar
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, pair, rejected
 from vllm_omni.entrypoints.turn import Turn
 from vllm_omni.errors import QueueFullError, SchedulerError
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, OmniRequest
 
 
 class Omni:
     """A loaded pipeline of stages.
 
-    config: a YAML file, the name of a shipped one, a mapping of the same content, or an OmniConfig.
+    config: a YAML file, the name of a shipped one, a mapping of the same content, an OmniConfig, or a Pipeline.
     model: a checkpoint folder or hub id; alone, it picks the shipped config that fits.
     overrides: "image.cache.threshold=0.1". device, dtype: for all stages, whatever the config says.
-    progress: whether long work shows a bar (never when stderr is no terminal).
+    progress: whether loading and long work show a bar, on a terminal or in a notebook.
 
     Calls from several threads are safe; each drives the one loop for all. A context manager that closes itself.
     """
 
     def __init__(
         self,
-        config: ConfigLike | None = None,
+        config: ConfigLike | Pipeline | None = None,
         *,
         model: str | None = None,
         overrides: Sequence[str] = (),
@@ -39,8 +40,10 @@ class Omni:
         dtype: str | None = None,
         progress: bool = True,
     ) -> None:
-        self._config = resolve_config(config, model=model, overrides=overrides, device=device, dtype=dtype)
-        self._executor = load_executor(self._config)
+        pipeline = open_pipeline(config, model=model, overrides=overrides, device=device, dtype=dtype)
+        self._config = pipeline.config
+        with LoadingBar(pipeline.config.name, len(pipeline.specs), progress) as bar:
+            self._executor = load_executor(pipeline, bar.show)
         self._has_progress = progress
         self._turn = Turn()
         self._mailboxes: dict[str, deque[OmniOutput]] = {}

@@ -37,7 +37,10 @@ def is_batch(prompts: object) -> bool:
         return True
     first = prompts[0]
     if isinstance(first, Mapping):
-        return "role" not in first
+        try:
+            return "role" not in first
+        except Exception:  # it is refused when it is read
+            return True
     return isinstance(first, (str, Sequence, OmniRequest)) or (is_array(first) and first.shape != ())
 
 

@@ -16,12 +16,13 @@ from vllm_omni.config.graph import Edge
 from vllm_omni.config.schema import StageConfig
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
 from vllm_omni.core.routing.request_plan import RequestPlan
-from vllm_omni.engine.base import EngineContext
+from vllm_omni.engine.base import EngineContext, MemoryPlan
 from vllm_omni.engine.boundary import as_stage_error, clear_frames, describe, stage_boundary
 from vllm_omni.engine.output import PartialOutputs, make_output
 from vllm_omni.errors import OmniError, SchedulerError, StageError
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.executor.edge_traffic import EdgeTraffic
+from vllm_omni.executor.loading_step import LoadingStep, OnLoading, announce
 from vllm_omni.executor.memory import plan_memory, reserve_memory
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.planner import RequestPlanner
@@ -41,7 +42,7 @@ from vllm_omni.messages import (
     StageTask,
 )
 from vllm_omni.request import OmniOutput, OmniRequest
-from vllm_omni.utils.device import resolve_device, resolve_dtype
+from vllm_omni.utils.device import resolve_device, resolve_dtype, set_threads
 from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
 
@@ -52,16 +53,25 @@ class OmniExecutor:
     """Loads every stage of a pipeline and runs requests through them.
 
     Constructing checks the memory plan before any weights load (ResourceError), and leaves nothing behind when a stage
-    cannot load. clock: seconds, monotonic.
+    cannot load. clock: seconds, monotonic. on_loading: is called before each stage.
     """
 
-    def __init__(self, pipeline: Pipeline, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_loading: OnLoading | None = None,
+    ) -> None:
         self._clock = clock
         self._pipeline = pipeline
         self._graph = pipeline.graph
         self._scheduler = OmniScheduler(pipeline.config, pipeline.graph)
         self._planner = RequestPlanner(pipeline)
-        self._memory = reserve_memory(pipeline.config, plan_memory(pipeline))
+        plans = plan_memory(pipeline)
+        self._memory = reserve_memory(pipeline.config, plans)
+        if pipeline.config.threads is not None:
+            set_threads(pipeline.config.threads)
         self._models = ModelPool()
         self._devices = {name: resolve_device(spec.stage.device) for name, spec in pipeline.specs.items()}
         self._wake = Wake()
@@ -72,7 +82,7 @@ class OmniExecutor:
         self._partials: dict[str, PartialOutputs] = {}
         try:
             for name in pipeline.specs:
-                self._hosts[name] = self._load(name)
+                self._hosts[name] = self._load(name, plans[name], on_loading)
         except BaseException:
             self.shutdown()
             raise
@@ -221,7 +231,7 @@ class OmniExecutor:
         for host in self._hosts.values():
             host.check_integrity()
 
-    def _load(self, name: str) -> StageHost:
+    def _load(self, name: str, plan: MemoryPlan, on_loading: OnLoading | None) -> StageHost:
         spec = self._pipeline.specs[name]
         context = EngineContext(
             device=self._devices[name],
@@ -232,6 +242,7 @@ class OmniExecutor:
             limits=self._pipeline.config.limits,
             dit_cache=self._pipeline.config.dit_cache,
         )
+        announce(LoadingStep.of(spec, context, plan.weights_bytes), on_loading)
         executor: StageExecutor = registry.resolve("executor", self._executor_of(spec.stage))(spec, context, self._wake)
         try:
             with stage_boundary(name):

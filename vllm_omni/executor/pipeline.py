@@ -16,6 +16,7 @@ from vllm_omni.config.graph import StageGraph
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.base import ReadPorts, StageSpec
 from vllm_omni.errors import ConfigError
+from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.files import ModelFolders
 
 
@@ -27,9 +28,10 @@ class Pipeline:
     specs: Mapping[str, StageSpec]  # of these stages, in the order of the graph
     reads: Mapping[str, ReadPorts]  # by stage: which of its output ports somebody reads
 
-    def __init__(self, config: OmniConfig) -> None:
+    def __init__(self, config: OmniConfig, folders: ModelFolders | None = None) -> None:
+        """folders: where some of the config's have been looked up already."""
         config.validate()
-        folders = ModelFolders()
+        folders = folders or ModelFolders()
         try:
             specs = {name: _describe(stage, config, folders) for name, stage in config.stages.items()}
             signatures = {name: spec.signature for name, spec in specs.items()}
@@ -46,7 +48,8 @@ class Pipeline:
 def _describe(stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> StageSpec:
     kind: type[StageSpec] = registry.resolve("stage kind", stage.kind)
     try:
-        return kind.describe(stage, config, folders)
+        with reading(f"stages.{stage.name}: {stage.model}"):
+            return kind.describe(stage, config, folders)
     except ConfigError as error:
         known = STAGE_KEYS | {field.name for field in dataclasses.fields(kind.options_type)}
         raise ConfigError(under(f"stages.{stage.name}", str(error), known)) from error

@@ -31,6 +31,8 @@ FUSED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+MAX_COUNT = 2**31 - 1
+MAX_COUNTS = {"head_dim": 2**16}  # what planning makes tensors of
 Config = TypeVar("Config", bound="DecoderConfig")
 MAX_LAYERS = 10_000  # families make a row for each before anything is loaded
 MakeMLP = Callable[[int], nn.Module]
@@ -235,7 +237,7 @@ def sub_config(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any
 
 def count_of(raw: Mapping[str, Any], key: str, where: str) -> int:
     """A positive integer of a config.json."""
-    check_number(f"{where}: {key}", raw.get(key), 1, integer=True, raises=ConfigError)
+    check_number(f"{where}: {key}", raw.get(key), 1, MAX_COUNTS.get(key, MAX_COUNT), integer=True, raises=ConfigError)
     return int(raw[key])
 
 

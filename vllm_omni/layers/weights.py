@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from vllm_omni.errors import CheckpointError
 from vllm_omni.layers.linear import pack_linears
+from vllm_omni.utils.checkpoint_files import check_file
+from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -68,7 +70,8 @@ def _all_tensor_files(folder: Path) -> dict[str, Path]:
     index = None if whole.is_file() else _find_index(folder)
     if index is not None:
         return _indexed_files(index)
-    files = [whole] if whole.is_file() else _unindexed_files(folder)
+    is_there = whole.exists() or whole.is_symlink()  # also as something that is no file, which is said when it is read
+    files = [whole] if is_there else _unindexed_files(folder)
     if not files:
         raise CheckpointError(f"{folder}: no .safetensors file; convert the weights (nothing else is ever loaded)")
     found: dict[str, Path] = {}
@@ -96,9 +99,12 @@ def _indexed_files(index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: 'weight_map' is missing")
-    for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index}: got the file name {file!r}, expected a name in the same folder")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: weight_map: {brief(name)}: got {brief(file)}, expected the name of a .safetensors file in "
+                "the same folder"
+            )
     return {name: index.parent / file for name, file in weight_map.items()}
 
 
@@ -205,12 +211,11 @@ def _by_file(files: Mapping[str, Path]) -> dict[Path, list[str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
+    check_file(file)
     try:
         with safe_open(str(file), framework="pt") as handle:
             yield handle
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing, though the index names it") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged safetensors file ({error})") from error
 
 

@@ -41,6 +41,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def set_threads(count: int) -> None:
+    """How many threads torch computes with on the CPU: of this process, from now on and in threads to come."""
+    torch.set_num_threads(count)
+
+
 def is_cpu(device: torch.device) -> bool:
     """Whether a processor with its caches computes, no accelerator."""
     return device.type == "cpu"

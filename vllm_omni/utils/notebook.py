@@ -18,8 +18,8 @@ MAX_BYTES = 8_000_000  # of all pictures and sounds, as they stand in the HTML
 
 
 def output_html(output: Any) -> str:
-    """output: an OmniOutput. Every stage's texts, pictures (made smaller) and sounds, and the error; what is too much is
-    counted or named.
+    """output: an OmniOutput. Every stage's texts, pictures (made smaller) and sounds, and the error; what is too much
+    is counted or named.
     """
     seed = "" if output.seed is None else f", seed {output.seed}"
     parts = [f"<div><code>{html.escape(output.request_id[:80])}</code> {output.status.value}{seed}</div>"]

@@ -27,7 +27,7 @@ from vllm_omni.engine.diffusers.options import DiffusersOptions
 from vllm_omni.engine.diffusers.pipeline_class import given_kind, pipeline_class
 from vllm_omni.engine.diffusers.pipeline_result import result_tensor
 from vllm_omni.entrypoints.cli.graph_report import describe
-from vllm_omni.entrypoints.loading import resolve_config
+from vllm_omni.entrypoints.loading import open_pipeline
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError, OmniError, StageError
 from vllm_omni.executor.memory import plan_memory
 from vllm_omni.executor.pipeline import Pipeline
@@ -110,7 +110,7 @@ def test_a_folder_alone_equals_plain_diffusers_and_check_says_how_it_runs(
     folders: Callable[[str], Path], name: str
 ) -> None:
     folder = folders(name)
-    config = resolve_config(model=str(folder))
+    config = open_pipeline(model=str(folder)).config
     pipeline = Pipeline(config)
     report = " ".join(describe(pipeline, plan_memory(pipeline)).split())
     reference = plain(folder)
@@ -138,7 +138,7 @@ def test_a_folder_alone_equals_plain_diffusers_and_check_says_how_it_runs(
 def test_what_a_stage_cannot_give_is_refused_at_load(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(ConfigError, match=message):
-        Pipeline(resolve_config(model=str(tmp_path)))
+        open_pipeline(model=str(tmp_path))
 
 
 def test_what_a_class_gives_is_found() -> None:
@@ -215,7 +215,7 @@ def test_a_part_that_is_missing_is_named(folders: Callable[[str], Path], tmp_pat
     shutil.copytree(folders("sd"), folder)
     shutil.rmtree(folder / "unet")
     with pytest.raises(CheckpointError, match=r"unet: missing, though model_index.json names diffusers.UNet2D"):
-        Pipeline(resolve_config(model=str(folder)))
+        open_pipeline(model=str(folder))
 
 
 def test_a_library_that_is_missing_is_named_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_a_library_that_is_missing_is_named_at_load(tmp_path: Path, monkeypatch:
     module._unguarded_imports.cache_clear()
     monkeypatch.delattr(pipeline_prx, "ftfy", raising=False)
     with pytest.raises(ConfigError, match="PRXPipeline needs a library that is not installed: pip install ftfy"):
-        Pipeline(resolve_config(model=str(tmp_path)))
+        open_pipeline(model=str(tmp_path))
     module._unguarded_imports.cache_clear()
     assert pipeline_class("PixArtAlphaPipeline"), "it asks for ftfy before it uses it"
 
@@ -238,7 +238,7 @@ def test_a_model_that_needs_accelerate_says_so(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "transformer").mkdir()
     monkeypatch.setattr("diffusers.utils.is_accelerate_available", lambda: False)
     with pytest.raises(ConfigError, match=r"transformer: .*WanTransformer3DModel .*pip install accelerate"):
-        Pipeline(resolve_config(model=str(tmp_path)))
+        open_pipeline(model=str(tmp_path))
 
 
 # Variants

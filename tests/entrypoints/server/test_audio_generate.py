@@ -14,7 +14,7 @@ from support.server import ServerProcess
 from support.sound_files import comment_of, read_file, read_integers, read_pcm
 
 from vllm_omni import Omni
-from vllm_omni.entrypoints.loading import resolve_config
+from vllm_omni.entrypoints.loading import open_pipeline
 from vllm_omni.entrypoints.server.abilities import Abilities
 from vllm_omni.entrypoints.server.api_error import ApiError
 from vllm_omni.entrypoints.server.building import graph_keys
@@ -93,7 +93,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     """A graph that brings sounds along, known from its config alone."""
     folder = tmp_path_factory.mktemp("music")
     random_pipeline(folder)
-    return ServedModel("music", resolve_config("ace_step", model=str(folder)))
+    return ServedModel("music", open_pipeline("ace_step", model=str(folder)))
 
 
 def test_its_own_fields_reach_the_prompt(model: ServedModel) -> None:

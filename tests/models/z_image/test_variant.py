@@ -12,9 +12,8 @@ from support.diffusers_folders import random_z_image
 
 from vllm_omni import DiffusionParams, Omni
 from vllm_omni.entrypoints.cli.graph_report import describe
-from vllm_omni.entrypoints.loading import resolve_config
+from vllm_omni.entrypoints.loading import open_pipeline
 from vllm_omni.executor.memory import plan_memory
-from vllm_omni.executor.pipeline import Pipeline
 
 TURBO = {"num_inference_steps": 9, "guidance_scale": 0.0}
 BASE = {"num_inference_steps": 50, "guidance_scale": 5.0}
@@ -46,7 +45,7 @@ def test_steps_and_guidance_are_those_of_the_checkpoint(
     tmp_path: Path, name: str, shift: float | None, index: dict[str, Any], expected: dict[str, float], reason: str
 ) -> None:
     folder = folder_of(tmp_path / name, shift, **index)
-    pipeline = Pipeline(resolve_config(model=str(folder)))
+    pipeline = open_pipeline(model=str(folder))
     assert pipeline.specs["image"].defaults == expected
     report = " ".join(describe(pipeline, plan_memory(pipeline)).split())
     assert reason in report
@@ -67,7 +66,7 @@ def test_the_configs_own_defaults_stand_above_the_checkpoints(tmp_path: Path) ->
     folder = folder_of(tmp_path / "x", 6.0)
 
     def defaults(*overrides: str) -> dict[str, Any]:
-        return dict(Pipeline(resolve_config(model=str(folder), overrides=overrides)).specs["image"].defaults)
+        return dict(open_pipeline(model=str(folder), overrides=overrides).specs["image"].defaults)
 
     assert defaults("image.defaults={num_inference_steps: 4}") == {**BASE, "num_inference_steps": 4}
     assert defaults("image.defaults={sigmas: [1.0, 0.5]}") == {"sigmas": (1.0, 0.5), "guidance_scale": 5.0}

@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--steps", type=int, help="denoising steps (default: the configs')")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides of tiny_audio.yaml")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tiny_audio.json"))
+    parser.add_argument("--json", type=Path, help="where to put the figures")
     parser.add_argument("--sounds", type=Path, help="a folder for the first sounds of each kind")
     parser.add_argument("--verbose", action="store_true", help="print everything that is wrong")
     args = parser.parse_args()
@@ -141,7 +141,8 @@ def main() -> None:
     figures: dict[str, object] = {"count": args.count, "requests": args.requests, "seed": args.seed, **params}
     figures["sounds"] = evaluate_sounds(args, params)
     figures["requests_right"] = evaluate_requests(args, params)
-    args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def evaluate_sounds(args: argparse.Namespace, params: dict[str, object]) -> dict[str, dict[str, float]]:

@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--model", help="a folder instead of the one that ships")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides of tiny_speech.yaml")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tiny_speech.json"))
+    parser.add_argument("--json", type=Path, help="where to put the figures")
     parser.add_argument("--sounds", type=Path, help="a folder for what is said")
     args = parser.parse_args()
     with Omni("tiny_speech.yaml", model=args.model, overrides=args.set) as omni:
@@ -99,7 +99,8 @@ def main() -> None:
             print(f"  {one.asked!r}: {complaint}")
     result = {"seed": args.seed, **figures(found)}
     print(json.dumps(result, indent=2))
-    args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_omni import registry
+from vllm_omni.config.schema import MAX_MB
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.worker.ar.language_model import LanguageModelConfig
@@ -81,7 +82,7 @@ class AROptions:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
         if self.kv_memory_mb is not None:
-            check_number("kv_memory_mb", self.kv_memory_mb, 0, above_low=True, raises=ConfigError)
+            check_number("kv_memory_mb", self.kv_memory_mb, 0, MAX_MB, above_low=True, raises=ConfigError)
             if self.num_blocks is not None:
                 raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
         for name in self.chat_template_kwargs:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.request import Prompt
+from vllm_omni.utils.checkpoint_files import reading
+from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 
 # the files that make a tokenizer, each line enough by itself
@@ -41,13 +43,20 @@ def end_of_sequence_ids(model_folder: Path, tokenizer: Any, part: str | None = N
     tokenizer's own; None: there is none.
     """
     files = [model_folder / name for name in ("generation_config.json", "config.json")]
-    configs = [read_json(file) for file in files if file.is_file()]
+    with reading(f"{model_folder}: eos_token_id"):
+        return _end_of_sequence_ids([read_json(file) for file in files if file.is_file()], tokenizer, part)
+
+
+def _end_of_sequence_ids(configs: Sequence[Mapping[str, Any]], tokenizer: Any, part: str | None) -> frozenset[int]:
     inner = configs[-1] if configs else {}
     inner = inner.get(f"{part}_config", {}) if part else inner
     for config in (*configs, inner, inner.get("text_config", {})):
         ids = config.get("eos_token_id")
         if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
+            found = frozenset([ids] if isinstance(ids, int) else ids)
+            if not all(type(token) is int for token in found):
+                raise TypeError(f"got {brief(ids)}, expected an integer or a list of them")
+            return found
     own = None if tokenizer is None else tokenizer.eos_token_id
     return frozenset() if own is None else frozenset([own])
 
@@ -65,13 +74,8 @@ class TextProcessor:
     ) -> None:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        try:
-            with _only_errors_logged():
-                self.tokenizer = AutoTokenizer.from_pretrained(
-                    str(folder), local_files_only=True, trust_remote_code=False
-                )
-        except Exception as error:  # the library raises whatever its parsers raise
-            raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from error
+        with reading(f"{folder}: the tokenizer"), _only_errors_logged():
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if (folder / TEMPLATE_FILE).is_file():
             self.tokenizer.chat_template = read_json(folder / TEMPLATE_FILE)["chat_template"]
         # A token is decoded at every step, and the library's checks and conversions around that cost more than it does.

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from vllm_omni import __version__
-from vllm_omni.entrypoints.cli import check, generate, info, models, serve
+from vllm_omni.entrypoints.cli import check, completion, generate, info, models, serve
 from vllm_omni.entrypoints.cli.console import complain
+from vllm_omni.entrypoints.cli.logs import add_verbose_option, set_up_logging
 from vllm_omni.errors import OmniError
 
 EXAMPLES = """\
@@ -31,6 +32,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 for an error (one line on stderr), 2 for a wrong command line."""
     args = build_parser().parse_args(argv)
+    set_up_logging(args.verbose)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding cannot show is replaced
             stream.reconfigure(errors="replace")
@@ -73,4 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     info.add_arguments(commands.add_parser("info", help="what a picture or a sound says of how it was made"))
     models.add_arguments(commands.add_parser("models", help="list shipped configs and models, and what is supported"))
+    completion.add_arguments(
+        commands.add_parser("completion", help="print a script that completes commands in a shell")
+    )
+    for command in commands.choices.values():
+        add_verbose_option(command)
     return parser

@@ -7,14 +7,16 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_omni.entrypoints.cli.as_json import answers_as_json, print_json
 from vllm_omni.entrypoints.cli.config_options import add_config_options
 from vllm_omni.entrypoints.cli.console import complain, say
+from vllm_omni.entrypoints.cli.interrupts import interrupts_raise
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.request import TEXT_KEYS
 from vllm_omni.utils.checks import number_complaint
+from vllm_omni.utils.files import user_path
 
 if TYPE_CHECKING:
     from vllm_omni.executor.pipeline import Pipeline
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
     _add_param_options(parser)
     parser.add_argument("--metrics", action="store_true", help="print what every stage did for every prompt")
+    parser.add_argument("--json", action="store_true", help="print one JSON document of answers, metrics and files")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no names of written files")
 
 
@@ -81,9 +84,8 @@ def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where some request failed."""
     from vllm_omni.entrypoints.cli.output_contents import Provenance
     from vllm_omni.entrypoints.cli.output_files import OutputFiles
-    from vllm_omni.entrypoints.loading import resolve_config
+    from vllm_omni.entrypoints.loading import open_pipeline
     from vllm_omni.entrypoints.omni import Omni
-    from vllm_omni.executor.pipeline import Pipeline
 
     if not args.prompts and args.file is None:
         args.refuse("give a PROMPT, '-' for stdin, or --prompts FILE")
@@ -92,23 +94,25 @@ def run(args: argparse.Namespace) -> int:
     files.ensure_writable()
     inputs = prompt_inputs(args.input, args.negative_prompt)
     name = args.config if args.config or args.model else DEFAULT_CONFIG
-    config = resolve_config(name, model=args.model, overrides=args.set)
-    pipeline = Pipeline(config)
+    pipeline = open_pipeline(name, model=args.model, overrides=args.set)
     files.expect({name: pipeline.graph.signatures[name].results for name in pipeline.graph.result_stages})
     params = stage_params(pipeline, vars(args))
     prompts = [{"prompt": text, **inputs} for text in texts]
-    with Omni(config, progress=not args.quiet) as omni:
-        if len(prompts) == 1 and writes_text_alone(pipeline) and sys.stdout.isatty():
+    with Omni(pipeline, progress=not args.quiet) as omni:
+        if len(prompts) == 1 and not args.json and writes_text_alone(pipeline) and sys.stdout.isatty():
             outputs = [_write_out(omni.stream(prompts[0], params))]
         else:
             outputs = omni.generate(prompts, params)
-            for output in outputs:
-                for completion in output.completions:
+            for completion in (item for output in outputs for item in output.completions):
+                if not args.json:
                     print(completion.text)
     _report(outputs, args)
-    models = {name: stage.model for name, stage in config.stages.items()}
+    models = {name: stage.model for name, stage in pipeline.config.stages.items()}
     provenance = Provenance(models, inputs, says_prompt=not args.no_prompt_metadata)
-    files.write(outputs, texts, provenance, lambda path: say(f"wrote {path}", args.quiet))
+    with interrupts_raise():
+        written = files.write(outputs, texts, provenance, lambda path: say(f"wrote {path}", args.quiet))
+    if args.json:
+        print_json(answers_as_json(texts, outputs, written))
     return int(any(output.error is not None for output in outputs))
 
 
@@ -119,7 +123,7 @@ def prompt_texts(given: Sequence[str], file: str | None) -> list[str]:
     texts = [sys.stdin.read().strip() if text == "-" else text for text in given]
     if file is not None:
         try:
-            lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+            lines = user_path("--prompts", file, raises=InvalidRequestError).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequestError(f"--prompts: got {file!r}, expected a text file in UTF-8 ({error})") from error
         texts += [line for line in lines if line.strip()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.schema import OmniConfig, StreamConfig
@@ -19,6 +21,30 @@ def describe(pipeline: Pipeline, plans: Mapping[str, MemoryPlan]) -> str:
     notes, memory = _notes(pipeline), _memory(config, plans)
     drawing = [*draw_graph(config, graph), *_idle(graph)]
     return "\n".join([f"{config.name}{model}", "", *drawing, "", "Ports", *_ports(graph), "", *notes, *memory])
+
+
+def as_json(pipeline: Pipeline, plans: Mapping[str, MemoryPlan]) -> dict[str, Any]:
+    """The same as plain values, sizes in bytes."""
+    config, graph = pipeline.config, pipeline.graph
+    stages = {
+        name: {
+            "kind": config.stages[name].kind,
+            "model": config.stages[name].model,
+            "inputs": {edge.target_port: f"{edge.source}.{edge.source_port}" for edge in graph.edges_into(name)},
+            "results": sorted(graph.signatures[name].results),
+            "note": pipeline.specs[name].note(),
+            "memory": {**dataclasses.asdict(plans[name]), "total_bytes": plans[name].total_bytes},
+        }
+        for name in graph.order
+    }
+    return {
+        "name": config.name,
+        "model": config.model,
+        "outputs": list(graph.outputs),
+        "not_loaded": list(graph.idle),
+        "stages": stages,
+        "budget_bytes": int(config.max_memory_gb * GIB),
+    }
 
 
 def draw_graph(config: OmniConfig, graph: StageGraph) -> list[str]:

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import re
+from itertools import takewhile
 
+from vllm_omni.entrypoints.cli.as_json import print_json
 from vllm_omni.entrypoints.cli.text_table import aligned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`models` has no arguments."""
+    """The arguments of `models`."""
     parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the lists."""
     from vllm_omni import registry
+    from vllm_omni.config.plugins import load_entry_points
     from vllm_omni.config.shipped import shipped_configs, supported_checkpoints
     from vllm_omni.utils.files import assets_folder
 
+    load_entry_points()
     folder = assets_folder()
     assets = sorted(path.name for path in folder.glob("*") if path.is_dir())
-    about = [(name, _first_comment(path)) for name, path in shipped_configs().items()]
+    about = [(name, first_sentence(path.read_text(encoding="utf-8"))) for name, path in shipped_configs().items()]
+    if args.json:
+        tables = {table: registry.names(table) for table in registry.TABLES}
+        checkpoints = supported_checkpoints()
+        print_json({"configs": dict(about), "models": assets, "checkpoints": checkpoints, "registered": tables})
+        return 0
     print(
         "\n".join(
             ["Shipped configs", *aligned(about), "", "Models that ship", *(f"  asset://{name}" for name in assets)]
@@ -37,5 +47,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _first_comment(path: Path) -> str:
-    return path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
+def first_sentence(yaml: str) -> str:
+    """Of the comment that a config begins with, however many lines it takes."""
+    comment = [line.removeprefix("#").strip() for line in takewhile(lambda line: line[:1] == "#", yaml.splitlines())]
+    return re.split(r"(?<=\.)\s", " ".join(comment), maxsplit=1)[0]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm_omni.entrypoints.cli.as_json import output_as_json
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.request import OmniOutput
 
@@ -80,7 +81,7 @@ def text_content(outputs: Sequence[OmniOutput], prompts: Sequence[str], suffix: 
     if suffix == ".txt":
         lines = [completion.text for output in outputs for completion in output.completions]
     else:
-        answers = [_as_json(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+        answers = [output_as_json(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
         lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
         lines = lines if suffix == ".jsonl" else [json.dumps(answers, ensure_ascii=False, indent=2)]
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
@@ -90,14 +91,3 @@ def tensors_content(output: OmniOutput) -> bytes:
     from safetensors.torch import save
 
     return bytes(save({name: tensor.contiguous() for name, tensor in output.tensors.items()}))
-
-
-def _as_json(prompt: str, output: OmniOutput) -> dict[str, Any]:
-    completions = [{"text": item.text, "finish_reason": item.finish_reason} for item in output.completions]
-    return {
-        "prompt": prompt,
-        "completions": completions,
-        "status": output.status.value,
-        "error": None if output.error is None else str(output.error),
-        **({} if output.seed is None else {"seed": output.seed}),
-    }

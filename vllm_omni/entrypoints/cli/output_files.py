@@ -19,7 +19,7 @@ from vllm_omni.entrypoints.cli.output_contents import (
 )
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.request import OmniOutput
-from vllm_omni.utils.files import write_whole
+from vllm_omni.utils.files import user_path, write_whole
 
 DEFAULT_STEM = "out"
 # kind of result -> its suffixes, the first of them where none is asked for
@@ -45,7 +45,7 @@ class OutputFiles:
     def __init__(self, target: str | None) -> None:
         """target: a name without a suffix is a folder; None: out.png and out.wav. ConfigError for another suffix."""
         self._target = target
-        self._path = Path(target or DEFAULT_STEM).expanduser()
+        self._path = user_path("-o", target or DEFAULT_STEM, raises=ConfigError)
         self._suffix = self._path.suffix.lower()
         self._is_folder = target is not None and (target.endswith("/") or _is_folder(self._path) or not self._suffix)
         self._results: Mapping[str, Collection[str]] = {}

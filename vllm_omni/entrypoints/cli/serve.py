@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_omni.entrypoints.cli.interrupts import interrupts_raise
 from vllm_omni.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vllm_omni.config.schema import OmniConfig
     from vllm_omni.entrypoints.server.settings import ServerSettings
+    from vllm_omni.executor.pipeline import Pipeline
 
 KEY_VARIABLE = "VLLM_OMNI_API_KEY"
 DEFAULT_CONFIG = "tiny_omni"
@@ -92,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
         from vllm_omni.entrypoints.server.serving import serve
     except ImportError as error:
         raise ConfigError(f"serve: {error.name} is missing; pip install 'vllm-omni[server]'") from error
-    serve(ModelTable(configs), settings)
+    with interrupts_raise():  # the server's end is its own
+        serve(ModelTable(configs), settings)
     return 0
 
 
@@ -130,19 +132,19 @@ def read_keys(file: Path | None) -> list[str]:
     return keys
 
 
-def served_configs(given: Sequence[str], model: str | None, overrides: Sequence[str]) -> dict[str, OmniConfig]:
-    """Name -> config; ConfigError where two have one name."""
-    from vllm_omni.entrypoints.loading import resolve_config
+def served_configs(given: Sequence[str], model: str | None, overrides: Sequence[str]) -> dict[str, Pipeline]:
+    """Name -> what is to be loaded; ConfigError where two have one name."""
+    from vllm_omni.entrypoints.loading import open_pipeline
 
     if len(given) > 1 and (model is not None or overrides):
         flag = "--model" if model is not None else "--set"
         raise ConfigError(f"{flag}: got several --config, of which it could mean any; write it into theirs")
-    found: dict[str, OmniConfig] = {}
+    found: dict[str, Pipeline] = {}
     for item in given or ["" if model is not None else DEFAULT_CONFIG]:
         name, equals, place = item.rpartition("=")
-        config = resolve_config(place or None, model=model, overrides=overrides)
-        name = name if equals else config.name
+        pipeline = open_pipeline(place or None, model=model, overrides=overrides)
+        name = name if equals else pipeline.config.name
         if not name or name in found:
             raise ConfigError(f"--config: got the name {name!r} twice, or an empty one; write NAME=PATH")
-        found[name] = config
+        found[name] = pipeline
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.entrypoints.async_omni import AsyncOmni
+from vllm_omni.entrypoints.loading import open_pipeline
 from vllm_omni.entrypoints.server.abilities import Abilities
 from vllm_omni.entrypoints.server.api_error import RETRY_S, ApiError
 from vllm_omni.errors import ConfigError
@@ -19,10 +20,10 @@ from vllm_omni.utils.checks import did_you_mean
 class ServedModel:
     """One config under one name. Making it checks the config; `load` loads the weights."""
 
-    def __init__(self, name: str, config: OmniConfig) -> None:
+    def __init__(self, name: str, config: OmniConfig | Pipeline) -> None:
         self.name = name
-        self.config = config
-        self.pipeline = Pipeline(config)
+        self.pipeline = open_pipeline(config)
+        self.config = self.pipeline.config
         self.abilities = Abilities.of(self.pipeline)
         self.created = int(time.time())
         self._omni: AsyncOmni | None = None
@@ -39,7 +40,7 @@ class ServedModel:
         return self._omni
 
     async def load(self) -> None:
-        self._omni = await asyncio.to_thread(AsyncOmni, self.config)
+        self._omni = await asyncio.to_thread(AsyncOmni, self.pipeline)
 
     async def shutdown(self, drain: bool) -> None:
         if self._omni is not None:
@@ -81,7 +82,7 @@ class ServedModel:
 class ModelTable:
     """The served models, the first being the default."""
 
-    def __init__(self, configs: Mapping[str, OmniConfig]) -> None:
+    def __init__(self, configs: Mapping[str, OmniConfig | Pipeline]) -> None:
         if not configs:
             raise ConfigError("--config: got no config and no --model; name at least one")
         self._models = {name: ServedModel(name, config) for name, config in configs.items()}

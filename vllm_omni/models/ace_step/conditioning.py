@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.models.ace_step.audio_codes import find_codes
-from vllm_omni.models.ace_step.oobleck import refuse_incomplete
 from vllm_omni.utils.checks import brief
+from vllm_omni.worker.diffusion.published_part import load_part
 
 REFERENCE_SECONDS = 30  # of audio that the timbre encoder hears
 
@@ -97,13 +97,4 @@ class AceStepConditioner:
 
 
 def _loaded(part: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    module, info = part.from_pretrained(
-        folder,
-        torch_dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        low_cpu_mem_usage=False,
-        output_loading_info=True,
-    )
-    refuse_incomplete(info, folder)
-    return module.to(device=device).requires_grad_(False).eval()
+    return load_part(part, folder, dtype).to(device=device)

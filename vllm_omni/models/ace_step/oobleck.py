@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.models.ace_step.oobleck_layers import fold_constants, use_channels_last
 from vllm_omni.utils.checks import check_number
 from vllm_omni.utils.device import is_cpu
+from vllm_omni.worker.diffusion.published_part import load_part
 
 MAX_ACTIVATION_BYTES = 2**27  # of the widest layer of a chunk; a few of these live at once
 TILED_BLOCKS = 2  # the last ones of the decoder: at a high rate, and with a reach that is short in latent frames
@@ -119,15 +120,7 @@ class Oobleck:
 
         with warnings.catch_warnings():  # of what diffusers builds it with, and what `fold_constants` takes away
             warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
-            vae, info = AutoencoderOobleck.from_pretrained(
-                folder,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
-        refuse_incomplete(info, folder)
+            vae = load_part(AutoencoderOobleck, folder, torch.float32)
         fold_constants(vae)
         for part in (vae.encoder, vae.decoder):
             part.to(device=device, dtype=dtype).requires_grad_(False).eval()
@@ -208,13 +201,6 @@ def check_config(raw: dict[str, Any], where: str) -> None:
         check_number(f"{where}: {key}", raw.get(key), 1, integer=True, raises=ConfigError)
     for index, stride in enumerate(strides):
         check_number(f"{where}: downsampling_ratios[{index}]", stride, 2, integer=True, raises=ConfigError)
-
-
-def refuse_incomplete(info: dict[str, Any], folder: Path) -> None:
-    """CheckpointError when diffusers found weights missing, left over or misshapen."""
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info.get(key):
-            raise CheckpointError(f"{folder}: {key.replace('_', ' ')}: {list(info[key])[:3]}")
 
 
 def _frames_of_chunk(vae: Any, max_activation_bytes: int) -> int:

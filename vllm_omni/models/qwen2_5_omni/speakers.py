@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
+from vllm_omni.utils.checkpoint_files import check_file
 from vllm_omni.utils.checks import check_number, did_you_mean
 
 FILE = "spk_dict.pt"
@@ -38,6 +39,8 @@ class Speakers:
         alone are read from it: nothing is unpickled.
         """
         path = folder / FILE
+        if path.exists():
+            check_file(path)
         try:
             raw = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:

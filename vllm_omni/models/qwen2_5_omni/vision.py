@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.media.video_input import FrameSettings
+from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.files import read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -96,7 +97,14 @@ class VisionSettings:
 
     @classmethod
     def of(cls, folder: Path) -> VisionSettings:
-        """ConfigError for a way of processing that is not known here, CheckpointError for a missing file."""
+        """ConfigError for a way of processing that is not known here, CheckpointError for a file that is missing or
+        holds something else.
+        """
+        with reading(f"{folder}: the settings of its image and video processors"):
+            return cls._of(folder)
+
+    @classmethod
+    def _of(cls, folder: Path) -> VisionSettings:
         image = _section(folder, "image_processor", ("preprocessor_config.json",))
         video = _section(folder, "video_processor", ("video_preprocessor_config.json", "preprocessor_config.json"))
         token_pixels = _grid(video, folder).factor ** 2

@@ -22,13 +22,17 @@ from vllm_omni.models.z_image.variant import Variant
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
-from vllm_omni.utils.checks import check_number, did_you_mean
+from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
+from vllm_omni.worker.diffusion.published_part import load_part
 
 EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
 UNUSED_FIELDS = ("strength", "image", "duration_s")
+MAX_SIDE = 2**16  # pixels
+MAX_VAE_BLOCKS = 10
+MAX_TIMESTEPS = 1_000_000  # the sampler makes a table of them
 SAMPLER_CLASS = "FlowMatchEulerDiscreteScheduler"
 # Hidden states, their normed copy, q, k, v, both halves of the feed-forward's input (8/3 each) and its product.
 ACTIVATION_WIDTHS = 14
@@ -42,16 +46,13 @@ class ZImageSpec(DiffusionModelSpec):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = ZImageConfig.from_folder(folder / "transformer")
-        vae = read_json(folder / "vae" / "config.json")
-        self.geometry = ImageGeometry(
-            native_size=int(vae.get("sample_size", 1024)),
-            vae_scale=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
-        )
+        self.geometry = _geometry(folder / "vae" / "config.json")
         self.preview_map = PreviewMap.of_vae(folder / "vae")
         self.sampler_config = read_json(folder / "scheduler" / "scheduler_config.json")
         name = self.sampler_config.get("_class_name")
         if name != SAMPLER_CLASS:
-            raise ConfigError(f"{folder}/scheduler: got {name!r}, expected {SAMPLER_CLASS}")
+            raise ConfigError(f"{folder}/scheduler: got {brief(name)}, expected {SAMPLER_CLASS}")
+        _check_sampler(self.sampler_config, f"{folder}/scheduler/scheduler_config.json")
         self.variant = Variant.of(folder, self.sampler_config)
         self.defaults = self.variant.defaults
         text = TensorSpec(("T", self.config.cap_feat_dim))
@@ -75,10 +76,8 @@ class ZImageSpec(DiffusionModelSpec):
             transformer = ZImageTransformer(self.config)
         transformer.to_empty(device=device).to(dtype).requires_grad_(False).eval()
         load_weights(transformer, self.folder / "transformer")
-        vae = AutoencoderKL.from_pretrained(
-            self.folder / "vae", torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
-        vae = vae.to(device=device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        vae = load_part(AutoencoderKL, self.folder / "vae", dtype)
+        vae = vae.to(device=device, memory_format=torch.channels_last)
         return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 
     def check(
@@ -118,6 +117,28 @@ class ZImageSpec(DiffusionModelSpec):
                     f"{name}: got {value}, expected a multiple of {multiple} and at most {longest}"
                 )
         check_limit("height * width", height * width, 1, limits.max_pixels, integer=True)
+
+
+def _geometry(file: Path) -> ImageGeometry:
+    """From the VAE's configuration."""
+    vae = {"sample_size": 1024, "block_out_channels": [64], **read_json(file)}
+    size, widths = vae["sample_size"], vae["block_out_channels"]
+    check_number(f"{file}: sample_size", size, 1, MAX_SIDE, integer=True, raises=ConfigError)
+    if not isinstance(widths, list) or not 1 <= len(widths) <= MAX_VAE_BLOCKS:
+        raise ConfigError(
+            f"{file}: block_out_channels: got {brief(widths)}, expected a list of 1 to {MAX_VAE_BLOCKS} widths"
+        )
+    return ImageGeometry(native_size=int(size), vae_scale=2 ** (len(widths) - 1))
+
+
+def _check_sampler(config: Mapping[str, Any], where: str) -> None:
+    """The numbers that every request computes with."""
+    for key in ("shift", "base_shift", "max_shift"):
+        if config.get(key) is not None:
+            check_number(f"{where}: {key}", config[key], raises=ConfigError)
+    for key in ("num_train_timesteps", "base_image_seq_len", "max_image_seq_len"):
+        if config.get(key) is not None:
+            check_number(f"{where}: {key}", config[key], 1, MAX_TIMESTEPS, integer=True, raises=ConfigError)
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:

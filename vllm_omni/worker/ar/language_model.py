@@ -19,6 +19,7 @@ from vllm_omni import registry
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.weights import load_weights, weights_bytes
+from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.ar.media_prompt import MediaItem
 from vllm_omni.worker.ar.prompt_reader import PromptReader
@@ -118,12 +119,12 @@ class LanguageModelFolder:
         name = registered_name(raw, str(where), part, folder)
         raw["architectures"] = [name.partition(".")[0]]
         found = registry.resolve("language model", name)
-        config: LanguageModelConfig = found.read_config(raw, str(where))
-        if rope_scaling is None:
-            return cls(folder, part, name, found, config)
-        return cls(
-            folder, part, name, found, config.with_rope_scaling(rope_scaling), repr(sorted(rope_scaling.items()))
-        )
+        with reading(str(where)):
+            config: LanguageModelConfig = found.read_config(raw, str(where))
+            if rope_scaling is None:
+                return cls(folder, part, name, found, config)
+            scaled = config.with_rope_scaling(rope_scaling)
+        return cls(folder, part, name, found, scaled, repr(sorted(rope_scaling.items())))
 
     @property
     def key(self) -> tuple[str, ...]:

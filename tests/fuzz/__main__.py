@@ -1,0 +1,38 @@
+"""`python -m fuzz [configs requests checkpoints] --seconds 600`, from the folder `tests`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from fuzz.checkpoints import Checkpoints
+from fuzz.configs import Configs
+from fuzz.requests import Requests
+from fuzz.tally import Tally, limit_memory
+
+FUZZERS = {"configs": Configs, "requests": Requests, "checkpoints": Checkpoints}
+
+
+def main() -> int:
+    """0 when no fuzzer found a fault."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(FUZZERS), metavar="NAME", help=", ".join(FUZZERS))
+    parser.add_argument("--seconds", type=float, default=60, help="for each")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--first", type=int, default=0, help="the number of the first input")
+    parser.add_argument("--most", type=int, help="how many inputs")
+    args = parser.parse_args()
+    num_faults = 0
+    for name in args.names:
+        case = FUZZERS[name]()
+        limit_memory(6 * 2**30)
+        tally = Tally(name, args.seed).run(case, seconds=args.seconds, first=args.first, most=args.most)
+        case.close()
+        print(tally.report(), flush=True)
+        num_faults += len(tally.faults)
+    return int(num_faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

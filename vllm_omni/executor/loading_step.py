@@ -1,0 +1,44 @@
+"""What is loaded, from where, and in which form: said before each stage, for logs and progress bars."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_omni.core.routing.budgets import format_bytes
+from vllm_omni.engine.base import EngineContext, StageSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadingStep:
+    """One stage that is about to load."""
+
+    stage: str
+    kind: str
+    model: str | None  # its folder, hub id or asset, as the config names it
+    dtype: str
+    device: str
+    weights_bytes: int  # 0 where another stage has loaded them, or there are none
+
+    @classmethod
+    def of(cls, spec: StageSpec, context: EngineContext, weights_bytes: int) -> LoadingStep:
+        dtype = str(context.dtype).removeprefix("torch.")
+        return cls(spec.stage.name, spec.stage.kind, spec.stage.model, dtype, str(context.device), weights_bytes)
+
+    def __str__(self) -> str:
+        source = f" from {self.model}" if self.model else ""
+        size = f", {format_bytes(self.weights_bytes)}" if self.weights_bytes else ""
+        return f"{self.stage}: {self.kind}{source} ({self.dtype} on {self.device}{size})"
+
+
+OnLoading = Callable[[LoadingStep], None]
+
+
+def announce(step: LoadingStep, on_loading: OnLoading | None) -> None:
+    """To the log, and to whoever shows it."""
+    logger.info("loading %s", step)
+    if on_loading is not None:
+        on_loading(step)

@@ -1,0 +1,35 @@
+"""A part of a published pipeline that runs as diffusers' own module. Knows no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_omni.errors import CheckpointError
+from vllm_omni.utils.checkpoint_files import reading
+
+
+def load_part(part: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """An instance of the diffusers class `part` with all weights of the folder, on the CPU; CheckpointError where one
+    is missing, left over or misshapen, or the folder holds something else.
+    """
+    with reading(f"{folder}: {part.__name__}"):
+        module, info = part.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    refuse_incomplete(info, folder)
+    return module.requires_grad_(False).eval()
+
+
+def refuse_incomplete(info: dict[str, Any], folder: Path) -> None:
+    """CheckpointError when diffusers found weights missing, left over or misshapen."""
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(key):
+            raise CheckpointError(f"{folder}: {key.replace('_', ' ')}: {list(info[key])[:3]}")
