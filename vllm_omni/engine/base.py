@@ -132,6 +132,9 @@ class StageSpec(ABC):
         """Rough seconds-like size of the task for shortest-job-first; only the order matters. prepared: of `check`."""
         return 1.0
 
+    def close(self) -> None:
+        """Ends what the spec has started beside itself, as the pipeline is shut down; it could be started again."""
+
     def note(self) -> str:
         """What `vllm-omni check` should say of the stage besides ports and memory; empty for nothing."""
         return ""

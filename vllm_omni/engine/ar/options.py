@@ -10,9 +10,10 @@ from typing import Any, Literal
 from vllm_omni import registry
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
+from vllm_omni.worker.ar.chat import RESERVED_TEMPLATE_KEYS
 from vllm_omni.worker.ar.language_model import LanguageModelConfig
 
-RESERVED_TEMPLATE_KEYS = ("conversation", "tokenize", "add_generation_prompt")
+SIDES = ("left", "right", "middle")
 WRITTEN_KEYS = frozenset({"text", "token_ids", "finish_reason", "completions"})
 META_KEYS = WRITTEN_KEYS | {"prompt_tokens", "truncated_tokens"}
 DEFAULT_MODEL_LEN = 4096
@@ -65,7 +66,9 @@ class AROptions:
     rope_scaling: Mapping[str, Any] | None = None  # scaling of positions, as in transformers; None: the config.json's
     max_model_len: int | None = None  # tokens of a sequence; None: the model's positions, 4096 where no pool is given
     max_prompt_tokens: int | None = None  # a longer prompt is an error, or is cut
-    truncate_prompt: bool = False  # whether a prompt that is too long keeps its first tokens
+    # what a prompt that is too long loses: beginning, end or middle, while the marks of the chat template stay;
+    # true: its last tokens, of a template or not; false: nothing, it is refused
+    truncate_prompt: bool | Literal["left", "right", "middle"] = False
     max_num_seqs: int = 64  # sequences of one step
     max_num_batched_tokens: int = 2048  # tokens of one step
     block_size: int = 16  # tokens of a block of the KV pool

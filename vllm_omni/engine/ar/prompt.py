@@ -8,17 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_omni.engine.ar.options import AROptions
+from vllm_omni.engine.ar.chat.truncation import ChatCutter, Side, cut_tokens
+from vllm_omni.engine.ar.options import SIDES, AROptions
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.errors import InvalidRequestError, ResourceError
 from vllm_omni.media.messages import as_texts, has_media, is_messages, num_chars
 from vllm_omni.params import SamplingParams, StageParams
-from vllm_omni.request import OmniRequest, Prompt
+from vllm_omni.request import Messages, OmniRequest, Prompt
+from vllm_omni.utils.checks import brief
+from vllm_omni.utils.plain import num_json_chars
+from vllm_omni.worker.ar.chat import CHAT_KEYS, Chat
 from vllm_omni.worker.ar.media_prompt import MediaPrompt
 from vllm_omni.worker.ar.prompt_reader import MediaPlan, PromptReader
 from vllm_omni.worker.background import Stop
 
 DEFAULT_MAX_TOKENS = 16384
+TRUNCATES = "truncate_prompt"
+PROMPT_KEYS = CHAT_KEYS | {TRUNCATES}  # of `OmniRequest.fields`, where the stage reads the request's own prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ class PreparedPrompt:
     """A prompt's tokens, checked: all that a task needs."""
 
     token_ids: list[int]
-    num_truncated: int  # how many its end lost
+    num_truncated: int  # how many it lost
     max_new_tokens: int  # room for written ones
     media: MediaPrompt | None = None  # with positions and encoder inputs; None for text alone
 
@@ -108,27 +114,42 @@ class ARInput:
     """Makes the prompts of one stage into tokens, within its limits. Safe to ask from any thread."""
 
     def __init__(
-        self, options: AROptions, processor: TextProcessor, limits: ARLimits, reader: PromptReader[Any] | None = None
+        self,
+        options: AROptions,
+        processor: TextProcessor,
+        limits: ARLimits,
+        reader: PromptReader[Any] | None = None,
+        reads_request: bool = True,
     ) -> None:
+        """reads_request: whether the prompt is the request's own, so that what it says of its prompt counts here."""
         self._options = options
         self._processor = processor
         self._limits = limits
         self._reader = reader  # of a model that reads more than text
+        self._reads_request = reads_request
 
     def prepare(self, prompt: Prompt, request: OmniRequest, params: SamplingParams) -> Prepared:
         """Tokens within the limits; of a prompt with media a plan, for which only headers have been read.
         InvalidRequestError (or ResourceError: the KV pool is too small) for what could not be run.
         """
-        self._check_chars(prompt)
+        given = {key: request.fields.get(key) for key in PROMPT_KEYS} if self._reads_request else {}
+        fields = {key: value for key, value in given.items() if value is not None}
+        side = _side(fields)
         if self._reader is not None:
             self._reader.check_request(request)
+            if is_messages(prompt) and has_media(prompt):
+                return self._planned(prompt, request, fields)
         if is_messages(prompt):
-            if self._reader is not None and has_media(prompt):
-                plan = self._reader.plan(prompt, request)
-                self._check_length(plan.num_tokens)
-                return PlannedPrompt(plan)
+            self._check_chars(prompt)
             prompt = as_texts(prompt)
-        return self._tokenised(prompt, params)
+        messages = self._processor.as_messages(prompt)
+        if messages is None:
+            _check_no_chat_keys(fields)
+            self._check_chars(prompt)
+            return self._checked(prompt, self._processor.encode(prompt), side, params)
+        chat = Chat.of(messages, fields)
+        self._check_chars(messages, chat)
+        return self._checked(chat, self._processor.encode(chat), side, params)
 
     def read(self, planned: PlannedPrompt, params: SamplingParams, stop: Stop) -> PreparedPrompt:
         """The prompt with its media decoded. It may have another length than its headers said, and is never cut."""
@@ -141,13 +162,24 @@ class ARInput:
         self._limits.check_vocabulary("messages", media.token_ids)
         return PreparedPrompt(list(media.token_ids), 0, self._room(len(media.token_ids), params), media)
 
-    def _tokenised(self, prompt: Prompt, params: SamplingParams) -> PreparedPrompt:
-        token_ids = self._processor.encode(prompt)
+    def _planned(self, messages: Messages, request: OmniRequest, fields: Mapping[str, Any]) -> PlannedPrompt:
+        assert self._reader is not None
+        self._check_chars(messages, Chat.of(messages, fields))
+        if TRUNCATES in fields:
+            raise InvalidRequestError(f"{TRUNCATES}: got it with media, which are never cut; leave it out")
+        plan = self._reader.plan(messages, request)
+        self._check_length(plan.num_tokens)
+        return PlannedPrompt(plan)
+
+    def _checked(
+        self, prompt: Prompt | Chat, token_ids: list[int], side: Side | None, params: SamplingParams
+    ) -> PreparedPrompt:
+        """The tokens of a prompt, cut where it is too long and may be cut."""
         if not token_ids:
             raise InvalidRequestError("prompt: got no tokens, expected at least one")
         if self._reader is not None:
             self._reader.check_token_ids(token_ids)
-        kept = self._truncate(token_ids)
+        kept = self._truncate(prompt, token_ids, side)
         self._limits.check_vocabulary("prompt", kept)
         return PreparedPrompt(kept, len(token_ids) - len(kept), self._room(len(kept), params))
 
@@ -165,8 +197,11 @@ class ARInput:
             )
         return room
 
-    def _check_chars(self, prompt: Prompt) -> None:
+    def _check_chars(self, prompt: Prompt, chat: Chat | None = None) -> None:
+        """Of the prompt, and of what else the chat template is given."""
         count = num_chars(prompt)
+        if chat is not None:
+            count += num_json_chars(chat.tools) + num_json_chars(chat.template_kwargs)
         if count > self._limits.max_prompt_chars:
             raise InvalidRequestError(
                 f"prompt: got {count} characters, expected at most {self._limits.max_prompt_chars}; "
@@ -190,13 +225,46 @@ class ARInput:
             )
         self._limits.check_pool(num_tokens + (1 if self._options.can_write else 0))
 
-    def _truncate(self, token_ids: list[int]) -> list[int]:
+    def _truncate(self, prompt: Prompt | Chat, token_ids: list[int], side: Side | None) -> list[int]:
         limit, key = self._max_prompt_tokens()
         if len(token_ids) <= limit:
             return token_ids
-        if not self._options.truncate_prompt or limit == 0:
+        chosen = side or self._options.truncate_prompt
+        if not chosen or limit == 0:
             raise InvalidRequestError(
-                f"prompt: got {len(token_ids)} tokens, expected at most {limit} ({key}); "
-                "shorten it, or set truncate_prompt"
+                f"prompt: got {len(token_ids)} tokens, expected at most {limit} ({key}); shorten it, or set {TRUNCATES}"
             )
-        return token_ids[:limit]
+        if chosen is True:
+            return token_ids[:limit]
+        cut = self._cut(prompt, token_ids, chosen, limit)
+        if cut is None:
+            raise InvalidRequestError(
+                f"prompt: got {len(token_ids)} tokens, expected at most {limit} ({key}); so few hold no text "
+                f"between the marks of its chat template, so {TRUNCATES} does not help; shorten it"
+            )
+        return cut
+
+    def _cut(self, prompt: Prompt | Chat, token_ids: list[int], side: Side, limit: int) -> list[int] | None:
+        if isinstance(prompt, Chat):
+            return ChatCutter(prompt, limit, self._processor.encode).cut(side)
+        before, behind = self._processor.special_ends(prompt, token_ids) if isinstance(prompt, str) else (0, 0)
+        num_kept = limit - before - behind
+        if num_kept <= 0:
+            return None
+        stop = len(token_ids) - behind
+        return [*token_ids[:before], *cut_tokens(token_ids[before:stop], side, num_kept), *token_ids[stop:]]
+
+
+def _side(fields: Mapping[str, Any]) -> Side | None:
+    side = fields.get(TRUNCATES)
+    if side is not None and not (isinstance(side, str) and side in SIDES):
+        raise InvalidRequestError(f"{TRUNCATES}: got {brief(side)}, expected one of {', '.join(SIDES)}")
+    return side
+
+
+def _check_no_chat_keys(fields: Mapping[str, Any]) -> None:
+    for key in sorted(CHAT_KEYS & fields.keys()):
+        raise InvalidRequestError(
+            f"{key}: got it with a prompt that is no chat, expected chat messages (`messages`), or text to which a "
+            "chat template applies; leave it out"
+        )

@@ -15,7 +15,7 @@ from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.base import ARJob, Generation
 from vllm_omni.engine.ar.prompt import PreparedPrompt
 from vllm_omni.engine.ar.tapped_states import TappedStates
-from vllm_omni.engine.ar.tokenizer import TextStream
+from vllm_omni.engine.ar.text_stream import TextStream
 from vllm_omni.layers.sampler import SampledToken, SamplingRow
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageEvent, StageProgress, StageTask

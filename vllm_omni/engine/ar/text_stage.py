@@ -11,7 +11,8 @@ from vllm_omni.engine.ar.base import ARStage, Generation
 from vllm_omni.engine.ar.prompt import PlannedPrompt, Prepared, PreparedPrompt
 from vllm_omni.engine.ar.tapped_states import TappedPort, TappedStates
 from vllm_omni.engine.ar.text_job import Sample, TextJob
-from vllm_omni.engine.ar.tokenizer import TextStream, end_of_sequence_ids
+from vllm_omni.engine.ar.text_stream import TextStream
+from vllm_omni.engine.ar.tokenizer import end_of_sequence_ids
 from vllm_omni.engine.base import ReadPorts
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.layers.sampler import SamplingRow
@@ -40,14 +41,16 @@ class TextStage(ARStage):
         }
         self._reads_completion = any(tap.tokens == "completion" for port, tap in self._ports.items() if port in reads)
 
-    def preparation(self, task: StageTask) -> Callable[[Stop], PreparedPrompt] | None:
+    def preparation(self, task: StageTask) -> Callable[[Stop], Prepared] | None:
+        if task.prepared is None:  # chat templates are foreign code, and long texts take long
+            return lambda stop: self._brought(task)
         if isinstance(task.prepared, PlannedPrompt):
             return partial(self._input.read, task.prepared, _params(task))
         return None
 
     def start(self, task: StageTask, sequence_ids: Iterator[int]) -> TextJob:
         params, options = _params(task), self._spec.options
-        prompt = self._brought(task) if task.prepared is None else task.prepared
+        prompt = task.prepared
         assert isinstance(prompt, PreparedPrompt)
         media = None if prompt.media is None else MediaInputs(prompt.media, self._runner.encode, self._runner.device)
         sequences = [
