@@ -1,16 +1,18 @@
 """Prompts that are too long, cut to fit. Of a chat only messages and their texts go: the template writes what is left,
 with its own marks, the system message and the beginning of the answer.
 
-left: the oldest turns go, and of the last turn, which always stays, the longest text loses its beginning.
-middle: the turns behind the first go, oldest first; of the first and the last the longest text loses its middle.
-right: the newest messages go; of the one at the edge the text loses its end.
+left: the oldest turns go; where the last one, which always stays, is too long alone, its longest texts lose their
+beginning.
+middle: the turns behind the first go, oldest first; where the first and the last are too long, their longest texts lose
+their middle.
+right: the newest messages go; the text of the one at the edge loses its end.
 A turn is a message of the user and what follows it, up to the next one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from vllm_omni.worker.ar.chat import Chat
@@ -65,7 +67,10 @@ class ChatCutter:
                 low = num_dropped + 1
             else:
                 tokens, high = found, num_dropped - 1
-        return tokens or self._cut_longest(_joined(turns[:num_first] + turns[num_first + num_most :]), side)
+        if tokens is not None:
+            return tokens
+        messages = _joined(turns[:num_first] + turns[num_first + num_most :])
+        return self._cut_texts(messages, range(len(messages)), side)
 
     def _cut_right(self) -> list[int] | None:
         low, high = 0, len(self._rest) - 1
@@ -77,32 +82,34 @@ class ChatCutter:
                 high = num_kept - 1
             else:
                 tokens, low = found, num_kept
-        return self._cut_text_of(self._rest[: low + 1], low, "right") or tokens
+        return self._cut_texts(self._rest[: low + 1], [low], "right") or tokens
 
-    def _cut_longest(self, messages: list[Message], side: Side) -> list[int] | None:
-        return self._cut_text_of(messages, max(range(len(messages)), key=lambda n: len(_text(messages[n]))), side)
+    def _cut_texts(self, messages: list[Message], indices: Collection[int], side: Side) -> list[int] | None:
+        """All texts of these messages cut to one length, the largest with which they fit; shorter ones stay whole. None
+        where even one character of each is too much.
+        """
+        longest = max(len(_text(messages[index])) for index in indices)
 
-    def _cut_text_of(self, messages: list[Message], index: int, side: Side) -> list[int] | None:
-        """As much of one text as fits; None where nothing of it does."""
-        text = _text(messages[index])
+        def tokens_with(num_chars: int) -> list[int]:
+            cut = [
+                _shortened(message, side, num_chars) if n in indices else message for n, message in enumerate(messages)
+            ]
+            return self._tokens(cut)
 
-        def tokens_with(num_kept: int) -> list[int]:
-            shorter = {**messages[index], "content": cut_text(text, side, num_kept)}
-            return self._tokens([*messages[:index], shorter, *messages[index + 1 :]])
-
-        fits, too_long = 0, len(text)
-        num_least, num_most = len(tokens_with(0)), len(tokens_with(len(text)))
-        best: list[int] | None = None
+        fits, too_long = 1, longest  # a template may refuse a message without any text
+        if not longest or len(best := tokens_with(fits)) > self._limit:
+            return None
+        num_least, num_most = len(best), len(tokens_with(too_long))
         for _ in range(MAX_TRIES):
-            if num_least > self._limit or too_long - fits <= 1 or num_least == self._limit:
+            if too_long - fits <= 1 or num_least == self._limit:
                 break
             share = (self._limit - num_least) / max(num_most - num_least, 1)
-            num_kept = min(max(fits + int(share * (too_long - fits)), fits + 1), too_long - 1)
-            tokens = tokens_with(num_kept)
+            num_chars = min(max(fits + int(share * (too_long - fits)), fits + 1), too_long - 1)
+            tokens = tokens_with(num_chars)
             if len(tokens) <= self._limit:
-                fits, num_least, best = num_kept, len(tokens), tokens
+                fits, num_least, best = num_chars, len(tokens), tokens
             else:
-                too_long, num_most = num_kept, len(tokens)
+                too_long, num_most = num_chars, len(tokens)
         return best
 
     def _fitting(self, messages: list[Message]) -> list[int] | None:
@@ -137,6 +144,11 @@ def _turns(messages: Sequence[Message]) -> list[list[Message]]:
 
 def _joined(turns: Sequence[Sequence[Message]]) -> list[Message]:
     return [message for turn in turns for message in turn]
+
+
+def _shortened(message: Message, side: Side, num_chars: int) -> Message:
+    text = _text(message)
+    return message if len(text) <= num_chars else {**message, "content": cut_text(text, side, num_chars)}
 
 
 def _text(message: Message) -> str:
