@@ -256,9 +256,14 @@ class Progress:
 class OmniOutput:
     """The answer to a request: partial (`finished` False, only in streams) or final.
 
+    A partial one holds what is new: of a stage that writes always its n completions, in their order, empty where a
+    sample has nothing new. Joined, their texts, tokens and log probabilities are those of the final output;
+    `finish_reason` stands where a sample ends.
+
     The metrics of a stage: queued_s, ran_s, started_s (after admission), first_rows_s (after the stage's start, where
-    it gives its rows as they are made), seed (of a stage that draws), steps, tokens, cache_hits and what else it
-    counts; skipped (True) and reason of a stage that a condition kept from running.
+    it gives its rows as they are made), seed (of a stage that draws), steps, tokens, prompt_tokens, cached_tokens (of
+    the prompt), truncated_tokens (where it was cut), cache_hits and what else it counts; skipped (True) and reason of a
+    stage that a condition kept from running.
     """
 
     request_id: str

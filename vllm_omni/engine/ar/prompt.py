@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from vllm_omni.engine.ar.chat.truncation import ChatCutter, Side, cut_tokens
 from vllm_omni.engine.ar.options import SIDES, AROptions
@@ -259,7 +259,7 @@ def _side(fields: Mapping[str, Any]) -> Side | None:
     side = fields.get(TRUNCATES)
     if side is not None and not (isinstance(side, str) and side in SIDES):
         raise InvalidRequestError(f"{TRUNCATES}: got {brief(side)}, expected one of {', '.join(SIDES)}")
-    return side
+    return cast("Side | None", side)
 
 
 def _check_no_chat_keys(fields: Mapping[str, Any]) -> None:

@@ -85,6 +85,7 @@ class TextStage(ARStage):
         skip_special_tokens = True if params.skip_special_tokens is None else params.skip_special_tokens
         row = SamplingRow(params, sequence.token_ids, ending_ids, index)
         return Sample(
+            index=index,
             generation=Generation(sequence, row, ending_ids, max_new_tokens),
             stream=TextStream(self._processor, params.stop or (), skip_special_tokens),
             runs_last_token=self._reads_completion,
