@@ -11,7 +11,7 @@ from vllm_omni.engine.ar.base import ARStage, Generation
 from vllm_omni.engine.ar.prompt import PlannedPrompt, Prepared, PreparedPrompt
 from vllm_omni.engine.ar.tapped_states import TappedPort, TappedStates
 from vllm_omni.engine.ar.text_job import Sample, TextJob
-from vllm_omni.engine.ar.text_stream import TextStream
+from vllm_omni.engine.ar.text_stream import StopRules, TextStream
 from vllm_omni.engine.ar.tokenizer import end_of_sequence_ids
 from vllm_omni.engine.base import ReadPorts
 from vllm_omni.errors import InvalidRequestError, StageError
@@ -64,8 +64,9 @@ class TextStage(ARStage):
             )
             for _ in range((params.n or 1) if options.can_write else 1)
         ]
+        stop = StopRules(self._processor, params.stop or (), _skips_special_tokens(params))
         samples = [
-            self._make_sample(sequence, params, index, prompt.max_new_tokens)
+            self._make_sample(sequence, params, stop, index, prompt.max_new_tokens)
             for index, sequence in enumerate(sequences if options.can_write else ())
         ]
         states = TappedStates(sequences[0], self._ports, self._reads, self._runner, media)
@@ -79,17 +80,22 @@ class TextStage(ARStage):
             source = self._spec.stage.edges["prompt"].source
             raise StageError(f"cannot read what {source} gave: {error}") from error
 
-    def _make_sample(self, sequence: Sequence, params: SamplingParams, index: int, max_new_tokens: int) -> Sample:
+    def _make_sample(
+        self, sequence: Sequence, params: SamplingParams, stop: StopRules, index: int, max_new_tokens: int
+    ) -> Sample:
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
         ending_ids = eos_ids | frozenset(params.stop_token_ids or ())
-        skip_special_tokens = True if params.skip_special_tokens is None else params.skip_special_tokens
         row = SamplingRow(params, sequence.token_ids, ending_ids, index)
         return Sample(
             index=index,
             generation=Generation(sequence, row, ending_ids, max_new_tokens),
-            stream=TextStream(self._processor, params.stop or (), skip_special_tokens),
+            stream=TextStream(self._processor, stop, _skips_special_tokens(params)),
             runs_last_token=self._reads_completion,
         )
+
+
+def _skips_special_tokens(params: SamplingParams) -> bool:
+    return True if params.skip_special_tokens is None else params.skip_special_tokens
 
 
 def _params(task: StageTask) -> SamplingParams:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,12 @@ class TextProcessor:
             if list(token_ids[start : start + len(plain)]) == plain:
                 return start, spare - start
         return 0, 0
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Text -> id of the tokens that `decode` can leave out."""
+        added = self.tokenizer.added_tokens_decoder
+        return {token.content: number for number, token in added.items() if not self.decode([number], True)}
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids, exactly as the tokens spell it."""
