@@ -224,14 +224,14 @@ def create_text_request(
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled text. `logprobs[i]` maps token ids to log probabilities at output position i, the chosen token
-    first.
-    """
+    """One sampled text."""
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str | None
+    finish_reason: str | None  # "stop", or "length" where it reached max_tokens or another limit, which `note` names
+    # of every output position: token id -> log probability, the chosen token first
     logprobs: tuple[Mapping[int, float], ...] | None = None
+    note: str | None = None  # which limit ended it that the request did not ask for; of final outputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class MemoryPlan:
     kv_pool_bytes: int = 0
     activation_bytes: int = 0
     step_cache_bytes: int = 0
+    wanted_bytes: int = 0  # what it could use besides, where memory is left over; not among the total
 
     @property
     def total_bytes(self) -> int:
@@ -113,8 +114,12 @@ class StageSpec(ABC):
         return False
 
     def plan_memory(self) -> MemoryPlan:
-        """What the stage will hold."""
+        """What the stage will hold, with all that it has been granted."""
         return MemoryPlan()
+
+    def grant_memory(self, num_bytes: int) -> None:
+        """Some of the `wanted_bytes` of its plan; before it is loaded."""
+        raise StageError(f"stage {self.stage.name!r}: got {num_bytes} bytes that it has not asked for")
 
     def weights_key(self) -> tuple[str, ...]:
         """What two stages must have in common to share their weights."""

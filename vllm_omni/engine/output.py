@@ -169,4 +169,5 @@ def _completion(item: Mapping[str, Any]) -> Completion:
         token_ids=tuple(item.get("token_ids", ())),
         finish_reason=item.get("finish_reason"),
         logprobs=None if logprobs is None else tuple(dict(position) for position in logprobs),
+        note=item.get("note"),
     )

@@ -23,6 +23,7 @@ from vllm_omni.worker.ar.prompt_reader import MediaPlan, PromptReader
 from vllm_omni.worker.background import Stop
 
 DEFAULT_MAX_TOKENS = 16384
+DEFAULT_LIMIT = f"max_tokens ({DEFAULT_MAX_TOKENS}, the default)"
 TRUNCATES = "truncate_prompt"
 PROMPT_KEYS = CHAT_KEYS | {TRUNCATES}  # of `OmniRequest.fields`, where the stage reads the request's own prompt
 
@@ -65,13 +66,20 @@ class ARLimits:
                     f"{name}: got the token id {token}, expected less than {self.vocab_size}{hint}"
                 )
 
+    def pool_words(self) -> str:
+        """What to say of a text that ends because no block is left."""
+        return (
+            f"the KV pool ({self.pool_tokens} tokens, prompt included, as {self.pool_limited_by} sets it); raise "
+            "kv_memory_mb, num_blocks or resources.max_memory_gb"
+        )
+
     def check_pool(self, num_tokens: int) -> None:
         """ResourceError for a sequence that the whole pool could not hold."""
         if num_tokens > self.pool_tokens:
             raise ResourceError(
                 f"prompt: got {num_tokens} tokens (one to be written included), expected at most "
                 f"{self.pool_tokens}, the whole KV pool, as {self.pool_limited_by} sets it; "
-                "raise num_blocks or kv_memory_mb"
+                "raise num_blocks, kv_memory_mb or resources.max_memory_gb"
             )
 
 
@@ -82,6 +90,7 @@ class PreparedPrompt:
     token_ids: list[int]
     num_truncated: int  # how many it lost
     max_new_tokens: int  # room for written ones
+    room_limit: str | None = None  # what keeps it so small, where nobody asked for that
     media: MediaPrompt | None = None  # with positions and encoder inputs; None for text alone
 
     @property
@@ -160,7 +169,8 @@ class ARInput:
         """A prompt that has been read, within the limits."""
         self._check_length(len(media.token_ids))
         self._limits.check_vocabulary("messages", media.token_ids)
-        return PreparedPrompt(list(media.token_ids), 0, self._room(len(media.token_ids), params), media)
+        room, limit = self._room(len(media.token_ids), params)
+        return PreparedPrompt(list(media.token_ids), 0, room, limit, media)
 
     def _planned(self, messages: Messages, request: OmniRequest, fields: Mapping[str, Any]) -> PlannedPrompt:
         assert self._reader is not None
@@ -181,21 +191,25 @@ class ARInput:
             self._reader.check_token_ids(token_ids)
         kept = self._truncate(prompt, token_ids, side)
         self._limits.check_vocabulary("prompt", kept)
-        return PreparedPrompt(kept, len(token_ids) - len(kept), self._room(len(kept), params))
+        return PreparedPrompt(kept, len(token_ids) - len(kept), *self._room(len(kept), params))
 
-    def _room(self, num_tokens: int, params: SamplingParams) -> int:
-        """How many tokens may be written after a prompt of this length."""
-        room = 0
+    def _room(self, num_tokens: int, params: SamplingParams) -> tuple[int, str | None]:
+        """How many tokens may be written after a prompt of this length, and why no more where nobody asked for that."""
+        room, limit = 0, None
         if self._options.can_write:
-            wanted = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
             limits = self._limits
-            room = min(wanted, limits.model_len - num_tokens, max(limits.pool_tokens - num_tokens, 1))
+            room, limit = min(
+                (params.max_tokens or DEFAULT_MAX_TOKENS, None if params.max_tokens else DEFAULT_LIMIT),
+                (limits.model_len - num_tokens, f"max_model_len ({limits.model_len} tokens, prompt included)"),
+                (max(limits.pool_tokens - num_tokens, 1), limits.pool_words()),
+                key=lambda choice: choice[0],
+            )
         self._limits.check_pool(num_tokens + (1 if room else 0))
         if (params.min_tokens or 0) > room and self._options.can_write:
             raise InvalidRequestError(
                 f"min_tokens: got {params.min_tokens}, expected at most {room}, the room after {num_tokens} tokens"
             )
-        return room
+        return room, limit
 
     def _check_chars(self, prompt: Prompt, chat: Chat | None = None) -> None:
         """Of the prompt, and of what else the chat template is given."""

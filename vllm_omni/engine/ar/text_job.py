@@ -29,6 +29,7 @@ class Sample:
     index: int  # which of them
     generation: Generation
     stream: TextStream
+    room_limit: str | None  # of PreparedPrompt
     runs_last_token: bool  # whether the token that max_tokens ended with is computed as well: its states are read
     logprobs: list[Mapping[int, float]] = field(default_factory=list)  # the chosen token first
 
@@ -60,7 +61,14 @@ class Sample:
             "token_ids": list(self.generation.sequence.output_token_ids),
             "finish_reason": self.generation.finish_reason,
             "logprobs": None if self.generation.row.num_logprobs is None else logprobs,
+            "note": self._note(),
         }
+
+    def _note(self) -> str | None:
+        """Why it has ended, where the request did not ask for that."""
+        if self.room_limit is None or self.generation.finish_reason != "length":
+            return None
+        return f"ended after {self.generation.num_written} tokens, at {self.room_limit}"
 
 
 class TextJob(ARJob):

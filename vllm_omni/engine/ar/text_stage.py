@@ -66,7 +66,7 @@ class TextStage(ARStage):
         ]
         stop = StopRules(self._processor, params.stop or (), _skips_special_tokens(params))
         samples = [
-            self._make_sample(sequence, params, stop, index, prompt.max_new_tokens)
+            self._make_sample(sequence, params, stop, index, prompt)
             for index, sequence in enumerate(sequences if options.can_write else ())
         ]
         states = TappedStates(sequences[0], self._ports, self._reads, self._runner, media)
@@ -81,14 +81,15 @@ class TextStage(ARStage):
             raise StageError(f"cannot read what {source} gave: {error}") from error
 
     def _make_sample(
-        self, sequence: Sequence, params: SamplingParams, stop: StopRules, index: int, max_new_tokens: int
+        self, sequence: Sequence, params: SamplingParams, stop: StopRules, index: int, prompt: PreparedPrompt
     ) -> Sample:
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
         ending_ids = eos_ids | frozenset(params.stop_token_ids or ())
         row = SamplingRow(params, sequence.token_ids, ending_ids, index)
         return Sample(
             index=index,
-            generation=Generation(sequence, row, ending_ids, max_new_tokens),
+            generation=Generation(sequence, row, ending_ids, prompt.max_new_tokens),
+            room_limit=prompt.room_limit,
             stream=TextStream(self._processor, stop, _skips_special_tokens(params)),
             runs_last_token=self._reads_completion,
         )
