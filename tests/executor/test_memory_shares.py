@@ -106,8 +106,8 @@ ENDS: dict[str, tuple[dict[str, Any], SamplingParams, str | None]] = {
     "the pool": (
         {"num_blocks": 4},
         LONG,
-        "ended after 59 tokens, at the KV pool (64 tokens, prompt included, as num_blocks sets it); raise kv_memory_mb, "
-        "num_blocks or resources.max_memory_gb",
+        "ended after 59 tokens, at the KV pool (64 tokens, prompt included, as num_blocks sets it); "
+        "raise kv_memory_mb, num_blocks or resources.max_memory_gb",
     ),
     "the length of the model": (
         {"max_model_len": 40, "num_blocks": 40},
