@@ -98,7 +98,7 @@ def test_check_shows_the_pool(folder: Path, tmp_path: Path, capsys: pytest.Captu
     path.write_text(f"stages: {{text: {{kind: ar, model: {folder}, max_num_seqs: 1, device: cpu}}}}\noutputs: [text]\n")
     assert main(["check", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "KV pool: 40,000 tokens in 2,500 blocks, as max_num_seqs sets it" in shown
+    assert "KV pool of 40,000 tokens, as max_num_seqs sets it" in shown
 
 
 LONG = SamplingParams(temperature=0, ignore_eos=True)

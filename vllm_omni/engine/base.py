@@ -38,6 +38,7 @@ class MemoryPlan:
     activation_bytes: int = 0
     step_cache_bytes: int = 0
     wanted_bytes: int = 0  # what it could use besides, where memory is left over; not among the total
+    remark: str = ""  # what it means, for `vllm-omni check`
 
     @property
     def total_bytes(self) -> int:

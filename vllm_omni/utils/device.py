@@ -58,7 +58,7 @@ def free_memory_bytes(device: torch.device) -> int:
     """Of an accelerator with its own memory, else of the machine, or of the container that this runs in."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(_available_bytes(), *_container_bytes())
+    return min([_available_bytes(), *_container_bytes()])
 
 
 def _available_bytes() -> int:

@@ -120,6 +120,7 @@ class ARSpec(StageSpec):
             weights_bytes=self.model.weights_bytes(self._itemsize),
             kv_pool_bytes=pool.num_blocks * pool.block_bytes,
             wanted_bytes=pool.num_wanted * pool.block_bytes,
+            remark=f"KV pool of {pool.num_blocks * self.options.block_size:,} tokens, as {pool.limited_by} sets it",
             activation_bytes=activation_bytes(
                 self.model.config,
                 itemsize=self._itemsize,
@@ -131,12 +132,6 @@ class ARSpec(StageSpec):
 
     def weights_key(self) -> tuple[str, ...]:
         return (self.stage.kind, *self.model.key)
-
-    def note(self) -> str:
-        """How much the KV pool holds, and why not more."""
-        pool = self.pool
-        num_tokens = pool.num_blocks * self.options.block_size
-        return f"KV pool: {num_tokens:,} tokens in {pool.num_blocks:,} blocks, as {pool.limited_by} sets it"
 
     def load(self, context: EngineContext) -> AREngine:
         return AREngine(self, context)
