@@ -79,8 +79,13 @@ class StageProgress:
     request_id: str
     step: int
     num_steps: int
-    text: str = ""  # what an AR stage has newly written
+    text: str = ""  # what an AR stage has newly written, of one sample
     previews: Tensor | None = None  # [N, H, W, 3] uint8: all samples of a diffusion stage, where they are to be shown
+    token_ids: tuple[int, ...] = ()  # newly written by that sample; some of their text may still be held back
+    logprobs: tuple[Mapping[int, float], ...] | None = None  # of these tokens, as Completion's; None: not asked for
+    finish_reason: str | None = None  # where that sample has just ended
+    sample: int = 0  # which one it is
+    num_samples: int = 1  # of the request
 
 
 @dataclass(frozen=True, slots=True)

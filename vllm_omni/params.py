@@ -24,6 +24,7 @@ MAX_SEED = 2**63 - 1
 MAX_PREVIEWS = 10
 MAX_DRAWN_SEED = 2**32 - 1  # what is drawn for a request; every reader of files and JSON holds it
 MAX_ITEMS = 10_000  # of a list or mapping among the parameters
+MAX_STOP_CHARS = 10_000  # of all stop strings together
 P = TypeVar("P", bound="StageParams")
 
 
@@ -208,6 +209,9 @@ def _checked_stop(stop: object) -> tuple[str, ...]:
     )
     if not all(isinstance(item, str) and item for item in given):
         raise InvalidRequestError(f"stop: got {brief(given)}, expected {expected}")
+    count = sum(map(len, given))
+    if count > MAX_STOP_CHARS:
+        raise InvalidRequestError(f"stop: got {count} characters in all, expected at most {MAX_STOP_CHARS}")
     return tuple(str(item) for item in given)
 
 

@@ -13,7 +13,7 @@ from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
 from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.files import check_suffix
-from vllm_omni.utils.plain import as_dict, as_list, as_number, is_array
+from vllm_omni.utils.plain import as_dict, as_json, as_list, as_number, is_array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,7 +59,8 @@ class OmniRequest:
 
     The content of a chat message is a text or a list of parts: {"type": "text", "text": ...} and, for a stage whose
     model reads them, image, audio and video, each with its source under its own name; `sampling_rate` beside an audio
-    that is an array, `fps` beside a video.
+    that is an array, `fps` beside a video. An assistant's message with `tool_calls` may do without. What else a message
+    holds is plain JSON and goes to the chat template.
     """
 
     prompt: Prompt  # text, token ids or chat messages
@@ -145,20 +146,31 @@ def _checked_prompt(prompt: object) -> Prompt:
     if not items:
         raise InvalidRequestError(f"prompt: got {type(prompt).__name__}, expected {expected}")
     if all(isinstance(item, Mapping) for item in items):
-        for index, message in enumerate(items):
-            _check_message(index, message)
-        return items
+        return [_checked_message(f"prompt[{index}]", message) for index, message in enumerate(items)]
     return [
         as_number(f"prompt[{index}]", token, 0, raises=InvalidRequestError, integer=True, hint=" (a token id)")
         for index, token in enumerate(items)
     ]
 
 
-def _check_message(index: int, message: Mapping[Any, Any]) -> None:
+def _checked_message(where: str, message: Mapping[Any, Any]) -> dict[str, Any]:
+    """A message as a plain mapping; what its parts hold is left as it is. One of the assistant that calls tools needs
+    no content.
+    """
     expected = "'role' and 'content'"
-    given = as_dict(f"prompt[{index}]", message, MAX_KEYS, raises=InvalidRequestError, expected=expected)
-    if not isinstance(given.get("role"), str) or "content" not in given:
-        raise InvalidRequestError(f"prompt[{index}]: got the keys {brief(list(given))}, expected {expected}")
+    given = as_dict(where, message, MAX_KEYS, raises=InvalidRequestError, expected=expected)
+    content = given.pop("content", None)
+    role, calls = given.get("role"), given.get("tool_calls")
+    if not isinstance(role, str) or (content is None and not (role == "assistant" and calls)):
+        raise InvalidRequestError(f"{where}: got the keys {brief(list(message))}, expected {expected}")
+    plain: dict[str, Any] = as_json(where, given, raises=InvalidRequestError)
+    if content is None:
+        return plain
+    if isinstance(content, str):
+        return {**plain, "content": str.__str__(content)}
+    parts = "a string or a list of parts"
+    most = MAX_PROMPT_ITEMS
+    return {**plain, "content": as_list(f"{where}.content", content, most, raises=InvalidRequestError, expected=parts)}
 
 
 def _checked_outputs(outputs: object) -> tuple[str, ...]:
@@ -212,14 +224,14 @@ def create_text_request(
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled text. `logprobs[i]` maps token ids to log probabilities at output position i, the chosen token
-    first.
-    """
+    """One sampled text."""
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str | None
+    finish_reason: str | None  # "stop", or "length" where it reached max_tokens or another limit, which `note` names
+    # of every output position: token id -> log probability, the chosen token first
     logprobs: tuple[Mapping[int, float], ...] | None = None
+    note: str | None = None  # which limit ended it that the request did not ask for; of final outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +256,14 @@ class Progress:
 class OmniOutput:
     """The answer to a request: partial (`finished` False, only in streams) or final.
 
+    A partial one holds what is new: of a stage that writes always its n completions, in their order, empty where a
+    sample has nothing new. Joined, their texts, tokens and log probabilities are those of the final output;
+    `finish_reason` stands where a sample ends.
+
     The metrics of a stage: queued_s, ran_s, started_s (after admission), first_rows_s (after the stage's start, where
-    it gives its rows as they are made), seed (of a stage that draws), steps, tokens, cache_hits and what else it
-    counts; skipped (True) and reason of a stage that a condition kept from running.
+    it gives its rows as they are made), seed (of a stage that draws), steps, tokens, prompt_tokens, cached_tokens (of
+    the prompt), truncated_tokens (where it was cut), cache_hits and what else it counts; skipped (True) and reason of a
+    stage that a condition kept from running.
     """
 
     request_id: str

@@ -130,11 +130,17 @@ def make_options(**options: Any) -> AROptions:
 
 
 def make_spec(
-    stage: StageConfig, *, readers: Mapping[str, StageConfig] | None = None, limits: LimitsConfig | None = None
+    stage: StageConfig,
+    *,
+    readers: Mapping[str, StageConfig] | None = None,
+    limits: LimitsConfig | None = None,
+    grants: bool = True,
 ) -> ARSpec:
-    """readers: further stages of the config."""
+    """readers: further stages of the config. grants: whether its KV pool may be as large as it can use."""
     config = OmniConfig(stages={stage.name: stage, **(readers or {})}, limits=limits or LimitsConfig())
-    return ARSpec.describe(stage, config, ModelFolders())
+    spec = ARSpec.describe(stage, config, ModelFolders())
+    spec.grant_memory(spec.plan_memory().wanted_bytes if grants else 0)
+    return spec
 
 
 def load(

@@ -37,6 +37,8 @@ class MemoryPlan:
     kv_pool_bytes: int = 0
     activation_bytes: int = 0
     step_cache_bytes: int = 0
+    wanted_bytes: int = 0  # what it could use besides, where memory is left over; not among the total
+    remark: str = ""  # what it means, for `vllm-omni check`
 
     @property
     def total_bytes(self) -> int:
@@ -113,8 +115,12 @@ class StageSpec(ABC):
         return False
 
     def plan_memory(self) -> MemoryPlan:
-        """What the stage will hold."""
+        """What the stage will hold, with all that it has been granted."""
         return MemoryPlan()
+
+    def grant_memory(self, num_bytes: int) -> None:
+        """Some of the `wanted_bytes` of its plan; before it is loaded."""
+        raise StageError(f"stage {self.stage.name!r}: got {num_bytes} bytes that it has not asked for")
 
     def weights_key(self) -> tuple[str, ...]:
         """What two stages must have in common to share their weights."""
@@ -131,6 +137,9 @@ class StageSpec(ABC):
     def job_size(self, request: OmniRequest, params: StageParams, prepared: Any) -> float:
         """Rough seconds-like size of the task for shortest-job-first; only the order matters. prepared: of `check`."""
         return 1.0
+
+    def close(self) -> None:
+        """Ends what the spec has started beside itself, as the pipeline is shut down; it could be started again."""
 
     def note(self) -> str:
         """What `vllm-omni check` should say of the stage besides ports and memory; empty for nothing."""

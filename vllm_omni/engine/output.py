@@ -58,10 +58,9 @@ class PartialOutputs:
 
     def _step(self, event: StageProgress, stage: str) -> OmniOutput:
         self._progress[stage] = Progress(event.step, event.num_steps)
-        is_text = event.text and stage in self._outputs
-        piece = Completion(text=event.text, token_ids=(), finish_reason=None)
+        is_text = stage in self._outputs and (event.text or event.token_ids)
         result = StageResult(
-            completions=(piece,) if is_text else (),
+            completions=_pieces(event) if is_text else (),
             previews=() if event.previews is None else to_images(event.previews, stage),
         )
         return OmniOutput(
@@ -84,6 +83,13 @@ class PartialOutputs:
             results={stage: StageResult(audios=audios)},
             progress=dict(self._progress),
         )
+
+
+def _pieces(event: StageProgress) -> tuple[Completion, ...]:
+    """What is new of every sample: of all but one nothing."""
+    news = Completion(event.text, event.token_ids, event.finish_reason, event.logprobs)
+    nothing = Completion("", (), None, None if event.logprobs is None else ())
+    return tuple(news if number == event.sample else nothing for number in range(event.num_samples))
 
 
 def make_result(payload: StagePayload) -> StageResult:
@@ -163,4 +169,5 @@ def _completion(item: Mapping[str, Any]) -> Completion:
         token_ids=tuple(item.get("token_ids", ())),
         finish_reason=item.get("finish_reason"),
         logprobs=None if logprobs is None else tuple(dict(position) for position in logprobs),
+        note=item.get("note"),
     )

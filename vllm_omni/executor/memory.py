@@ -11,15 +11,29 @@ from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.routing.budgets import GIB, MIB, MemoryBudget
 from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.executor.pipeline import Pipeline
-from vllm_omni.utils.device import resolve_device, resolve_dtype, total_memory_bytes
+from vllm_omni.utils.device import free_memory_bytes, resolve_device, resolve_dtype, total_memory_bytes
 
 PROMPT_CACHE = "prompt-embedding cache"
-FIX_TOTAL = "raise resources.max_memory_gb, or plan less: a smaller KV pool, dit_cache.max_memory_mb, bfloat16"
-FIX_DEVICE = "raise resources.max_gpu_utilization, or plan less: a smaller KV pool, dit_cache.max_memory_mb, bfloat16"
+SHARE_OF_FREE_MEMORY = 0.5  # that is planned for unasked, where other programs use the same memory
+LESS = "plan less: a smaller KV pool (a stage's kv_memory_mb, max_model_len), dit_cache.max_memory_mb, bfloat16"
+FIX_TOTAL = f"raise resources.max_memory_gb, or {LESS}"
+FIX_DEVICE = f"raise resources.max_gpu_utilization, or {LESS}"
 
 
 def plan_memory(pipeline: Pipeline) -> dict[str, MemoryPlan]:
-    """Stage -> what it will hold. Weights that stages of one kind share (folder, device, dtype) count once."""
+    """Stage -> what it will hold. Weights that stages of one kind share (folder, device, dtype) count once. What is
+    left then is granted to the stages that could use more.
+    """
+    plans = _plans(pipeline)
+    wanted = {name: plan.wanted_bytes for name, plan in plans.items() if plan.wanted_bytes}
+    if not wanted:
+        return plans
+    for name, num_bytes in _grants(pipeline.config, plans, wanted).items():
+        pipeline.specs[name].grant_memory(num_bytes)
+    return _plans(pipeline)
+
+
+def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     plans: dict[str, MemoryPlan] = {}
     seen: set[tuple[str, ...]] = set()
     for name, spec in pipeline.specs.items():
@@ -31,6 +45,35 @@ def plan_memory(pipeline: Pipeline) -> dict[str, MemoryPlan]:
         seen.add(key)
         plans[name] = plan
     return plans
+
+
+def _grants(config: OmniConfig, plans: Mapping[str, MemoryPlan], wanted: Mapping[str, int]) -> dict[str, int]:
+    """Stage -> its part of what the budget, and the free memory of its device, leave; those that want least are served
+    first, so that none gets less than an equal part for the sake of another.
+    """
+    embeds_bytes = int(config.dit_cache.prompt_embeds_mb * MIB)
+    left = int(config.max_memory_gb * GIB) - sum(plan.total_bytes for plan in plans.values()) - embeds_bytes
+    device_of = {name: device for device, names in _by_device(config).items() for name in names}
+    left_on = {
+        device: _usable_bytes(config, device) - sum(plans[name].total_bytes for name in names)
+        for device, names in _by_device(config).items()
+    }
+    grants: dict[str, int] = {}
+    waiting = sorted(wanted, key=lambda name: (wanted[name], name))
+    for number, name in enumerate(waiting):
+        rivals = [other for other in waiting[number:] if device_of[other] == device_of[name]]
+        share = min(left // (len(waiting) - number), left_on[device_of[name]] // len(rivals))
+        grants[name] = max(min(wanted[name], share), 0)
+        left -= grants[name]
+        left_on[device_of[name]] -= grants[name]
+    return grants
+
+
+def _usable_bytes(config: OmniConfig, device: Device) -> int:
+    """What may be planned for on a device beside what others hold there."""
+    is_shared = total_memory_bytes(device) is None
+    share = SHARE_OF_FREE_MEMORY if is_shared else config.max_gpu_utilization
+    return int(share * free_memory_bytes(device))
 
 
 def reserve_memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> MemoryBudget:

@@ -187,6 +187,8 @@ class OmniExecutor:
         self._finish_ended()
         for host in self._hosts.values():
             host.executor.shutdown()
+        for spec in self._pipeline.specs.values():
+            spec.close()
         self._background.shutdown()
         self._models.clear()
 

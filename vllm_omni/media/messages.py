@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.request import Messages, Prompt
 from vllm_omni.utils.checks import check_number, did_you_mean
+from vllm_omni.utils.plain import num_json_chars
 
 TEXT = "text"
 PART_TYPES = (TEXT, "image", "video", "audio")
@@ -45,10 +46,10 @@ def media_parts(messages: Messages) -> list[MediaPart]:
 
 
 def without_sources(messages: Messages) -> list[dict[str, Any]]:
-    """The messages as a chat template reads them: of media only the type."""
+    """The messages as a chat template reads them: of media the type alone."""
     return [
-        message if isinstance(message["content"], str) else {**message, "content": list(map(_bare, message["content"]))}
-        for message in map(dict, messages)
+        {**message, "content": list(map(_bare, message["content"]))} if _has_parts(message) else dict(message)
+        for message in messages
     ]
 
 
@@ -68,17 +69,26 @@ def as_texts(messages: Messages) -> list[dict[str, Any]]:
 
 
 def num_chars(prompt: Prompt) -> int:
-    """Characters of a text or of all messages; token ids have none (the model's length bounds them)."""
+    """Characters of a text, or of all that a template may read of messages; token ids have none (the model's length
+    bounds them).
+    """
     if isinstance(prompt, str):
         return len(prompt)
     if not is_messages(prompt):
         return 0
-    plain = sum(len(str(message["content"])) for message in prompt if not _has_parts(message))
-    return plain + sum(len(part[TEXT]) for _, part in _parts(prompt) if part["type"] == TEXT)
+    texts = sum(len(part[TEXT]) for _, part in _parts(prompt) if part["type"] == TEXT)
+    return texts + sum(map(_num_plain_chars, prompt))
+
+
+def _num_plain_chars(message: Mapping[str, Any]) -> int:
+    """Of a content that is text, and of all keys beyond the usual two."""
+    content = message.get("content")
+    more = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return (len(content) if isinstance(content, str) else 0) + num_json_chars(more)
 
 
 def _has_parts(message: Mapping[str, Any]) -> bool:
-    content = message["content"]
+    content = message.get("content")
     return isinstance(content, Sequence) and not isinstance(content, str)
 
 

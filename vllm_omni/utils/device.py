@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -55,6 +57,33 @@ def multiplies_with_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN is the faster one at products with weights of this dtype."""
     is_x86_cpu = is_cpu(device) and platform.machine() in ("x86_64", "AMD64")
     return is_x86_cpu and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Of an accelerator with its own memory, else of the machine, or of the container that this runs in."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([_available_bytes(), *_container_bytes()])
+
+
+def _available_bytes() -> int:
+    """What programs may take without swapping, as Linux says it; elsewhere all memory."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _container_bytes() -> list[int]:
+    """What the limit of a control group (version 2) leaves; nothing where there is none."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = int((group / "memory.max").read_text())
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return [max(most - int((group / "memory.current").read_text()) + int(fields["inactive_file"]), 0)]
+    except (OSError, KeyError, ValueError):  # "max" is no number
+        return []
 
 
 def total_memory_bytes(device: torch.device) -> int | None:

@@ -13,6 +13,7 @@ from vllm_omni.errors import OmniError
 from vllm_omni.utils.checks import brief, number_complaint
 
 ARRAY_PACKAGES = ("numpy", "torch")
+MAX_JSON_NUMBER = 1e300
 T = TypeVar("T")
 
 
@@ -71,3 +72,53 @@ def _read(where: str, read: Callable[[], list[T]], most: int, raises: type[OmniE
     if len(items) > most:
         raise raises(f"{where}: got more than {most}, expected {expected}, at most {most}")
     return items
+
+
+def as_json(
+    where: str, value: object, *, raises: type[OmniError], max_values: int = 100_000, max_depth: int = 64
+) -> Any:
+    """A copy made of dict, list, str, int, float, bool and None alone, of mappings, sequences and the numbers of numpy
+    and torch; at most so many values and levels of them. Strings are as long as they are: whoever has a limit for them
+    counts them (`num_json_chars`).
+    """
+    count = 0
+
+    def copy(where: str, value: object, depth: int) -> Any:
+        nonlocal count
+        count += 1
+        if count > max_values or depth > max_depth:
+            most = f"{max_values} values" if count > max_values else f"{max_depth} levels"
+            raise raises(f"{where}: got too much, expected at most {most}")
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, Mapping):
+            given = as_dict(where, value, max_values - count, raises=raises, expected="a mapping")
+            named = [(_name(where, key, raises), item) for key, item in given.items()]
+            return {name: copy(f"{where}.{name[:80]}", item, depth + 1) for name, item in named}
+        if is_array(value) and getattr(value, "shape", None) == ():
+            return copy(where, value.item(), depth)  # type: ignore[attr-defined]
+        if is_array(value) or (isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray))):
+            items = as_list(where, value, max_values - count, raises=raises, expected="a list")
+            return [copy(f"{where}[{index}]", item, depth + 1) for index, item in enumerate(items)]
+        if not isinstance(value, (int, float)):
+            raise raises(f"{where}: got {brief(value)}, expected a plain value")
+        return as_number(where, value, -MAX_JSON_NUMBER, MAX_JSON_NUMBER, raises=raises)
+
+    return copy(where, value, 1)
+
+
+def num_json_chars(value: object) -> int:
+    """Characters of all keys and strings in a value of `as_json`."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(key) + num_json_chars(item) for key, item in value.items())
+    return sum(map(num_json_chars, value)) if isinstance(value, list) else 0
+
+
+def _name(where: str, key: object, raises: type[OmniError]) -> str:
+    if not isinstance(key, str):
+        raise raises(f"{where}: got the key {brief(key)}, expected a string")
+    return str.__str__(key)

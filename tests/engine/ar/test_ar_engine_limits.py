@@ -41,7 +41,7 @@ from vllm_omni.messages import StageDone, StageFailed, StageProgress
 from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.payload import TensorSpec, TextSpec
 from vllm_omni.request import OmniRequest
-from vllm_omni.worker.ar.kv_pool import DEFAULT_POOL
+from vllm_omni.worker.ar.kv_pool import DEFAULT_POOL, MAX_DEFAULT_BLOCKS
 from vllm_omni.worker.model_pool import ModelPool
 
 PROMPT = "a red circle left of a blue square"
@@ -195,21 +195,25 @@ def test_the_memory_plan_is_what_is_then_held(folder: Path, options: Any) -> Non
         assert 1.4 * 2**20 < plan.kv_pool_bytes <= 1.5 * 2**20
 
 
-def test_the_default_pool_is_bounded_and_says_by_what(folder: Path) -> None:
-    small, large = (
-        make_spec(make_stage(folder, block_size=16, max_num_seqs=count, max_model_len=256)).pool
-        for count in (64, 10_000)
-    )
-    assert (small.num_blocks, small.limited_by) == (64 * 16, "max_num_seqs")
-    assert large.limited_by == DEFAULT_POOL
-    assert 255 * 2**20 < large.num_blocks * large.block_bytes <= 256 * 2**20
+def test_the_default_pool_is_what_is_granted_and_says_so(folder: Path) -> None:
+    stage = make_stage(folder, block_size=16, max_num_seqs=64)
+    small, large = (make_spec(stage, grants=grants).pool for grants in (False, True))
+    assert (small.num_blocks, small.num_wanted, small.limited_by) == (16, 63 * 16, DEFAULT_POOL), "one sequence"
+    assert (large.num_blocks, large.num_wanted, large.limited_by) == (64 * 16, 0, "max_num_seqs")
+    spec = make_spec(stage, grants=False)
+    spec.grant_memory(5 * small.block_bytes + 1)
+    assert spec.pool.num_blocks == 21
 
 
-def test_a_pool_that_is_given_allows_all_positions_and_is_no_larger_than_they_need(folder: Path) -> None:
+def test_no_default_pool_has_more_blocks_than_anyone_could_count(folder: Path) -> None:
+    assert make_spec(make_stage(folder, block_size=1, max_num_seqs=10**6)).pool.num_blocks == MAX_DEFAULT_BLOCKS
+
+
+def test_a_sequence_may_have_all_positions_and_a_pool_is_no_larger_than_they_need(folder: Path) -> None:
     config = dataclasses.replace(make_spec(make_stage(folder)).model.config, max_position_embeddings=20_000)
-    assert AROptions().model_len(config) == 4096
-    for options in (AROptions(kv_memory_mb=8.0), AROptions(num_blocks=7)):
+    for options in (AROptions(), AROptions(kv_memory_mb=8.0), AROptions(num_blocks=7)):
         assert options.model_len(config) == 20_000
+    assert AROptions().least_len(config) == 4096 and AROptions(max_model_len=9000).least_len(config) == 9000
     pool = make_spec(make_stage(folder, kv_memory_mb=2.0**20, max_num_seqs=2)).pool
     assert (pool.num_blocks, pool.limited_by) == (2 * 64, "max_num_seqs")
 

@@ -16,7 +16,6 @@ from support.ar import (
     check,
     done,
     failed,
-    is_busy,
     make_encoder,
     make_engine,
     make_model_folder,
@@ -30,7 +29,7 @@ from support.ar import (
     tokens_of,
 )
 
-from vllm_omni.engine.ar.engine import AREngine
+from tests.support.steering import steer
 from vllm_omni.engine.ar.text_job import read_sections
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
@@ -59,19 +58,6 @@ def test_streamed_text_adds_up_and_never_holds_half_a_character(folder: Path) ->
     assert final.payload.meta["text"] == "".join(pieces) == words
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
     assert len(pieces) == len(ids)
-
-
-def steer(engine: AREngine, token_ids: list[int]) -> list[Any]:
-    """Steps to the end while every next token is forced by a bias, so that a random model writes given words."""
-    events: list[Any] = []
-    (job,) = engine._jobs.values()
-    (sample,) = job.samples.values()
-    generation = sample.generation
-    while is_busy(engine):
-        if generation.num_written < len(token_ids):
-            generation.row._bias = {token_ids[generation.num_written]: 1e6}
-        events += engine.step()
-    return events
 
 
 @pytest.mark.parametrize(

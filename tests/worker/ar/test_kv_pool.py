@@ -32,7 +32,12 @@ class ToyModel:
 
 
 def plan(
-    *, tapped: tuple[int, ...] = (), can_write: bool = True, mb: float | None = None, num_blocks: int | None = None
+    *,
+    tapped: tuple[int, ...] = (),
+    can_write: bool = True,
+    mb: float | None = None,
+    num_blocks: int | None = None,
+    granted_bytes: int = 0,
 ) -> KVPoolPlan:
     return plan_kv_pool(
         ToyModel(),
@@ -41,9 +46,11 @@ def plan(
         can_write=can_write,
         tapped_layers=tapped,
         model_len=10,
+        least_len=5,
         max_num_seqs=8,
         kv_memory_mb=mb,
         num_blocks=num_blocks,
+        granted_bytes=granted_bytes,
     )
 
 
@@ -68,27 +75,20 @@ def test_a_model_that_does_not_write_has_layers_up_to_the_last_tapped_one() -> N
 def test_the_plan_says_what_limits_it() -> None:
     block_bytes = plan().block_bytes
     assert block_bytes == 3 * 2 * 2 * 16 * 4 * 4
-    assert plan() == KVPoolPlan(3 * 8, block_bytes, "max_num_seqs")
+    assert plan(mb=1.0) == KVPoolPlan(3 * 8, block_bytes, "max_num_seqs")
     assert plan(num_blocks=5) == KVPoolPlan(5, block_bytes, "num_blocks")
     assert plan(mb=7 * block_bytes / MB) == KVPoolPlan(7, block_bytes, "kv_memory_mb")
     with pytest.raises(ConfigError, match=r"kv_memory_mb: got 0\.001, expected at least 0\.00293, one block"):
         plan(mb=0.001)
 
 
-def test_the_default_memory_holds_one_sequence_at_least() -> None:
-    huge = ToyModel(num_layers=1000, head_dim=4096)
-    planned = plan_kv_pool(
-        huge,
-        itemsize=4,
-        block_size=16,
-        can_write=True,
-        tapped_layers=[],
-        model_len=64,
-        max_num_seqs=8,
-        kv_memory_mb=None,
-        num_blocks=None,
+def test_a_pool_of_no_given_size_holds_one_sequence_and_what_is_granted() -> None:
+    block_bytes = plan().block_bytes
+    assert plan(mb=None) == KVPoolPlan(2, block_bytes, DEFAULT_POOL, num_wanted=3 * 8 - 2)
+    assert plan(mb=None, granted_bytes=2 * block_bytes) == KVPoolPlan(
+        4, block_bytes, DEFAULT_POOL, num_wanted=3 * 8 - 4
     )
-    assert (planned.num_blocks, planned.limited_by) == (4, DEFAULT_POOL)
+    assert plan(mb=None, granted_bytes=10**9) == KVPoolPlan(3 * 8, block_bytes, "max_num_seqs")
 
 
 def test_activations_are_those_of_the_widest_moment() -> None:

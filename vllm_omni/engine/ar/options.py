@@ -11,12 +11,13 @@ from vllm_omni import registry
 from vllm_omni.config.schema import MAX_MB
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
+from vllm_omni.worker.ar.chat import RESERVED_TEMPLATE_KEYS
 from vllm_omni.worker.ar.language_model import LanguageModelConfig
 
-RESERVED_TEMPLATE_KEYS = ("conversation", "tokenize", "add_generation_prompt")
+SIDES = ("left", "right", "middle")
 WRITTEN_KEYS = frozenset({"text", "token_ids", "finish_reason", "completions"})
 META_KEYS = WRITTEN_KEYS | {"prompt_tokens", "truncated_tokens"}
-DEFAULT_MODEL_LEN = 4096
+DEFAULT_MODEL_LEN = 4096  # that the smallest default pool holds
 AUTO = "auto"
 AUTO_ATTENTION = "sdpa"
 
@@ -64,14 +65,17 @@ class AROptions:
     outputs: Mapping[str, Tap] = field(default_factory=dict)  # port -> the hidden states that it gives
     sections: tuple[str, ...] = ()  # labels; the first written line `label: words` gives its words to a port `label`
     rope_scaling: Mapping[str, Any] | None = None  # scaling of positions, as in transformers; None: the config.json's
-    max_model_len: int | None = None  # tokens of a sequence; None: the model's positions, 4096 where no pool is given
+    max_model_len: int | None = None  # tokens of a sequence; None: the model's positions
     max_prompt_tokens: int | None = None  # a longer prompt is an error, or is cut
-    truncate_prompt: bool = False  # whether a prompt that is too long keeps its first tokens
+    # what a prompt that is too long loses: beginning, end or middle, while the marks of the chat template stay;
+    # true: its last tokens, of a template or not; false: nothing, it is refused
+    truncate_prompt: bool | Literal["left", "right", "middle"] = False
     max_num_seqs: int = 64  # sequences of one step
     max_num_batched_tokens: int = 2048  # tokens of one step
     block_size: int = 16  # tokens of a block of the KV pool
-    kv_memory_mb: float | None = None  # the pool's most; None: 256, or one full sequence if that is more
-    num_blocks: int | None = None  # the pool's blocks; None: enough for max_num_seqs full sequences in kv_memory_mb
+    # the pool's most; None: what the memory budget leaves, at least a sequence of max_model_len (4096 by default)
+    kv_memory_mb: float | None = None
+    num_blocks: int | None = None  # the pool's blocks; None: enough for max_num_seqs full sequences, as memory allows
     prefix_caching: bool = True  # whether equal beginnings of prompts are computed once
     attention: str = AUTO  # a row of the registry's table "attention"; "auto" chooses
 
@@ -116,14 +120,17 @@ class AROptions:
         """Most tokens of one sequence; ConfigError when more are asked for than the model has positions."""
         positions = config.num_positions
         if self.max_model_len is None:
-            is_pool_given = self.kv_memory_mb is not None or self.num_blocks is not None
-            return positions if is_pool_given else min(positions, DEFAULT_MODEL_LEN)
+            return positions
         if self.max_model_len > positions:
             raise ConfigError(
                 f"max_model_len: got {self.max_model_len}, expected at most {positions}, the model's positions; "
                 "rope_scaling extends them, where the model is made for that"
             )
         return self.max_model_len
+
+    def least_len(self, config: LanguageModelConfig) -> int:
+        """Tokens of a sequence for which there is room in any case, where no pool is given."""
+        return min(self.model_len(config), self.max_model_len or DEFAULT_MODEL_LEN)
 
     def tapped_layers(self, config: LanguageModelConfig) -> dict[str, tuple[int, ...]]:
         """Port -> indices of its layers, counted from the start."""

@@ -6,19 +6,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from vllm_omni.engine.ar.options import AROptions
+from vllm_omni.engine.ar.chat.truncation import ChatCutter, Side, cut_tokens
+from vllm_omni.engine.ar.options import SIDES, AROptions
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.errors import InvalidRequestError, ResourceError
 from vllm_omni.media.messages import as_texts, has_media, is_messages, num_chars
 from vllm_omni.params import SamplingParams, StageParams
-from vllm_omni.request import OmniRequest, Prompt
+from vllm_omni.request import Messages, OmniRequest, Prompt
+from vllm_omni.utils.checks import brief
+from vllm_omni.utils.plain import num_json_chars
+from vllm_omni.worker.ar.chat import CHAT_KEYS, Chat
 from vllm_omni.worker.ar.media_prompt import MediaPrompt
 from vllm_omni.worker.ar.prompt_reader import MediaPlan, PromptReader
 from vllm_omni.worker.background import Stop
 
 DEFAULT_MAX_TOKENS = 16384
+DEFAULT_LIMIT = f"max_tokens ({DEFAULT_MAX_TOKENS}, the default)"
+TRUNCATES = "truncate_prompt"
+PROMPT_KEYS = CHAT_KEYS | {TRUNCATES}  # of `OmniRequest.fields`, where the stage reads the request's own prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +66,20 @@ class ARLimits:
                     f"{name}: got the token id {token}, expected less than {self.vocab_size}{hint}"
                 )
 
+    def pool_words(self) -> str:
+        """What to say of a text that ends because no block is left."""
+        return (
+            f"the KV pool ({self.pool_tokens} tokens, prompt included, as {self.pool_limited_by} sets it); raise "
+            "kv_memory_mb, num_blocks or resources.max_memory_gb"
+        )
+
     def check_pool(self, num_tokens: int) -> None:
         """ResourceError for a sequence that the whole pool could not hold."""
         if num_tokens > self.pool_tokens:
             raise ResourceError(
                 f"prompt: got {num_tokens} tokens (one to be written included), expected at most "
                 f"{self.pool_tokens}, the whole KV pool, as {self.pool_limited_by} sets it; "
-                "raise num_blocks or kv_memory_mb"
+                "raise num_blocks, kv_memory_mb or resources.max_memory_gb"
             )
 
 
@@ -74,8 +88,9 @@ class PreparedPrompt:
     """A prompt's tokens, checked: all that a task needs."""
 
     token_ids: list[int]
-    num_truncated: int  # how many its end lost
+    num_truncated: int  # how many it lost
     max_new_tokens: int  # room for written ones
+    room_limit: str | None = None  # what keeps it so small, where nobody asked for that
     media: MediaPrompt | None = None  # with positions and encoder inputs; None for text alone
 
     @property
@@ -108,27 +123,42 @@ class ARInput:
     """Makes the prompts of one stage into tokens, within its limits. Safe to ask from any thread."""
 
     def __init__(
-        self, options: AROptions, processor: TextProcessor, limits: ARLimits, reader: PromptReader[Any] | None = None
+        self,
+        options: AROptions,
+        processor: TextProcessor,
+        limits: ARLimits,
+        reader: PromptReader[Any] | None = None,
+        reads_request: bool = True,
     ) -> None:
+        """reads_request: whether the prompt is the request's own, so that what it says of its prompt counts here."""
         self._options = options
         self._processor = processor
         self._limits = limits
         self._reader = reader  # of a model that reads more than text
+        self._reads_request = reads_request
 
     def prepare(self, prompt: Prompt, request: OmniRequest, params: SamplingParams) -> Prepared:
         """Tokens within the limits; of a prompt with media a plan, for which only headers have been read.
         InvalidRequestError (or ResourceError: the KV pool is too small) for what could not be run.
         """
-        self._check_chars(prompt)
+        given = {key: request.fields.get(key) for key in PROMPT_KEYS} if self._reads_request else {}
+        fields = {key: value for key, value in given.items() if value is not None}
+        side = _side(fields)
         if self._reader is not None:
             self._reader.check_request(request)
+            if is_messages(prompt) and has_media(prompt):
+                return self._planned(prompt, request, fields)
         if is_messages(prompt):
-            if self._reader is not None and has_media(prompt):
-                plan = self._reader.plan(prompt, request)
-                self._check_length(plan.num_tokens)
-                return PlannedPrompt(plan)
+            self._check_chars(prompt)
             prompt = as_texts(prompt)
-        return self._tokenised(prompt, params)
+        messages = self._processor.as_messages(prompt)
+        if messages is None:
+            _check_no_chat_keys(fields)
+            self._check_chars(prompt)
+            return self._checked(prompt, self._processor.encode(prompt), side, params)
+        chat = Chat.of(messages, fields)
+        self._check_chars(messages, chat)
+        return self._checked(chat, self._processor.encode(chat), side, params)
 
     def read(self, planned: PlannedPrompt, params: SamplingParams, stop: Stop) -> PreparedPrompt:
         """The prompt with its media decoded. It may have another length than its headers said, and is never cut."""
@@ -139,34 +169,53 @@ class ARInput:
         """A prompt that has been read, within the limits."""
         self._check_length(len(media.token_ids))
         self._limits.check_vocabulary("messages", media.token_ids)
-        return PreparedPrompt(list(media.token_ids), 0, self._room(len(media.token_ids), params), media)
+        room, limit = self._room(len(media.token_ids), params)
+        return PreparedPrompt(list(media.token_ids), 0, room, limit, media)
 
-    def _tokenised(self, prompt: Prompt, params: SamplingParams) -> PreparedPrompt:
-        token_ids = self._processor.encode(prompt)
+    def _planned(self, messages: Messages, request: OmniRequest, fields: Mapping[str, Any]) -> PlannedPrompt:
+        assert self._reader is not None
+        self._check_chars(messages, Chat.of(messages, fields))
+        if TRUNCATES in fields:
+            raise InvalidRequestError(f"{TRUNCATES}: got it with media, which are never cut; leave it out")
+        plan = self._reader.plan(messages, request)
+        self._check_length(plan.num_tokens)
+        return PlannedPrompt(plan)
+
+    def _checked(
+        self, prompt: Prompt | Chat, token_ids: list[int], side: Side | None, params: SamplingParams
+    ) -> PreparedPrompt:
+        """The tokens of a prompt, cut where it is too long and may be cut."""
         if not token_ids:
             raise InvalidRequestError("prompt: got no tokens, expected at least one")
         if self._reader is not None:
             self._reader.check_token_ids(token_ids)
-        kept = self._truncate(token_ids)
+        kept = self._truncate(prompt, token_ids, side)
         self._limits.check_vocabulary("prompt", kept)
-        return PreparedPrompt(kept, len(token_ids) - len(kept), self._room(len(kept), params))
+        return PreparedPrompt(kept, len(token_ids) - len(kept), *self._room(len(kept), params))
 
-    def _room(self, num_tokens: int, params: SamplingParams) -> int:
-        """How many tokens may be written after a prompt of this length."""
-        room = 0
+    def _room(self, num_tokens: int, params: SamplingParams) -> tuple[int, str | None]:
+        """How many tokens may be written after a prompt of this length, and why no more where nobody asked for that."""
+        room, limit = 0, None
         if self._options.can_write:
-            wanted = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
             limits = self._limits
-            room = min(wanted, limits.model_len - num_tokens, max(limits.pool_tokens - num_tokens, 1))
+            room, limit = min(
+                (params.max_tokens or DEFAULT_MAX_TOKENS, None if params.max_tokens else DEFAULT_LIMIT),
+                (limits.model_len - num_tokens, f"max_model_len ({limits.model_len} tokens, prompt included)"),
+                (max(limits.pool_tokens - num_tokens, 1), limits.pool_words()),
+                key=lambda choice: choice[0],
+            )
         self._limits.check_pool(num_tokens + (1 if room else 0))
         if (params.min_tokens or 0) > room and self._options.can_write:
             raise InvalidRequestError(
                 f"min_tokens: got {params.min_tokens}, expected at most {room}, the room after {num_tokens} tokens"
             )
-        return room
+        return room, limit
 
-    def _check_chars(self, prompt: Prompt) -> None:
+    def _check_chars(self, prompt: Prompt, chat: Chat | None = None) -> None:
+        """Of the prompt, and of what else the chat template is given."""
         count = num_chars(prompt)
+        if chat is not None:
+            count += num_json_chars(chat.tools) + num_json_chars(chat.template_kwargs)
         if count > self._limits.max_prompt_chars:
             raise InvalidRequestError(
                 f"prompt: got {count} characters, expected at most {self._limits.max_prompt_chars}; "
@@ -190,13 +239,46 @@ class ARInput:
             )
         self._limits.check_pool(num_tokens + (1 if self._options.can_write else 0))
 
-    def _truncate(self, token_ids: list[int]) -> list[int]:
+    def _truncate(self, prompt: Prompt | Chat, token_ids: list[int], side: Side | None) -> list[int]:
         limit, key = self._max_prompt_tokens()
         if len(token_ids) <= limit:
             return token_ids
-        if not self._options.truncate_prompt or limit == 0:
+        chosen = side or self._options.truncate_prompt
+        if not chosen or limit == 0:
             raise InvalidRequestError(
-                f"prompt: got {len(token_ids)} tokens, expected at most {limit} ({key}); "
-                "shorten it, or set truncate_prompt"
+                f"prompt: got {len(token_ids)} tokens, expected at most {limit} ({key}); shorten it, or set {TRUNCATES}"
             )
-        return token_ids[:limit]
+        if chosen is True:
+            return token_ids[:limit]
+        cut = self._cut(prompt, token_ids, chosen, limit)
+        if cut is None:
+            raise InvalidRequestError(
+                f"prompt: got {len(token_ids)} tokens, expected at most {limit} ({key}); so few hold no text "
+                f"between the marks of its chat template, so {TRUNCATES} does not help; shorten it"
+            )
+        return cut
+
+    def _cut(self, prompt: Prompt | Chat, token_ids: list[int], side: Side, limit: int) -> list[int] | None:
+        if isinstance(prompt, Chat):
+            return ChatCutter(prompt, limit, self._processor.encode).cut(side)
+        before, behind = self._processor.special_ends(prompt, token_ids) if isinstance(prompt, str) else (0, 0)
+        num_kept = limit - before - behind
+        if num_kept <= 0:
+            return None
+        stop = len(token_ids) - behind
+        return [*token_ids[:before], *cut_tokens(token_ids[before:stop], side, num_kept), *token_ids[stop:]]
+
+
+def _side(fields: Mapping[str, Any]) -> Side | None:
+    side = fields.get(TRUNCATES)
+    if side is not None and not (isinstance(side, str) and side in SIDES):
+        raise InvalidRequestError(f"{TRUNCATES}: got {brief(side)}, expected one of {', '.join(SIDES)}")
+    return cast("Side | None", side)
+
+
+def _check_no_chat_keys(fields: Mapping[str, Any]) -> None:
+    for key in sorted(CHAT_KEYS & fields.keys()):
+        raise InvalidRequestError(
+            f"{key}: got it with a prompt that is no chat, expected chat messages (`messages`), or text to which a "
+            "chat template applies; leave it out"
+        )

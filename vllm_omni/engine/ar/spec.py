@@ -5,7 +5,6 @@ what the stage is for: that is a subclass, by a table of the registry.
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cached_property
 
 from vllm_omni import registry
 from vllm_omni.config.schema import OmniConfig, StageConfig
@@ -54,6 +53,7 @@ class ARSpec(StageSpec):
         self.model = model
         self.tapped = self.options.tapped_layers(model.config)  # port -> indices of its layers
         self.model_len = self.options.model_len(model.config)
+        self._granted_bytes = 0  # beyond the smallest pool, where no key says how large it is
 
     @abstractmethod
     def tapped_layers(self, reads: ReadPorts) -> frozenset[int]:
@@ -63,7 +63,7 @@ class ARSpec(StageSpec):
     def make_stage(self, context: EngineContext, runner: ModelRunner) -> ARStage:
         """The running half, side files read."""
 
-    @cached_property
+    @property
     def pool(self) -> KVPoolPlan:
         """The KV pool, as if every declared port were read; ConfigError where not one block fits."""
         options = self.options
@@ -74,9 +74,11 @@ class ARSpec(StageSpec):
             can_write=self.can_write,
             tapped_layers={layer for layers in self.tapped.values() for layer in layers},
             model_len=self.model_len,
+            least_len=options.least_len(self.model.config),
             max_num_seqs=options.max_num_seqs,
             kv_memory_mb=options.kv_memory_mb,
             num_blocks=options.num_blocks,
+            granted_bytes=self._granted_bytes,
             window=self.cache_window,
         )
 
@@ -90,18 +92,18 @@ class ARSpec(StageSpec):
             return None
         return CacheWindow(window, self.options.max_num_batched_tokens)
 
-    @cached_property
+    @property
     def ar_limits(self) -> ARLimits:
         """The largest values of a request."""
-        pool_tokens = self.pool.num_blocks * self.options.block_size
-        window = self.cache_window
-        if window is not None and window.most_blocks(self.options.block_size) <= self.pool.num_blocks:
+        pool, window = self.pool, self.cache_window
+        pool_tokens = pool.num_blocks * self.options.block_size
+        if window is not None and window.most_blocks(self.options.block_size) <= pool.num_blocks:
             pool_tokens = max(pool_tokens, self.model_len)  # it never holds a whole sequence
         return ARLimits(
             vocab_size=self.model.config.vocab_size,
             model_len=self.model_len,
             pool_tokens=pool_tokens,
-            pool_limited_by=self.pool.limited_by,
+            pool_limited_by=pool.limited_by,
             max_prompt_chars=self.limits.max_prompt_chars,
             max_outputs=self.limits.max_outputs,
         )
@@ -109,10 +111,16 @@ class ARSpec(StageSpec):
     def draws(self, params: StageParams) -> bool:
         return self.can_write and isinstance(params, SamplingParams) and params.temperature != 0
 
+    def grant_memory(self, num_bytes: int) -> None:
+        self._granted_bytes += num_bytes
+
     def plan_memory(self) -> MemoryPlan:
+        pool = self.pool
         return MemoryPlan(
             weights_bytes=self.model.weights_bytes(self._itemsize),
-            kv_pool_bytes=self.pool.num_blocks * self.pool.block_bytes,
+            kv_pool_bytes=pool.num_blocks * pool.block_bytes,
+            wanted_bytes=pool.num_wanted * pool.block_bytes,
+            remark=f"KV pool of {pool.num_blocks * self.options.block_size:,} tokens, as {pool.limited_by} sets it",
             activation_bytes=activation_bytes(
                 self.model.config,
                 itemsize=self._itemsize,

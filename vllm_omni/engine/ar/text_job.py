@@ -15,7 +15,7 @@ from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.base import ARJob, Generation
 from vllm_omni.engine.ar.prompt import PreparedPrompt
 from vllm_omni.engine.ar.tapped_states import TappedStates
-from vllm_omni.engine.ar.tokenizer import TextStream
+from vllm_omni.engine.ar.text_stream import TextStream
 from vllm_omni.layers.sampler import SampledToken, SamplingRow
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageEvent, StageProgress, StageTask
@@ -26,8 +26,10 @@ from vllm_omni.worker.ar.media_inputs import MediaInputs
 class Sample:
     """One of a request's n texts."""
 
+    index: int  # which of them
     generation: Generation
     stream: TextStream
+    room_limit: str | None  # of PreparedPrompt
     runs_last_token: bool  # whether the token that max_tokens ended with is computed as well: its states are read
     logprobs: list[Mapping[int, float]] = field(default_factory=list)  # the chosen token first
 
@@ -59,7 +61,14 @@ class Sample:
             "token_ids": list(self.generation.sequence.output_token_ids),
             "finish_reason": self.generation.finish_reason,
             "logprobs": None if self.generation.row.num_logprobs is None else logprobs,
+            "note": self._note(),
         }
+
+    def _note(self) -> str | None:
+        """Why it has ended, where the request did not ask for that."""
+        if self.room_limit is None or self.generation.finish_reason != "length":
+            return None
+        return f"ended after {self.generation.num_written} tokens, at {self.room_limit}"
 
 
 class TextJob(ARJob):
@@ -96,15 +105,25 @@ class TextJob(ARJob):
         events: list[StageEvent] = []
         is_first = sequence is self.sequences[0]
         if token is not None:
-            sample = self.samples[sequence.sequence_id]
-            text, generation = sample.write(token), sample.generation
-            if is_first:
-                events.append(
-                    StageProgress(sequence.request_id, generation.num_written, generation.max_new_tokens, text)
-                )
+            events.append(self._write(sequence, token))
         if is_first:
             events += self._states.rows(self.is_over(sequence))
         return events
+
+    def _write(self, sequence: Sequence, token: SampledToken) -> StageProgress:
+        sample = self.samples[sequence.sequence_id]
+        text, generation = sample.write(token), sample.generation
+        return StageProgress(
+            sequence.request_id,
+            generation.num_written,
+            generation.max_new_tokens,
+            text,
+            token_ids=(token.token_id,),
+            logprobs=None if generation.row.num_logprobs is None else tuple(sample.logprobs[-1:]),
+            finish_reason=generation.finish_reason,
+            sample=sample.index,
+            num_samples=len(self.samples),
+        )
 
     @property
     def is_done(self) -> bool:
@@ -130,13 +149,16 @@ class TextJob(ARJob):
         return {**words, **read_sections(first["text"], self._sections), "completions": completions, **counts}
 
     def metrics(self) -> dict[str, int]:
-        """cache_hits: prompt tokens that the prefix cache served, of all samples."""
+        """cache_hits: prompt tokens that the prefix cache served, of all samples. cached_tokens: of the first, which is
+        what other requests have left.
+        """
         num_prompt = self._prompt.num_tokens
         num_written = sum(sample.generation.num_written for sample in self.samples.values())
         metrics = {
             "steps": self.num_steps,
             "tokens": num_written if self.samples else num_prompt,
             "prompt_tokens": num_prompt,
+            "cached_tokens": self.sequences[0].num_cached_tokens or 0,
             "cache_hits": sum(sequence.num_cached_tokens or 0 for sequence in self.sequences),
             "preemptions": sum(sequence.num_preemptions for sequence in self.sequences),
         }

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.ar.generation_defaults import FILE, generation_defaults
 from vllm_omni.engine.ar.no_tokenizer import NoTokenizer
-from vllm_omni.engine.ar.prompt import ARInput, PlannedPrompt, Prepared, PreparedPrompt, read_prompt
+from vllm_omni.engine.ar.prompt import PROMPT_KEYS, ARInput, PlannedPrompt, Prepared, PreparedPrompt, read_prompt
 from vllm_omni.engine.ar.spec import ARSpec
 from vllm_omni.engine.ar.tapped_states import POSITIONS
 from vllm_omni.engine.ar.text_stage import TextStage
@@ -49,6 +49,9 @@ class TextSpec(ARSpec):
         if self._reader_class is not None:
             self.request_keys = self._reader_class.request_keys
             self.input_media = self._reader_class.input_media
+        self._reads_request = self.options.prompt == "prompt" and "prompt" not in stage.inputs
+        if self._reads_request:
+            self.request_keys |= PROMPT_KEYS
         self._feeds_others = any(
             edge.stage == stage.name for other in config.stages.values() for edge in other.edges.values()
         )
@@ -85,13 +88,19 @@ class TextSpec(ARSpec):
             return None
         return self.input.prepare(read_prompt(self.options, request, {}), request, checked)
 
+    def close(self) -> None:
+        with self._input_lock:
+            if "_processor" in self.__dict__:  # else it was never needed
+                self._processor.close()
+
     def cache_key(self, task: StageTask) -> str | None:
         if self.can_write or self._reader_class is not None:  # media have no content that could be compared here
             return None
         prompt = read_prompt(self.options, task.request, task.inputs)
         content = prompt if isinstance(prompt, str) else [dict(x) if isinstance(x, Mapping) else int(x) for x in prompt]
         stage, folder = self.stage, str(self.model.folder.resolve())
-        identity = [stage.name, folder, stage.device, stage.dtype, repr(self.options), content]
+        said = {key: task.request.fields.get(key) for key in sorted(self.request_keys)}
+        identity = [stage.name, folder, stage.device, stage.dtype, repr(self.options), content, said]
         return sha256(json.dumps(identity, sort_keys=True, default=repr).encode()).hexdigest()
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: Any) -> float:
@@ -132,7 +141,7 @@ class TextSpec(ARSpec):
     def _input(self) -> ARInput:
         make, limits = self._reader_class, self.limits
         reader = None if make is None else make(self.model.folder, self._processor.encode, limits)
-        return ARInput(self.options, self._processor, self.ar_limits, reader)
+        return ARInput(self.options, self._processor, self.ar_limits, reader, self._reads_request)
 
     def _checked_params(self, params: StageParams, reads: ReadPorts) -> SamplingParams:
         if not self.can_write:  # it samples nothing; the parameters are meant for other stages

@@ -11,7 +11,8 @@ from vllm_omni.engine.ar.base import ARStage, Generation
 from vllm_omni.engine.ar.prompt import PlannedPrompt, Prepared, PreparedPrompt
 from vllm_omni.engine.ar.tapped_states import TappedPort, TappedStates
 from vllm_omni.engine.ar.text_job import Sample, TextJob
-from vllm_omni.engine.ar.tokenizer import TextStream, end_of_sequence_ids
+from vllm_omni.engine.ar.text_stream import StopRules, TextStream
+from vllm_omni.engine.ar.tokenizer import end_of_sequence_ids
 from vllm_omni.engine.base import ReadPorts
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.layers.sampler import SamplingRow
@@ -40,14 +41,16 @@ class TextStage(ARStage):
         }
         self._reads_completion = any(tap.tokens == "completion" for port, tap in self._ports.items() if port in reads)
 
-    def preparation(self, task: StageTask) -> Callable[[Stop], PreparedPrompt] | None:
+    def preparation(self, task: StageTask) -> Callable[[Stop], Prepared] | None:
+        if task.prepared is None:  # chat templates are foreign code, and long texts take long
+            return lambda stop: self._brought(task)
         if isinstance(task.prepared, PlannedPrompt):
             return partial(self._input.read, task.prepared, _params(task))
         return None
 
     def start(self, task: StageTask, sequence_ids: Iterator[int]) -> TextJob:
         params, options = _params(task), self._spec.options
-        prompt = self._brought(task) if task.prepared is None else task.prepared
+        prompt = task.prepared
         assert isinstance(prompt, PreparedPrompt)
         media = None if prompt.media is None else MediaInputs(prompt.media, self._runner.encode, self._runner.device)
         sequences = [
@@ -61,8 +64,9 @@ class TextStage(ARStage):
             )
             for _ in range((params.n or 1) if options.can_write else 1)
         ]
+        stop = StopRules(self._processor, params.stop or (), _skips_special_tokens(params))
         samples = [
-            self._make_sample(sequence, params, index, prompt.max_new_tokens)
+            self._make_sample(sequence, params, stop, index, prompt)
             for index, sequence in enumerate(sequences if options.can_write else ())
         ]
         states = TappedStates(sequences[0], self._ports, self._reads, self._runner, media)
@@ -76,16 +80,23 @@ class TextStage(ARStage):
             source = self._spec.stage.edges["prompt"].source
             raise StageError(f"cannot read what {source} gave: {error}") from error
 
-    def _make_sample(self, sequence: Sequence, params: SamplingParams, index: int, max_new_tokens: int) -> Sample:
+    def _make_sample(
+        self, sequence: Sequence, params: SamplingParams, stop: StopRules, index: int, prompt: PreparedPrompt
+    ) -> Sample:
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
         ending_ids = eos_ids | frozenset(params.stop_token_ids or ())
-        skip_special_tokens = True if params.skip_special_tokens is None else params.skip_special_tokens
         row = SamplingRow(params, sequence.token_ids, ending_ids, index)
         return Sample(
-            generation=Generation(sequence, row, ending_ids, max_new_tokens),
-            stream=TextStream(self._processor, params.stop or (), skip_special_tokens),
+            index=index,
+            generation=Generation(sequence, row, ending_ids, prompt.max_new_tokens),
+            room_limit=prompt.room_limit,
+            stream=TextStream(self._processor, stop, _skips_special_tokens(params)),
             runs_last_token=self._reads_completion,
         )
+
+
+def _skips_special_tokens(params: SamplingParams) -> bool:
+    return True if params.skip_special_tokens is None else params.skip_special_tokens
 
 
 def _params(task: StageTask) -> SamplingParams:

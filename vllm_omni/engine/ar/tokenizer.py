@@ -1,25 +1,24 @@
-"""Between words and token ids: the tokenizer with its chat template, text that grows token by token, and stop strings.
-
-Knows no model and no sampling.
-"""
+"""Between words and token ids: the tokenizer, and its chat template where it has one. Knows no model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.engine.ar.chat.template import ChatTemplate, find_templates
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.request import Prompt
 from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
+from vllm_omni.utils.plain import as_json
+from vllm_omni.worker.ar.chat import Chat
 
 # the files that make a tokenizer, each line enough by itself
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer_config.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
-TEMPLATE_FILE = "chat_template.json"  # where a checkpoint with a processor keeps it, if not with the tokenizer
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer gives for bytes that are no character yet
 
 
 def find_tokenizer(model_folder: Path, configured: Path | None) -> Path | None:
@@ -76,30 +75,60 @@ class TextProcessor:
 
         with reading(f"{folder}: the tokenizer"), _only_errors_logged():
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        if (folder / TEMPLATE_FILE).is_file():
-            self.tokenizer.chat_template = read_json(folder / TEMPLATE_FILE)["chat_template"]
         # A token is decoded at every step, and the library's checks and conversions around that cost more than it does.
         is_plain = isinstance(self.tokenizer, PreTrainedTokenizerFast) and (
             type(self.tokenizer)._decode is PreTrainedTokenizerFast._decode
         )
         self._backend = self.tokenizer.backend_tokenizer if is_plain else None
         self._folder = folder
-        self._has_template = bool(self.tokenizer.chat_template)
-        self._applies_template = chat_template and self._has_template
-        self._template_kwargs = dict(template_kwargs or {})
-        self._system_prompt = system_prompt
+        templates = find_templates(folder, self.tokenizer.chat_template)
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        values = {**special, **as_json("chat_template_kwargs", template_kwargs or {}, raises=ConfigError)}
+        self._template = ChatTemplate(folder, templates, values, system_prompt) if templates else None
+        self._applies_template = chat_template and self._template is not None
+        if self._template is not None and self._applies_template:
+            self._template.start()
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def close(self) -> None:
+        """Ends what renders chats; may be called twice, and the processor may be used afterwards."""
+        if self._template is not None:
+            self._template.close()
+
+    def as_messages(self, prompt: Prompt) -> Sequence[Mapping[str, Any]] | None:
+        """The messages that a prompt is, or that it becomes; None for token ids, and for text that stays as it is."""
+        if isinstance(prompt, str):
+            return [{"role": "user", "content": prompt}] if self._applies_template else None
+        return prompt if isinstance(prompt[0], Mapping) else None  # type: ignore[return-value]
+
+    def encode(self, prompt: Prompt | Chat) -> list[int]:
         """Token ids of a text, of chat messages, or of a list that already holds ids; InvalidRequestError when it
         cannot be done.
         """
-        if isinstance(prompt, str):
-            if not self._applies_template:
-                return self._tokenize(prompt, add_special_tokens=True)
-            prompt = [{"role": "user", "content": prompt}]
-        if not isinstance(prompt[0], Mapping):
-            return [int(token) for token in prompt]  # type: ignore[arg-type]
-        return self._tokenize(self._render(prompt), add_special_tokens=False)  # type: ignore[arg-type]
+        if not isinstance(prompt, Chat):
+            messages = self.as_messages(prompt)
+            if messages is None:
+                return self._tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]  # type: ignore[arg-type]
+            prompt = Chat(messages)
+        if self._template is None:
+            raise ConfigError(
+                f"{self._folder}: the tokenizer has no chat template, which messages need; give the prompt as a string"
+            )
+        return self._tokenize(self._template.render(prompt), add_special_tokens=False)
+
+    def special_ends(self, text: str, token_ids: Sequence[int]) -> tuple[int, int]:
+        """How many tokens `encode` has put before and behind those of the text itself."""
+        plain = self._tokenize(text, add_special_tokens=False)
+        spare = len(token_ids) - len(plain)
+        for start in range(spare + 1):
+            if list(token_ids[start : start + len(plain)]) == plain:
+                return start, spare - start
+        return 0, 0
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Text -> id of the tokens that `decode` can leave out."""
+        added = self.tokenizer.added_tokens_decoder
+        return {token.content: number for number, token in added.items() if not self.decode([number], True)}
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids, exactly as the tokens spell it."""
@@ -110,25 +139,7 @@ class TextProcessor:
         )
         return text
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        if not self._has_template:
-            raise ConfigError(
-                f"{self._folder}: the tokenizer has no chat template, which messages need; give the prompt as a string"
-            )
-        if self._system_prompt is not None and messages[0].get("role") != "system":
-            messages = [{"role": "system", "content": self._system_prompt}, *messages]
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                **self._template_kwargs,
-            )
-        except Exception as error:  # a template may raise anything over messages it does not like
-            raise InvalidRequestError(f"prompt: the chat template does not take these messages ({error})") from error
-        return text
-
-    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -140,69 +151,6 @@ class TextProcessor:
         )  # lengths are checked later
         token_ids: list[int] = encoded["input_ids"]
         return token_ids
-
-
-class TextStream:
-    """The text of one sample as it is written, cut before the first stop string.
-
-    Nothing is given out that could still change: neither half a character nor what may be the beginning of a stop
-    string.
-    """
-
-    def __init__(self, processor: TextProcessor, stop: Sequence[str], skip_special_tokens: bool) -> None:
-        self._processor = processor
-        self._stop = tuple(stop)
-        self._skip_special_tokens = skip_special_tokens
-        self._token_ids: list[int] = []
-        self._context_start = 0  # tokens from here on are decoded together, as a tokenizer may join neighbours
-        self._read = 0  # tokens before here are in `text`
-        self._num_given = 0
-        self.text = ""
-        self.is_stopped = False
-
-    def push(self, token_id: int, can_stop: bool = True) -> str:
-        """Takes the next token; returns the text that is new and certain. `can_stop`: whether a stop string may end the
-        text here.
-        """
-        self._token_ids.append(token_id)
-        new = self._decode_new()
-        if new and not new.endswith(UNFINISHED):
-            self._take(new, can_stop)
-        return self._give(len(self.text) - self._held_back())
-
-    def finish(self) -> str:
-        """Ends the text; returns what was held back."""
-        if not self.is_stopped:
-            self._take(self._decode_new(), can_stop=False)
-        return self._give(len(self.text))
-
-    def _decode_new(self) -> str:
-        old = self._decode(self._token_ids[self._context_start : self._read])
-        return self._decode(self._token_ids[self._context_start :])[len(old) :]
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._processor.decode(token_ids, self._skip_special_tokens) if token_ids else ""
-
-    def _take(self, new: str, can_stop: bool) -> None:
-        before = len(self.text)
-        self.text += new
-        self._context_start, self._read = self._read, len(self._token_ids)
-        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop] if can_stop else []
-        places = [place for place in found if place >= 0]
-        if places:
-            self.text = self.text[: min(places)]
-            self.is_stopped = True
-
-    def _held_back(self) -> int:
-        if self.is_stopped:
-            return 0
-        lengths = range(min(len(self.text), max(map(len, self._stop), default=1) - 1), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(self.text[-n:]) for stop in self._stop)), 0)
-
-    def _give(self, end: int) -> str:
-        given = self.text[self._num_given : end]
-        self._num_given = max(self._num_given, end)
-        return given
 
 
 @contextmanager

@@ -200,8 +200,10 @@ def _memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> list[str]:
     rows.append(("prompt embeddings", "", "", "", "", format_bytes(embeds_bytes) if embeds_bytes else "-"))
     rows.append(("all", "", "", "", "", format_bytes(total)))
     budget = format_bytes(int(config.max_memory_gb * GIB))
+    remarks = [(stage, plan.remark) for stage, plan in plans.items() if plan.remark]
     return [
         "Memory",
         *aligned(rows),
+        *aligned(remarks),
         f"  budget {budget} (resources.max_memory_gb); weights that stages share count once",
     ]

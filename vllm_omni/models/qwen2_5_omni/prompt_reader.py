@@ -24,6 +24,7 @@ from vllm_omni.models.qwen2_5_omni.positions import MediaSpan, rope_index
 from vllm_omni.models.qwen2_5_omni.vision import VisionGrid, VisionSettings
 from vllm_omni.request import Messages, OmniRequest
 from vllm_omni.utils.checks import brief
+from vllm_omni.worker.ar.chat import Chat
 from vllm_omni.worker.ar.media_prompt import MediaItem, MediaPrompt, content_ids_of
 from vllm_omni.worker.ar.prompt_reader import Encode, PromptReader
 from vllm_omni.worker.background import Stop
@@ -83,7 +84,7 @@ class OmniPromptReader(PromptReader[OmniPromptPlan]):
             )
         use_audio_in_video = _use_audio_in_video(request)
         planned = [self._measure(part, use_audio_in_video) for part in parts]
-        token_ids = self._encode(without_sources(messages))
+        token_ids = self._encode(Chat.of(without_sources(messages), request.fields))
         self._check_placeholders(token_ids, [part.kind for part in parts])
         return OmniPromptPlan(token_ids, planned)
 

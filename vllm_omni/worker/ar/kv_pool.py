@@ -18,8 +18,8 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import HiddenStateTaps
 from vllm_omni.worker.ar.language_model import LanguageModelConfig
 
-DEFAULT_POOL_BYTES = 256 * 2**20
-DEFAULT_POOL = "the default of 256 MB, or one sequence"
+MAX_DEFAULT_BLOCKS = 65_536  # unasked; each costs some memory of its own, which a config's numbers must not blow up
+DEFAULT_POOL = "what the memory budget leaves (resources.max_memory_gb, free memory)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class KVPoolPlan:
     num_blocks: int
     block_bytes: int  # of one block: keys, values and tapped states of its tokens
     limited_by: str  # the setting that gave the number of blocks
+    num_wanted: int = 0  # how many more blocks could be used, where no setting says how many there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +121,17 @@ def plan_kv_pool(
     can_write: bool,
     tapped_layers: Collection[int],
     model_len: int,
+    least_len: int,
     max_num_seqs: int,
     kv_memory_mb: float | None,
     num_blocks: int | None,
+    granted_bytes: int,
     window: CacheWindow | None = None,
 ) -> KVPoolPlan:
     """`num_blocks` blocks where that is given, else enough for max_num_seqs sequences of model_len tokens in at most
-    kv_memory_mb (where that is not given 256 MB, or one such sequence if that is more). ConfigError when not one block
-    fits into kv_memory_mb. window: what of a sequence is held, where that is not all of it.
+    kv_memory_mb; where that is not given either, in the memory of one sequence of least_len tokens and granted_bytes
+    besides, and then no more than MAX_DEFAULT_BLOCKS. ConfigError when not one block fits into kv_memory_mb. window:
+    what of a sequence is held, where that is not all of it.
     """
     layout = KVLayout.of(model, can_write=can_write, tapped_layers=tapped_layers)
     block_bytes = layout.token_bytes(itemsize) * block_size
@@ -138,12 +142,16 @@ def plan_kv_pool(
         one_sequence = min(one_sequence, window.most_blocks(block_size))
     needed = one_sequence * max_num_seqs
     if kv_memory_mb is None:
-        affordable, limit = max(one_sequence, DEFAULT_POOL_BYTES // block_bytes), DEFAULT_POOL
+        least = min(one_sequence, -(-least_len // block_size))
+        needed = min(needed, max(least, MAX_DEFAULT_BLOCKS))
+        affordable, limit = least + granted_bytes // block_bytes, DEFAULT_POOL
     else:
         affordable, limit = int(kv_memory_mb * 2**20) // block_bytes, "kv_memory_mb"
     if affordable == 0:
         raise ConfigError(f"kv_memory_mb: got {kv_memory_mb:g}, expected at least {block_bytes / 2**20:.3g}, one block")
-    return KVPoolPlan(min(needed, affordable), block_bytes, "max_num_seqs" if needed <= affordable else limit)
+    num_wanted = max(needed - affordable, 0) if kv_memory_mb is None else 0
+    name = "max_num_seqs" if needed <= affordable else limit
+    return KVPoolPlan(min(needed, affordable), block_bytes, name, num_wanted)
 
 
 def activation_bytes(

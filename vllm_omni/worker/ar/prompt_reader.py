@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 from vllm_omni.config.schema import LimitsConfig
-from vllm_omni.request import Messages, OmniRequest, Prompt
+from vllm_omni.request import Messages, OmniRequest
+from vllm_omni.worker.ar.chat import Chat
 from vllm_omni.worker.ar.media_prompt import MediaPrompt
 from vllm_omni.worker.background import Stop
 
-Encode = Callable[[Prompt], list[int]]  # the tokenizer of the checkpoint, with its chat template
+Encode = Callable[[Chat], list[int]]  # the tokenizer of the checkpoint, with its chat template
 
 
 class MediaPlan(Protocol):

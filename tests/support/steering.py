@@ -1,0 +1,21 @@
+"""A random model made to write given tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.ar import is_busy
+from vllm_omni.engine.ar.engine import AREngine
+
+
+def steer(engine: AREngine, token_ids: list[int]) -> list[Any]:
+    """Steps to the end while every next token is forced by a bias, so that a random model writes given words."""
+    events: list[Any] = []
+    (job,) = engine._jobs.values()
+    (sample,) = job.samples.values()  # type: ignore[attr-defined]
+    generation = sample.generation
+    while is_busy(engine):
+        if generation.num_written < len(token_ids):
+            generation.row._bias = {token_ids[generation.num_written]: 1e6}
+        events += engine.step()
+    return events

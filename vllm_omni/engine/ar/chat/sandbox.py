@@ -1,0 +1,121 @@
+"""Runs chat templates in a process of their own, which the system limits in time and memory. Knows no messages.
+
+A template is a program that a checkpoint brings: it may loop for ever or ask for all memory in one operation, which
+nothing in the same process could stop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from vllm_omni.errors import InvalidRequestError
+
+MAX_CPU_S = 1.0  # processor time of one rendering; a published template needs less than a thousandth of it
+MAX_MEMORY_BYTES = 512 * 2**20  # of the process, which begins with about 30 MB
+MAX_CHARS = 8_000_000  # of a rendered chat
+# the modules of this interpreter are found, and nothing else of it: neither its environment nor start-up files
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from vllm_omni.engine.ar.chat.render_process import main; main(*json.loads(sys.argv[2]))"
+)
+
+
+class TemplateSandbox:
+    """Starts its process with the first rendering, or with `start`; one that was ended is replaced with the next.
+
+    Safe to ask from any thread; one rendering at a time.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: weakref.finalize[[subprocess.Popen[bytes], int], TemplateSandbox] | None = None
+        self._owner = os.getpid()
+
+    def start(self) -> None:
+        """Starts the process, and does not wait until it is ready."""
+        with self._lock:
+            self._running()
+
+    def render(self, template: str, values: Mapping[str, Any]) -> str:
+        """values: plain JSON. InvalidRequestError for what the template raises, and for one that reaches a limit."""
+        request = json.dumps({"template": template, "values": values}).encode() + b"\n"
+        with self._lock:
+            line = self._exchange(request)
+            if line is None:
+                raise InvalidRequestError(f"prompt: the chat template {self._cause_of_death()}")
+        answer: dict[str, str] = json.loads(line)
+        if "limit" in answer:
+            raise InvalidRequestError(f"prompt: the chat template {answer['limit']} over these messages")
+        if "error" in answer:
+            raise InvalidRequestError(f"prompt: the chat template does not take these messages ({answer['error']})")
+        return answer["text"]
+
+    def close(self) -> None:
+        """Ends the process; may be called twice, and something may be rendered afterwards."""
+        with self._lock:
+            self._stop()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+            return self._process
+        self._stop()
+        self._owner = os.getpid()
+        limits = (MAX_CPU_S, MAX_MEMORY_BYTES, MAX_CHARS)
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", START, json.dumps(sys.path), json.dumps(limits)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # an interrupt at the terminal is not meant for it
+        )
+        self._end = weakref.finalize(self, _end, self._process, self._owner)
+        return self._process
+
+    def _exchange(self, request: bytes) -> bytes | None:
+        """The answer, or None where the process ended."""
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(request)
+            process.stdin.flush()
+            return process.stdout.readline() or None
+        except OSError:
+            return None
+        except BaseException:  # an interrupt: the answer that comes later belongs to nobody
+            self._stop()
+            raise
+
+    def _cause_of_death(self) -> str:
+        """What the process that has just gone was ended for."""
+        assert self._process is not None
+        code = self._process.wait()
+        self._stop()
+        if code == -signal.SIGPROF:
+            return f"takes more than {MAX_CPU_S:g} s of processor time over these messages; it may never end"
+        return f"ended its process (status {code}); it may use {MAX_MEMORY_BYTES // 2**20} MB of memory"
+
+    def _stop(self) -> None:
+        if self._end is not None:
+            self._end()
+        self._process = self._end = None
+
+
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    """Kills and reaps it, unless this is a fork of the process that it belongs to."""
+    if os.getpid() == owner:
+        process.kill()
+        process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):  # something was left in its buffer
+                pipe.close()
