@@ -240,7 +240,7 @@ class OmniExecutor:
             executor.shutdown()
             raise
         streamed = {edge.source_port for edge in self._graph.edges_from(name) if edge.stream is not None}
-        return StageHost(name, executor, streamed)
+        return StageHost(name, executor, spec.signature.inputs, streamed)
 
     def _executor_of(self, stage: StageConfig) -> str:
         """Stages on several devices have a thread each, so that no device waits for another."""

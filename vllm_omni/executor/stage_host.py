@@ -20,7 +20,7 @@ from vllm_omni.errors import StageError
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.executor.row_buffer import RowBuffer
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageRows, StageTask, StageWorked
-from vllm_omni.payload import RowRange, StreamChunk
+from vllm_omni.payload import PortSpec, RowRange, StreamChunk, TensorSpec
 
 MAX_RAISES = 2
 
@@ -32,11 +32,18 @@ class StageHost:
     being unable to drop the tasks cleanly, marks the stage dead: new tasks then fail.
     """
 
-    def __init__(self, name: str, executor: StageExecutor, streamed_ports: Collection[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        executor: StageExecutor,
+        inputs: Mapping[str, PortSpec],
+        streamed_ports: Collection[str],
+    ) -> None:
         self.name = name
         self.executor = executor
         self.tasks: dict[str, set[str]] = {}  # request id -> the ports below of which it has given no row yet
         self.cause_of_death: Exception | None = None
+        self._inputs = inputs
         self._streamed_ports = frozenset(streamed_ports)  # outputs that another stage reads row by row
         self._buffers: dict[tuple[str, str], RowBuffer] = {}  # (request id, input port)
         self._num_raises = 0
@@ -66,7 +73,7 @@ class StageHost:
         if request_id not in self.tasks:
             return None
         with self._losing(request_id):
-            chunk = self._buffers[request_id, port].cut(rows)
+            chunk = self._buffer(request_id, port).cut(rows)
             self.executor.feed(request_id, port, chunk)
         return chunk
 
@@ -84,7 +91,7 @@ class StageHost:
 
     def keep_rows(self, request_id: str, port: str, rows: Tensor) -> None:
         """New rows [n, ...] of a streamed input, from which chunks will be cut; StageError for misshapen ones."""
-        self._buffers.setdefault((request_id, port), RowBuffer()).push(rows)
+        self._buffer(request_id, port).push(rows)
 
     def compact_rows(self) -> None:
         """Lets go of large tensors of which only a few rows are kept."""
@@ -134,7 +141,13 @@ class StageHost:
         return len(self._buffers)
 
     def _input(self, request_id: str, port: str, value: Any) -> Any:
-        return self._buffers[request_id, port].cut(value) if isinstance(value, RowRange) else value
+        return self._buffer(request_id, port).cut(value) if isinstance(value, RowRange) else value
+
+    def _buffer(self, request_id: str, port: str) -> RowBuffer:
+        """Of a streamed input; of one that ends without a row it is made when its one chunk is cut."""
+        spec = self._inputs[port]
+        shape = spec.row_shape if isinstance(spec, TensorSpec) else ()
+        return self._buffers.setdefault((request_id, port), RowBuffer(shape))
 
     def _received(self, event: StageEvent) -> Iterator[StageEvent]:
         """An event as the loop takes it. Streamed ports of which a task gave no rows are read from its payload."""

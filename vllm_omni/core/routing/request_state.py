@@ -276,7 +276,7 @@ def _value_for(edge: Edge, payload: StagePayload) -> Any:
         raise StageError(
             f"stage {edge.source!r} gave no {edge.source_port!r} (it gave {given}), {reader}{fix}"
         ) from None
-    if isinstance(value, Tensor) and value.numel() == 0:
+    if isinstance(value, Tensor) and value.numel() == 0 and not edge.takes_chunks:
         raise StageError(
             f"stage {edge.source!r} gave an empty {edge.source_port!r} {list(value.shape)}, {reader}; "
             "if it wrote nothing, raise its min_tokens, or say `when: text` on the edge"

@@ -74,6 +74,8 @@ class AREngine(StageEngine):
             self._events += job.feed(port, chunk)
             for sequence in job.sequences[num_queued:]:
                 self._scheduler.add(sequence)
+            if job.is_done:  # the chunk was the last, and left nothing to compute
+                self._events.append(self._finish(job))
         except Exception as error:
             del job.sequences[num_queued:]  # what could not be queued
             self._events.append(self._fail(request_id, error))

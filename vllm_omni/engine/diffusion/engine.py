@@ -214,7 +214,7 @@ class DiffusionEngine(StageEngine):
         self._events.append(StageProgress(job.request_id, *job.progress(), previews=previews))
 
     def _finish(self, job: DiffusionJob) -> None:
-        tensors = job.tensors(self.model.output_port, self._reads)
+        tensors = job.tensors(self.model.output_port, self._reads, self.spec.signature)
         self._drop(job.request_id)
         payload = StagePayload(job.request_id, self.spec.stage.name, tensors, self.model.meta())
         self._events.append(StageDone(payload, {"steps": job.num_steps, "cache_hits": job.num_reused}))
