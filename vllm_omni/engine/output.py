@@ -4,6 +4,7 @@ are made and whole at the end. All of it is the caller's own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class PartialOutputs:
     def __init__(self, outputs: Sequence[str]) -> None:
         self._outputs = outputs
         self._num_samples: dict[str, int] = {}
+        self._num_characters: dict[str, int] = {}
         self._progress: dict[str, Progress] = {}
 
     def make(self, event: StageProgress | StageRows, stage: str) -> OmniOutput | None:
@@ -56,9 +58,33 @@ class PartialOutputs:
             return None
         return self._sound(event, stage)
 
+    def finished(self, payload: StagePayload, stage: str) -> OmniOutput | None:
+        """A RUNNING output with what a stage has made, where `outputs` lists it and it made something that was not
+        given in pieces: pictures, audio, completions with their ends. Of the first text, `text` is what the pieces left
+        out. StageError for what cannot be shown.
+        """
+        if stage not in self._outputs:
+            return None
+        made = make_result(payload)
+        if made.completions:
+            first, *others = made.completions
+            rest = dataclasses.replace(first, text=first.text[self._num_characters.get(stage, 0) :])
+            made = dataclasses.replace(made, completions=(rest, *others))
+        if stage in self._num_samples:
+            made = dataclasses.replace(made, audios=())
+        if not (made.completions or made.images or made.audios):
+            return None
+        return OmniOutput(
+            request_id=payload.request_id,
+            status=RequestStatus.RUNNING,
+            results={stage: made},
+            progress=dict(self._progress),
+        )
+
     def _step(self, event: StageProgress, stage: str) -> OmniOutput:
         self._progress[stage] = Progress(event.step, event.num_steps)
         is_text = event.text and stage in self._outputs
+        self._num_characters[stage] = self._num_characters.get(stage, 0) + len(event.text)
         piece = Completion(text=event.text, token_ids=(), finish_reason=None)
         result = StageResult(
             completions=(piece,) if is_text else (),

@@ -274,6 +274,8 @@ class OmniExecutor:
         now = self._clock()
         if isinstance(event, StageDone):
             self._scheduler.stage_done(event.request_id, stage, event.payload, event.metrics, now)
+            if self._scheduler.is_unfinished(event.request_id):  # else the final output says it at once
+                self._add_partial(stage, event)
         elif isinstance(event, StageFailed):
             self._scheduler.stage_failed(event.request_id, stage, event.error)
         elif isinstance(event, ChunkConsumed):
@@ -300,12 +302,17 @@ class OmniExecutor:
         except StageError as error:
             self._scheduler.fail(event.request_id, StageError(f"{edge}: {error}"))
 
-    def _add_partial(self, stage: str, event: StageProgress | StageRows) -> None:
+    def _add_partial(self, stage: str, event: StageProgress | StageRows | StageDone) -> None:
         """Hands the caller what is new, where the request streams; what cannot be shown ends it."""
         partials = self._partials.get(event.request_id)
         try:
             with stage_boundary(stage):
-                output = None if partials is None else partials.make(event, stage)
+                if partials is None:
+                    return
+                if isinstance(event, StageDone):
+                    output = partials.finished(event.payload, stage)
+                else:
+                    output = partials.make(event, stage)
         except OmniError as error:
             self._scheduler.fail(event.request_id, error)
             return

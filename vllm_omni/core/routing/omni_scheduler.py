@@ -158,6 +158,10 @@ class OmniScheduler:
         state = self._requests.running.get(request_id)
         return state is not None and state.streams.is_waiting(stage)
 
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether an admitted request has yet to end."""
+        return self._requests.is_unfinished(request_id)
+
     def rows_made(self, request_id: str, stage: str, port: str, num_rows: int, is_last: bool, now: float) -> list[Edge]:
         """A running stage has made so many rows of a port: the edges that they go over, for the hosts of the readers to
         keep. None when the request or the stage has ended.
