@@ -218,7 +218,7 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str | None
+    finish_reason: str | None  # stop, length; abort, timeout or error where the request ended first; None: a piece
     logprobs: tuple[Mapping[int, float], ...] | None = None
 
 
@@ -242,7 +242,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OmniOutput:
-    """The answer to a request: partial (`finished` False, only in streams) or final.
+    """The answer to a request: partial (`finished` False, only in streams) or final. A final one with an error holds
+    what was made until then: texts as far as they were written, the beginning of audio, finished pictures.
 
     The metrics of a stage: queued_s, ran_s, started_s (after admission), first_rows_s (after the stage's start, where
     it gives its rows as they are made), seed (of a stage that draws), steps, tokens, cache_hits and what else it

@@ -250,7 +250,7 @@ def test_a_failure_in_a_chain_ends_all_of_it_and_harms_nobody_else(params: Any, 
         raise outputs["bad"].error
     assert outputs["good"].error is None and torch.equal(outputs["good"].tensors["echo.sound"], sound(6, 100))
     assert_at_rest(loop)
-    assert all(host.cause_of_death is None for host in loop._hosts.values())
+    assert all(host.is_ready for host in loop._hosts.values())
 
 
 @pytest.mark.parametrize("params", [StreamParams(do="empty"), StreamParams(rows=0), StreamParams(rows=0, do="whole")])

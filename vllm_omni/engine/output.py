@@ -8,13 +8,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vllm_omni.core.routing.request_state import RequestEnd
 from vllm_omni.engine.boundary import clear_frames, stage_boundary
-from vllm_omni.errors import InvalidRequestError, OmniError, StageError
+from vllm_omni.errors import InvalidRequestError, OmniError, RequestAbortedError, RequestTimeoutError, StageError
 from vllm_omni.media.audio import Audio
 from vllm_omni.messages import StageProgress, StageRows
 from vllm_omni.payload import StagePayload
@@ -24,11 +25,11 @@ IMAGE_PORT = "image"
 AUDIO_PORT = "audio"
 
 
-def make_output(end: RequestEnd) -> OmniOutput:
-    """The final OmniOutput; what a failed request did finish is given as well. A caller who keeps its error keeps no
-    engine by that.
+def make_output(end: RequestEnd, unfinished: Mapping[str, StageResult] | None = None) -> OmniOutput:
+    """The final OmniOutput; what a request that failed did finish is given as well, and what it had made of the rest
+    (unfinished: by stage). A caller who keeps its error keeps no engine by that.
     """
-    output = _output_of(end)
+    output = _output_of(end, unfinished or {})
     if output.error is not None:
         clear_frames(output.error)
     return output
@@ -43,8 +44,9 @@ class PartialOutputs:
 
     def __init__(self, outputs: Sequence[str]) -> None:
         self._outputs = outputs
+        self._words: dict[str, list[str]] = {}
+        self._pieces: dict[str, list[Audio]] = {}
         self._num_samples: dict[str, int] = {}
-        self._num_characters: dict[str, int] = {}
         self._progress: dict[str, Progress] = {}
 
     def make(self, event: StageProgress | StageRows, stage: str) -> OmniOutput | None:
@@ -68,9 +70,10 @@ class PartialOutputs:
         made = make_result(payload)
         if made.completions:
             first, *others = made.completions
-            rest = dataclasses.replace(first, text=first.text[self._num_characters.get(stage, 0) :])
+            num_given = sum(map(len, self._words.pop(stage, ())))
+            rest = dataclasses.replace(first, text=first.text[num_given:])
             made = dataclasses.replace(made, completions=(rest, *others))
-        if stage in self._num_samples:
+        if self._pieces.pop(stage, None) is not None:
             made = dataclasses.replace(made, audios=())
         if not (made.completions or made.images or made.audios):
             return None
@@ -81,10 +84,21 @@ class PartialOutputs:
             progress=dict(self._progress),
         )
 
+    def given(self, stage: str) -> StageResult | None:
+        """What the pieces of a stage that is not finished come to; None without any."""
+        words, pieces = self._words.get(stage), self._pieces.get(stage)
+        audios: tuple[Audio, ...] = ()
+        if pieces:
+            samples = np.concatenate([piece.samples for piece in pieces], axis=1)
+            audios = (Audio(samples, pieces[0].sample_rate),)
+        completions = (Completion("".join(words), (), None),) if words else ()
+        return StageResult(completions, audios=audios) if completions or audios else None
+
     def _step(self, event: StageProgress, stage: str) -> OmniOutput:
         self._progress[stage] = Progress(event.step, event.num_steps)
         is_text = event.text and stage in self._outputs
-        self._num_characters[stage] = self._num_characters.get(stage, 0) + len(event.text)
+        if is_text:
+            self._words.setdefault(stage, []).append(event.text)
         piece = Completion(text=event.text, token_ids=(), finish_reason=None)
         result = StageResult(
             completions=(piece,) if is_text else (),
@@ -104,6 +118,7 @@ class PartialOutputs:
         start = self._num_samples.get(stage, 0)
         self._num_samples[stage] = start + len(event.rows)
         audios = to_audios(event.rows.T[None], event.meta.get("sample_rate"), stage, start)
+        self._pieces.setdefault(stage, []).extend(audios)
         return OmniOutput(
             request_id=event.request_id,
             status=RequestStatus.RUNNING,
@@ -151,16 +166,31 @@ def to_audios(sounds: Tensor, sample_rate: object, stage: str, start: int = 0) -
         raise StageError(f"stage {stage!r}: audio: {error}") from error
 
 
-def _output_of(end: RequestEnd) -> OmniOutput:
+def unfinished_result(
+    stage: str, payload: StagePayload | None, partials: PartialOutputs | None = None
+) -> StageResult | None:
+    """What a stage had made when its request ended: of the payload that says it, else what its pieces came to."""
+    if payload is not None:
+        try:
+            with stage_boundary(stage):
+                return make_result(payload)
+        except OmniError:  # it was not finished, and need not be whole
+            pass
+    return None if partials is None else partials.given(stage)
+
+
+def _output_of(end: RequestEnd, unfinished: Mapping[str, StageResult]) -> OmniOutput:
     results: dict[str, StageResult] = {}
     tensors: dict[str, Tensor] = {}
     status, error = end.status, end.error
-    try:
-        for entry in end.outputs:
-            stage, _, port = entry.partition(".")
-            payload = end.payloads.get(stage)
-            if payload is None:
-                continue
+    for entry in end.outputs:
+        stage, _, port = entry.partition(".")
+        payload = end.payloads.get(stage)
+        if payload is None:
+            if entry in unfinished:
+                results[stage] = _ended(unfinished[stage], end.error)
+            continue
+        try:
             with stage_boundary(stage):
                 if not port:
                     results[stage] = make_result(payload)
@@ -168,8 +198,8 @@ def _output_of(end: RequestEnd) -> OmniOutput:
                     tensors[entry] = payload.tensors[port].detach().clone()
                 else:
                     raise StageError(f"stage {stage!r} gave no {port!r}, which `outputs` lists")
-    except OmniError as failure:
-        results, tensors, status, error = {}, {}, RequestStatus.FAILED, error or failure
+        except OmniError as failure:
+            status, error = RequestStatus.FAILED, error or failure
     return OmniOutput(
         request_id=end.request.request_id,
         status=status,
@@ -179,6 +209,18 @@ def _output_of(end: RequestEnd) -> OmniOutput:
         params=end.params,
         error=error,
     )
+
+
+def _ended(result: StageResult, error: OmniError | None) -> StageResult:
+    """The same, its texts that were still being written ended by the error."""
+    reason = "error"
+    if isinstance(error, RequestTimeoutError | RequestAbortedError):
+        reason = "timeout" if isinstance(error, RequestTimeoutError) else "abort"
+    completions = (
+        dataclasses.replace(completion, finish_reason=completion.finish_reason or reason)
+        for completion in result.completions
+    )
+    return dataclasses.replace(result, completions=tuple(completions))
 
 
 def _completion(item: Mapping[str, Any]) -> Completion:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 
 import torch
 
 from vllm_omni.errors import ConfigError
 
+# In what torch says of a CPU, an accelerator and the libraries that compute there, in lower case.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,6 +53,26 @@ def multiplies_with_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN is the faster one at products with weights of this dtype."""
     is_x86_cpu = is_cpu(device) and platform.machine() in ("x86_64", "AMD64")
     return is_x86_cpu and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that memory could not be had."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+def release_memory() -> None:
+    """Gives memory that nobody uses any more back, also what the allocators of accelerators keep."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def total_memory_bytes(device: torch.device) -> int | None:

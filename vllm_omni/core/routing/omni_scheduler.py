@@ -199,12 +199,14 @@ class OmniScheduler:
             self._embeddings.set_cache((stage, key), (payload, counts), num_bytes)
         self._complete(state, stage, payload, metrics, now)
 
-    def stage_failed(self, request_id: str, stage: str, error: OmniError) -> None:
-        """A running stage gave up: the request ends FAILED; dropped when the request or the stage has ended."""
+    def stage_failed(self, request_id: str, stage: str, error: OmniError, made: StagePayload | None = None) -> None:
+        """A running stage gave up: the request ends FAILED; dropped when the request or the stage has ended. made: what
+        there was of its result.
+        """
         state = self._requests.working_on(request_id, stage)
         if state is None:
             return
-        state.drop(stage)
+        state.drop(stage, made)
         self.fail(request_id, error)
 
     def take_ends(self) -> list[RequestEnd]:

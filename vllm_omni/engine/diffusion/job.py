@@ -121,6 +121,10 @@ class DiffusionJob:
             found["latents"] = self._joined(self.latents, dim=0)
         return found
 
+    def finished_outputs(self, output_port: str) -> dict[str, Tensor]:
+        """[outputs, ...] of the outputs, or of the beginning of the one output, that are finished and kept."""
+        return {output_port: self._joined(self.outputs, dim=1)} if self.outputs else {}
+
     def _joined(self, parts: Mapping[int, Tensor], dim: int) -> Tensor:
-        ordered = [parts[index] for index in range(self.num_parts)]
+        ordered = [parts[index] for index in sorted(parts)]
         return torch.cat(ordered, dim=dim)[None] if self.is_chunked else torch.stack(ordered)
