@@ -95,6 +95,8 @@ class PartialOutputs:
         return StageResult(completions, audios=audios) if completions or audios else None
 
     def _step(self, event: StageProgress, stage: str) -> OmniOutput:
+        if not isinstance(event.text, str):
+            raise StageError(f"stage {stage!r}: new text is {type(event.text).__name__}, expected str")
         self._progress[stage] = Progress(event.step, event.num_steps)
         is_text = event.text and stage in self._outputs
         if is_text:

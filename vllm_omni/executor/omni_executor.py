@@ -170,7 +170,7 @@ class OmniExecutor:
         self._scheduler.shutdown()
         self._finish_ended()
         for host in self._hosts.values():
-            host.executor.shutdown()
+            host.shutdown()
         self._background.shutdown()
         self._builder.models.clear()
 

@@ -54,6 +54,7 @@ class StageHost:
         self._quiet_since: float | None = None
         self._broken: Exception | None = None  # why the engine is to be given up, at the next `poll` or `mend`
         self._recovery = Recovery()
+        self._is_shut_down = False
 
     def load(self) -> None:
         """Loads the engine and waits for it; leaves nothing behind when that fails."""
@@ -78,7 +79,7 @@ class StageHost:
         recovery, now = self._recovery, self._clock()
         if not self.tasks:
             self._give_up()
-        if recovery.cause is None:
+        if recovery.cause is None or self._is_shut_down:
             return
         try:
             if recovery.is_due(now):
@@ -96,10 +97,15 @@ class StageHost:
             if not isinstance(error, Exception):
                 raise
 
+    def shutdown(self) -> None:
+        """Frees the engine for good; may be called twice."""
+        self._is_shut_down = True
+        self.executor.shutdown()
+
     def submit(self, task: StageTask) -> Mapping[str, Any]:
         """Hands a task over: what its inputs are, chunks cut. StageError, and the task is lost, when that fails."""
         self.ensure_ready()
-        if not self.tasks:
+        if not self.tasks and not self._is_pending:
             self._quiet_since = None
         self.tasks[task.request_id] = set(self._streamed_ports)
         with self._losing(task.request_id):
@@ -282,6 +288,14 @@ class StageHost:
         except Exception as broken:
             self._break(broken)
         return failures + self._give_up()
+
+    @property
+    def _is_pending(self) -> bool:
+        """Whether the engine is still at work: on tasks that are gone, where there are none, and perhaps for ever."""
+        try:
+            return self.executor.activity() is Activity.PENDING
+        except Exception:
+            return False
 
     @property
     def _is_broken(self) -> bool:
