@@ -156,12 +156,14 @@ class StageHost:
             return failures
         if self._quiet_since is None:
             self._quiet_since = now
+        events: list[StageEvent] = []
         try:
             reported = self.executor.poll()
-            events = [event for found in reported for event in self._received(found)]
+            for found in reported:
+                events.extend(self._received(found))
             activity = self.executor.activity()
         except Exception as error:
-            return self._fail_all(error)
+            return events + self._fail_all(error)
         return events + self._stuck(bool(reported), activity, now, worker_timeout, is_waiting)
 
     def hold(self) -> None:
