@@ -53,7 +53,7 @@ def works_again(loop: OmniExecutor, clock: Any) -> bool:
     return [output.error for output in outputs if output.finished] == [None]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(plans, requests, st.booleans())
 def test_inline(plan: Plans, asked: list[Any], is_streamed: bool) -> None:
     HAUNTING.begin({})
@@ -80,7 +80,7 @@ def test_inline(plan: Plans, asked: list[Any], is_streamed: bool) -> None:
     assert works_again(loop, tick)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(plans, requests)
 def test_in_a_thread(plan: Plans, asked: list[Any]) -> None:
     HAUNTING.begin({})

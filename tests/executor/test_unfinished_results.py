@@ -183,8 +183,7 @@ def test_an_engine_that_cannot_say_loses_nothing_else() -> None:
 # Audio and pictures
 
 
-@pytest.mark.parametrize("how", ["abort", "timeout"])
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("how", "stream"), [("abort", True), ("timeout", False)])
 def test_speech_that_is_cut_has_its_words_and_the_audio_so_far(how: str, stream: bool) -> None:
     run = Run(load_config("tiny_speech"), request(prompt="read 3 7 red", params=DiffusionParams(seed=1)), stream)
     voices = engine(run.loop, "token2wav")._jobs

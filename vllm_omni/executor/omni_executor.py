@@ -65,8 +65,7 @@ class OmniExecutor:
         self._hosts: dict[str, StageHost] = {}
         self._outputs: list[OmniOutput] = []
         self._partials: dict[str, PartialOutputs] = {}
-        # When the step that is under way began, on `clock`; None between two. To be read from any thread.
-        self.step_started: float | None = None
+        self._step_started: float | None = None
         try:
             for name in pipeline.specs:
                 self._hosts[name] = self._load(name)
@@ -127,11 +126,11 @@ class OmniExecutor:
         """One step of every stage that has work and is not held back: the outputs that this made, partial and final.
         Stages that are broken are rebuilt here, each when its time has come.
         """
-        self.step_started = self._clock()
+        self._step_started = self._clock()
         try:
             self._step()
         finally:
-            self.step_started = None
+            self._step_started = None
         return self.take_outputs()
 
     def wait(self) -> None:
@@ -151,6 +150,11 @@ class OmniExecutor:
         self._finish_ended()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    @property
+    def step_started(self) -> float | None:
+        """When the step that is under way began, on the clock; None between two. From any thread, without a lock."""
+        return self._step_started
 
     @property
     def is_mending(self) -> bool:
@@ -187,7 +191,7 @@ class OmniExecutor:
         """The scheduler's gauges, `step_s` (seconds inside the step that is under way; 0 between two) and, by stage,
         what `StageHost.get_status` says; safe to call from another thread.
         """
-        started_s, timeout_s = self.step_started, self._scheduler.get_config().worker_timeout
+        started_s, timeout_s = self._step_started, self._scheduler.get_config().worker_timeout
         step_s = 0.0 if started_s is None else self._clock() - started_s
         stages = {name: host.get_status(timeout_s) for name, host in self._hosts.items()}
         return {**self._scheduler.get_status(), "step_s": step_s, "stages": stages}
