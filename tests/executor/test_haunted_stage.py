@@ -53,7 +53,7 @@ def works_again(loop: OmniExecutor, clock: Any) -> bool:
     return [output.error for output in outputs if output.finished] == [None]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(plans, requests, st.booleans())
 def test_inline(plan: Plans, asked: list[Any], is_streamed: bool) -> None:
     HAUNTING.begin({})

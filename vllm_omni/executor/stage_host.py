@@ -7,6 +7,7 @@ Knows since when it is silent; not what comes before or after the stage, nor who
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -85,6 +86,7 @@ class StageHost:
             if recovery.is_due(now):
                 recovery.load(now)
                 if is_out_of_memory(recovery.cause):
+                    gc.collect()
                     release_memory()
                 self.executor = self._build()
                 self.executor.start()

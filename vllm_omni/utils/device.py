@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 
 import torch
@@ -67,8 +66,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def release_memory() -> None:
-    """Gives memory that nobody uses any more back, also what the allocators of accelerators keep."""
-    gc.collect()
+    """Gives back what the allocators of accelerators keep, though nobody uses it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
