@@ -11,6 +11,7 @@ OmniError
 |- CacheError              a KV block or a step cache was misused
 |- ResourceError           memory does not suffice, now or ever
 `- StageError              a stage failed while it worked on a request; `__cause__` holds why
+   `- StageUnavailableError  the stage is being rebuilt after a failure; `retry_after_s` says when to ask again
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ class ResourceError(OmniError):
 
 class StageError(OmniError):
     """A stage failed while it worked on this request."""
+
+
+class StageUnavailableError(StageError):
+    """A stage is being rebuilt after a failure, and takes no task meanwhile. retry_after_s: when it may again."""
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 def _printable(message: str) -> str:

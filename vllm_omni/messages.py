@@ -128,10 +128,11 @@ class StageDone:
 
 @dataclass(frozen=True, slots=True)
 class StageFailed:
-    """The task ended without a result; the others go on."""
+    """The task ended without a whole result; the others go on."""
 
     request_id: str
     error: OmniError
+    made: StagePayload | None = None  # what there was of a result, as of `StageEngine.partial_result`
 
 
 StageEvent = StageProgress | StageWorked | StageRows | ChunkConsumed | StageDone | StageFailed

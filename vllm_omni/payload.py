@@ -23,6 +23,11 @@ class TensorSpec:
         pairs = zip(self.dims, other.dims, strict=True)
         return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """[...] of one row: without the first dimension, those that vary being 0."""
+        return tuple(size if isinstance(size, int) else 0 for size in self.dims[1:])
+
     def __str__(self) -> str:
         return "[" + ", ".join(map(str, self.dims)) + "]"
 
@@ -63,7 +68,8 @@ class StageSignature:
     required_inputs: frozenset[str] = frozenset()
     results: frozenset[str] = frozenset()  # the outputs that a bare stage name in a config's `outputs` asks for
     meta: frozenset[str] | None = None  # keys of the payload's meta besides its ports, for conditions; None: not known
-    streamed_inputs: frozenset[str] = frozenset()  # their value is always StreamChunks, a whole payload being one
+    # their value is always StreamChunks, a whole payload being one; a writer that made no row gives one empty chunk
+    streamed_inputs: frozenset[str] = frozenset()
     streamed_outputs: frozenset[str] = frozenset()  # they can be given row by row while the stage works
 
 

@@ -228,7 +228,9 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str | None  # "stop", or "length" where it reached max_tokens or another limit, which `note` names
+    # stop, or length where it reached max_tokens or another limit, which `note` names; abort, timeout or error where
+    # the request ended first; None of a piece
+    finish_reason: str | None
     # of every output position: token id -> log probability, the chosen token first
     logprobs: tuple[Mapping[int, float], ...] | None = None
     note: str | None = None  # which limit ended it that the request did not ask for; of final outputs
@@ -254,7 +256,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OmniOutput:
-    """The answer to a request: partial (`finished` False, only in streams) or final.
+    """The answer to a request: partial (`finished` False, only in streams) or final. A final one with an error holds
+    what was made until then: texts as far as they were written, the beginning of audio, finished pictures.
 
     A partial one holds what is new: of a stage that writes always its n completions, in their order, empty where a
     sample has nothing new. Joined, their texts, tokens and log probabilities are those of the final output;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,16 @@ from transformers import AutoTokenizer
 
 from tools.tiny.speech.evaluate import figures, held_out, judged
 from tools.tiny.speech.synthesise import has_synthesiser
-from vllm_omni import DiffusionParams, Omni
+from vllm_omni import DiffusionParams, Omni, SamplingParams
 from vllm_omni.utils.files import assets_folder
 
 MAX_BYTES = 20 * 2**20
 FOLDER = assets_folder() / "tiny-speech"
+WHOLE = (
+    "stages.talker.inputs={prompt_states: thinker.prompt_states, prompt_positions: thinker.prompt_positions, "
+    "reply_states: thinker.reply_states}",
+    "stages.token2wav.inputs={codes: talker.codes}",
+)
 needs_voice = pytest.mark.skipif(not has_synthesiser(), reason="espeak-ng is not installed")
 
 
@@ -68,3 +74,27 @@ def test_speech_is_the_same_alone_in_a_crowd_and_in_pieces(omni: Omni) -> None:
     *parts, whole = omni.stream(prompts[1], DiffusionParams(seed=3))
     assert len([part for part in parts if part.audios]) > 1
     np.testing.assert_allclose(whole.audios[0].samples, crowd[1].audios[0].samples, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ("", None, ("", "stop")),
+        ("say seven", {"thinker": SamplingParams(max_tokens=1)}, ("seven", "length")),
+        ("say seven", {"talker": SamplingParams(stop_token_ids=list(range(60)))}, ("seven", "stop")),
+    ],
+    ids=["no words", "one token", "the talker ends at once"],
+)
+@pytest.mark.parametrize("edges", [(), WHOLE], ids=["streamed", "whole"])
+def test_a_reply_whose_speech_comes_to_nothing_has_its_words_and_audio_of_no_length(
+    prompt: str, params: Any, words: tuple[str, str], edges: tuple[str, ...]
+) -> None:
+    with Omni("tiny_speech", overrides=edges) as omni:
+        (output,) = omni.generate(prompt, params)
+        *parts, streamed = omni.stream(prompt, params)
+        for final in (output, streamed):
+            assert final.error is None and (final.text, final.finish_reason) == words
+            (audio,) = final.audios
+            assert audio.samples.shape == (1, 0) and audio.sample_rate == 24_000
+        assert "".join(part.text or "" for part in parts) == words[0] and not any(part.audios for part in parts)
+        omni._executor.check_integrity()

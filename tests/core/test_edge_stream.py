@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vllm_omni.config.schema import StreamConfig
 from vllm_omni.errors import StageError
+from vllm_omni.executor.row_buffer import RowBuffer
 from vllm_omni.payload import StreamChunk
 
 
@@ -202,10 +203,19 @@ def test_rows_of_another_shape_are_refused(more: Tensor, words: str) -> None:
         stream.push(more)
 
 
-def test_rows_after_the_last_and_an_end_without_rows_are_refused() -> None:
+def test_an_end_without_any_row_is_one_empty_chunk_of_the_declared_shape() -> None:
     stream = Stream(StreamConfig())
-    with pytest.raises(StageError, match="ended without a row"):
-        stream.close()
+    stream.buffer = RowBuffer((3, 2))
+    assert not stream.has_chunk
+    stream.close()
+    (only,) = drain(stream)
+    assert only.is_last and only.rows.shape == (0, 3, 2) and only.start == only.stop == 0
+    stream.consume(0.0)
+    assert stream.is_finished and not stream.is_full and not stream.is_on_first_chunk
+
+
+def test_rows_after_the_last_are_refused() -> None:
+    stream = Stream(StreamConfig())
     stream.push(rows(0, 1), is_last=True)
     stream.close()
     with pytest.raises(StageError, match="after the last"):

@@ -45,7 +45,7 @@ def test_a_sound_knows_its_channels_and_length_and_cannot_be_written_into() -> N
     [
         (np.zeros((1, 4)), 16_000, r"got float64 \[1, 4\], expected a numpy array float32 \[channels, n\]"),
         (np.zeros(4, np.float32), 16_000, r"got float32 \[4\]"),
-        (np.zeros((1, 0), np.float32), 16_000, r"got float32 \[1, 0\]"),
+        (np.zeros((0, 4), np.float32), 16_000, r"got float32 \[0, 4\]"),
         ([[0.0]], 16_000, "samples: got list"),
         (np.full((1, 4), np.nan, np.float32), 16_000, "NaN or infinite"),
         (np.full((1, 4), np.inf, np.float32), 16_000, "NaN or infinite"),
@@ -152,6 +152,19 @@ def test_a_payload_becomes_one_sound_per_output() -> None:
     assert np.array_equal(audios[0].samples, before)  # the caller owns it
 
 
+def test_audio_of_no_length_can_be_shown_and_saved_as_any_other(tmp_path: Path) -> None:
+    (audio,) = make_result(payload(torch.zeros(1, 1, 0), sample_rate=24_000)).audios
+    assert audio.samples.shape == (1, 0) and audio.sample_rate == 24_000 and audio.duration_s == 0
+    assert repr(audio) == "Audio(0.00 s, mono, 24000 Hz)" and "<audio" in audio._repr_html_()
+    for suffix in (".wav", ".flac", ".ogg"):
+        path = tmp_path / f"a{suffix}"
+        audio.save(path)
+        with soundfile.SoundFile(path) as file:
+            assert file.frames == (suffix != ".wav") and (file.samplerate, file.channels) == (24_000, 1)
+    audio.plot(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 100
+
+
 def test_half_precision_is_widened_and_no_audio_is_none() -> None:
     (audio,) = make_result(payload(torch.ones(1, 1, 4, dtype=torch.bfloat16), sample_rate=8000)).audios
     assert audio.samples.dtype == np.float32
@@ -165,7 +178,7 @@ def test_half_precision_is_widened_and_no_audio_is_none() -> None:
         (torch.zeros(2, 8), {"sample_rate": 8000}, r"audio is torch.float32 \[2, 8\], expected floating point \[N, ch"),
         (torch.zeros(1, 2, 8, dtype=torch.int16), {"sample_rate": 8000}, "audio is torch.int16"),
         (torch.full((1, 2, 8), torch.nan), {"sample_rate": 8000}, "NaN or infinite"),
-        (torch.zeros(1, 2, 0), {"sample_rate": 8000}, "not empty"),
+        (torch.zeros(1, 0, 8), {"sample_rate": 8000}, r"float32 \[0, 8\]"),
     ],
 )
 def test_a_stage_that_gives_no_sound_is_to_blame(sounds: torch.Tensor, meta: dict[str, Any], words: str) -> None:

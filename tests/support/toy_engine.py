@@ -6,6 +6,7 @@ They misbehave on demand, by request or by option, in every way that a stage can
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,10 +48,13 @@ class PictureParams(StageParams):
 
 @dataclass(frozen=True, slots=True)
 class ToyOptions:
-    """weights_bytes: for the memory plan. step_s: how long a step takes. fails_to_load, is_broken: who raises."""
+    """weights_bytes: for the memory plan. step_s, load_s: how long a step takes, or loading. fails_to_load, is_broken:
+    who raises.
+    """
 
     weights_bytes: int = 1000
     step_s: float = 0.0
+    load_s: float = 0.0
     fails_to_load: bool = False
     is_broken: bool = False
 
@@ -94,11 +98,15 @@ class ToyEngine(StageEngine):
     """One step for every task per call. A task's `do` makes it misbehave:
 
     fail, raise (from step), raise_once, lose (forgotten without an event), hang (no more
-    events), interrupt (Ctrl-C, once), no_output, bad_image.
+    events), block (a step that does not end before `released` is set), interrupt (Ctrl-C, once), exit (SystemExit),
+    no_memory (torch's error), no_host_memory (the CPU allocator's), no_output, bad_image.
     """
+
+    released = threading.Event()
 
     def __init__(self, spec: StageSpec, context: EngineContext) -> None:
         options: ToyOptions = spec.stage.options
+        time.sleep(options.load_s)
         if options.fails_to_load:
             raise RuntimeError("weights are on fire")
         self.stage = spec.stage
@@ -163,9 +171,26 @@ class ToyEngine(StageEngine):
         if do == "raise" or (do == "raise_once" and request_id not in self.raised):
             self.raised.add(request_id)
             raise RuntimeError("boom")
+        if do == "block":
+            self.released.wait()
+        if do == "exit":
+            raise SystemExit("leaving")
+        if do == "no_memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        if do == "no_host_memory":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         if do == "interrupt" and request_id not in self.raised:
             self.raised.add(request_id)
             signal.raise_signal(signal.SIGINT)
+
+    def partial_result(self, request_id: str) -> StagePayload | None:
+        """The words so far, one completion."""
+        work = self.work.get(request_id)
+        if work is None or not work.step:
+            return None
+        text = self.words(work) * work.step
+        completion = {"text": text, "token_ids": [ord(letter) for letter in text], "finish_reason": None}
+        return StagePayload(request_id, self.stage.name, meta={"completions": [completion]} if text else {})
 
     def words(self, work: Work) -> str:
         return ""

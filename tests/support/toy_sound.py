@@ -63,7 +63,7 @@ class SpeakerEngine(Voice):
         return [self._as_sound(event) for event in super().advance(request_id, work, params)]
 
     def finish(self, request_id: str, port: str) -> StageDone:
-        whole = torch.cat(self.work.pop(request_id).made) * SCALE
+        whole = torch.cat([torch.zeros(0, 2), *self.work.pop(request_id).made]) * SCALE
         payload = StagePayload(request_id, self.stage.name, {"audio": whole.T[None]}, {"sample_rate": RATE})
         return StageDone(payload, {"steps": 1})
 

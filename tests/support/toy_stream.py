@@ -123,7 +123,8 @@ class StreamEngine(StageEngine):
 
     def finish(self, request_id: str, port: str) -> StageDone:
         made = self.work.pop(request_id).made
-        whole = {port: torch.cat(made)} if made and port in self.context.reads.whole else {}
+        nothing = torch.zeros(0, WIDTH, dtype=torch.int64)
+        whole = {port: torch.cat([nothing, *made])} if port in self.context.reads.whole else {}
         return StageDone(StagePayload(request_id, self.stage.name, whole), {"steps": 1})
 
     def fail(self, request_id: str) -> list[StageEvent]:
@@ -168,7 +169,8 @@ class Writer(StreamEngine):
         if do == "idle" and work.num_made == 2:
             return [StageProgress(request_id, 2, 6)]
         if do == "empty":
-            return [StageRows(request_id, "codes", row[:0], is_last=True)]
+            last = StageRows(request_id, "codes", row[:0], is_last=True)
+            return [last] if work.step == 1 else [self.finish(request_id, "codes")]
         return None
 
     def _done(self, request_id: str, do: str | None) -> StageDone:
@@ -176,7 +178,8 @@ class Writer(StreamEngine):
         done = self.finish(request_id, "codes")
         if do != "whole":
             return done
-        return StageDone(StagePayload(request_id, self.stage.name, {"codes": torch.cat(made)}), done.metrics)
+        whole = torch.cat([torch.zeros(0, WIDTH, dtype=torch.int64), *made])
+        return StageDone(StagePayload(request_id, self.stage.name, {"codes": whole}), done.metrics)
 
 
 class Voice(StreamEngine):

@@ -18,7 +18,7 @@ from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, OmniConfig, St
 from vllm_omni.errors import ConfigError, StageError
 from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.params import StageParams
-from vllm_omni.payload import StageSignature, StreamChunk
+from vllm_omni.payload import StagePayload, StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.files import ModelFolders
 
@@ -184,6 +184,12 @@ class StageEngine(ABC):
     @abstractmethod
     def abort(self, request_id: str) -> None:
         """Drops a task and frees all it held; unknown ids are fine. No event follows."""
+
+    def partial_result(self, request_id: str) -> StagePayload | None:
+        """What a task has made so far of what a caller gets, as its payload would hold it: texts without a finish
+        reason, finished pictures, the beginning of audio. None where that is nothing. Changes nothing.
+        """
+        return None
 
     @abstractmethod
     def activity(self) -> Activity:

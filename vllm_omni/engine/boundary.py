@@ -5,8 +5,16 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from vllm_omni.errors import OmniError, StageError
+from vllm_omni.errors import OmniError, ResourceError, StageError
+from vllm_omni.utils.device import is_out_of_memory
+
+if TYPE_CHECKING:
+    from vllm_omni.engine.base import StageEngine
+    from vllm_omni.payload import StagePayload
+
+FIX_MEMORY = "ask for less at once: a smaller picture, a shorter prompt, fewer outputs or requests"
 
 
 @contextmanager
@@ -22,12 +30,15 @@ def stage_boundary(stage: str) -> Iterator[None]:
 
 def stage_error(stage: str, cause: Exception) -> StageError:
     """A StageError that names the stage; one that already does stays as it is. The cause keeps its lines, but lets go
-    of its frames' tensors.
+    of its frames' tensors. Where memory could not be had, the cause is a ResourceError that says so.
     """
     clear_frames(cause)
     prefix = f"stage {stage!r} failed: "
     if isinstance(cause, StageError) and str(cause).startswith(prefix):
         return cause
+    if is_out_of_memory(cause) and not isinstance(cause, OmniError):
+        lacking = ResourceError(f"out of memory: {describe(cause)}; {FIX_MEMORY}")
+        lacking.__cause__, cause = cause, lacking
     error = StageError(prefix + describe(cause))
     error.__cause__ = cause
     return error
@@ -36,6 +47,14 @@ def stage_error(stage: str, cause: Exception) -> StageError:
 def as_stage_error(stage: str, cause: Exception) -> OmniError:
     """An OmniError as it is, anything else as a StageError."""
     return cause if isinstance(cause, OmniError) else stage_error(stage, cause)
+
+
+def made_so_far(engine: StageEngine, request_id: str) -> StagePayload | None:
+    """What a task of an engine that may be broken has made; None where it cannot say."""
+    try:
+        return engine.partial_result(request_id)
+    except Exception:
+        return None
 
 
 def clear_frames(error: BaseException) -> None:

@@ -4,16 +4,19 @@ are made and whole at the end. All of it is the caller's own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vllm_omni.core.routing.request_state import RequestEnd
 from vllm_omni.engine.boundary import clear_frames, stage_boundary
-from vllm_omni.errors import InvalidRequestError, OmniError, StageError
+from vllm_omni.errors import InvalidRequestError, OmniError, RequestAbortedError, RequestTimeoutError, StageError
 from vllm_omni.media.audio import Audio
 from vllm_omni.messages import StageProgress, StageRows
 from vllm_omni.payload import StagePayload
@@ -23,11 +26,11 @@ IMAGE_PORT = "image"
 AUDIO_PORT = "audio"
 
 
-def make_output(end: RequestEnd) -> OmniOutput:
-    """The final OmniOutput; what a failed request did finish is given as well. A caller who keeps its error keeps no
-    engine by that.
+def make_output(end: RequestEnd, unfinished: Mapping[str, StageResult] | None = None) -> OmniOutput:
+    """The final OmniOutput; what a request that failed did finish is given as well, and what it had made of the rest
+    (unfinished: by stage). A caller who keeps its error keeps no engine by that.
     """
-    output = _output_of(end)
+    output = _output_of(end, unfinished or {})
     if output.error is not None:
         clear_frames(output.error)
     return output
@@ -42,6 +45,8 @@ class PartialOutputs:
 
     def __init__(self, outputs: Sequence[str]) -> None:
         self._outputs = outputs
+        self._given: dict[str, list[_Given]] = {}  # by stage, of each sample
+        self._pieces: dict[str, list[Audio]] = {}
         self._num_samples: dict[str, int] = {}
         self._progress: dict[str, Progress] = {}
 
@@ -56,9 +61,47 @@ class PartialOutputs:
             return None
         return self._sound(event, stage)
 
+    def finished(self, payload: StagePayload, stage: str) -> OmniOutput | None:
+        """A RUNNING output with what a stage has made, where `outputs` lists it and it made something that was not
+        given in pieces: pictures, audio, what the pieces of its texts left out. StageError for what cannot be shown.
+        """
+        if stage in self._progress:
+            num_steps = self._progress[stage].step
+            self._progress[stage] = Progress(num_steps, num_steps)
+        if stage not in self._outputs:
+            return None
+        made = make_result(payload)
+        given = self._given.pop(stage, None) or [_Given() for _ in made.completions]
+        rests = tuple(pieces.rest(whole) for pieces, whole in zip(given, made.completions, strict=True))
+        made = dataclasses.replace(made, completions=rests if any(map(_is_new, rests)) else ())
+        if self._pieces.pop(stage, None) is not None:
+            made = dataclasses.replace(made, audios=())
+        if not (made.completions or made.images or made.audios):
+            return None
+        return OmniOutput(
+            request_id=payload.request_id,
+            status=RequestStatus.RUNNING,
+            results={stage: made},
+            progress=dict(self._progress),
+        )
+
+    def given(self, stage: str) -> StageResult | None:
+        """What the pieces of a stage that is not finished come to; None without any."""
+        texts, pieces = self._given.get(stage, ()), self._pieces.get(stage)
+        audios: tuple[Audio, ...] = ()
+        if pieces:
+            samples = np.concatenate([piece.samples for piece in pieces], axis=1)
+            audios = (Audio(samples, pieces[0].sample_rate),)
+        completions = tuple(text.joined() for text in texts)
+        return StageResult(completions, audios=audios) if completions or audios else None
+
     def _step(self, event: StageProgress, stage: str) -> OmniOutput:
+        if not isinstance(event.text, str):
+            raise StageError(f"stage {stage!r}: new text is {type(event.text).__name__}, expected str")
         self._progress[stage] = Progress(event.step, event.num_steps)
-        is_text = stage in self._outputs and (event.text or event.token_ids)
+        is_text = stage in self._outputs and bool(event.text or event.token_ids)
+        if is_text:
+            self._note(event, stage)
         result = StageResult(
             completions=_pieces(event) if is_text else (),
             previews=() if event.previews is None else to_images(event.previews, stage),
@@ -71,18 +114,51 @@ class PartialOutputs:
             progress=dict(self._progress),
         )
 
+    def _note(self, event: StageProgress, stage: str) -> None:
+        given = self._given.setdefault(stage, [_Given() for _ in range(event.num_samples)])[event.sample]
+        given.text += event.text
+        given.token_ids += event.token_ids
+        given.logprobs += event.logprobs or ()
+        given.finish_reason = event.finish_reason
+
     def _sound(self, event: StageRows, stage: str) -> OmniOutput:
         if event.rows.dim() != 2:
             raise StageError(f"stage {stage!r}: rows of audio are {list(event.rows.shape)}, expected [n, channels]")
         start = self._num_samples.get(stage, 0)
         self._num_samples[stage] = start + len(event.rows)
         audios = to_audios(event.rows.T[None], event.meta.get("sample_rate"), stage, start)
+        self._pieces.setdefault(stage, []).extend(audios)
         return OmniOutput(
             request_id=event.request_id,
             status=RequestStatus.RUNNING,
             results={stage: StageResult(audios=audios)},
             progress=dict(self._progress),
         )
+
+
+@dataclass(slots=True)
+class _Given:
+    """What the pieces of one sample's text came to."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Mapping[int, float]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def rest(self, whole: Completion) -> Completion:
+        """What the pieces left out."""
+        num_tokens = len(self.token_ids)
+        reason = None if self.finish_reason is not None else whole.finish_reason
+        logprobs = None if whole.logprobs is None else whole.logprobs[num_tokens:]
+        return Completion(whole.text[len(self.text) :], whole.token_ids[num_tokens:], reason, logprobs)
+
+    def joined(self) -> Completion:
+        logprobs = tuple(self.logprobs) if self.logprobs else None
+        return Completion(self.text, tuple(self.token_ids), self.finish_reason, logprobs)
+
+
+def _is_new(rest: Completion) -> bool:
+    return bool(rest.text or rest.token_ids or rest.finish_reason)
 
 
 def _pieces(event: StageProgress) -> tuple[Completion, ...]:
@@ -131,16 +207,31 @@ def to_audios(sounds: Tensor, sample_rate: object, stage: str, start: int = 0) -
         raise StageError(f"stage {stage!r}: audio: {error}") from error
 
 
-def _output_of(end: RequestEnd) -> OmniOutput:
+def unfinished_result(
+    stage: str, payload: StagePayload | None, partials: PartialOutputs | None = None
+) -> StageResult | None:
+    """What a stage had made when its request ended: of the payload that says it, else what its pieces came to."""
+    if payload is not None:
+        try:
+            with stage_boundary(stage):
+                return make_result(payload)
+        except OmniError:  # it was not finished, and need not be whole
+            pass
+    return None if partials is None else partials.given(stage)
+
+
+def _output_of(end: RequestEnd, unfinished: Mapping[str, StageResult]) -> OmniOutput:
     results: dict[str, StageResult] = {}
     tensors: dict[str, Tensor] = {}
     status, error = end.status, end.error
-    try:
-        for entry in end.outputs:
-            stage, _, port = entry.partition(".")
-            payload = end.payloads.get(stage)
-            if payload is None:
-                continue
+    for entry in end.outputs:
+        stage, _, port = entry.partition(".")
+        payload = end.payloads.get(stage)
+        if payload is None:
+            if entry in unfinished:
+                results[stage] = _ended(unfinished[stage], end.error)
+            continue
+        try:
             with stage_boundary(stage):
                 if not port:
                     results[stage] = make_result(payload)
@@ -148,8 +239,8 @@ def _output_of(end: RequestEnd) -> OmniOutput:
                     tensors[entry] = payload.tensors[port].detach().clone()
                 else:
                     raise StageError(f"stage {stage!r} gave no {port!r}, which `outputs` lists")
-    except OmniError as failure:
-        results, tensors, status, error = {}, {}, RequestStatus.FAILED, error or failure
+        except OmniError as failure:
+            status, error = RequestStatus.FAILED, error or failure
     return OmniOutput(
         request_id=end.request.request_id,
         status=status,
@@ -159,6 +250,18 @@ def _output_of(end: RequestEnd) -> OmniOutput:
         params=end.params,
         error=error,
     )
+
+
+def _ended(result: StageResult, error: OmniError | None) -> StageResult:
+    """The same, its texts that were still being written ended by the error."""
+    reason = "error"
+    if isinstance(error, RequestTimeoutError | RequestAbortedError):
+        reason = "timeout" if isinstance(error, RequestTimeoutError) else "abort"
+    completions = (
+        dataclasses.replace(completion, finish_reason=completion.finish_reason or reason)
+        for completion in result.completions
+    )
+    return dataclasses.replace(result, completions=tuple(completions))
 
 
 def _completion(item: Mapping[str, Any]) -> Completion:

@@ -143,7 +143,7 @@ class LoopThread:
         try:
             while self._executor.has_work() or not self._is_stopping:
                 self._run_commands()
-                if self._executor.has_work():
+                if self._has_turn():
                     self._deliver(self._executor.step())
                     self._executor.wait()
         except BaseException as error:
@@ -152,9 +152,12 @@ class LoopThread:
         finally:
             self._end()
 
+    def _has_turn(self) -> bool:
+        return self._executor.has_work() or self._executor.is_mending
+
     def _run_commands(self) -> None:
         with self._wake:
-            while not self._commands and not self._executor.has_work() and not self._is_stopping:
+            while not self._commands and not self._has_turn() and not self._is_stopping:
                 self._wake.wait()
         while self._commands:
             command = self._commands.popleft()

@@ -88,9 +88,10 @@ class Omni:
         return [item if isinstance(item, OmniOutput) else outputs[item] for item in order]
 
     def stream(self, prompt: PromptLike, params: Params | None = None) -> Generator[OmniOutput, None, None]:
-        """Partial outputs of one prompt as they are made (new text, new pieces of sound, previews where `num_previews`
-        asks for them), then exactly one final output that holds all text and sound, and the pictures. Each partial one
-        tells in `progress` how far every stage is.
+        """Partial outputs of one prompt as they are made (new text, new pieces of audio, what a stage of `outputs` has
+        finished while others go on, previews where `num_previews` asks for them), each named by its stage; then exactly
+        one final output that holds all text, audio and pictures. Each partial one tells in `progress` how far every
+        stage is.
 
         The request begins at the first `next`. Closing the generator early, or an interrupt, aborts it in all stages at
         once; leaving a `for` over it closes it, `contextlib.closing` does where it has a name. Several may be open.

@@ -8,12 +8,14 @@ from typing import Any
 
 from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.messages import StageEvent, StageTask
-from vllm_omni.payload import StreamChunk
+from vllm_omni.payload import StagePayload, StreamChunk
 
 
 class StageExecutor(ABC):
-    """Hosts the engine of one stage. No method blocks for longer than one engine step; an executor whose engine runs
-    elsewhere calls `wake` when there is something to poll.
+    """Hosts the engine of one stage, from `start` to `shutdown`, once; a stage that is rebuilt has another one.
+
+    No method but `ensure_loaded` blocks for longer than one engine step in the caller's thread, and none waits for an
+    engine that runs elsewhere and is stuck. Such an executor calls `wake` when there is something to poll.
     """
 
     @abstractmethod
@@ -22,7 +24,15 @@ class StageExecutor(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Loads the engine."""
+        """Begins to load the engine; where it runs in the caller's thread, it is loaded when this returns."""
+
+    @abstractmethod
+    def is_loaded(self) -> bool:
+        """Whether tasks can be submitted; raises what loading raised."""
+
+    @abstractmethod
+    def ensure_loaded(self) -> None:
+        """Waits until it is loaded; raises what loading raised."""
 
     @abstractmethod
     def submit(self, task: StageTask) -> None:
@@ -45,6 +55,10 @@ class StageExecutor(ABC):
         """As StageEngine.abort: no event of the task follows."""
 
     @abstractmethod
+    def partial_result(self, request_id: str) -> StagePayload | None:
+        """As StageEngine.partial_result; None where the engine does not answer in time."""
+
+    @abstractmethod
     def poll(self) -> list[StageEvent]:
         """Events since the last poll; an inline executor runs one engine step here."""
 
@@ -55,13 +69,23 @@ class StageExecutor(ABC):
         """
 
     @abstractmethod
+    def responds(self) -> bool:
+        """Whether the engine answers; not while it is stuck in a step."""
+
+    @abstractmethod
+    def breakdown(self) -> Exception | None:
+        """Why the engine cannot go on, where that shows in no `poll`."""
+
+    @abstractmethod
     def get_stats(self) -> Mapping[str, Any]:
-        """As StageEngine.get_stats."""
+        """As StageEngine.get_stats; the last known ones where the engine does not answer in time."""
 
     @abstractmethod
     def check_integrity(self) -> None:
-        """As StageEngine.check_integrity."""
+        """As StageEngine.check_integrity; raises also where the engine does not answer in time."""
 
     @abstractmethod
-    def shutdown(self) -> None:
-        """Frees the engine; may be called twice."""
+    def shutdown(self, *, wait: bool = True) -> None:
+        """Frees the engine; may be called twice. wait: for a step that is under way; else the engine is freed when it
+        has ended, and nothing that it reports is heard.
+        """

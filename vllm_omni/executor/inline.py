@@ -9,11 +9,13 @@ from vllm_omni.engine.base import Activity, EngineContext, StageEngine, StageSpe
 from vllm_omni.errors import StageError
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.messages import StageEvent, StageTask
-from vllm_omni.payload import StreamChunk
+from vllm_omni.payload import StagePayload, StreamChunk
 
 
 class InlineExecutor(StageExecutor):
-    """`poll` runs one engine step; every call is a plain call of the engine's method."""
+    """`poll` runs one engine step; every call is a plain call of the engine's method. A step that hangs cannot be
+    interrupted: it holds the caller.
+    """
 
     def __init__(self, spec: StageSpec, context: EngineContext, wake: Callable[[], None]) -> None:
         self._spec = spec
@@ -23,6 +25,12 @@ class InlineExecutor(StageExecutor):
     def start(self) -> None:
         if self._engine is None:
             self._engine = self._spec.load(self._context)
+
+    def is_loaded(self) -> bool:
+        return self._engine is not None
+
+    def ensure_loaded(self) -> None:
+        self.start()
 
     def submit(self, task: StageTask) -> None:
         self._started.submit(task)
@@ -39,6 +47,9 @@ class InlineExecutor(StageExecutor):
     def abort(self, request_id: str) -> None:
         self._started.abort(request_id)
 
+    def partial_result(self, request_id: str) -> StagePayload | None:
+        return self._started.partial_result(request_id)
+
     def poll(self) -> list[StageEvent]:
         engine = self._started
         return engine.step() if engine.activity() is Activity.BUSY else []
@@ -46,13 +57,19 @@ class InlineExecutor(StageExecutor):
     def activity(self) -> Activity:
         return Activity.IDLE if self._engine is None else self._engine.activity()
 
+    def responds(self) -> bool:
+        return True
+
+    def breakdown(self) -> Exception | None:
+        return None
+
     def get_stats(self) -> Mapping[str, Any]:
         return {} if self._engine is None else self._engine.get_stats()
 
     def check_integrity(self) -> None:
         self._started.check_integrity()
 
-    def shutdown(self) -> None:
+    def shutdown(self, *, wait: bool = True) -> None:
         self._engine = None
 
     @property

@@ -11,21 +11,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from vllm_omni import registry
 from vllm_omni.config.graph import Edge
-from vllm_omni.config.schema import StageConfig
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
 from vllm_omni.core.routing.request_plan import RequestPlan
-from vllm_omni.engine.base import EngineContext, MemoryPlan
+from vllm_omni.core.routing.request_state import RequestEnd
+from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.engine.boundary import as_stage_error, clear_frames, describe, stage_boundary
-from vllm_omni.engine.output import PartialOutputs, make_output
+from vllm_omni.engine.output import PartialOutputs, make_output, unfinished_result
 from vllm_omni.errors import OmniError, SchedulerError, StageError
-from vllm_omni.executor.base import StageExecutor
 from vllm_omni.executor.edge_traffic import EdgeTraffic
 from vllm_omni.executor.loading_step import LoadingStep, OnLoading, announce
 from vllm_omni.executor.memory import plan_memory, reserve_memory
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.planner import RequestPlanner
+from vllm_omni.executor.stage_builder import StageBuilder
 from vllm_omni.executor.stage_host import StageHost
 from vllm_omni.executor.wake import Wake
 from vllm_omni.messages import (
@@ -41,10 +40,9 @@ from vllm_omni.messages import (
     StageRows,
     StageTask,
 )
-from vllm_omni.request import OmniOutput, OmniRequest
-from vllm_omni.utils.device import resolve_device, resolve_dtype, set_threads
+from vllm_omni.request import OmniOutput, OmniRequest, StageResult
+from vllm_omni.utils.device import set_threads
 from vllm_omni.worker.background import Background
-from vllm_omni.worker.model_pool import ModelPool
 
 MAX_WAIT_S = 0.05
 
@@ -72,14 +70,14 @@ class OmniExecutor:
         self._memory = reserve_memory(pipeline.config, plans)
         if pipeline.config.threads is not None:
             set_threads(pipeline.config.threads)
-        self._models = ModelPool()
-        self._devices = {name: resolve_device(spec.stage.device) for name, spec in pipeline.specs.items()}
         self._wake = Wake()
         self._background = Background(self._wake)
+        self._builder = StageBuilder(pipeline, self._background, self._wake)
         self._traffic = EdgeTraffic()
         self._hosts: dict[str, StageHost] = {}
         self._outputs: list[OmniOutput] = []
         self._partials: dict[str, PartialOutputs] = {}
+        self._step_started: float | None = None
         try:
             for name in pipeline.specs:
                 self._hosts[name] = self._load(name, plans[name], on_loading)
@@ -118,7 +116,8 @@ class OmniExecutor:
             if isinstance(plan, OmniError):
                 raise plan
             for name in plan.stages:
-                self._hosts[name].ensure_alive()
+                self._hosts[name].mend()
+                self._hosts[name].ensure_ready()
             self._scheduler.schedule(request, plan, now=now)
         except OmniError as error:
             self._scheduler.reject(request, error)
@@ -136,31 +135,22 @@ class OmniExecutor:
         self._scheduler.set_caller_behind(request_id, is_behind)
 
     def step(self) -> list[OmniOutput]:
-        """One step of every stage that has work and is not held back: the outputs that this made, partial and final."""
-        busy = [name for name, host in self._hosts.items() if host.is_busy()]
-        held_back = self._scheduler.hold_back(busy, self._devices)
-        for name, host in self._hosts.items():
-            self._carry_out_orders()
-            self._finish_ended()
-            if name in held_back:
-                host.hold()
-                continue
-            timeout_s = self._scheduler.get_config().worker_timeout
-            for event in host.poll(self._clock(), timeout_s, partial(self._scheduler.is_waiting, stage=name)):
-                try:
-                    self._receive(name, event)
-                except Exception as error:  # what the event holds is not what it should be
-                    self._scheduler.fail(event.request_id, as_stage_error(name, error))
-        self._carry_out_orders()
-        for host in self._hosts.values():
-            host.compact_rows()
+        """One step of every stage that has work and is not held back: the outputs that this made, partial and final.
+        Stages that are broken are rebuilt here, each when its time has come.
+        """
+        self._step_started = self._clock()
+        try:
+            self._step()
+        finally:
+            self._step_started = None
         return self.take_outputs()
 
     def wait(self) -> None:
         """Sleeps while no stage could do anything, until something wakes it, but not for long: deadlines pass. Returns
         at once when a step would do something.
         """
-        if self.has_work() and not self._outputs and not any(host.is_busy() for host in self._hosts.values()):
+        is_waiting = self.has_work() or self.is_mending
+        if is_waiting and not self._outputs and not any(host.is_busy() for host in self._hosts.values()):
             self._wake.wait(MAX_WAIT_S)
 
     def wake(self) -> None:
@@ -172,6 +162,16 @@ class OmniExecutor:
         self._finish_ended()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    @property
+    def step_started(self) -> float | None:
+        """When the step that is under way began, on the clock; None between two. From any thread, without a lock."""
+        return self._step_started
+
+    @property
+    def is_mending(self) -> bool:
+        """Whether a stage is being rebuilt: then `step` has something to do now and then, also without a request."""
+        return not all(host.is_ready for host in self._hosts.values())
 
     def has_work(self) -> bool:
         """Whether `step` or `take_outputs` will still give something."""
@@ -186,11 +186,11 @@ class OmniExecutor:
         self._scheduler.shutdown()
         self._finish_ended()
         for host in self._hosts.values():
-            host.executor.shutdown()
+            host.shutdown()
         for spec in self._pipeline.specs.values():
             spec.close()
         self._background.shutdown()
-        self._models.clear()
+        self._builder.models.clear()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -202,11 +202,13 @@ class OmniExecutor:
         return self._scheduler
 
     def get_status(self) -> dict[str, Any]:
-        """The scheduler's gauges and, by stage, its tasks and whether it is alive; safe to call from another thread."""
-        stages = {
-            name: {"tasks": len(host.tasks), "alive": host.cause_of_death is None} for name, host in self._hosts.items()
-        }
-        return {**self._scheduler.get_status(), "stages": stages}
+        """The scheduler's gauges, `step_s` (seconds inside the step that is under way; 0 between two) and, by stage,
+        what `StageHost.get_status` says; safe to call from another thread.
+        """
+        started_s, timeout_s = self._step_started, self._scheduler.get_config().worker_timeout
+        step_s = 0.0 if started_s is None else self._clock() - started_s
+        stages = {name: host.get_status(timeout_s) for name, host in self._hosts.items()}
+        return {**self._scheduler.get_status(), "step_s": step_s, "stages": stages}
 
     def get_metrics(self) -> dict[str, Any]:
         """The scheduler's counters, what went over every edge, by stage the engine's own counters, planned memory in
@@ -219,7 +221,7 @@ class OmniExecutor:
         memory = {"planned_bytes": dict(self._memory.shares), "limit_bytes": self._memory.limit_bytes}
         counts = self._scheduler.get_metrics()
         edges = self._traffic.get_stats()
-        return {**counts, "edges": edges, "stages": stages, "memory": memory, "num_models": len(self._models)}
+        return {**counts, "edges": edges, "stages": stages, "memory": memory, "num_models": len(self._builder.models)}
 
     def check_integrity(self) -> None:
         """Raises an OmniError when scheduler and stages disagree, or one of them finds its own state broken."""
@@ -233,33 +235,34 @@ class OmniExecutor:
         for host in self._hosts.values():
             host.check_integrity()
 
-    def _load(self, name: str, plan: MemoryPlan, on_loading: OnLoading | None) -> StageHost:
-        spec = self._pipeline.specs[name]
-        context = EngineContext(
-            device=self._devices[name],
-            dtype=resolve_dtype(spec.stage.dtype, self._devices[name]),
-            models=self._models,
-            background=self._background,
-            reads=self._pipeline.reads[name],
-            limits=self._pipeline.config.limits,
-            dit_cache=self._pipeline.config.dit_cache,
-        )
-        announce(LoadingStep.of(spec, context, plan.weights_bytes), on_loading)
-        executor: StageExecutor = registry.resolve("executor", self._executor_of(spec.stage))(spec, context, self._wake)
-        try:
-            with stage_boundary(name):
-                executor.start()
-        except BaseException:
-            executor.shutdown()
-            raise
-        streamed = {edge.source_port for edge in self._graph.edges_from(name) if edge.stream is not None}
-        return StageHost(name, executor, streamed)
+    def _step(self) -> None:
+        busy = [name for name, host in self._hosts.items() if host.is_busy()]
+        held_back = self._scheduler.hold_back(busy, self._builder.devices)
+        for name, host in self._hosts.items():
+            self._carry_out_orders()
+            self._finish_ended()
+            if name in held_back:
+                host.hold()
+                continue
+            timeout_s = self._scheduler.get_config().worker_timeout
+            host.mend()
+            for event in host.poll(timeout_s, partial(self._scheduler.is_waiting, stage=name)):
+                try:
+                    self._receive(name, event)
+                except Exception as error:  # what the event holds is not what it should be
+                    self._scheduler.fail(event.request_id, as_stage_error(name, error))
+        self._carry_out_orders()
+        for host in self._hosts.values():
+            host.compact_rows()
 
-    def _executor_of(self, stage: StageConfig) -> str:
-        """Stages on several devices have a thread each, so that no device waits for another."""
-        if stage.executor != "auto":
-            return stage.executor
-        return "thread" if len(set(self._devices.values())) > 1 else "inline"
+    def _load(self, name: str, plan: MemoryPlan, on_loading: OnLoading | None) -> StageHost:
+        spec, context = self._pipeline.specs[name], self._builder.context(name)
+        announce(LoadingStep.of(spec, context, plan.weights_bytes), on_loading)
+        streamed = {edge.source_port for edge in self._graph.edges_from(name) if edge.stream is not None}
+        inputs = self._graph.signatures[name].inputs
+        host = StageHost(name, partial(self._builder.build, name), inputs, streamed, self._clock)
+        host.load()
+        return host
 
     def _carry_out_orders(self) -> None:
         for order in self._scheduler.tick(self._clock()):
@@ -287,8 +290,10 @@ class OmniExecutor:
         now = self._clock()
         if isinstance(event, StageDone):
             self._scheduler.stage_done(event.request_id, stage, event.payload, event.metrics, now)
+            if self._scheduler.is_unfinished(event.request_id):  # else the final output says it at once
+                self._add_partial(stage, event)
         elif isinstance(event, StageFailed):
-            self._scheduler.stage_failed(event.request_id, stage, event.error)
+            self._scheduler.stage_failed(event.request_id, stage, event.error, event.made)
         elif isinstance(event, ChunkConsumed):
             self._scheduler.chunk_consumed(event.request_id, stage, event.port, now)
         elif isinstance(event, StageProgress | StageRows):
@@ -313,12 +318,17 @@ class OmniExecutor:
         except StageError as error:
             self._scheduler.fail(event.request_id, StageError(f"{edge}: {error}"))
 
-    def _add_partial(self, stage: str, event: StageProgress | StageRows) -> None:
+    def _add_partial(self, stage: str, event: StageProgress | StageRows | StageDone) -> None:
         """Hands the caller what is new, where the request streams; what cannot be shown ends it."""
         partials = self._partials.get(event.request_id)
         try:
             with stage_boundary(stage):
-                output = None if partials is None else partials.make(event, stage)
+                if partials is None:
+                    return
+                if isinstance(event, StageDone):
+                    output = partials.finished(event.payload, stage)
+                else:
+                    output = partials.make(event, stage)
         except OmniError as error:
             self._scheduler.fail(event.request_id, error)
             return
@@ -328,7 +338,19 @@ class OmniExecutor:
     def _finish_ended(self) -> None:
         """Turns every end into its output, and makes the stages drop what they hold of the request."""
         for end in self._scheduler.take_ends():
+            unfinished = self._unfinished(end)
             for host in self._hosts.values():
                 host.abort(end.request.request_id)
             self._partials.pop(end.request.request_id, None)
-            self._outputs.append(make_output(end))
+            self._outputs.append(make_output(end, unfinished))
+
+    def _unfinished(self, end: RequestEnd) -> dict[str, StageResult]:
+        """What stages had made for the caller that were at work when a request ended."""
+        request_id = end.request.request_id
+        found: dict[str, StageResult] = {}
+        for stage in {*end.made, *end.abandoned}.intersection(end.outputs):
+            made = end.made[stage] if stage in end.made else self._hosts[stage].partial_result(request_id)
+            result = unfinished_result(stage, made, self._partials.get(request_id))
+            if result is not None:
+                found[stage] = result
+        return found

@@ -16,11 +16,15 @@ from vllm_omni.payload import RowRange, StreamChunk
 
 
 class RowBuffer:
-    """Holds the rows [first, end) of a port, end being all that were pushed."""
+    """Holds the rows [first, end) of a port, end being all that were pushed.
 
-    def __init__(self) -> None:
+    row_shape: of the one empty chunk of a port that ends before anything was pushed.
+    """
+
+    def __init__(self, row_shape: tuple[int, ...] = ()) -> None:
         self._pieces: deque[Tensor] = deque()
         self._first = 0
+        self._row_shape = row_shape
         self._empty: Tensor | None = None  # [0, ...]: what every row must be like
 
     @property
@@ -73,8 +77,9 @@ class RowBuffer:
                 break
         if len(found) == 1:
             return found[0]
-        assert self._empty is not None  # a chunk has been asked for, so rows were pushed
-        return torch.cat(found) if found else self._empty
+        if found:
+            return torch.cat(found)
+        return torch.empty(0, *self._row_shape) if self._empty is None else self._empty
 
     def _free_before(self, row: int) -> None:
         while self._pieces and self._first + len(self._pieces[0]) <= row:

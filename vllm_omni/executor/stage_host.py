@@ -1,13 +1,13 @@
 """The guard of one stage: what its engine does wrong becomes a failure of the tasks it holds, never of the loop.
 
-Owns the stage's tasks and the rows that were streamed to it. Knows since when it is silent; not what comes before or
-after the stage, nor who is paused.
+Owns the stage's tasks, the rows that were streamed to it, and its executor, which it replaces when the engine breaks.
+Knows since when it is silent; not what comes before or after the stage, nor who is paused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import traceback
+import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,43 +15,99 @@ from typing import Any
 from torch import Tensor
 
 from vllm_omni.engine.base import Activity
-from vllm_omni.engine.boundary import describe, stage_error
-from vllm_omni.errors import StageError
+from vllm_omni.engine.boundary import clear_frames, describe, stage_boundary, stage_error
+from vllm_omni.errors import StageError, StageUnavailableError
 from vllm_omni.executor.base import StageExecutor
+from vllm_omni.executor.recovery import Recovery
 from vllm_omni.executor.row_buffer import RowBuffer
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageRows, StageTask, StageWorked
-from vllm_omni.payload import RowRange, StreamChunk
+from vllm_omni.payload import PortSpec, RowRange, StagePayload, StreamChunk, TensorSpec
+from vllm_omni.utils.device import is_out_of_memory, release_memory
 
-MAX_RAISES = 2
+MAX_FAILURES = 2
 
 
 class StageHost:
-    """One stage, its executor and its tasks.
+    """One stage, its executor and its tasks. build: makes an executor, not started.
 
-    An engine that raises from `step` loses its tasks and goes on; raising twice without a finished task in between, or
-    being unable to drop the tasks cleanly, marks the stage dead: new tasks then fail.
+    An engine that raises from `step`, or is silent for too long, loses its tasks and goes on. Doing so twice without a
+    finished task in between, being stuck in a step, or being unable to drop a task cleanly breaks it: the stage is
+    rebuilt, and takes no tasks meanwhile.
     """
 
-    def __init__(self, name: str, executor: StageExecutor, streamed_ports: Collection[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], StageExecutor],
+        inputs: Mapping[str, PortSpec],
+        streamed_ports: Collection[str],
+        clock: Callable[[], float],
+    ) -> None:
         self.name = name
-        self.executor = executor
+        self.executor = build()
         self.tasks: dict[str, set[str]] = {}  # request id -> the ports below of which it has given no row yet
-        self.cause_of_death: Exception | None = None
+        self._build = build
+        self._clock = clock
+        self._inputs = inputs
         self._streamed_ports = frozenset(streamed_ports)  # outputs that another stage reads row by row
         self._buffers: dict[tuple[str, str], RowBuffer] = {}  # (request id, input port)
-        self._num_raises = 0
+        self._num_failures = 0  # since a task has finished
         self._quiet_since: float | None = None
+        self._broken: Exception | None = None  # why the engine is to be given up, at the next `poll` or `mend`
+        self._recovery = Recovery()
+        self._is_shut_down = False
 
-    def ensure_alive(self) -> None:
-        """StageError when the stage is dead."""
-        if self.cause_of_death is not None:
-            message = f"stage {self.name!r} is dead since it raised {describe(self.cause_of_death)}; make a new Omni"
-            raise StageError(message) from self.cause_of_death
+    def load(self) -> None:
+        """Loads the engine and waits for it; leaves nothing behind when that fails."""
+        try:
+            with stage_boundary(self.name):
+                self.executor.start()
+                self.executor.ensure_loaded()
+        except BaseException:
+            self.executor.shutdown()
+            raise
+
+    def ensure_ready(self) -> None:
+        """StageUnavailableError while the stage is being rebuilt."""
+        cause = self._recovery.cause or self._broken
+        if cause is not None:
+            retry_after_s = self._recovery.retry_after_s(self._clock())
+            words = f"stage {self.name!r} is being rebuilt after a failure ({describe(cause)})"
+            raise StageUnavailableError(f"{words}; retry in {retry_after_s:.1f} s", retry_after_s) from cause
+
+    def mend(self) -> None:
+        """Goes on with a rebuild, where there is one: waits for its time, loads, is ready. Never waits for a thread."""
+        recovery, now = self._recovery, self._clock()
+        if not self.tasks:
+            self._give_up()
+        if recovery.cause is None or self._is_shut_down:
+            return
+        try:
+            if recovery.is_due(now):
+                recovery.load(now)
+                if is_out_of_memory(recovery.cause):
+                    gc.collect()
+                    release_memory()
+                self.executor = self._build()
+                self.executor.start()
+            if recovery.is_loading and self.executor.is_loaded():
+                recovery.end(self._clock())
+        except BaseException as error:
+            clear_frames(error)
+            self.executor.shutdown(wait=False)
+            recovery.begin(error if isinstance(error, Exception) else recovery.cause, now)
+            if not isinstance(error, Exception):
+                raise
+
+    def shutdown(self) -> None:
+        """Frees the engine for good; may be called twice."""
+        self._is_shut_down = True
+        self.executor.shutdown()
 
     def submit(self, task: StageTask) -> Mapping[str, Any]:
         """Hands a task over: what its inputs are, chunks cut. StageError, and the task is lost, when that fails."""
-        self.ensure_alive()
-        if not self.tasks:
+        self.ensure_ready()
+        if not self.tasks and not self._is_pending:
             self._quiet_since = None
         self.tasks[task.request_id] = set(self._streamed_ports)
         with self._losing(task.request_id):
@@ -66,7 +122,7 @@ class StageHost:
         if request_id not in self.tasks:
             return None
         with self._losing(request_id):
-            chunk = self._buffers[request_id, port].cut(rows)
+            chunk = self._buffer(request_id, port).cut(rows)
             self.executor.feed(request_id, port, chunk)
         return chunk
 
@@ -84,27 +140,32 @@ class StageHost:
 
     def keep_rows(self, request_id: str, port: str, rows: Tensor) -> None:
         """New rows [n, ...] of a streamed input, from which chunks will be cut; StageError for misshapen ones."""
-        self._buffers.setdefault((request_id, port), RowBuffer()).push(rows)
+        self._buffer(request_id, port).push(rows)
 
     def compact_rows(self) -> None:
         """Lets go of large tensors of which only a few rows are kept."""
         for buffer in self._buffers.values():
             buffer.compact()
 
-    def poll(self, now: float, worker_timeout: float, is_waiting: Callable[[str], bool]) -> list[StageEvent]:
+    def poll(self, worker_timeout: float, is_waiting: Callable[[str], bool]) -> list[StageEvent]:
         """What the stage reports. Failures carry a StageError; a raise, or being stuck, fails all tasks.
 
         Stuck is a stage that reports nothing for `worker_timeout` seconds after a step that reported nothing, or one
         that has nothing to do and yet holds tasks. is_waiting: whether a task is paused or will be given more chunks.
         """
+        failures, now = self._give_up(), self._clock()
         if not self.tasks:
-            return []
+            return failures
+        if self._quiet_since is None:
+            self._quiet_since = now
+        events: list[StageEvent] = []
         try:
             reported = self.executor.poll()
-            events = [event for found in reported for event in self._received(found)]
+            for found in reported:
+                events.extend(self._received(found))
             activity = self.executor.activity()
         except Exception as error:
-            return self._break(error)
+            return events + self._fail_all(error)
         return events + self._stuck(bool(reported), activity, now, worker_timeout, is_waiting)
 
     def hold(self) -> None:
@@ -114,9 +175,16 @@ class StageHost:
     def is_busy(self) -> bool:
         """Whether a poll would do something. Also of a stage that cannot say: what is wrong shows when it is polled."""
         try:
-            return bool(self.tasks) and self.executor.activity() is Activity.BUSY
+            return bool(self.tasks) and (self._is_broken or self.executor.activity() is Activity.BUSY)
         except Exception:
             return True
+
+    def partial_result(self, request_id: str) -> StagePayload | None:
+        """What a task has made so far; None where the engine does not say."""
+        try:
+            return self.executor.partial_result(request_id) if request_id in self.tasks else None
+        except Exception:
+            return None
 
     def abort(self, request_id: str) -> None:
         """Drops a task and the rows that are kept for it; unknown ones are fine."""
@@ -125,8 +193,33 @@ class StageHost:
 
     def check_integrity(self) -> None:
         """Raises what the engine finds wrong with itself."""
-        if self.cause_of_death is None:
+        if self.is_ready and not self._is_broken:
             self.executor.check_integrity()
+
+    def get_status(self, worker_timeout: float) -> dict[str, Any]:
+        """Gauges; safe to call from another thread. state: rebuilding, stuck (no answer for `worker_timeout` s, though
+        it has tasks) or ready, which alone is `alive`; silent_s: since the last answer; cause: why it is not ready.
+        """
+        quiet_since, cause = self._quiet_since, self._recovery.cause or self._broken
+        silent_s = 0.0 if quiet_since is None or not self.tasks else max(0.0, self._clock() - quiet_since)
+        state, why = "ready", None
+        if cause is not None:
+            state, why = "rebuilding", describe(cause)
+        elif silent_s >= worker_timeout:
+            state, why = "stuck", f"no answer for {silent_s:.1f} s"
+        return {
+            "tasks": len(self.tasks),
+            "alive": state == "ready",
+            "state": state,
+            "silent_s": silent_s,
+            "num_rebuilds": self._recovery.num_rebuilds,
+            "cause": why,
+        }
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes tasks; else it is being rebuilt."""
+        return self._recovery.cause is None
 
     @property
     def num_buffers(self) -> int:
@@ -134,14 +227,21 @@ class StageHost:
         return len(self._buffers)
 
     def _input(self, request_id: str, port: str, value: Any) -> Any:
-        return self._buffers[request_id, port].cut(value) if isinstance(value, RowRange) else value
+        return self._buffer(request_id, port).cut(value) if isinstance(value, RowRange) else value
+
+    def _buffer(self, request_id: str, port: str) -> RowBuffer:
+        """Of a streamed input; of one that ends without a row it is made when its one chunk is cut."""
+        spec = self._inputs[port]
+        shape = spec.row_shape if isinstance(spec, TensorSpec) else ()
+        return self._buffers.setdefault((request_id, port), RowBuffer(shape))
 
     def _received(self, event: StageEvent) -> Iterator[StageEvent]:
         """An event as the loop takes it. Streamed ports of which a task gave no rows are read from its payload."""
         if isinstance(event, StageRows) and event.request_id in self.tasks:
             self.tasks[event.request_id].discard(event.port)
         if isinstance(event, StageDone):
-            self._num_raises = 0
+            self._num_failures = 0
+            self._recovery.succeed()
             for port in sorted(self.tasks.get(event.request_id, ())):
                 if port in event.payload.tensors:
                     yield StageRows(event.request_id, port, event.payload.tensors[port], is_last=True)
@@ -153,7 +253,7 @@ class StageHost:
     def _named(self, event: StageFailed) -> StageFailed:
         """The same failure, as an error of this stage."""
         cause = event.error if isinstance(event.error, Exception) else StageError(f"{event.error}")
-        return StageFailed(event.request_id, stage_error(self.name, cause))
+        return dataclasses.replace(event, error=stage_error(self.name, cause))
 
     def _stuck(
         self,
@@ -173,28 +273,59 @@ class StageHost:
             self._quiet_since = now
         elif now - self._quiet_since >= worker_timeout:
             silence_s = now - self._quiet_since
-            return self._fail(
-                self.tasks,
-                StageError(f"no progress for {silence_s:.1f} s; raise scheduler.worker_timeout_s if it is just slow"),
+            return self._fail_all(
+                StageError(f"no progress for {silence_s:.1f} s; raise scheduler.worker_timeout_s if it is just slow")
             )
         return []
 
-    def _break(self, error: Exception) -> list[StageEvent]:
-        self._num_raises += 1
+    def _fail_all(self, error: Exception) -> list[StageEvent]:
+        """All tasks fail, and the engine goes on if it can."""
+        self._num_failures += 1
         failures = self._fail(self.tasks, error)
+        if is_out_of_memory(error):
+            release_memory()
         try:
-            self.executor.check_integrity()
+            if self._num_failures >= MAX_FAILURES or not self.executor.responds():
+                self._break(error)
+            else:
+                self.executor.check_integrity()
         except Exception as broken:
-            self._die(broken)
-        if self._num_raises >= MAX_RAISES:
-            self._die(error)
+            self._break(broken)
+        return failures + self._give_up()
+
+    @property
+    def _is_pending(self) -> bool:
+        """Whether the engine is still at work: on tasks that are gone, where there are none, and perhaps for ever."""
+        try:
+            return self.executor.activity() is Activity.PENDING
+        except Exception:
+            return False
+
+    @property
+    def _is_broken(self) -> bool:
+        return self._broken is not None or self.executor.breakdown() is not None
+
+    def _break(self, cause: Exception) -> None:
+        """The engine is given up as soon as its tasks can be said to fail."""
+        clear_frames(cause)
+        self._broken = self._broken or cause
+
+    def _give_up(self) -> list[StageEvent]:
+        """Lets go of an engine that is broken: its tasks fail, and the stage will be rebuilt."""
+        cause = self._broken or self.executor.breakdown()
+        if cause is None or not self.is_ready:
+            return []
+        failures = self._fail(self.tasks, cause)
+        self.executor.shutdown(wait=False)
+        self._broken, self._num_failures, self._quiet_since = None, 0, None
+        self._recovery.begin(cause, self._clock())
         return failures
 
     def _fail(self, tasks: Iterable[str], cause: Exception) -> list[StageEvent]:
-        failed = sorted(tasks)
-        for request_id in failed:
+        made = {request_id: self.partial_result(request_id) for request_id in sorted(tasks)}
+        for request_id in made:
             self.abort(request_id)
-        return [StageFailed(request_id, stage_error(self.name, cause)) for request_id in failed]
+        return [StageFailed(request_id, stage_error(self.name, cause), each) for request_id, each in made.items()]
 
     @contextmanager
     def _losing(self, request_id: str) -> Iterator[None]:
@@ -215,8 +346,4 @@ class StageHost:
         try:
             self.executor.abort(request_id)
         except Exception as error:
-            self._die(error)
-
-    def _die(self, cause: Exception) -> None:
-        traceback.clear_frames(cause.__traceback__)
-        self.cause_of_death = self.cause_of_death or cause
+            self._break(error)

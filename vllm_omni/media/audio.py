@@ -25,7 +25,8 @@ MAX_INLINE_S = 120.0
 class Audio:
     """Samples and their rate; the data is not copied.
 
-    InvalidRequestError for another shape or dtype, a rate outside 1,000 to 384,000 Hz, and samples that are not finite.
+    It may have no samples, where there was nothing to say. InvalidRequestError for another shape or dtype, a rate
+    outside 1,000 to 384,000 Hz, and samples that are not finite.
     """
 
     samples: Samples  # float32 [channels, n], -1 to 1 at full scale, read-only
@@ -43,11 +44,11 @@ class Audio:
             hint=" (Hz)",
         )
         samples = self.samples
-        if not isinstance(samples, np.ndarray) or samples.dtype != np.float32 or samples.ndim != 2 or not samples.size:
+        if not isinstance(samples, np.ndarray) or samples.dtype != np.float32 or samples.ndim != 2 or not len(samples):
             got = (
                 f"{samples.dtype} {list(samples.shape)}" if isinstance(samples, np.ndarray) else type(samples).__name__
             )
-            raise InvalidRequestError(f"samples: got {got}, expected a numpy array float32 [channels, n], not empty")
+            raise InvalidRequestError(f"samples: got {got}, expected a numpy array float32 [channels, n]")
         if not np.isfinite(samples).all():
             raise InvalidRequestError("samples: got NaN or infinite ones, expected finite numbers")
         view = samples.view()

@@ -247,13 +247,16 @@ def _encode_by_sndfile(audio: Audio, name: str, form: _Format, metadata: MediaMe
         raise InvalidRequestError(
             f"{name}: got {rate} Hz, expected at most {MAX_VORBIS_RATE} Hz; choose another format"
         )
+    samples = audio.samples
+    if not samples.size and container != "WAV":  # without a sample libsndfile writes no header, and nobody reads that
+        samples = np.zeros((audio.num_channels, 1), np.float32)
     file = io.BytesIO()
     try:
         with soundfile.SoundFile(file, "w", rate, audio.num_channels, subtype, format=container) as sound:
             if metadata is not None:
                 sound.comment = metadata.to_text()
-            for start in range(0, audio.samples.shape[1], BLOCK_FRAMES):
-                block = audio.samples[:, start : start + BLOCK_FRAMES].T
+            for start in range(0, samples.shape[1], BLOCK_FRAMES):
+                block = samples[:, start : start + BLOCK_FRAMES].T
                 sound.write(np.clip(block, -1, 1) if form.bits is None else _left_aligned(block, form.bits, np.int32))
     except soundfile.LibsndfileError as error:
         raise InvalidRequestError(

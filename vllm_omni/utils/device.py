@@ -10,6 +10,8 @@ import torch
 
 from vllm_omni.errors import ConfigError
 
+# In what torch says of a CPU, an accelerator and the libraries that compute there, in lower case.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,6 +86,25 @@ def _container_bytes() -> list[int]:
         return [max(most - int((group / "memory.current").read_text()) + int(fields["inactive_file"]), 0)]
     except (OSError, KeyError, ValueError):  # "max" is no number
         return []
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that memory could not be had."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+def release_memory() -> None:
+    """Gives back what the allocators of accelerators keep, though nobody uses it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def total_memory_bytes(device: torch.device) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import TypeVar, cast
 
@@ -9,16 +10,20 @@ T = TypeVar("T")
 
 
 class ModelPool:
-    """Key (class, folder, device, dtype) -> the one loaded copy."""
+    """Key (class, folder, device, dtype) -> the one loaded copy. Threads that ask for one key wait for the one of them
+    that loads it.
+    """
 
     def __init__(self) -> None:
         self._models: dict[Hashable, object] = {}
+        self._locks: dict[Hashable, threading.Lock] = {}
 
     def get(self, key: Hashable, load: Callable[[], T]) -> T:
         """The model under `key`, loaded by `load` when it is asked for the first time."""
-        if key not in self._models:
-            self._models[key] = load()
-        return cast(T, self._models[key])
+        with self._locks.setdefault(key, threading.Lock()):
+            if key not in self._models:
+                self._models[key] = load()
+            return cast(T, self._models[key])
 
     def __len__(self) -> int:
         return len(self._models)

@@ -122,6 +122,22 @@ def test_alone_as_in_the_crowd(omni: Omni, references: list[Spoken]) -> None:
         assert relative_error(wave_of(output), expected.wave) < 1e-3
 
 
+@pytest.mark.parametrize("edges", [(), WHOLE], ids=["streamed", "whole"])
+def test_speech_of_nothing_harms_no_mate_and_has_no_codes(
+    folder: Path, references: list[Spoken], edges: tuple[str, ...]
+) -> None:
+    short = {**params(), "thinker": SamplingParams(temperature=0.0, max_tokens=1)}
+    mute = {**params(), "talker": SamplingParams(temperature=0.0, stop_token_ids=list(range(60)))}
+    prompts = [{"prompt_token_ids": prompt} for prompt in (PROMPTS[0], PROMPTS[0], PROMPTS[1])]
+    with make(folder, *edges) as omni:
+        *silent, spoken = omni.generate(prompts, [short, mute, params()])
+        for output, num_words in zip(silent, (1, NUM_WORDS), strict=True):
+            assert output.error is None and list(output.token_ids) == references[0].words[:num_words]
+            assert codes_of(output) == [] and output.audios[0].samples.shape == (1, 0)
+        assert codes_of(spoken) == references[1].codes
+        omni._executor.check_integrity()
+
+
 def test_streamed_with_enough_context_equals_whole(folder: Path, references: list[Spoken]) -> None:
     with make(folder, FAR) as omni:
         for output, expected in zip(speak(omni, *PROMPTS), references, strict=True):

@@ -257,7 +257,6 @@ def test_streams_that_break_the_contract_fail_with_what_was_wrong(folder: Path) 
     opening = StreamChunk(rows[:6])
     boundless = StreamChunk(rows[:8], start=6, num_before=7)
     overlapping = StreamChunk(rows[:2], start=6, num_before=2, num_after=1)
-    nothing = StreamChunk(rows[:0], is_last=True)
     high = StreamChunk(torch.tensor([70, 1]), start=6)
     rest = StreamChunk(rows[6:], start=6, is_last=True)
     for feeds, words in (
@@ -273,12 +272,18 @@ def test_streams_that_break_the_contract_fail_with_what_was_wrong(folder: Path) 
         event = run(stage).last["x"]
         assert isinstance(event, StageFailed) and words in str(event.error), event
         assert stage.get_stats()["running"] == 0
-    for start, words in ((nothing, "no rows at all"), (rows, "got Tensor, expected a StreamChunk")):
-        stage = stage_of(folder)
-        given_task = task("x", opening, params())
-        stage.submit(replace(given_task, inputs={"codes": start}))
-        event = run(stage).last["x"]
-        assert isinstance(event, StageFailed) and words in str(event.error)
+    stage = stage_of(folder)
+    stage.submit(replace(task("x", opening, params()), inputs={"codes": rows}))
+    event = run(stage).last["x"]
+    assert isinstance(event, StageFailed) and "got Tensor, expected a StreamChunk" in str(event.error)
+
+
+def test_codes_that_come_to_nothing_are_audio_of_no_length(folder: Path) -> None:
+    for value, num_outputs in ((params(), 1), (params(num_outputs=2), 2)):
+        stage = stage_of(folder, streamed=())
+        stage.submit(task("x", StreamChunk(codes(0), is_last=True), value))
+        assert run(stage).sound("x").shape == (num_outputs, 1, 0)
+        assert stage.get_stats()["running"] == 0
 
 
 def test_several_outputs_are_refused_where_something_is_streamed(folder: Path) -> None:

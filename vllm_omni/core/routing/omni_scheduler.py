@@ -158,6 +158,10 @@ class OmniScheduler:
         state = self._requests.running.get(request_id)
         return state is not None and state.streams.is_waiting(stage)
 
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether an admitted request has yet to end."""
+        return self._requests.is_unfinished(request_id)
+
     def rows_made(self, request_id: str, stage: str, port: str, num_rows: int, is_last: bool, now: float) -> list[Edge]:
         """A running stage has made so many rows of a port: the edges that they go over, for the hosts of the readers to
         keep. None when the request or the stage has ended.
@@ -195,12 +199,14 @@ class OmniScheduler:
             self._embeddings.set_cache((stage, key), (payload, counts), num_bytes)
         self._complete(state, stage, payload, metrics, now)
 
-    def stage_failed(self, request_id: str, stage: str, error: OmniError) -> None:
-        """A running stage gave up: the request ends FAILED; dropped when the request or the stage has ended."""
+    def stage_failed(self, request_id: str, stage: str, error: OmniError, made: StagePayload | None = None) -> None:
+        """A running stage gave up: the request ends FAILED; dropped when the request or the stage has ended. made: what
+        there was of its result.
+        """
         state = self._requests.working_on(request_id, stage)
         if state is None:
             return
-        state.drop(stage)
+        state.drop(stage, made)
         self.fail(request_id, error)
 
     def take_ends(self) -> list[RequestEnd]:

@@ -33,6 +33,7 @@ class RequestEnd:
     outputs: Sequence[str] = ()  # which entries of the config's `outputs` the caller gets
     params: Mapping[str, StageParams] = field(default_factory=dict)  # of the stages that are done, with their defaults
     abandoned: tuple[str, ...] = ()  # the stages that still work on it and must forget it
+    made: Mapping[str, StagePayload | None] = field(default_factory=dict)  # what stages that gave up had made
 
 
 class RequestState:
@@ -55,6 +56,7 @@ class RequestState:
         self.payloads: dict[str, StagePayload] = {}
         self.metrics: dict[str, dict[str, Any]] = {}
         self.cache_keys: dict[str, str] = {}
+        self.made: dict[str, StagePayload | None] = {}  # by stages that gave up
         self.streams = RequestStreams(edge for stage in plan.stages.values() for edge in stage.edges)
         # The edges that a stage which has not started counts on. One leaves when its stage starts or is skipped, or
         # when it turns out to bring nothing.
@@ -129,9 +131,10 @@ class RequestState:
         # 4 streams from it end
         self._begin(self.streams.close(stage), now)
 
-    def drop(self, stage: str) -> None:
-        """A running stage gave up: there will be no payload."""
+    def drop(self, stage: str, made: StagePayload | None = None) -> None:
+        """A running stage gave up: there will be no payload. made: what there was of one."""
         del self.running[stage]
+        self.made[stage] = made
 
     def end(self, status: RequestStatus, error: OmniError | None) -> RequestEnd:
         """The last word; drop the state after it."""
@@ -139,7 +142,15 @@ class RequestState:
         metrics = {stage: values for stage, values in self.metrics.items() if stage in ended}
         params = {stage: self.plan.stages[stage].seeded_params for stage in self.plan.stages if stage in self.done}
         return RequestEnd(
-            self.request, status, dict(self.payloads), metrics, error, self.plan.outputs, params, tuple(self.running)
+            self.request,
+            status,
+            dict(self.payloads),
+            metrics,
+            error,
+            self.plan.outputs,
+            params,
+            tuple(self.running),
+            self.made,
         )
 
     def check_integrity(self) -> None:
@@ -276,7 +287,7 @@ def _value_for(edge: Edge, payload: StagePayload) -> Any:
         raise StageError(
             f"stage {edge.source!r} gave no {edge.source_port!r} (it gave {given}), {reader}{fix}"
         ) from None
-    if isinstance(value, Tensor) and value.numel() == 0:
+    if isinstance(value, Tensor) and value.numel() == 0 and not edge.takes_chunks:
         raise StageError(
             f"stage {edge.source!r} gave an empty {edge.source_port!r} {list(value.shape)}, {reader}; "
             "if it wrote nothing, raise its min_tokens, or say `when: text` on the edge"

@@ -29,6 +29,9 @@ class RequestTable:
         if request_id in self.waiting or request_id in self.running or request_id in self._ends:
             raise SchedulerError(f"request_id: {request_id!r} is in use by an unfinished request; ids must be unique")
 
+    def is_unfinished(self, request_id: str) -> bool:
+        return request_id in self.running or request_id in self.waiting
+
     def unfinished(self) -> list[RequestState]:
         return [*self.waiting.values(), *self.running.values()]
 

@@ -91,6 +91,10 @@ class ARJob(ABC):
     def meta(self) -> dict[str, Any]:
         """The payload's: plain JSON values."""
 
+    def words(self) -> dict[str, Any]:
+        """Of the payload's meta, the words so far; none of a job that writes none."""
+        return {}
+
     @abstractmethod
     def metrics(self) -> dict[str, int]:
         """Counts for the caller; `tokens` and `cache_hits` among them."""

@@ -15,12 +15,13 @@ from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
 from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.base import ARJob
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
-from vllm_omni.engine.boundary import as_stage_error
+from vllm_omni.engine.boundary import as_stage_error, made_so_far
 from vllm_omni.errors import StageError
 from vllm_omni.layers.sampler import SampledToken, sample
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask, StageWorked
 from vllm_omni.payload import StagePayload, StreamChunk
+from vllm_omni.utils.device import is_out_of_memory, release_memory
 from vllm_omni.worker.ar.model_runner import ModelRunner
 from vllm_omni.worker.background import BackgroundJob
 
@@ -74,6 +75,8 @@ class AREngine(StageEngine):
             self._events += job.feed(port, chunk)
             for sequence in job.sequences[num_queued:]:
                 self._scheduler.add(sequence)
+            if job.is_done:  # the chunk was the last, and left nothing to compute
+                self._events.append(self._finish(job))
         except Exception as error:
             del job.sequences[num_queued:]  # what could not be queued
             self._events.append(self._fail(request_id, error))
@@ -90,15 +93,17 @@ class AREngine(StageEngine):
         chunks, inputs = self._gather(self._scheduler.schedule(), events)
         if not chunks:
             return events
-        logits = self._runner.run(chunks, inputs)
-        for chunk in chunks:
-            self._scheduler.advance(chunk)
         computed = {chunk.sequence.request_id for chunk in chunks}
+        try:
+            tokens = self._compute(chunks, inputs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            events += [self._fail(request_id, error) for request_id in sorted(computed)]
+            release_memory()
+            return events
         for request_id in computed:
             self._jobs[request_id].num_steps += 1
-        writing = [chunk.sequence for chunk in chunks if chunk.samples]
-        rows = [self._jobs[sequence.request_id].row_of(sequence) for sequence in writing]
-        tokens = dict(zip((sequence.sequence_id for sequence in writing), sample(logits, rows), strict=True))
         for chunk in chunks:
             events += self._postprocess(chunk.sequence, tokens.get(chunk.sequence.sequence_id))
         silent = computed.difference(event.request_id for event in events)
@@ -110,6 +115,11 @@ class AREngine(StageEngine):
         if preparing is not None:
             preparing.job.cancel()
         self._free(request_id)
+
+    def partial_result(self, request_id: str) -> StagePayload | None:
+        job = self._jobs.get(request_id)
+        words = {} if job is None else job.words()
+        return StagePayload(request_id, self._spec.stage.name, meta=words) if words else None
 
     def activity(self) -> Activity:
         is_prepared = any(preparing.job.is_done for preparing in self._preparing.values())
@@ -186,6 +196,15 @@ class AREngine(StageEngine):
                 inputs[sequence.sequence_id] = found
         return [chunk for chunk in chunks if not chunk.sequence.is_finished], inputs
 
+    def _compute(self, chunks: list[Chunk], inputs: dict[int, TokenInputs]) -> dict[int, SampledToken | StageError]:
+        """The tokens that were sampled, by sequence id."""
+        logits = self._runner.run(chunks, inputs)
+        for chunk in chunks:
+            self._scheduler.advance(chunk)
+        writing = [chunk.sequence for chunk in chunks if chunk.samples]
+        rows = [self._jobs[sequence.request_id].row_of(sequence) for sequence in writing]
+        return dict(zip((sequence.sequence_id for sequence in writing), sample(logits, rows), strict=True))
+
     def _postprocess(self, sequence: Sequence, token: SampledToken | StageError | None) -> list[StageEvent]:
         job = self._jobs.get(sequence.request_id)
         if job is None:  # it failed a moment ago, in another of its samples
@@ -211,8 +230,9 @@ class AREngine(StageEngine):
         return StageDone(payload, metrics)
 
     def _fail(self, request_id: str, error: Exception) -> StageFailed:
+        made = made_so_far(self, request_id)
         self._free(request_id)
-        return StageFailed(request_id, as_stage_error(self._spec.stage.name, error))
+        return StageFailed(request_id, as_stage_error(self._spec.stage.name, error), made)
 
     def _free(self, request_id: str) -> None:
         job = self._jobs.pop(request_id, None)

@@ -143,10 +143,13 @@ class TextJob(ARJob):
         }
         if not self.samples:
             return counts
-        completions = [sample.completion() for sample in self.samples.values()]
+        completions = self.words()["completions"]
         first = completions[0]
         words = {key: first[key] for key in ("text", "token_ids", "finish_reason")}
         return {**words, **read_sections(first["text"], self._sections), "completions": completions, **counts}
+
+    def words(self) -> dict[str, Any]:
+        return {"completions": [sample.completion() for sample in self.samples.values()]} if self.samples else {}
 
     def metrics(self) -> dict[str, int]:
         """cache_hits: prompt tokens that the prefix cache served, of all samples. cached_tokens: of the first, which is

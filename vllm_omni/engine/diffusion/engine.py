@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
 from vllm_omni.core.diffusion.step_scheduler import StepScheduler
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
-from vllm_omni.engine.boundary import as_stage_error
+from vllm_omni.engine.boundary import as_stage_error, clear_frames, made_so_far
 from vllm_omni.engine.diffusion.arrivals import Arrival, ArrivalQueue
 from vllm_omni.engine.diffusion.checks import diffusion_params
 from vllm_omni.engine.diffusion.job import DiffusionJob
@@ -31,6 +31,7 @@ from vllm_omni.messages import (
 )
 from vllm_omni.params import draw_seed, sample_seed
 from vllm_omni.payload import StagePayload, StreamChunk
+from vllm_omni.utils.device import is_out_of_memory, release_memory
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
 from vllm_omni.worker.diffusion.diffusion_runner import DiffusionRunner, DiffusionState
 
@@ -105,6 +106,11 @@ class DiffusionEngine(StageEngine):
         self._events = deque(event for event in self._events if event.request_id != request_id)
         self._drop(request_id)
 
+    def partial_result(self, request_id: str) -> StagePayload | None:
+        job = self._jobs.get(request_id)
+        made = {} if job is None else job.finished_outputs(self.model.output_port)
+        return StagePayload(request_id, self.spec.stage.name, made, self.model.meta()) if made else None
+
     def activity(self) -> Activity:
         is_busy = len(self._scheduler) or self._decoding or self._arrivals.is_ready or self._events
         return Activity.BUSY if is_busy else Activity.IDLE
@@ -158,6 +164,9 @@ class DiffusionEngine(StageEngine):
         try:
             return list(zip(states, self.runner.predict(states), strict=True))
         except Exception as error:
+            if is_out_of_memory(error):
+                clear_frames(error)
+                release_memory()
             if len(states) == 1:
                 self._fail(states[0].request_id, error)
                 return []
@@ -214,7 +223,7 @@ class DiffusionEngine(StageEngine):
         self._events.append(StageProgress(job.request_id, *job.progress(), previews=previews))
 
     def _finish(self, job: DiffusionJob) -> None:
-        tensors = job.tensors(self.model.output_port, self._reads)
+        tensors = job.tensors(self.model.output_port, self._reads, self.spec.signature)
         self._drop(job.request_id)
         payload = StagePayload(job.request_id, self.spec.stage.name, tensors, self.model.meta())
         self._events.append(StageDone(payload, {"steps": job.num_steps, "cache_hits": job.num_reused}))
@@ -229,5 +238,6 @@ class DiffusionEngine(StageEngine):
             self._decoding = deque(state for state in self._decoding if state.request_id != request_id)
 
     def _fail(self, request_id: str, error: Exception) -> None:
+        made = made_so_far(self, request_id)
         self._drop(request_id)
-        self._events.append(StageFailed(request_id, as_stage_error(self.spec.stage.name, error)))
+        self._events.append(StageFailed(request_id, as_stage_error(self.spec.stage.name, error), made))

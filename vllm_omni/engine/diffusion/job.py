@@ -13,7 +13,7 @@ from vllm_omni.engine.base import ReadPorts
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.messages import StageTask
 from vllm_omni.params import DiffusionParams
-from vllm_omni.payload import StreamChunk
+from vllm_omni.payload import StageSignature, StreamChunk, TensorSpec
 from vllm_omni.worker.diffusion.diffusion_runner import DiffusionState
 
 
@@ -68,8 +68,6 @@ class DiffusionJob:
             raise InvalidRequestError(
                 f"num_outputs: got {self.num_outputs}, expected 1 where {port!r} is streamed; leave it out"
             )
-        if chunk.is_last and chunk.stop == 0:
-            raise StageError(f"{port}: got no rows at all, expected at least one; the stage before made nothing")
         self.is_chunked = self.is_chunked or not chunk.is_last
         self.is_complete = chunk.is_last
         return chunk
@@ -105,17 +103,28 @@ class DiffusionJob:
         del self.previews[state.step]
         return torch.stack([found[index] for index in range(self.num_outputs)])
 
-    def tensors(self, output_port: str, reads: ReadPorts) -> dict[str, Tensor]:
+    def tensors(self, output_port: str, reads: ReadPorts, signature: StageSignature) -> dict[str, Tensor]:
         """[outputs, ...] by port, of those that somebody reads; chunks are put together along a dimension of the
-        output.
+        output. signature: what outputs of a port look like where the input had no row, and nothing was made of it.
         """
         found = {}
+        if not self.num_parts:
+            specs = {port: signature.outputs[port] for port in (output_port, "latents") if port in reads.whole}
+            return {
+                port: torch.zeros(self.num_outputs, *spec.row_shape)
+                for port, spec in specs.items()
+                if isinstance(spec, TensorSpec)
+            }
         if output_port in reads.whole and self.outputs:
             found[output_port] = self._joined(self.outputs, dim=1)
         if "latents" in reads.whole:
             found["latents"] = self._joined(self.latents, dim=0)
         return found
 
+    def finished_outputs(self, output_port: str) -> dict[str, Tensor]:
+        """[outputs, ...] of the outputs, or of the beginning of the one output, that are finished and kept."""
+        return {output_port: self._joined(self.outputs, dim=1)} if self.outputs else {}
+
     def _joined(self, parts: Mapping[int, Tensor], dim: int) -> Tensor:
-        ordered = [parts[index] for index in range(self.num_parts)]
+        ordered = [parts[index] for index in sorted(parts)]
         return torch.cat(ordered, dim=dim)[None] if self.is_chunked else torch.stack(ordered)

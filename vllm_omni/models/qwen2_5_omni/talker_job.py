@@ -52,7 +52,9 @@ class _Port:
 
 
 class TalkerJob(ARJob):
-    """begin: makes the generation after a prompt of this many tokens, when the first reply row is there. width: E, half
+    """A reply without a row (one token, or none) is not spoken: no codes.
+
+    begin: makes the generation after a prompt of this many tokens, when the first reply row is there. width: E, half
     of a row of states. gives_rows and gives_codes: whether codes are read one by one, and whole.
     """
 
@@ -72,6 +74,7 @@ class TalkerJob(ARJob):
         self._gives_rows, self._gives_codes = gives_rows, gives_codes
         self._inputs: TalkerInputs | None = None
         self._generation: Generation | None = None
+        self._is_silent = False  # there is no reply to be spoken
         self._unused: deque[int] = deque()  # reply rows up to which each chunk goes that is not consumed
 
     def feed(self, port: str, chunk: StreamChunk) -> list[StageEvent]:
@@ -87,7 +90,7 @@ class TalkerJob(ARJob):
         else:
             events.append(ChunkConsumed(self.task.request_id, port))
         if self._inputs is None and self._has_begin:
-            self._start()
+            self._start_speaking()
         if self._generation is not None and self._inputs is not None:
             self._generation.sequence.num_ready_tokens = self._inputs.num_ready_tokens
         return events
@@ -111,7 +114,7 @@ class TalkerJob(ARJob):
 
     @property
     def is_done(self) -> bool:
-        return self._generation is not None and self._generation.finish_reason is not None
+        return self._is_silent or (self._generation is not None and self._generation.finish_reason is not None)
 
     def is_over(self, sequence: Sequence) -> bool:
         return self.is_done
@@ -120,6 +123,8 @@ class TalkerJob(ARJob):
         return {CODES: self._codes(self._written())} if self._gives_codes else {}
 
     def meta(self) -> dict[str, Any]:
+        if self._is_silent:
+            return {"finish_reason": "stop", "prompt_tokens": 0}
         generation = self._started
         return {
             "finish_reason": generation.finish_reason,
@@ -127,6 +132,8 @@ class TalkerJob(ARJob):
         }
 
     def metrics(self) -> dict[str, int]:
+        if self._is_silent:
+            return dict.fromkeys(("steps", "tokens", "prompt_tokens", "cache_hits", "preemptions"), 0)
         sequence = self._started.sequence
         return {
             "steps": self.num_steps,
@@ -146,18 +153,20 @@ class TalkerJob(ARJob):
         prompt, positions, reply = (self._ports[port] for port in (PROMPT, POSITIONS, REPLY))
         return prompt.is_whole and positions.is_whole and (reply.is_whole or reply.num_rows > 0)
 
-    def _start(self) -> None:
+    def _start_speaking(self) -> None:
         prompt, positions, reply = (self._ports[port] for port in (PROMPT, POSITIONS, REPLY))
         if prompt.num_rows != positions.num_rows or not prompt.num_rows:
             raise StageError(
                 f"stage inputs: got {prompt.num_rows} rows of {PROMPT!r} and {positions.num_rows} of {POSITIONS!r}, "
                 "expected one of each for every prompt token"
             )
+        if not reply.num_rows:
+            self._is_silent = True
+            return
         self._generation = self._begin(prompt.num_rows)
         places = torch.cat(positions.parts).to(self._text.bos.device).T
         self._inputs = TalkerInputs(self._summed(torch.cat(prompt.parts)), places, self._text)
-        if reply.parts:
-            self._inputs.extend(self._summed(torch.cat(reply.parts)), reply.is_whole)
+        self._inputs.extend(self._summed(torch.cat(reply.parts)), reply.is_whole)
         for port in (prompt, positions, reply):
             port.parts.clear()
         self.sequences.append(self._generation.sequence)
@@ -177,6 +186,8 @@ class TalkerJob(ARJob):
         return events
 
     def _written(self) -> list[int]:
+        if self._is_silent:
+            return []
         written = self._started.sequence.output_token_ids
         return written[:-1] if self._started.finish_reason == "stop" else written
 

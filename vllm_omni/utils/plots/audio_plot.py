@@ -23,7 +23,7 @@ def draw_audio(samples: Samples, sample_rate: int, path: Path) -> None:
     figure = Figure(figsize=(9, 5.5), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)  # no pyplot: nothing global is touched
     wave, mel = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
-    mono = samples.mean(axis=0)
+    mono = samples.mean(axis=0) if samples.size else np.zeros(1, np.float32)  # nothing is drawn as silence
     duration_s = len(mono) / sample_rate
     _draw_wave(wave, mono, duration_s)
     mesh = _draw_mel(mel, mono, sample_rate)

@@ -1,0 +1,57 @@
+"""From the name of a stage to an executor for it, as often as one is asked for: at load, and when a stage is rebuilt.
+
+Owns the loaded models, which outlive the engines that read them. Loads nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import device as Device
+
+from vllm_omni import registry
+from vllm_omni.config.schema import StageConfig
+from vllm_omni.engine.base import EngineContext
+from vllm_omni.executor.base import StageExecutor
+from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.utils.device import resolve_device, resolve_dtype
+from vllm_omni.worker.background import Background
+from vllm_omni.worker.model_pool import ModelPool
+
+
+class StageBuilder:
+    """Of one pipeline. wake: what executors call when there is something to poll."""
+
+    def __init__(self, pipeline: Pipeline, background: Background, wake: Callable[[], None]) -> None:
+        self.models = ModelPool()
+        self.devices: dict[str, Device] = {
+            name: resolve_device(spec.stage.device) for name, spec in pipeline.specs.items()
+        }
+        self._pipeline = pipeline
+        self._background = background
+        self._wake = wake
+
+    def build(self, name: str) -> StageExecutor:
+        """An executor of its own, not started."""
+        spec = self._pipeline.specs[name]
+        executor: type[StageExecutor] = registry.resolve("executor", self._executor_of(spec.stage))
+        return executor(spec, self.context(name), self._wake)
+
+    def context(self, name: str) -> EngineContext:
+        """What the engine of a stage is given besides its spec."""
+        spec = self._pipeline.specs[name]
+        return EngineContext(
+            device=self.devices[name],
+            dtype=resolve_dtype(spec.stage.dtype, self.devices[name]),
+            models=self.models,
+            background=self._background,
+            reads=self._pipeline.reads[name],
+            limits=self._pipeline.config.limits,
+            dit_cache=self._pipeline.config.dit_cache,
+        )
+
+    def _executor_of(self, stage: StageConfig) -> str:
+        """Stages on several devices have a thread each, so that no device waits for another."""
+        if stage.executor != "auto":
+            return stage.executor
+        return "thread" if len(set(self.devices.values())) > 1 else "inline"
