@@ -42,7 +42,7 @@ class Abilities:
         return cls(
             texts=texts,
             images=images,
-            edits=tuple(stage for stage in images if "image" in specs[stage].input_media),
+            edits=tuple(stage for stage in images if "image" in specs[stage].request_keys),
             audios=_with_result(pipeline, "audio"),
             embeddings=tensors[0] if tensors else None,
             writer=next(iter((*texts, *written)), None),

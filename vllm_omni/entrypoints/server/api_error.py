@@ -21,11 +21,24 @@ from vllm_omni.errors import (
     RequestTimeoutError,
     ResourceError,
     SchedulerError,
+    StageUnavailableError,
 )
 from vllm_omni.request import OmniOutput, RequestStatus
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_S = 1.0
+MIN_RETRY_S = 0.1
+# error -> status, code, when to try again; the first that fits
+ANSWERS: tuple[tuple[type[OmniError], int, str, float | None], ...] = (
+    (InvalidRequestError, 400, "invalid_value", None),
+    (ConfigError, 400, "unsupported_by_model", None),
+    (ResourceError, 400, "too_large", None),
+    (QueueFullError, 429, "queue_full", RETRY_S),
+    (RequestTimeoutError, 504, "deadline_exceeded", None),
+    (RequestAbortedError, 499, "request_aborted", None),
+    (SchedulerError, 503, "unavailable", RETRY_S),
+)
+BEFORE_WORK = frozenset({ResourceError})  # once work has begun it is the server's fault
 ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 FOLDERS = re.compile(r"(?<![\w:/])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>|:,;()]+[/\\])+")
 FIELD = re.compile(r"^(?:stage '[^']*': )?([a-z_][\w.]*(?:\[[^\]]{1,40}\])*(?:\.[a-z_]\w*)*): ")
@@ -85,36 +98,25 @@ def error_of(output: OmniOutput) -> ApiError | None:
 
 def as_api_error(error: Exception, *, was_admitted: bool = False) -> ApiError:
     """The answer that says what went wrong. was_admitted: whether work had begun."""
-    message = str(error) or type(error).__name__
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, InvalidRequestError):
-        return ApiError(400, message, code="invalid_value", param=_field_of(message))
-    if isinstance(error, QueueFullError):
-        return ApiError(429, message, code="queue_full", retry_s=RETRY_S)
-    if isinstance(error, RequestTimeoutError):
-        return ApiError(504, message, code="deadline_exceeded")
-    if isinstance(error, RequestAbortedError):
-        return ApiError(499, message, code="request_aborted")
-    if isinstance(error, ResourceError) and not was_admitted:
-        return ApiError(400, message, code="too_large", param=_field_of(message))
-    if isinstance(error, SchedulerError):
-        is_callers = "priority:" in message or "request_id" in message
-        return ApiError(400, message, code="invalid_value") if is_callers else _unavailable(message)
-    if isinstance(error, ConfigError):
-        return ApiError(400, message, code="unsupported_by_model")
-    if isinstance(error, OmniError):
-        return _unavailable(message) if not was_admitted else ApiError(500, message, code="stage_failed")
-    return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
+    message = str(error) or type(error).__name__
+    if not isinstance(error, OmniError):
+        return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
+    if isinstance(error, StageUnavailableError):
+        return ApiError(503, message, code="stage_rebuilding", retry_s=max(error.retry_after_s, MIN_RETRY_S))
+    for kind, status, code, retry_s in ANSWERS:
+        if isinstance(error, kind) and not (kind in BEFORE_WORK and was_admitted):
+            param = _field_of(message) if status == 400 else None
+            return ApiError(status, message, code=code, param=param, retry_s=retry_s)
+    if was_admitted:
+        return ApiError(500, message, code="stage_failed")
+    return ApiError(503, message, code="unavailable", retry_s=RETRY_S)
 
 
 def scrubbed(message: str) -> str:
     """Without addresses in memory, and of paths only the last part."""
     return FOLDERS.sub("", ADDRESS.sub("0x...", message)).encode("utf-8", "backslashreplace").decode()
-
-
-def _unavailable(message: str) -> ApiError:
-    return ApiError(503, message, code="unavailable", retry_s=RETRY_S)
 
 
 def _field_of(message: str) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from vllm_omni.entrypoints.server.api_error import scrubbed
 from vllm_omni.entrypoints.server.context import ServerParts
 from vllm_omni.entrypoints.server.models import ServedModel
 
@@ -22,12 +24,23 @@ def _model_status(model: ServedModel) -> dict[str, Any]:
     status = model.get_status()
     if status is None:
         return {"status": "loading"}
-    stages = {name: "ready" if stage["alive"] else "dead" for name, stage in status["stages"].items()}
-    dead = [name for name, state in stages.items() if state != "ready"]
-    state = "dead" if not status["alive"] else f"stage {dead[0]!r} is {stages[dead[0]]}" if dead else "ready"
-    return {
-        "status": state,
-        "stages": stages,
-        "waiting": status["queue_size"],
-        "running": status["running_requests"],
-    }
+    stages = {name: _stage_status(stage) for name, stage in status["stages"].items()}
+    counts = {"waiting": status["queue_size"], "running": status["running_requests"]}
+    return {"status": _worst(model, status), "step_s": round(status["step_s"], 3), **counts, "stages": stages}
+
+
+def _worst(model: ServedModel, status: Mapping[str, Any]) -> str:
+    """What keeps a model from answering, or "ready"."""
+    if not status["alive"]:
+        return "the loop has ended"
+    for name, stage in status["stages"].items():
+        if stage["state"] != "ready":
+            return f"stage {name!r} is {stage['state']}"
+    if status["step_s"] > model.config.worker_timeout:
+        return f"a step has taken {status['step_s']:.0f} s"
+    return "ready"
+
+
+def _stage_status(stage: Mapping[str, Any]) -> dict[str, Any]:
+    cause = {"cause": scrubbed(stage["cause"])} if stage["cause"] else {}
+    return {"status": stage["state"], "tasks": stage["tasks"], "num_rebuilds": stage["num_rebuilds"], **cause}

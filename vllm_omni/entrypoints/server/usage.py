@@ -32,12 +32,12 @@ def num_written(model: ServedModel, output: OmniOutput) -> tuple[int, int]:
 def chat_usage(model: ServedModel, output: OmniOutput) -> Mapping[str, Any]:
     read = num_read(model, output)
     text, audio = num_written(model, output)
-    cached = int(output.metrics.get(_writer(model), {}).get("cache_hits", 0))
+    cached = int(output.metrics.get(_writer(model), {}).get("cached_tokens", 0))
     return {
         "prompt_tokens": read,
         "completion_tokens": text + audio,
         "total_tokens": read + text + audio,
-        "prompt_tokens_details": {"cached_tokens": min(cached, read), "audio_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0},
         "completion_tokens_details": {
             "audio_tokens": audio,
             "reasoning_tokens": 0,

@@ -70,7 +70,7 @@ def _check_stream(body: ImageBody) -> None:
 
 
 def _sources(files: Mapping[str, Sequence[bytes]], model: ServedModel, kind: str) -> dict[str, Any]:
-    """The parameters that hold the pictures of a form."""
+    """The pictures of a form, as keys of a prompt."""
     if kind != "image_edit":
         return {}
     if not model.abilities.edits:
@@ -83,7 +83,9 @@ def _sources(files: Mapping[str, Sequence[bytes]], model: ServedModel, kind: str
     masks = [_opened(content, model, "mask") for content in files.get("mask", ())]
     if len(masks) > 1:
         raise ApiError(400, f"mask: got {len(masks)} files, expected one", code="invalid_value", param="mask")
-    return {"image": images if len(images) > 1 else images[0], **({"mask": masks[0]} if masks else {})}
+    if masks and "mask_image" not in model.abilities.request_keys:
+        raise unsupported("mask", "no stage of this model reads it; leave it out")
+    return {"image": images if len(images) > 1 else images[0], **({"mask_image": masks[0]} if masks else {})}
 
 
 def _opened(content: bytes, model: ServedModel, name: str) -> Image.Image:
@@ -91,10 +93,9 @@ def _opened(content: bytes, model: ServedModel, name: str) -> Image.Image:
 
 
 def _run(body: ImageBody, sources: dict[str, Any], model: ServedModel, stages: Sequence[str], call: Call) -> Run:
-    mask = sources.pop("mask", None)
-    extra = {**(body.extra_params or {}), **({} if mask is None else {"mask_image": mask})}
-    drawing = diffusion(body, num_outputs=body.n, num_previews=body.partial_images, **sources)
+    drawing = diffusion(body, num_outputs=body.n, num_previews=body.partial_images)
     # where the graph writes before it draws, what it wrote is the revised prompt
     outputs = [*model.abilities.texts, *stages]
-    made = build_request(call, model, body, {"prompt": body.prompt}, outputs, diffusion=drawing, extra=extra)
+    prompt = {"prompt": body.prompt, **sources}
+    made = build_request(call, model, body, prompt, outputs, diffusion=drawing, extra=body.extra_params)
     return call.begin(made, model, wants_parts=True)  # few steps, and `/v1/requests` tells them
