@@ -54,7 +54,7 @@ async def _draw(
     stages = require(model, "images", model.abilities.images)
     _check_stream(body)
     sources = await asyncio.to_thread(_sources, files, model, kind)
-    run = _run(body, sources, model, stages, call)
+    run = image_run(body, sources, model, stages, call)
     answer = ImageAnswer(model, body, stages, kind)
     if body.stream:
         return event_stream(await begun(answer.events(call.parts.runs.parts(run))), call.parts.settings)
@@ -90,7 +90,8 @@ def _opened(content: bytes, model: ServedModel, name: str) -> Image.Image:
     return Image.fromarray(read_image(content, model.config.limits, name).numpy())
 
 
-def _run(body: ImageBody, sources: dict[str, Any], model: ServedModel, stages: Sequence[str], call: Call) -> Run:
+def image_run(body: ImageBody, sources: dict[str, Any], model: ServedModel, stages: Sequence[str], call: Call) -> Run:
+    """The body as a run, not begun. sources: parameters that hold pictures of the caller's."""
     mask = sources.pop("mask", None)
     extra = {**(body.extra_params or {}), **({} if mask is None else {"mask_image": mask})}
     drawing = diffusion(body, num_outputs=body.n, num_previews=body.partial_images, **sources)
