@@ -68,6 +68,7 @@ class Answer:
             "e2e": self.ended_s,
         }
         found = {name: moment - self.began_s for name, moment in moments.items() if moment is not None}
-        if self.first_text_s is not None and self.last_text_s is not None and self.tokens > 1:
+        # words that all came at once say nothing of the time of one
+        if self.first_text_s is not None and self.last_text_s is not None and min(self.tokens, self.num_deltas) > 1:
             found["tpot"] = (self.last_text_s - self.first_text_s) / (self.tokens - 1)
         return found

@@ -52,10 +52,9 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 def draw(run: Run, path: Path) -> None:
     """Writes a PNG: the distribution of every time, and what each request took, when."""
-    times: dict[str, list[float]] = {}
-    for answer in run.answers:
-        for name, seconds in answer.measures().items():
-            times.setdefault(MEASURES[name], []).append(seconds)
+    measured = [answer.measures() for answer in run.answers]
+    times = {words: [found[name] for found in measured if name in found] for name, words in MEASURES.items()}
+    times = {words: values for words, values in times.items() if values}
     ends: dict[str, list[tuple[float, float, bool]]] = {}
     for answer in run.answers:
         took_s = (answer.ended_s or answer.began_s) - answer.began_s

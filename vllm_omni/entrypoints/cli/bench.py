@@ -17,6 +17,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import check_number
 
 if TYPE_CHECKING:
+    from vllm_omni.entrypoints.bench.answer import Answer
     from vllm_omni.entrypoints.bench.load import Load, Run, Target
     from vllm_omni.entrypoints.bench.mix import BenchRequest
 
@@ -157,7 +158,11 @@ async def _loaded(
     await Load(concurrency=args.concurrency).run(target, warmup)
     is_shown = sys.stderr.isatty() and not args.quiet
     with tqdm(total=len(measured), unit="request", disable=not is_shown, leave=False) as bar:
-        return await _load(args).run(target, measured, lambda answer: bar.update() and None)
+
+        def show(answer: Answer) -> None:
+            bar.update()
+
+        return await _load(args).run(target, measured, show)
 
 
 def _load(args: argparse.Namespace) -> Load:
