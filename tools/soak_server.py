@@ -59,14 +59,16 @@ class Level:
 
 @dataclass(slots=True)
 class Findings:
-    before: Level
+    """before, after: the load that is looked at."""
+
+    before: Level | None = None
     after: Level | None = None
     ends: Counter[str] = field(default_factory=Counter)  # "killed", "answered", "failed as meant"
     wrongs: list[str] = field(default_factory=list)  # what should not have happened
 
     @property
     def complaints(self) -> list[str]:
-        assert self.after is not None
+        assert self.before is not None and self.after is not None
         return [*self.wrongs, *self.after.leaks(self.before)]
 
 
@@ -84,7 +86,7 @@ class Soak:
 
     async def run(self, seconds: float, warmup_s: float) -> Findings:
         """The load twice: once so that caches and pools have their size, once to be looked at."""
-        findings = Findings(await self._level())
+        findings = Findings()
         await self._load(warmup_s, findings)
         findings.before = await self._level()
         await self._load(seconds, findings)
@@ -161,7 +163,7 @@ class Soak:
         return Level(
             held_blocks=round(values["vllm_omni_kv_blocks"] - values["vllm_omni_kv_blocks_free"]),
             tasks=round(values["vllm_omni_event_loop_tasks"]),
-            descriptors=len(os.listdir(f"/proc/{self._pid}/fd")),
+            descriptors=sum(1 for _ in Path(f"/proc/{self._pid}/fd").iterdir()),
             temporary_files=sum(len(files) for _, _, files in os.walk(self._folder)),
             memory_mb=round(values["process_resident_memory_bytes"] / 2**20, 1),
         )
@@ -182,7 +184,7 @@ def _text(answer: Mapping[str, Any]) -> str | None:
 
 
 def show(findings: Findings) -> Iterable[str]:
-    assert findings.after is not None
+    assert findings.before is not None and findings.after is not None
     yield ", ".join(f"{count} {name}" for name, count in sorted(findings.ends.items()))
     after = asdict(findings.after)
     for name, value in asdict(findings.before).items():
