@@ -46,6 +46,8 @@ SMALL_POOLS = [
     for stage in ("thinker", "scene_text", "sound_text", "lyrics")
     for word in ("--set", f"{stage}.kv_memory_mb=16")
 ]
+# libraries keep kernels for every shape that they have seen, and memory for every thread; without that, what grows is ours
+ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,7 @@ class Soak:
                 is_busy = sum(values[f"vllm_omni_requests_{word}"] for word in ("served", "waiting", "running"))
                 if not is_busy or time.monotonic() > deadline_s:
                     break
+        await asyncio.sleep(0.5)  # until the server, too, has closed our own connections
         return Level(
             held_blocks=round(values["vllm_omni_kv_blocks"] - values["vllm_omni_kv_blocks_free"]),
             tasks=round(values["vllm_omni_event_loop_tasks"]),
@@ -199,11 +202,11 @@ def show(findings: Findings) -> Iterable[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120.0, help="of load that is looked at (default: 120)")
-    parser.add_argument("--warmup", type=float, default=20.0, metavar="S", help="of load before it (default: 20)")
+    parser.add_argument("--warmup", type=float, default=30.0, metavar="S", help="of load before it (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of who asks what and dies when (default: 0)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TMPDIR"] = folder  # the server's
+        os.environ.update(ENVIRONMENT, TMPDIR=folder)  # the server's
         with ServerProcess(["tiny_omni"], SMALL_POOLS) as server:
             soak = Soak(server.address, server.pid, Path(folder), args.seed)
             findings = asyncio.run(soak.run(args.seconds, args.warmup))

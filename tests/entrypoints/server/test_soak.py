@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.server import ServerProcess
 
-from tools.soak_server import SMALL_POOLS, Level, Soak
+from tools.soak_server import ENVIRONMENT, SMALL_POOLS, Level, Soak
 
 SECONDS, WARMUP_S = 6.0, 3.0
 
@@ -18,7 +18,8 @@ SECONDS, WARMUP_S = 6.0, 3.0
 def test_killed_clients_leave_no_block_no_task_no_socket_no_file_and_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for name, value in {**ENVIRONMENT, "TMPDIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("tools.soak_server.FAILS_EVERY", 20)  # so short a time has no hundred requests
     with ServerProcess(["tiny_omni"], SMALL_POOLS) as server:
         findings = asyncio.run(Soak(server.address, server.pid, tmp_path).run(SECONDS, WARMUP_S))
