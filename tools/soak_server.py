@@ -46,7 +46,7 @@ SMALL_POOLS = [
     for stage in ("thinker", "scene_text", "sound_text", "lyrics")
     for word in ("--set", f"{stage}.kv_memory_mb=16")
 ]
-# libraries keep kernels for every shape that they have seen, and memory for every thread; without that, what grows is ours
+# libraries keep kernels of all shapes that they have seen, and memory for each thread; without that, what grows is ours
 ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "MALLOC_ARENA_MAX": "1"}
 
 
