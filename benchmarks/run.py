@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from benchmarks import audio, audio_cache, cache, decode_memory, images, limits, report, speech, startup, text
+from benchmarks import audio, audio_cache, cache, decode_memory, images, limits, report, serving, speech, startup, text
 from benchmarks.limits import Limits
 from benchmarks.measure import Options, Report, available_cores, machine
 
@@ -32,6 +32,7 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "startup": startup.run,
     "cache": cache.run,
     "audio_cache": audio_cache.run,
+    "serving": serving.run,
 }
 
 

@@ -33,6 +33,20 @@ def test_both_sides_make_the_same_pictures_sounds_and_tokens(tmp_path: Path) -> 
     assert results() == before
 
 
+def test_a_crowd_is_answered_to_the_last_and_beyond_the_queue_refused(tmp_path: Path) -> None:
+    before = results()
+    command = [sys.executable, "benchmarks/run.py", "serving", "--quick", "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "found.json")], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "found.json").read_text())["serving"]["figures"]
+    assert figures["crowd"] == {"200": 12}
+    assert figures["refused"] == {"200": 8, "429": 4}
+    assert figures["ratio"] > 0 and set(figures["p99_ms"]) == {"/health", "/metrics"}
+    assert results() == before
+
+
 @pytest.mark.parametrize("arguments", [["pictures"], ["images", "--threads", "many"]])
 def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "benchmarks/run.py", *arguments], cwd=ROOT, capture_output=True, text=True)

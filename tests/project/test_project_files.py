@@ -89,7 +89,7 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
 
 def test_what_the_package_imports_is_required() -> None:
     """Tools of development are no part of it: `rich` is, and only the benchmarks use it."""
-    server = set((PACKAGE / "entrypoints" / "server").rglob("*.py"))
+    server = {path for name in ("server", "bench") for path in (PACKAGE / "entrypoints" / name).rglob("*.py")}
     foreign = foreign_packages(set(PACKAGE.rglob("*.py")) - server)
     assert foreign <= REQUIRED.keys()
     assert REQUIRED.keys() - foreign <= IMPORTED_BY_OTHERS

@@ -71,7 +71,8 @@ class PartialOutputs:
         if stage not in self._outputs:
             return None
         made = make_result(payload)
-        given = self._given.pop(stage, None) or [_Given() for _ in made.completions]
+        given = self._given.pop(stage, [])
+        given += [_Given() for _ in made.completions[len(given) :]]
         rests = tuple(pieces.rest(whole) for pieces, whole in zip(given, made.completions, strict=True))
         made = dataclasses.replace(made, completions=rests if any(map(_is_new, rests)) else ())
         if self._pieces.pop(stage, None) is not None:

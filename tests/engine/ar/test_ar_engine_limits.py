@@ -288,7 +288,7 @@ def test_bad_options_are_config_errors_that_name_the_key(options: Any, message: 
 def test_a_damaged_tokenizer_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model")
     (model / "tokenizer.json").write_text("{")
-    with pytest.raises(OmniError, match="the tokenizer cannot be read"):
+    with pytest.raises(OmniError, match="the tokenizer: cannot be read"):
         make_engine(model)
 
 

@@ -1,4 +1,4 @@
-"""The command line: generate, check, info, models. Only a command that needs torch imports it."""
+"""The command line: generate, serve, bench, check, info, models. Only a command that needs torch imports it."""
 
 from __future__ import annotations
 

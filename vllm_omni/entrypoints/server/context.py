@@ -76,4 +76,9 @@ def parts_of(connection: HTTPConnection) -> ServerParts:
     return cast(ServerParts, connection.app.state.parts)
 
 
-CallOf = Annotated[Call, Depends(call_of)]
+async def _call_of(connection: HTTPConnection) -> Call:
+    """A coroutine: FastAPI would send every request through a thread for a plain function."""
+    return call_of(connection)
+
+
+CallOf = Annotated[Call, Depends(_call_of)]

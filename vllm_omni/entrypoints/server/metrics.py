@@ -139,7 +139,9 @@ class _Gauges(Collector):
                 for stage, about in status["stages"].items():
                     alive.add_metric([model.name, stage], float(about["alive"]))
                     tasks.add_metric([model.name, stage], about["tasks"])
-        yield from (served, waiting, running, alive, tasks)
+        loop_tasks = GaugeMetricFamily("vllm_omni_event_loop_tasks", "Tasks of the server's event loop")
+        loop_tasks.add_metric([], len(asyncio.all_tasks()))
+        yield from (served, waiting, running, alive, tasks, loop_tasks)
         yield from self._of_engines()
 
     def _of_engines(self) -> Iterator[Metric]:

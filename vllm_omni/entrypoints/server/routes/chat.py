@@ -28,12 +28,12 @@ router = APIRouter()
 async def create_chat_completion(body: ChatBody, call: CallOf, request: Request) -> Response:
     """The next message of a conversation: its words, and the pictures and the sound that its model makes."""
     model = call.parts.models.find(body.model)
-    outputs = _outputs(body, model)
+    outputs = chat_outputs(body, model)
     if body.stream_options is not None and not body.stream:
         raise unsupported("stream_options", "is of streams alone; say stream: true")
     if body.partial_images and not body.stream:
         raise unsupported("partial_images", "are parts of a stream; say stream: true")
-    run = await _run(body, model, outputs, call)
+    run = await chat_run(body, model, outputs, call)
     answer = ChatAnswer(model, call.run_id, outputs, _audio_format(body, model, outputs), _num_top(body))
     if not body.stream:
         output = await while_connected(request, call.parts.runs.final(run))
@@ -42,7 +42,7 @@ async def create_chat_completion(body: ChatBody, call: CallOf, request: Request)
     return event_stream(await begun(chunks), call.parts.settings)
 
 
-def _outputs(body: ChatBody, model: ServedModel) -> Sequence[str]:
+def chat_outputs(body: ChatBody, model: ServedModel) -> Sequence[str]:
     """The stages whose results are wanted: `modalities`, else words, pictures and, where `audio` is given, sound."""
     able = model.abilities
     kinds = {"text": able.texts, "image": able.images, "audio": able.audios}
@@ -71,7 +71,8 @@ def _num_top(body: ChatBody) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-async def _run(body: ChatBody, model: ServedModel, outputs: Sequence[str], call: Call) -> Run:
+async def chat_run(body: ChatBody, model: ServedModel, outputs: Sequence[str], call: Call) -> Run:
+    """The body as a run, not begun. outputs: as of `chat_outputs`."""
     prompt: dict[str, Any] = await chat_prompt(body, model, call.parts.settings)
     if body.audio is not None:
         voice = body.audio.voice

@@ -34,7 +34,7 @@ async def create_completion(body: CompletionBody, call: CallOf, request: Request
     require(model, "text", model.abilities.texts)
     if body.stream_options is not None and not body.stream:
         raise unsupported("stream_options", "is of streams alone; say stream: true")
-    runs = [_run(body, prompt, index, model, call) for index, prompt in enumerate(body.prompts)]
+    runs = [completion_run(body, prompt, index, model, call) for index, prompt in enumerate(body.prompts)]
     answer = _Answer(model, call.run_id, body)
     if not body.stream:
         outputs = await while_connected(request, all_of([call.parts.runs.final(run) for run in runs]))
@@ -43,7 +43,8 @@ async def create_completion(body: CompletionBody, call: CallOf, request: Request
     return event_stream(await begun(answer.chunks(parts, len(runs))), call.parts.settings)
 
 
-def _run(body: CompletionBody, prompt: Any, index: int, model: ServedModel, call: Call) -> Run:
+def completion_run(body: CompletionBody, prompt: Any, index: int, model: ServedModel, call: Call) -> Run:
+    """One of the body's prompts as a run, not begun."""
     key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
     sampling = body.sampling(max_tokens=body.max_tokens, logprobs=body.logprobs)
     made = build_request(call, model, body, {key: prompt}, model.abilities.texts[:1], sampling=sampling)

@@ -54,7 +54,7 @@ async def _draw(
     stages = require(model, "images", model.abilities.images)
     _check_stream(body)
     sources = await asyncio.to_thread(_sources, files, model, kind)
-    run = _run(body, sources, model, stages, call)
+    run = image_run(body, sources, model, stages, call)
     answer = ImageAnswer(model, body, stages, kind)
     if body.stream:
         return event_stream(await begun(answer.events(call.parts.runs.parts(run))), call.parts.settings)
@@ -92,7 +92,8 @@ def _opened(content: bytes, model: ServedModel, name: str) -> Image.Image:
     return Image.fromarray(read_image(content, model.config.limits, name).numpy())
 
 
-def _run(body: ImageBody, sources: dict[str, Any], model: ServedModel, stages: Sequence[str], call: Call) -> Run:
+def image_run(body: ImageBody, sources: dict[str, Any], model: ServedModel, stages: Sequence[str], call: Call) -> Run:
+    """The body as a run, not begun. sources: the pictures that the caller brings, as keys of a prompt."""
     drawing = diffusion(body, num_outputs=body.n, num_previews=body.partial_images)
     # where the graph writes before it draws, what it wrote is the revised prompt
     outputs = [*model.abilities.texts, *stages]

@@ -1,0 +1,210 @@
+"""What HTTP costs: the same requests of a server and of the graph in a process without one, in turn; and how the
+server bears a crowd. One thread for each model, as all of it shares the cores with the clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from benchmarks.limits import Limits
+from benchmarks.measure import ROOT, Options, Report, Table, median, with_spread
+from benchmarks.sides import SideProcess
+from tests.support.server import ServerProcess
+from vllm_omni.entrypoints.bench.answer import Answer
+from vllm_omni.entrypoints.bench.http_target import HttpTarget
+from vllm_omni.entrypoints.bench.load import Load, Run
+from vllm_omni.entrypoints.bench.mix import BenchRequest, Mix
+
+CONFIG = "tiny_omni"
+MIX = ROOT / "benchmarks" / "mixes" / "omni.yaml"
+WORDS = Mix.of({"works": {"words": {"kind": "chat", "prompts": ["hello there"], "body": {"modalities": ["text"]}}}})
+THREADS = 1
+CONCURRENCY = 16
+QUEUE = 8
+PAUSE_S = 0.02  # between two looks at /health and /metrics
+TIMEOUT_S = 600.0
+
+
+def run(options: Options, limits: Limits | None = None) -> Report:
+    count = 6 if options.is_quick else 60
+    crowd = 12 if options.is_quick else 200
+    mixed, words = Mix.read(MIX).draw(count, 0), WORDS.draw(count, 0)
+    with ServerProcess([CONFIG]) as server, SideProcess("offline", THREADS, OfflineSide) as offline:
+        work = _in_turn(server, offline, mixed, CONCURRENCY, options)
+        first = _in_turn(server, offline, words, 1, options)
+        storm, watch = _storm(server, Mix.read(MIX).draw(crowd, 1))
+    with ServerProcess([CONFIG], ["--set", f"scheduler.max_queue_size={QUEUE}"]) as server:
+        refused = _storm(server, Mix.read(MIX).draw(crowd, 2))[0]
+    return Report(
+        "serving",
+        [_work_table(work, count), _first_table(first), _storm_table(storm, watch), _refusal_table(refused)],
+        notes=[
+            f"HTTP adds {with_spread([(pair.http_s / pair.offline_s - 1) * 100 for pair in work], 1)}% to the work."
+        ],
+        figures=_figures(work, first, storm, watch, refused),
+    )
+
+
+class OfflineSide:
+    """The graph without a server, in a process of its own."""
+
+    def __init__(self) -> None:
+        from vllm_omni.entrypoints.bench.offline_target import OfflineTarget
+        from vllm_omni.entrypoints.loading import open_pipeline
+
+        self._loop = asyncio.new_event_loop()
+        self._target = OfflineTarget(open_pipeline(CONFIG).config, ())
+        self._loop.run_until_complete(self._target.__aenter__())
+
+    def run(self, requests: Sequence[BenchRequest], concurrency: int) -> Run:
+        return self._loop.run_until_complete(Load(concurrency=concurrency).run(self._target, requests))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One run of each side."""
+
+    http: Run
+    offline: Run
+
+    @property
+    def http_s(self) -> float:
+        return self.http.wall_s
+
+    @property
+    def offline_s(self) -> float:
+        return self.offline.wall_s
+
+    @property
+    def added_to_first_token_s(self) -> float:
+        return _first_token_s(self.http) - _first_token_s(self.offline)
+
+
+def _in_turn(
+    server: ServerProcess, offline: SideProcess, requests: Sequence[BenchRequest], concurrency: int, options: Options
+) -> list[Pair]:
+    """One untimed run of each side, then timed ones in turn."""
+    pairs: list[Pair] = []
+    spent_s = 0.0
+    while not pairs or not options.is_enough(len(pairs) - 1, spent_s):
+        found = Pair(_over_http(server, requests, concurrency), offline.call("run", requests, concurrency)[1])
+        for side in (found.http, found.offline):
+            failed = [answer for answer in side.answers if not answer.is_ok]
+            if failed:
+                raise RuntimeError(f"{len(failed)} requests failed, such as {failed[0].status} {failed[0].error}")
+        spent_s += found.http_s + found.offline_s
+        pairs.append(found)
+    return pairs[1:]
+
+
+def _over_http(server: ServerProcess, requests: Sequence[BenchRequest], concurrency: int) -> Run:
+    async def work() -> Run:
+        async with HttpTarget(server.address, None, None, TIMEOUT_S) as target:
+            return await Load(concurrency=concurrency).run(target, requests)
+
+    return asyncio.run(work())
+
+
+def _storm(server: ServerProcess, requests: Sequence[BenchRequest]) -> tuple[Run, Watch]:
+    """All requests at once, while a monitor looks."""
+    watch = Watch(server.address)
+    with watch:
+        return _over_http(server, requests, len(requests)), watch
+
+
+@dataclass
+class Watch:
+    """A monitor in a thread: how long `/health` and `/metrics` take, again and again. A context manager."""
+
+    address: str
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"/health": [], "/metrics": []})
+
+    def __post_init__(self) -> None:
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def p99_ms(self, path: str) -> float:
+        return float(np.percentile(self.seconds[path], 99)) * 1000
+
+    def _look(self) -> None:
+        place = urlsplit(self.address)
+        connection = HTTPConnection(place.hostname or "", place.port, timeout=TIMEOUT_S)
+        while not self._is_over.wait(PAUSE_S):
+            for path, seconds in self.seconds.items():
+                began_s = time.perf_counter()
+                connection.request("GET", path)
+                connection.getresponse().read()
+                seconds.append(time.perf_counter() - began_s)
+        connection.close()
+
+
+def _first_token_s(run: Run) -> float:
+    return median([answer.measures()["ttft"] for answer in run.answers])
+
+
+def _took_s(answer: Answer) -> float:
+    return (answer.ended_s or answer.began_s) - answer.began_s
+
+
+def _work_table(pairs: Sequence[Pair], count: int) -> Table:
+    rates = [
+        [count / seconds for seconds in side] for side in zip(*((p.http_s, p.offline_s) for p in pairs), strict=True)
+    ]
+    ratios = with_spread([pair.http_s / pair.offline_s for pair in pairs], 3)
+    cells = [f"{count} mixed requests, {CONCURRENCY} at a time", *map(with_spread, rates), ratios]
+    return Table("Requests per second", ("case", "HTTP", "offline", "time over HTTP / offline"), [cells])
+
+
+def _first_table(pairs: Sequence[Pair]) -> Table:
+    sides = [[_first_token_s(pair.http) for pair in pairs], [_first_token_s(pair.offline) for pair in pairs]]
+    added = [pair.added_to_first_token_s for pair in pairs]
+    cells = ["words alone", *(with_spread([s * 1000 for s in side]) for side in (*sides, added))]
+    return Table("Time to the first token, ms", ("case", "HTTP", "offline", "HTTP adds"), [cells])
+
+
+def _storm_table(storm: Run, watch: Watch) -> Table:
+    answered = sum(answer.is_ok for answer in storm.answers)
+    row = [f"{len(storm.answers)} mixed requests at once", f"{answered}"]
+    row += [f"{watch.p99_ms(path):.1f}" for path in watch.seconds]
+    return Table("A crowd", ("case", "answers", "/health p99, ms", "/metrics p99, ms"), [row])
+
+
+def _refusal_table(refused: Run) -> Table:
+    statuses = Counter(answer.status for answer in refused.answers)
+    times = [_took_s(answer) for answer in refused.answers if answer.status == "429"]
+    others = len(refused.answers) - statuses["200"] - statuses["429"]
+    slowest = f"{max(times) * 1000:.0f}" if times else "none"
+    row = [f"{len(refused.answers)} at once, max_queue_size {QUEUE}", str(statuses["200"]), str(statuses["429"])]
+    columns = ("case", "answered", "refused (429)", "other", "slowest refusal, ms")
+    return Table("Beyond the queue", columns, [[*row, str(others), slowest]])
+
+
+def _figures(work: Sequence[Pair], first: Sequence[Pair], storm: Run, watch: Watch, refused: Run) -> dict[str, Any]:
+    return {
+        "http_s": [pair.http_s for pair in work],
+        "offline_s": [pair.offline_s for pair in work],
+        "ratio": median([pair.http_s / pair.offline_s for pair in work]),
+        "first_token_added_s": [pair.added_to_first_token_s for pair in first],
+        "crowd": dict(Counter(answer.status for answer in storm.answers)),
+        "p99_ms": {path: watch.p99_ms(path) for path in watch.seconds},
+        "refused": dict(Counter(answer.status for answer in refused.answers)),
+        "refusals_s": [_took_s(answer) for answer in refused.answers if answer.status == "429"],
+    }

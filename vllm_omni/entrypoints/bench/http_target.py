@@ -1,0 +1,112 @@
+"""A server that speaks OpenAI's protocol, asked over HTTP: every answer is read while it is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from vllm_omni.entrypoints.bench.answer import OK, Answer
+from vllm_omni.entrypoints.bench.mix import ROUTES, BenchRequest
+from vllm_omni.errors import ConfigError
+
+DATA = "data:"
+DONE = "[DONE]"
+HAVE_USAGE = ("chat", "completion")  # kinds whose streams tell their tokens when asked to
+
+
+class HttpTarget:
+    """url: with or without `/v1`. An async context manager that closes its connections."""
+
+    def __init__(self, url: str, model: str | None, api_key: str | None, timeout_s: float) -> None:
+        root = url.rstrip("/").removesuffix("/v1")
+        if not root.startswith(("http://", "https://")):
+            raise ConfigError(f"--url: got {url!r:.200}, expected http://HOST:PORT")
+        self._root = root
+        self._model = model
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._client = httpx.AsyncClient(headers=headers, timeout=timeout_s, limits=limits)
+
+    async def ask(self, request: BenchRequest, answer: Answer) -> None:
+        try:
+            async with self._client.stream("POST", self._root + ROUTES[request.kind], json=self._body(request)) as got:
+                if got.status_code != int(OK):
+                    answer.fail(str(got.status_code), _message(await got.aread()))
+                elif request.kind == "speech":
+                    async for piece in got.aiter_raw():
+                        if piece:
+                            answer.note_sound()
+                else:
+                    await _read_events(got, answer)
+        except httpx.TimeoutException as error:
+            answer.fail("timeout", type(error).__name__)
+        except (httpx.HTTPError, ValueError) as error:
+            answer.fail(type(error).__name__, str(error))
+
+    def _body(self, request: BenchRequest) -> dict[str, Any]:
+        named = {} if self._model is None else {"model": self._model}
+        if request.kind == "speech":  # its bytes come in pieces as they are
+            return {**named, **request.body}
+        usage = {"stream_options": {"include_usage": True}} if request.kind in HAVE_USAGE else {}
+        return {**named, **request.body, "stream": True, **usage}
+
+    async def __aenter__(self) -> HttpTarget:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+
+async def _read_events(response: httpx.Response, answer: Answer) -> None:
+    has_content = False
+    async for line in response.aiter_lines():
+        if not line.startswith(DATA):
+            continue
+        content = line[len(DATA) :].strip()
+        if content == DONE:
+            break
+        event = json.loads(content)
+        if event.get("error"):
+            answer.fail(*_of_event(event["error"]))
+            return
+        has_content = True
+        _note(event, answer)
+    if not has_content:
+        answer.fail("empty", "the stream held no event")
+
+
+def _note(event: Mapping[str, Any], answer: Answer) -> None:
+    if str(event.get("type", "")).endswith(".partial_image"):
+        answer.note_preview()
+    for choice in event.get("choices") or ():
+        delta = choice.get("delta") or {}
+        if choice.get("text") or (isinstance(delta.get("content"), str) and delta["content"]):
+            answer.note_text()
+        if delta.get("preview"):
+            answer.note_preview()
+        if (delta.get("audio") or {}).get("data"):
+            answer.note_sound()
+    usage = event.get("usage") or {}
+    if "completion_tokens" in usage:
+        details = usage.get("completion_tokens_details") or {}
+        answer.num_tokens = usage["completion_tokens"] - (details.get("audio_tokens") or 0)
+
+
+def _of_event(error: Any) -> tuple[str, str]:
+    """(what to count it as, what it says): the status is 200 by then."""
+    if not isinstance(error, Mapping):
+        return "stream", str(error)
+    return str(error.get("code") or error.get("type") or "stream"), str(error.get("message", ""))
+
+
+def _message(content: bytes) -> str:
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return content[:300].decode(errors="replace")
