@@ -151,12 +151,12 @@ class StageConfig:
     name: str
     kind: str  # "ar", "dit", ...: a row of the registry
     model: str | None = None  # a folder, a hub id, or asset://name
-    revision: str | None = None  # of a hub id: a branch, a tag or a commit; None: its main branch
     inputs: Mapping[str, EdgeLike] = field(default_factory=dict)  # input port -> "stage.port", or an EdgeConfig
     defaults: Mapping[str, Any] = field(default_factory=dict)  # fields of the kind's params class
     executor: str = "auto"  # "auto" (a thread each where stages are on several devices), or a row of the registry
     device: str = "auto"  # or a device of torch: "cpu", "cuda:0"
     dtype: str = "auto"  # or "float32", "bfloat16", "float16"
+    revision: str | None = None  # of a hub id: a branch, a tag or a commit; None: its main branch
     options: Any = None  # the options dataclass of the kind, of the stage's other YAML keys
 
     @property
