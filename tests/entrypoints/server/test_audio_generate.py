@@ -15,10 +15,10 @@ from support.sound_files import comment_of, read_file, read_integers, read_pcm
 
 from vllm_omni import Omni
 from vllm_omni.entrypoints.loading import open_pipeline
-from vllm_omni.entrypoints.server.abilities import Abilities
-from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.building import graph_keys
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.requests.abilities import Abilities
+from vllm_omni.entrypoints.server.requests.building import graph_keys
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.params import DiffusionParams
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_omni import Audio
-from vllm_omni.entrypoints.server.api_error import ApiError
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.realtime.conversation import MAX_ITEMS, Content, Conversation, Message, prompt_of
 from vllm_omni.entrypoints.server.realtime.pcm import PcmPieces, decoded, duration_ms
 

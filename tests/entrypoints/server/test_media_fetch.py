@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from vllm_omni.entrypoints.server import media_fetch
-from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.media_fetch import is_public, read_source
+from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.requests import media_fetch
+from vllm_omni.entrypoints.server.requests.media_fetch import is_public, read_source
 from vllm_omni.entrypoints.server.settings import ServerSettings
 
 

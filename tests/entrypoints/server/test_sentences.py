@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_omni.entrypoints.server.sentences import Granularity, Sentences
+from vllm_omni.entrypoints.server.speaking.sentences import Granularity, Sentences
 
 PIECES = st.lists(st.text(alphabet="ab1 .,!?;\n。，'\")", max_size=8), max_size=12)
 

@@ -19,8 +19,8 @@ from support.server import ServerProcess
 from vllm_omni.config.loader import load_config
 from vllm_omni.entrypoints.cli import build_parser
 from vllm_omni.entrypoints.server.app import create_app
-from vllm_omni.entrypoints.server.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.models import ModelTable
+from vllm_omni.entrypoints.server.monitoring.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.runs import RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
 

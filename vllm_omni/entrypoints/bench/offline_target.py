@@ -12,11 +12,11 @@ from starlette.requests import HTTPConnection
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.entrypoints.bench.answer import Answer
 from vllm_omni.entrypoints.bench.mix import ROUTES, BenchRequest
-from vllm_omni.entrypoints.server.api_error import as_api_error, error_of
 from vllm_omni.entrypoints.server.context import Call, ServerParts
+from vllm_omni.entrypoints.server.http.api_error import as_api_error, error_of
 from vllm_omni.entrypoints.server.jobs import JobStore
-from vllm_omni.entrypoints.server.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.models import ModelTable
+from vllm_omni.entrypoints.server.monitoring.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.routes.chat import chat_outputs, chat_run
 from vllm_omni.entrypoints.server.routes.completions import completion_run
 from vllm_omni.entrypoints.server.routes.images import image_run

@@ -15,13 +15,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vllm_omni import __version__
-from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error
 from vllm_omni.entrypoints.server.context import ServerParts
-from vllm_omni.entrypoints.server.gate import Gate
-from vllm_omni.entrypoints.server.invalid import invalid_field
+from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
+from vllm_omni.entrypoints.server.http.gate import Gate
+from vllm_omni.entrypoints.server.http.invalid import invalid_field
 from vllm_omni.entrypoints.server.jobs import JobStore
-from vllm_omni.entrypoints.server.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.models import ModelTable
+from vllm_omni.entrypoints.server.monitoring.metrics import ServerMetrics
+from vllm_omni.entrypoints.server.monitoring.tracing import Tracing
 from vllm_omni.entrypoints.server.routes import (
     audio,
     chat,
@@ -38,7 +39,6 @@ from vllm_omni.entrypoints.server.routes import (
 )
 from vllm_omni.entrypoints.server.runs import RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
-from vllm_omni.entrypoints.server.tracing import Tracing
 from vllm_omni.errors import OmniError
 
 ROUTERS = (

@@ -9,10 +9,10 @@ from typing import Annotated, cast
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
-from vllm_omni.entrypoints.server.api_error import ApiError
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.jobs import JobStore
-from vllm_omni.entrypoints.server.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.models import ModelTable, ServedModel
+from vllm_omni.entrypoints.server.monitoring.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.runs import Run, RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.request import OmniRequest

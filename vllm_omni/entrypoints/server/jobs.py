@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error
-from vllm_omni.entrypoints.server.client import Begun, cancel
+from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
+from vllm_omni.entrypoints.server.http.client import Begun, cancel
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.request import OmniOutput

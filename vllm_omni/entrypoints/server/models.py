@@ -10,8 +10,8 @@ from typing import Any
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.loading import open_pipeline
-from vllm_omni.entrypoints.server.abilities import Abilities
-from vllm_omni.entrypoints.server.api_error import RETRY_S, ApiError
+from vllm_omni.entrypoints.server.http.api_error import RETRY_S, ApiError
+from vllm_omni.entrypoints.server.requests.abilities import Abilities
 from vllm_omni.errors import ConfigError
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.checks import did_you_mean

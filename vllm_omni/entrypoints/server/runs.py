@@ -10,8 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_omni.entrypoints.server.api_error import RETRY_S, ApiError, error_of
-from vllm_omni.entrypoints.server.client import within
+from vllm_omni.entrypoints.server.http.api_error import RETRY_S, ApiError, error_of
+from vllm_omni.entrypoints.server.http.client import within
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.request import OmniOutput, OmniRequest, Progress, StageResult
 

@@ -11,8 +11,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from vllm_omni.entrypoints.server.app import create_app
+from vllm_omni.entrypoints.server.http.protocol import PatientH11Protocol
 from vllm_omni.entrypoints.server.models import ModelTable
-from vllm_omni.entrypoints.server.protocol import PatientH11Protocol
 from vllm_omni.entrypoints.server.settings import ServerSettings
 
 MAX_HEADER_BYTES = 32_768

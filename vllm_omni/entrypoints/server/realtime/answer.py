@@ -10,17 +10,17 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error
-from vllm_omni.entrypoints.server.building import build_request, voice_key
-from vllm_omni.entrypoints.server.client import cancel
+from vllm_omni.entrypoints.server.answers.usage import num_read, num_written
 from vllm_omni.entrypoints.server.context import Call
+from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
+from vllm_omni.entrypoints.server.http.client import cancel
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.realtime.conversation import Content, Conversation, Message, prompt_of
 from vllm_omni.entrypoints.server.realtime.manner import Manner
 from vllm_omni.entrypoints.server.realtime.pcm import PcmPieces, duration_ms
+from vllm_omni.entrypoints.server.requests.building import build_request, voice_key
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.schemas.base import Body
-from vllm_omni.entrypoints.server.usage import num_read, num_written
 from vllm_omni.errors import OmniError
 from vllm_omni.params import SamplingParams
 from vllm_omni.request import OmniOutput, new_request_id

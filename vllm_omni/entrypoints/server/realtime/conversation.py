@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_omni.entrypoints.server.api_error import ApiError
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.request import new_request_id
 
 MAX_ITEMS = 1_000

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from vllm_omni.entrypoints.server.api_error import ApiError, unsupported
-from vllm_omni.entrypoints.server.media_fetch import decode_base64, read_source
+from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.realtime.conversation import Content, Message
 from vllm_omni.entrypoints.server.realtime.pcm import decoded
+from vllm_omni.entrypoints.server.requests.media_fetch import decode_base64, read_source
 from vllm_omni.entrypoints.server.schemas.realtime import Item, Part
 from vllm_omni.entrypoints.server.settings import ServerSettings
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_omni.entrypoints.server.building import require, voice_key
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.realtime.pcm import SAMPLE_RATE
+from vllm_omni.entrypoints.server.requests.building import require, voice_key
 from vllm_omni.entrypoints.server.schemas.realtime import Answering
 
 FORMAT = {"type": "audio/pcm", "rate": SAMPLE_RATE}

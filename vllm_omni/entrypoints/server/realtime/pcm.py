@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import soxr
 
-from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.encoding import NewSamples
+from vllm_omni.entrypoints.server.answers.encoding import NewSamples
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.media.audio import Audio
 from vllm_omni.media.audio_encoding import AudioStream
 from vllm_omni.media.audio_files import Samples

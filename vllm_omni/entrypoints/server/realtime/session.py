@@ -9,17 +9,17 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error, unsupported
-from vllm_omni.entrypoints.server.client import cancel
 from vllm_omni.entrypoints.server.context import Call
-from vllm_omni.entrypoints.server.event_socket import EventSocket, parse_event
-from vllm_omni.entrypoints.server.media_fetch import decode_base64
+from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error, unsupported
+from vllm_omni.entrypoints.server.http.client import cancel
+from vllm_omni.entrypoints.server.http.event_socket import EventSocket, parse_event
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.realtime.answer import Answer, AnswerPlan
 from vllm_omni.entrypoints.server.realtime.conversation import Conversation, Message
 from vllm_omni.entrypoints.server.realtime.items import read_item, sound
 from vllm_omni.entrypoints.server.realtime.manner import FORMAT, Manner
 from vllm_omni.entrypoints.server.realtime.pcm import SAMPLE_BYTES, SAMPLE_RATE
+from vllm_omni.entrypoints.server.requests.media_fetch import decode_base64
 from vllm_omni.entrypoints.server.schemas import realtime as schemas
 from vllm_omni.errors import OmniError
 from vllm_omni.request import new_request_id

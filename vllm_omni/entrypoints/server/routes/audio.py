@@ -8,12 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.building import build_request, graph_keys, require
-from vllm_omni.entrypoints.server.client import while_connected
+from vllm_omni.entrypoints.server.answers.encoding import AUDIO_TYPES, audio_bytes, sample_headers
 from vllm_omni.entrypoints.server.context import Call, CallOf
-from vllm_omni.entrypoints.server.encoding import AUDIO_TYPES, audio_bytes, sample_headers
+from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.http.client import while_connected
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.requests.building import build_request, graph_keys, require
 from vllm_omni.entrypoints.server.schemas.speech import GenerateBody
 from vllm_omni.media.metadata import MediaMetadata
 from vllm_omni.params import DiffusionParams

@@ -8,14 +8,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from vllm_omni.entrypoints.server.api_error import ApiError, unsupported
-from vllm_omni.entrypoints.server.building import build_request, require, voice_key
-from vllm_omni.entrypoints.server.chat_answer import ChatAnswer
-from vllm_omni.entrypoints.server.chat_prompt import chat_prompt
-from vllm_omni.entrypoints.server.client import begun, while_connected
+from vllm_omni.entrypoints.server.answers.chat_answer import ChatAnswer
 from vllm_omni.entrypoints.server.context import Call, CallOf
-from vllm_omni.entrypoints.server.event_stream import event_stream
+from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
+from vllm_omni.entrypoints.server.http.client import begun, while_connected
+from vllm_omni.entrypoints.server.http.event_stream import event_stream
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.requests.building import build_request, require, voice_key
+from vllm_omni.entrypoints.server.requests.chat_prompt import chat_prompt
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.schemas.base import diffusion
 from vllm_omni.entrypoints.server.schemas.chat import ChatBody, StreamOptions, Voice

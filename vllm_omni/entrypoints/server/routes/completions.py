@@ -11,17 +11,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from vllm_omni.entrypoints.server.api_error import unsupported
-from vllm_omni.entrypoints.server.building import build_request, require
-from vllm_omni.entrypoints.server.client import all_of, begun, while_connected
+from vllm_omni.entrypoints.server.answers.logprobs import text_logprobs
+from vllm_omni.entrypoints.server.answers.merging import merged
+from vllm_omni.entrypoints.server.answers.usage import chat_usage
 from vllm_omni.entrypoints.server.context import Call, CallOf
-from vllm_omni.entrypoints.server.event_stream import event_stream
-from vllm_omni.entrypoints.server.logprobs import text_logprobs
-from vllm_omni.entrypoints.server.merging import merged
+from vllm_omni.entrypoints.server.http.api_error import unsupported
+from vllm_omni.entrypoints.server.http.client import all_of, begun, while_connected
+from vllm_omni.entrypoints.server.http.event_stream import event_stream
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.requests.building import build_request, require
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.schemas.completions import CompletionBody
-from vllm_omni.entrypoints.server.usage import chat_usage
 from vllm_omni.request import Completion, OmniOutput
 
 router = APIRouter()

@@ -12,14 +12,14 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
-from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.building import build_request, require
-from vllm_omni.entrypoints.server.client import all_of, while_connected
+from vllm_omni.entrypoints.server.answers.usage import num_read
 from vllm_omni.entrypoints.server.context import Call, CallOf
+from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.http.client import all_of, while_connected
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.requests.building import build_request, require
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.schemas.embeddings import EmbeddingBody
-from vllm_omni.entrypoints.server.usage import num_read
 
 router = APIRouter()
 

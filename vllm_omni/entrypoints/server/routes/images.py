@@ -10,14 +10,14 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from starlette.responses import JSONResponse, Response
 
-from vllm_omni.entrypoints.server.api_error import ApiError, unsupported
-from vllm_omni.entrypoints.server.building import build_request, require
-from vllm_omni.entrypoints.server.client import begun, while_connected
+from vllm_omni.entrypoints.server.answers.image_answer import ImageAnswer
 from vllm_omni.entrypoints.server.context import Call, CallOf
-from vllm_omni.entrypoints.server.event_stream import event_stream
-from vllm_omni.entrypoints.server.form_body import form_schema, read_form
-from vllm_omni.entrypoints.server.image_answer import ImageAnswer
+from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
+from vllm_omni.entrypoints.server.http.client import begun, while_connected
+from vllm_omni.entrypoints.server.http.event_stream import event_stream
+from vllm_omni.entrypoints.server.http.form_body import form_schema, read_form
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.requests.building import build_request, require
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.schemas.base import diffusion
 from vllm_omni.entrypoints.server.schemas.images import ImageBody, VariationBody

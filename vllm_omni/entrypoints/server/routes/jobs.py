@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.building import build_request, require
-from vllm_omni.entrypoints.server.client import begun
+from vllm_omni.entrypoints.server.answers.encoding import AUDIO_TYPES, IMAGE_TYPES, audio_bytes, image_bytes
 from vllm_omni.entrypoints.server.context import CallOf
-from vllm_omni.entrypoints.server.encoding import AUDIO_TYPES, IMAGE_TYPES, audio_bytes, image_bytes
+from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.http.client import begun
 from vllm_omni.entrypoints.server.jobs import Encode
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.requests.building import build_request, require
 from vllm_omni.entrypoints.server.schemas.base import diffusion
 from vllm_omni.entrypoints.server.schemas.jobs import JobBody
 from vllm_omni.request import OmniOutput

@@ -9,9 +9,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from vllm_omni.entrypoints.server.context import CallOf
-from vllm_omni.entrypoints.server.readiness import readiness
+from vllm_omni.entrypoints.server.monitoring.readiness import readiness
+from vllm_omni.entrypoints.server.monitoring.timeline import chrome_trace
 from vllm_omni.entrypoints.server.runs import position
-from vllm_omni.entrypoints.server.timeline import chrome_trace
 
 router = APIRouter()
 

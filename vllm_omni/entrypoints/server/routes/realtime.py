@@ -6,9 +6,9 @@ from contextlib import suppress
 
 from fastapi import APIRouter, WebSocket
 
-from vllm_omni.entrypoints.server.api_error import ApiError
 from vllm_omni.entrypoints.server.context import call_of
-from vllm_omni.entrypoints.server.event_socket import ClientGone, EventSocket
+from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.http.event_socket import ClientGone, EventSocket
 from vllm_omni.entrypoints.server.realtime.session import RealtimeSession
 
 router = APIRouter()

@@ -10,15 +10,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error
-from vllm_omni.entrypoints.server.client import Begun, all_of, begun, while_connected
+from vllm_omni.entrypoints.server.answers.encoding import AUDIO_TYPES, sample_headers
+from vllm_omni.entrypoints.server.answers.usage import media_usage
 from vllm_omni.entrypoints.server.context import Call, CallOf
-from vllm_omni.entrypoints.server.encoding import AUDIO_TYPES, sample_headers
-from vllm_omni.entrypoints.server.event_stream import PartStream, event_stream
+from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
+from vllm_omni.entrypoints.server.http.client import Begun, all_of, begun, while_connected
+from vllm_omni.entrypoints.server.http.event_stream import PartStream, event_stream
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.schemas.speech import SpeechBatchBody, SpeechBody, SpeechItem
-from vllm_omni.entrypoints.server.speech import Speech, speaker_of
-from vllm_omni.entrypoints.server.usage import media_usage
+from vllm_omni.entrypoints.server.speaking.speech import Speech, speaker_of
 
 router = APIRouter()
 UPLOADS = "no served model clones a voice, so none can be uploaded or deleted; a GET lists those that are there"

@@ -7,8 +7,8 @@ from contextlib import suppress
 from fastapi import APIRouter, WebSocket
 
 from vllm_omni.entrypoints.server.context import call_of
-from vllm_omni.entrypoints.server.event_socket import ClientGone, EventSocket
-from vllm_omni.entrypoints.server.speech_session import SpeechSession
+from vllm_omni.entrypoints.server.http.event_socket import ClientGone, EventSocket
+from vllm_omni.entrypoints.server.speaking.speech_session import SpeechSession
 
 router = APIRouter()
 

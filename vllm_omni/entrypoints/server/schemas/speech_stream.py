@@ -8,7 +8,7 @@ from pydantic import Field
 
 from vllm_omni.entrypoints.server.schemas.base import MAX_TEXT, Body, Fields
 from vllm_omni.entrypoints.server.schemas.speech import SpeechFields, SpeechFormat
-from vllm_omni.entrypoints.server.sentences import Granularity
+from vllm_omni.entrypoints.server.speaking.sentences import Granularity
 
 
 class SessionConfig(Body, SpeechFields):

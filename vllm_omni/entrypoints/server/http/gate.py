@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.client import within
+from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.http.client import within
 from vllm_omni.entrypoints.server.settings import MIB, ServerSettings
 from vllm_omni.request import new_request_id
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.encoding import image_base64
+from vllm_omni.entrypoints.server.answers.encoding import image_base64
+from vllm_omni.entrypoints.server.answers.usage import media_usage
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.schemas.images import ImageBody
-from vllm_omni.entrypoints.server.usage import media_usage
 from vllm_omni.request import OmniOutput
 
 SAME_FOR_ALL = {"background": "opaque", "quality": "auto"}

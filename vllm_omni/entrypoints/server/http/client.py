@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive
 
-from vllm_omni.entrypoints.server.api_error import ApiError
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 
 T = TypeVar("T")
 RECANCEL_S = 0.1

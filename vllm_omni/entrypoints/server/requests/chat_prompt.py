@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_omni.entrypoints.server.api_error import ApiError, unsupported
-from vllm_omni.entrypoints.server.media_fetch import read_source
+from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.requests.media_fetch import read_source
 from vllm_omni.entrypoints.server.schemas.chat import (
     AnyPart,
     AudioPart,

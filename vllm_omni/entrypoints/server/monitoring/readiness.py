@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_omni.entrypoints.server.api_error import scrubbed
 from vllm_omni.entrypoints.server.context import ServerParts
+from vllm_omni.entrypoints.server.http.api_error import scrubbed
 from vllm_omni.entrypoints.server.models import ServedModel
 
 

@@ -8,12 +8,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_omni.entrypoints.server.abilities import VOICE_KEY
-from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.building import build_request, graph_keys, require, voice_key
+from vllm_omni.entrypoints.server.answers.encoding import AudioPieces
 from vllm_omni.entrypoints.server.context import Call
-from vllm_omni.entrypoints.server.encoding import AudioPieces
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.requests.abilities import VOICE_KEY
+from vllm_omni.entrypoints.server.requests.building import build_request, graph_keys, require, voice_key
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.schemas.base import Body
 from vllm_omni.entrypoints.server.schemas.speech import SpeechFields

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from vllm_omni.entrypoints.server.api_error import ApiError
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.schemas.base import Body
 
 MAX_FILES = 16

@@ -16,7 +16,7 @@ import ssl
 import time
 from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
 
-from vllm_omni.entrypoints.server.api_error import ApiError
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.settings import MIB, ServerSettings
 
 MAX_REDIRECTS = 3

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vllm_omni.entrypoints.server.api_error import as_api_error
-from vllm_omni.entrypoints.server.client import Begun, cancel, until_gone, within
+from vllm_omni.entrypoints.server.http.api_error import as_api_error
+from vllm_omni.entrypoints.server.http.client import Begun, cancel, until_gone, within
 from vllm_omni.entrypoints.server.settings import ServerSettings
 
 DONE = b"data: [DONE]\n\n"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import TypeVar
 
-from vllm_omni.entrypoints.server.client import cancel
+from vllm_omni.entrypoints.server.http.client import cancel
 
 T = TypeVar("T")
 

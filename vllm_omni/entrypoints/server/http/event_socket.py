@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from vllm_omni.entrypoints.server.api_error import ApiError
-from vllm_omni.entrypoints.server.client import within
-from vllm_omni.entrypoints.server.invalid import invalid_field
+from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.http.client import within
+from vllm_omni.entrypoints.server.http.invalid import invalid_field
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.utils.checks import did_you_mean
 

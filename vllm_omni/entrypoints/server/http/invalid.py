@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_omni.entrypoints.server.api_error import ApiError
+from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.utils.checks import brief
 
 WORDS = {

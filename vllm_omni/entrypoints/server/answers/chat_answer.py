@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from vllm_omni.entrypoints.server.encoding import AudioPieces, audio_base64, image_base64
-from vllm_omni.entrypoints.server.logprobs import chat_logprobs
+from vllm_omni.entrypoints.server.answers.encoding import AudioPieces, audio_base64, image_base64
+from vllm_omni.entrypoints.server.answers.logprobs import chat_logprobs
+from vllm_omni.entrypoints.server.answers.usage import chat_usage
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.schemas.chat import StreamOptions
-from vllm_omni.entrypoints.server.usage import chat_usage
 from vllm_omni.media.audio import Audio
 from vllm_omni.request import Completion, OmniOutput
 

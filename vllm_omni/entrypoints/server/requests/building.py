@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_omni.entrypoints.server.abilities import VOICE_KEY, Abilities
-from vllm_omni.entrypoints.server.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.context import Call
-from vllm_omni.entrypoints.server.media_fetch import read_source
+from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.models import ServedModel
+from vllm_omni.entrypoints.server.requests.abilities import VOICE_KEY, Abilities
+from vllm_omni.entrypoints.server.requests.media_fetch import read_source
 from vllm_omni.entrypoints.server.schemas.base import Body
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.params import DiffusionParams, SamplingParams, StageParams

@@ -9,10 +9,16 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_omni.entrypoints.server.api_error import ApiError, as_api_error
-from vllm_omni.entrypoints.server.client import cancel
 from vllm_omni.entrypoints.server.context import Call
-from vllm_omni.entrypoints.server.event_socket import CLOSED_NORMALLY, TIMED_OUT, TOO_LARGE, EventSocket, parse_event
+from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
+from vllm_omni.entrypoints.server.http.client import cancel
+from vllm_omni.entrypoints.server.http.event_socket import (
+    CLOSED_NORMALLY,
+    TIMED_OUT,
+    TOO_LARGE,
+    EventSocket,
+    parse_event,
+)
 from vllm_omni.entrypoints.server.schemas.speech_stream import (
     EVENTS,
     ClientEvent,
@@ -21,8 +27,8 @@ from vllm_omni.entrypoints.server.schemas.speech_stream import (
     SessionClose,
     SessionConfig,
 )
-from vllm_omni.entrypoints.server.sentences import Sentences
-from vllm_omni.entrypoints.server.speech import Speaker, Speech, speaker_of
+from vllm_omni.entrypoints.server.speaking.sentences import Sentences
+from vllm_omni.entrypoints.server.speaking.speech import Speaker, Speech, speaker_of
 from vllm_omni.errors import OmniError
 
 MAX_EVENT_CHARS = 1_000_000

@@ -1,0 +1,1 @@
+"""From the outputs of a run to the bodies that clients of OpenAI's read."""

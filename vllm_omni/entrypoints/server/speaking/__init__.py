@@ -1,0 +1,1 @@
+"""Text as speech: sentence by sentence, whole or while it comes."""
