@@ -207,7 +207,7 @@ def test_a_source_that_cannot_be_had_is_refused(client: OpenAI, url: str, messag
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"extra_body": {"partial_images": 1}}, "partial_images"),
         ({"extra_body": {"extra_params": {"request_id": "x"}}}, "extra_params.request_id"),
-        ({"extra_body": {"priority": "urgent"}}, None),
+        ({"extra_body": {"priority": "urgent"}}, "priority"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_its_name(client: OpenAI, options: dict[str, Any], param: str) -> None:

@@ -42,9 +42,17 @@ def build_request(
         **_for_stages(_writer(model.abilities), sampling),
         **_for_diffusers(model.abilities, outputs, diffusion),
     }
+    _check_priority(model, body.priority)
     timeout_s = call.timeout_s(body.timeout)
     own = {"request_id": call.run_id, "outputs": list(outputs), "timeout_s": timeout_s, "priority": body.priority}
     return OmniRequest.from_prompt({**prompt, **keys, **own}, params)
+
+
+def _check_priority(model: ServedModel, priority: str | None) -> None:
+    known = model.config.scheduler.priority_weights
+    if priority is not None and priority not in known:
+        words = f"priority: got {priority!r:.80}{did_you_mean(priority[:80], known)}"
+        raise ApiError(400, words, code="invalid_value", param="priority")
 
 
 def require(model: ServedModel, kind: str, stages: Sequence[str]) -> Sequence[str]:
