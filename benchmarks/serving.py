@@ -63,7 +63,7 @@ class OfflineSide:
         from vllm_omni.entrypoints.loading import open_pipeline
 
         self._loop = asyncio.new_event_loop()
-        self._target = OfflineTarget(open_pipeline(CONFIG).config, ())
+        self._target = OfflineTarget(open_pipeline(CONFIG), ())
         self._loop.run_until_complete(self._target.__aenter__())
 
     def run(self, requests: Sequence[BenchRequest], concurrency: int) -> Run:
