@@ -30,7 +30,10 @@ MIX = ROOT / "benchmarks" / "mixes" / "omni.yaml"
 WORDS = Mix.of({"works": {"words": {"kind": "chat", "prompts": ["hello there"], "body": {"modalities": ["text"]}}}})
 THREADS = 1
 CONCURRENCY = 16
-QUEUE = 8
+PICTURES = Mix.of(
+    {"works": {"picture": {"kind": "image", "prompts": ["a red circle"], "body": {"num_inference_steps": 30}}}}
+)
+RUNNING, QUEUE = 2, 4  # of the server that is asked for more
 PAUSE_S = 0.02  # between two looks at /health and /metrics
 TIMEOUT_S = 600.0
 
@@ -43,8 +46,9 @@ def run(options: Options, limits: Limits | None = None) -> Report:
         work = _in_turn(server, offline, mixed, CONCURRENCY, options)
         first = _in_turn(server, offline, words, 1, options)
         storm, watch = _storm(server, Mix.read(MIX).draw(crowd, 1))
-    with ServerProcess([CONFIG], ["--set", f"scheduler.max_queue_size={QUEUE}"]) as server:
-        refused = _storm(server, Mix.read(MIX).draw(crowd, 2))[0]
+    few = ["--set", f"scheduler.max_running={RUNNING}", "--set", f"scheduler.max_queue_size={QUEUE}"]
+    with ServerProcess(["tiny_image"], few) as server:
+        refused = _storm(server, PICTURES.draw(crowd, 0))[0]
     return Report(
         "serving",
         [_work_table(work, count), _first_table(first), _storm_table(storm, watch), _refusal_table(refused)],
@@ -63,7 +67,7 @@ class OfflineSide:
         from vllm_omni.entrypoints.loading import open_pipeline
 
         self._loop = asyncio.new_event_loop()
-        self._target = OfflineTarget(open_pipeline(CONFIG).config, ())
+        self._target = OfflineTarget(open_pipeline(CONFIG), ())
         self._loop.run_until_complete(self._target.__aenter__())
 
     def run(self, requests: Sequence[BenchRequest], concurrency: int) -> Run:
@@ -192,7 +196,11 @@ def _refusal_table(refused: Run) -> Table:
     times = [_took_s(answer) for answer in refused.answers if answer.status == "429"]
     others = len(refused.answers) - statuses["200"] - statuses["429"]
     slowest = f"{max(times) * 1000:.0f}" if times else "none"
-    row = [f"{len(refused.answers)} at once, max_queue_size {QUEUE}", str(statuses["200"]), str(statuses["429"])]
+    row = [
+        f"{len(refused.answers)} pictures at once, {RUNNING} run, {QUEUE} wait",
+        str(statuses["200"]),
+        str(statuses["429"]),
+    ]
     columns = ("case", "answered", "refused (429)", "other", "slowest refusal, ms")
     return Table("Beyond the queue", columns, [[*row, str(others), slowest]])
 

@@ -9,7 +9,6 @@ from types import TracebackType
 from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 
-from vllm_omni.config.schema import OmniConfig
 from vllm_omni.entrypoints.bench.answer import Answer
 from vllm_omni.entrypoints.bench.mix import ROUTES, BenchRequest
 from vllm_omni.entrypoints.server.context import Call, ServerParts
@@ -26,6 +25,7 @@ from vllm_omni.entrypoints.server.schemas.completions import CompletionBody
 from vllm_omni.entrypoints.server.schemas.images import ImageBody
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.errors import ConfigError
+from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, OmniRequest, new_request_id
 
 KINDS = ("chat", "completion", "image")
@@ -34,7 +34,7 @@ KINDS = ("chat", "completion", "image")
 class OfflineTarget:
     """One loaded config. An async context manager: entering loads, leaving frees."""
 
-    def __init__(self, config: OmniConfig, requests: Sequence[BenchRequest]) -> None:
+    def __init__(self, pipeline: Pipeline, requests: Sequence[BenchRequest]) -> None:
         for request in requests:
             if request.kind not in KINDS:
                 raise ConfigError(
@@ -42,7 +42,7 @@ class OfflineTarget:
                     f"({', '.join(KINDS)}); ask for sound as a chat with modalities: [text, audio]"
                 )
         settings, runs = ServerSettings(), RunTable()
-        self._table = ModelTable({config.name: config})
+        self._table = ModelTable({pipeline.config.name: pipeline})
         self._parts = ServerParts(settings, self._table, runs, ServerMetrics(self._table, runs), JobStore(settings))
 
     async def ask(self, request: BenchRequest, answer: Answer) -> None:

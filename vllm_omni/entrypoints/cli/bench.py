@@ -114,14 +114,14 @@ def run_offline(args: argparse.Namespace) -> int:
 
     warmup, measured = _requests(args)
     name = args.config if args.config or args.model else DEFAULT_CONFIG
-    config = open_pipeline(name, model=args.model, overrides=args.set).config
-    target = OfflineTarget(config, [*warmup, *measured])
+    pipeline = open_pipeline(name, model=args.model, overrides=args.set)
+    target = OfflineTarget(pipeline, [*warmup, *measured])
 
     async def work() -> Run:
         async with target:
             return await _loaded(target, warmup, measured, args)
 
-    return _report(asyncio.run(work()), {"config": config.name}, args)
+    return _report(asyncio.run(work()), {"config": pipeline.config.name}, args)
 
 
 def _missing(error: ImportError) -> ConfigError:
