@@ -52,6 +52,17 @@ def test_a_stream_gives_previews_and_then_the_same_picture(client: OpenAI) -> No
     assert all(opened(event.b64_json).size == (128, 128) for event in events)
 
 
+def test_a_file_says_how_it_was_made_and_not_the_callers_words(client: OpenAI) -> None:
+    answer = client.images.generate(model="tiny-image", prompt=PROMPT, n=2, extra_body={"seed": 3})
+    assert answer.data is not None
+    said = [opened(item.b64_json).info["parameters"] for item in answer.data]
+    assert "Seed: 3" in said[0] and "Seed: 4" in said[1] and "Steps: 9" in said[0]
+    assert PROMPT not in said[0]
+    again = client.images.generate(model="tiny-image", prompt=PROMPT, extra_body={"seed": 4})
+    assert again.data is not None
+    assert opened(again.data[0].b64_json).tobytes() == opened(answer.data[1].b64_json).tobytes()
+
+
 def test_what_was_written_before_drawing_is_the_revised_prompt(client: OpenAI) -> None:
     answer = client.images.generate(model="tiny-omni", prompt="could you draw me a crimson ball")
     assert answer.data is not None and answer.data[0].revised_prompt == "scene: a red circle"

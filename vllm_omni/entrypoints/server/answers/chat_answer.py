@@ -10,10 +10,12 @@ from typing import Any
 
 from vllm_omni.entrypoints.server.answers.encoding import AudioPieces, audio_base64, image_base64
 from vllm_omni.entrypoints.server.answers.logprobs import chat_logprobs
+from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.answers.usage import chat_usage
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.schemas.chat import StreamOptions
 from vllm_omni.media.audio import Audio
+from vllm_omni.media.metadata import MediaMetadata
 from vllm_omni.request import Completion, OmniOutput
 
 AUDIO_LIFETIME_S = 3600  # OpenAI's field; ours is not kept at all
@@ -66,7 +68,7 @@ class ChatAnswer:
     async def _choice(self, output: OmniOutput, index: int) -> dict[str, Any]:
         completion = self._completion(output, index)
         text = None if completion is None else completion.text
-        parts = [await _image_part(image) for image in self._pictures(output, index)]
+        parts = [await _image_part(*image) for image in self._pictures(output, index)]
         content: Any = text
         if parts:
             content = [*([{"type": "text", "text": text}] if text else []), *parts]
@@ -101,7 +103,7 @@ class ChatAnswer:
         for preview in self._previews(output, index):
             yield {"preview": await _image_part(preview)}, None
         for image in written.new_images(index, self._pictures(output, index)):
-            yield {"content": [await _image_part(image)]}, None
+            yield {"content": [await _image_part(*image)]}, None
         if self._audio_format is not None:
             sounds = self._sounds(output, index)
             data = await written.new_sound(index, sounds, output.finished)
@@ -119,7 +121,8 @@ class ChatAnswer:
         return found[0][index] if found and index < len(found[0]) else None
 
     def _pictures(self, output: OmniOutput, index: int) -> list[Any]:
-        found = [output.results[stage].images for stage in self._images if stage in output.results]
+        """With what their files say, which is the words of nobody: who chats has them already."""
+        found = [list(Provenance(self._model).images(output, [stage])) for stage in self._images]
         return [images[index] for images in found if index < len(images)]
 
     def _previews(self, output: OmniOutput, index: int) -> list[Any]:
@@ -188,8 +191,9 @@ class _Written:
         return data + (await pieces.close() if is_whole else b"")
 
 
-async def _image_part(image: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{await image_base64(image)}"}}
+async def _image_part(image: Any, metadata: MediaMetadata | None = None) -> dict[str, Any]:
+    content = await image_base64(image, metadata=metadata)
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}
 
 
 def _progress(output: OmniOutput) -> dict[str, Any]:

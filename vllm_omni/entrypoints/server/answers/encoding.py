@@ -28,12 +28,18 @@ AUDIO_TYPES = {
 }
 
 
-async def image_bytes(image: Image.Image, kind: str = "png", quality: int | None = None) -> bytes:
-    return await asyncio.to_thread(_image_bytes, image, kind, quality)
+async def image_bytes(
+    image: Image.Image, kind: str = "png", quality: int | None = None, metadata: MediaMetadata | None = None
+) -> bytes:
+    """A file that says how the picture was made."""
+    quality = quality if kind in QUALITIES else None
+    return await asyncio.to_thread(encode_image, image, kind, quality=quality, metadata=metadata)
 
 
-async def image_base64(image: Image.Image, kind: str = "png", quality: int | None = None) -> str:
-    return base64.b64encode(await image_bytes(image, kind, quality)).decode()
+async def image_base64(
+    image: Image.Image, kind: str = "png", quality: int | None = None, metadata: MediaMetadata | None = None
+) -> str:
+    return base64.b64encode(await image_bytes(image, kind, quality, metadata)).decode()
 
 
 async def audio_bytes(audio: Audio, kind: str, metadata: MediaMetadata | None = None) -> bytes:
@@ -52,10 +58,6 @@ def file_format(kind: str) -> str:
 
 def joined(pieces: Sequence[Audio]) -> Audio:
     return Audio(np.concatenate([piece.samples for piece in pieces], axis=1), pieces[0].sample_rate)
-
-
-def _image_bytes(image: Image.Image, kind: str, quality: int | None) -> bytes:
-    return encode_image(image, kind, quality=quality if kind in QUALITIES else None)
 
 
 def sample_headers(audio: Audio, kind: str) -> dict[str, str]:

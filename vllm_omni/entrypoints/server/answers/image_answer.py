@@ -10,10 +10,11 @@ from typing import Any
 from PIL import Image
 
 from vllm_omni.entrypoints.server.answers.encoding import image_base64
+from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.answers.usage import media_usage
 from vllm_omni.entrypoints.server.http.api_error import ApiError
-from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.schemas.images import ImageBody
+from vllm_omni.media.metadata import MediaMetadata
 from vllm_omni.request import OmniOutput
 
 SAME_FOR_ALL = {"background": "opaque", "quality": "auto"}
@@ -22,8 +23,8 @@ SAME_FOR_ALL = {"background": "opaque", "quality": "auto"}
 class ImageAnswer:
     """kind: what the events are called after, `image_generation` or `image_edit`."""
 
-    def __init__(self, model: ServedModel, body: ImageBody, stages: Sequence[str], kind: str) -> None:
-        self._model = model
+    def __init__(self, made: Provenance, body: ImageBody, stages: Sequence[str], kind: str) -> None:
+        self._made = made
         self._body = body
         self._stages = stages
         self._kind = kind
@@ -33,12 +34,12 @@ class ImageAnswer:
     async def whole(self, output: OmniOutput) -> dict[str, Any]:
         images = self._images(output)
         revised = {} if output.text is None else {"revised_prompt": output.text}
-        data = [{"b64_json": await self._encoded(image), **revised} for image in images]
+        data = [{"b64_json": await self._encoded(*image), **revised} for image in images]
         return {
             "created": self._created,
             "data": data,
             "output_format": self._body.output_format,
-            "size": _size(images[0]),
+            "size": _size(images[0][0]),
             "usage": self._usage(output),
             **SAME_FOR_ALL,
         }
@@ -51,11 +52,11 @@ class ImageAnswer:
                     self._num_previews += 1
                     yield await self._event("partial_image", preview, more)
                 if output.finished:
-                    for image in self._images(output):
-                        yield await self._event("completed", image, {"usage": self._usage(output)})
+                    for image, metadata in self._images(output):
+                        yield await self._event("completed", image, {"usage": self._usage(output)}, metadata)
 
-    def _images(self, output: OmniOutput) -> list[Image.Image]:
-        found = [image for stage in self._stages if stage in output.results for image in output.results[stage].images]
+    def _images(self, output: OmniOutput) -> list[tuple[Image.Image, MediaMetadata]]:
+        found = list(self._made.images(output, self._stages))
         if not found:
             said = f"; it wrote: {output.text:.200}" if output.text else ""
             raise ApiError(400, f"prompt: the model made no picture of it{said}", code="no_image", param="prompt")
@@ -66,10 +67,12 @@ class ImageAnswer:
             if stage in output.results:
                 yield from output.results[stage].previews
 
-    async def _event(self, name: str, image: Image.Image, more: dict[str, Any]) -> dict[str, Any]:
+    async def _event(
+        self, name: str, image: Image.Image, more: dict[str, Any], metadata: MediaMetadata | None = None
+    ) -> dict[str, Any]:
         return {
             "type": f"{self._kind}.{name}",
-            "b64_json": await self._encoded(image),
+            "b64_json": await self._encoded(image, metadata),
             "created_at": self._created,
             "output_format": self._body.output_format,
             "size": _size(image),
@@ -77,11 +80,11 @@ class ImageAnswer:
             **more,
         }
 
-    async def _encoded(self, image: Image.Image) -> str:
-        return await image_base64(image, self._body.output_format, self._body.output_compression)
+    async def _encoded(self, image: Image.Image, metadata: MediaMetadata | None) -> str:
+        return await image_base64(image, self._body.output_format, self._body.output_compression, metadata)
 
     def _usage(self, output: OmniOutput) -> dict[str, Any]:
-        usage = media_usage(self._model, output)
+        usage = media_usage(self._made.model, output)
         return {**usage, "input_tokens_details": {"text_tokens": usage["input_tokens"], "image_tokens": 0}}
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from vllm_omni.entrypoints.server.answers.encoding import AUDIO_TYPES, audio_bytes, sample_headers
+from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.http.client import while_connected
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.requests.building import build_request, graph_keys, require
 from vllm_omni.entrypoints.server.schemas.speech import GenerateBody
-from vllm_omni.media.metadata import MediaMetadata
 from vllm_omni.params import DiffusionParams
 from vllm_omni.request import OmniOutput
 
@@ -50,22 +49,11 @@ async def generate_audio(body: GenerateBody, call: CallOf, request: Request) -> 
 async def _answer(body: GenerateBody, call: Call, model: ServedModel, output: OmniOutput, stage: str) -> Response:
     if not output.audios:
         raise ApiError(400, "prompt: the model made no sound of it", code="no_audio", param="prompt")
-    metadata = _metadata(body, call, model, output, stage)
-    content = await audio_bytes(output.audios[0], body.response_format, metadata)
-    headers = sample_headers(output.audios[0], body.response_format)
+    made = Provenance.of(model, call.parts.settings, _words(body), body.graph_fields)
+    audio, metadata = next(made.audios(output, [stage]))
+    content = await audio_bytes(audio, body.response_format, metadata)
+    headers = sample_headers(audio, body.response_format)
     return Response(content, 200, headers, AUDIO_TYPES[body.response_format])
-
-
-def _metadata(body: GenerateBody, call: Call, model: ServedModel, output: OmniOutput, stage: str) -> MediaMetadata:
-    """What the file says of itself: words of the caller's only where the server was told so."""
-    is_said = call.parts.settings.embed_prompt
-    inputs: Mapping[str, Any] = {
-        key: value
-        for key, value in body.graph_fields.items()
-        if key not in model.abilities.media_keys and (is_said or not isinstance(value, str))
-    }
-    words = _words(body) if is_said else None
-    return MediaMetadata.of(output, stage, 0, model=model.config.model, prompt=words, inputs=inputs)
 
 
 def _words(body: GenerateBody) -> str:

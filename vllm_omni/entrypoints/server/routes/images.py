@@ -11,6 +11,7 @@ from PIL import Image
 from starlette.responses import JSONResponse, Response
 
 from vllm_omni.entrypoints.server.answers.image_answer import ImageAnswer
+from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.http.client import begun, while_connected
@@ -55,7 +56,8 @@ async def _draw(
     _check_stream(body)
     sources = await asyncio.to_thread(_sources, files, model, kind)
     run = image_run(body, sources, model, stages, call)
-    answer = ImageAnswer(model, body, stages, kind)
+    made = Provenance.of(model, call.parts.settings, body.prompt)
+    answer = ImageAnswer(made, body, stages, kind)
     if body.stream:
         return event_stream(await begun(answer.events(call.parts.runs.parts(run))), call.parts.settings)
     output = await while_connected(request, call.parts.runs.final(run))

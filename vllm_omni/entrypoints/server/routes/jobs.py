@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from vllm_omni.entrypoints.server.answers.encoding import AUDIO_TYPES, IMAGE_TYPES, audio_bytes, image_bytes
+from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.context import CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.http.client import begun
@@ -43,9 +44,10 @@ async def create_job(body: JobBody, call: CallOf) -> Response:
     drawing = diffusion(body, num_outputs=body.n)
     made = build_request(call, model, body, {"prompt": body.prompt}, stages, diffusion=drawing, extra=body.extra_params)
     run = call.begin(made, model, wants_parts=True)
+    made_by = Provenance.of(model, call.parts.settings, body.prompt, body.extra_params)
     parts = await begun(call.parts.runs.parts(run), REFUSAL_S)
     try:
-        job = call.parts.jobs.start(run, kind, parts, _encoder(kind, suffix))
+        job = call.parts.jobs.start(run, kind, parts, _encoder(kind, suffix, stages, made_by))
     except ApiError:
         await parts.aclose()
         raise
@@ -110,12 +112,15 @@ def _kind(body: JobBody, model: ServedModel) -> str:
     return (by_format or made)[0]
 
 
-def _encoder(kind: str, suffix: str) -> Encode:
+def _encoder(kind: str, suffix: str, stages: Sequence[str], made_by: Provenance) -> Encode:
     async def encode(output: OmniOutput) -> Sequence[tuple[bytes, str]]:
         if kind == "image":
-            contents = [await image_bytes(image, suffix) for image in output.images]
+            images = made_by.images(output, stages)
+            contents = [await image_bytes(image, suffix, metadata=metadata) for image, metadata in images]
         else:
-            contents = [await audio_bytes(audio, suffix) for audio in output.audios]
+            contents = [
+                await audio_bytes(audio, suffix, metadata) for audio, metadata in made_by.audios(output, stages)
+            ]
         if not contents:
             raise ApiError(400, f"prompt: the model made no {kind} of it", code=f"no_{kind}", param="prompt")
         return [(content, suffix) for content in contents]
