@@ -120,7 +120,7 @@ class PartialOutputs:
         given.text += event.text
         given.token_ids += event.token_ids
         given.logprobs += event.logprobs or ()
-        given.finish_reason = event.finish_reason
+        given.end = event.finish_reason
 
     def _sound(self, event: StageRows, stage: str) -> OmniOutput:
         if event.rows.dim() != 2:
@@ -144,18 +144,18 @@ class _Given:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Mapping[int, float]] = field(default_factory=list)
-    finish_reason: str | None = None
+    end: str | None = None  # its finish reason, once it was given
 
     def rest(self, whole: Completion) -> Completion:
         """What the pieces left out."""
         num_tokens = len(self.token_ids)
-        reason = None if self.finish_reason is not None else whole.finish_reason
+        reason = None if self.end is not None else whole.finish_reason
         logprobs = None if whole.logprobs is None else whole.logprobs[num_tokens:]
         return Completion(whole.text[len(self.text) :], whole.token_ids[num_tokens:], reason, logprobs)
 
     def joined(self) -> Completion:
         logprobs = tuple(self.logprobs) if self.logprobs else None
-        return Completion(self.text, tuple(self.token_ids), self.finish_reason, logprobs)
+        return Completion(self.text, tuple(self.token_ids), self.end, logprobs)
 
 
 def _is_new(rest: Completion) -> bool:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_omni.config.schema import OmniConfig
+from vllm_omni.core.routing.request_state import RequestPosition
 from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeline
 from vllm_omni.entrypoints.loop_thread import LoopThread
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request
@@ -85,6 +86,10 @@ class AsyncOmni:
     def get_status(self) -> dict[str, Any]:
         """Gauges, at once and from any thread: `alive` (the loop runs), requests that wait and run, tasks by stage."""
         return {**self._executor.get_status(), "alive": self._loop.is_alive}
+
+    def find(self, request_id: str) -> RequestPosition | None:
+        """Where an unfinished request is, at once and from any thread; None for one that is not here."""
+        return self._executor.scheduler.find(request_id)
 
     async def get_metrics(self) -> dict[str, Any]:
         """Counters since loading, read between two steps; SchedulerError after shutdown."""

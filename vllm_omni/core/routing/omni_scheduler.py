@@ -18,7 +18,7 @@ from vllm_omni.core.routing.budgets import MIB
 from vllm_omni.core.routing.config_update import check_update
 from vllm_omni.core.routing.policies import make_policy
 from vllm_omni.core.routing.request_plan import RequestPlan, default_plan
-from vllm_omni.core.routing.request_state import RequestEnd, RequestState
+from vllm_omni.core.routing.request_state import RequestEnd, RequestPosition, RequestState
 from vllm_omni.core.routing.request_table import RequestTable
 from vllm_omni.errors import (
     OmniError,
@@ -221,6 +221,16 @@ class OmniScheduler:
     def in_flight(self) -> set[tuple[str, str]]:
         """(request id, stage) of every launched stage that is still to end."""
         return set(self._requests.in_flight())
+
+    def find(self, request_id: str) -> RequestPosition | None:
+        """Where an unfinished request is; safe to call from another thread."""
+        state = self._requests.running.get(request_id)
+        if state is not None:
+            return RequestPosition(RequestStatus.RUNNING, running=tuple(state.running), done=tuple(state.done))
+        waiting = tuple(self._requests.waiting)
+        if request_id in waiting:
+            return RequestPosition(RequestStatus.WAITING, num_ahead=waiting.index(request_id))
+        return None
 
     def get_status(self) -> dict[str, Any]:
         """Gauges; safe to call from another thread."""

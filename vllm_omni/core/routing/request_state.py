@@ -36,6 +36,16 @@ class RequestEnd:
     made: Mapping[str, StagePayload | None] = field(default_factory=dict)  # what stages that gave up had made
 
 
+@dataclass(frozen=True, slots=True)
+class RequestPosition:
+    """Where an unfinished request is."""
+
+    status: RequestStatus  # WAITING or RUNNING
+    num_ahead: int = 0  # of one that waits: those that came before it and wait as well
+    running: tuple[str, ...] = ()  # stages
+    done: tuple[str, ...] = ()
+
+
 class RequestState:
     """A stage of the plan is in exactly one of `missing`, `ready`, `running`, `done` and `skipped`."""
 

@@ -10,10 +10,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_omni.core.routing.request_state import RequestPosition
 from vllm_omni.entrypoints.server.http.api_error import RETRY_S, ApiError, error_of
 from vllm_omni.entrypoints.server.http.client import within
 from vllm_omni.entrypoints.server.models import ServedModel
-from vllm_omni.request import OmniOutput, OmniRequest, Progress, StageResult
+from vllm_omni.request import OmniOutput, OmniRequest, Progress, RequestStatus, StageResult
 
 MAX_ENDED = 256  # runs that are remembered after their end
 GRACE_S = 5.0  # how much later than its deadline a request is given up whose loop does not answer
@@ -45,10 +46,10 @@ class Run:
         return self.output is not None
 
     @property
-    def status(self) -> str:
-        if self.output is not None:
-            return self.output.status.value
-        return "running" if self.progress else "waiting"
+    def position(self) -> RequestPosition:
+        """Of a run that has not ended; one that is being planned waits."""
+        found = self.model.omni.find(self.id) if self.model.is_loaded else None
+        return found or RequestPosition(RequestStatus.WAITING)
 
     def note(self, output: OmniOutput) -> None:
         """Keeps what a partial or final output says of the way."""
@@ -151,28 +152,46 @@ async def _next(outputs: AsyncGenerator[OmniOutput, None], deadline_s: float | N
         ) from None
 
 
-def position(run: Run) -> Mapping[str, Any]:
+def describe(run: Run) -> Mapping[str, Any]:
     """As in `/v1/requests/{id}`."""
     now = run.ended_s or time.monotonic()
-    error = None if run.output is None else error_of(run.output)
-    stages = {
-        stage: {
-            "step": at.step,
-            "num_steps": at.num_steps,
-            "progress": round(min(1.0, at.step / max(1, at.num_steps)), 4),
-        }
-        for stage, at in run.progress.items()
-    }
-    return {
+    about = {
         "id": run.id,
         "object": "request",
         "model": run.model.name,
         "route": run.route,
         "created": int(run.created),
-        "status": run.status,
         "elapsed_s": round(now - run.began_s, 4),
-        "stages": stages,
-        "metrics": {} if run.output is None else {stage: dict(values) for stage, values in run.output.metrics.items()},
+    }
+    if run.output is not None:
+        return {**about, **_end(run.output)}
+    if run.ended_s is not None:  # its client has gone
+        return {**about, "status": RequestStatus.ABORTED.value, "metrics": {}, "error": None}
+    return {**about, **_way(run)}
+
+
+def _way(run: Run) -> Mapping[str, Any]:
+    """Of a run that has not ended."""
+    position = run.position
+    stages: dict[str, dict[str, Any]] = {stage: {"status": "done"} for stage in position.done}
+    stages |= {stage: {"status": "running"} for stage in position.running}
+    for stage, at in run.progress.items():
+        steps = {"step": at.step, "num_steps": at.num_steps}
+        stages[stage] = {
+            "status": "running",
+            **stages.get(stage, {}),
+            **steps,
+            "progress": at.step / max(1, at.num_steps),
+        }
+    return {"status": position.status.value, "num_ahead": position.num_ahead, "stages": stages}
+
+
+def _end(output: OmniOutput) -> Mapping[str, Any]:
+    error = error_of(output)
+    metrics = {stage: dict(values) for stage, values in output.metrics.items()}
+    return {
+        "status": output.status.value,
+        "metrics": metrics,
         "error": None if error is None else error.body["error"],
     }
 

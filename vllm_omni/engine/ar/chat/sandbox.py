@@ -18,13 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import vllm_omni
 from vllm_omni.errors import InvalidRequestError
 
 MAX_CPU_S = 1.0  # processor time of one rendering; a published template needs less than a thousandth of it
 MAX_MEMORY_BYTES = 512 * 2**20  # of the process, which begins with about 30 MB
 MAX_CHARS = 8_000_000  # of a rendered chat
-HOME = str(Path(vllm_omni.__file__).parents[1])  # an editable installation need not be on the path
+HOME = str(Path(__file__).parents[4])  # an editable installation need not be on the path
 # the modules of this interpreter are found, and nothing else of it: neither its environment nor start-up files
 START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "

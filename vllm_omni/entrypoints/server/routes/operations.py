@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from vllm_omni.entrypoints.server.context import CallOf
 from vllm_omni.entrypoints.server.monitoring.readiness import readiness
 from vllm_omni.entrypoints.server.monitoring.timeline import chrome_trace
-from vllm_omni.entrypoints.server.runs import position
+from vllm_omni.entrypoints.server.runs import describe
 
 router = APIRouter()
 
@@ -32,13 +32,13 @@ async def ready(call: CallOf) -> Response:
 @router.get("/v1/requests", tags=["operations"])
 async def list_requests(call: CallOf) -> dict[str, Any]:
     """The requests that wait or run."""
-    return {"object": "list", "data": [position(run) for run in call.parts.runs.living]}
+    return {"object": "list", "data": [describe(run) for run in call.parts.runs.living]}
 
 
 @router.get("/v1/requests/{request_id}", tags=["operations"])
 async def retrieve_request(request_id: str, call: CallOf) -> dict[str, Any]:
     """Where a request is: its stages and their steps."""
-    return dict(position(call.parts.runs.find(request_id)))
+    return dict(describe(call.parts.runs.find(request_id)))
 
 
 @router.get("/v1/requests/{request_id}/timeline", tags=["operations"])
