@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 from support.loop import request
-from support.toy_engine import TextEngine, TextParams, toy_config, toy_stage
+from support.toy_engine import TextEngine, TextParams, Work, toy_config, toy_stage
 
+from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.errors import StageError, StageUnavailableError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.messages import StageTask
 from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus
+from vllm_omni.worker.background import BackgroundJob
 
 PATIENCE_S = 0.4
 A_MOMENT_S = 0.35  # the most that one step of the loop may take on a machine that others use too
@@ -216,4 +219,33 @@ def test_the_executor_of_a_stage_that_is_rebuilt_is_the_configured_one() -> None
         driver.answer(request(name, params=TextParams(do="raise")))
     driver.until_ready("text")
     assert type(loop._hosts["text"].executor).__name__ == "ThreadExecutor"
+    loop.shutdown()
+
+
+@pytest.mark.parametrize("executor", ["inline", "thread"])
+def test_work_beside_a_stage_may_take_longer_than_its_silence(monkeypatch: pytest.MonkeyPatch, executor: str) -> None:
+    """As a film that takes long to decode; also of one task after another."""
+    jobs: dict[str, BackgroundJob[None]] = {}
+    create, activity = TextEngine.__init__, TextEngine.activity
+
+    def __init__(self: TextEngine, spec: StageSpec, context: EngineContext) -> None:
+        create(self, spec, context)
+        self.background = context.background
+
+    def submit(self: TextEngine, task: StageTask) -> None:
+        self.work[task.request_id] = Work(task)
+        jobs[task.request_id] = self.background.begin(lambda stop: time.sleep(2 * PATIENCE_S))
+
+    def is_waiting(self: TextEngine) -> Activity:
+        waits = any(not jobs[request_id].is_done for request_id in self.work)
+        return Activity.PENDING if waits else activity(self)
+
+    for name, method in (("__init__", __init__), ("submit", submit), ("activity", is_waiting)):
+        monkeypatch.setattr(TextEngine, name, method)
+    stages = {"text": toy_stage("text", "toy_text", executor=executor)}
+    loop = OmniExecutor(Pipeline(toy_config(stages=stages, outputs=("text",), worker_timeout=PATIENCE_S)))
+    driver = Driver(loop)
+    for name in ("a", "b"):
+        answered = driver.answer(request(name, "x"))
+        assert answered.text == "xx", answered.error
     loop.shutdown()

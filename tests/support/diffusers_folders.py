@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from support.engines import context_of, is_busy, spec_of
 from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel, T5Tokenizer
 
 from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
+from vllm_omni.engine.base import Activity
 from vllm_omni.engine.diffusers.engine import DiffusersEngine
 from vllm_omni.engine.diffusers.options import DiffusersOptions
 from vllm_omni.messages import StageDone, StageEvent, StageTask
@@ -123,10 +125,18 @@ def task(request_id: str, prompt: str, params: DiffusionParams, **request: Any) 
 def run(stage: DiffusersEngine) -> list[StageEvent]:
     """All events until there is no work; every step reports something."""
     events: list[StageEvent] = []
-    while is_busy(stage):
-        new = stage.step()
-        assert new, "a step without an event"
-        events += new
+    while stage.activity() is not Activity.IDLE:
+        events += step(stage)
+    return events
+
+
+def step(stage: DiffusersEngine) -> list[StageEvent]:
+    """One step, as soon as what the next request brings is read."""
+    while not is_busy(stage):
+        assert stage.activity() is Activity.PENDING
+        time.sleep(0.001)
+    events = stage.step()
+    assert events, "a step without an event"
     return events
 
 

@@ -150,6 +150,7 @@ class Activity(enum.Enum):
     """What a stage could do now."""
 
     BUSY = "busy"  # a step would do something
+    STEPPING = "stepping"  # a step is under way, in a thread of its own; what executors say
     PENDING = "pending"  # something that runs elsewhere (a file being decoded) will wake it
     IDLE = "idle"  # nothing, until it is given a task, a chunk or the end of a pause
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from vllm_omni.executor.loading_step import OnLoading
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.files import ModelFolders
+
+logger = logging.getLogger(__name__)
 
 ConfigLike = str | Path | Mapping[str, Any] | OmniConfig
 
@@ -66,7 +69,9 @@ def _resolve_config(
             "config: got neither a config nor a model; pass Omni(config='x.yaml') or Omni(model='folder')"
         )
     folder = folders.resolve(str(model), _given_revision(overrides))
-    return load_config(config_for_model(folder), overrides, str(folder))
+    chosen = config_for_model(folder)
+    logger.info("%s: runs with the shipped config %s", model, chosen.stem)
+    return load_config(chosen, overrides, str(folder))
 
 
 def _given_revision(overrides: Sequence[str]) -> str | None:

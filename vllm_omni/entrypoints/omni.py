@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -48,6 +50,9 @@ class Omni:
         self._turn = Turn()
         self._mailboxes: dict[str, deque[OmniOutput]] = {}
         self._is_closed = False
+        # As AsyncOmni's: whoever drops it frees its threads and weights, in a thread of its own.
+        self._end = weakref.finalize(self, _thread.start_new_thread, self._executor.shutdown, ())
+        self._end.atexit = False
 
     @property
     def config(self) -> OmniConfig:
@@ -188,6 +193,7 @@ class Omni:
         self._route(self._executor.take_outputs())
 
     def _shut_down(self) -> None:
+        self._end.detach()
         self._executor.shutdown()
         self._route(self._executor.take_outputs())
 

@@ -64,8 +64,8 @@ class StageExecutor(ABC):
 
     @abstractmethod
     def activity(self) -> Activity:
-        """BUSY: `poll` would do or bring something. PENDING: `wake` will be called when it would. IDLE: only an order
-        can change that.
+        """BUSY: `poll` would do or bring something. STEPPING, PENDING: `wake` will be called when it would; the engine
+        is at work, or waits for something beside it. IDLE: only an order can change that.
         """
 
     @abstractmethod

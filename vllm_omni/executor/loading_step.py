@@ -22,11 +22,13 @@ class LoadingStep:
     dtype: str
     device: str
     weights_bytes: int  # 0 where another stage has loaded them, or there are none
+    note: str = ""  # what the stage says of itself: that a pipeline is hosted, where its defaults come from
 
     @classmethod
     def of(cls, spec: StageSpec, context: EngineContext, weights_bytes: int) -> LoadingStep:
         dtype = str(context.dtype).removeprefix("torch.")
-        return cls(spec.stage.name, spec.stage.kind, spec.stage.model, dtype, str(context.device), weights_bytes)
+        stage, device = spec.stage, str(context.device)
+        return cls(stage.name, stage.kind, stage.model, dtype, device, weights_bytes, spec.note())
 
     def __str__(self) -> str:
         source = f" from {self.model}" if self.model else ""
@@ -39,6 +41,6 @@ OnLoading = Callable[[LoadingStep], None]
 
 def announce(step: LoadingStep, on_loading: OnLoading | None) -> None:
     """To the log, and to whoever shows it."""
-    logger.info("loading %s", step)
+    logger.info("loading %s%s", step, f"; {step.note}" if step.note else "")
     if on_loading is not None:
         on_loading(step)

@@ -34,13 +34,15 @@ class RequestPlanner:
         demand = self._graph.demand(lambda stage: self._needed_inputs(stage, request, params[stage]), outputs)
         self._check_fields(request, demand)
         self._check_params_are_read(request, demand)
+        words = _with_negative_defaults(request, {name: params[name] for name in demand})
         stages: dict[str, StagePlan] = {}
         job_size, request_seed = 0.0, _request_seed(request)
         for name, ports in demand.items():
             spec = self._specs[name]
             with stage_boundary(name):
                 seed = _seed(spec, params[name], request_seed)
-                prepared = spec.check(request, params[name], self._reads[name])
+                asked = request if isinstance(params[name], DiffusionParams) else words
+                prepared = spec.check(asked, params[name], self._reads[name])
                 job_size += _checked_size(name, spec.job_size(request, params[name], prepared))
             stages[name] = StagePlan(
                 params[name],
@@ -48,7 +50,7 @@ class RequestPlanner:
                 self._graph.signatures[name].required_inputs,
                 prepared,
                 seed,
-                _guarded_cache_key(spec),
+                _guarded_cache_key(spec, asked),
             )
         return RequestPlan(stages, kept_ports(self._graph, outputs), outputs, job_size)
 
@@ -124,6 +126,17 @@ def _resolve(request: OmniRequest, spec: StageSpec) -> StageParams:
         return request.params_for(spec.stage.name, spec.params_type).with_defaults(defaults)
 
 
+def _with_negative_defaults(request: OmniRequest, params: Mapping[str, StageParams]) -> OmniRequest:
+    """The request with a negative prompt that a diffusion stage has by default, which another stage may read for it."""
+    given = request.params.values() if isinstance(request.params, Mapping) else [request.params]
+    is_said = any(isinstance(each, DiffusionParams) and each.negative_prompt is not None for each in given)
+    found = (each.negative_prompt for each in params.values() if isinstance(each, DiffusionParams))
+    default = next((text for text in found if text is not None), None)
+    if is_said or request.negative_prompt is not None or default is None:
+        return request
+    return dataclasses.replace(request, negative_prompt=default)
+
+
 def _request_seed(request: OmniRequest) -> int:
     """What stages draw from that have no seed of their own: the first one of the request, else one that is drawn. So a
     request can be made again with a single number.
@@ -140,10 +153,12 @@ def _seed(spec: StageSpec, params: StageParams, request_seed: int) -> int | None
     return request_seed if params.seed is None else params.seed
 
 
-def _guarded_cache_key(spec: StageSpec) -> Callable[[StageTask], str | None]:
+def _guarded_cache_key(spec: StageSpec, asked: OmniRequest) -> Callable[[StageTask], str | None]:
+    """asked: the request as the stage was asked about it."""
+
     def cache_key(task: StageTask) -> str | None:
         with stage_boundary(spec.stage.name):
-            return spec.cache_key(task)
+            return spec.cache_key(dataclasses.replace(task, request=asked))
 
     return cache_key
 

@@ -107,7 +107,7 @@ class StageHost:
     def submit(self, task: StageTask) -> Mapping[str, Any]:
         """Hands a task over: what its inputs are, chunks cut. StageError, and the task is lost, when that fails."""
         self.ensure_ready()
-        if not self.tasks and not self._is_pending:
+        if not self.tasks and not self._is_stepping:
             self._quiet_since = None
         self.tasks[task.request_id] = set(self._streamed_ports)
         with self._losing(task.request_id):
@@ -151,7 +151,8 @@ class StageHost:
         """What the stage reports. Failures carry a StageError; a raise, or being stuck, fails all tasks.
 
         Stuck is a stage that reports nothing for `worker_timeout` seconds after a step that reported nothing, or one
-        that has nothing to do and yet holds tasks. is_waiting: whether a task is paused or will be given more chunks.
+        that has nothing to do and yet holds tasks; not one that waits for work beside it (a file that is decoded).
+        is_waiting: whether a task is paused or will be given more chunks.
         """
         failures, now = self._give_up(), self._clock()
         if not self.tasks:
@@ -269,7 +270,9 @@ class StageHost:
             self._quiet_since = None
             idle = [task for task in self.tasks if not is_waiting(task)]
             return self._fail(idle, StageError("the engine has nothing to do, but has not finished this task"))
-        if has_events or self._quiet_since is None:
+        if activity is Activity.PENDING:
+            self._quiet_since = None
+        elif has_events or self._quiet_since is None:
             self._quiet_since = now
         elif now - self._quiet_since >= worker_timeout:
             silence_s = now - self._quiet_since
@@ -294,10 +297,10 @@ class StageHost:
         return failures + self._give_up()
 
     @property
-    def _is_pending(self) -> bool:
+    def _is_stepping(self) -> bool:
         """Whether the engine is still at work: on tasks that are gone, where there are none, and perhaps for ever."""
         try:
-            return self.executor.activity() is Activity.PENDING
+            return self.executor.activity() is Activity.STEPPING
         except Exception:
             return False
 

@@ -107,8 +107,8 @@ class ThreadExecutor(StageExecutor):
         with self._changed:
             if self._events or self._error is not None:
                 return Activity.BUSY
-            is_idle = not self._orders and not self._is_working and self._activity is Activity.IDLE
-            return Activity.IDLE if is_idle else Activity.PENDING
+            is_stepping = self._orders or self._is_working or self._activity is Activity.BUSY
+            return Activity.STEPPING if is_stepping else self._activity
 
     def responds(self) -> bool:
         try:

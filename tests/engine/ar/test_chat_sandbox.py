@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.ar import CHAT_TEMPLATE, GREEDY, make_model_folder
 from vllm_omni import AsyncOmni, Omni
-from vllm_omni.engine.ar.chat.sandbox import TemplateSandbox
+from vllm_omni.engine.ar.chat.sandbox import START, TemplateSandbox
 from vllm_omni.errors import InvalidRequestError
 
 BIG = 10**12
@@ -182,3 +182,19 @@ def _children() -> set[str]:
         with suppress(FileNotFoundError):  # the thread has just ended
             found.update((task / "children").read_text().split())
     return found
+
+
+def test_where_the_system_sets_no_limits_the_parent_ends_a_template_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without = "import sys, signal; sys.modules['resource'] = None; del signal.setitimer; "
+    monkeypatch.setattr(f"{TemplateSandbox.__module__}.START", without + START)
+    monkeypatch.setattr(f"{TemplateSandbox.__module__}.MAX_WAIT_S", 3.0)
+    sandbox = TemplateSandbox()
+    assert sandbox.render(MODEST, {"messages": [{"content": "hello"}]}) == "hello"
+    with pytest.raises(InvalidRequestError, match="no answer for 3 s"):
+        sandbox.render(SLOW["nested loops"], {})
+    with pytest.raises(InvalidRequestError, match="writes more than"):
+        sandbox.render(LARGE["many pieces"], {})
+    assert sandbox.render(MODEST, {"messages": [{"content": "next"}]}) == "next"
+    sandbox.close()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableAudioPipeline, ZImagePipeline
-from support.diffusers_folders import RATE, engine, made, random_stable_audio, random_z_image, run, task
+from support.diffusers_folders import RATE, engine, made, random_stable_audio, random_z_image, run, step, task
 from support.engines import spec_of
 
 from vllm_omni import Omni
@@ -141,7 +141,7 @@ def test_requests_run_one_after_another_and_equal_those_alone(sounds: DiffusersE
         alone |= made(run(sounds), "audio")
     for seed in range(3):
         sounds.submit(task(f"{seed}", "a bell", params(seed, num_inference_steps=2 + seed)))
-    first = sounds.step()
+    first = step(sounds)
     assert [event.request_id for event in first] == ["0"]
     assert sounds.get_stats() == {"running": 1, "queued": 2}
     events = first + run(sounds)
@@ -173,7 +173,7 @@ def test_an_abort_on_the_way_ends_the_call_at_once(sounds: DiffusersEngine, num_
     sounds.submit(task("queued", "a drum", params(3)))
     sounds.submit(task("after", "a bell", params(4)))
     for _ in range(num_steps_done):
-        assert [event.request_id for event in sounds.step()] == ["gone"]
+        assert [event.request_id for event in step(sounds)] == ["gone"]
     sounds.abort("gone")
     sounds.abort("queued")
     sounds.abort("never seen")
@@ -216,7 +216,7 @@ def test_what_only_the_pipeline_can_check_fails_the_request(sounds: DiffusersEng
 def test_a_forgotten_stage_ends_its_thread(audio: tuple[Path, StableAudioPipeline]) -> None:
     stage = engine(audio[0], "audio")
     stage.submit(task("x", "a bell", params()))
-    stage.step()
+    step(stage)
     assert any(thread.name == "StableAudioPipeline call" for thread in threading.enumerate())
     del stage
 
@@ -235,7 +235,7 @@ def test_a_pipeline_without_a_callback_runs_whole_in_one_step(
 
     monkeypatch.setattr(StableAudioPipeline, "__call__", call)
     sounds.submit(task("x", "a bell", params()))
-    (event,) = sounds.step()
+    (event,) = step(sounds)
     assert isinstance(event, StageDone) and torch.equal(event.payload.tensors["audio"], expected)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 from vllm_omni.engine.ar.chat.template import ChatTemplate, find_templates
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.request import Prompt
-from vllm_omni.utils.checkpoint_files import reading
+from vllm_omni.utils.checkpoint_files import RUST, reading
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 from vllm_omni.utils.plain import as_json
 from vllm_omni.worker.ar.chat import Chat
 
+MAX_PANIC_CHARS = 200
 # the files that make a tokenizer, each line enough by itself
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer_config.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 
@@ -132,11 +133,14 @@ class TextProcessor:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids, exactly as the tokens spell it."""
-        if self._backend is not None:
-            return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
-        text: str = self.tokenizer.decode(
-            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        try:
+            if self._backend is not None:
+                return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+            text: str = self.tokenizer.decode(
+                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        except BaseException as error:
+            raise _without_panic(error, "cannot decode its own tokens") from None
         return text
 
     def _tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -146,11 +150,19 @@ class TextProcessor:
             raise InvalidRequestError(
                 f"prompt: got text that is not valid Unicode ({error.reason} at {error.start})"
             ) from None
-        encoded = self.tokenizer(
-            text, add_special_tokens=add_special_tokens, verbose=False
-        )  # lengths are checked later
+        try:  # lengths are checked later
+            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        except BaseException as error:
+            raise _without_panic(error, "cannot read this text") from None
         token_ids: list[int] = encoded["input_ids"]
         return token_ids
+
+
+def _without_panic(error: BaseException, what: str) -> BaseException:
+    """An error that is no Exception, and would end the loop, as one of a request."""
+    if type(error).__module__ != RUST:
+        return error
+    return InvalidRequestError(f"prompt: the checkpoint's tokenizer {what} ({str(error)[:MAX_PANIC_CHARS]})")
 
 
 @contextmanager

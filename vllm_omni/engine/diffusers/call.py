@@ -28,6 +28,7 @@ from vllm_omni.errors import InvalidRequestError
 from vllm_omni.params import MAX_SEED, DiffusionParams
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import brief, did_you_mean
+from vllm_omni.worker.background import Stop
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
 
 # field -> what pipelines call it; the first that a signature has is meant
@@ -114,12 +115,18 @@ class PipelineCall:
         self._named(prompt, request, params)
 
     def arguments(
-        self, prompt: str, request: OmniRequest, params: DiffusionParams, generators: Sequence[torch.Generator]
+        self,
+        prompt: str,
+        request: OmniRequest,
+        params: DiffusionParams,
+        generators: Sequence[torch.Generator],
+        stop: Stop,
     ) -> dict[str, Any]:
         """The keyword arguments of one call, pictures and sounds read. Those that the request leaves unset are left to
-        the pipeline's own defaults.
+        the pipeline's own defaults. stop: raises where nobody wants them any more.
         """
-        arguments = {name: self._read(name, value) for name, value in self._named(prompt, request, params).items()}
+        named = self._named(prompt, request, params)
+        arguments = {name: self._read(name, value, stop) for name, value in named.items()}
         if arguments.get("audio_end_in_s") is not None:
             arguments["audio_end_in_s"] += arguments.get(AUDIO_START) or 0.0
         if "initial_audio_waveforms" in arguments:
@@ -142,10 +149,10 @@ class PipelineCall:
             arguments[target] = list(value) if field == "sigmas" else value
         return arguments
 
-    def _read(self, name: str, value: Any) -> Any:
+    def _read(self, name: str, value: Any, stop: Stop) -> Any:
         if is_picture(name) and not isinstance(value, (bool, int, float)) and value is not None:
-            return read_pictures(name, value, self._form, self._limits)
-        return read_sounds(name, value, self._form, self._limits) if is_sound(name) else value
+            return read_pictures(name, value, self._form, self._limits, stop)
+        return read_sounds(name, value, self._form, self._limits, stop) if is_sound(name) else value
 
     def _prompts(self, prompt: str, request: OmniRequest, params: DiffusionParams) -> dict[str, str]:
         negative = params.negative_prompt if params.negative_prompt is not None else request.negative_prompt
@@ -179,7 +186,7 @@ class PipelineCall:
         if sides[0] is not None and sides[1] is not None:
             check_limit("height * width", sides[0] * sides[1], 1, limits.max_pixels, integer=True)
         if params.image is not None:
-            check_pictures("image", params.image, limits)
+            check_pictures("image", params.image, self._form, limits)
 
     def _check_strength(self, params: DiffusionParams) -> None:
         default = self._defaults.get("strength")
@@ -211,7 +218,7 @@ class PipelineCall:
         if (is_picture(key) or is_sound(key)) and value is not None and not isinstance(value, (bool, int, float)):
             check_media(name, key, value, self._form, limits)
             return
-        check_value(name, value, limits)
+        check_value(name, value, self._form, limits)
         if key == "timesteps" and isinstance(value, list | tuple):
             check_limit("extra.timesteps: its length", len(value), 1, limits.max_inference_steps, integer=True)
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,4 +1,5 @@
-"""The adapter stage: any pipeline of diffusers, hosted as it is. Each step runs one denoising step of one request.
+"""The adapter stage: any pipeline of diffusers, hosted as it is. Each step runs one denoising step of one request; the
+pictures and sounds that requests bring are read beside the loop meanwhile.
 
 Requests run one after another, since a pipeline is made for one call at a time; a model that has a DiffusionModel of
 its own (kind `dit`) runs them together.
@@ -8,7 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import torch
 
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import stage_error
@@ -21,6 +25,24 @@ from vllm_omni.engine.diffusion.checks import diffusion_params
 from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageProgress, StageTask
 from vllm_omni.payload import StagePayload
+from vllm_omni.worker.background import BackgroundJob, Stop
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a request asks of the pipeline, its pictures and sounds read."""
+
+    arguments: dict[str, Any]
+    num_steps: int
+    generators: list[torch.Generator]
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request whose call has not begun."""
+
+    task: StageTask
+    call: BackgroundJob[_Call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +65,16 @@ class DiffusersEngine(StageEngine):
         self.spec = spec
         self.host = PipelineHost(with_own_modules(pipeline))
         self._meta = {"sample_rate": sample_rate(pipeline)} if spec.output == "audio" else {}
-        self._queue: deque[StageTask] = deque()
+        self._background = context.background
+        self._queue: deque[_Waiting] = deque()
         self._running: _Running | None = None
         self._events: deque[StageEvent] = deque()
 
     def submit(self, task: StageTask) -> None:
-        self._queue.append(task)
+        self._queue.append(_Waiting(task, self._background.begin(partial(_read_call, self.spec, task))))
 
     def step(self) -> list[StageEvent]:
-        if self._running is None and self._queue:
+        if self._running is None and self._is_next_ready:
             self._begin(self._queue.popleft())
         if self._running is not None:
             self._advance(self._running)
@@ -59,26 +82,32 @@ class DiffusersEngine(StageEngine):
         return events
 
     def abort(self, request_id: str) -> None:
-        self._queue = deque(task for task in self._queue if task.request_id != request_id)
+        for waiting in [each for each in self._queue if each.task.request_id == request_id]:
+            waiting.call.cancel()
+            self._queue.remove(waiting)
         if self._running is not None and self._running.task.request_id == request_id:
             run, self._running = self._running.run, None
             run.close()
             self.host.restore()
 
     def activity(self) -> Activity:
-        return Activity.BUSY if self._running is not None or self._queue or self._events else Activity.IDLE
+        if self._running is not None or self._is_next_ready or self._events:
+            return Activity.BUSY
+        return Activity.PENDING if self._queue else Activity.IDLE
 
     def get_stats(self) -> dict[str, Any]:
         return {"running": int(self._running is not None), "queued": len(self._queue)}
 
-    def _begin(self, task: StageTask) -> None:
+    @property
+    def _is_next_ready(self) -> bool:
+        """They begin in the order in which they came."""
+        return bool(self._queue) and self._queue[0].call.is_done
+
+    def _begin(self, waiting: _Waiting) -> None:
+        task = waiting.task
         try:
-            params, prompt = diffusion_params(task.params), task.inputs.get("prompt", task.request.prompt)
-            if not isinstance(prompt, str):
-                raise InvalidRequestError(f"prompt: got {type(prompt).__name__}, expected a string")
-            params, generators = self.spec.with_fields(task.request, params), request_generators(params)
-            arguments = self.spec.call.arguments(prompt, task.request, params, generators)
-            run = self.host.begin(arguments, self.spec.call.num_steps(params), generators)
+            call = waiting.call.result()
+            run = self.host.begin(call.arguments, call.num_steps, call.generators)
             self._running = _Running(task, run)
         except Exception as error:
             self._fail(task.request_id, error)
@@ -102,6 +131,16 @@ class DiffusersEngine(StageEngine):
         self.abort(request_id)
         wrapped = error if isinstance(error, OmniError) else stage_error(self.spec.stage.name, error)
         self._events.append(StageFailed(request_id, wrapped))
+
+
+def _read_call(spec: DiffusersSpec, task: StageTask, stop: Stop) -> _Call:
+    """Runs in a thread beside the loop, and knows no engine."""
+    params, prompt = diffusion_params(task.params), task.inputs.get("prompt", task.request.prompt)
+    if not isinstance(prompt, str):
+        raise InvalidRequestError(f"prompt: got {type(prompt).__name__}, expected a string")
+    params, generators = spec.with_fields(task.request, params), request_generators(params)
+    arguments = spec.call.arguments(prompt, task.request, params, generators, stop)
+    return _Call(arguments, spec.call.num_steps(params), generators)
 
 
 def _blanked_metrics(result: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from vllm_omni.utils.variants import variants_of
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
+MAX_VAE_BLOCKS = 10
 # where published pipelines keep their sample rate, as (component, key of its config)
 SAMPLE_RATES = (
     ("vae", "sampling_rate"),
@@ -63,6 +64,7 @@ class PipelineFolder:
         found: dict[str, Any] = {
             "rate": next((rate for rate in rates if isinstance(rate, int)), None),
             "channels": vae.get("audio_channels"),
+            "min_side": _pixels_of_a_latent(vae),
             "mode": "RGBA" if vae.get("input_channels", vae.get("in_channels")) == len("RGBA") else None,
         }
         return MediaFormat(**{name: value for name, value in found.items() if value is not None})
@@ -114,6 +116,12 @@ class PipelineFolder:
         if len(needed) > 1:
             raise ConfigError(f"variant: {self.path} has {', '.join(needed)} and no plain weights; name one of them")
         return needed[0] if needed else None
+
+
+def _pixels_of_a_latent(vae: Mapping[str, Any]) -> int | None:
+    """Along each side, where the autoencoder halves the picture before every width but the first."""
+    widths = vae.get("block_out_channels")
+    return 2 ** (len(widths) - 1) if isinstance(widths, list) and 1 <= len(widths) <= MAX_VAE_BLOCKS else None
 
 
 def _is_loadable(library: str) -> bool:

@@ -19,6 +19,7 @@ from vllm_omni.errors import InvalidRequestError
 from vllm_omni.media.audio_input import check_audio, read_audio
 from vllm_omni.media.image_input import image_size, read_image
 from vllm_omni.utils.checks import brief
+from vllm_omni.worker.background import Stop
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
 
 MAX_DEPTH = 4  # of lists in lists
@@ -47,6 +48,7 @@ class MediaFormat:
     """What a pipeline's autoencoder takes."""
 
     mode: str = "RGB"  # of pictures; RGBA where their transparency is encoded too
+    min_side: int = 8  # pixels of a picture along each side; the usual autoencoder makes one latent of them
     rate: int = 44_100  # Hz
     channels: int = 2  # of sounds
 
@@ -63,14 +65,14 @@ def is_sound(name: str) -> bool:
 def check_media(name: str, key: str, value: object, form: MediaFormat, limits: LimitsConfig) -> None:
     """A picture or a sound, by its key. name: how messages call it."""
     if is_picture(key):
-        check_pictures(name, value, limits)
+        check_pictures(name, value, form, limits)
     elif isinstance(value, Tensor) and value.dim() > 2:
         _check_tensor(name, value, limits)
     else:
         check_audio(_with_rate(value, form), channels=form.channels, limits=limits, name=name)
 
 
-def check_pictures(name: str, value: object, limits: LimitsConfig) -> None:
+def check_pictures(name: str, value: object, form: MediaFormat, limits: LimitsConfig) -> None:
     """InvalidRequestError for what is no picture, and no list of them, within the limits. Nothing is decoded."""
     count = 0
 
@@ -83,14 +85,21 @@ def check_pictures(name: str, value: object, limits: LimitsConfig) -> None:
             return
         height, width = image_size(item, limits, name)
         check_limit(f"{name}: width * height", height * width, 1, limits.max_pixels, integer=True)
+        if min(height, width) < form.min_side:
+            raise InvalidRequestError(
+                f"{name}: got {width}x{height} pixels, expected at least {form.min_side} pixels a side; enlarge it"
+            )
 
     _each(name, value, check)
 
 
-def read_pictures(name: str, value: object, form: MediaFormat, limits: LimitsConfig) -> Any:
-    """PIL images in the same lists: upright and of the pipeline's mode; masks in grey. Tensors stay as they are."""
+def read_pictures(name: str, value: object, form: MediaFormat, limits: LimitsConfig, stop: Stop) -> Any:
+    """PIL images in the same lists: upright and of the pipeline's mode; masks in grey. Tensors stay as they are. stop:
+    is called before each.
+    """
 
     def read(item: Any) -> Any:
+        stop()
         if isinstance(item, Tensor):
             return item
         if isinstance(item, Image.Image) and form.mode == "RGBA" and "mask" not in name:
@@ -101,19 +110,19 @@ def read_pictures(name: str, value: object, form: MediaFormat, limits: LimitsCon
     return _each(name, value, read)
 
 
-def read_sounds(name: str, value: object, form: MediaFormat, limits: LimitsConfig) -> Tensor:
+def read_sounds(name: str, value: object, form: MediaFormat, limits: LimitsConfig, stop: Stop) -> Tensor:
     """float32 [channels, n] at the pipeline's rate, which a bare array has already; [1, channels, n] where the pipeline
     takes a batch. A tensor of three dimensions stays as it is.
     """
     if isinstance(value, Tensor) and value.dim() > 2:
         return value
     given = _with_rate(value, form)
-    samples = read_audio(given, sample_rate=form.rate, channels=form.channels, limits=limits, name=name)
+    samples = read_audio(given, sample_rate=form.rate, channels=form.channels, limits=limits, name=name, stop=stop)
     read = torch.from_numpy(samples)
     return read[None] if name in BATCHED_SOUNDS else read
 
 
-def check_value(name: str, value: object, limits: LimitsConfig) -> None:
+def check_value(name: str, value: object, form: MediaFormat, limits: LimitsConfig) -> None:
     """Everything else that an argument may be: plain values, tensors, and lists and mappings of them, within limits."""
     num_values = 0
 
@@ -128,16 +137,16 @@ def check_value(name: str, value: object, limits: LimitsConfig) -> None:
             for part in item.values() if isinstance(item, Mapping) else item:
                 check(part, depth + 1)
         else:
-            _check_single(name, item, limits)
+            _check_single(name, item, form, limits)
 
     check(value, 0)
 
 
-def _check_single(name: str, item: object, limits: LimitsConfig) -> None:
+def _check_single(name: str, item: object, form: MediaFormat, limits: LimitsConfig) -> None:
     if isinstance(item, (Tensor, np.ndarray)):
         _check_tensor(name, torch.as_tensor(item), limits)
     elif isinstance(item, Image.Image):
-        check_pictures(name, item, limits)
+        check_pictures(name, item, form, limits)
     elif isinstance(item, str):
         if len(item) > limits.max_prompt_chars:
             raise InvalidRequestError(f"{name}: got {len(item)} characters (limits.max_prompt_chars)")

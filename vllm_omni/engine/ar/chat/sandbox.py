@@ -21,6 +21,7 @@ from typing import Any
 from vllm_omni.errors import InvalidRequestError
 
 MAX_CPU_S = 1.0  # processor time of one rendering; a published template needs less than a thousandth of it
+MAX_WAIT_S = 20.0  # for an answer, where the system sets no such limit, or the machine is that busy
 MAX_MEMORY_BYTES = 512 * 2**20  # of the process, which begins with about 30 MB
 MAX_CHARS = 8_000_000  # of a rendered chat
 HOME = str(Path(__file__).parents[4])  # an editable installation need not be on the path
@@ -42,6 +43,7 @@ class TemplateSandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[[subprocess.Popen[bytes], int], TemplateSandbox] | None = None
         self._owner = os.getpid()
+        self._is_late = False  # whether the last rendering took longer than anybody waits
 
     def start(self) -> None:
         """Starts the process, and does not wait until it is ready."""
@@ -87,6 +89,10 @@ class TemplateSandbox:
         """The answer, or None where the process ended."""
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
+        self._is_late = False
+        timer = threading.Timer(MAX_WAIT_S, self._give_up, [process])
+        timer.daemon = True
+        timer.start()
         try:
             process.stdin.write(request)
             process.stdin.flush()
@@ -96,12 +102,20 @@ class TemplateSandbox:
         except BaseException:  # an interrupt: the answer that comes later belongs to nobody
             self._stop()
             raise
+        finally:
+            timer.cancel()
+
+    def _give_up(self, process: subprocess.Popen[bytes]) -> None:
+        self._is_late = True
+        process.kill()
 
     def _cause_of_death(self) -> str:
         """What the process that has just gone was ended for."""
         assert self._process is not None
         code = self._process.wait()
         self._stop()
+        if self._is_late:
+            return f"gives no answer for {MAX_WAIT_S:g} s over these messages; it may never end"
         if code == -signal.SIGPROF:
             return f"takes more than {MAX_CPU_S:g} s of processor time over these messages; it may never end"
         return f"ended its process (status {code}); it may use {MAX_MEMORY_BYTES // 2**20} MB of memory"
