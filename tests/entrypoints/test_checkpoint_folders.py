@@ -224,3 +224,29 @@ class TestWithoutTokenizer:
     def test_a_tokenizer_that_is_named_must_be_there(self, folder: Path) -> None:
         with pytest.raises(ConfigError, match=r"tokenizer: found none in .*vocab.json and merges.txt"):
             Omni(model=str(folder), device="cpu", overrides=[f"text.tokenizer={folder}"])
+
+
+class TestATokenizerThatPanics:
+    """The library is written in Rust, and panics with what is no Exception."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return make_model_folder(tmp_path / "model")
+
+    def test_over_a_text_its_request_fails_alone(self, folder: Path) -> None:
+        edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        edit_json(folder / "tokenizer.json", pre_tokenizer={"type": "FixedLength", "length": 0})
+        with Omni(model=str(folder), device="cpu", dtype="float32") as omni:
+            wrong, right = omni.generate(["words", IDS], GREEDY)
+        assert isinstance(wrong.error, InvalidRequestError) and "tokenizer cannot read this text" in str(wrong.error)
+        assert right.error is None and right.token_ids
+
+    def test_over_its_own_tokens_the_loop_goes_on(self, folder: Path) -> None:
+        with Omni(model=str(folder), device="cpu", dtype="float32") as omni:
+            expected = omni.generate("words", GREEDY)[0].token_ids
+        edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        edit_json(folder / "tokenizer.json", decoder={"type": "Strip", "content": "a", "start": 5, "stop": 5})
+        with Omni(model=str(folder), device="cpu", dtype="float32") as omni:
+            for _ in range(3):
+                found = omni.generate("words", GREEDY)[0]
+                assert found.error is not None or found.token_ids == expected

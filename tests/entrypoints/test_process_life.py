@@ -10,12 +10,12 @@ import threading
 import time
 import weakref
 from concurrent.futures import thread as pool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.loop import engine
-from support.toy_engine import text_config
+from support.toy_engine import TextEngine, text_config, toy_config, toy_stage
 
 from vllm_omni import AsyncOmni, Omni
 
@@ -69,11 +69,24 @@ def test_a_forked_child_is_refused_at_once_and_the_parent_goes_on() -> None:
     assert parent == "finished True", found.stderr
 
 
-@pytest.mark.parametrize("kind", [Omni, AsyncOmni])
-def test_what_is_dropped_frees_its_thread_and_its_engines(kind: Any) -> None:
+@pytest.mark.parametrize("executor", ["inline", "thread"])
+@pytest.mark.parametrize("kind", [partial(Omni, progress=False), AsyncOmni], ids=["Omni", "AsyncOmni"])
+def test_what_is_dropped_frees_its_threads_and_its_engines(
+    kind: Any, executor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[TextEngine]] = []
+    create = TextEngine.__init__
+
+    def note(self: TextEngine, *arguments: Any) -> None:
+        create(self, *arguments)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(TextEngine, "__init__", note)
     before = set(threading.enumerate())
-    omni = kind(text_config())
-    held = weakref.ref(engine(omni, "text"))
+    omni = kind(toy_config(stages={"text": toy_stage("text", "toy_text", executor=executor)}, outputs=("text",)))
+    if isinstance(omni, Omni):
+        assert omni.generate("a")[0].text == "aa"
+    (held,) = made
     assert held() is not None
     del omni
     deadline = time.monotonic() + 10

@@ -7,8 +7,10 @@ import logging
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
+from support.diffusers_folders import random_stable_audio
 from support.loop import executor
 from support.toy_engine import PictureParams, TextParams, text_config, toy_config
 
@@ -47,6 +49,15 @@ def test_weights_that_stages_share_are_said_once(caplog: pytest.LogCaptureFixtur
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("loading ")]
     assert [line.split(":")[0] for line in lines] == ["loading text", "loading negative", "loading image"]
     assert ["MiB" in line for line in lines] == [True, False, True]
+
+
+def test_a_pipeline_that_is_hosted_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    random_stable_audio(tmp_path)
+    with caplog.at_level(logging.INFO, logger="vllm_omni"):
+        Omni("diffusers", model=str(tmp_path), progress=False).close()
+        assert "StableAudioPipeline of diffusers, hosted as it is (gives audio)" in caplog.text
+        Omni(model=str(tmp_path), progress=False).close()
+    assert f"{tmp_path}: runs with the shipped config stable_audio" in caplog.text
 
 
 def test_a_stage_without_a_model_says_no_place() -> None:

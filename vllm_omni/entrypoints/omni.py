@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -17,6 +18,7 @@ from vllm_omni.entrypoints.progress import LoadingBar, ProgressBar
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, pair, rejected
 from vllm_omni.entrypoints.turn import Turn
 from vllm_omni.errors import QueueFullError, SchedulerError
+from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, OmniRequest
 
@@ -50,8 +52,8 @@ class Omni:
         self._turn = Turn()
         self._mailboxes: dict[str, deque[OmniOutput]] = {}
         self._is_closed = False
-        # As AsyncOmni's: whoever drops it frees its threads and weights, in a thread of its own.
-        self._end = weakref.finalize(self, _thread.start_new_thread, self._executor.shutdown, ())
+        # As AsyncOmni's: whoever drops it frees its threads and weights, not in the collector, which may hold any lock.
+        self._end = weakref.finalize(self, _thread.start_new_thread, _shut_down_elsewhere, (self._executor,))
         self._end.atexit = False
 
     @property
@@ -200,3 +202,8 @@ class Omni:
     def _ensure_open(self) -> None:
         if self._is_closed:
             raise SchedulerError("this Omni is closed; make a new one")
+
+
+def _shut_down_elsewhere(executor: OmniExecutor) -> None:
+    """In a thread that `threading` knows: one that it meets by chance is listed for ever."""
+    threading.Thread(target=executor.shutdown, daemon=True).start()

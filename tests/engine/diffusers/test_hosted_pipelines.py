@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +18,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.diffusers_folders import RATE, random_stable_audio
+from support.diffusers_folders import RATE, engine, random_stable_audio, run, task
+from support.diffusers_folders import made as finished
 from support.engines import spec_of
 from support.tiny_pipelines import flux, image_processor, made, save, stable_diffusion, stable_diffusion_xl, unet, vae
 
 from vllm_omni import Audio, DiffusionParams, Omni, OmniOutput
 from vllm_omni.config.schema import StageConfig
+from vllm_omni.engine.base import Activity
+from vllm_omni.engine.diffusers import pipeline_inputs
 from vllm_omni.engine.diffusers.options import DiffusersOptions
 from vllm_omni.engine.diffusers.pipeline_class import given_kind, pipeline_class
 from vllm_omni.engine.diffusers.pipeline_result import result_tensor
@@ -409,6 +413,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": Image.new("L", (4000, 4000))}, r"image: width \* height"),
     ({"image": [picture()] * 65}, "image: number of images"),
     ({"image": "nowhere.png"}, "image: got 'nowhere.png'"),
+    ({"image": Image.new("RGB", (1, 1))}, "image: got 1x1 pixels, expected at least 2 pixels a side"),
+    ({"image": [picture(), Image.new("RGB", (64, 1))]}, "image: got 64x1 pixels"),
+    ({"image": picture(), "extra": {"mask_image": Image.new("L", (1, 32))}}, "extra.mask_image: got 1x32 pixels"),
     ({"image": picture(), "extra": {"mask_image": Image.new("L", (4000, 4000))}}, r"extra.mask_image: width \* height"),
     ({"image": picture(), "extra": {"mask_image": "nowhere.png"}}, "extra.mask_image"),
     ({"image": picture(), "extra": {"mask_image": 3.5j}}, "extra.mask_image"),
@@ -429,6 +436,31 @@ def test_everything_that_a_request_brings_has_limits(
     (output,) = load(folders("inpaint")).generate("a cat", DiffusionParams(**bad))
     assert isinstance(output.error, InvalidRequestError)
     assert message.replace("\\", "") in error(output)
+
+
+def test_pictures_are_read_beside_the_loop_and_an_abort_does_not_wait_for_them(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+    may_go_on = threading.Event()
+    whole = pipeline_inputs.read_image
+
+    def slow(*arguments: Any) -> Any:
+        readers.append(threading.current_thread().name)
+        may_go_on.wait(10)
+        return whole(*arguments)
+
+    monkeypatch.setattr(pipeline_inputs, "read_image", slow)
+    stage = engine(folders("img2img"), "image")
+    value = DiffusionParams(seed=1, image=picture(), num_inference_steps=4)
+    for name in ("gone", "kept"):
+        stage.submit(task(name, "a cat", value))
+    assert stage.activity() is Activity.PENDING, stage.step()
+    assert stage.step() == []
+    stage.abort("gone")
+    may_go_on.set()
+    assert set(finished(run(stage), "image")) == {"kept"} and stage.activity() is Activity.IDLE
+    assert readers and all(name.startswith("omni-background") for name in readers)
 
 
 def test_lists_of_pictures_are_taken(folders: Callable[[str], Path], load: Callable[..., Omni]) -> None:

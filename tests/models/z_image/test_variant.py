@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from support.diffusers_folders import random_z_image
@@ -70,3 +73,42 @@ def test_the_configs_own_defaults_stand_above_the_checkpoints(tmp_path: Path) ->
 
     assert defaults("image.defaults={num_inference_steps: 4}") == {**BASE, "num_inference_steps": 4}
     assert defaults("image.defaults={sigmas: [1.0, 0.5]}") == {"sigmas": (1.0, 0.5), "guidance_scale": 5.0}
+
+
+def test_weights_that_are_there_in_a_variant_alone_are_loaded(tmp_path: Path) -> None:
+    plain = folder_of(tmp_path / "plain", 3.0)
+    half = tmp_path / "half"
+    shutil.copytree(plain, half)
+    for part in ("transformer", "vae", "text_encoder"):
+        for file in (half / part).glob("*.safetensors"):
+            file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    small = DiffusionParams(height=32, width=32, seed=1)
+    pictures = []
+    for folder in (plain, half):
+        with Omni(model=str(folder), progress=False) as omni:
+            (output,) = omni.generate("a circle", small)
+            assert output.error is None, output.error
+            pictures.append(np.asarray(output.images[0]))
+    assert np.array_equal(*pictures)
+
+
+def test_a_default_negative_prompt_is_read_as_a_given_one_is(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "x", 6.0)
+    small = DiffusionParams(height=32, width=32, seed=1, num_inference_steps=3)
+    overrides = ["image.defaults.negative_prompt=blur"]
+
+    def picture(omni: Omni, prompt: Any, params: Any = small) -> Any:
+        (output,) = omni.generate([prompt], params)
+        assert output.error is None, output.error
+        return np.asarray(output.images[0])
+
+    with Omni(model=str(folder), progress=False) as omni:
+        given = picture(omni, {"prompt": "a circle", "negative_prompt": "blur"})
+        empty = picture(omni, {"prompt": "a circle", "negative_prompt": ""})
+    assert not np.array_equal(given, empty)
+    with Omni(model=str(folder), overrides=overrides, progress=False) as omni:
+        assert np.array_equal(picture(omni, "a circle"), given)
+        assert np.array_equal(picture(omni, {"prompt": "a circle", "negative_prompt": ""}), empty)
+        assert np.array_equal(picture(omni, "a circle"), given), "cached states are those of the same words"
+        said = dataclasses.replace(small, negative_prompt="")
+        assert np.array_equal(picture(omni, "a circle", said), empty)
