@@ -69,6 +69,11 @@ def test_a_forked_child_is_refused_at_once_and_the_parent_goes_on() -> None:
     assert parent == "finished True", found.stderr
 
 
+def threads() -> set[threading.Thread]:
+    """Without that of tqdm, which stays once there was a bar."""
+    return {thread for thread in threading.enumerate() if type(thread).__name__ != "TMonitor"}
+
+
 @pytest.mark.parametrize("executor", ["inline", "thread"])
 @pytest.mark.parametrize("kind", [partial(Omni, progress=False), AsyncOmni], ids=["Omni", "AsyncOmni"])
 def test_what_is_dropped_frees_its_threads_and_its_engines(
@@ -82,7 +87,7 @@ def test_what_is_dropped_frees_its_threads_and_its_engines(
         made.append(weakref.ref(self))
 
     monkeypatch.setattr(TextEngine, "__init__", note)
-    before = set(threading.enumerate())
+    before = threads()
     omni = kind(toy_config(stages={"text": toy_stage("text", "toy_text", executor=executor)}, outputs=("text",)))
     if isinstance(omni, Omni):
         assert omni.generate("a")[0].text == "aa"
@@ -90,10 +95,10 @@ def test_what_is_dropped_frees_its_threads_and_its_engines(
     assert held() is not None
     del omni
     deadline = time.monotonic() + 10
-    while (held() is not None or set(threading.enumerate()) - before) and time.monotonic() < deadline:
+    while (held() is not None or threads() - before) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
-    assert held() is None and not set(threading.enumerate()) - before
+    assert held() is None and not threads() - before
 
 
 def test_the_collector_may_drop_one_while_any_lock_is_held() -> None:
