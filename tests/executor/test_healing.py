@@ -242,3 +242,19 @@ def test_a_loop_that_is_inside_one_step_says_since_when_from_another_thread() ->
     leave.set()
     thread.join(20.0)
     assert loop.step_started is None and loop.get_status()["stages"]["text"]["state"] == "ready"
+
+
+def test_a_request_that_reaches_a_stage_while_it_is_rebuilt_is_told_when_to_ask_again() -> None:
+    loop, _ = loop_of(toy_config())
+
+    def broken() -> Any:
+        raise RuntimeError("boom")
+
+    engine(loop, "picture").step = broken
+    for name, steps in (("one", 1), ("two", 5), ("late", 20)):
+        loop.add_request(request(name, params={"encode": TextParams(steps=steps), "picture": PictureParams()}))
+    found = finish(loop)
+    assert [type(found[name].error) for name in ("one", "two")] == [StageError, StageError]
+    late = found["late"].error
+    assert isinstance(late, StageUnavailableError) and late.retry_after_s == FIRST_PAUSE_S
+    assert "'picture' is being rebuilt" in str(late)

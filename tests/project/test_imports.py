@@ -13,12 +13,12 @@ import vllm_omni
 
 PACKAGE = Path(vllm_omni.__file__).parent
 # what a part of the package may import besides itself; everyone may import `errors`
-BASE = {"config", "messages", "request", "params", "payload", "registry", "utils"}
+BASE = {"config", "messages", "request", "output", "params", "payload", "registry", "utils"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "utils": set(),
-    **dict.fromkeys(BASE - {"utils", "request"}, BASE),
-    "request": {*BASE, "media"},  # the output types, in annotations
+    **dict.fromkeys(BASE - {"utils", "output"}, BASE),
+    "output": {*BASE, "media"},  # in annotations
     "media": BASE,
     "core": {*BASE, "media"},
     "layers": {*BASE, "media"},

@@ -39,7 +39,11 @@ def run(args: argparse.Namespace) -> int:
     )
     print(
         "\n".join(
-            ["", "Checkpoints that find their config by themselves", *aligned(sorted(supported_checkpoints().items()))]
+            [
+                "",
+                "Checkpoints that find their config by themselves",
+                *aligned([*sorted(supported_checkpoints().items()), ("any other pipeline of diffusers", "diffusers")]),
+            ]
         )
     )
     rows = [(table, ", ".join(registry.names(table))) for table in registry.TABLES]
