@@ -43,7 +43,7 @@ class TemplateSandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[[subprocess.Popen[bytes], int], TemplateSandbox] | None = None
         self._owner = os.getpid()
-        self._is_late = False  # whether the last rendering took longer than anybody waits
+        self._is_late = threading.Event()  # whether the last rendering took longer than anybody waits
 
     def start(self) -> None:
         """Starts the process, and does not wait until it is ready."""
@@ -89,8 +89,8 @@ class TemplateSandbox:
         """The answer, or None where the process ended."""
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
-        self._is_late = False
-        timer = threading.Timer(MAX_WAIT_S, self._give_up, [process])
+        self._is_late = threading.Event()
+        timer = threading.Timer(MAX_WAIT_S, _give_up, [process, self._is_late])
         timer.daemon = True
         timer.start()
         try:
@@ -105,16 +105,12 @@ class TemplateSandbox:
         finally:
             timer.cancel()
 
-    def _give_up(self, process: subprocess.Popen[bytes]) -> None:
-        self._is_late = True
-        process.kill()
-
     def _cause_of_death(self) -> str:
         """What the process that has just gone was ended for."""
         assert self._process is not None
         code = self._process.wait()
         self._stop()
-        if self._is_late:
+        if self._is_late.is_set():
             return f"gives no answer for {MAX_WAIT_S:g} s over these messages; it may never end"
         if code == -signal.SIGPROF:
             return f"takes more than {MAX_CPU_S:g} s of processor time over these messages; it may never end"
@@ -124,6 +120,12 @@ class TemplateSandbox:
         if self._end is not None:
             self._end()
         self._process = self._end = None
+
+
+def _give_up(process: subprocess.Popen[bytes], is_late: threading.Event) -> None:
+    """In a timer's thread, which must not keep the sandbox."""
+    is_late.set()
+    process.kill()
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
