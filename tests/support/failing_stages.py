@@ -1,6 +1,6 @@
 """Stage kinds that fail on a prompt's command, for configs that a server loads: `import: support.failing_stages`.
 
-`failing_text` and `failing_picture` are those of `support.toy_engine`; a prompt that begins with `do=WORD` makes its
+`failing_text` and `failing_picture` are those of `support.toy_engine`; a prompt that says `do=WORD` makes its
 task misbehave so: a word of ToyEngine's, or one of RUBBISH, or `sleep`, or `secret`. Any other prompt is answered.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -105,8 +106,8 @@ class FailingPictureSpec(PictureSpecimen):
 
 
 def _command(task: StageTask) -> str | None:
-    first = str(task.request.prompt).split(" ")[0]
-    return first.removeprefix("do=") if first.startswith("do=") else None
+    found = re.search(r"do=(\w+)", str(task.request.prompt))
+    return found.group(1) if found else None
 
 
 register_toys()

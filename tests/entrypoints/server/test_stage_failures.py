@@ -220,15 +220,17 @@ def test_one_failing_request_among_a_hundred_fails_alone(server: ServerProcess) 
 def test_a_session_tells_of_a_failure_and_goes_on(server: ServerProcess) -> None:
     client = OpenAI(base_url=server.base_url, api_key="none", timeout=60)
     with client.realtime.connect(model="failing") as connection:
-        statuses = []
+        responses = []
         for words in ("do=fail x", "ab"):
             item: Any = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": words}]}
-            connection.conversation.item.create(item=item)
-            connection.response.create(response={"conversation": "none", "input": [item]})
+            connection.response.create(
+                response={"conversation": "none", "input": [item], "output_modalities": ["text"]}
+            )
             while (event := connection.recv()).type != "response.done":
-                pass
-            statuses.append((event.response.status, getattr(event.response.status_details, "error", None)))
-    assert statuses[0][0] in ("failed", "completed")
+                assert event.type != "error", event
+            responses.append(event.response)
+    assert [response.status for response in responses] == ["failed", "completed"]
+    assert "had to fail" in str(responses[0].status_details)
 
 
 def test_a_failing_stage_leaves_no_thread_and_no_descriptor(server: ServerProcess) -> None:
