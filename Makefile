@@ -1,6 +1,6 @@
 # make setup: a virtual environment with the package and its tools, at the versions of constraints.txt
 # make demo: pictures, sounds, speech · make test · make lint · make bench
-# make fuzz SECONDS=600: odd configs, requests and checkpoint folders, so long each
+# make fuzz SECONDS=600: odd configs, requests, checkpoint folders and HTTP, so long each
 # make test-newest, make test-oldest: the suite in an environment of the newest, the oldest versions allowed
 # make pins: constraints.txt from the newest versions, when the suite has passed with them
 PYTHON ?= python3

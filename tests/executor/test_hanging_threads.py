@@ -188,6 +188,27 @@ def test_a_stuck_stage_keeps_nobody_from_aborting_asking_and_shutting_down(relea
     assert time.monotonic() - begin < A_MOMENT_S, "nobody waits for a thread that was left behind"
 
 
+def test_a_stage_that_hangs_on_a_task_that_is_gone_is_rebuilt_unasked() -> None:
+    driver = Driver(one_stage())
+    driver.loop.add_request(request("gone", params=TextParams(do="block")))
+    driver.until(lambda: driver.loop.get_status()["stages"]["text"]["tasks"] == 1)
+    for _ in range(50):  # it is in the step by then
+        driver.outputs += driver.loop.step()
+        time.sleep(0.001)
+    driver.loop.abort("gone")
+    assert driver.loop.is_mending
+    states = []
+
+    def is_mended() -> bool:
+        states.append(driver.loop.get_status()["stages"]["text"]["state"])
+        return not driver.loop.is_mending
+
+    driver.until(is_mended)
+    assert "rebuilding" in states and driver.loop.get_status()["stages"]["text"]["num_rebuilds"] == 1
+    assert driver.answer(request("next")).error is None
+    driver.loop.shutdown()
+
+
 def test_a_stage_that_hangs_is_replaced_though_nobody_waits_as_long_as_that() -> None:
     loop = one_stage()
     driver = Driver(loop)

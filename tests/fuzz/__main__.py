@@ -1,4 +1,4 @@
-"""`python -m fuzz [configs requests checkpoints] --seconds 600`, from the folder `tests`."""
+"""`python -m fuzz [configs requests checkpoints server] --seconds 600`, from the folder `tests`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import time
 from fuzz.checkpoints import Checkpoints
 from fuzz.configs import Configs
 from fuzz.requests import Requests
+from fuzz.server import Server
 from fuzz.tally import Tally, limit_memory
 
-FUZZERS = {"configs": Configs, "requests": Requests, "checkpoints": Checkpoints}
+FUZZERS = {"configs": Configs, "requests": Requests, "checkpoints": Checkpoints, "server": Server}
 
 
 def main() -> int:
@@ -28,8 +29,8 @@ def main() -> int:
         case = FUZZERS[name]()
         limit_memory(6 * 2**30)
         tally = Tally(name, args.seed).run(case, seconds=args.seconds, first=args.first, most=args.most)
-        case.close()
         print(tally.report(), flush=True)
+        case.close()
         num_faults += len(tally.faults)
     return int(num_faults > 0)
 

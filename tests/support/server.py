@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import httpx
 
 ADDRESS = "vllm-omni: listening on "
+TESTS = Path(__file__).parents[1]
 
 
 class ServerProcess:
@@ -28,6 +30,8 @@ class ServerProcess:
         # the tests' own threads and the server's share few cores
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         environment.pop("VLLM_OMNI_API_KEY", None)
+        # so that a config may import support.X
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
         silent = subprocess.DEVNULL
         self._process = subprocess.Popen(command, env=environment, stdin=silent, stdout=silent, stderr=subprocess.PIPE)
         self._lines: list[str] = []

@@ -21,6 +21,7 @@ from vllm_omni.media.audio import Audio
 from vllm_omni.messages import StageProgress, StageRows
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import Completion, OmniOutput, Progress, RequestStatus, StageResult
+from vllm_omni.utils.checks import check_number
 
 IMAGE_PORT = "image"
 AUDIO_PORT = "audio"
@@ -99,6 +100,8 @@ class PartialOutputs:
     def _step(self, event: StageProgress, stage: str) -> OmniOutput:
         if not isinstance(event.text, str):
             raise StageError(f"stage {stage!r}: new text is {type(event.text).__name__}, expected str")
+        check_number(f"stage {stage!r}: step", event.step, 0, integer=True, raises=StageError)
+        check_number(f"stage {stage!r}: num_steps", event.num_steps, 0, integer=True, raises=StageError)
         self._progress[stage] = Progress(event.step, event.num_steps)
         is_text = stage in self._outputs and bool(event.text or event.token_ids)
         if is_text:
@@ -267,9 +270,11 @@ def _ended(result: StageResult, error: OmniError | None) -> StageResult:
 
 def _completion(item: Mapping[str, Any]) -> Completion:
     """logprobs: for every position its [token, log probability] pairs."""
-    logprobs = item.get("logprobs")
+    logprobs, text = item.get("logprobs"), item["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"text is {type(text).__name__}, expected str")
     return Completion(
-        text=item["text"],
+        text=text,
         token_ids=tuple(item.get("token_ids", ())),
         finish_reason=item.get("finish_reason"),
         logprobs=None if logprobs is None else tuple(dict(position) for position in logprobs),

@@ -7,7 +7,7 @@ thread-safe, but for `plan` and `wake`: one caller at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ from vllm_omni.messages import (
     StageTask,
 )
 from vllm_omni.request import OmniOutput, OmniRequest, StageResult
+from vllm_omni.utils.checks import check_number
 from vllm_omni.utils.device import set_threads
 from vllm_omni.worker.background import Background
 
@@ -116,7 +117,7 @@ class OmniExecutor:
             if isinstance(plan, OmniError):
                 raise plan
             for name in plan.stages:
-                self._hosts[name].mend()
+                self._hosts[name].mend(self._scheduler.get_config().worker_timeout)
                 self._hosts[name].ensure_ready()
             self._scheduler.schedule(request, plan, now=now)
         except OmniError as error:
@@ -170,8 +171,10 @@ class OmniExecutor:
 
     @property
     def is_mending(self) -> bool:
-        """Whether a stage is being rebuilt: then `step` has something to do now and then, also without a request."""
-        return not all(host.is_ready for host in self._hosts.values())
+        """Whether a stage is being rebuilt, or may soon have to be: then `step` has something to do now and then, also
+        without a request.
+        """
+        return any(host.is_mending for host in self._hosts.values())
 
     def has_work(self) -> bool:
         """Whether `step` or `take_outputs` will still give something."""
@@ -245,7 +248,7 @@ class OmniExecutor:
                 host.hold()
                 continue
             timeout_s = self._scheduler.get_config().worker_timeout
-            host.mend()
+            host.mend(timeout_s)
             for event in host.poll(timeout_s, partial(self._scheduler.is_waiting, stage=name)):
                 try:
                     self._receive(name, event)
@@ -289,6 +292,7 @@ class OmniExecutor:
     def _receive(self, stage: str, event: StageEvent) -> None:
         now = self._clock()
         if isinstance(event, StageDone):
+            _check_metrics(stage, event.metrics)
             self._scheduler.stage_done(event.request_id, stage, event.payload, event.metrics, now)
             if self._scheduler.is_unfinished(event.request_id):  # else the final output says it at once
                 self._add_partial(stage, event)
@@ -354,3 +358,10 @@ class OmniExecutor:
             if result is not None:
                 found[stage] = result
         return found
+
+
+def _check_metrics(stage: str, metrics: Mapping[str, Any]) -> None:
+    """Whoever counts them would fail on anything but a number; a list holds several."""
+    for name, value in metrics.items():
+        for number in value if isinstance(value, list) else [value]:
+            check_number(f"stage {stage!r}: metrics[{name!r}]", number, 0, raises=StageError)

@@ -75,10 +75,16 @@ class StageHost:
             words = f"stage {self.name!r} is being rebuilt after a failure ({describe(cause)})"
             raise StageUnavailableError(f"{words}; retry in {retry_after_s:.1f} s", retry_after_s) from cause
 
-    def mend(self) -> None:
-        """Goes on with a rebuild, where there is one: waits for its time, loads, is ready. Never waits for a thread."""
+    def mend(self, worker_timeout: float) -> None:
+        """Goes on with a rebuild, where there is one: waits for its time, loads, is ready. Never waits for a thread.
+
+        An engine that is still at work on tasks that are gone, and silent for `worker_timeout` s, is given up.
+        """
         recovery, now = self._recovery, self._clock()
         if not self.tasks:
+            silent_s = self._silent_s()
+            if silent_s >= worker_timeout:
+                self._break(StageError(f"no answer for {silent_s:.1f} s"))
             self._give_up()
         if recovery.cause is None or self._is_shut_down:
             return
@@ -199,10 +205,9 @@ class StageHost:
 
     def get_status(self, worker_timeout: float) -> dict[str, Any]:
         """Gauges; safe to call from another thread. state: rebuilding, stuck (no answer for `worker_timeout` s, though
-        it has tasks) or ready, which alone is `alive`; silent_s: since the last answer; cause: why it is not ready.
+        it is at work) or ready, which alone is `alive`; silent_s: since the last answer; cause: why it is not ready.
         """
-        quiet_since, cause = self._quiet_since, self._recovery.cause or self._broken
-        silent_s = 0.0 if quiet_since is None or not self.tasks else max(0.0, self._clock() - quiet_since)
+        cause, silent_s = self._recovery.cause or self._broken, self._silent_s()
         state, why = "ready", None
         if cause is not None:
             state, why = "rebuilding", describe(cause)
@@ -221,6 +226,11 @@ class StageHost:
     def is_ready(self) -> bool:
         """Whether it takes tasks; else it is being rebuilt."""
         return self._recovery.cause is None
+
+    @property
+    def is_mending(self) -> bool:
+        """Whether `mend` has something to do now, or may have before long."""
+        return not self.is_ready or self._is_left_alone
 
     @property
     def num_buffers(self) -> int:
@@ -295,6 +305,18 @@ class StageHost:
         except Exception as broken:
             self._break(broken)
         return failures + self._give_up()
+
+    def _silent_s(self) -> float:
+        """Since the last answer of an engine that is at work."""
+        quiet_since = self._quiet_since
+        if quiet_since is None or not (self.tasks or self._is_left_alone):
+            return 0.0
+        return max(0.0, self._clock() - quiet_since)
+
+    @property
+    def _is_left_alone(self) -> bool:
+        """Whether the engine is at work on tasks that are gone."""
+        return not self.tasks and self._quiet_since is not None and self._is_pending
 
     @property
     def _is_stepping(self) -> bool:

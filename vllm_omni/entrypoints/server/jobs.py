@@ -33,7 +33,8 @@ class Job:
     created: float = field(default_factory=time.time)
     completed: float | None = None
     status: str = "queued"  # "in_progress", "completed", "failed"
-    files: list[Path] = field(default_factory=list)
+    files: Sequence[Path] = ()  # that are there, or being written
+    is_deleted: bool = False  # whoever still writes its files deletes them
     error: ApiError | None = None
     task: asyncio.Task[None] | None = None
     expires: float | None = None
@@ -58,7 +59,7 @@ class Job:
             "completed_at": None if self.completed is None else int(self.completed),
             "expires_at": None if self.expires is None else int(self.expires),
             "model": self.run.model.name,
-            "num_files": len(self.files),
+            "num_files": len(self.files) if self.status == "completed" else 0,
             "error": None if self.error is None else {"code": self.error.code, "message": self.error.message},
         }
 
@@ -114,7 +115,7 @@ class JobStore:
                 async for output in parts:
                     job.status = "in_progress"
                     if output.finished:
-                        job.files = await self._write(job, await encode(output))
+                        await self._write(job, await encode(output))
             job.status = "completed"
         except Exception as error:
             job.status, job.error = "failed", as_api_error(error)
@@ -122,12 +123,10 @@ class JobStore:
             job.completed = time.time()
             job.expires = job.completed + self._settings.job_lifetime_s
 
-    async def _write(self, job: Job, contents: Sequence[tuple[bytes, str]]) -> list[Path]:
+    async def _write(self, job: Job, contents: Sequence[tuple[bytes, str]]) -> None:
         folder = self._folder_of_files()
-        paths = [folder / f"{job.id}-{index}.{suffix}" for index, (_, suffix) in enumerate(contents)]
-        for path, (content, _) in zip(paths, contents, strict=True):
-            await asyncio.to_thread(path.write_bytes, content)
-        return paths
+        job.files = [folder / f"{job.id}-{index}.{suffix}" for index, (_, suffix) in enumerate(contents)]
+        await asyncio.to_thread(_write_files, job, [content for content, _ in contents])
 
     def _folder_of_files(self) -> Path:
         if self._folder is None:
@@ -139,6 +138,7 @@ class JobStore:
         return self._folder
 
     def _forget(self, job: Job) -> None:
+        job.is_deleted = True
         for path in job.files:
             path.unlink(missing_ok=True)
         self._jobs.pop(job.id, None)
@@ -148,3 +148,16 @@ class JobStore:
         for job in list(self._jobs.values()):
             if job.expires is not None and job.expires <= now:
                 self._forget(job)
+
+
+def _write_files(job: Job, contents: Sequence[bytes]) -> None:
+    """All of them, or none: also where the disk is full, or the job is deleted meanwhile."""
+    is_whole = False
+    try:
+        for path, content in zip(job.files, contents, strict=True):
+            path.write_bytes(content)
+        is_whole = True
+    finally:
+        if job.is_deleted or not is_whole:
+            for path in job.files:
+                path.unlink(missing_ok=True)

@@ -123,11 +123,13 @@ class RunTable:
         self._living[run.id] = run
 
     def _end(self, run: Run) -> None:
-        run.ended_s = run.ended_s or time.monotonic()
-        for observe in self.observers:
-            observe(run)
-        run.forget_content()
         self._ended.append(self._living.pop(run.id))
+        run.ended_s = run.ended_s or time.monotonic()
+        try:
+            for observe in self.observers:
+                observe(run)
+        finally:
+            run.forget_content()
 
 
 async def _outputs(run: Run) -> AsyncGenerator[OmniOutput, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from types import FrameType
 
@@ -54,6 +55,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
+            self._limit_unread()
             print(f"vllm-omni: listening on {self.address}", file=sys.stderr, flush=True)
 
     @property
@@ -61,6 +63,15 @@ class Server(uvicorn.Server):
         """http://host:port, the port being the one that was found where 0 was asked for."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def _limit_unread(self) -> None:
+        """What we have closed may still hold an answer that its client never reads: the system ends such connections,
+        where it can.
+        """
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections have it from the socket that they come in at
+            milliseconds = round(1000 * self._settings.write_timeout_s)
+            for each in self.servers[0].sockets:
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def _fail(self, error: Exception) -> None:
         self.failure = error

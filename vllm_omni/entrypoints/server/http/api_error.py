@@ -27,7 +27,7 @@ from vllm_omni.request import OmniOutput, RequestStatus
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_S = 1.0
-MIN_RETRY_S = 0.1
+MIN_RETRY_S = 0.5  # sooner, and a client has used its tries up before a stage is rebuilt
 # error -> status, code, when to try again; the first that fits
 ANSWERS: tuple[tuple[type[OmniError], int, str, float | None], ...] = (
     (InvalidRequestError, 400, "invalid_value", None),

@@ -10,9 +10,10 @@ from typing import Any, Generic, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vllm_omni.entrypoints.server.http.api_error import as_api_error
+from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
 from vllm_omni.entrypoints.server.http.client import Begun, cancel, until_gone, within
 from vllm_omni.entrypoints.server.settings import ServerSettings
+from vllm_omni.errors import OmniError
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": still at work\n\n"
@@ -71,9 +72,12 @@ class PartStream(Response, Generic[T]):
         except (OSError, asyncio.TimeoutError):
             raise
         except Exception as error:
-            if self._fail is None:
+            if self._fail is not None:
+                await self._send_body(send, self._fail(error), more=True)
+            elif isinstance(error, ApiError | OmniError):
+                return  # without an end, which breaks the connection off
+            else:
                 raise
-            await self._send_body(send, self._fail(error), more=True)
         await self._send_body(send, self._last, more=False)
 
     async def _pieces(self) -> Any:

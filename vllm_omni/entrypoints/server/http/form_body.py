@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.schemas.base import Body
@@ -41,14 +41,17 @@ async def read_form(
         )
     fields: dict[str, Any] = {}
     files: dict[str, list[bytes]] = {}
-    async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if name not in file_fields:
+    try:
+        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
+            for name, value in form.multi_items():
+                if not isinstance(value, UploadFile):
+                    fields[name] = _parsed(name, value)
+                elif name in file_fields:
+                    files.setdefault(file_fields[name], []).append(await value.read())
+                else:
                     raise ApiError(400, f"{name:.80}: got a file, expected none", code="invalid_value", param=name[:80])
-                files.setdefault(file_fields[name], []).append(await value.read())
-            else:
-                fields[name] = _parsed(name, value)
+    except ClientDisconnect:
+        raise ApiError(499, "the client closed the connection", code="request_aborted") from None
     try:
         return body_type.model_validate(fields), files
     except ValidationError as error:

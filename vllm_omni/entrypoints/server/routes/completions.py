@@ -15,7 +15,7 @@ from vllm_omni.entrypoints.server.answers.logprobs import text_logprobs
 from vllm_omni.entrypoints.server.answers.merging import merged
 from vllm_omni.entrypoints.server.answers.usage import chat_usage
 from vllm_omni.entrypoints.server.context import Call, CallOf
-from vllm_omni.entrypoints.server.http.api_error import unsupported
+from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.http.client import all_of, begun, while_connected
 from vllm_omni.entrypoints.server.http.event_stream import event_stream
 from vllm_omni.entrypoints.server.models import ServedModel
@@ -65,6 +65,8 @@ class _Answer:
         self._num_tokens: dict[int, int] = {}
 
     def whole(self, outputs: Sequence[OmniOutput]) -> dict[str, Any]:
+        for output in outputs:
+            _check_text(output)
         choices = [
             self._choice(
                 prompt * self._n + index, completion.text, self._logprobs(completion), completion.finish_reason
@@ -84,7 +86,9 @@ class _Answer:
                     chunk = self._new(prompt * self._n + index, completion, output.finished)
                     if chunk is not None:
                         yield {**self._head, "choices": [chunk]}
-                finals += [output] if output.finished else []
+                if output.finished:
+                    _check_text(output)
+                    finals.append(output)
         if self._wants_usage:
             yield {**self._head, "choices": [], "usage": self._usage(finals)}
 
@@ -113,3 +117,8 @@ class _Answer:
             name: sum(usage[name] for usage in usages)
             for name in ("prompt_tokens", "completion_tokens", "total_tokens")
         }
+
+
+def _check_text(final: OmniOutput) -> None:
+    if not final.completions:
+        raise ApiError(500, "the model gave no text", code="no_text")

@@ -90,6 +90,8 @@ async def retrieve_content(job_id: str, call: CallOf, index: Annotated[int, Quer
     if index >= len(job.files):
         raise ApiError(404, f"index: got {index}, but the job has {len(job.files)} files", code="file_not_found")
     path = job.files[index]
+    if not path.is_file():
+        raise ApiError(404, f"index: file {index} of the job has been deleted", code="file_not_found")
     return FileResponse(path, media_type=TYPES[path.suffix[1:]], filename=path.name)
 
 
