@@ -316,7 +316,7 @@ class StageHost:
     @property
     def _is_left_alone(self) -> bool:
         """Whether the engine is at work on tasks that are gone."""
-        return not self.tasks and self._quiet_since is not None and self._is_pending
+        return not self.tasks and self._quiet_since is not None and self._is_stepping
 
     @property
     def _is_stepping(self) -> bool:
