@@ -118,7 +118,7 @@ def test_a_cover_reads_its_own_instruction_and_the_plain_one(folder: Path, pipel
 @pytest.mark.parametrize(
     ("fields", "port", "words"),
     [
-        ({"prompt": "warm piano " * 200}, "text.hidden_states", "stage '(plain_)?text' failed: .* at most 256 .max_prompt_tok"),
+        ({"prompt": "warm piano " * 200}, "text.hidden_states", "text' failed: .* at most 256 .max_prompt_tok"),
         ({"prompt": "a", "lyrics": "la " * 2000}, "lyrics.embeddings", "stage 'lyrics' failed: .* at most 2048 "),
     ],
 )
