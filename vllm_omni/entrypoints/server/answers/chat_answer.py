@@ -35,7 +35,7 @@ class ChatAnswer:
         self._created = int(time.time())
         self._texts = [stage for stage in model.abilities.texts if stage in outputs]
         self._images = [stage for stage in model.abilities.images if stage in outputs]
-        self._audios = [stage for stage in model.abilities.audios if stage in outputs]
+        self._audios = [stage for stage in model.abilities.audios if stage in outputs][:1]  # an answer has one sound
         self._audio_format = audio_format
         self._num_top = num_top
 
@@ -68,7 +68,7 @@ class ChatAnswer:
     async def _choice(self, output: OmniOutput, index: int) -> dict[str, Any]:
         completion = self._completion(output, index)
         text = None if completion is None else completion.text
-        parts = [await _image_part(*image) for image in self._pictures(output, index)]
+        parts = [await _image_part(*image) for image in self._pictures(output, index).values()]
         content: Any = text
         if parts:
             content = [*([{"type": "text", "text": text}] if text else []), *parts]
@@ -120,10 +120,10 @@ class ChatAnswer:
         found = [output.results[stage].completions for stage in self._texts if stage in output.results]
         return found[0][index] if found and index < len(found[0]) else None
 
-    def _pictures(self, output: OmniOutput, index: int) -> list[Any]:
-        """With what their files say, which is the words of nobody: who chats has them already."""
-        found = [list(Provenance(self._model).images(output, [stage])) for stage in self._images]
-        return [images[index] for images in found if index < len(images)]
+    def _pictures(self, output: OmniOutput, index: int) -> dict[str, Any]:
+        """By stage, with what their files say, which is the words of nobody: who chats has them already."""
+        found = {stage: list(Provenance(self._model).images(output, [stage])) for stage in self._images}
+        return {stage: images[index] for stage, images in found.items() if index < len(images)}
 
     def _previews(self, output: OmniOutput, index: int) -> list[Any]:
         found = [output.results[stage].previews for stage in self._images if stage in output.results]
@@ -157,7 +157,7 @@ class _Written:
         self._begun: set[int] = set()
         self._text: dict[int, str] = {}
         self._num_tokens: dict[int, int] = {}
-        self._num_images: dict[int, int] = {}
+        self._images: set[tuple[int, str]] = set()
         self._audio_format = audio_format
         self._sound: dict[int, AudioPieces] = {}
 
@@ -179,10 +179,11 @@ class _Written:
         self._num_tokens[index] = self._num_tokens.get(index, 0) + len(completion.token_ids) - start
         return start
 
-    def new_images(self, index: int, images: Sequence[Any]) -> Sequence[Any]:
-        given = self._num_images.get(index, 0)
-        self._num_images[index] = max(given, len(images))
-        return images[given:]
+    def new_images(self, index: int, images: Mapping[str, Any]) -> Sequence[Any]:
+        """images: by the stage that made them; whichever is finished first is given first."""
+        new = [stage for stage in images if (index, stage) not in self._images]
+        self._images.update((index, stage) for stage in new)
+        return [images[stage] for stage in new]
 
     async def new_sound(self, index: int, sounds: Sequence[Audio], is_whole: bool) -> bytes:
         assert self._audio_format is not None
