@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import httpx
+import torch
 
 ADDRESS = "vllm-omni: listening on "
 TESTS = Path(__file__).parents[1]
@@ -118,3 +120,14 @@ class ServerProcess:
             assert self._process.poll() is None, f"the server ended while it loaded:\n{self.errors}"
             assert time.monotonic() < deadline_s, f"the server is not ready after {timeout_s:g} s:\n{self.errors}"
             time.sleep(0.1)
+
+
+@contextmanager
+def threads_of_the_server() -> Iterator[None]:
+    """torch computes with one thread here too, as it does in the server: with another number sums round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from support.ace_step import random_pipeline
-from support.server import ServerProcess
+from support.server import ServerProcess, threads_of_the_server
 from support.sound_files import comment_of, read_file, read_integers, read_pcm
 
 from vllm_omni import Omni
@@ -39,7 +39,7 @@ def tune(server: ServerProcess) -> bytes:
 
 
 def test_the_sound_is_the_one_that_omni_makes(tune: bytes) -> None:
-    with Omni("tiny_audio", progress=False) as omni:
+    with threads_of_the_server(), Omni("tiny_audio", progress=False) as omni:
         audio = omni.generate(TUNE, DiffusionParams(seed=3, num_inference_steps=4))[0].audios[0]
     samples, rate = read_file(tune)
     assert rate == audio.sample_rate and samples.shape == audio.samples.shape == (1, 32_000)

@@ -13,7 +13,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 from support.media import image_bytes, picture, sound_bytes, tone
-from support.server import ServerProcess
+from support.server import ServerProcess, threads_of_the_server
 
 from vllm_omni import Omni
 
@@ -33,7 +33,7 @@ def picture_of(part: Any) -> bytes:
 
 def test_the_plain_request_gives_what_omni_gives(client: OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny-omni", messages=said(SCENE), modalities=["text"])
-    with Omni("tiny_omni", progress=False) as omni:
+    with threads_of_the_server(), Omni("tiny_omni", progress=False) as omni:
         whole = omni.generate({"prompt": SCENE, "outputs": ["thinker"]})[0]
     (choice,) = answer.choices
     assert (choice.message.content, choice.finish_reason) == (whole.text, "stop")

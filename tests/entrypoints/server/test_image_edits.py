@@ -17,7 +17,7 @@ import yaml
 from openai import OpenAI
 from PIL import Image
 from support.media import image_bytes, picture
-from support.server import ServerProcess
+from support.server import ServerProcess, threads_of_the_server
 from support.tiny_pipelines import save, stable_diffusion, unet
 
 STEPS = {"num_inference_steps": 2}
@@ -59,7 +59,10 @@ def test_an_edit_is_what_the_pipeline_makes_of_picture_and_prompt(client: OpenAI
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folders["img2img"])
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(5)
-    plain = pipeline("a cat", image=Image.fromarray(pixels), strength=0.75, num_inference_steps=4, generator=generator)
+    with threads_of_the_server():
+        plain = pipeline(
+            "a cat", image=Image.fromarray(pixels), strength=0.75, num_inference_steps=4, generator=generator
+        )
     assert np.array_equal(opened(answer), np.asarray(plain.images[0]))
 
 

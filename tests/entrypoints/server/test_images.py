@@ -11,6 +11,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 from support.media import image_bytes, picture
+from support.server import threads_of_the_server
 
 from vllm_omni import DiffusionParams, Omni
 
@@ -23,7 +24,7 @@ def opened(content: str | None) -> Image.Image:
 
 def test_a_picture_is_the_one_that_omni_draws(client: OpenAI) -> None:
     answer = client.images.generate(model="tiny-image", prompt=PROMPT, extra_body={"seed": 3})
-    with Omni("tiny_image", progress=False) as omni:
+    with threads_of_the_server(), Omni("tiny_image", progress=False) as omni:
         image = omni.generate(PROMPT, DiffusionParams(seed=3))[0].images[0]
     assert answer.data is not None
     assert opened(answer.data[0].b64_json).tobytes() == image.tobytes()

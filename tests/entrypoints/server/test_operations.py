@@ -12,7 +12,7 @@ import soundfile
 from openai import OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from support.server import ServerProcess
+from support.server import ServerProcess, threads_of_the_server
 
 from vllm_omni import DiffusionParams, Omni
 
@@ -141,7 +141,7 @@ def test_a_job_is_queued_watched_fetched_and_deleted(server: ServerProcess) -> N
     assert (done["progress"], done["num_files"], done["kind"]) == (100, 2, "image")
     content = server.get(f"/v1/jobs/{job['id']}/content")
     assert content.headers["content-type"] == "image/png"
-    with Omni("tiny_image", progress=False) as omni:
+    with threads_of_the_server(), Omni("tiny_image", progress=False) as omni:
         whole = omni.generate("a red circle", DiffusionParams(seed=4, num_outputs=2))[0].images[0]
     assert Image.open(io.BytesIO(content.content)).tobytes() == whole.tobytes()
     assert server.get(f"/v1/jobs/{job['id']}/content", params={"index": 2}).status_code == 404
