@@ -206,6 +206,7 @@ def test_a_source_that_cannot_be_had_is_refused(client: OpenAI, url: str, messag
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"extra_body": {"partial_images": 1}}, "partial_images"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"extra_body": {"extra_params": {"request_id": "x"}}}, "extra_params.request_id"),
         ({"extra_body": {"priority": "urgent"}}, "priority"),
     ],

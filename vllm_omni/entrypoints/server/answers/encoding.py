@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
 
-import numpy as np
 from PIL import Image
 
 from vllm_omni.media.audio import Audio
@@ -54,10 +52,6 @@ async def audio_base64(audio: Audio, kind: str) -> str:
 def file_format(kind: str) -> str:
     """The name of a format among AUDIO_FORMATS; OpenAI's chat has another one for bare samples."""
     return "pcm" if kind == "pcm16" else kind
-
-
-def joined(pieces: Sequence[Audio]) -> Audio:
-    return Audio(np.concatenate([piece.samples for piece in pieces], axis=1), pieces[0].sample_rate)
 
 
 def sample_headers(audio: Audio, kind: str) -> dict[str, str]:

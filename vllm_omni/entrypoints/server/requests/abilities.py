@@ -12,7 +12,6 @@ from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
 from vllm_omni.payload import TensorSpec
 
 VOICE_KEY = "speaker"
-STATES = "hidden_states"
 
 
 @dataclass(frozen=True, slots=True)

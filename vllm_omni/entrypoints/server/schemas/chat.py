@@ -21,7 +21,7 @@ class Part(BaseModel):
 
 class MediaUrl(Part):
     url: Source
-    detail: Literal["auto", "low", "high", "original"] | None = None
+    detail: Literal["auto"] | None = None  # the model's own resolution
 
 
 class InputAudio(Part):
@@ -76,7 +76,7 @@ class AudioOptions(Part):
 class StreamOptions(Part):
     include_usage: bool = False
     include_progress: bool = Field(default=False, description="chunks with `progress`: steps by stage")
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class ChatBody(SamplingFields, DiffusionFields):
