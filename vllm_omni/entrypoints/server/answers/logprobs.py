@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, cast
 
 from vllm_omni.engine.ar.text_spec import TextSpec
+from vllm_omni.entrypoints.server.http.api_error import unsupported
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.request import Completion
 
@@ -17,7 +18,8 @@ class _Speller:
 
     def __init__(self, model: ServedModel) -> None:
         spec = model.pipeline.specs[model.abilities.writer or ""]
-        assert isinstance(spec, TextSpec)
+        if not isinstance(spec, TextSpec):
+            raise unsupported("logprobs", "the model's writer has no tokenizer that could name its tokens")
         self._processor = spec.processor
 
     def text(self, token_id: int) -> str:
