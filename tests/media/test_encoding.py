@@ -103,6 +103,16 @@ def test_what_a_jpeg_cannot_show_through_is_white_and_other_formats_keep_it() ->
         assert Image.open(io.BytesIO(encode_image(clear, form))).getpixel((3, 3))[3] == 0  # type: ignore[index]
 
 
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_a_premultiplied_picture_is_written_as_the_plain_one(mode: str) -> None:
+    plain = Image.new("RGBA", (4, 4), (255, 0, 0, 51)).convert(mode)
+    premultiplied = plain.convert({"LA": "La", "RGBA": "RGBa"}[mode])
+    for form in IMAGE_FORMATS:
+        assert encode_image(premultiplied, form) == encode_image(premultiplied.convert(mode), form), form
+    with Image.open(io.BytesIO(encode_image(premultiplied, "png"))) as image:
+        assert image.mode == mode and image.getpixel((0, 0))[-1] == 51
+
+
 def test_quality_is_a_number_for_formats_that_lose_something() -> None:
     image = Image.fromarray(picture(120, 200))
     for form in ("jpeg", "webp", "avif"):

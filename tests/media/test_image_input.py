@@ -69,6 +69,19 @@ def test_what_is_transparent_is_white_as_in_the_reference(mode: str) -> None:
         assert np.array_equal(found, convert_to_rgb(image, return_numpy=True))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La"])
+def test_what_is_transparent_stays_so_where_that_is_asked_for(mode: str) -> None:
+    image = half_clear("LA").convert(mode) if mode == "La" else half_clear(mode)
+    found = read_image(image, LIMITS, "image", "RGBA").numpy()
+    assert found.shape == (8, 16, 4) and np.array_equal(found[..., 3], np.asarray(half_clear("RGBA"))[..., 3])
+
+
+def test_a_file_without_transparency_is_opaque_where_it_is_asked_for() -> None:
+    for image in (Image.new("L", (2, 2), 7), Image.new("I;16", (2, 2), 7 * 257), np.full((2, 2), 7, np.uint8)):
+        source = image if isinstance(image, np.ndarray) else file_bytes(image, "PNG")
+        assert read_image(source, LIMITS, "image", "RGBA")[0, 0].tolist() == [7, 7, 7, 255]
+
+
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF", "GIF", "AVIF"])
 def test_transparency_in_a_file_is_white(form: str) -> None:
     options = {} if form in ("GIF", "PNG", "TIFF") else {"lossless": True} if form == "WEBP" else {"quality": 100}

@@ -26,6 +26,7 @@ UNICODE = b"UNICODE\0"  # how a UserComment begins that is UTF-16 (Exif 2.32, 4.
 MAX_EXIF_BYTES = 60_000  # a JPEG holds 64 KB
 MAX_EXIF_PROMPT = 5_000  # characters of each prompt that are left where they are more
 WHITE = (255, 255, 255)
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
 def encode_image(
@@ -41,6 +42,7 @@ def encode_image(
     check_image_format(format)
     options = {**_quality(format, quality), **_tags(format, metadata)}
     file = io.BytesIO()
+    image = straight(image)
     try:
         (_opaque(image) if format == "jpeg" else image).save(file, IMAGE_FORMATS[format][0], **options)
     except (OSError, ValueError) as error:
@@ -60,17 +62,24 @@ def check_image_format(format: str) -> None:
         raise InvalidRequestError(f"format: got {format!r}, which the installed Pillow does not write; update it")
 
 
+def straight(image: Image.Image) -> Image.Image:
+    """The image itself, or what is premultiplied with its alpha divided by it again: few conversions and files know
+    Pillow's modes La and RGBa.
+    """
+    return image.convert(PREMULTIPLIED[image.mode]) if image.mode in PREMULTIPLIED else image
+
+
 def on_white(image: Image.Image) -> Image.Image:
     """RGB: what is transparent shows white."""
-    layers = image.convert("RGBA")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layers = straight(image).convert("RGBA")
     ground = Image.new("RGBA", layers.size, (*WHITE, 255))
     return Image.alpha_composite(ground, layers).convert("RGB")
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        return on_white(image)
-    return image if image.mode in ("L", "CMYK") else image.convert("RGB")
+    return image if image.mode in ("L", "CMYK") and not image.has_transparency_data else on_white(image)
 
 
 def _quality(format: str, quality: int | None) -> dict[str, int]:

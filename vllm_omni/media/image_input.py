@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.media.image_encoding import on_white
+from vllm_omni.media.image_encoding import on_white, straight
 from vllm_omni.media.source_files import open_source_file
 
 # PIL reads dozens, one of them by running a program; AVIF and HEIF where it, or a plugin that was registered, can
@@ -34,17 +34,16 @@ def image_size(source: object, limits: LimitsConfig, name: str) -> tuple[int, in
         return image.height, image.width
 
 
-def read_image(source: object, limits: LimitsConfig, name: str) -> Tensor:
-    """uint8 [height, width, 3], upright, of an animation the first picture. source: see SOURCES. InvalidRequestError
-    for anything that cannot be read or is beyond `limits`.
+def read_image(source: object, limits: LimitsConfig, name: str, mode: str = "RGB") -> Tensor:
+    """uint8 [height, width, channels of `mode`: RGB or RGBA], upright, of an animation the first picture. source: see
+    SOURCES. InvalidRequestError for anything that cannot be read or is beyond `limits`.
     """
     if isinstance(source, np.ndarray):
         _array_size(source, limits, name)
-        pixels = source if source.ndim == 3 else np.repeat(source[..., None], 3, axis=2)
-        return torch.from_numpy(np.ascontiguousarray(pixels).copy())
+        return torch.from_numpy(np.array(Image.fromarray(source).convert(mode)))
     with _opened(source, limits, name) as image:
         try:
-            upright = to_rgb(ImageOps.exif_transpose(image), name)
+            upright = (to_rgba if mode == "RGBA" else to_rgb)(ImageOps.exif_transpose(image), name)
         except InvalidRequestError:
             raise
         except Exception as error:  # the library raises whatever its parsers raise, with addresses in some texts
@@ -60,11 +59,14 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """
     if image.mode.startswith(("I", "F")):
         return _scaled(image, name).convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        return on_white(image)
-    return image.convert("RGB")
+    return on_white(image)
+
+
+def to_rgba(image: Image.Image, name: str) -> Image.Image:
+    """As `to_rgb`, but what is transparent stays so."""
+    if image.mode.startswith(("I", "F")) or not image.has_transparency_data:
+        return to_rgb(image, name).convert("RGBA")
+    return straight(image).convert("RGBA")
 
 
 def _scaled(image: Image.Image, name: str) -> Image.Image:

@@ -24,7 +24,7 @@ from support.engines import spec_of
 from support.tiny_pipelines import flux, image_processor, made, save, stable_diffusion, stable_diffusion_xl, unet, vae
 
 from vllm_omni import Audio, DiffusionParams, Omni, OmniOutput
-from vllm_omni.config.schema import StageConfig
+from vllm_omni.config.schema import LimitsConfig, StageConfig
 from vllm_omni.engine.base import Activity
 from vllm_omni.engine.diffusers import pipeline_inputs
 from vllm_omni.engine.diffusers.options import DiffusersOptions
@@ -177,6 +177,9 @@ def test_a_result_is_read_whatever_its_field_or_nesting_is_called() -> None:
         assert tensor.shape == (count, 4, 8, 3) and tensor.dtype == torch.uint8
         assert tensor[0, 0, 0].tolist() == [255, 0, 0]
     assert (result_tensor(types.SimpleNamespace(images=[[clear]]), "image") == 255).all(), "what is clear is white"
+    for mode in ("LA", "La", "RGBa"):
+        layer = clear.convert("LA").convert(mode) if mode == "La" else clear.convert(mode)
+        assert (result_tensor(types.SimpleNamespace(images=[layer]), "image") == 255).all(), mode
     for bad in ([red, Image.new("RGB", (4, 4))], [], ["x"], np.full((1, 4, 4, 3), np.nan)):
         with pytest.raises(StageError):
             result_tensor(types.SimpleNamespace(images=bad), "image")
@@ -557,4 +560,11 @@ def test_the_vae_of_a_folder_says_which_pictures_it_takes(tmp_path: Path) -> Non
     from vllm_omni.engine.diffusers.pipeline_folder import PipelineFolder
 
     save(stable_diffusion(vae=vae(in_channels=4, out_channels=4)), tmp_path)
-    assert PipelineFolder(tmp_path).media_format().mode == "RGBA"
+    form = PipelineFolder(tmp_path).media_format()
+    assert form.mode == "RGBA"
+    layer = picture("RGBA", (16, 8))
+    layer.putalpha(51)
+    layer.save(tmp_path / "layer.png")
+    for given in (layer, layer.convert("RGBa"), tmp_path / "layer.png", (tmp_path / "layer.png").read_bytes()):
+        read = pipeline_inputs.read_pictures("image", given, form, LimitsConfig(), lambda: None)
+        assert read.mode == "RGBA" and (np.asarray(read)[..., 3] == 51).all(), given

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from vllm_omni.config.schema import LimitsConfig
@@ -102,10 +102,9 @@ def read_pictures(name: str, value: object, form: MediaFormat, limits: LimitsCon
         stop()
         if isinstance(item, Tensor):
             return item
-        if isinstance(item, Image.Image) and form.mode == "RGBA" and "mask" not in name:
-            return ImageOps.exif_transpose(item).convert("RGBA")
-        picture = Image.fromarray(read_image(item, limits, name).numpy())
-        return picture.convert("L" if "mask" in name else form.mode)
+        is_mask = "mask" in name
+        picture = Image.fromarray(read_image(item, limits, name, "RGB" if is_mask else form.mode).numpy())
+        return picture.convert("L") if is_mask else picture
 
     return _each(name, value, read)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vllm_omni.engine.diffusers.pipeline_class import AUDIO_FIELDS, IMAGE_FIELDS
 from vllm_omni.errors import StageError
+from vllm_omni.media.image_encoding import on_white
 from vllm_omni.worker.diffusion.diffusion_model import check_finite
 
 FIELDS = {"image": IMAGE_FIELDS, "audio": AUDIO_FIELDS}
@@ -62,7 +63,7 @@ def _flat(made: Any) -> Iterator[Any]:
 def _pixels(picture: Any) -> np.ndarray[Any, Any]:
     """[H, W, 3] uint8 of a PIL image, or of an array or tensor in [0, 1] that has 1, 3 or 4 channels."""
     if isinstance(picture, Image.Image):
-        return np.array(_on_white(picture))
+        return np.array(on_white(picture))
     if not isinstance(picture, (np.ndarray, Tensor)):
         raise StageError(f"the pipeline gave a {type(picture).__name__} in place of a picture")
     values = torch.as_tensor(picture).detach().float().cpu()
@@ -73,15 +74,7 @@ def _pixels(picture: Any) -> np.ndarray[Any, Any]:
     check_finite(values, "the pixels")
     pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[pixels.shape[-1]]
-    return np.array(_on_white(Image.fromarray(pixels[..., 0] if mode == "L" else pixels, mode)))
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    """RGB; what is transparent (the layers of QwenImageLayered) lies on white."""
-    if "A" not in picture.getbands():
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), layer).convert("RGB")
+    return np.array(on_white(Image.fromarray(pixels[..., 0] if mode == "L" else pixels, mode)))
 
 
 def _sounds(made: Any) -> Tensor:
