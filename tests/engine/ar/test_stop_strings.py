@@ -166,6 +166,24 @@ def test_special_tokens_in_stop_strings_end_a_text_that_does_not_show_them(folde
     assert "".join(event.text for event in events[:-1]) == text
 
 
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("stop", ["<|x|>", "a<|x|>"])
+def test_half_a_character_before_a_stopping_token_is_part_of_the_text(
+    processor: TextProcessor, stop: str, skips: bool
+) -> None:
+    (a,), half, (x,) = (
+        token_ids(processor, ["a"], [1])[0],
+        token_ids(processor, ["你"], [1])[0],
+        [processor.special_tokens["<|x|>"]],
+    )
+    stream = TextStream(processor, StopRules(processor, [stop], skips), skips)
+    pieces = [stream.push(token) for token in (a, half[0], x)]
+    assert stream.is_stopped == (stop == "<|x|>")
+    pieces.append(stream.finish())
+    shown = "" if skips or stream.is_stopped else "<|x|>"
+    assert stream.text == "".join(pieces) == f"a\N{REPLACEMENT CHARACTER}{shown}"
+
+
 def test_words_within_a_hidden_token_end_nothing(processor: TextProcessor) -> None:
     text = ["a", "<|x|>", "b"]
     stream = TextStream(processor, StopRules(processor, ["|x|"], True), True)

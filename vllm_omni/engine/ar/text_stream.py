@@ -59,9 +59,7 @@ class TextStream:
         if new and len(certain) == len(new):
             self._context_start, self._read, self._num_ahead = self._read, len(self._token_ids), 0
         if token_id in self._stop.tokens and not self.is_stopped:
-            length = self._advance(token_id)
-            if length is not None and can_stop:
-                self._cut(length)
+            self._take_token(token_id, new[len(certain) :], can_stop)
         return self._give(len(self.text) - self._held_back())
 
     def finish(self) -> str:
@@ -86,6 +84,17 @@ class TextStream:
                 self._cut(length)
                 return
         self.text += new
+
+    def _take_token(self, token_id: int, unfinished: str, can_stop: bool) -> None:
+        """A hidden token of a stop string. unfinished: what stands before it that is no character yet, and is part of
+        the text if that stops here.
+        """
+        for character in unfinished:
+            self._state_with_tokens = self._stop.with_tokens.advance(self._state_with_tokens, character)
+        length = self._advance(token_id)
+        if length is not None and can_stop:
+            self.text += unfinished
+            self._cut(length)
 
     def _advance(self, symbol: Symbol) -> int | None:
         """One more symbol for the stop strings: how many characters of the text one has that ends here."""
