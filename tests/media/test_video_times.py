@@ -89,6 +89,27 @@ def test_limits_count_real_seconds() -> None:
     assert 12 <= len(read(fast)) <= 16
 
 
+def test_the_last_picture_of_a_still_film_lasts_as_long_as_most() -> None:
+    still = as_recorded(film([0, 33, 66, 29_000]))
+    with VideoReader(io.BytesIO(still), "video") as reader:
+        assert abs(reader.header.duration_s - 29.03) < 0.05
+    assert len(read(still)) > 1, "within the limit of 30 s"
+
+
+@pytest.mark.parametrize(("codec", "form"), [("mpeg4", "mp4"), ("mpeg4", "avi"), ("h263", "3gp"), ("h263", "avi")])
+def test_small_films_of_old_codecs_are_read(codec: str, form: str) -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 144, 176, "yuv420p"
+        for index in range(25):
+            picture = np.full((144, 176, 3), 5 * index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    found = read(file.getvalue())
+    assert len(found) == 2 and found[0] <= 3 and abs(found[1] - 60) <= 6
+
+
 @pytest.mark.parametrize("form", ["mp4", "webm"])
 @pytest.mark.parametrize("fps", [1, 4, 24, 30])
 def test_a_constant_rate_picks_the_frames_of_these_numbers(form: str, fps: int) -> None:

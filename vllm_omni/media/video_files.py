@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median_low
 from typing import BinaryIO
 
 import av
@@ -26,7 +28,7 @@ Frame = npt.NDArray[np.uint8]
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 MAX_MISSING_FRAMES = 2  # a container may count frames that no decoder shows
 MAX_RATE_ERROR = 1.5  # frames that a rate may make the whole longer or shorter
-CODING_MARGIN = 64  # a codec rounds sizes up
+CODING_MARGIN = 256  # a codec rounds sizes up, and old ones (MPEG-4, H.263) keep room around each picture
 EXPECTED = "MP4, MOV, WebM, MKV or AVI"
 
 
@@ -150,9 +152,11 @@ class VideoReader:
         times = [(pts, pts + duration) for pts, duration in packets if pts is not None]
         if len(times) < 2 or stream.time_base is None:
             return len(packets), len(packets) * frame_s
-        first, last, end = min(times)[0], max(times)[0], max(stop for _, stop in times)
-        end = end if end > last else last + round((last - first) / (len(times) - 1))  # the last one, as long as most
-        return len(packets), float((end - first) * stream.time_base)
+        shown = sorted(pts for pts, _ in times)
+        end = max(stop for _, stop in times)
+        if end <= shown[-1]:  # nothing is said of the last one, which is taken to be as long as most
+            end = shown[-1] + median_low(later - earlier for earlier, later in pairwise(shown))
+        return len(packets), float((end - shown[0]) * stream.time_base)
 
     def _sound_header(self, video_s: float) -> AudioHeader | None:
         """video_s: the length of the video, which stands in where none is said of the sound."""
