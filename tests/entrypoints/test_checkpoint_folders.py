@@ -137,6 +137,17 @@ def test_a_pipeline_part_is_read_from_its_index_unless_that_is_stale(tmp_path: P
     assert {file.name for file in tensor_files(tmp_path).values()} == {"part.safetensors"}
 
 
+def test_of_several_variants_one_is_read(tmp_path: Path) -> None:
+    for number, variant in enumerate(("bf16", "fp16")):
+        for part in "ab":
+            name = f"model-0000{1 + 'ab'.index(part)}-of-00002.{variant}.safetensors"
+            save_file({part: torch.full((1,), float(number))}, tmp_path / name)
+    save_file({"c": torch.ones(1)}, tmp_path / "consolidated.safetensors")
+    (tmp_path / "consolidated.safetensors").rename(tmp_path / "consolidated.bf16.safetensors")
+    files = {file.name for file in tensor_files(tmp_path).values()}
+    assert files == {f"model-0000{n}-of-00002.fp16.safetensors" for n in (1, 2)}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_base_model_without_architectures_is_told_by_its_weights(tied: bool, tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model", base_model=True, tie_word_embeddings=tied)

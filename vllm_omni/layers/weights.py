@@ -25,11 +25,12 @@ from vllm_omni.layers.linear import pack_linears
 from vllm_omni.utils.checkpoint_files import check_file
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
+from vllm_omni.utils.variants import of_one_variant
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_FILE, WHOLE_PIPELINE_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
 ADAPTER_PREFIX = "adapter_"
-SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}(\.\w+)?\.safetensors$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +110,13 @@ def _indexed_files(index: Path) -> dict[str, Path]:
 
 
 def _unindexed_files(folder: Path) -> list[Path]:
-    """The shards, where files are named as such, else all that could be of the model."""
-    files = [
-        file
+    """The shards, where files are named as such, else all that could be of the model; of several variants one."""
+    names = [
+        file.name
         for file in sorted(folder.glob("*.safetensors"))
         if file.is_file() and not file.name.startswith((".", ADAPTER_PREFIX))
     ]
+    files = [folder / name for name in of_one_variant(names)]
     whole = [file for file in files if file.name == WHOLE_PIPELINE_FILE]
     return whole or [file for file in files if SHARD_NAME.search(file.name)] or files
 

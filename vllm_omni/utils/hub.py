@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.errors import ConfigError
+from vllm_omni.utils.variants import USUAL_VARIANTS
 
 SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "spk_dict.pt")
 WEIGHTS = "*.safetensors"
 VARIANTS = "*.*.safetensors"  # model.fp16.safetensors, beside model.safetensors
-USUAL_VARIANTS = ("fp16", "bf16")  # in the order in which they are taken where there are no plain weights
 
 
 def fetch(

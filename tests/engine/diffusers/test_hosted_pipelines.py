@@ -204,6 +204,30 @@ def test_lists_in_the_index_that_are_no_class_are_settings(folders: Callable[[st
             spec_of(stage)
 
 
+def test_two_words_are_a_setting_and_a_module_with_a_class_is_code(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def index(**entries: Any) -> Path:
+        folder = tmp_path / "x"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(folders("sd"), folder)
+        old = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**old, **entries}))
+        return folder
+
+    for setting in (["alpha", "beta"], ["<a>", "<b>"], ["transformers", None], [None, None], [None, "x"]):
+        with Omni(model=str(index(words=setting)), progress=False) as omni:
+            assert omni.generate("a cat", small())[0].error is None, setting
+    for code in (["my_module", "MyClass"], ["os.path", "X"]):
+        with pytest.raises(ConfigError, match=r"words: got .*custom code is not run"):
+            open_pipeline(model=str(index(words=code)))
+    with pytest.raises(ConfigError, match=r"unet: got .*custom code is not run"):
+        open_pipeline(model=str(index(unet=["my_module", "my_class"])))
+    for part in ("safety_checker", "scheduler"):
+        with pytest.raises(ConfigError, match=rf"{part}: got null, expected \[library, class\], or \[null, null\]"):
+            open_pipeline(model=str(index(**{part: None})))
+
+
 def test_settings_of_krea_2_are_no_code(tmp_path: Path) -> None:
     from vllm_omni.engine.diffusers.pipeline_folder import PipelineFolder
 
@@ -268,6 +292,31 @@ def test_the_only_variant_is_found_and_another_can_be_named(tmp_path: Path, load
     pipeline.save_pretrained(tmp_path / "fp16", variant="bf16")
     with pytest.raises(ConfigError, match=r"variant: .* has bf16, fp16 and no plain weights"):
         load(tmp_path / "fp16")
+
+
+def with_variants(folder: Path, source: Path, **parts: list[str | None]) -> Path:
+    """A copy in which the weights of each part are there in these variants."""
+    shutil.copytree(source, folder)
+    for part, variants in parts.items():
+        (plain_file,) = (folder / part).glob("*.safetensors")
+        content = plain_file.read_bytes()
+        plain_file.unlink()
+        for variant in variants:
+            plain_file.with_suffix(f".{variant}.safetensors" if variant else ".safetensors").write_bytes(content)
+    return folder
+
+
+def test_the_one_variant_that_serves_all_parts_is_taken(
+    folders: Callable[[str], Path], tmp_path: Path, load: Callable[..., Omni]
+) -> None:
+    omni = load(with_variants(tmp_path / "x", folders("sd"), unet=["fp16", "bf16"], vae=["fp16"], text_encoder=[None]))
+    (output,) = omni.generate("a cat", small())
+    assert output.error is None
+    with pytest.raises(ConfigError, match=r"variant: got 'bf16', but .* has fp16 alone of vae"):
+        load(tmp_path / "x", variant="bf16")
+    none = with_variants(tmp_path / "none", folders("sd"), unet=["fp16"], vae=["bf16"])
+    with pytest.raises(ConfigError, match=r"has fp16 alone of unet, bf16 alone of vae and no one variant of all"):
+        load(none)
 
 
 # Noise

@@ -85,6 +85,14 @@ def given_kind(pipeline: type) -> str | None:
     )
 
 
+def part_names(pipeline: type) -> frozenset[str]:
+    """What its constructor takes and an index names as [library, class]."""
+    taken = inspect.signature(pipeline).parameters.values()
+    needed = {each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD}
+    optional: list[str] = getattr(pipeline, "_optional_components", [])
+    return frozenset(needed.union(optional))
+
+
 def missing_libraries(pipeline: type) -> list[str]:
     """Libraries that its module imports only where they are installed, and then uses without asking again."""
     missing: set[str] = set()

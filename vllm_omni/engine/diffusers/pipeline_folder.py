@@ -5,7 +5,7 @@ Only classes of diffusers and transformers are loaded, only from safetensors fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,15 @@ class PipelineFolder:
         """What the index says of the pipeline's class, unchecked."""
         return self.index.get("_class_name")
 
+    def check_left_out(self, parts: Collection[str]) -> None:
+        """ConfigError for one of the pipeline's parts that is left out in a way that diffusers does not read."""
+        for name in sorted(parts):
+            if name in self.index and self.index[name] is None:
+                raise ConfigError(
+                    f"{self.path / INDEX}: {name}: got null, expected [library, class], or [null, null] for a part that"
+                    " is left out"
+                )
+
     def weight_folders(self) -> list[Path]:
         """The parts that hold weights."""
         return [self.path / name for name in self.components if any((self.path / name).glob("*.safetensors"))]
@@ -80,9 +89,12 @@ class PipelineFolder:
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
             return False
         library, kind = entry
-        if library is None or not (isinstance(library, str) and isinstance(kind, (str, type(None)))):
+        if not (isinstance(library, str) and isinstance(kind, (str, type(None)))):
             return False
-        if kind is None or not _is_loadable(library):
+        is_loadable = kind is not None and _is_loadable(library)
+        if not is_loadable and not _is_class_name(library, kind or "") and not (self.path / name).exists():
+            return False
+        if not is_loadable:
             raise ConfigError(
                 f"{self.path / INDEX}: {name}: got {brief(entry)}, expected [library, class] with a library of"
                 f" {', '.join(LIBRARIES)} or a pipeline module of diffusers; custom code is not run"
@@ -104,24 +116,42 @@ class PipelineFolder:
                 )
 
     def _chosen_variant(self, asked: str | None) -> str | None:
+        """One variant serves a part that has it, and one that has plain weights; ConfigError where none serves all."""
         found = {part.name: variants_of([file.name for file in part.iterdir()]) for part in self.weight_folders()}
         known = sorted({variant for variants in found.values() for variant in variants if variant is not None})
-        if asked is not None:
-            if asked not in known:
-                names = ", ".join(known) or "no variant"
-                raise ConfigError(f"variant: got {asked!r}, but {self.path} has {names}")
-            return asked
         without_plain = {part: variants for part, variants in found.items() if None not in variants}
-        needed = sorted({variant for variants in without_plain.values() for variant in variants if variant is not None})
-        if len(needed) > 1:
-            raise ConfigError(f"variant: {self.path} has {', '.join(needed)} and no plain weights; name one of them")
-        return needed[0] if needed else None
+        serving = [name for name in known if all(name in variants for variants in without_plain.values())]
+        if asked is not None and asked not in serving:
+            raise ConfigError(f"variant: got {brief(asked)}, but {self.path} has {_said(found, asked, known)}")
+        if asked is not None or not without_plain:
+            return asked
+        if len(serving) != 1:
+            missing = "no plain weights; name one of them" if serving else "no one variant of all; convert some"
+            raise ConfigError(
+                f"variant: {self.path} has {', '.join(serving) or _said(found, None, known)} and {missing}"
+            )
+        return serving[0]
+
+
+def _said(found: Mapping[str, Collection[str | None]], asked: str | None, known: Collection[str]) -> str:
+    """Which variants there are and, where the one that is asked for is among them, which parts have others alone."""
+    if asked is not None and asked not in known:
+        return ", ".join(known) or "no variant"
+    parts = {part: variants for part, variants in found.items() if None not in variants and asked not in variants}
+    return ", ".join(
+        f"{' and '.join(sorted(filter(None, variants)))} alone of {part}" for part, variants in parts.items()
+    )
 
 
 def _pixels_of_a_latent(vae: Mapping[str, Any]) -> int | None:
     """Along each side, where the autoencoder halves the picture before every width but the first."""
     widths = vae.get("block_out_channels")
     return 2 ** (len(widths) - 1) if isinstance(widths, list) and 1 <= len(widths) <= MAX_VAE_BLOCKS else None
+
+
+def _is_class_name(library: str, kind: str) -> bool:
+    """Two words of a setting are no module and its class."""
+    return library.replace(".", "_").isidentifier() and kind.isidentifier() and kind[:1].isupper()
 
 
 def _is_loadable(library: str) -> bool:

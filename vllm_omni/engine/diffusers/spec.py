@@ -8,7 +8,7 @@ from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.engine.diffusers.call import PipelineCall
 from vllm_omni.engine.diffusers.options import DiffusersOptions
-from vllm_omni.engine.diffusers.pipeline_class import given_kind, pipeline_class
+from vllm_omni.engine.diffusers.pipeline_class import given_kind, part_names, pipeline_class
 from vllm_omni.engine.diffusers.pipeline_folder import INDEX, PipelineFolder
 from vllm_omni.engine.diffusion.checks import diffusion_params
 from vllm_omni.errors import ConfigError
@@ -37,6 +37,7 @@ class DiffusersSpec(StageSpec):
         self.folder = PipelineFolder(folder, options.variant)
         self.pipeline_type = self._pipeline_type(options.pipeline)
         self.pipeline_name = self.pipeline_type.__name__
+        self.folder.check_left_out(part_names(self.pipeline_type))
         self._check_accelerate()
         given = given_kind(self.pipeline_type)
         self.output = options.output or given or "image"  # a class that does not say what it gives makes pictures

@@ -9,7 +9,7 @@ import torch
 
 from vllm_omni.errors import CheckpointError
 from vllm_omni.utils.checkpoint_files import reading
-from vllm_omni.utils.variants import variants_of
+from vllm_omni.utils.variants import taken_variant, variants_of
 
 
 def load_part(part: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -23,17 +23,16 @@ def load_part(part: Any, folder: Path, dtype: torch.dtype) -> Any:
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
-            variant=_only_variant(folder),
+            variant=_variant(folder),
             output_loading_info=True,
         )
     refuse_incomplete(info, folder)
     return module.requires_grad_(False).eval()
 
 
-def _only_variant(folder: Path) -> str | None:
-    """Of files that are there in a variant alone ("fp16"); None where plain ones are, and where nothing is."""
-    found = variants_of([file.name for file in folder.iterdir()]) if folder.is_dir() else set()
-    return None if None in found else min((variant for variant in found if variant is not None), default=None)
+def _variant(folder: Path) -> str | None:
+    """Of the files that are taken; None where plain ones are, and where nothing is."""
+    return taken_variant(variants_of([file.name for file in folder.iterdir()])) if folder.is_dir() else None
 
 
 def refuse_incomplete(info: dict[str, Any], folder: Path) -> None:
