@@ -28,7 +28,8 @@ class AsyncOmni:
     """A loaded pipeline of stages; arguments as Omni's, save for `progress`. Constructing blocks until all are loaded.
 
     Every request ends in exactly one final output; what went wrong stands in its `error`, be it a full queue
-    (QueueFullError), a bad prompt, a dead loop, or one that does not answer beyond the request's own deadline. An async context manager that drains when it is left in peace.
+    (QueueFullError), a bad prompt, a dead loop, or one that hangs beyond the deadline that the request names. An async
+    context manager that drains when it is left in peace.
     """
 
     def __init__(
