@@ -12,7 +12,14 @@ from support.toy_engine import PictureParams, TextParams, text_config, toy_confi
 
 from vllm_omni import AsyncOmni, OmniOutput, RequestStatus
 from vllm_omni.config.schema import OmniConfig, SchedulerConfig
-from vllm_omni.errors import InvalidRequestError, QueueFullError, RequestAbortedError, SchedulerError
+from vllm_omni.entrypoints import async_omni
+from vllm_omni.errors import (
+    InvalidRequestError,
+    QueueFullError,
+    RequestAbortedError,
+    RequestTimeoutError,
+    SchedulerError,
+)
 
 T = TypeVar("T")
 LIMIT_S = 20.0
@@ -299,3 +306,43 @@ def test_a_deadline_acts_in_the_thread_too() -> None:
             return await omni.generate("a", HANG)
 
     assert "0.05 s" in str(run(main()).error)
+
+
+def test_a_loop_that_hangs_beyond_a_deadline_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_omni, "GRACE_S", 0.05)
+    released = threading.Event()
+
+    async def main() -> tuple[OmniOutput, OmniOutput]:
+        async with text_omni() as omni:
+            omni._loop.run(lambda executor: released.wait(LIMIT_S))
+            try:
+                given_up = await omni.generate({"prompt": "a", "timeout_s": 0.05})
+            finally:
+                released.set()
+            return given_up, await omni.generate("b")
+
+    given_up, after = run(main())
+    assert isinstance(given_up.error, RequestTimeoutError) and "stuck" in str(given_up.error)
+    assert after.text == "bb"
+
+
+def test_outputs_that_come_before_anybody_looks_wake_the_event_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> tuple[list[str | None], int]:
+        async with text_omni() as omni:
+            events, wakes = asyncio.get_running_loop(), []
+            call_soon = events.call_soon_threadsafe
+
+            def counted(callback: Any, *arguments: Any, **options: Any) -> Any:
+                if threading.current_thread().name == "omni-loop":
+                    wakes.append(callback)
+                return call_soon(callback, *arguments, **options)
+
+            monkeypatch.setattr(events, "call_soon_threadsafe", counted)
+            calls = [asyncio.ensure_future(omni.generate(str(number))) for number in range(8)]
+            await asyncio.sleep(0)  # they are submitted
+            time.sleep(0.5)  # nobody looks
+            return [output.text for output in await asyncio.gather(*calls)], len(wakes)
+
+    texts, num_wakes = run(main())
+    assert texts == [2 * str(number) for number in range(8)]
+    assert num_wakes == 1

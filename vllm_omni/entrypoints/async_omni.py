@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import asyncio
 import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any
@@ -14,18 +15,21 @@ from vllm_omni.core.routing.request_state import RequestPosition
 from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeline
 from vllm_omni.entrypoints.loop_thread import LoopThread
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request
+from vllm_omni.errors import RequestTimeoutError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
-from vllm_omni.request import OmniOutput, OmniRequest
+from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus
 
 MAX_UNREAD = 64  # partial outputs of one request
+GRACE_S = 5.0  # how much later than its deadline a request is given up whose loop does not answer
 
 
 class AsyncOmni:
     """A loaded pipeline of stages; arguments as Omni's, save for `progress`. Constructing blocks until all are loaded.
 
     Every request ends in exactly one final output; what went wrong stands in its `error`, be it a full queue
-    (QueueFullError), a bad prompt or a dead loop. An async context manager that drains when it is left in peace.
+    (QueueFullError), a bad prompt, a dead loop, or one that hangs beyond the deadline that the request names. An async
+    context manager that drains when it is left in peace.
     """
 
     def __init__(
@@ -41,6 +45,9 @@ class AsyncOmni:
         self._config = pipeline.config
         self._executor = load_executor(pipeline)
         self._loop = LoopThread(self._executor)
+        self._arrivals: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, _Arrivals] = (
+            weakref.WeakValueDictionary()
+        )
         # Whoever drops it frees its thread and weights. The collector runs in the middle of anything, with any lock
         # held that ending the loop may need (`threading` has such locks itself): so in a thread of its own.
         weakref.finalize(self, _thread.start_new_thread, self._loop.end, ()).atexit = False
@@ -59,7 +66,7 @@ class AsyncOmni:
         request = make_request(prompt, params)
         if isinstance(request, OmniOutput):
             return request
-        with _Subscription(self._loop, request, stream=False) as subscription:
+        with self._subscription(request, stream=False) as subscription:
             return await subscription.next()
 
     async def stream(self, prompt: PromptLike, params: Params | None = None) -> AsyncGenerator[OmniOutput, None]:
@@ -70,7 +77,7 @@ class AsyncOmni:
         if isinstance(request, OmniOutput):
             yield request
             return
-        with _Subscription(self._loop, request, stream=True) as subscription:
+        with self._subscription(request, stream=True) as subscription:
             while not subscription.is_finished:
                 yield await subscription.next()
 
@@ -95,6 +102,12 @@ class AsyncOmni:
         """Counters since loading, read between two steps; SchedulerError after shutdown."""
         return await asyncio.wrap_future(self._loop.run(OmniExecutor.get_metrics))
 
+    def _subscription(self, request: OmniRequest, stream: bool) -> _Subscription:
+        events = asyncio.get_running_loop()
+        arrivals = self._arrivals.get(events) or _Arrivals(events)  # as long as one of its subscriptions lives
+        self._arrivals[events] = arrivals
+        return _Subscription(self._loop, arrivals, request, stream)
+
     async def __aenter__(self) -> AsyncOmni:
         return self
 
@@ -104,17 +117,44 @@ class AsyncOmni:
         await self.shutdown(drain=kind is None)
 
 
+class _Arrivals:
+    """Outputs on their way from the loop's thread into one event loop, which is woken once for all that have come until
+    it looks: each wake-up interrupts a step.
+    """
+
+    def __init__(self, events: asyncio.AbstractEventLoop) -> None:
+        self._events = events
+        self._arrived: deque[tuple[_Subscription, OmniOutput]] = deque()
+        self._is_woken = False
+
+    def add(self, subscription: _Subscription, output: OmniOutput) -> None:
+        """From any thread; RuntimeError when the event loop is closed."""
+        if self._events.is_closed():
+            raise RuntimeError("the event loop is closed")
+        self._arrived.append((subscription, output))
+        if not self._is_woken:
+            self._is_woken = True  # ahead of the call, which may be answered before it returns
+            self._events.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        self._is_woken = False  # ahead of looking: what comes from now on wakes again
+        while self._arrived:
+            subscription, output = self._arrived.popleft()
+            subscription.put(output)
+
+
 class _Subscription:
     """One request's outputs, brought from the loop's thread into the event loop; leaving early aborts it. Whoever
     leaves partial outputs unread holds their writers back, so that memory does not grow.
     """
 
-    def __init__(self, thread: LoopThread, request: OmniRequest, stream: bool) -> None:
+    def __init__(self, thread: LoopThread, arrivals: _Arrivals, request: OmniRequest, stream: bool) -> None:
         self._thread = thread
+        self._arrivals = arrivals
         self._request = request
         self._stream = stream
-        self._events = asyncio.get_running_loop()
         self._queue: asyncio.Queue[OmniOutput] = asyncio.Queue()
+        self._patience: asyncio.TimerHandle | None = None
         self._is_behind = False
         self.is_finished = False
 
@@ -125,23 +165,35 @@ class _Subscription:
             self._set_behind(False)
         return output
 
+    def put(self, output: OmniOutput) -> None:
+        """In the event loop."""
+        self._queue.put_nowait(output)
+        if not self._is_behind and not output.finished and self._queue.qsize() >= MAX_UNREAD:
+            self._set_behind(True)
+
     def __enter__(self) -> _Subscription:
+        if self._request.timeout_s is not None:
+            patience_s = self._request.timeout_s + GRACE_S
+            self._patience = asyncio.get_running_loop().call_later(patience_s, self._give_up)
         self._thread.submit(self._request, self._deliver, stream=self._stream)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
         if not self.is_finished:
             self._thread.abort(self._request.request_id, self._deliver)
 
     def _deliver(self, output: OmniOutput) -> None:
-        self._events.call_soon_threadsafe(self._put, output)
+        self._arrivals.add(self, output)
 
-    def _put(self, output: OmniOutput) -> None:
-        self._queue.put_nowait(output)
-        if not self._is_behind and not output.finished and self._queue.qsize() >= MAX_UNREAD:
-            self._set_behind(True)
+    def _give_up(self) -> None:
+        """The loop should have ended the request long ago."""
+        error = RequestTimeoutError("the model did not answer within the request's deadline: a stage is stuck")
+        self._thread.abort(self._request.request_id, self._deliver)
+        self.put(OmniOutput(request_id=self._request.request_id, status=RequestStatus.FAILED, error=error))
 
     def _set_behind(self, is_behind: bool) -> None:
         self._is_behind = is_behind

@@ -14,7 +14,7 @@ from openai import OpenAI
 from support.failing_stages import RUBBISH, SECRET, SLEEP_S
 from support.server import TESTS, ServerProcess
 
-from vllm_omni.entrypoints.server.runs import GRACE_S
+from vllm_omni.entrypoints.async_omni import GRACE_S
 
 CONFIGS = [str(TESTS / "support" / f"{name}_stages.yaml") for name in ("failing", "stuck")]
 WORKER_S = 1.0  # `worker_timeout_s` of both

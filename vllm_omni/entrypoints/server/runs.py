@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -12,12 +11,10 @@ from typing import Any
 
 from vllm_omni.core.routing.request_state import RequestPosition
 from vllm_omni.entrypoints.server.http.api_error import RETRY_S, ApiError, error_of
-from vllm_omni.entrypoints.server.http.client import within
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.request import OmniOutput, OmniRequest, Progress, RequestStatus, StageResult
 
 MAX_ENDED = 256  # runs that are remembered after their end
-GRACE_S = 5.0  # how much later than its deadline a request is given up whose loop does not answer
 
 
 @dataclass(slots=True, eq=False)
@@ -101,12 +98,9 @@ class RunTable:
         early aborts the run.
         """
         self._begin(run)
-        timeout_s = run.request.timeout_s
-        deadline_s = None if timeout_s is None else run.began_s + timeout_s + GRACE_S
         try:
             async with aclosing(_outputs(run)) as outputs:
-                while not run.is_ended:
-                    output = await _next(outputs, deadline_s)
+                async for output in outputs:
                     run.note(output)
                     error = error_of(output)
                     if error is not None:
@@ -140,18 +134,6 @@ async def _outputs(run: Run) -> AsyncGenerator[OmniOutput, None]:
     async with aclosing(omni.stream(run.request)) as outputs:
         async for output in outputs:
             yield output
-
-
-async def _next(outputs: AsyncGenerator[OmniOutput, None], deadline_s: float | None) -> OmniOutput:
-    """The next output; ApiError 504 when even the loop's own deadline brings none: a step hangs."""
-    if deadline_s is None:
-        return await anext(outputs)
-    try:
-        return await within(anext(outputs), max(0.0, deadline_s - time.monotonic()))
-    except asyncio.TimeoutError:
-        raise ApiError(
-            504, "the model did not answer within the request's deadline: a stage is stuck", code="deadline_exceeded"
-        ) from None
 
 
 def describe(run: Run) -> Mapping[str, Any]:

@@ -74,12 +74,19 @@ class Begun(AsyncIterator[T], Generic[T]):
             self.first.result()
 
     async def __anext__(self) -> T:
-        """May be cancelled and called again: nothing is lost."""
+        part = await self.next_within(None)
+        assert part is not None
+        return part
+
+    async def next_within(self, seconds: float | None) -> T | None:
+        """The next part; None when there is none after so long, and then another call waits on for the same one."""
         if self._next is None:
             self._next = asyncio.ensure_future(anext(self._parts))
-        part = await asyncio.shield(self._next)
-        self._next = None
-        return part
+        await asyncio.wait({self._next}, timeout=seconds)
+        if not self._next.done():
+            return None
+        part, self._next = self._next, None
+        return part.result()
 
     async def aclose(self) -> None:
         if self._next is not None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
-from vllm_omni.entrypoints.server.http.client import Begun, cancel, until_gone, within
+from vllm_omni.entrypoints.server.http.client import Begun, cancel, until_gone
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.errors import OmniError
 
@@ -45,6 +45,7 @@ class PartStream(Response, Generic[T]):
         super().__init__(media_type=media_type, headers={**NO_BUFFERS, **(headers or {})})
         del self.headers["content-length"]
         self._source = source
+        self._writing: asyncio.Future[None]  # while it is called
         self._settings = settings
         self._encode = encode
         self._fail = fail
@@ -52,13 +53,13 @@ class PartStream(Response, Generic[T]):
         self._idle = idle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
+        self._writing = writing = asyncio.ensure_future(self._write(send))
         leaving = asyncio.ensure_future(until_gone(receive))
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
+            if writing.done() and not writing.cancelled():  # else nobody has read what was written
                 writing.result()
-        except (OSError, asyncio.TimeoutError):  # nobody reads what is written
+        except OSError:
             pass
         finally:
             await cancel(writing, leaving)
@@ -69,7 +70,7 @@ class PartStream(Response, Generic[T]):
         try:
             async for piece in self._pieces():
                 await self._send_body(send, piece, more=True)
-        except (OSError, asyncio.TimeoutError):
+        except OSError:
             raise
         except Exception as error:
             if self._fail is not None:
@@ -80,19 +81,22 @@ class PartStream(Response, Generic[T]):
                 raise
         await self._send_body(send, self._last, more=False)
 
-    async def _pieces(self) -> Any:
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
         while True:
             try:
-                yield self._encode(await within(anext(self._source), self._settings.keep_alive_s))
+                part = await self._source.next_within(self._settings.keep_alive_s)
             except StopAsyncIteration:
                 return
-            except asyncio.TimeoutError:
-                yield self._idle
+            yield self._idle if part is None else self._encode(part)
 
     async def _send_body(self, send: Send, body: bytes, more: bool) -> None:
+        """Nearly always done at once, so it waits in no task of its own."""
         if body or not more:
-            message = {"type": "http.response.body", "body": body, "more_body": more}
-            await within(send(message), self._settings.write_timeout_s)
+            patience = self._writing.get_loop().call_later(self._settings.write_timeout_s, self._writing.cancel)
+            try:
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+            finally:
+                patience.cancel()
 
 
 def event_stream(source: Begun[Event], settings: ServerSettings) -> PartStream[Event]:

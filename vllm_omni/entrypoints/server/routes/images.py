@@ -54,7 +54,7 @@ async def _draw(
     model = call.parts.models.find(body.model)
     stages = require(model, "images", model.abilities.images)
     _check_stream(body)
-    sources = await asyncio.to_thread(_sources, files, model, kind)
+    sources = await asyncio.to_thread(_sources, files, model) if kind == "image_edit" else {}
     run = image_run(body, sources, model, stages, call)
     made = Provenance.of(model, call.parts.settings, body.prompt)
     answer = ImageAnswer(made, body, stages, kind)
@@ -71,10 +71,8 @@ def _check_stream(body: ImageBody) -> None:
         raise unsupported("output_compression", "is of jpeg and webp; png loses nothing")
 
 
-def _sources(files: Mapping[str, Sequence[bytes]], model: ServedModel, kind: str) -> dict[str, Any]:
+def _sources(files: Mapping[str, Sequence[bytes]], model: ServedModel) -> dict[str, Any]:
     """The pictures of a form, as keys of a prompt."""
-    if kind != "image_edit":
-        return {}
     if not model.abilities.edits:
         raise ApiError(
             400, f"model: no stage of {model.name!r} takes an image", code="unsupported_by_model", param="model"
