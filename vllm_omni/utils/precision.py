@@ -30,7 +30,7 @@ class Precision:
 
 
 def choose_precision(name: str, device: torch.device, published: Callable[[], torch.dtype | None]) -> Precision:
-    """name: of a dtype, or 'auto' for the fastest one that keeps what was published: bfloat16 on an accelerator, and for
+    """name: of a dtype, or 'auto' for the fastest that keeps what was published: bfloat16 on an accelerator, and for
     weights of 16 bits on a CPU that multiplies it; else float32. Never float16, which CPUs are slow at.
 
     published: what the weights were published in, None where nothing says so; asked only where it decides.

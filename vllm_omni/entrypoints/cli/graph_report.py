@@ -188,7 +188,7 @@ def _readers(graph: StageGraph, stage: str, port: str) -> Iterable[str]:
 
 def _dtypes(pipeline: Pipeline, plans: Mapping[str, MemoryPlan]) -> list[str]:
     """Of the stages that hold something."""
-    rows = [(name, str(spec.precision)) for name, spec in pipeline.specs.items() if plans[name].total_bytes]
+    rows = [(name, str(pipeline.specs[name].precision)) for name, plan in plans.items() if plan.total_bytes]
     return ["Dtypes", *aligned(rows), ""] if rows else []
 
 
