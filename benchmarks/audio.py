@@ -123,7 +123,7 @@ class Diffusers:
         import torch
         from diffusers import AceStepPipeline
 
-        from vllm_omni.utils.device import DTYPES
+        from vllm_omni.utils.precision import DTYPES
 
         _draw_no_progress_bars()
         self._generator = torch.Generator

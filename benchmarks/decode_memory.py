@@ -34,7 +34,7 @@ class Decoder:
 
         from vllm_omni.models.ace_step.oobleck import Oobleck
         from vllm_omni.models.ace_step.oobleck_layers import fold_constants, use_channels_last
-        from vllm_omni.utils.device import DTYPES
+        from vllm_omni.utils.precision import DTYPES
 
         torch.manual_seed(0)
         self._vae = AutoencoderOobleck(

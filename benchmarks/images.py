@@ -80,8 +80,8 @@ class Diffusers:
         from diffusers.utils import logging
         from transformers.utils import logging as text_logging
 
-        from vllm_omni.utils.device import DTYPES
         from vllm_omni.utils.files import resolve_model_folder
+        from vllm_omni.utils.precision import DTYPES
 
         logging.disable_progress_bar()
         text_logging.disable_progress_bar()

@@ -153,7 +153,7 @@ class Transformers:
     def __init__(self, folder: str, dtype: str) -> None:
         from transformers import Qwen2_5OmniForConditionalGeneration
 
-        from vllm_omni.utils.device import DTYPES
+        from vllm_omni.utils.precision import DTYPES
 
         self._model = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
         self._codes: list[list[int]] = []

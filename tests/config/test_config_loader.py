@@ -23,7 +23,7 @@ from vllm_omni.config.loader import load_config
 from vllm_omni.config.shipped import config_for_model, find_config, shipped_configs, supported_checkpoints
 from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.utils.checks import number_complaint
-from vllm_omni.utils.device import DTYPES
+from vllm_omni.utils.precision import DTYPES
 
 SHIPPED = {
     "ace_step",

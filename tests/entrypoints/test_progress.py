@@ -61,7 +61,7 @@ def test_a_pipeline_that_is_hosted_says_so(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_a_stage_without_a_model_says_no_place() -> None:
-    assert str(LoadingStep("a", "toy", None, "float32", "cpu", 0)) == "a: toy (float32 on cpu)"
+    assert str(LoadingStep("a", "toy", None, "float32", "cpu", 0, "as configured")) == "a: toy (float32 on cpu)"
 
 
 def test_one_request_shows_its_steps_and_several_their_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ OWNERS: dict[str, tuple[set[str], set[str], str]] = {
     ),
     "the geometry of the KV pool": ({"KVPoolPlan"}, set(), "worker/ar/kv_pool.py"),
     "the KV pool": ({"KVPool"}, set(), "worker/ar/model_runner.py"),
+    "the dtype of a stage": ({"choose_precision"}, set(), "engine/base.py"),
     "model folders": ({"snapshot_download"}, set(), "utils/hub.py"),
 }
 

@@ -155,7 +155,7 @@ def load(
     reads = ReadPorts(frozenset(whole), frozenset(streamed))
     context = EngineContext(
         device=torch.device("cpu"),
-        dtype=getattr(torch, spec.stage.dtype),
+        dtype=spec.precision.dtype,
         models=ModelPool() if models is None else models,
         background=Background() if background is None else background,
         reads=reads,

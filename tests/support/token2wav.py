@@ -70,13 +70,16 @@ def register_spell() -> None:
     registry.register("stage kind", "spell", f"{__name__}:SpellSpec")
 
 
-def stage_config(folder: Path, policy: str = "none", threshold: float | None = None, **options: Any) -> StageConfig:
+def stage_config(
+    folder: Path, policy: str = "none", threshold: float | None = None, dtype: str = "auto", **options: Any
+) -> StageConfig:
     cache = cache_keys(policy, threshold)
     return StageConfig(
         name="speech",
         kind="dit",
         model=str(folder),
         inputs={"codes": "talker.codes"},
+        dtype=dtype,
         options=DiTOptions(**{"part": "token2wav", "cache": cache, **options}),
     )
 
@@ -90,14 +93,14 @@ def engine(
     *,
     wanted: Sequence[str] = ("audio",),
     streamed: Sequence[str] = (),
-    dtype: torch.dtype = torch.float32,
     pool: ModelPool | None = None,
     **options: Any,
 ) -> DiffusionEngine:
     reads = ReadPorts(frozenset(wanted), frozenset(streamed))
     models, dit_cache = ModelPool() if pool is None else pool, DiTCacheConfig(max_memory_mb=64.0)
-    context = EngineContext(torch.device("cpu"), dtype, models, Background(), reads, dit_cache=dit_cache)
-    return spec(folder, **options).load(context)
+    stage = spec(folder, **options)
+    dtype = stage.precision.dtype
+    return stage.load(EngineContext(torch.device("cpu"), dtype, models, Background(), reads, dit_cache=dit_cache))
 
 
 def codes(length: int, seed: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +21,9 @@ from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils.device import resolve_device
 from vllm_omni.utils.files import ModelFolders
+from vllm_omni.utils.precision import Precision, choose_precision
 
 if TYPE_CHECKING:
     from torch import device, dtype
@@ -99,6 +102,17 @@ class StageSpec(ABC):
         self.stage = stage
         self.limits = config.limits
         self.defaults = stage.defaults
+
+    @cached_property
+    def precision(self) -> Precision:
+        """What its weights are loaded in and it computes in, and why: all who plan and load read it here."""
+        return choose_precision(self.stage.dtype, resolve_device(self.stage.device), self.published_dtype)
+
+    def published_dtype(self) -> dtype | None:
+        """What most of the weights that it reads were published in, from configuration files and safetensors headers;
+        None where it reads none, and where nothing says so.
+        """
+        return None
 
     @abstractmethod
     def load(self, context: EngineContext) -> StageEngine:

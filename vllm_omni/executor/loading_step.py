@@ -22,13 +22,14 @@ class LoadingStep:
     dtype: str
     device: str
     weights_bytes: int  # 0 where another stage has loaded them, or there are none
+    dtype_reason: str  # why this one, in a few words
     note: str = ""  # what the stage says of itself: that a pipeline is hosted, where its defaults come from
 
     @classmethod
     def of(cls, spec: StageSpec, context: EngineContext, weights_bytes: int) -> LoadingStep:
-        dtype = str(context.dtype).removeprefix("torch.")
-        stage, device = spec.stage, str(context.device)
-        return cls(stage.name, stage.kind, stage.model, dtype, device, weights_bytes, spec.note())
+        stage, device, precision = spec.stage, str(context.device), spec.precision
+        place = (stage.name, stage.kind, stage.model, precision.name, device)
+        return cls(*place, weights_bytes, precision.reason, spec.note())
 
     def __str__(self) -> str:
         source = f" from {self.model}" if self.model else ""
@@ -41,6 +42,7 @@ OnLoading = Callable[[LoadingStep], None]
 
 def announce(step: LoadingStep, on_loading: OnLoading | None) -> None:
     """To the log, and to whoever shows it."""
-    logger.info("loading %s%s", step, f"; {step.note}" if step.note else "")
+    note = f"; {step.note}" if step.note else ""
+    logger.info("loading %s; dtype %s (%s)%s", step, step.dtype, step.dtype_reason, note)
     if on_loading is not None:
         on_loading(step)

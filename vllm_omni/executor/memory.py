@@ -11,7 +11,7 @@ from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.routing.budgets import GIB, MIB, MemoryBudget
 from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.executor.pipeline import Pipeline
-from vllm_omni.utils.device import free_memory_bytes, resolve_device, resolve_dtype, total_memory_bytes
+from vllm_omni.utils.device import free_memory_bytes, resolve_device, total_memory_bytes
 
 PROMPT_CACHE = "prompt-embedding cache"
 SHARE_OF_FREE_MEMORY = 0.5  # that is planned for unasked, where other programs use the same memory
@@ -39,7 +39,7 @@ def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     for name, spec in pipeline.specs.items():
         plan = spec.plan_memory()
         device = resolve_device(spec.stage.device)
-        key = (*spec.weights_key(), str(device), str(resolve_dtype(spec.stage.dtype, device)))
+        key = (*spec.weights_key(), str(device), spec.precision.name)
         if key in seen:
             plan = dataclasses.replace(plan, weights_bytes=0)
         seen.add(key)

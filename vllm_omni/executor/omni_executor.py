@@ -214,8 +214,8 @@ class OmniExecutor:
         return {**self._scheduler.get_status(), "step_s": step_s, "stages": stages}
 
     def get_metrics(self) -> dict[str, Any]:
-        """The scheduler's counters, what went over every edge, by stage the engine's own counters, planned memory in
-        bytes, how many models are loaded.
+        """The scheduler's counters, what went over every edge, by stage the engine's own counters, its dtype and why it
+        has that, planned memory in bytes, how many models are loaded.
         """
         stages: dict[str, Any] = {}
         for name, host in self._hosts.items():
@@ -223,8 +223,15 @@ class OmniExecutor:
                 stages[name] = host.executor.get_stats()
         memory = {"planned_bytes": dict(self._memory.shares), "limit_bytes": self._memory.limit_bytes}
         counts = self._scheduler.get_metrics()
-        edges = self._traffic.get_stats()
-        return {**counts, "edges": edges, "stages": stages, "memory": memory, "num_models": len(self._builder.models)}
+        chosen = {name: spec.precision for name, spec in self._pipeline.specs.items()}
+        return {
+            **counts,
+            "edges": self._traffic.get_stats(),
+            "stages": stages,
+            "dtypes": {name: {"dtype": one.name, "reason": one.reason} for name, one in chosen.items()},
+            "memory": memory,
+            "num_models": len(self._builder.models),
+        }
 
     def check_integrity(self) -> None:
         """Raises an OmniError when scheduler and stages disagree, or one of them finds its own state broken."""

@@ -14,7 +14,7 @@ from vllm_omni.config.schema import StageConfig
 from vllm_omni.engine.base import EngineContext
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.executor.pipeline import Pipeline
-from vllm_omni.utils.device import resolve_device, resolve_dtype
+from vllm_omni.utils.device import resolve_device
 from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
 
@@ -42,7 +42,7 @@ class StageBuilder:
         spec = self._pipeline.specs[name]
         return EngineContext(
             device=self.devices[name],
-            dtype=resolve_dtype(spec.stage.dtype, self.devices[name]),
+            dtype=spec.precision.dtype,
             models=self.models,
             background=self._background,
             reads=self._pipeline.reads[name],

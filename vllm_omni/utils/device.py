@@ -12,7 +12,8 @@ from vllm_omni.errors import ConfigError
 
 # In what torch says of a CPU, an accelerator and the libraries that compute there, in lower case.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# As torch calls what lets a CPU multiply bfloat16: of x86 the first two, of ARM the last.
+BFLOAT16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -36,15 +37,6 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 on an accelerator and float32 on the CPU."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in DTYPES:
-        raise ConfigError(f"dtype: got {name!r}, expected auto or one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
 def set_threads(count: int) -> None:
     """How many threads torch computes with on the CPU: of this process, from now on and in threads to come."""
     torch.set_num_threads(count)
@@ -53,6 +45,16 @@ def set_threads(count: int) -> None:
 def is_cpu(device: torch.device) -> bool:
     """Whether a processor with its caches computes, no accelerator."""
     return device.type == "cpu"
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is the faster one at products there. Of a CPU only where its features are known, and torch has
+    the library that uses them.
+    """
+    if not is_cpu(device):
+        return True
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # no older torch has it
+    return torch.backends.mkldnn.is_available() and any(features.get(name) for name in BFLOAT16_FEATURES)
 
 
 def multiplies_with_onednn(device: torch.device, dtype: torch.dtype) -> bool:

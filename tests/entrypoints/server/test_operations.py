@@ -96,6 +96,9 @@ def test_metrics_count_requests_tokens_and_steps(server: ServerProcess, client: 
     assert after[("process_resident_memory_bytes", ())] > 1e8
     names = {name for name, _ in after}
     assert {"vllm_omni_kv_blocks_free", "vllm_omni_edge_bytes", "vllm_omni_prompt_cache_hit_rate"} <= names
+    dtypes = [dict(labels) for name, labels in after if name == "vllm_omni_stage_dtype_info"]
+    assert {"model", "stage", "dtype", "reason"} == set(dtypes[0])
+    assert {each["stage"] for each in dtypes if each["model"] == "words"} == {"text"}
 
 
 def test_metrics_and_health_do_not_wait_for_a_step(server: ServerProcess) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+from torch import dtype
+
 from vllm_omni import registry
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.core.ar.cache_window import CacheWindow
@@ -15,7 +17,6 @@ from vllm_omni.engine.ar.options import AROptions
 from vllm_omni.engine.ar.prompt import ARLimits
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.params import SamplingParams, StageParams
-from vllm_omni.utils.device import resolve_device, resolve_dtype
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.ar.kv_pool import KVPoolPlan, activation_bytes, plan_kv_pool
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
@@ -130,6 +131,9 @@ class ARSpec(StageSpec):
             ),
         )
 
+    def published_dtype(self) -> dtype | None:
+        return self.model.published_dtype()
+
     def weights_key(self) -> tuple[str, ...]:
         return (self.stage.kind, *self.model.key)
 
@@ -138,4 +142,4 @@ class ARSpec(StageSpec):
 
     @property
     def _itemsize(self) -> int:
-        return resolve_dtype(self.stage.dtype, resolve_device(self.stage.device)).itemsize
+        return self.precision.dtype.itemsize

@@ -100,7 +100,7 @@ class TextSpec(ARSpec):
         content = prompt if isinstance(prompt, str) else [dict(x) if isinstance(x, Mapping) else int(x) for x in prompt]
         stage, folder = self.stage, str(self.model.folder.resolve())
         said = {key: task.request.fields.get(key) for key in sorted(self.request_keys)}
-        identity = [stage.name, folder, stage.device, stage.dtype, repr(self.options), content, said]
+        identity = [stage.name, folder, stage.device, self.precision.name, repr(self.options), content, said]
         return sha256(json.dumps(identity, sort_keys=True, default=repr).encode()).hexdigest()
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: Any) -> float:

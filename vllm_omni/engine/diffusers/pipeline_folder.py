@@ -16,7 +16,8 @@ from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.layers.weights import weights_bytes
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
-from vllm_omni.utils.variants import variants_of
+from vllm_omni.utils.variants import is_weights, variant_of, variants_of
+from vllm_omni.worker.published_dtype import dtype_of_headers
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
@@ -66,6 +67,10 @@ class PipelineFolder:
         """Bytes of the weights of all parts, from the safetensors headers."""
         return sum(weights_bytes(part, dtype.itemsize) for part in self.weight_folders())
 
+    def published_dtype(self) -> torch.dtype | None:
+        """What most weights of all parts are stored in, of the files that are loaded."""
+        return dtype_of_headers(file for part in self.weight_folders() for file in self._loaded_files(part))
+
     def media_format(self) -> MediaFormat:
         """What pictures and sounds the pipeline takes, by its configs."""
         vae = self._config("vae")
@@ -77,6 +82,11 @@ class PipelineFolder:
             "mode": "RGBA" if vae.get("input_channels", vae.get("in_channels")) == len("RGBA") else None,
         }
         return MediaFormat(**{name: value for name, value in found.items() if value is not None})
+
+    def _loaded_files(self, part: Path) -> list[Path]:
+        files = {path: variant_of(path.name) for path in part.glob("*.safetensors") if is_weights(path.name)}
+        variant = self.variant if self.variant in files.values() else None
+        return [path for path, found in files.items() if found == variant]
 
     def _config(self, part: str) -> Mapping[str, Any]:
         file = self.path / part / "config.json"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.engine.diffusers.call import PipelineCall
@@ -15,7 +17,6 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.params import DiffusionParams, StageParams
 from vllm_omni.payload import StageSignature, TensorSpec, TextSpec
 from vllm_omni.request import OmniRequest
-from vllm_omni.utils.device import resolve_device, resolve_dtype
 from vllm_omni.utils.files import ModelFolders
 
 if TYPE_CHECKING:
@@ -67,8 +68,10 @@ class DiffusersSpec(StageSpec):
         return self.call.takes_seed
 
     def plan_memory(self) -> MemoryPlan:
-        dtype = resolve_dtype(self.stage.dtype, resolve_device(self.stage.device))
-        return MemoryPlan(weights_bytes=self.folder.weights_bytes(dtype))
+        return MemoryPlan(weights_bytes=self.folder.weights_bytes(self.precision.dtype))
+
+    def published_dtype(self) -> torch.dtype | None:
+        return self.folder.published_dtype()
 
     def weights_key(self) -> tuple[str, ...]:
         return (self.stage.kind, str(self.folder.path.resolve()), self.folder.variant or "")

@@ -6,8 +6,11 @@ stage's `part`.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.core.diffusion.dit_cache_manager import budget_bytes
@@ -19,8 +22,8 @@ from vllm_omni.params import DiffusionParams, StageParams, layered
 from vllm_omni.registry import names, resolve
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import did_you_mean
-from vllm_omni.utils.device import resolve_device, resolve_dtype
 from vllm_omni.utils.files import ModelFolders, read_json
+from vllm_omni.utils.precision import Precision
 from vllm_omni.worker.architecture import named_architectures
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec
 
@@ -50,11 +53,19 @@ class DiffusionSpec(StageSpec):
         self.defaults = layered(stage.defaults, self.model.defaults)
         self._dit_cache = config.dit_cache
 
+    @cached_property
+    def precision(self) -> Precision:
+        only = self.model.only_dtype
+        return super().precision if only is None else Precision(only, "the model computes in nothing else")
+
+    def published_dtype(self) -> torch.dtype | None:
+        return self.model.published_dtype()
+
     def draws(self, params: StageParams) -> bool:
         return True
 
     def plan_memory(self) -> MemoryPlan:
-        dtype = resolve_dtype(self.stage.dtype, resolve_device(self.stage.device))
+        dtype = self.precision.dtype
         return MemoryPlan(
             weights_bytes=self.model.weights_bytes(dtype),
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),

@@ -1,4 +1,4 @@
-"""What `vllm-omni check` shows: the DAG, the ports and the memory plan of a config. Loads no weights."""
+"""What `vllm-omni check` shows: the DAG, the ports, the dtypes and the memory plan of a config. Loads no weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def describe(pipeline: Pipeline, plans: Mapping[str, MemoryPlan]) -> str:
     """The whole report, as lines of plain text. plans: of `plan_memory`."""
     config, graph = pipeline.config, pipeline.graph
     model = f"  {config.model}" if config.model else ""
-    notes, memory = _notes(pipeline), _memory(config, plans)
+    notes, memory = [*_dtypes(pipeline, plans), *_notes(pipeline)], _memory(config, plans)
     drawing = [*draw_graph(config, graph), *_idle(graph)]
     return "\n".join([f"{config.name}{model}", "", *drawing, "", "Ports", *_ports(graph), "", *notes, *memory])
 
@@ -32,6 +32,8 @@ def as_json(pipeline: Pipeline, plans: Mapping[str, MemoryPlan]) -> dict[str, An
             "model": config.stages[name].model,
             "inputs": {edge.target_port: f"{edge.source}.{edge.source_port}" for edge in graph.edges_into(name)},
             "results": sorted(graph.signatures[name].results),
+            "dtype": pipeline.specs[name].precision.name,
+            "dtype_reason": pipeline.specs[name].precision.reason,
             "note": pipeline.specs[name].note(),
             "memory": {**dataclasses.asdict(plans[name]), "total_bytes": plans[name].total_bytes},
         }
@@ -182,6 +184,12 @@ def _readers(graph: StageGraph, stage: str, port: str) -> Iterable[str]:
         yield "=> result"
     if (stage, port) in graph.output_tensors:
         yield "=> tensor"
+
+
+def _dtypes(pipeline: Pipeline, plans: Mapping[str, MemoryPlan]) -> list[str]:
+    """Of the stages that hold something."""
+    rows = [(name, str(pipeline.specs[name].precision)) for name, plan in plans.items() if plan.total_bytes]
+    return ["Dtypes", *aligned(rows), ""] if rows else []
 
 
 def _notes(pipeline: Pipeline) -> list[str]:

@@ -31,6 +31,7 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import DataSpec, StageSignature, TensorSpec, TextSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec
+from vllm_omni.worker.published_dtype import dtype_of_folders
 
 ENCODER = "condition_encoder"
 TOKENIZER_PARTS = ("audio_tokenizer", "audio_token_detokenizer")
@@ -56,8 +57,10 @@ class AceStepSpec(DiffusionModelSpec):
         self.signature = self._signature()
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
-        parts = ("transformer", "vae", ENCODER, *self._coders)
-        return sum(weights_bytes(self._folder.path / part, dtype.itemsize) for part in parts)
+        return sum(weights_bytes(folder, dtype.itemsize) for folder in self._weight_folders)
+
+    def published_dtype(self) -> torch.dtype | None:
+        return dtype_of_folders(self._weight_folders)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Hidden states, their normed copy and what a block adds; gate, up and their product, or queries, keys and
@@ -122,6 +125,10 @@ class AceStepSpec(DiffusionModelSpec):
                 f"{self._folder.path}/vae: decoder_input_channels: got {channels}, expected {expected} (audio_acoustic_"
                 "hidden_dim of the transformer)"
             )
+
+    @property
+    def _weight_folders(self) -> list[Path]:
+        return [self._folder.path / part for part in ("transformer", "vae", ENCODER, *self._coders)]
 
     @property
     def _latent_channels(self) -> int:

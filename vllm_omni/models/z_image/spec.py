@@ -27,6 +27,7 @@ from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part
+from vllm_omni.worker.published_dtype import dtype_of_folders
 
 EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
 UNUSED_FIELDS = ("strength", "image", "duration_s")
@@ -64,7 +65,10 @@ class ZImageSpec(DiffusionModelSpec):
         )
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
-        return sum(weights_bytes(self.folder / part, dtype.itemsize) for part in ("transformer", "vae"))
+        return sum(weights_bytes(folder, dtype.itemsize) for folder in self._weight_folders)
+
+    def published_dtype(self) -> torch.dtype | None:
+        return dtype_of_folders(self._weight_folders)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         return self.config.dim * dtype.itemsize * ACTIVATION_WIDTHS
@@ -106,6 +110,10 @@ class ZImageSpec(DiffusionModelSpec):
 
     def note(self) -> str:
         return self.variant.words()
+
+    @property
+    def _weight_folders(self) -> list[Path]:
+        return [self.folder / part for part in ("transformer", "vae")]
 
     def _check_size(self, params: DiffusionParams, limits: LimitsConfig) -> None:
         multiple = self.geometry.vae_scale * PATCH

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from vllm_omni import registry
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
-from vllm_omni.layers.weights import load_weights, weights_bytes
+from vllm_omni.layers.weights import load_weights, tensor_files, weights_bytes
 from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.ar.media_prompt import MediaItem
 from vllm_omni.worker.ar.prompt_reader import PromptReader
 from vllm_omni.worker.architecture import language_architecture
+from vllm_omni.worker.published_dtype import dtype_of_config, dtype_of_headers
 
 
 class LanguageModelConfig(Protocol):
@@ -106,6 +107,7 @@ class LanguageModelFolder:
     model_class: Any
     config: LanguageModelConfig
     rope_scaling: str = ""  # what stands in the place of the file's own, as text
+    stated_dtype: torch.dtype | None = None  # what the file says that the weights were published in
 
     @classmethod
     def open(
@@ -121,10 +123,10 @@ class LanguageModelFolder:
         found = registry.resolve("language model", name)
         with reading(str(where)):
             config: LanguageModelConfig = found.read_config(raw, str(where))
-            if rope_scaling is None:
-                return cls(folder, part, name, found, config)
-            scaled = config.with_rope_scaling(rope_scaling)
-        return cls(folder, part, name, found, scaled, repr(sorted(rope_scaling.items())))
+            if rope_scaling is not None:
+                config = config.with_rope_scaling(rope_scaling)
+        scaling = "" if rope_scaling is None else repr(sorted(rope_scaling.items()))
+        return cls(folder, part, name, found, config, scaling, dtype_of_config(raw, part))
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -134,6 +136,13 @@ class LanguageModelFolder:
     def weights_bytes(self, itemsize: int) -> int:
         """Of the model's parameters, itemsize bytes each."""
         return weights_bytes(self.folder, itemsize, self._tensor_prefix, self.model_class.other_parts)
+
+    def published_dtype(self) -> torch.dtype | None:
+        """What the file says, else what most of the parameters are stored in; None where neither tells."""
+        if self.stated_dtype is not None:
+            return self.stated_dtype
+        files = tensor_files(self.folder, self._tensor_prefix).values()
+        return dtype_of_headers(files, self._tensor_prefix, self.model_class.other_parts)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
         """The model, built without initialising and filled from its safetensors files."""

@@ -93,6 +93,7 @@ class DiffusionModelSpec(ABC):
     signature: StageSignature  # outputs are `output_port` [N, ...] and "latents" [N, ...]; the result is `output_port`
     request_keys: frozenset[str] = frozenset()  # keys of `OmniRequest.fields` that it reads; `prepare` is given them
     gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
+    only_dtype: ClassVar[torch.dtype | None] = None  # that it computes in, whatever its stage's `dtype` says
     defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
 
     @abstractmethod
@@ -101,6 +102,10 @@ class DiffusionModelSpec(ABC):
     @abstractmethod
     def weights_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all weights, from the safetensors headers."""
+
+    def published_dtype(self) -> torch.dtype | None:
+        """What most of these weights were published in, from the headers; None where nothing says."""
+        return None
 
     @abstractmethod
     def token_bytes(self, dtype: torch.dtype) -> int:

@@ -17,7 +17,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from vllm_omni.entrypoints.server.models import ModelTable, ServedModel
@@ -152,6 +152,9 @@ class _Gauges(Collector):
                     if key in stats:
                         family.add_metric([model, stage], stats[key])
             yield family
+        dtypes = InfoMetricFamily(
+            "vllm_omni_stage_dtype", "What a stage computes in, and why", labels=["model", "stage"]
+        )
         edges = GaugeMetricFamily(
             "vllm_omni_edge_bytes", "Bytes that went over an edge, since loading", labels=["model", "edge"]
         )
@@ -159,7 +162,9 @@ class _Gauges(Collector):
             "vllm_omni_prompt_cache_hit_rate", "Of the cache of prompt embeddings", labels=["model"]
         )
         for model, snapshot in self._snapshots.items():
+            for stage, chosen in snapshot["dtypes"].items():
+                dtypes.add_metric([model, stage], chosen)
             for edge, stats in snapshot["edges"].items():
                 edges.add_metric([model, edge], stats["bytes"])
             hits.add_metric([model], snapshot["prompt_embeds"].get("hit_rate", 0.0))
-        yield from (edges, hits)
+        yield from (dtypes, edges, hits)

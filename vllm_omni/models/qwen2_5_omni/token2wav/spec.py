@@ -1,8 +1,8 @@
 """What is known of the token2wav part of a published Qwen2.5-Omni folder before its weights are loaded, and what a
 request may ask of it.
 
-Only the part's tensors (`token2wav.*`) are read. It computes in float32 whatever dtype its stage has, as the reference
-implementation forces it to.
+Only the part's tensors (`token2wav.*`) are read. It computes in float32 alone, as the reference implementation forces
+it to.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Token2WavSpec(DiffusionModelSpec):
     """Codes to speech, in the voice that the request names."""
 
     request_keys = frozenset({"speaker"})
+    only_dtype = torch.float32
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,7 +51,7 @@ class Token2WavSpec(DiffusionModelSpec):
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
         shapes = tensor_shapes(self.folder, PREFIX).values()
-        return sum(math.prod(shape) * torch.float32.itemsize for shape in shapes)
+        return sum(math.prod(shape) * dtype.itemsize for shape in shapes)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Hidden states, their normed copy and what a layer adds; the feed-forward's twice, or queries, keys and values
@@ -59,13 +60,12 @@ class Token2WavSpec(DiffusionModelSpec):
         config = self.config.dit
         heads = config.num_attention_heads * config.head_dim
         widest = max(2 * config.ff_mult * config.hidden_size, 9 * heads)
-        return (3 * config.hidden_size + widest) * torch.float32.itemsize
+        return (3 * config.hidden_size + widest) * dtype.itemsize
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Token2Wav:
-        """In float32; `dtype` is not asked (see the module)."""
         with torch.device("meta"):
             modules = Token2WavModules(self.config)
-        modules.to_empty(device=device).float().requires_grad_(False).eval()
+        modules.to_empty(device=device).to(dtype).requires_grad_(False).eval()
         modules.vocoder.fill_buffers()
         load_weights(modules, self.folder)
         return Token2Wav(self.config, modules, self.speakers)
@@ -91,9 +91,6 @@ class Token2WavSpec(DiffusionModelSpec):
     def job_size(self, request: OmniRequest, params: DiffusionParams) -> float:
         evaluations = EVALUATIONS * (num_points(params) - 1) * (2 if is_guided(params) else 1)
         return TYPICAL_SECONDS * evaluations * (params.num_outputs or 1) * 1e-2
-
-    def note(self) -> str:
-        return "token2wav holds its weights and computes in float32, whatever dtype says"
 
 
 def _check_speakers(speakers: Speakers, dit: DiTConfig, folder: Path) -> None:
