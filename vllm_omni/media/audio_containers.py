@@ -14,7 +14,7 @@ from av.container import InputContainer
 
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.media.audio_files import AudioHeader, Samples
-from vllm_omni.media.containers import can_decode, container_reason, open_container
+from vllm_omni.media.containers import can_decode, container_reason, container_to_keep
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,aac,mp3,ogg,flac,wav,asf"
 EXPECTED = "WAV, FLAC, OGG, MP3, M4A, AAC, MP4, WebM or another format that libsndfile or FFmpeg reads"
@@ -30,17 +30,9 @@ class ContainerAudioReader:
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._name = name
-        try:
-            self._container = open_container(file, FORMATS)
-        except (av.error.FFmpegError, ValueError) as error:
-            raise InvalidRequestError(
-                f"{name}: got a file that is no sound ({container_reason(error)}), expected {EXPECTED}"
-            ) from None
-        try:
+        refusal = f"{name}: got a file that is no sound"
+        with container_to_keep(file, FORMATS, refusal, EXPECTED) as self._container:
             self.header = self._read_header()
-        except BaseException:
-            self._container.close()
-            raise
 
     def check_whole(self) -> None:
         """Whether a file was cut shows when it is decoded."""

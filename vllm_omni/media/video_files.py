@@ -20,7 +20,7 @@ import numpy.typing as npt
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.media.audio_containers import track_blocks
 from vllm_omni.media.audio_files import AudioHeader, Samples
-from vllm_omni.media.containers import can_decode, container_reason, open_container
+from vllm_omni.media.containers import can_decode, container_reason, container_to_keep
 from vllm_omni.media.mixing import check_channels, mixed
 
 Frame = npt.NDArray[np.uint8]
@@ -56,17 +56,9 @@ class VideoReader:
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._name = name
-        try:
-            self._container = open_container(file, FORMATS)
-        except (av.error.FFmpegError, ValueError) as error:
-            raise InvalidRequestError(
-                f"{name}: got a file that is no whole video ({container_reason(error)}), expected {EXPECTED}"
-            ) from None
-        try:
+        refusal = f"{name}: got a file that is no whole video"
+        with container_to_keep(file, FORMATS, refusal, EXPECTED) as self._container:
             self.header = self._read_header()
-        except BaseException:
-            self._container.close()
-            raise
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
         """What is shown at the times of these frames (ascending; frame i at i / fps, which is not the i-th where the
