@@ -13,6 +13,10 @@ OLDEST := .venv-oldest
 # Much that is pinned does not run on Python 3.10, where what does run has stopped moving: it takes the last of each.
 PINS = $$($(BIN)/python -c 'import sys; print("--constraint constraints.txt" if sys.version_info >= (3, 11) else "")')
 
+# The files of tests are shared out among processes, one thread each: most tests keep one core busy at most. In order, since
+# the largest come first that way, and a file's fixtures are made once.
+SHARED := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: setup demo test fuzz test-newest test-oldest pins lint bench
 
 setup: $(STAMP)
@@ -28,7 +32,7 @@ demo: setup
 	$(BIN)/python examples/tiny_speech.py "can you read out: 3 7 red?" -o out/demo/speech.wav
 
 test: setup
-	$(BIN)/python -m pytest --cov=vllm_omni --cov-fail-under=85
+	$(BIN)/python -m pytest $(SHARED) --cov=vllm_omni --cov-fail-under=85
 
 fuzz: setup
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m fuzz --seconds $(SECONDS)
@@ -37,13 +41,13 @@ test-newest:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . --group dev
-	$(NEWEST)/bin/python -m pytest
+	$(NEWEST)/bin/python -m pytest $(SHARED)
 
 test-oldest:
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . --group dev
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest $(SHARED)
 
 pins: test-newest
 	$(NEWEST)/bin/python -m tools.pins
