@@ -27,6 +27,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from support import tiny_parts as parts
 from support import tiny_pipelines as tiny
 from support.diffusers_folders import random_stable_audio, random_z_image
 
@@ -78,15 +79,15 @@ MAKERS: dict[str, Callable[[str], Any]] = {
     "FluxControlPipeline": lambda kind: flux(kind, in_channels=32),
     "FluxControlImg2ImgPipeline": lambda kind: flux(kind, in_channels=32),
     "FluxFillPipeline": lambda kind: flux(kind, in_channels=48),
-    "StableDiffusionInstructPix2PixPipeline": lambda kind: sd(kind, unet=tiny.unet(in_channels=8)),
-    "StableDiffusionXLInstructPix2PixPipeline": lambda kind: xl(kind, unet=tiny.xl_unet(in_channels=8)),
+    "StableDiffusionInstructPix2PixPipeline": lambda kind: sd(kind, unet=parts.unet(in_channels=8)),
+    "StableDiffusionXLInstructPix2PixPipeline": lambda kind: xl(kind, unet=parts.xl_unet(in_channels=8)),
     "StableDiffusionImageVariationPipeline": lambda kind: sd(
-        kind, image_encoder=tiny.vision(), feature_extractor=tiny.image_processor()
+        kind, image_encoder=parts.vision(), feature_extractor=parts.image_processor()
     ),
     "LatentConsistencyModelPipeline": lambda kind: lcm(kind),
     "LatentConsistencyModelImg2ImgPipeline": lambda kind: lcm(kind),
     **{
-        f"StableDiffusionControlNet{rest}Pipeline": lambda kind: sd(kind, controlnet=tiny.controlnet())
+        f"StableDiffusionControlNet{rest}Pipeline": lambda kind: sd(kind, controlnet=parts.controlnet())
         for rest in ("", "Img2Img", "Inpaint", "PAG", "PAGInpaint")
     },
     **{
@@ -124,19 +125,11 @@ def lcm(kind: str) -> Any:
     import diffusers
 
     scheduler = diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return sd(kind, scheduler=scheduler, unet=tiny.unet(time_cond_proj_dim=32))
+    return sd(kind, scheduler=scheduler, unet=parts.unet(time_cond_proj_dim=32))
 
 
 def xl_controlnet() -> Any:
-    return tiny.controlnet(
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 1),
-        projection_class_embeddings_input_dim=6 * 8 + tiny.TEXT_WIDTH,
-        cross_attention_dim=2 * tiny.TEXT_WIDTH,
-    )
+    return parts.controlnet(**parts.XL_BLOCKS)
 
 
 def pixel_pipeline(kind: str, scheduler: str) -> Any:

@@ -1,4 +1,6 @@
-"""Tiny random pipelines of diffusers by their class: every part made from what the class's signature asks for."""
+"""Tiny random pipelines of diffusers by their class, made from `tiny_parts`: every class takes what its signature asks
+for.
+"""
 
 from __future__ import annotations
 
@@ -8,156 +10,18 @@ from typing import Any
 import diffusers
 import torch
 from support.ar import make_tokenizer
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    Qwen3Config,
-    Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-)
+from support.tiny_parts import TEXT_WIDTH, clip_config, clip_tokenizer, qwen3, scheduler, t5, unet, vae, xl_unet
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-TEXT_WIDTH = 32
-
-
-def clip_tokenizer() -> CLIPTokenizer:
-    letters = [chr(code) for code in range(33, 127)]
-    vocab = {token: index for index, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
-    vocab |= {f"{letter}</w>": len(vocab) + index for index, letter in enumerate(letters)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
-
-
-def clip_config(**rest: Any) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        **{
-            "vocab_size": 256,
-            "hidden_size": TEXT_WIDTH,
-            "intermediate_size": 37,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "projection_dim": TEXT_WIDTH,
-            "max_position_embeddings": 77,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 1,
-            **rest,
-        }
-    )
-
-
-def unet(**rest: Any) -> diffusers.UNet2DConditionModel:
-    return diffusers.UNet2DConditionModel(
-        **{
-            "block_out_channels": (32, 64),
-            "layers_per_block": 1,
-            "sample_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "cross_attention_dim": TEXT_WIDTH,
-            "attention_head_dim": 8,
-            "norm_num_groups": 8,
-            **rest,
-        }
-    )
-
-
-def xl_unet(**rest: Any) -> diffusers.UNet2DConditionModel:
-    return unet(
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 1),
-        projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
-        cross_attention_dim=2 * TEXT_WIDTH,
-        **rest,
-    )
-
-
-def vae(**rest: Any) -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(
-        **{
-            "block_out_channels": (32, 32),
-            "in_channels": 3,
-            "out_channels": 3,
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "latent_channels": 4,
-            "norm_num_groups": 8,
-            "sample_size": 64,
-            **rest,
-        }
-    )
-
-
-def controlnet(**rest: Any) -> diffusers.ControlNetModel:
-    return diffusers.ControlNetModel(
-        **{
-            "block_out_channels": (32, 64),
-            "layers_per_block": 1,
-            "in_channels": 4,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "cross_attention_dim": TEXT_WIDTH,
-            "attention_head_dim": 8,
-            "norm_num_groups": 8,
-            "conditioning_embedding_out_channels": (16, 32),
-            **rest,
-        }
-    )
-
-
-def scheduler() -> diffusers.DDIMScheduler:
-    return diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
-
-
-def t5() -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(vocab_size=320, d_model=TEXT_WIDTH, d_kv=8, d_ff=37, num_layers=2, num_heads=4, dropout_rate=0.0)
-    )
-
-
-def qwen3(**rest: Any) -> Qwen3Model:
-    return Qwen3Model(
-        Qwen3Config(
-            **{
-                "vocab_size": 320,
-                "hidden_size": TEXT_WIDTH,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                **rest,
-            }
-        )
-    )
-
-
-def vision() -> CLIPVisionModelWithProjection:
-    return CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=32,
-            intermediate_size=37,
-            patch_size=8,
-        )
-    )
-
-
-def image_processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+FLUX_BLOCKS: dict[str, Any] = {  # of Flux, and of Chroma, which is made of the same
+    "patch_size": 1,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT_WIDTH,
+    "axes_dims_rope": [4, 4, 8],
+}
 
 
 def stable_diffusion(kind: str = "StableDiffusionPipeline", **parts: Any) -> Any:
@@ -191,23 +55,13 @@ def stable_diffusion_xl(kind: str = "StableDiffusionXLPipeline", **parts: Any) -
 def flux(kind: str = "FluxPipeline", **parts: Any) -> Any:
     in_channels = parts.pop("in_channels", 16)
     given = {
-        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
-        "vae": vae(latent_channels=4, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False),
+        **flow_parts(),
         "text_encoder": CLIPTextModel(clip_config()),
         "tokenizer": clip_tokenizer(),
         "text_encoder_2": t5(),
         "tokenizer_2": make_tokenizer(),
         "transformer": diffusers.FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=in_channels,
-            out_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=TEXT_WIDTH,
-            pooled_projection_dim=TEXT_WIDTH,
-            axes_dims_rope=[4, 4, 8],
+            in_channels=in_channels, out_channels=16, pooled_projection_dim=TEXT_WIDTH, **FLUX_BLOCKS
         ),
         **parts,
     }
@@ -235,10 +89,19 @@ def save(pipeline: Any, folder: Path, **options: Any) -> Any:
     return loaded
 
 
+def flow_parts() -> dict[str, Any]:
+    """What stands with a transformer that is trained by flow matching."""
+    latents = vae(shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False)
+    return {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), "vae": latents}
+
+
+def t5_parts() -> dict[str, Any]:
+    return {"text_encoder": t5(), "tokenizer": make_tokenizer()}
+
+
 def sd3(kind: str) -> Any:
     parts = {
-        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
-        "vae": vae(latent_channels=4, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False),
+        **flow_parts(),
         "text_encoder": CLIPTextModelWithProjection(clip_config()),
         "tokenizer": clip_tokenizer(),
         "text_encoder_2": CLIPTextModelWithProjection(clip_config()),
@@ -265,22 +128,14 @@ def sd3(kind: str) -> Any:
 
 def chroma(kind: str) -> Any:
     parts = {
-        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
-        "vae": vae(latent_channels=4, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False),
-        "text_encoder": t5(),
-        "tokenizer": make_tokenizer(),
+        **flow_parts(),
+        **t5_parts(),
         "transformer": diffusers.ChromaTransformer2DModel(
-            patch_size=1,
             in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=TEXT_WIDTH,
-            axes_dims_rope=[4, 4, 8],
             approximator_hidden_dim=32,
             approximator_layers=1,
             approximator_num_channels=16,
+            **FLUX_BLOCKS,
         ),
         "image_encoder": None,
         "feature_extractor": None,
@@ -292,8 +147,7 @@ def pixart(kind: str) -> Any:
     parts = {
         "scheduler": diffusers.DPMSolverMultistepScheduler(),
         "vae": vae(),
-        "text_encoder": t5(),
-        "tokenizer": make_tokenizer(),
+        **t5_parts(),
         "transformer": diffusers.PixArtTransformer2DModel(
             sample_size=16,
             num_layers=2,
@@ -314,8 +168,7 @@ def aura_flow(kind: str) -> Any:
     parts = {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
         "vae": vae(),
-        "text_encoder": t5(),
-        "tokenizer": make_tokenizer(),
+        **t5_parts(),
         "transformer": diffusers.AuraFlowTransformer2DModel(
             sample_size=32,
             patch_size=2,
@@ -348,8 +201,7 @@ def z_image(kind: str) -> Any:
 
 def deep_floyd(kind: str) -> Any:
     parts = {
-        "tokenizer": make_tokenizer(),
-        "text_encoder": t5(),
+        **t5_parts(),
         "unet": unet(
             in_channels=3,
             out_channels=6,

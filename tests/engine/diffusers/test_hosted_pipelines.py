@@ -21,7 +21,8 @@ from PIL import Image
 from support.diffusers_folders import RATE, engine, random_stable_audio, run, task
 from support.diffusers_folders import made as finished
 from support.engines import spec_of
-from support.tiny_pipelines import flux, image_processor, made, save, stable_diffusion, stable_diffusion_xl, unet, vae
+from support.tiny_parts import image_processor, unet, vae
+from support.tiny_pipelines import flux, made, save, stable_diffusion, stable_diffusion_xl
 
 from vllm_omni import Audio, DiffusionParams, Omni, OmniOutput
 from vllm_omni.config.schema import LimitsConfig, StageConfig

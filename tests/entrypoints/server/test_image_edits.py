@@ -18,7 +18,8 @@ from openai import OpenAI
 from PIL import Image
 from support.media import image_bytes, picture
 from support.server import ServerProcess, threads_of_the_server
-from support.tiny_pipelines import save, stable_diffusion, unet
+from support.tiny_parts import unet
+from support.tiny_pipelines import save, stable_diffusion
 
 STEPS = {"num_inference_steps": 2}
 
