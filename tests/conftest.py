@@ -1,6 +1,6 @@
 """What all tests need: random-operation tests do not fail because the machine is busy (no deadlines, no word about
-slow data), an interrupt interrupts, also where a shell started the tests in the background, and of several processes
-that share the tests each computes with one thread.
+slow data), an interrupt interrupts, also where a shell started the tests in the background, and processes that share
+the tests out do not wait for each other's threads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for what a test starts
-    os.environ["OMP_NUM_THREADS"] = "1"
+    # Two threads on any machine, since with several sums round otherwise. They sleep while they have nothing to do: those
+    # that spin would take the cores from the other processes.
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
