@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for what a test starts
-    # Two threads on any machine, since with several sums round otherwise. They sleep while they have nothing to do: those
-    # that spin would take the cores from the other processes.
+    # Two threads on any machine, since with several sums round otherwise. They sleep while they have nothing to do:
+    # those that spin would take the cores from the other processes.
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
