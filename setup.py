@@ -1,6 +1,48 @@
-"""All is said in pyproject.toml, but for this: the shipped stage configs are installed as a package of their own."""
+"""What pyproject.toml cannot say: the shipped stage configs are installed as a package of their own, and the CPU kernels
+are compiled where there is a compiler. Without one the package works by torch alone.
+"""
 
-from setuptools import find_namespace_packages, setup
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+
+# Name of a variant -> the instruction sets that it is compiled for; vllm_omni/layers/native/library.py picks one.
+VARIANTS = {"avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"], "avx2": ["-march=x86-64-v3"]}
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-g0", "-fopenmp", "-Wall", "-Wextra"]
+
+
+class BuildKernels(build_ext):
+    """Variants of one source, each in a folder of its own. They are loaded by ctypes, and are no Python modules."""
+
+    def build_extension(self, extension: Extension) -> None:
+        common = self.build_temp
+        self.build_temp = os.path.join(common, extension.name.rpartition(".")[2])
+        super().build_extension(extension)
+        self.build_temp = common
+
+
+def kernels() -> list[Extension]:
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    headers = [str(path) for path in sorted(Path("csrc/cpu").glob("*.h"))]
+    return [
+        Extension(
+            f"vllm_omni.layers.native._{name}",
+            ["csrc/cpu/kernels.cpp"],
+            depends=headers,
+            extra_compile_args=[*FLAGS, *flags],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+        for name, flags in VARIANTS.items()
+    ]
+
 
 found = find_namespace_packages(include=["vllm_omni*"], exclude=["*.__pycache__*"])
-setup(packages=[*found, "vllm_omni.stage_configs"])
+setup(packages=[*found, "vllm_omni.stage_configs"], ext_modules=kernels(), cmdclass={"build_ext": BuildKernels})

@@ -46,6 +46,7 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker:Talker",
     },
     "attention": {
+        "native": "vllm_omni.layers.attention.native:NativeAttention",
         "reference": "vllm_omni.layers.attention.reference:ReferenceAttention",
         "sdpa": "vllm_omni.layers.attention.sdpa:SDPAAttention",
     },

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vllm_omni.layers.decoder import Decoder, DecoderConfig, MakeMLP, locate_fused, sub_config
 from vllm_omni.layers.forward_context import ForwardContext
-from vllm_omni.layers.linear import Linear, linear
+from vllm_omni.layers.linear import Embedding, Linear
 from vllm_omni.layers.weights import Target
 
 
@@ -48,7 +48,7 @@ class CausalLM(nn.Module):
         """make_mlp: as a Decoder's."""
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, is_head=config.tie_word_embeddings)
         self.decoder = Decoder(config, make_mlp)
         has_own_head = config.has_head and not config.tie_word_embeddings
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False) if has_own_head else None
@@ -60,7 +60,7 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, states: Tensor) -> Tensor:
         """states: [R, D] after the final norm -> [R, V]."""
-        return linear(states, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(states)
+        return self.embed_tokens.compute_logits(states) if self.lm_head is None else self.lm_head(states)
 
     def locate(self, name: str) -> Target | None:
         """The parameter for a published name, with or without the `model.` prefix."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.layer_windows import NO_WINDOWS, common_window
 from vllm_omni.layers.linear import Linear, MergedLinear
+from vllm_omni.layers.native.decoder import NativeLayers
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.rope_config import num_positions, override_rope, read_rope, scaled_beyond
 from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies, rotate
@@ -143,6 +144,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope)
+        self._native_layers: NativeLayers | None | Literal[False] = False
 
     def forward(self, states: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """states: [N, D]; positions: [N] or [3, N] int64 -> [N, D]: normed when all layers run, else the state after
@@ -150,14 +152,27 @@ class Decoder(nn.Module):
         """
         context.tap(0, states)
         cos, sin = self.rotary(positions, states.dtype, context.rope_lengths)
-        for index in range(context.num_layers):
-            states = self.layers[index](states, cos, sin, context, index)
-            if index + 1 < self.config.num_layers:
-                context.tap(index + 1, states)
+        native = self._native() if context.attention.runs_layers else None
+        done = 0
+        for stop in context.stops(self.config.num_layers):
+            if native is not None:
+                states = native.run(done, stop, states, cos, sin, context.attention.metadata, context.kv_cache)
+            else:
+                for index in range(done, stop):
+                    states = self.layers[index](states, cos, sin, context, index)
+            done = stop
+            if stop < self.config.num_layers:
+                context.tap(stop, states)
         if context.num_layers == self.config.num_layers:
             states = self.norm(states)
             context.tap(context.num_layers, states)
         return states
+
+    def _native(self) -> NativeLayers | None:
+        """What runs all layers in one call, where their weights are packed for that; looked for once."""
+        if self._native_layers is False:
+            self._native_layers = NativeLayers.find(self)
+        return self._native_layers
 
 
 class DecoderLayer(nn.Module):

@@ -29,6 +29,11 @@ class HiddenStateTaps:
         self._columns = {layer: column for column, layer in enumerate(sorted(set(layers)))}
         self._states = torch.empty(len(self._columns), num_slots, hidden_size, dtype=dtype, device=device)
 
+    @property
+    def layers(self) -> list[int]:
+        """Ascending."""
+        return list(self._columns)
+
     def write(self, layer: int, states: Tensor, slots: Tensor) -> None:
         """states: [N, D] of one layer, slots: [N]; layers that are not tapped are passed over."""
         if layer in self._columns:
@@ -53,6 +58,13 @@ class ForwardContext:
     taps: HiddenStateTaps | None = None
     input_rows: InputRows | None = None  # what joins or replaces embeddings, for models that are fed such
     rope_lengths: Tensor | None = None  # [N] int64, as RotaryEmbedding's, for models whose rotary positions need them
+
+    def stops(self, depth: int) -> list[int]:
+        """Behind which layers of a model of this depth something is to be done: those that are tapped, and the last
+        that runs.
+        """
+        tapped = self.taps.layers if self.taps is not None else ()
+        return sorted({layer for layer in tapped if 0 < layer < min(self.num_layers, depth)} | {self.num_layers} - {0})
 
     def tap(self, layer: int, states: Tensor) -> None:
         """Offers the states of one index of `hidden_states`, [N, D]."""

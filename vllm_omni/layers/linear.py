@@ -1,8 +1,5 @@
-"""Matrix multiplication with weights, and several published projections as one. Knows no model and no checkpoint file.
-
-On an x86 CPU the products are oneDNN's: torch's own float32 path leaves more than half of an AMD CPU unused, and
-a weight that was packed once is read at the speed of memory (benchmarks/results/README.md). Each row's result is the
-same however many rows there are.
+"""Matrix multiplication with weights, several published projections as one, and embeddings that are also a head. Knows
+no model and no checkpoint file; how a weight lies in memory is `packing`'s.
 """
 
 from __future__ import annotations
@@ -10,34 +7,66 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import accumulate
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.native.packed import NativePacking
+from vllm_omni.layers.packing import Packing, find_packing, multiply_with_onednn
 from vllm_omni.utils.device import multiplies_with_onednn
-
-PACKED_FOR = 16  # rows; a layout that is fast for one row and for many
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [..., in], weight: [out, in], one dtype -> [..., out]. Only for inference: it has no gradient."""
     if multiplies_with_onednn(weight.device, weight.dtype):
-        return _onednn(x, weight, bias)
+        return multiply_with_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
     """A linear layer whose weight can be packed for inference; until then it is as torch's own."""
 
+    packing: Packing | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        return _onednn(x, self.weight, self.bias) if self.weight.is_mkldnn else super().forward(x)
+        if self.packing is None:
+            return super().forward(x)
+        return self.packing.multiply(x, self.weight, self.bias, self.out_features)
 
     def pack(self) -> None:
-        """Lays the weight out as it is multiplied, where that helps; the published layout is freed."""
-        weight = self.weight.detach()
-        if multiplies_with_onednn(weight.device, weight.dtype) and not weight.is_mkldnn:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
-            self.weight = nn.Parameter(packed, requires_grad=False)
+        """Lays the weight out as it is multiplied, where that helps; the published layout is gone."""
+        if self.packing is None:
+            weight = self.weight.detach()
+            self.packing = find_packing(weight)
+            if self.packing is not None:
+                self.weight = nn.Parameter(self.packing.pack(weight), requires_grad=False)
+
+
+class Embedding(nn.Embedding):
+    """Embeddings, which may be the weight of the head, too."""
+
+    packing: NativePacking | None = None
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, is_head: bool) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.is_head = is_head
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return super().forward(token_ids) if self.packing is None else self.packing.rows(self.weight, token_ids)
+
+    def compute_logits(self, states: Tensor) -> Tensor:
+        """states: [R, D] -> [R, V], of the embeddings of a head."""
+        assert self.is_head, "these embeddings are no head"
+        if self.packing is None:
+            return linear(states, self.weight)
+        return self.packing.multiply(states, self.weight, None, self.num_embeddings)
+
+    def pack(self) -> None:
+        """As a Linear's where they are a head, in a layout whose rows can still be read: oneDNN's would need a copy."""
+        if self.is_head and self.packing is None:
+            weight = self.weight.detach()
+            self.packing = NativePacking.find(weight)
+            if self.packing is not None:
+                self.weight = nn.Parameter(self.packing.pack(weight), requires_grad=False)
 
 
 class MergedLinear(Linear):
@@ -60,12 +89,7 @@ class MergedLinear(Linear):
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Packs every `Linear` in a module whose weights are loaded and will not change."""
+    """Packs every layer of this file in a module whose weights are loaded and will not change."""
     for part in module.modules():
-        if isinstance(part, Linear):
+        if isinstance(part, Linear | Embedding):
             part.pack()
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product

@@ -53,8 +53,19 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """
     if not is_cpu(device):
         return True
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # no older torch has it
-    return torch.backends.mkldnn.is_available() and any(features.get(name) for name in BFLOAT16_FEATURES)
+    return torch.backends.mkldnn.is_available() and not _cpu_features().isdisjoint(BFLOAT16_FEATURES)
+
+
+def instruction_sets() -> frozenset[str]:
+    """Which of those that the package's own kernels are compiled for this CPU has: "avx2", "avx512bf16"."""
+    needed = {"avx2": {"avx2", "fma3"}, "avx512bf16": {"avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16"}}
+    return frozenset(name for name, features in needed.items() if features <= _cpu_features())
+
+
+def _cpu_features() -> frozenset[str]:
+    """As torch calls them; none where it is too old to tell."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return frozenset(name for name, value in known.items() if value is True)
 
 
 def multiplies_with_onednn(device: torch.device, dtype: torch.dtype) -> bool:

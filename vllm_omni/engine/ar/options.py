@@ -19,7 +19,7 @@ WRITTEN_KEYS = frozenset({"text", "token_ids", "finish_reason", "completions"})
 META_KEYS = WRITTEN_KEYS | {"prompt_tokens", "truncated_tokens"}
 DEFAULT_MODEL_LEN = 4096  # that the smallest default pool holds
 AUTO = "auto"
-AUTO_ATTENTION = "sdpa"
+AUTO_ATTENTION = "native"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ class AttentionMetadata:
 
 class PagedAttention(ABC):
     """Attention of one step."""
+
+    runs_layers: ClassVar[bool] = False  # whether whole layers may be run by kernels that attend by themselves
 
     def __init__(self, metadata: AttentionMetadata) -> None:
         self.metadata = metadata

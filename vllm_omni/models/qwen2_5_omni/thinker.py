@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vllm_omni.layers.decoder import OMNI_ROPE, Decoder, DecoderConfig, locate_fused, sub_config
 from vllm_omni.layers.forward_context import ForwardContext
-from vllm_omni.layers.linear import Linear, linear
+from vllm_omni.layers.linear import Embedding, Linear
 from vllm_omni.layers.weights import Target
 from vllm_omni.models.qwen2_5_omni.encoders import MediaEncoders
 from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptReader
@@ -61,7 +61,7 @@ class Thinker(nn.Module):
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, is_head=config.tie_word_embeddings)
         self.decoder = Decoder(config)
         head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head = head
@@ -81,7 +81,7 @@ class Thinker(nn.Module):
 
     def compute_logits(self, states: Tensor) -> Tensor:
         """states: [R, D] after the final norm -> [R, V]."""
-        return linear(states, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(states)
+        return self.embed_tokens.compute_logits(states) if self.lm_head is None else self.lm_head(states)
 
     def encode(self, item: MediaItem) -> Tensor:
         """The rows [M, D] that stand for an image, an audio or a video."""

@@ -1,0 +1,360 @@
+// Causal attention over a paged cache, its pages read in place, by an online softmax in float32.
+//
+// A task is some rows of one sequence and one key-value head. A single row whose context is long is cut into parts of
+// kPartTokens tokens, which are tasks of their own and joined afterwards: where, depends on the sequence alone.
+#pragma once
+
+#include <vector>
+
+#include "gemm.h"
+
+namespace omni {
+
+constexpr int64_t kTile = kPanel;        // tokens at once
+constexpr int64_t kMostSize = 256;       // of a head
+constexpr int64_t kMostGroup = 16;       // query heads of a key-value head
+constexpr int64_t kMostQueries = 64;     // of a task: rows times heads
+constexpr int64_t kManyQueries = 8;      // from which on a tile is packed, and multiplied as a weight is
+constexpr int64_t kPartTokens = 1024;
+
+// Where the tokens of a step stand; see AttentionMetadata.
+struct Step {
+  const int64_t* slots;          // [rows]
+  const int64_t* query_starts;   // [sequences + 1]
+  const int64_t* context_lens;   // [sequences]
+  const int64_t* block_table;    // [sequences, table_stride]
+  int64_t rows, sequences, table_stride, block_size;
+};
+
+struct Heads {
+  int64_t queries, keys, size;   // H, K, D
+  int64_t window;                // 0: all before
+  float scale;
+};
+
+template <typename T>
+struct Cache {
+  T *keys, *values;              // [blocks, block_size, K, D]
+};
+
+// One task, and where its sums go when it is a part: the largest score, the sum of the weights, the weighted values.
+struct Task {
+  int64_t sequence, head, first_row, num_rows;
+  int64_t position;  // of the first row; the others follow
+  int64_t begin, end, part;
+};
+
+// sums[i] = the sum of parts[i], kWidth of them at once: pairs of neighbours are added until one vector is left.
+inline Vec sum_each(Vec* parts) {
+#if defined(__AVX512F__)
+  const IntVec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+#else
+  const IntVec even = {0, 2, 4, 6, 8, 10, 12, 14};
+#endif
+  for (int count = kWidth / 2; count > 0; count /= 2)
+    for (int i = 0; i < count; i++) {
+      const Vec a = parts[2 * i], b = parts[2 * i + 1];
+      parts[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+    }
+  return parts[0];
+}
+
+// A tile's rows of keys and values, and the tokens in it.
+template <typename T>
+struct Tile {
+  const T *keys[kTile], *values[kTile];
+  int64_t begin, count;
+
+  Tile(const Step& step, const Heads& heads, const Cache<T>& cache, const Task& task, int64_t begin)
+      : begin(begin), count(task.end - begin < kTile ? task.end - begin : kTile) {
+    const int64_t* table = step.block_table + task.sequence * step.table_stride;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t slot = table[(begin + i) / step.block_size] * step.block_size + (begin + i) % step.block_size;
+      const int64_t at = (slot * heads.keys + task.head) * heads.size;
+      keys[i] = cache.keys + at, values[i] = cache.values + at;
+    }
+  }
+
+  void prefetch(int64_t size) const {
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t byte = 0; byte < size * int64_t(sizeof(T)); byte += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(keys[i]) + byte);
+        __builtin_prefetch(reinterpret_cast<const char*>(values[i]) + byte);
+      }
+  }
+};
+
+// The running softmax of one query: what it needs so that tiles can come one after the other.
+struct Running {
+  float largest, total;
+  alignas(64) float sums[kMostSize];
+
+  void clear(int64_t size) {
+    largest = -INFINITY, total = 0;
+    std::memset(sums, 0, size_t(size) * sizeof(float));
+  }
+
+  // scores [kTile], -infinity where nothing is seen -> the weights of the tile; what came before shrinks to fit. Whether
+  // anything is seen.
+  bool weigh(float* scores, int64_t size) {
+    Vec most = load(scores);
+    for (int64_t i = kWidth; i < kTile; i += kWidth) most = max(most, load(scores + i));
+    const float now = omni::largest(most);
+    if (now == -INFINITY) return false;
+    if (now > largest) {
+      const float shrink = largest == -INFINITY ? 0.0f : exp(splat(largest - now))[0];
+      largest = now, total *= shrink;
+      scale(sums, size, shrink);
+    }
+    Vec added{};
+    for (int64_t i = 0; i < kTile; i += kWidth) {
+      const Vec seen = load(scores + i), weight = exp(seen - largest);
+      const Vec weights = select(seen == -INFINITY, splat(0.0f), weight);
+      store(scores + i, weights), added += weights;
+    }
+    total += sum(added);
+    return true;
+  }
+
+  void join(const Running& other, int64_t size) {
+    if (other.largest == -INFINITY) return;
+    const float most = largest > other.largest ? largest : other.largest;
+    const float mine = largest == -INFINITY ? 0.0f : exp(splat(largest - most))[0];
+    const float its = exp(splat(other.largest - most))[0];
+    total = total * mine + other.total * its, largest = most;
+    for (int64_t d = 0; d < size; d += kWidth) store(sums + d, load(sums + d) * mine + load(other.sums + d) * its);
+  }
+
+  template <typename T>
+  void write(T* out, int64_t size) const {
+    int64_t d = 0;
+    for (; d + kWidth <= size; d += kWidth) store(out + d, load(sums + d) / total);
+    for (; d < size; d++) store_one(out + d, sums[d] / total);
+  }
+};
+
+// -infinity where the query at `position` does not see, and behind the tile's tokens.
+inline void hide(float* scores, int64_t position, int64_t window, int64_t begin, int64_t count) {
+  const int64_t stop = position + 1 - begin < count ? position + 1 - begin : count;
+  for (int64_t i = stop > 0 ? stop : 0; i < kTile; i++) scores[i] = -INFINITY;
+  if (window)
+    for (int64_t i = 0; i < kTile && begin + i <= position - window; i++) scores[i] = -INFINITY;
+}
+
+// Few queries: each key is multiplied where it stands.
+template <typename T>
+struct DirectTile {
+  Tile<T> tile;
+
+  void score(const float* query, int64_t size, float* scores) const {
+    const int64_t whole = size / kWidth * kWidth;
+    for (int64_t first = 0; first < tile.count; first += kWidth) {
+      Vec parts[kWidth] = {};
+      const int64_t count = tile.count - first < kWidth ? tile.count - first : kWidth;
+      for (int64_t d = 0; d < whole; d += kWidth) {
+        const Vec q = load(query + d);
+        for (int64_t i = 0; i < count; i++) parts[i] += q * load(tile.keys[first + i] + d);
+      }
+      store(scores + first, sum_each(parts));
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t d = whole; d < size; d++) scores[first + i] += query[d] * load_one(tile.keys[first + i] + d);
+    }
+  }
+
+  void add_values(const float* weights, int64_t size, float* sums) const {
+    int64_t d = 0;
+    for (; d + 4 * kWidth <= size; d += 4 * kWidth) {
+      Vec held[4];
+      for (int v = 0; v < 4; v++) held[v] = load(sums + d + v * kWidth);
+      for (int64_t i = 0; i < tile.count; i++)
+        for (int v = 0; v < 4; v++) held[v] += weights[i] * load(tile.values[i] + d + v * kWidth);
+      for (int v = 0; v < 4; v++) store(sums + d + v * kWidth, held[v]);
+    }
+    for (; d + kWidth <= size; d += kWidth) {
+      Vec held = load(sums + d);
+      for (int64_t i = 0; i < tile.count; i++) held += weights[i] * load(tile.values[i] + d);
+      store(sums + d, held);
+    }
+    for (; d < size; d++)
+      for (int64_t i = 0; i < tile.count; i++) sums[d] += weights[i] * load_one(tile.values[i] + d);
+  }
+};
+
+template <typename T>
+void attend_few(const Task& task, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache,
+                Running* running) {
+  const int64_t group = heads.queries / heads.keys, size = heads.size, count = task.num_rows * group;
+  alignas(64) float queries[kMostGroup * kMostSize], scores[kTile];
+  for (int64_t r = 0; r < count; r++) {
+    const T* from = query + ((task.first_row + r / group) * heads.queries + task.head * group + r % group) * size;
+    for (int64_t d = 0; d < size; d++) queries[r * kMostSize + d] = load_one(from + d) * heads.scale;
+  }
+  for (int64_t begin = task.begin; begin < task.end; begin += kTile) {
+    const DirectTile<T> direct{Tile<T>(step, heads, cache, task, begin)};
+    if (begin + kTile < task.end) Tile<T>(step, heads, cache, task, begin + kTile).prefetch(size);
+    for (int64_t r = 0; r < count; r++) {
+      direct.score(queries + r * kMostSize, size, scores);
+      hide(scores, task.position + r / group, heads.window, begin, direct.tile.count);
+      if (running[r].weigh(scores, size)) direct.add_values(scores, size, running[r].sums);
+    }
+  }
+}
+
+// Many queries: the tile is packed as a weight is, its keys [kTile, size] and, on their side, its values [size, kTile].
+template <typename T>
+struct PackedTile {
+  static constexpr int64_t kStep = sizeof(T) == 2 ? 2 : 1;
+  alignas(64) T keys[kTile * kMostSize];
+  alignas(64) T values[kTile * kMostSize];
+
+  void fill(const Tile<T>& tile, int64_t size) {
+    alignas(64) static const T zeros[kMostSize] = {};
+    const T *key_rows[kTile], *value_rows[kTile];
+    for (int64_t i = 0; i < kTile; i++) {
+      key_rows[i] = i < tile.count ? tile.keys[i] : zeros;
+      value_rows[i] = i < tile.count ? tile.values[i] : zeros;
+    }
+    for (int64_t first = 0; first < kTile; first += kWidth)
+      for (int64_t d = 0; d < size; d += kWidth * kStep) {
+        BitVec block[kWidth];
+        for (int i = 0; i < kWidth; i++) std::memcpy(&block[i], key_rows[first + i] + d, sizeof(BitVec));
+        transpose(block);
+        for (int i = 0; i < kWidth; i++)
+          std::memcpy(keys + d * kTile + (i * kTile + first) * kStep, &block[i], sizeof(BitVec));
+      }
+    for (int64_t d = 0; d < size; d += kWidth)
+      for (int64_t i = 0; i < kTile; i += kStep) {
+        T* to = values + (d / kPanel * kTile + i) * kPanel + d % kPanel * kStep;
+        if constexpr (kStep == 1) {
+          store(to, load(value_rows[i] + d));
+        } else {
+          const BitVec low = bit_cast<BitVec>(load(value_rows[i] + d)) >> 16;
+          const BitVec both = low | bit_cast<BitVec>(load(value_rows[i + 1] + d));
+          std::memcpy(to, &both, sizeof(both));
+        }
+      }
+  }
+};
+
+template <typename T>
+void attend_many(const Task& task, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache,
+                 Running* running) {
+  const int64_t group = heads.queries / heads.keys, size = heads.size, count = task.num_rows * group;
+  alignas(64) T queries[kMostQueries * kMostSize], weights[kMostQueries * kTile];
+  alignas(64) float scores[kMostQueries * kTile];
+  PackedTile<T> packed;
+  for (int64_t r = 0; r < count; r++) {
+    const T* from = query + ((task.first_row + r / group) * heads.queries + task.head * group + r % group) * size;
+    std::memcpy(queries + r * size, from, size_t(size) * sizeof(T));
+  }
+  for (int64_t begin = task.begin; begin < task.end; begin += kTile) {
+    const Tile<T> tile(step, heads, cache, task, begin);
+    packed.fill(tile, size);
+    in_passes(count, [&](int64_t row, auto number) {
+      Vec sums[number.value][kVectors] = {};
+      multiply_panel<number.value>(queries + row * size, size, packed.keys, size, sums);
+      for (int r = 0; r < number.value; r++)
+        for (int v = 0; v < kVectors; v++) store(scores + (row + r) * kTile + v * kWidth, sums[r][v] * heads.scale);
+    });
+    for (int64_t r = 0; r < count; r++) {
+      float* own = scores + r * kTile;
+      hide(own, task.position + r / group, heads.window, begin, tile.count);
+      if (!running[r].weigh(own, size)) std::memset(own, 0, kTile * sizeof(float));
+      for (int64_t i = 0; i < kTile; i += kWidth) store(weights + r * kTile + i, load(own + i));
+    }
+    for (int64_t d = 0; d < size; d += kPanel)
+      in_passes(count, [&](int64_t row, auto number) {
+        Vec sums[number.value][kVectors];
+        for (int r = 0; r < number.value; r++)
+          for (int v = 0; v < kVectors; v++) sums[r][v] = load(running[row + r].sums + d + v * kWidth);
+        multiply_panel<number.value>(weights + row * kTile, kTile, packed.values + d * kTile, kTile, sums);
+        for (int r = 0; r < number.value; r++)
+          for (int v = 0; v < kVectors; v++) store(running[row + r].sums + d + v * kWidth, sums[r][v]);
+      });
+  }
+}
+
+// query [rows, H, D]; running: [num_rows * group] of the task.
+template <typename T>
+void attend_task(const Task& task, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache,
+                 Running* running) {
+  const int64_t count = task.num_rows * (heads.queries / heads.keys);
+  for (int64_t r = 0; r < count; r++) running[r].clear(kMostSize);
+  if (count >= kManyQueries && heads.size % kPanel == 0)
+    attend_many(task, step, heads, query, cache, running);
+  else
+    attend_few(task, step, heads, query, cache, running);
+}
+
+// All tasks of a step, for one window, and the parts that are joined afterwards.
+struct Plan {
+  struct Join {
+    int64_t sequence, head, first_part, num_parts;
+  };
+
+  std::vector<Task> tasks;
+  std::vector<Join> joins;
+  std::vector<Running> parts;  // [parts, group]
+
+  void make(const Step& step, const Heads& heads) {
+    tasks.clear(), joins.clear();
+    num_parts_ = 0;
+    for (int64_t sequence = 0; sequence < step.sequences; sequence++)
+      for (int64_t head = 0; head < heads.keys; head++) add(step, heads, sequence, head);
+    parts.resize(size_t(num_parts_ * (heads.queries / heads.keys)));
+  }
+
+ private:
+  int64_t num_parts_ = 0;
+
+  void add(const Step& step, const Heads& heads, int64_t sequence, int64_t head) {
+    const int64_t start = step.query_starts[sequence], stop = step.query_starts[sequence + 1];
+    const int64_t length = step.context_lens[sequence], group = heads.queries / heads.keys;
+    const int64_t most = (heads.size % kPanel == 0 ? kMostQueries : kMostGroup) / group;
+    for (int64_t row = start; row < stop; row += most) {
+      const int64_t rows = stop - row < most ? stop - row : most;
+      const int64_t first = length - (stop - row), end = first + rows;  // from the first row's position to the last one's
+      const int64_t begin = heads.window && first - heads.window + 1 > 0 ? first - heads.window + 1 : 0;
+      if (stop - start > 1 || end - begin <= kPartTokens) {
+        tasks.push_back({sequence, head, row, rows, first, begin, end, -1});
+        continue;
+      }
+      const int64_t count = (end - begin + kPartTokens - 1) / kPartTokens;
+      joins.push_back({sequence, head, num_parts_, count});
+      for (int64_t part = 0; part < count; part++) {
+        const int64_t at = begin + part * kPartTokens;
+        tasks.push_back({sequence, head, row, 1, first, at, part + 1 < count ? at + kPartTokens : end, num_parts_ + part});
+      }
+      num_parts_ += count;
+    }
+  }
+};
+
+// query, out: [rows, H, D]. To be called by every thread of a team, which shares the tasks.
+template <typename T>
+void attend(Plan& plan, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache, T* out) {
+  const int64_t group = heads.queries / heads.keys, size = heads.size;
+  Running own[kMostQueries];
+#pragma omp for schedule(dynamic, 1)
+  for (size_t index = 0; index < plan.tasks.size(); index++) {
+    const Task& task = plan.tasks[index];
+    Running* running = task.part < 0 ? own : &plan.parts[size_t(task.part * group)];
+    attend_task(task, step, heads, query, cache, running);
+    if (task.part < 0)
+      for (int64_t r = 0; r < task.num_rows * group; r++)
+        running[r].write(out + ((task.first_row + r / group) * heads.queries + task.head * group + r % group) * size, size);
+  }
+  if (plan.joins.empty()) return;
+#pragma omp for schedule(static)
+  for (size_t index = 0; index < plan.joins.size(); index++) {
+    const Plan::Join& join = plan.joins[index];
+    for (int64_t g = 0; g < group; g++) {
+      Running& whole = plan.parts[size_t(join.first_part * group + g)];
+      for (int64_t part = 1; part < join.num_parts; part++)
+        whole.join(plan.parts[size_t((join.first_part + part) * group + g)], size);
+      whole.write(out + (step.query_starts[join.sequence] * heads.queries + join.head * group + g) * size, size);
+    }
+  }
+}
+
+}  // namespace omni

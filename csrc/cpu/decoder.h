@@ -1,0 +1,90 @@
+// The layers of a pre-norm transformer decoder, one after the other in one parallel region. What is computed, and where
+// it is rounded, is what vllm_omni/layers/decoder.py says in torch.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "gemm.h"
+
+namespace omni {
+
+// Pointers may be null where a model has no such part: biases, norms of heads.
+template <typename T>
+struct Layer {
+  const T *attention_norm, *query_norm, *key_norm, *mlp_norm;
+  Linear<T> qkv, output, gate_up, down;
+  int64_t window;  // 0: none
+};
+
+struct Shape {
+  int64_t hidden, intermediate;
+  Heads heads;
+  float norm_epsilon;
+};
+
+template <typename T>
+struct Room {
+  std::vector<T> normed, qkv, query, attended, gate_up, gated;
+
+  Room(const Shape& shape, int64_t rows) {
+    const int64_t queries = shape.heads.queries * shape.heads.size, keys = shape.heads.keys * shape.heads.size;
+    normed.resize(size_t(rows * shape.hidden)), qkv.resize(size_t(rows * (queries + 2 * keys)));
+    query.resize(size_t(rows * queries)), attended.resize(size_t(rows * queries));
+    gate_up.resize(size_t(rows * 2 * shape.intermediate)), gated.resize(size_t(rows * shape.intermediate));
+  }
+};
+
+// Heads of qkv [rows, queries | keys | values] are normed and turned: queries to `query`, keys and values into the cache.
+template <typename T>
+void place_heads(const Layer<T>& layer, const Shape& shape, const Step& step, const T* qkv, const T* cos, const T* sin,
+                 const Cache<T>& cache, T* query) {
+  const Heads& heads = shape.heads;
+  const int64_t size = heads.size, all = heads.queries + 2 * heads.keys;
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < step.rows * all; task++) {
+    const int64_t row = task / all, head = task % all;
+    const T* from = qkv + (row * all + head) * size;
+    const int64_t slot = step.slots[row] * heads.keys * size;
+    if (head >= heads.queries + heads.keys) {
+      std::memcpy(cache.values + slot + (head - heads.queries - heads.keys) * size, from, size_t(size) * sizeof(T));
+      continue;
+    }
+    const bool is_query = head < heads.queries;
+    T* to = is_query ? query + (row * heads.queries + head) * size : cache.keys + slot + (head - heads.queries) * size;
+    const T* weight = is_query ? layer.query_norm : layer.key_norm;
+    T normed[kMostSize];
+    if (weight) norm_row(from, weight, size, shape.norm_epsilon, normed), from = normed;
+    rotate_row(from, cos + row * size, sin + row * size, size, to);
+  }
+}
+
+// states [rows, hidden], in place; cos, sin: [rows, D]; cache: of each layer.
+template <typename T>
+void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const Step& step, const T* cos, const T* sin,
+                const Cache<T>* caches, T* states, int threads) {
+  Room<T> room(shape, step.rows);
+  Plan plan;
+  Heads heads = shape.heads;
+#pragma omp parallel num_threads(threads)
+  for (int64_t index = 0; index < count; index++) {
+    const Layer<T>& layer = layers[index];
+#pragma omp single
+    if (index == 0 || heads.window != layer.window) {
+      heads.window = layer.window;
+      plan.make(step, heads);
+    }
+    norm(states, layer.attention_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.data());
+    multiply(room.normed.data(), step.rows, layer.qkv, room.qkv.data());
+    place_heads(layer, shape, step, room.qkv.data(), cos, sin, caches[index], room.query.data());
+    attend(plan, step, heads, room.query.data(), caches[index], room.attended.data());
+    multiply(room.attended.data(), step.rows, layer.output, states, states);
+    norm(states, layer.mlp_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.data());
+    multiply(room.normed.data(), step.rows, layer.gate_up, room.gate_up.data());
+    gate(room.gate_up.data(), step.rows, shape.intermediate, room.gated.data());
+    multiply(room.gated.data(), step.rows, layer.down, states, states);
+  }
+}
+
+}  // namespace omni

@@ -1,0 +1,167 @@
+// Products of rows with a packed weight. A weight [N, K] lies in panels of 32 of its rows: for each step of K the 32
+// values of a panel stand side by side (float32: one k a step, bfloat16: two, as the dot-product instruction takes
+// them), zeros behind the last row. Every element of the product is summed over k in one order, whatever else is
+// computed with it: a row's result does not depend on how many rows there are.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "simd.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace omni {
+
+constexpr int kPanel = 32;                       // rows of a weight in a panel
+constexpr int kVectors = kPanel / kWidth;        // of a panel's step
+constexpr int kMostRows = kWidth == 16 ? 12 : 3;  // of x in one pass over a panel: what the registers hold
+constexpr int64_t kRowsInCache = 512;            // of x while all panels pass by
+
+template <typename T>
+struct Linear {
+  const T* weight;
+  const T* bias;  // or null
+  int64_t outputs, inputs;
+};
+
+inline int64_t num_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
+
+// The sums of kRows rows with one panel, float32.
+template <int kRows>
+inline void multiply_panel(const float* x, int64_t stride, const float* panel, int64_t inputs,
+                           Vec (&sums)[kRows][kVectors]) {
+  for (int64_t k = 0; k < inputs; k++, panel += kPanel) {
+    Vec w[kVectors];
+    for (int v = 0; v < kVectors; v++) w[v] = load(panel + v * kWidth);
+    for (int r = 0; r < kRows; r++)
+      for (int v = 0; v < kVectors; v++) sums[r][v] += x[r * stride + k] * w[v];
+  }
+}
+
+template <int kRows>
+inline void multiply_panel(const bfloat16* x, int64_t stride, const bfloat16* panel, int64_t inputs,
+                           Vec (&sums)[kRows][kVectors]) {
+#if defined(__AVX512BF16__)
+  for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel) {
+    __m512bh w[kVectors];
+    for (int v = 0; v < kVectors; v++) w[v] = (__m512bh)_mm512_loadu_si512(panel + 2 * v * kWidth);
+    for (int r = 0; r < kRows; r++) {
+      int32_t pair;
+      std::memcpy(&pair, x + r * stride + k, sizeof(pair));
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+      for (int v = 0; v < kVectors; v++) sums[r][v] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][v], both, w[v]);
+    }
+  }
+#else
+  for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel) {
+    for (int v = 0; v < kVectors; v++) {
+      BitVec pairs;
+      std::memcpy(&pairs, panel + 2 * v * kWidth, sizeof(pairs));
+      const Vec even = bit_cast<Vec>(pairs << 16), odd = bit_cast<Vec>(pairs & 0xffff0000u);
+      for (int r = 0; r < kRows; r++) {
+        sums[r][v] += load_one(x + r * stride + k) * even;
+        sums[r][v] += load_one(x + r * stride + k + 1) * odd;
+      }
+    }
+  }
+#endif
+}
+
+// kRows rows of the product with one panel, and on to `out`; with `residual`, which is shaped as `out`, its sum with
+// what the product is when it is rounded.
+template <int kRows, typename T>
+inline void compute_panel(const T* x, const Linear<T>& linear, int64_t panel, T* out, const T* residual) {
+  Vec sums[kRows][kVectors] = {};
+  multiply_panel<kRows>(x, linear.inputs, linear.weight + panel * kPanel * linear.inputs, linear.inputs, sums);
+  const int64_t first = panel * kPanel, count = linear.outputs - first < kPanel ? linear.outputs - first : kPanel;
+  for (int r = 0; r < kRows; r++) {
+    const int64_t at = r * linear.outputs + first;
+    if (count == kPanel) {
+      for (int v = 0; v < kVectors; v++) {
+        Vec y = sums[r][v];
+        if (linear.bias) y += load(linear.bias + first + v * kWidth);
+        if (residual) y = rounded<T>(y) + load(residual + at + v * kWidth);
+        store(out + at + v * kWidth, y);
+      }
+    } else {
+      for (int64_t i = 0; i < count; i++) {
+        float y = sums[r][i / kWidth][i % kWidth];
+        if (linear.bias) y += load_one(linear.bias + first + i);
+        if (residual) y = rounded_one<T>(y) + load_one(residual + at + i);
+        store_one(out + at + i, y);
+      }
+    }
+  }
+}
+
+// Calls `work` with the number of rows as a constant.
+template <int kRows, typename Work>
+inline void with_rows(int64_t rows, const Work& work) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows)
+      work(std::integral_constant<int, kRows>{});
+    else
+      with_rows<kRows - 1>(rows, work);
+  }
+}
+
+// Calls `work` with the first of some rows and their number as a constant, for passes that are as equal as can be.
+template <typename Work>
+inline void in_passes(int64_t rows, const Work& work) {
+  const int64_t passes = (rows + kMostRows - 1) / kMostRows;
+  for (int64_t pass = 0; pass < passes; pass++) {
+    const int64_t row = pass * rows / passes, stop = (pass + 1) * rows / passes;
+    with_rows<kMostRows>(stop - row, [&](auto count) { work(row, count); });
+  }
+}
+
+// x [rows, inputs] -> out [rows, outputs]. To be called by every thread of a team, which shares the panels.
+template <typename T>
+void multiply(const T* x, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
+  const int64_t panels = num_panels(linear.outputs), blocks = (rows + kRowsInCache - 1) / kRowsInCache;
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < panels * blocks; task++) {
+    const int64_t panel = task % panels, begin = task / panels * kRowsInCache;
+    const int64_t count = rows - begin < kRowsInCache ? rows - begin : kRowsInCache;
+    in_passes(count, [&](int64_t row, auto number) {
+      const int64_t at = (begin + row) * linear.outputs;
+      compute_panel<number.value>(x + (begin + row) * linear.inputs, linear, panel, out + at,
+                                  residual ? residual + at : nullptr);
+    });
+  }
+}
+
+// [outputs, inputs] -> panels; `packed` may be the weight itself where its rows fill all panels.
+template <typename T>
+void pack(const T* weight, int64_t outputs, int64_t inputs, T* packed) {
+  constexpr int step = sizeof(T) == 2 ? 2 : 1;
+  std::vector<T> rows(size_t(kPanel * inputs));
+#pragma omp for schedule(static)
+  for (int64_t panel = 0; panel < num_panels(outputs); panel++) {
+    const int64_t first = panel * kPanel, count = outputs - first < kPanel ? outputs - first : kPanel;
+    std::fill(rows.begin(), rows.end(), T{});
+    std::memcpy(rows.data(), weight + first * inputs, size_t(count * inputs) * sizeof(T));
+    T* to = packed + first * inputs;
+    for (int64_t k = 0; k < inputs; k += step)
+      for (int64_t i = 0; i < kPanel; i++)
+        for (int64_t s = 0; s < step; s++) *to++ = rows[size_t(i * inputs + k + s)];
+  }
+}
+
+// Rows of a packed weight as they were published: ids [rows] -> out [rows, inputs].
+template <typename T>
+void unpack_rows(const T* packed, int64_t inputs, const int64_t* ids, int64_t rows, T* out) {
+  constexpr int step = sizeof(T) == 2 ? 2 : 1;
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T* from = packed + ids[row] / kPanel * kPanel * inputs + ids[row] % kPanel * step;
+    for (int64_t k = 0; k < inputs; k += step)
+      for (int64_t s = 0; s < step; s++) out[row * inputs + k + s] = from[k * kPanel + s];
+  }
+}
+
+}  // namespace omni

@@ -1,0 +1,32 @@
+// What Python calls, by the name of the element type. Pointers and sizes are checked there; nothing is kept here.
+#include "decoder.h"
+
+using namespace omni;
+
+#define TEAM _Pragma("omp parallel num_threads(threads)")
+
+#define EXPORTS(NAME, T)                                                                                               \
+  void pack_##NAME(const T* weight, int64_t outputs, int64_t inputs, T* packed, int threads) {                         \
+    TEAM pack(weight, outputs, inputs, packed);                                                                        \
+  }                                                                                                                    \
+  void unpack_rows_##NAME(const T* packed, int64_t inputs, const int64_t* ids, int64_t rows, T* out, int threads) {    \
+    TEAM unpack_rows(packed, inputs, ids, rows, out);                                                                  \
+  }                                                                                                                    \
+  void multiply_##NAME(const T* x, int64_t rows, const Linear<T>* linear, T* out, int threads) {                       \
+    TEAM multiply(x, rows, *linear, out);                                                                              \
+  }                                                                                                                    \
+  void attend_##NAME(const Step* step, const Heads* heads, const T* query, const Cache<T>* cache, T* out,              \
+                     int threads) {                                                                                    \
+    Plan plan;                                                                                                         \
+    plan.make(*step, *heads);                                                                                          \
+    TEAM attend(plan, *step, *heads, query, *cache, out);                                                              \
+  }                                                                                                                    \
+  void run_layers_##NAME(const Layer<T>* layers, int64_t count, const Shape* shape, const Step* step, const T* cos,    \
+                         const T* sin, const Cache<T>* caches, T* states, int threads) {                               \
+    run_layers(layers, count, *shape, *step, cos, sin, caches, states, threads);                                       \
+  }
+
+extern "C" {
+EXPORTS(float32, float)
+EXPORTS(bfloat16, bfloat16)
+}

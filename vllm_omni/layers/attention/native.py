@@ -1,0 +1,22 @@
+"""Paged attention by the package's own CPU kernels, where they are built and take the heads; torch's elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_omni.layers.attention.sdpa import SDPAAttention
+from vllm_omni.layers.native.attention import attend, fits
+from vllm_omni.layers.native.library import kernels
+
+
+class NativeAttention(SDPAAttention):
+    """Reads the pages in place. A row's result is a function of its own sequence, bit for bit."""
+
+    runs_layers = True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, window: int | None) -> Tensor:
+        functions = kernels(query.dtype)
+        if functions is None or query.device.type != "cpu" or not fits(query.shape[1], key.shape[1], query.shape[2]):
+            return super().attend(query, key, value, kv_cache, window)
+        return attend(functions, self.metadata, query, kv_cache, window, torch.get_num_threads())

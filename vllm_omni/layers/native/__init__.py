@@ -1,0 +1,1 @@
+"""The package's own CPU kernels (csrc/cpu): found, loaded and called. Each has its definition in torch elsewhere."""

@@ -1,0 +1,78 @@
+"""The compiled kernels that fit this processor, or none. Knows what they are called with, not what for."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_omni.layers.native.structures import CacheStruct, HeadsStruct, LayerStruct, LinearStruct, ShapeStruct, StepStruct
+from vllm_omni.utils.device import instruction_sets
+
+VARIANTS = ("avx512bf16", "avx2")  # best first
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+POINTER, COUNT, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "pack": (POINTER, COUNT, COUNT, POINTER, THREADS),
+    "unpack_rows": (POINTER, COUNT, POINTER, COUNT, POINTER, THREADS),
+    "multiply": (POINTER, COUNT, ctypes.POINTER(LinearStruct), POINTER, THREADS),
+    "attend": (ctypes.POINTER(StepStruct), ctypes.POINTER(HeadsStruct), POINTER, ctypes.POINTER(CacheStruct), POINTER, THREADS),
+    "run_layers": (
+        *(POINTER, COUNT, ctypes.POINTER(ShapeStruct), ctypes.POINTER(StepStruct)),
+        *(POINTER, POINTER, POINTER, POINTER, THREADS),
+    ),
+}
+
+
+class Kernels:
+    """The functions of one element type."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: str) -> None:
+        for name, arguments in ARGUMENTS.items():
+            function = getattr(library, f"{name}_{dtype}")
+            function.argtypes, function.restype = arguments, None
+        self.pack = getattr(library, f"pack_{dtype}")
+        self.unpack_rows = getattr(library, f"unpack_rows_{dtype}")
+        self.multiply = getattr(library, f"multiply_{dtype}")
+        self.attend = getattr(library, f"attend_{dtype}")
+        self.run_layers = getattr(library, f"run_layers_{dtype}")
+
+
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """Those of an element type; None where there are none, or none were compiled, or the processor is another."""
+    return _load().get(dtype)
+
+
+def variant() -> str | None:
+    """Which of VARIANTS is used here."""
+    return _find()[0]
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """The address of a contiguous tensor on the CPU."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.data_ptr()
+
+
+@functools.cache
+def _load() -> dict[torch.dtype, Kernels]:
+    file = _find()[1]
+    if file is None:
+        return {}
+    library = ctypes.CDLL(str(file))
+    return {dtype: Kernels(library, name) for dtype, name in DTYPES.items()}
+
+
+@functools.cache
+def _find() -> tuple[str | None, Path | None]:
+    known = instruction_sets()
+    for name in VARIANTS:
+        files = sorted(Path(__file__).parent.glob(f"_{name}.*so")) if name in known else []
+        if files:
+            return name, files[0]
+    return None, None

@@ -1,0 +1,53 @@
+"""How the weight of a linear layer is laid out for inference on a CPU, and multiplied so. Knows no layer and no model.
+
+On x86 the products are the package's own (csrc/cpu) or oneDNN's: torch's own float32 path leaves more than half of an
+AMD CPU unused, and a weight that was packed once is read at the speed of memory (benchmarks/results/README.md). Each
+row's result is the same however many rows there are.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_omni.layers.native.packed import NativePacking
+from vllm_omni.utils.device import multiplies_with_onednn
+
+PACKED_FOR = 16  # rows; a layout of oneDNN that is fast for one row and for many
+
+
+class Packing(Protocol):
+    """A layout."""
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """[out, in] -> the weight in this layout."""
+
+    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+        """x: [..., in] -> [..., outputs]."""
+
+
+class OneDNNPacking:
+    """Of oneDNN; torch keeps it to itself."""
+
+    def pack(self, weight: Tensor) -> Tensor:
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
+        return packed
+
+    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+        return multiply_with_onednn(x, packed, bias)
+
+
+def find_packing(weight: Tensor) -> Packing | None:
+    """The fastest for a weight; None where torch's own way is."""
+    native = NativePacking.find(weight)
+    if native is not None:
+        return native
+    return OneDNNPacking() if multiplies_with_onednn(weight.device, weight.dtype) else None
+
+
+def multiply_with_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x: [..., in]; weight: [out, in], packed by oneDNN or not -> [..., out]."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
