@@ -1,10 +1,9 @@
-"""What pyproject.toml cannot say: the shipped stage configs are installed as a package of their own, and the CPU kernels
-are compiled where there is a compiler. Without one the package works by torch alone.
+"""What pyproject.toml cannot say: the shipped stage configs are installed as a package of their own, and the CPU
+kernels are compiled where there is a compiler. Without one the package works by torch alone.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ class BuildKernels(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         common = self.build_temp
-        self.build_temp = os.path.join(common, extension.name.rpartition(".")[2])
+        self.build_temp = str(Path(common) / extension.name.rpartition(".")[2])
         super().build_extension(extension)
         self.build_temp = common
 

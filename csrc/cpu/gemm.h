@@ -1,6 +1,6 @@
 // Products of rows with a packed weight. A weight [N, K] lies in panels of 32 of its rows: for each step of K the 32
 // values of a panel stand side by side (float32: one k a step, bfloat16: two, as the dot-product instruction takes
-// them), zeros behind the last row. Every element of the product is summed over k in one order, whatever else is
+// them). N is a multiple of 32, and K even. Every element of the product is summed over k in one order, whatever else is
 // computed with it: a row's result does not depend on how many rows there are.
 #pragma once
 
@@ -27,8 +27,6 @@ struct Linear {
   const T* bias;  // or null
   int64_t outputs, inputs;
 };
-
-inline int64_t num_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
 // The sums of kRows rows with one panel, float32.
 template <int kRows>
@@ -77,25 +75,14 @@ template <int kRows, typename T>
 inline void compute_panel(const T* x, const Linear<T>& linear, int64_t panel, T* out, const T* residual) {
   Vec sums[kRows][kVectors] = {};
   multiply_panel<kRows>(x, linear.inputs, linear.weight + panel * kPanel * linear.inputs, linear.inputs, sums);
-  const int64_t first = panel * kPanel, count = linear.outputs - first < kPanel ? linear.outputs - first : kPanel;
-  for (int r = 0; r < kRows; r++) {
-    const int64_t at = r * linear.outputs + first;
-    if (count == kPanel) {
-      for (int v = 0; v < kVectors; v++) {
-        Vec y = sums[r][v];
-        if (linear.bias) y += load(linear.bias + first + v * kWidth);
-        if (residual) y = rounded<T>(y) + load(residual + at + v * kWidth);
-        store(out + at + v * kWidth, y);
-      }
-    } else {
-      for (int64_t i = 0; i < count; i++) {
-        float y = sums[r][i / kWidth][i % kWidth];
-        if (linear.bias) y += load_one(linear.bias + first + i);
-        if (residual) y = rounded_one<T>(y) + load_one(residual + at + i);
-        store_one(out + at + i, y);
-      }
+  for (int r = 0; r < kRows; r++)
+    for (int v = 0; v < kVectors; v++) {
+      const int64_t column = panel * kPanel + v * kWidth, at = r * linear.outputs + column;
+      Vec y = sums[r][v];
+      if (linear.bias) y += load(linear.bias + column);
+      if (residual) y = rounded<T>(y) + load(residual + at);
+      store(out + at, y);
     }
-  }
 }
 
 // Calls `work` with the number of rows as a constant.
@@ -122,7 +109,7 @@ inline void in_passes(int64_t rows, const Work& work) {
 // x [rows, inputs] -> out [rows, outputs]. To be called by every thread of a team, which shares the panels.
 template <typename T>
 void multiply(const T* x, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
-  const int64_t panels = num_panels(linear.outputs), blocks = (rows + kRowsInCache - 1) / kRowsInCache;
+  const int64_t panels = linear.outputs / kPanel, blocks = (rows + kRowsInCache - 1) / kRowsInCache;
 #pragma omp for schedule(static)
   for (int64_t task = 0; task < panels * blocks; task++) {
     const int64_t panel = task % panels, begin = task / panels * kRowsInCache;
@@ -135,17 +122,15 @@ void multiply(const T* x, int64_t rows, const Linear<T>& linear, T* out, const T
   }
 }
 
-// [outputs, inputs] -> panels; `packed` may be the weight itself where its rows fill all panels.
+// [outputs, inputs] -> panels, each in the place of its rows.
 template <typename T>
-void pack(const T* weight, int64_t outputs, int64_t inputs, T* packed) {
+void pack(T* weight, int64_t outputs, int64_t inputs) {
   constexpr int step = sizeof(T) == 2 ? 2 : 1;
   std::vector<T> rows(size_t(kPanel * inputs));
 #pragma omp for schedule(static)
-  for (int64_t panel = 0; panel < num_panels(outputs); panel++) {
-    const int64_t first = panel * kPanel, count = outputs - first < kPanel ? outputs - first : kPanel;
-    std::fill(rows.begin(), rows.end(), T{});
-    std::memcpy(rows.data(), weight + first * inputs, size_t(count * inputs) * sizeof(T));
-    T* to = packed + first * inputs;
+  for (int64_t panel = 0; panel < outputs / kPanel; panel++) {
+    T* to = weight + panel * kPanel * inputs;
+    std::copy(to, to + kPanel * inputs, rows.begin());
     for (int64_t k = 0; k < inputs; k += step)
       for (int64_t i = 0; i < kPanel; i++)
         for (int64_t s = 0; s < step; s++) *to++ = rows[size_t(i * inputs + k + s)];

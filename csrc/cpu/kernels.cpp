@@ -1,13 +1,14 @@
 // What Python calls, by the name of the element type. Pointers and sizes are checked there; nothing is kept here.
 #include "decoder.h"
+#include "vocabulary.h"
 
 using namespace omni;
 
 #define TEAM _Pragma("omp parallel num_threads(threads)")
 
 #define EXPORTS(NAME, T)                                                                                               \
-  void pack_##NAME(const T* weight, int64_t outputs, int64_t inputs, T* packed, int threads) {                         \
-    TEAM pack(weight, outputs, inputs, packed);                                                                        \
+  void pack_##NAME(T* weight, int64_t outputs, int64_t inputs, int threads) {                                          \
+    TEAM pack(weight, outputs, inputs);                                                                                \
   }                                                                                                                    \
   void unpack_rows_##NAME(const T* packed, int64_t inputs, const int64_t* ids, int64_t rows, T* out, int threads) {    \
     TEAM unpack_rows(packed, inputs, ids, rows, out);                                                                  \
@@ -20,6 +21,9 @@ using namespace omni;
     Plan plan;                                                                                                         \
     plan.make(*step, *heads);                                                                                          \
     TEAM attend(plan, *step, *heads, query, *cache, out);                                                              \
+  }                                                                                                                    \
+  void find_largest_##NAME(const T* logits, int64_t rows, int64_t size, int64_t* found, int threads) {                 \
+    TEAM find_largest(logits, rows, size, found);                                                                      \
   }                                                                                                                    \
   void run_layers_##NAME(const Layer<T>* layers, int64_t count, const Shape* shape, const Step* step, const T* cos,    \
                          const T* sin, const Cache<T>* caches, T* states, int threads) {                               \

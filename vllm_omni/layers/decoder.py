@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.layer_windows import NO_WINDOWS, common_window
 from vllm_omni.layers.linear import Linear, MergedLinear
-from vllm_omni.layers.native.decoder import NativeLayers
+from vllm_omni.layers.native.decoder import LayerParts, NativeLayers
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.rope_config import num_positions, override_rope, read_rope, scaled_beyond
 from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies, rotate
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope)
-        self._native_layers: NativeLayers | None | Literal[False] = False
+        self._native_layers: NativeLayers | Literal[False] | None = False
 
     def forward(self, states: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """states: [N, D]; positions: [N] or [3, N] int64 -> [N, D]: normed when all layers run, else the state after
@@ -171,7 +171,13 @@ class Decoder(nn.Module):
     def _native(self) -> NativeLayers | None:
         """What runs all layers in one call, where their weights are packed for that; looked for once."""
         if self._native_layers is False:
-            self._native_layers = NativeLayers.find(self)
+            config = self.config
+            parts = [cast(DecoderLayer, layer).parts() for layer in self.layers]
+            known = [part for part in parts if part is not None]
+            heads = config.num_heads, config.num_kv_heads, config.head_dim
+            self._native_layers = (
+                NativeLayers.find(known, *heads, config.rms_norm_eps) if len(known) == len(parts) else None
+            )
         return self._native_layers
 
 
@@ -188,6 +194,23 @@ class DecoderLayer(nn.Module):
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
         states = states + self.self_attn(self.input_layernorm(states), cos, sin, context, index)
         return states + self.mlp(self.post_attention_layernorm(states))
+
+    def parts(self) -> LayerParts | None:
+        """For kernels that run whole layers; None with another MLP than they know."""
+        attention, mlp = self.self_attn, self.mlp
+        if type(mlp) is not DecoderMLP:
+            return None
+        return LayerParts(
+            self.input_layernorm.weight,
+            None if attention.q_norm is None else attention.q_norm.weight,
+            None if attention.k_norm is None else attention.k_norm.weight,
+            self.post_attention_layernorm.weight,
+            attention.qkv_proj,
+            attention.o_proj,
+            mlp.gate_up_proj,
+            mlp.down_proj,
+            attention.window,
+        )
 
 
 class DecoderAttention(nn.Module):

@@ -30,7 +30,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packing is None:
             return super().forward(x)
-        return self.packing.multiply(x, self.weight, self.bias, self.out_features)
+        return self.packing.multiply(x, self.weight, self.bias)
 
     def pack(self) -> None:
         """Lays the weight out as it is multiplied, where that helps; the published layout is gone."""
@@ -58,7 +58,7 @@ class Embedding(nn.Embedding):
         assert self.is_head, "these embeddings are no head"
         if self.packing is None:
             return linear(states, self.weight)
-        return self.packing.multiply(states, self.weight, None, self.num_embeddings)
+        return self.packing.multiply(states, self.weight, None)
 
     def pack(self) -> None:
         """As a Linear's where they are a head, in a layout whose rows can still be read: oneDNN's would need a copy."""

@@ -24,8 +24,8 @@ class Packing(Protocol):
     def pack(self, weight: Tensor) -> Tensor:
         """[out, in] -> the weight in this layout."""
 
-    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-        """x: [..., in] -> [..., outputs]."""
+    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [..., in] -> [..., out]."""
 
 
 class OneDNNPacking:
@@ -35,7 +35,7 @@ class OneDNNPacking:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
         return packed
 
-    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         return multiply_with_onednn(x, packed, bias)
 
 

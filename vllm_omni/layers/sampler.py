@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.errors import StageError
+from vllm_omni.layers.native.vocabulary import find_largest
 from vllm_omni.params import SamplingParams, sample_seed
 
 
@@ -104,14 +105,15 @@ class SamplingRow:
             logits[torch.tensor(self._stop_token_ids, device=logits.device)] = -math.inf
 
     def _draw(self, logits: Tensor) -> int:
-        logits = logits.cpu().double()
-        probabilities = ((logits - logits.max()) / self.temperature).softmax(-1)
+        logits = logits.cpu()
         tokens: Tensor | None = None
-        if self.top_k or self.top_p < 1:
-            probabilities, tokens = probabilities.sort(descending=True, stable=True)
-        if self.top_k:
-            probabilities[self.top_k :] = 0
+        if self.top_k:  # what is not among them has no part in anything that follows
+            logits, tokens = logits.topk(min(self.top_k, len(logits)))
+        logits = logits.double()
+        probabilities = ((logits - logits.max()) / self.temperature).softmax(-1)
         if self.top_p < 1:  # the fewest that reach top_p together; always the most likely one
+            if tokens is None:
+                probabilities, tokens = probabilities.sort(descending=True, stable=True)
             before = probabilities.cumsum(0) - probabilities
             probabilities[before >= self.top_p * probabilities.sum()] = 0
         if self.min_p:
@@ -132,18 +134,24 @@ class SamplingRow:
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | StageError]:
     """One token per row of logits [R, V]; a row that cannot be sampled gives its own error and no other's."""
-    logits = logits.float()
-    is_sound = logits.isfinite().all(-1).tolist()
-    greedy = logits.argmax(-1).tolist()
     tokens: list[SampledToken | StageError] = []
-    for index, row in enumerate(rows):
-        if not is_sound[index]:
+    for index, (row, greedy) in enumerate(zip(rows, largest(logits), strict=True)):
+        if greedy < 0:
             tokens.append(StageError("logits: got NaN or infinity, expected finite numbers; try dtype float32"))
         elif row.is_plain_greedy:
-            tokens.append(SampledToken(greedy[index]))
+            tokens.append(SampledToken(greedy))
         else:
             try:
-                tokens.append(row.sample(logits[index].clone()))
+                tokens.append(row.sample(logits[index].to(torch.float32, copy=True)))
             except StageError as error:
                 tokens.append(error)
     return tokens
+
+
+def largest(logits: Tensor) -> list[int]:
+    """logits: [R, V] -> the first of the largest of each row, or -1 for a row that is not all finite."""
+    found = find_largest(logits)
+    if found is not None:
+        return found
+    is_finite = logits.isfinite().all(-1)
+    return torch.where(is_finite, logits.argmax(-1), -1).tolist()

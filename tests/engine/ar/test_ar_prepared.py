@@ -24,6 +24,7 @@ from vllm_omni import registry
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.engine.base import ReadPorts
 from vllm_omni.engine.output import make_result
+from vllm_omni.layers.attention.native import NativeAttention
 from vllm_omni.layers.attention.reference import ReferenceAttention
 from vllm_omni.layers.attention.sdpa import SDPAAttention
 from vllm_omni.params import SamplingParams
@@ -89,7 +90,7 @@ def test_the_meta_of_a_payload_is_plain_json_and_makes_the_same_completions(fold
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [("auto", SDPAAttention), ("sdpa", SDPAAttention), ("reference", ReferenceAttention)]
+    ("name", "backend"), [("auto", NativeAttention), ("sdpa", SDPAAttention), ("reference", ReferenceAttention)]
 )
 def test_the_attention_of_the_config_runs(
     folder: Path, name: str, backend: type, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm_omni.layers.attention.sdpa import SDPAAttention
 from vllm_omni.layers.native.attention import attend, fits
 from vllm_omni.layers.native.library import kernels
+from vllm_omni.utils.device import is_cpu
 
 
 class NativeAttention(SDPAAttention):
@@ -17,6 +18,6 @@ class NativeAttention(SDPAAttention):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, window: int | None) -> Tensor:
         functions = kernels(query.dtype)
-        if functions is None or query.device.type != "cpu" or not fits(query.shape[1], key.shape[1], query.shape[2]):
+        if functions is None or not is_cpu(query.device) or not fits(query.shape[1], key.shape[1], query.shape[2]):
             return super().attend(query, key, value, kv_cache, window)
         return attend(functions, self.metadata, query, kv_cache, window, torch.get_num_threads())

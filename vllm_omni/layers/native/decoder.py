@@ -6,54 +6,84 @@ Legend: N tokens of a step, D hidden size, d head size.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_omni.layers.attention.base import AttentionMetadata
+from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.native.attention import fits, step_struct
 from vllm_omni.layers.native.library import Kernels, kernels, pointer
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.native.structures import CacheStruct, HeadsStruct, LayerStruct, LinearStruct, ShapeStruct
 
-if TYPE_CHECKING:
-    from vllm_omni.layers.decoder import Decoder, DecoderLayer
-    from vllm_omni.layers.linear import Linear
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """What one layer computes with."""
+
+    attention_norm: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    mlp_norm: Tensor
+    qkv: Linear
+    output: Linear
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
+
+    def struct(self) -> LayerStruct:
+        """Pointers into the parts, which must outlive it."""
+        norms = (self.attention_norm, self.query_norm, self.key_norm, self.mlp_norm)
+        linears = [
+            LinearStruct(pointer(linear.weight), pointer(linear.bias), linear.out_features, linear.in_features)
+            for linear in self.linears
+        ]
+        return LayerStruct(*map(pointer, norms), *linears, self.window or 0)
 
 
 class NativeLayers:
     """Those of one decoder, whose weights are packed and stay where they are."""
 
-    def __init__(self, decoder: Decoder, functions: Kernels, dtype: torch.dtype) -> None:
-        config = decoder.config
+    def __init__(self, layers: Sequence[LayerParts], heads: HeadsStruct, epsilon: float, functions: Kernels) -> None:
+        first = layers[0]
         self._kernels = functions
-        self._dtype = dtype
-        self._layers = (LayerStruct * len(decoder.layers))(*map(_layer, decoder.layers))
-        heads = HeadsStruct(config.num_heads, config.num_kv_heads, config.head_dim, 0, config.head_dim**-0.5)
-        width = decoder.layers[0].mlp.down_proj.in_features
-        self._shape = ShapeStruct(config.hidden_size, width, heads, config.rms_norm_eps)
+        self._dtype = first.attention_norm.dtype
+        self._layers = (LayerStruct * len(layers))(*(layer.struct() for layer in layers))
+        self._shape = ShapeStruct(first.qkv.in_features, first.down.in_features, heads, epsilon)
         self._caches: tuple[int, ctypes.Array[CacheStruct]] = (0, (CacheStruct * 0)())
 
     @classmethod
-    def find(cls, decoder: Decoder) -> NativeLayers | None:
-        """None where the kernels do not run such a decoder, or its weights are packed in another way."""
-        from vllm_omni.layers.decoder import DecoderMLP
-
-        config = decoder.config
-        if not config.num_layers or not fits(config.num_heads, config.num_kv_heads, config.head_dim):
+    def find(
+        cls, layers: Sequence[LayerParts], num_heads: int, num_kv_heads: int, head_dim: int, epsilon: float
+    ) -> NativeLayers | None:
+        """None where the kernels do not take such layers, or their weights are packed in another way."""
+        if not layers or not fits(num_heads, num_kv_heads, head_dim):
             return None
-        if not all(type(layer.mlp) is DecoderMLP and _is_packed(layer) for layer in decoder.layers):
+        if not all(isinstance(linear.packing, NativePacking) for layer in layers for linear in layer.linears):
             return None
-        dtype = decoder.norm.weight.dtype
-        functions = kernels(dtype)
-        return None if functions is None else cls(decoder, functions, dtype)
+        functions = kernels(layers[0].attention_norm.dtype)
+        heads = HeadsStruct(num_heads, num_kv_heads, head_dim, 0, head_dim**-0.5)
+        return None if functions is None else cls(layers, heads, epsilon, functions)
 
     def run(
-        self, first: int, last: int, states: Tensor, cos: Tensor, sin: Tensor, metadata: AttentionMetadata, kv_cache: Tensor
+        self,
+        first: int,
+        last: int,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
     ) -> Tensor:
-        """The layers [first, last) from states [N, D], the model's dtype; cos, sin: [N, 1, d]; kv_cache:
-        [num_layers, 2, blocks, block_size, kv heads, d] -> [N, D].
+        """The layers [first, last) from states [N, D], the model's dtype; cos, sin: [N, 1, d]; kv_cache: [layers, 2,
+        blocks, block_size, kv heads, d] -> [N, D].
         """
         assert states.dtype == kv_cache.dtype == cos.dtype == self._dtype
         states = states.clone(memory_format=torch.contiguous_format)
@@ -71,29 +101,8 @@ class NativeLayers:
         return states
 
     def _cache_structs(self, kv_cache: Tensor) -> ctypes.Array[CacheStruct]:
-        if self._caches[0] != kv_cache.data_ptr():
+        """Made once for a pool."""
+        if self._caches[0] != kv_cache.data_ptr() or len(self._caches[1]) != len(kv_cache):
             made = (CacheStruct * len(kv_cache))(*(CacheStruct(pointer(c[0]), pointer(c[1])) for c in kv_cache))
             self._caches = (kv_cache.data_ptr(), made)
         return self._caches[1]
-
-
-def _linears(layer: DecoderLayer) -> tuple[Linear, ...]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-
-
-def _is_packed(layer: DecoderLayer) -> bool:
-    return all(isinstance(linear.packing, NativePacking) for linear in _linears(layer))
-
-
-def _layer(layer: DecoderLayer) -> LayerStruct:
-    attention = layer.self_attn
-    norms = (layer.input_layernorm, attention.q_norm, attention.k_norm, layer.post_attention_layernorm)
-    return LayerStruct(
-        *(None if norm is None else pointer(norm.weight) for norm in norms),
-        *(
-            LinearStruct(pointer(linear.weight), pointer(linear.bias), linear.out_features, linear.in_features)
-            for linear in _linears(layer)
-        ),
-        attention.window or 0,
-    )

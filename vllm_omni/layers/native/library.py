@@ -9,17 +9,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_omni.layers.native.structures import CacheStruct, HeadsStruct, LayerStruct, LinearStruct, ShapeStruct, StepStruct
-from vllm_omni.utils.device import instruction_sets
+from vllm_omni.layers.native.structures import (
+    CacheStruct,
+    HeadsStruct,
+    LinearStruct,
+    ShapeStruct,
+    StepStruct,
+)
+from vllm_omni.utils.device import instruction_sets, is_cpu
 
 VARIANTS = ("avx512bf16", "avx2")  # best first
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 POINTER, COUNT, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "pack": (POINTER, COUNT, COUNT, POINTER, THREADS),
+    "pack": (POINTER, COUNT, COUNT, THREADS),
     "unpack_rows": (POINTER, COUNT, POINTER, COUNT, POINTER, THREADS),
     "multiply": (POINTER, COUNT, ctypes.POINTER(LinearStruct), POINTER, THREADS),
-    "attend": (ctypes.POINTER(StepStruct), ctypes.POINTER(HeadsStruct), POINTER, ctypes.POINTER(CacheStruct), POINTER, THREADS),
+    "attend": (
+        ctypes.POINTER(StepStruct),
+        ctypes.POINTER(HeadsStruct),
+        POINTER,
+        ctypes.POINTER(CacheStruct),
+        POINTER,
+        THREADS,
+    ),
+    "find_largest": (POINTER, COUNT, COUNT, POINTER, THREADS),
     "run_layers": (
         *(POINTER, COUNT, ctypes.POINTER(ShapeStruct), ctypes.POINTER(StepStruct)),
         *(POINTER, POINTER, POINTER, POINTER, THREADS),
@@ -38,6 +52,7 @@ class Kernels:
         self.unpack_rows = getattr(library, f"unpack_rows_{dtype}")
         self.multiply = getattr(library, f"multiply_{dtype}")
         self.attend = getattr(library, f"attend_{dtype}")
+        self.find_largest = getattr(library, f"find_largest_{dtype}")
         self.run_layers = getattr(library, f"run_layers_{dtype}")
 
 
@@ -55,7 +70,7 @@ def pointer(tensor: Tensor | None) -> int | None:
     """The address of a contiguous tensor on the CPU."""
     if tensor is None:
         return None
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    assert tensor.is_contiguous() and is_cpu(tensor.device)
     return tensor.data_ptr()
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vllm_omni.layers.native.library import Kernels, kernels, pointer
 from vllm_omni.layers.native.structures import LinearStruct
+from vllm_omni.utils.device import is_cpu
 
 PANEL = 32  # rows of a weight that stand side by side; csrc/cpu/gemm.h
 
@@ -22,22 +23,20 @@ class NativePacking:
     def find(cls, weight: Tensor) -> NativePacking | None:
         """For a weight [out, in]; None where the kernels do not take it."""
         functions = kernels(weight.dtype)
-        if functions is None or weight.device.type != "cpu" or weight.shape[1] % 2:
+        outputs, inputs = weight.shape
+        if functions is None or not is_cpu(weight.device) or outputs % PANEL or inputs % 2:
             return None
         return cls(weight.dtype, functions)
 
     def pack(self, weight: Tensor) -> Tensor:
-        """[out, in] -> [out up to a whole panel, in], in place of the weight where its rows fill all panels."""
+        """[out, in] -> the same memory in another order."""
         outputs, inputs = weight.shape
-        rows = -(-outputs // PANEL) * PANEL
-        weight = weight.contiguous()
-        packed = weight if rows == outputs else weight.new_empty(rows, inputs)
-        self._kernels.pack(pointer(weight), outputs, inputs, pointer(packed), torch.get_num_threads())
-        return packed
+        self._kernels.pack(pointer(weight), outputs, inputs, torch.get_num_threads())
+        return weight
 
-    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-        """x: [..., in] -> [..., outputs]."""
-        inputs = packed.shape[1]
+    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [..., in] -> [..., out]."""
+        outputs, inputs = packed.shape
         assert x.shape[-1] == inputs and x.dtype == self._dtype, f"got {list(x.shape)} of {x.dtype}"
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], outputs)
@@ -49,5 +48,7 @@ class NativePacking:
         """ids: [N] int64 -> [N, in], rows of the weight as it was."""
         ids = ids.contiguous()
         out = packed.new_empty(len(ids), packed.shape[1])
-        self._kernels.unpack_rows(pointer(packed), packed.shape[1], pointer(ids), len(ids), pointer(out), torch.get_num_threads())
+        self._kernels.unpack_rows(
+            pointer(packed), packed.shape[1], pointer(ids), len(ids), pointer(out), torch.get_num_threads()
+        )
         return out
