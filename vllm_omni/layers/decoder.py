@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         """
         context.tap(0, states)
         cos, sin = self.rotary(positions, states.dtype, context.rope_lengths)
-        native = self._native() if context.attention.runs_layers else None
+        native = self.native() if context.attention.runs_layers else None
         done = 0
         for stop in context.stops(self.config.num_layers):
             if native is not None:
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
             context.tap(context.num_layers, states)
         return states
 
-    def _native(self) -> NativeLayers | None:
+    def native(self) -> NativeLayers | None:
         """What runs all layers in one call, where their weights are packed for that; looked for once."""
         if self._native_layers is False:
             config = self.config

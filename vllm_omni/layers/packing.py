@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.layers.native.packed import NativePacking
-from vllm_omni.utils.device import multiplies_with_onednn
+from vllm_omni.utils.device import multiplies_in_tiles, multiplies_with_onednn
 
 PACKED_FOR = 16  # rows; a layout of oneDNN that is fast for one row and for many
 
@@ -40,8 +40,10 @@ class OneDNNPacking:
 
 
 def find_packing(weight: Tensor) -> Packing | None:
-    """The fastest for a weight; None where torch's own way is."""
-    native = NativePacking.find(weight)
+    """The fastest for a weight; None where torch's own way is. oneDNN multiplies by the tiles of a CPU that has them,
+    which the package's own kernels do not.
+    """
+    native = None if multiplies_in_tiles(weight.device, weight.dtype) else NativePacking.find(weight)
     if native is not None:
         return native
     return OneDNNPacking() if multiplies_with_onednn(weight.device, weight.dtype) else None

@@ -65,6 +65,11 @@ def instruction_sets() -> frozenset[str]:
     return frozenset(name for name, features in needed.items() if features <= _cpu_features())
 
 
+def multiplies_in_tiles(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a CPU has units that multiply whole tiles of this dtype (AMX)."""
+    return is_cpu(device) and dtype == torch.bfloat16 and "amx_bf16" in _cpu_features()
+
+
 def _cpu_features() -> frozenset[str]:
     """As torch calls them; none where it is too old to tell."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

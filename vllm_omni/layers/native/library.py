@@ -58,12 +58,23 @@ class Kernels:
 
 def kernels(dtype: torch.dtype) -> Kernels | None:
     """Those of an element type; None where there are none, or none were compiled, or the processor is another."""
-    return _load().get(dtype)
+    file = next(iter(built_variants().values()), None)
+    return None if file is None else load(file).get(dtype)
 
 
-def variant() -> str | None:
-    """Which of VARIANTS is used here."""
-    return _find()[0]
+@functools.cache
+def built_variants() -> dict[str, Path]:
+    """Those of VARIANTS that are compiled and that this processor runs -> their files; the first is used."""
+    folder, known = Path(__file__).parent, instruction_sets()
+    files = {name: sorted(folder.glob(f"_{name}.*so")) for name in VARIANTS if name in known}
+    return {name: found[0] for name, found in files.items() if found}
+
+
+@functools.cache
+def load(file: Path) -> dict[torch.dtype, Kernels]:
+    """The functions of one variant, by element type."""
+    library = ctypes.CDLL(str(file))
+    return {dtype: Kernels(library, name) for dtype, name in DTYPES.items()}
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -72,22 +83,3 @@ def pointer(tensor: Tensor | None) -> int | None:
         return None
     assert tensor.is_contiguous() and is_cpu(tensor.device)
     return tensor.data_ptr()
-
-
-@functools.cache
-def _load() -> dict[torch.dtype, Kernels]:
-    file = _find()[1]
-    if file is None:
-        return {}
-    library = ctypes.CDLL(str(file))
-    return {dtype: Kernels(library, name) for dtype, name in DTYPES.items()}
-
-
-@functools.cache
-def _find() -> tuple[str | None, Path | None]:
-    known = instruction_sets()
-    for name in VARIANTS:
-        files = sorted(Path(__file__).parent.glob(f"_{name}.*so")) if name in known else []
-        if files:
-            return name, files[0]
-    return None, None

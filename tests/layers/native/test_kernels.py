@@ -1,0 +1,202 @@
+"""Every kernel equals its definition in torch, in each variant that this processor runs; rows depend on no others."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_omni.layers.attention.base import AttentionMetadata
+from vllm_omni.layers.attention.native import NativeAttention
+from vllm_omni.layers.attention.reference import ReferenceAttention
+from vllm_omni.layers.decoder import Decoder, DecoderConfig
+from vllm_omni.layers.forward_context import ForwardContext
+from vllm_omni.layers.linear import Embedding, Linear, pack_linears
+from vllm_omni.layers.native import library
+from vllm_omni.layers.native.packed import NativePacking
+from vllm_omni.layers.native.vocabulary import find_largest
+from vllm_omni.layers.sampler import largest
+
+VARIANTS = library.built_variants()
+DTYPES = (torch.float32, torch.bfloat16)
+SIZE = 16  # of a block
+pytestmark = pytest.mark.skipif(not VARIANTS, reason="no kernels are built for this processor")
+
+
+@pytest.fixture(params=sorted(VARIANTS), autouse=True)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Only this one is there."""
+    name: str = request.param
+    found: dict[str, Path] = {name: VARIANTS[name]}
+    monkeypatch.setattr(library, "built_variants", lambda: found)
+    return name
+
+
+def close(result: Tensor, expected: Tensor, steps: float = 1.0) -> None:
+    """bfloat16: to `steps` of its 8 bits, where sums that are rounded once are compared."""
+    tolerance = 2e-5 if result.dtype == torch.float32 else steps * 2**-7
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 70), st.integers(1, 70), st.integers(1, 5), st.booleans(), st.sampled_from(DTYPES), st.integers(0, 9)
+)
+@torch.inference_mode()
+def test_products_equal_torchs(rows: int, half: int, panels: int, bias: bool, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = Linear(2 * half, 32 * panels, bias=bias).to(dtype)
+    x = torch.randn(rows, 2 * half, dtype=dtype)
+    expected = F.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None).to(dtype)
+    layer.packing = NativePacking.find(layer.weight)
+    assert layer.packing is not None
+    layer.weight = torch.nn.Parameter(layer.packing.pack(layer.weight.detach()), requires_grad=False)
+    close(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_a_row_is_the_same_alone_and_among_others(dtype: torch.dtype) -> None:
+    packing = NativePacking.find(torch.empty(160, 96, dtype=dtype))
+    assert packing is not None
+    packed = packing.pack(torch.randn(160, 96).to(dtype))
+    x = torch.randn(1100, 96).to(dtype)
+    together = packing.multiply(x, packed, None)
+    for start, stop in ((0, 1), (7, 9), (100, 116), (43, 1000)):
+        assert torch.equal(packing.multiply(x[start:stop], packed, None), together[start:stop])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_packed_embeddings_are_read_as_they_were(dtype: torch.dtype) -> None:
+    embedding = Embedding(96, 34, is_head=True).to(dtype)
+    weight, ids = embedding.weight.detach().clone(), torch.tensor([0, 95, 31, 32, 33, 31])
+    embedding.pack()
+    assert embedding.packing is not None and not torch.equal(embedding.weight, weight)
+    assert torch.equal(embedding(ids), weight[ids])
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 80), st.sampled_from(DTYPES), st.integers(0, 99), st.booleans())
+def test_the_first_of_the_largest_is_found(rows: int, size: int, dtype: torch.dtype, seed: int, spoils: bool) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randint(-3, 4, (rows, size)).to(dtype)  # many are equal
+    expected = [row.tolist().index(row.max()) for row in logits]
+    if spoils:
+        logits[rows - 1, size // 2] = [math.nan, math.inf, -math.inf][seed % 3]
+        expected[-1] = -1
+    assert find_largest(logits) == expected == largest(logits)
+
+
+class Step:
+    """Sequences of (tokens before, tokens now) over shuffled blocks, keys and values of the past in them."""
+
+    def __init__(self, shapes: list[tuple[int, int]], num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        needed = [-(-(past + new) // SIZE) for past, new in shapes]
+        shuffled = torch.randperm(sum(needed)).tolist()
+        self.shapes = shapes
+        self.tables = [[shuffled.pop() for _ in range(count)] for count in needed]
+        self.num_tokens = sum(new for _, new in shapes)
+        self.positions = torch.cat([torch.arange(past, past + new) for past, new in shapes])
+        self.cache = torch.randn(2, 2, sum(needed), SIZE, num_kv_heads, head_dim).to(dtype)
+
+    def metadata(self, *, only: int | None = None) -> AttentionMetadata:
+        chosen = range(len(self.shapes)) if only is None else [only]
+        starts = [0]
+        for index in chosen:
+            starts.append(starts[-1] + self.shapes[index][1])
+        places = [(self.tables[i], p) for i in chosen for p in range(self.shapes[i][0], sum(self.shapes[i]))]
+        return AttentionMetadata.of(
+            slots=[table[place // SIZE] * SIZE + place % SIZE for table, place in places],
+            query_starts=starts,
+            context_lens=[sum(self.shapes[index]) for index in chosen],
+            block_tables=[self.tables[index] for index in chosen],
+            block_size=SIZE,
+            device=torch.device("cpu"),
+        )
+
+    def rows(self, index: int) -> slice:
+        start = sum(new for _, new in self.shapes[:index])
+        return slice(start, start + self.shapes[index][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 2), (16, 2), (16, 1), (6, 6)])
+@pytest.mark.parametrize("head_dim", [32, 64, 80])
+@pytest.mark.parametrize("window", [None, 40])
+@torch.inference_mode()
+def test_long_and_wide_steps_attend_as_the_definition_says(
+    dtype: torch.dtype, heads: tuple[int, int], head_dim: int, window: int | None
+) -> None:
+    torch.manual_seed(0)
+    step = Step([(1500, 1), (0, 70), (33, 20), (5, 1), (1023, 1), (1024, 1)], heads[1], head_dim, dtype)
+    query = torch.randn(step.num_tokens, heads[0], head_dim).to(dtype)
+    key, value = torch.randn(2, step.num_tokens, heads[1], head_dim).to(dtype)
+    native, definition = (
+        attention(step.metadata())(query, key, value, step.cache[0].clone(), window)
+        for attention in (NativeAttention, ReferenceAttention)
+    )
+    close(native, definition)
+    cache = step.cache[0].clone()
+    for index in range(len(step.shapes)):
+        rows = step.rows(index)
+        alone = NativeAttention(step.metadata(only=index))(query[rows], key[rows], value[rows], cache, window)
+        assert torch.equal(alone, native[rows])
+
+
+def make_decoder(
+    dtype: torch.dtype, *, biases: bool, head_norms: bool, windows: tuple[int | None, ...] = ()
+) -> Decoder:
+    raw = {
+        **{"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+    }
+    config = DecoderConfig(
+        **DecoderConfig.fields_from(raw, "config.json", head_dim=None),
+        qkv_bias=biases,
+        output_bias=biases,
+        head_norms=head_norms,
+        mlp_bias=biases,
+        windows=windows,
+    )
+    decoder = Decoder(config).to(dtype).requires_grad_(False).eval()
+    for parameter in decoder.parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 2 else 0.3) + (parameter.ndim == 1))
+    return decoder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shapes", [[(20, 1)], [(20, 1), (0, 1), (37, 1)], [(0, 40), (8, 1), (16, 9)]])
+@pytest.mark.parametrize(("biases", "head_norms", "windows"), [(False, True, ()), (True, False, (None, 12))])
+@torch.inference_mode()
+def test_layers_in_one_call_equal_them_one_by_one(
+    dtype: torch.dtype, shapes: list[tuple[int, int]], biases: bool, head_norms: bool, windows: tuple[int | None, ...]
+) -> None:
+    torch.manual_seed(0)
+    step = Step(shapes, 2, 32, dtype)
+    decoder = make_decoder(dtype, biases=biases, head_norms=head_norms, windows=windows)
+    states = torch.randn(step.num_tokens, 64).to(dtype)
+
+    def run(
+        attention: type[NativeAttention] | type[ReferenceAttention], cache: Tensor, only: int | None = None
+    ) -> Tensor:
+        rows = slice(None) if only is None else step.rows(only)
+        context = ForwardContext(attention(step.metadata(only=only)), cache, 2)
+        result: Tensor = decoder(states[rows], step.positions[rows], context)
+        return result
+
+    plain_cache, native_cache = step.cache.clone(), step.cache.clone()
+    plain = run(ReferenceAttention, plain_cache)
+    pack_linears(decoder)
+    assert decoder.native() is not None
+    native = run(NativeAttention, native_cache)
+    close(native, plain, steps=8)
+    close(native_cache, plain_cache, steps=8)
+    for index in range(len(shapes)):
+        assert torch.equal(run(NativeAttention, step.cache.clone(), index), native[step.rows(index)])
