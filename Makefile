@@ -1,7 +1,9 @@
 # make setup: a virtual environment with the package and its tools, at the versions of constraints.txt
+# make wheel: dist/*.whl with the compiled kernels of this platform
 # make demo: pictures, sounds, speech · make test · make lint · make bench
 # make fuzz SECONDS=600: odd configs, requests, checkpoint folders and HTTP, so long each
 # make test-newest, make test-oldest: the suite in an environment of the newest, the oldest versions allowed
+# make test-plain: the tests of what is computed, as where no kernels are compiled
 # make pins: constraints.txt from the newest versions, when the suite has passed with them
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +19,7 @@ PINS = $$($(BIN)/python -c 'import sys; print("--constraint constraints.txt" if 
 # fixtures are made once, and in order: by numbers of tests, long files of few tests would run last, beside nothing.
 SHARED := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test fuzz test-newest test-oldest pins lint bench
+.PHONY: setup wheel demo test test-plain fuzz test-newest test-oldest pins lint bench
 
 setup: $(STAMP)
 
@@ -27,12 +29,18 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 	$(BIN)/python -m pip install --quiet $(PINS) --editable . --group dev
 	touch $@
 
+wheel: setup
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 demo: setup
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/tiny_speech.py "can you read out: 3 7 red?" -o out/demo/speech.wav
 
 test: setup
 	$(BIN)/python -m pytest $(SHARED) --cov=vllm_omni --cov-fail-under=85
+
+test-plain: setup
+	$(BIN)/python -m pytest $(SHARED) --plain tests/layers tests/engine tests/models tests/worker tests/assets
 
 fuzz: setup
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m fuzz --seconds $(SECONDS)

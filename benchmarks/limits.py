@@ -15,9 +15,10 @@ from typing import Any
 from benchmarks.measure import Options, Report, Table
 from benchmarks.sides import SideProcess
 
-DTYPES = ("float32", "bfloat16")
+SIZES = {"float32": 4, "bfloat16": 2}  # bytes of a number
+DTYPES = tuple(SIZES)
 GIGA = 1e9
-BATCHES = (1, 16)
+BATCHES = (1, 8, 32)
 READ_FLOATS = 2**26  # 256 MiB, beyond any cache
 
 
@@ -37,10 +38,10 @@ class Limits:
     def pictures_per_s(self, dtype: str) -> float:
         return self.gemm_gflop_s[dtype] / self.picture_gflop
 
-    def decode_steps_per_s(self, parameters: int, batch: int) -> float:
-        """float32 steps of a language model that reads `parameters` weights and multiplies by all of them."""
-        reading_s = parameters * 4 / (self.read_gb_s * GIGA)
-        computing_s = 2 * parameters * batch / (self.gemm_gflop_s["float32"] * GIGA)
+    def decode_steps_per_s(self, parameters: int, batch: int, dtype: str) -> float:
+        """Steps of a language model that reads `parameters` weights and multiplies by all of them."""
+        reading_s = parameters * SIZES[dtype] / (self.read_gb_s * GIGA)
+        computing_s = 2 * parameters * batch / (self.gemm_gflop_s[dtype] * GIGA)
         return 1 / max(reading_s, computing_s)
 
     def picture_note(self, dtype: str) -> str:
@@ -50,16 +51,17 @@ class Limits:
             f"most {self.pictures_per_s(dtype):.1f} pictures/s."
         )
 
-    def decode_note(self, config: Mapping[str, Any]) -> str:
+    def decode_note(self, config: Mapping[str, Any], dtype: str) -> str:
         parameters = decode_parameters(config)
-        bounds = ", ".join(
-            f"{batch} sequence{'s' * (batch > 1)} {batch * self.decode_steps_per_s(parameters, batch):.0f} tokens/s"
+        gigabytes = parameters * SIZES[dtype] / GIGA
+        bounds = (
+            f"{batch} at once {batch * self.decode_steps_per_s(parameters, batch, dtype):.0f} tokens/s"
             for batch in BATCHES
         )
         return (
-            f"Limit: the {parameters / 1e6:.0f} M parameters take {parameters * 4 / GIGA:.2f} GB, read once a step at "
+            f"Limit: {parameters / 1e6:.0f} M parameters in {dtype} take {gigabytes:.2f} GB, read once a step at "
             f"{self.read_gb_s:.1f} GB/s, and {2 * parameters / GIGA:.2f} GFLOP a token at "
-            f"{self.gemm_gflop_s['float32']:.0f} GFLOP/s: decoding alone, at most {bounds}."
+            f"{self.gemm_gflop_s[dtype]:.0f} GFLOP/s: decoding alone, at most {', '.join(bounds)}."
         )
 
 
@@ -154,5 +156,5 @@ def run(options: Options, limits: Limits | None = None) -> Report:
         [f"the same by torch's own way, {dtype}", f"{rate:.0f} GFLOP/s"] for dtype, rate in limits.plain_gflop_s.items()
     ]
     rows.append(["memory, reading", f"{limits.read_gb_s:.1f} GB/s"])
-    notes = [limits.picture_note("float32"), limits.decode_note(MIDDLE)]
+    notes = [limits.picture_note("float32"), limits.decode_note(MIDDLE, "float32")]
     return Report("limits", [Table("This machine", ("what", "peak"), rows)], notes, asdict(limits))

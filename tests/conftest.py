@@ -27,3 +27,18 @@ def interrupts() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plain", action="store_true", help="compute as where the CPU kernels are not compiled")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plain(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In this process; those that a test starts compute as they would."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.config.getoption("--plain"):
+            from vllm_omni.layers.native import library
+
+            patched.setattr(library, "built_variants", dict)
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from vllm_omni.layers.native.library import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,9 +25,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "setup.py", "LICENSE"):
         shutil.copy(ROOT / name, source)
     (source / "README.md").write_text("# vllm_omni\n")
-    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.so")
     shutil.copytree(ROOT / "vllm_omni", source / "vllm_omni", ignore=ignored)
     shutil.copytree(ROOT / "configs", source / "configs")
+    shutil.copytree(ROOT / "csrc", source / "csrc")
     asset = source / "vllm_omni" / "assets" / "test-asset" / "vae"
     asset.mkdir(parents=True)
     (asset / "config.json").write_text("{}")
@@ -52,6 +56,15 @@ def test_a_wheel_holds_configs_assets_and_every_module(wheel: Path) -> None:
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_omni").rglob("*.py")} <= names
     assert not any("__pycache__" in name or name.startswith(("tests", "tools", "configs")) for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("g++") is None, reason="no compiler"
+)
+def test_a_wheel_holds_the_kernels_of_every_variant(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for variant in VARIANTS:
+        assert any(name.startswith(f"vllm_omni/layers/native/_{variant}.") for name in names)
 
 
 def test_an_unpacked_wheel_finds_its_configs_far_from_the_checkout(wheel: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from vllm_omni.core.routing.budgets import GIB, MIB, format_bytes
 from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.entrypoints.cli.text_table import aligned
 from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.layers.native.library import built_variants
 
 
 def describe(pipeline: Pipeline, plans: Mapping[str, MemoryPlan]) -> str:
@@ -189,7 +190,8 @@ def _readers(graph: StageGraph, stage: str, port: str) -> Iterable[str]:
 def _dtypes(pipeline: Pipeline, plans: Mapping[str, MemoryPlan]) -> list[str]:
     """Of the stages that hold something."""
     rows = [(name, str(pipeline.specs[name].precision)) for name, plan in plans.items() if plan.total_bytes]
-    return ["Dtypes", *aligned(rows), ""] if rows else []
+    kernels = f"CPU kernels: {next(iter(built_variants()), 'none are built for this processor; torch computes alone')}"
+    return ["Dtypes", *aligned(rows), f"  {kernels}", ""] if rows else []
 
 
 def _notes(pipeline: Pipeline) -> list[str]:
