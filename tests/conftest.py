@@ -1,6 +1,6 @@
 """What all tests need: random-operation tests do not fail because the machine is busy (no deadlines, no word about
-slow data), an interrupt interrupts, also where a shell started the tests in the background, and processes that share
-the tests out do not wait for each other's threads.
+slow data), an interrupt interrupts, also where a shell started the tests in the background, processes that share the
+tests out do not wait for each other's threads, and Triton's kernels run in its interpreter where there is no GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for wha
 
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from vllm_omni.errors import ConfigError
 
@@ -55,6 +58,69 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return True
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # no older torch has it
     return torch.backends.mkldnn.is_available() and any(features.get(name) for name in BFLOAT16_FEATURES)
+
+
+def is_cuda(device: torch.device) -> bool:
+    """Whether kernels for CUDA run there."""
+    return device.type == "cuda"
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return int(major), int(minor)
+
+
+def host_buffer(*shape: int, device: torch.device) -> Tensor:
+    """Zeros [*shape] int64 in the host's memory, from where `device` can copy without waiting."""
+    return torch.zeros(*shape, dtype=torch.int64, pin_memory=is_cuda(device))
+
+
+class CopyFence:
+    """Between copies to a device that were begun without waiting, and the next writes to where they come from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if is_cuda(device) else None
+
+    def record(self) -> None:
+        """The copies have been begun."""
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until what was recorded last has been copied."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class StepGraphs(Protocol):
+    """Makes work on fixed tensors repeatable at the cost of one launch."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What repeats `work`, which reads and writes the same memory each time and asks the device for no number."""
+
+
+class CudaGraphs:
+    """CUDA graphs, which share the memory of what they compute in between: one is replayed at a time, and what is to
+    outlive that stands in tensors that were there before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Runs `work` once before: kernels are compiled and libraries take their workspaces at their first use."""
+        current, beside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):
+            work()
+        current.wait_stream(beside)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+            work()
+        return graph.replay
 
 
 def multiplies_with_onednn(device: torch.device, dtype: torch.dtype) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,8 +60,27 @@ class AttentionMetadata:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionUse:
+    """What a backend would be used for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    block_size: int
+    head_dim: int
+
+
 class PagedAttention(ABC):
     """Attention of one step."""
+
+    # Whether a step of single tokens is launched by the shapes of its tensors alone, so that it may be captured in a
+    # graph and replayed with other lengths in them.
+    is_capturable: ClassVar[bool] = False
+
+    @classmethod
+    def complaint(cls, use: AttentionUse) -> str | None:
+        """Why it cannot be used so, as "got X, expected Y"; None where it can."""
+        return None
 
     def __init__(self, metadata: AttentionMetadata) -> None:
         self.metadata = metadata
