@@ -243,3 +243,11 @@ class Step:
         step.shapes, step.tables, step.cache = [self.shapes[index]], [self.tables[index]], self.cache
         step.query, step.key, step.value = self.query[rows], self.key[rows], self.value[rows]
         return step, rows
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Step:
+        """The same step elsewhere."""
+        step = object.__new__(Step)
+        step.size, step.device, step.shapes, step.tables = self.size, device, self.shapes, self.tables
+        tensors = (self.query, self.key, self.value, self.cache)
+        step.query, step.key, step.value, step.cache = (tensor.to(device, dtype) for tensor in tensors)
+        return step

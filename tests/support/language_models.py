@@ -77,6 +77,7 @@ def write(
     attention: str = "sdpa",
     decode_buckets: Many[int] = (),
     graphs: StepGraphs | None = None,
+    device: torch.device = CPU,
 ) -> list[Written]:
     """Greedy tokens for every prompt, all in one batch."""
     blocks = BlockManager(64, 4)
@@ -88,7 +89,7 @@ def write(
         max_num_seqs=len(prompts),
         tapped_layers=tapped_layers,
         can_sample=True,
-        device=CPU,
+        device=device,
         dtype=torch.float32,
         attention=find_backend(attention),
         decode_buckets=decode_buckets,
