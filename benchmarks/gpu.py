@@ -77,7 +77,8 @@ class Bench:
 
     def pictures(self) -> dict[str, Any]:
         """Seconds of one picture and of four, by stage."""
-        size, found = self.size, {}
+        size = self.size
+        found: dict[str, Any] = {}
         folder = z_image_folder(self._temporary / "z-image", **size.z_image)
         keys = [f"resources.max_memory_gb={self._memory_gb}"]
         with Omni("z_image", model=str(folder), device=str(self.device), overrides=keys, progress=False) as omni:

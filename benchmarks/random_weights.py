@@ -76,4 +76,4 @@ def write_weights(model: nn.Module, path: Path, leave_out: set[str] | frozenset[
 
 
 def _as_bytes(numbers: torch.Tensor) -> memoryview:
-    return memoryview(numbers.bfloat16().view(torch.int16).numpy()).cast("B")
+    return memoryview(numbers.bfloat16().view(torch.int16).numpy().tobytes())

@@ -52,6 +52,8 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 
+[[ $name =~ ^[A-Za-z0-9._-]*$ ]] || fail "--name: got '$name', expected letters, digits, dots and dashes"
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -z $python ]]; then
   python=python3
@@ -68,7 +70,6 @@ if [[ $device == cuda ]]; then
     name=$("$python" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
   fi
 fi
-[[ $name =~ ^[A-Za-z0-9._-]*$ ]] || fail "--name: got '$name', expected letters, digits, dots and dashes"
 [[ -n $output ]] || output=$root/benchmarks/results/gpu-$name.json
 [[ $output == /* ]] || output=$PWD/$output
 

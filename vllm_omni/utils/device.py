@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -111,16 +112,23 @@ class CudaGraphs:
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Runs `work` once before: kernels are compiled and libraries take their workspaces at their first use."""
-        current, beside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside):
-            work()
-        current.wait_stream(beside)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-            work()
+        with torch.cuda.device(self._device):
+            current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+            beside.wait_stream(current)
+            with torch.cuda.stream(beside):
+                work()
+            current.wait_stream(beside)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # other threads, of other stages, may go on meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
+                work()
         return graph.replay
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Within it kernels that are launched by no operation of torch run on this device."""
+    return torch.cuda.device(device) if is_cuda(device) else nullcontext()
 
 
 def multiplies_with_onednn(device: torch.device, dtype: torch.dtype) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.layers.attention.base import AttentionMetadata, AttentionUse, PagedAttention
-from vllm_omni.utils.device import is_cuda
+from vllm_omni.utils.device import current_device, is_cuda
 
 MIN_SPLIT = 128  # keys
 MAX_SPLITS = 16
@@ -56,10 +56,11 @@ class TritonAttention(PagedAttention):
         query = query.contiguous()
         output = torch.empty_like(query)
         shape = _Shape(query, kv_cache, window)
-        if self._has_single:
-            self._decode(output, query, kv_cache, shape)
-        if self._chunks:
-            self._prefill(output, query, kv_cache, shape)
+        with current_device(query.device):
+            if self._has_single:
+                self._decode(output, query, kv_cache, shape)
+            if self._chunks:
+                self._prefill(output, query, kv_cache, shape)
         return output
 
     def _decode(self, output: Tensor, query: Tensor, kv_cache: Tensor, shape: _Shape) -> None:

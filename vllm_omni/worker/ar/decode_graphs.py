@@ -57,7 +57,7 @@ class DecodeGraphs:
         logits = self._compute_logits(batch)
         is_sound = logits.isfinite().all(-1)
         self._logits[: len(logits)].copy_(logits)
-        self._greedy[: len(logits)].copy_(torch.where(is_sound, logits.argmax(-1), -1))
+        self._greedy[: len(logits)].copy_(logits.argmax(-1).masked_fill_(~is_sound, -1))
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
