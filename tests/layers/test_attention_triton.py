@@ -5,6 +5,11 @@ any block size, head size and dtype; and what makes a decode step fit for a grap
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from support.attention import USE, Step, find_backend
 
 from vllm_omni.layers.attention.triton import MAX_SPLITS, MIN_SPLIT, TritonAttention
 
+TESTS = Path(__file__).resolve().parents[1]
 COMPLAINT = TritonAttention.complaint(USE)
 pytestmark = pytest.mark.skipif(COMPLAINT is not None, reason=f"attention 'triton': {COMPLAINT}")
 
@@ -71,3 +77,15 @@ def test_the_width_of_the_block_table_changes_nothing() -> None:
     expected = step.attend("triton")
     step.tables = [table + [0] * (600 - len(table)) for table in step.tables]
     torch.testing.assert_close(step.attend("triton"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("capability", "shared_kb"), [(86, 99), (90, 227)])
+def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability: int, shared_kb: int) -> None:
+    """Machine code is made without a GPU; shared_kb: what a block of threads may have there."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    command = [sys.executable, "-m", "support.triton_compiler", str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 15 and max(found.values()) <= shared_kb * 1024, found

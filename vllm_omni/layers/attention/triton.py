@@ -22,9 +22,13 @@ from vllm_omni.utils.device import current_device, is_cuda
 
 MIN_SPLIT = 128  # keys
 MAX_SPLITS = 16
+SPLITS = {"MIN_SPLIT": MIN_SPLIT, "MAX_SPLITS": MAX_SPLITS}
+OF_RESULT = ("NUM_HEADS", "HEAD_DIM", "WINDOW", "BLOCK_N", "BLOCK_D")
 MAX_HEAD_DIM = 256
-TILE_ROWS = 64  # rows of a program over prompt tokens: tokens times heads of a group
-BLOCK_BYTES = 16384  # of a block of keys
+LEAST_ROWS = 16  # of a product
+TILE_BYTES = 32768  # of the queries of a program over prompt tokens, at most
+TILE_ROWS = 64  # the most of them: tokens times heads of a group
+BLOCK_BYTES = 16384  # of a block of keys; several blocks and the queries must fit the shared memory of any GPU
 INTERPRETER = "TRITON_INTERPRET"  # Triton's own switch
 
 
@@ -55,7 +59,7 @@ class TritonAttention(PagedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, window: int | None) -> Tensor:
         query = query.contiguous()
         output = torch.empty_like(query)
-        shape = _Shape(query, kv_cache, window)
+        shape = KernelShape(query, kv_cache, window)
         with current_device(query.device):
             if self._has_single:
                 self._decode(output, query, kv_cache, shape)
@@ -63,7 +67,7 @@ class TritonAttention(PagedAttention):
                 self._prefill(output, query, kv_cache, shape)
         return output
 
-    def _decode(self, output: Tensor, query: Tensor, kv_cache: Tensor, shape: _Shape) -> None:
+    def _decode(self, output: Tensor, query: Tensor, kv_cache: Tensor, shape: KernelShape) -> None:
         from vllm_omni.layers.attention.triton_kernels import combine_splits, decode_splits
 
         metadata = self.metadata
@@ -72,7 +76,6 @@ class TritonAttention(PagedAttention):
         heads = (len(lengths), num_splits, query.shape[1])
         partial = torch.empty(*heads, query.shape[2], dtype=torch.float32, device=query.device)
         peaks, totals = torch.empty(2, *heads, dtype=torch.float32, device=query.device)
-        splits = {"MIN_SPLIT": MIN_SPLIT, "MAX_SPLITS": MAX_SPLITS}
         decode_splits[(len(lengths), kv_cache.shape[3], num_splits)](
             query,
             kv_cache[0],
@@ -86,10 +89,9 @@ class TritonAttention(PagedAttention):
             table.stride(0),
             shape.scale,
             **shape.of_keys,
-            **splits,
-            BLOCK_G=max(16, shape.group),  # the least rows of a product
+            **SPLITS,
+            BLOCK_G=shape.decode_group,
         )
-        of_result = ("NUM_HEADS", "HEAD_DIM", "WINDOW", "BLOCK_N", "BLOCK_D")
         combine_splits[(len(lengths), query.shape[1])](
             output,
             starts,
@@ -98,15 +100,14 @@ class TritonAttention(PagedAttention):
             peaks,
             totals,
             num_splits,
-            **{name: shape.of_keys[name] for name in of_result},
-            **splits,
+            **shape.of_result,
+            **SPLITS,
         )
 
-    def _prefill(self, output: Tensor, query: Tensor, kv_cache: Tensor, shape: _Shape) -> None:
+    def _prefill(self, output: Tensor, query: Tensor, kv_cache: Tensor, shape: KernelShape) -> None:
         from vllm_omni.layers.attention.triton_kernels import prefill_tiles
 
-        metadata = self.metadata
-        tile = max(1, TILE_ROWS // shape.group)
+        metadata, tile = self.metadata, shape.tile
         tiles = self._tiles.get(tile)
         if tiles is None:
             places = [[index, start] for index, length in self._chunks for start in range(0, length, tile)]
@@ -128,14 +129,16 @@ class TritonAttention(PagedAttention):
         )
 
 
-class _Shape:
+class KernelShape:
     """What the kernels of a layer are compiled for."""
 
     def __init__(self, query: Tensor, kv_cache: Tensor, window: int | None) -> None:
         num_heads, head_dim = query.shape[1:]
         page, num_kv_heads = kv_cache.shape[2:4]
-        block_d = max(16, _power_of_two(head_dim))
+        block_d = max(LEAST_ROWS, _power_of_two(head_dim))
+        row_bytes = block_d * query.element_size()
         self.group = _power_of_two(num_heads // num_kv_heads)
+        self.tile = max(1, min(TILE_ROWS, TILE_BYTES // row_bytes) // self.group)  # tokens
         self.scale = head_dim**-0.5 * math.log2(math.e)
         self.of_keys: dict[str, Any] = {
             "NUM_HEADS": num_heads,
@@ -143,10 +146,12 @@ class _Shape:
             "HEAD_DIM": head_dim,
             "PAGE": page,
             "WINDOW": window or 0,
-            "BLOCK_N": min(64, max(16, BLOCK_BYTES // (block_d * query.element_size()))),
+            "BLOCK_N": min(64, max(LEAST_ROWS, BLOCK_BYTES // row_bytes)),
             "BLOCK_D": block_d,
             "PRECISION": "ieee",  # of float32 products; without it they are rounded to 10 bits
         }
+        self.of_result = {name: self.of_keys[name] for name in OF_RESULT}
+        self.decode_group = max(LEAST_ROWS, self.group)
 
 
 def _power_of_two(number: int) -> int:
