@@ -25,6 +25,7 @@ and on the machine with the GPU, in a copy of this repository:
   .venv/bin/pip install --no-index --find-links wheels vllm-omni --group dev
   tools/gpu_check.sh
 
+There a C compiler and Python's headers must be installed (gcc, python3-dev): triton needs them.
 flash-attn is optional: built for that torch and GPU, its wheel goes into the same folder.
 TEXT
 }

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import sysconfig
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,9 +44,13 @@ class TritonAttention(PagedAttention):
     def complaint(cls, use: AttentionUse) -> str | None:
         if find_spec("triton") is None:
             return "needs the package triton; install it"
-        if not is_cuda(use.device) and os.environ.get(INTERPRETER) != "1":
+        if is_cuda(use.device):
+            missing = _missing_to_compile()
+            if missing is not None:
+                return f"needs {missing}, with which triton makes its launchers; install it"
+        elif os.environ.get(INTERPRETER) != "1":
             return f"got device {use.device.type}, expected cuda"
-        if not is_cuda(use.device) and use.dtype == torch.bfloat16:
+        elif use.dtype == torch.bfloat16:
             return "got dtype bfloat16, which Triton's interpreter cannot multiply, expected float32 or float16"
         if use.head_dim > MAX_HEAD_DIM:
             return f"got heads of {use.head_dim}, expected at most {MAX_HEAD_DIM}"
@@ -152,6 +159,15 @@ class KernelShape:
         }
         self.of_result = {name: self.of_keys[name] for name in OF_RESULT}
         self.decode_group = max(LEAST_ROWS, self.group)
+
+
+def _missing_to_compile() -> str | None:
+    """What triton needs at run time and would not find, None where it has all."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc, clang, or CC)"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "the headers of Python (Python.h)"
+    return None
 
 
 def _power_of_two(number: int) -> int:

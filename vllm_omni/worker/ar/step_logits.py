@@ -29,7 +29,7 @@ class StepLogits:
         tokens: list[SampledToken | StageError] = [SampledToken(token) for token in chosen]
         left = [index for index, row in enumerate(rows) if chosen[index] < 0 or not row.is_plain_greedy]
         if left:
-            sampled = sample(self.logits[left], [rows[index] for index in left])
+            sampled = sample(self.logits[left].cpu(), [rows[index] for index in left])  # where they are drawn anyway
             for index, token in zip(left, sampled, strict=True):
                 tokens[index] = token
         return tokens
