@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,11 +91,31 @@ def test_the_largest_bucket_is_captured_first(model: LanguageModel) -> None:
 
     class Sizes(CalledGraphs):
         def capture(self, work: Any) -> Any:
-            sizes.append(len(work.args[0].token_ids))
+            sizes.append(len(work.args[1].token_ids))
             return super().capture(work)
 
     make_runner(model, Sizes())
     assert sizes == [4, 2, 1]
+
+
+def test_a_runner_with_graphs_is_freed_at_once(model: LanguageModel) -> None:
+    """Not when garbage is next collected: its KV pool may be most of a GPU."""
+
+    class Forgetful(CalledGraphs):
+        """As CUDA graphs: what was captured is not needed any more."""
+
+        def capture(self, work: Any) -> Any:
+            work()
+            return lambda: None
+
+    runner = make_runner(model, Forgetful())
+    watched = weakref.ref(runner)
+    gc.disable()
+    try:
+        del runner
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_capturing_touches_no_block_but_the_scratch_block(model: LanguageModel) -> None:

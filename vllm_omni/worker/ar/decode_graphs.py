@@ -39,10 +39,12 @@ class DecodeGraphs:
         dtype: torch.dtype,
     ) -> None:
         """compute_logits: of a batch, the logits [N, V] of all rows. sizes: the batch's buckets, ascending."""
-        self._compute_logits = compute_logits
         self._logits = torch.empty(sizes[-1], vocab_size, device=device, dtype=dtype)
         self._greedy = torch.empty(sizes[-1], device=device, dtype=torch.int64)
-        self._replay = {size: graphs.capture(partial(self._step, batch.padding(size))) for size in reversed(sizes)}
+        # compute_logits is the runner's, which holds these graphs: kept here it would keep the KV pool alive as well
+        self._replay = {
+            size: graphs.capture(partial(self._step, compute_logits, batch.padding(size))) for size in reversed(sizes)
+        }
 
     def run(self, batch: StepBatch) -> StepLogits:
         """The step of a batch that stands in the buffers of the DecodeBatch, without inputs beyond ids."""
@@ -52,9 +54,9 @@ class DecodeGraphs:
             return StepLogits(self._logits[: len(rows)], self._greedy[: len(rows)])
         return StepLogits(self._logits[rows], self._greedy[rows])
 
-    def _step(self, batch: StepBatch) -> None:
+    def _step(self, compute_logits: Callable[[StepBatch], Tensor], batch: StepBatch) -> None:
         """Everything that is captured."""
-        logits = self._compute_logits(batch)
+        logits = compute_logits(batch)
         is_sound = logits.isfinite().all(-1)
         self._logits[: len(logits)].copy_(logits)
         self._greedy[: len(logits)].copy_(logits.argmax(-1).masked_fill_(~is_sound, -1))
