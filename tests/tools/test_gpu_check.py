@@ -21,7 +21,8 @@ SCRIPT = ROOT / "tools" / "gpu_check.sh"
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
     command = [str(SCRIPT), "--python", sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
 
