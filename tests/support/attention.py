@@ -144,7 +144,7 @@ class CapturableAttention(PagedAttention):
         metadata = self.metadata
         if any(stop - start > 1 for start, stop in pairwise(metadata.query_starts)):
             return ReferenceAttention(metadata).attend(query, key, value, kv_cache, window)
-        places = torch.arange(metadata.block_table.shape[1] * metadata.block_size)
+        places = torch.arange(metadata.block_table.shape[1] * metadata.block_size, device=query.device)
         lengths = metadata.context_lens_tensor[:, None]
         is_seen = places < lengths
         if window is not None:

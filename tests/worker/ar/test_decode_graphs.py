@@ -20,12 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from vllm_omni.core.ar.scheduler import Chunk
 from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.errors import StageError
+from vllm_omni.layers.attention.flash import FlashAttention, FlashPart
 from vllm_omni.layers.attention.triton import TritonAttention
 from vllm_omni.layers.sampler import SampledToken, SamplingRow
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.params import SamplingParams
 from vllm_omni.worker.ar.decode_graphs import bucket_sizes, capture_complaint
-from vllm_omni.worker.ar.language_model import LanguageModel
+from vllm_omni.worker.ar.language_model import LanguageModel, LanguageModelFolder
 from vllm_omni.worker.ar.model_runner import ModelRunner
 from vllm_omni.worker.ar.step_logits import StepLogits
 
@@ -64,20 +65,47 @@ def test_captured_steps_equal_the_plain_path(attention: str, model: LanguageMode
         torch.testing.assert_close(ours.states, theirs.states, rtol=0, atol=1e-5)
 
 
-def make_runner(model: LanguageModel, graphs: CalledGraphs, buckets: tuple[int, ...] = (1, 2, 4)) -> ModelRunner:
-    return ModelRunner(
-        model,
-        num_blocks=16,
-        block_size=SIZE,
-        max_num_seqs=buckets[-1],
-        tapped_layers=(),
-        can_sample=True,
-        device=CPU,
-        dtype=torch.float32,
-        attention=find_backend("capturable"),
-        decode_buckets=buckets,
-        graphs=graphs,
-    )
+def make_runner(model: LanguageModel, graphs: CalledGraphs | None = None, **changes: Any) -> ModelRunner:
+    keys: dict[str, Any] = {"device": CPU, "attention": find_backend("capturable"), "tapped_layers": ()}
+    if graphs is not None:
+        keys |= {"graphs": graphs, "decode_buckets": (1, 2, 4)}
+    pool: dict[str, Any] = {"num_blocks": 16, "block_size": SIZE, "max_num_seqs": 4, "dtype": torch.float32}
+    return ModelRunner(model, can_sample=True, **pool, **{**keys, **changes})
+
+
+class Nowhere:
+    """A kernel of FlashAttention that only looks at where its arguments are."""
+
+    takes_mixed = False
+
+    def __call__(self, query: Any, keys: Any, values: Any, part: FlashPart, window: int | None) -> torch.Tensor:
+        numbers = (part.query_starts, part.key_starts, part.lengths, part.block_table)
+        assert {tensor.device.type for tensor in (query, keys, values, *numbers)} == {"meta"}
+        return torch.empty_like(query)
+
+
+class FlashNowhere(FlashAttention):
+    find_kernel = staticmethod(Nowhere)
+
+
+@pytest.mark.parametrize("attention", [find_backend("capturable"), find_backend("sdpa"), FlashNowhere])
+def test_a_step_stands_wholly_on_its_device_and_asks_it_for_no_number(attention: type, tmp_path: Path) -> None:
+    """The device without memory refuses tensors of the CPU, and has no numbers to give: as a GPU, which would wait."""
+    nowhere = torch.device("meta")
+    folder = LanguageModelFolder.open(save_random_model(LlamaForCausalLM, LlamaConfig(**TINY), tmp_path))
+    with nowhere:
+        model = folder.model_class(folder.config)
+    graphs: Any = {"graphs": CalledGraphs(), "decode_buckets": (1, 2, 4)} if attention.is_capturable else {}
+    runner = make_runner(model, device=nowhere, attention=attention, tapped_layers=[0, 2], **graphs)
+    first, second = make_sequence(0, [1, 2, 3, 4, 5]), make_sequence(1, [7])
+    for chunks in (
+        [Chunk(first, 0, 3, False)],
+        [Chunk(first, 3, 5, True), Chunk(second, 0, 1, True)],
+        [Chunk(first, 4, 5, True), Chunk(second, 0, 1, True)],
+        [Chunk(first, 4, 5, False), Chunk(second, 0, 1, True)],
+    ):
+        step = runner.run(chunks)
+        assert step.logits.device == nowhere and len(step.logits) == sum(chunk.samples for chunk in chunks)
 
 
 def make_sequence(number: int, tokens: list[int]) -> Sequence:

@@ -97,15 +97,15 @@ class DecodeBatch:
         """As `StepBatch.of`. Behind the blocks of a sequence its row of the block table holds any valid numbers."""
         size = self._bucket_size(len(chunks))
         columns, attention = self._filled(chunks, size)
-        samples = [chunk.samples for chunk in chunks]
-        rows = self._every_row[: len(chunks)]
+        sampling = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        is_everyone = len(sampling) == len(chunks)
         return StepBatch(
             token_ids=columns[0, :size],
             positions=_own_positions(chunks, inputs, self._pool.device, size) if inputs else columns[1, :size],
             attention=attention,
             input_rows=_input_rows(chunks, inputs) if inputs else None,
-            sampling_rows=rows if all(samples) else rows[torch.tensor(samples, device=rows.device)],
-            samples_first_rows=all(samples),
+            sampling_rows=self._every_row[: len(chunks)] if is_everyone else _tensor(sampling, self._pool.device),
+            samples_first_rows=is_everyone,
         )
 
     def padding(self, size: int) -> StepBatch:
