@@ -1,6 +1,6 @@
 """What all tests need: random-operation tests do not fail because the machine is busy (no deadlines, no word about
-slow data), an interrupt interrupts, also where a shell started the tests in the background, and processes that share
-the tests out do not wait for each other's threads.
+slow data), an interrupt interrupts, also where a shell started the tests in the background, processes that share the
+tests out do not wait for each other's threads, and Triton's kernels run in its interpreter where there is no GPU.
 """
 
 from __future__ import annotations
@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for what a test starts
     # Two threads on any machine, since with several sums round otherwise. They sleep while they have nothing to do:
@@ -22,15 +26,42 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cuda", help="where tests marked cuda run; cpu: a look at whether they would")
+    parser.addoption("--plain", action="store_true", help="compute as where the CPU kernels are not compiled")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not has_cuda():
+        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cuda" and not has_cuda():
+        for item in items:
+            if item.get_closest_marker("cuda") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def gpu(request: pytest.FixtureRequest) -> torch.device:
+    """Where tests marked cuda run."""
+    import torch
+
+    return torch.device(request.config.getoption("--device"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interrupts() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--plain", action="store_true", help="compute as where the CPU kernels are not compiled")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -46,9 +46,11 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker:Talker",
     },
     "attention": {
+        "flash": "vllm_omni.layers.attention.flash:FlashAttention",
         "native": "vllm_omni.layers.attention.native:NativeAttention",
         "reference": "vllm_omni.layers.attention.reference:ReferenceAttention",
         "sdpa": "vllm_omni.layers.attention.sdpa:SDPAAttention",
+        "triton": "vllm_omni.layers.attention.triton:TritonAttention",
     },
     "diffusion model": {
         "AceStepPipeline": "vllm_omni.models.ace_step.spec:AceStepSpec",

@@ -385,3 +385,19 @@ TestRandomWindowedLives = WindowMachine.TestCase
 TestRandomWindowedLives.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestRandomNarrowLives = NarrowMachine.TestCase
 TestRandomNarrowLives.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def test_a_commit_looks_at_new_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token of a long text is one: they must not cost more and more."""
+    blocks = BlockManager(16, SIZE)
+    sequence = compute_all(blocks, make_sequence(list(range(10 * SIZE))))
+    looked_at: list[int] = []
+    content = blocks._content
+    monkeypatch.setattr(blocks, "_content", lambda s, index: looked_at.append(index) or content(s, index))
+    for token in range(SIZE):
+        sequence.append(token)
+        blocks.grow(sequence, sequence.num_tokens)
+        sequence.num_computed_tokens = sequence.num_tokens
+        blocks.commit(sequence)
+    assert set(looked_at) == {10}
+    blocks.check_integrity([sequence])

@@ -6,66 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from support.attention import HEAD_DIM, SIZE, Shape, Step, backends, find_backend
 
-from vllm_omni import registry
-from vllm_omni.layers.attention.base import AttentionMetadata, PagedAttention
-
-SIZE, HEAD_DIM = 4, 8
-BACKENDS = registry.names("attention")
-Shape = tuple[int, int]  # tokens before this step, tokens of this step
-
-
-class Step:
-    """A random ragged step whose earlier keys and values already stand in a pool with shuffled blocks."""
-
-    def __init__(self, shapes: list[Shape], num_heads: int, num_kv_heads: int, seed: int, garbage: float = 0.0) -> None:
-        torch.manual_seed(seed)
-        needed = [-(-(past + new) // SIZE) for past, new in shapes]
-        shuffled = torch.randperm(sum(needed) + 2).tolist()
-        self.tables = [[shuffled.pop() for _ in range(count)] for count in needed]
-        self.shapes = shapes
-        num_tokens = sum(new for _, new in shapes)
-        self.query = torch.randn(num_tokens, num_heads, HEAD_DIM)
-        self.key = torch.randn(num_tokens, num_kv_heads, HEAD_DIM)
-        self.value = torch.randn(num_tokens, num_kv_heads, HEAD_DIM)
-        self.cache = torch.full((2, sum(needed) + 2, SIZE, num_kv_heads, HEAD_DIM), garbage)
-        for table, (past, _) in zip(self.tables, shapes, strict=True):
-            for position in range(past):
-                self.cache[:, table[position // SIZE], position % SIZE] = torch.randn(2, num_kv_heads, HEAD_DIM)
-
-    @property
-    def metadata(self) -> AttentionMetadata:
-        starts = [0]
-        for _, new in self.shapes:
-            starts.append(starts[-1] + new)
-        slots = [
-            table[position // SIZE] * SIZE + position % SIZE
-            for table, (past, new) in zip(self.tables, self.shapes, strict=True)
-            for position in range(past, past + new)
-        ]
-        return AttentionMetadata.of(
-            slots=slots,
-            query_starts=starts,
-            context_lens=[past + new for past, new in self.shapes],
-            block_tables=self.tables,
-            block_size=SIZE,
-            device=torch.device("cpu"),
-        )
-
-    def attend(self, backend: str, window: int | None = None) -> Tensor:
-        attention: type[PagedAttention] = registry.resolve("attention", backend)
-        return attention(self.metadata)(self.query, self.key, self.value, self.cache.clone(), window)
-
-    def alone(self, index: int) -> tuple[Step, slice]:
-        """The same sequence as a step of its own, and its rows here."""
-        start = sum(new for _, new in self.shapes[:index])
-        rows = slice(start, start + self.shapes[index][1])
-        step = object.__new__(Step)
-        step.shapes, step.tables, step.cache = [self.shapes[index]], [self.tables[index]], self.cache
-        step.query, step.key, step.value = self.query[rows], self.key[rows], self.value[rows]
-        return step, rows
-
+BACKENDS = backends()
 
 shapes = st.lists(st.tuples(st.integers(0, 11), st.sampled_from([1, 1, 1, 2, 3, 7])), min_size=1, max_size=6)
 
@@ -119,7 +62,7 @@ def test_blocks_behind_the_window_are_never_read(backend: str, window: int) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layers_with_and_without_a_window_share_one_step(backend: str) -> None:
     step = Step([(11, 1), (6, 3), (2, 1)], 4, 2, seed=6)
-    attention = registry.resolve("attention", backend)(step.metadata)
+    attention = find_backend(backend)(step.metadata)
     for window in (None, 3, 5, None, 3, 100):
         shared = attention(step.query, step.key, step.value, step.cache.clone(), window)
         torch.testing.assert_close(shared, step.attend(backend, window), rtol=0, atol=0)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.attention import find_backend
 from torch import Tensor
 
-from vllm_omni import registry
 from vllm_omni.core.ar.block_manager import BlockManager
 from vllm_omni.core.ar.scheduler import ARScheduler
 from vllm_omni.core.ar.sequence import Sequence
+from vllm_omni.utils.device import StepGraphs
 from vllm_omni.worker.ar.language_model import (
     LanguageModel,
     LanguageModelConfig,
@@ -75,6 +76,8 @@ def write(
     max_num_batched_tokens: int = 7,
     attention: str = "sdpa",
     decode_buckets: Many[int] = (),
+    graphs: StepGraphs | None = None,
+    device: torch.device = CPU,
 ) -> list[Written]:
     """Greedy tokens for every prompt, all in one batch."""
     blocks = BlockManager(64, 4)
@@ -86,10 +89,11 @@ def write(
         max_num_seqs=len(prompts),
         tapped_layers=tapped_layers,
         can_sample=True,
-        device=CPU,
+        device=device,
         dtype=torch.float32,
-        attention=registry.resolve("attention", attention),
+        attention=find_backend(attention),
         decode_buckets=decode_buckets,
+        graphs=graphs,
     )
     sequences = [
         Sequence(number, f"r{number}", list(ids), max_tokens=len(ids) + num_tokens)
@@ -99,7 +103,7 @@ def write(
     for sequence in sequences:
         scheduler.add(sequence)
     while chunks := scheduler.schedule():
-        logits = runner.run(chunks)
+        logits = runner.run(chunks).logits.clone()  # they are good until the next step
         for chunk in chunks:
             scheduler.advance(chunk)
         writing = [chunk.sequence for chunk in chunks if chunk.samples]

@@ -43,6 +43,7 @@ class CausalLM(nn.Module):
 
     prompt_reader = None  # text alone
     other_parts: ClassVar[tuple[str, ...]] = ()  # how published names begin that belong to other models of the folder
+    is_capturable: ClassVar[bool] = True
 
     def __init__(self, config: CausalLMConfig, make_mlp: MakeMLP | None = None) -> None:
         """make_mlp: as a Decoder's."""

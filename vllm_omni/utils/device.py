@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from vllm_omni.errors import ConfigError
 
@@ -74,6 +78,76 @@ def _cpu_features() -> frozenset[str]:
     """As torch calls them; none where it is too old to tell."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return frozenset(name for name, value in known.items() if value is True)
+
+
+def is_cuda(device: torch.device) -> bool:
+    """Whether kernels for CUDA run there."""
+    return device.type == "cuda"
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return int(major), int(minor)
+
+
+def host_buffer(*shape: int, device: torch.device) -> Tensor:
+    """Zeros [*shape] int64 in the host's memory, from where `device` can copy without waiting."""
+    return torch.zeros(*shape, dtype=torch.int64, pin_memory=is_cuda(device))
+
+
+class CopyFence:
+    """Between copies to a device that were begun without waiting, and the next writes to where they come from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if is_cuda(device) else None
+
+    def record(self) -> None:
+        """The copies have been begun."""
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until what was recorded last has been copied."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class StepGraphs(Protocol):
+    """Makes work on fixed tensors repeatable at the cost of one launch."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What repeats `work`, which reads and writes the same memory each time and asks the device for no number."""
+
+
+class CudaGraphs:
+    """CUDA graphs, which share the memory of what they compute in between: one is replayed at a time, and what is to
+    outlive that stands in tensors that were there before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Runs `work` once before: kernels are compiled and libraries take their workspaces at their first use."""
+        with torch.cuda.device(self._device):
+            current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+            beside.wait_stream(current)
+            with torch.cuda.stream(beside):
+                work()
+            current.wait_stream(beside)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # other threads, of other stages, may go on meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
+                work()
+        return graph.replay
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Within it kernels that are launched by no operation of torch run on this device."""
+    return torch.cuda.device(device) if is_cuda(device) else nullcontext()
 
 
 def multiplies_with_onednn(device: torch.device, dtype: torch.dtype) -> bool:

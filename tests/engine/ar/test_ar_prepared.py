@@ -27,6 +27,7 @@ from vllm_omni.engine.output import make_result
 from vllm_omni.layers.attention.native import NativeAttention
 from vllm_omni.layers.attention.reference import ReferenceAttention
 from vllm_omni.layers.attention.sdpa import SDPAAttention
+from vllm_omni.layers.native.library import built_variants
 from vllm_omni.params import SamplingParams
 from vllm_omni.request import OmniRequest
 from vllm_omni.worker.ar.chat import Chat
@@ -90,7 +91,12 @@ def test_the_meta_of_a_payload_is_plain_json_and_makes_the_same_completions(fold
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [("auto", NativeAttention), ("sdpa", SDPAAttention), ("reference", ReferenceAttention)]
+    ("name", "backend"),
+    [
+        pytest.param("auto", NativeAttention, marks=pytest.mark.skipif(not built_variants(), reason="no kernels")),
+        ("sdpa", SDPAAttention),
+        ("reference", ReferenceAttention),
+    ],
 )
 def test_the_attention_of_the_config_runs(
     folder: Path, name: str, backend: type, monkeypatch: pytest.MonkeyPatch

@@ -161,6 +161,27 @@ def test_buffers_on_an_accelerator_follow_those_on_the_host() -> None:
         assert_same_batch(got, StepBatch.of(chunks, NOTHING, make_pool()))
 
 
+def test_host_buffers_are_written_only_when_the_last_copies_of_them_have_been_made() -> None:
+    batch = make_decode_batch(BUCKETS)
+    internals: Any = batch
+    internals._on_device = tuple(buffer.clone() for buffer in internals._host)
+    seen: list[tuple[str, list[int]]] = []
+
+    class Fence:
+        def wait(self) -> None:
+            seen.append(("wait", internals._columns[0].tolist()))
+
+        def record(self) -> None:
+            seen.append(("record", internals._on_device[0][0].tolist()))
+
+    internals._fence = Fence()
+    for token in (7, 9):
+        sequence = make_sequence(0, [1], 2)
+        sequence.token_ids[-1] = token
+        batch.fill([last_token(sequence)], NOTHING)
+    assert [(what, tokens[0]) for what, tokens in seen] == [("wait", 0), ("record", 7), ("wait", 7), ("record", 9)]
+
+
 def test_a_chunk_of_two_tokens_is_no_decode_step() -> None:
     sequence = make_sequence(0, [1], 4)
     assert not DecodeBatch.fits([last_token(sequence), Chunk(make_sequence(1, [2], 4), 0, 2, False)])

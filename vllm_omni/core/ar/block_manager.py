@@ -134,7 +134,8 @@ class BlockManager:
             sequence.num_released_blocks = max(first, sequence.num_released_blocks)
 
     def _enter(self, sequence: Sequence) -> None:
-        for index in range(sequence.num_released_blocks, sequence.num_computed_tokens // self.block_size):
+        num_full = sequence.num_computed_tokens // self.block_size
+        for index in range(max(sequence.num_released_blocks, sequence.num_entered_blocks), num_full):
             block = self._blocks[sequence.block_table[index]]
             key = self._hash(sequence, index)
             if block.key is None and key not in self._cached:
@@ -143,6 +144,7 @@ class BlockManager:
                 block.content_ids = self._content(sequence, index)
                 block.adapter = sequence.adapter
                 self._cached[key] = sequence.block_table[index]
+        sequence.num_entered_blocks = num_full
 
     def free(self, sequence: Sequence) -> None:
         """Gives the blocks back for good. A sequence that holds none may be freed too; one that was freed may not."""
@@ -243,7 +245,7 @@ class BlockManager:
 
     def _release(self, sequence: Sequence) -> None:
         self._give_back(sequence.held_blocks)
-        sequence.block_table, sequence.num_released_blocks = [], 0
+        sequence.block_table, sequence.num_released_blocks, sequence.num_entered_blocks = [], 0, 0
 
     def _give_back(self, numbers: list[int]) -> None:
         for number in reversed(numbers):  # a prefix outlives what follows it

@@ -47,6 +47,7 @@ class ARScheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._budget = 0  # tokens that the step which is being filled may still take
         self.num_preemptions = 0
 
     @property
@@ -81,6 +82,7 @@ class ARScheduler:
 
     def _fill_step(self) -> list[Chunk]:
         chunks: list[Chunk] = []
+        self._budget = self._max_num_batched_tokens
         for sequence in list(self._running):
             if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
                 self._continue(sequence, chunks)
@@ -130,7 +132,7 @@ class ARScheduler:
         self.blocks.check_integrity([*self._running, *self._waiting])
 
     def _continue(self, sequence: Sequence, chunks: list[Chunk]) -> None:
-        num_tokens = min(sequence.num_computable_tokens, self._budget(chunks))
+        num_tokens = min(sequence.num_computable_tokens, self._budget)
         if num_tokens == 0:
             return
         while not self.blocks.can_grow(sequence, sequence.num_computed_tokens + num_tokens):
@@ -142,8 +144,7 @@ class ARScheduler:
 
     def _admit(self, chunks: list[Chunk]) -> None:
         for sequence in [sequence for sequence in self._waiting if sequence.num_computable_tokens]:
-            budget = self._budget(chunks)
-            if budget == 0 or len(self._running) == self._max_num_seqs or not self.blocks.can_admit(sequence):
+            if self._budget == 0 or len(self._running) == self._max_num_seqs or not self.blocks.can_admit(sequence):
                 return
             self._waiting.remove(sequence)
             insort(self._running, sequence, key=_order)
@@ -152,7 +153,7 @@ class ARScheduler:
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.num_reached_tokens = max(sequence.num_reached_tokens, sequence.num_computed_tokens)
-            num_tokens = min(sequence.num_computable_tokens, budget)
+            num_tokens = min(sequence.num_computable_tokens, self._budget)
             if num_tokens:  # none when the prefix cache served all that is ready
                 self._take(sequence, num_tokens, chunks)
 
@@ -160,6 +161,7 @@ class ARScheduler:
         start = sequence.num_computed_tokens
         end = start + num_tokens
         self.blocks.grow(sequence, end)
+        self._budget -= num_tokens
         chunks.append(Chunk(sequence, start, end, sequence.is_writing and end == sequence.num_tokens))
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -169,9 +171,6 @@ class ARScheduler:
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-
-    def _budget(self, chunks: list[Chunk]) -> int:
-        return self._max_num_batched_tokens - sum(chunk.num_tokens for chunk in chunks)
 
 
 def _order(sequence: Sequence) -> int:

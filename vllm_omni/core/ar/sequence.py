@@ -53,6 +53,7 @@ class Sequence:
     num_released_blocks: int = (
         0  # of its first blocks, given back: no token reads them again; their numbers say nothing
     )
+    num_entered_blocks: int = 0  # of its first blocks, that were full at a commit: the prefix cache has seen them
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, as far as needed; outlives preemption
 
     def __post_init__(self) -> None:

@@ -331,6 +331,8 @@ class OmniScheduler:
         """Hands chunks to running readers, holds back writers that are too far ahead of them, lets others go on."""
         request_id, streams = state.request.request_id, state.streams
         orders: list[Order] = []
+        if streams.is_empty and not state.is_caller_behind and not state.dropped_readers:
+            return orders
         for edge, rows in streams.hand_over(state.running):
             orders.append(Feed(request_id, edge.target, edge.target_port, rows))
         to_pause, to_resume = streams.change_pauses(state.running, self._too_fast(state))

@@ -25,6 +25,11 @@ class RequestStreams:
         self.paused: set[str] = set()  # stages that were told to
         self._ended: set[tuple[str, str]] = set()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is streamed, and nobody is to go on."""
+        return not self._streams and not self.paused
+
     def touches(self, stage: str) -> bool:
         """Whether a stage writes or reads a stream."""
         return any(stage in (edge.source, edge.target) for edge in self._streams)

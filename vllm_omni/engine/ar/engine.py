@@ -17,11 +17,12 @@ from vllm_omni.engine.ar.base import ARJob
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, made_so_far
 from vllm_omni.errors import StageError
-from vllm_omni.layers.sampler import SampledToken, sample
+from vllm_omni.layers.sampler import SampledToken
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask, StageWorked
 from vllm_omni.payload import StagePayload, StreamChunk
-from vllm_omni.utils.device import is_out_of_memory, release_memory
+from vllm_omni.utils.device import CudaGraphs, is_out_of_memory, release_memory
+from vllm_omni.worker.ar.decode_graphs import bucket_sizes
 from vllm_omni.worker.ar.model_runner import ModelRunner
 from vllm_omni.worker.background import BackgroundJob
 
@@ -198,12 +199,12 @@ class AREngine(StageEngine):
 
     def _compute(self, chunks: list[Chunk], inputs: dict[int, TokenInputs]) -> dict[int, SampledToken | StageError]:
         """The tokens that were sampled, by sequence id."""
-        logits = self._runner.run(chunks, inputs)
+        step = self._runner.run(chunks, inputs)
         for chunk in chunks:
             self._scheduler.advance(chunk)
         writing = [chunk.sequence for chunk in chunks if chunk.samples]
         rows = [self._jobs[sequence.request_id].row_of(sequence) for sequence in writing]
-        return dict(zip((sequence.sequence_id for sequence in writing), sample(logits, rows), strict=True))
+        return dict(zip((sequence.sequence_id for sequence in writing), step.sample(rows), strict=True))
 
     def _postprocess(self, sequence: Sequence, token: SampledToken | StageError | None) -> list[StageEvent]:
         job = self._jobs.get(sequence.request_id)
@@ -254,5 +255,8 @@ def _load_runner(spec: ARSpec, context: EngineContext) -> ModelRunner:
         can_sample=spec.can_write,
         device=context.device,
         dtype=context.dtype,
-        attention=registry.resolve("attention", spec.options.attention_row),
+        attention=registry.resolve("attention", spec.attention),
+        max_model_len=spec.model_len,
+        decode_buckets=bucket_sizes(spec.options.max_num_seqs) if spec.captures_steps else (),
+        graphs=CudaGraphs(context.device) if spec.captures_steps else None,
     )

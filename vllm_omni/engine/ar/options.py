@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vllm_omni import registry
 from vllm_omni.config.schema import MAX_MB
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.attention.choice import AUTO
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.worker.ar.chat import RESERVED_TEMPLATE_KEYS
 from vllm_omni.worker.ar.language_model import LanguageModelConfig
@@ -18,8 +19,6 @@ SIDES = ("left", "right", "middle")
 WRITTEN_KEYS = frozenset({"text", "token_ids", "finish_reason", "completions"})
 META_KEYS = WRITTEN_KEYS | {"prompt_tokens", "truncated_tokens"}
 DEFAULT_MODEL_LEN = 4096  # that the smallest default pool holds
-AUTO = "auto"
-AUTO_ATTENTION = "native"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,9 @@ class AROptions:
     kv_memory_mb: float | None = None
     num_blocks: int | None = None  # the pool's blocks; None: enough for max_num_seqs full sequences, as memory allows
     prefix_caching: bool = True  # whether equal beginnings of prompts are computed once
-    attention: str = AUTO  # a row of the registry's table "attention"; "auto" chooses
+    attention: str = AUTO  # a row of the registry's table "attention"; "auto" chooses by device
+    # whether decode steps are captured in CUDA graphs; None: where device, model and attention backend allow it
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -110,11 +111,6 @@ class AROptions:
     def meta_keys(self) -> frozenset[str]:
         """What the meta of a payload of written text may hold."""
         return META_KEYS.union(self.sections) if self.can_write else META_KEYS - WRITTEN_KEYS
-
-    @property
-    def attention_row(self) -> str:
-        """`attention`, chosen."""
-        return AUTO_ATTENTION if self.attention == AUTO else self.attention
 
     def model_len(self, config: LanguageModelConfig) -> int:
         """Most tokens of one sequence; ConfigError when more are asked for than the model has positions."""

@@ -16,8 +16,13 @@ from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.engine.ar.options import AROptions
 from vllm_omni.engine.ar.prompt import ARLimits
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
+from vllm_omni.errors import ConfigError
+from vllm_omni.layers.attention.base import AttentionUse
+from vllm_omni.layers.attention.choice import choose_attention
 from vllm_omni.params import SamplingParams, StageParams
+from vllm_omni.utils.device import resolve_device
 from vllm_omni.utils.files import ModelFolders
+from vllm_omni.worker.ar.decode_graphs import capture_complaint
 from vllm_omni.worker.ar.kv_pool import KVPoolPlan, activation_bytes, plan_kv_pool
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
 from vllm_omni.worker.ar.model_runner import ModelRunner
@@ -43,7 +48,11 @@ class ARSpec(StageSpec):
         model = LanguageModelFolder.open(folder, options.part, options.rope_scaling)
         row = model.name if model.name in registry.names(TABLE) else DEFAULT_ROW
         spec: type[ARSpec] = registry.resolve(TABLE, row)
-        return spec(stage, config, folders, model)
+        described = spec(stage, config, folders, model)
+        complaint = described._capture_complaint
+        if options.cuda_graphs and complaint is not None:
+            raise ConfigError(f"cuda_graphs: got true, but {complaint}; remove the key")
+        return described
 
     def __init__(
         self, stage: StageConfig, config: OmniConfig, folders: ModelFolders, model: LanguageModelFolder
@@ -54,6 +63,9 @@ class ARSpec(StageSpec):
         self.model = model
         self.tapped = self.options.tapped_layers(model.config)  # port -> indices of its layers
         self.model_len = self.options.model_len(model.config)
+        device = resolve_device(stage.device)
+        use = AttentionUse(device, self.precision.dtype, self.options.block_size, model.config.head_dim)
+        self.attention = choose_attention(self.options.attention, use)  # a row of the registry
         self._granted_bytes = 0  # beyond the smallest pool, where no key says how large it is
 
     @abstractmethod
@@ -63,6 +75,11 @@ class ARSpec(StageSpec):
     @abstractmethod
     def make_stage(self, context: EngineContext, runner: ModelRunner) -> ARStage:
         """The running half, side files read."""
+
+    @property
+    def captures_steps(self) -> bool:
+        """Whether decode steps are captured in graphs."""
+        return self.options.cuda_graphs is not False and self._capture_complaint is None
 
     @property
     def pool(self) -> KVPoolPlan:
@@ -137,8 +154,17 @@ class ARSpec(StageSpec):
     def weights_key(self) -> tuple[str, ...]:
         return (self.stage.kind, *self.model.key)
 
+    def note(self) -> str:
+        return f"attention {self.attention}{', decode steps in CUDA graphs' if self.captures_steps else ''}"
+
     def load(self, context: EngineContext) -> AREngine:
         return AREngine(self, context)
+
+    @property
+    def _capture_complaint(self) -> str | None:
+        attention = registry.resolve("attention", self.attention)
+        device = resolve_device(self.stage.device)
+        return capture_complaint(self.model, attention, can_write=self.can_write, device=device)
 
     @property
     def _itemsize(self) -> int:

@@ -111,14 +111,14 @@ class TextSpec(ARSpec):
         return self._num_prompt_tokens(request, prepared) / 10 + num_new_tokens
 
     def note(self) -> str:
-        """Where the parameters come from that a request leaves unset."""
+        """Besides: where the parameters come from that a request leaves unset."""
         said = [f"{name} {value} (config)" for name, value in self.stage.defaults.items()]
         said += [
             f"{name} {value:g} ({FILE})"
             for name, value in self._checkpoint_defaults.items()
             if name not in self.stage.defaults
         ]
-        return f"defaults: {', '.join(said)}" if said else ""
+        return "; ".join([super().note(), *([f"defaults: {', '.join(said)}"] if said else [])])
 
     def tapped_layers(self, reads: ReadPorts) -> frozenset[int]:
         return frozenset(layer for port, layers in self.tapped.items() if port in reads for layer in layers)

@@ -60,10 +60,28 @@ class AttentionMetadata:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionUse:
+    """What a backend would be used for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    block_size: int
+    head_dim: int
+
+
 class PagedAttention(ABC):
     """Attention of one step."""
 
     runs_layers: ClassVar[bool] = False  # whether whole layers may be run by kernels that attend by themselves
+    # Whether a step of single tokens is launched by the shapes of its tensors alone, so that it may be captured in a
+    # graph and replayed with other lengths in them.
+    is_capturable: ClassVar[bool] = False
+
+    @classmethod
+    def complaint(cls, use: AttentionUse) -> str | None:
+        """Why it cannot be used so, as "got X, expected Y"; None where it can."""
+        return None
 
     def __init__(self, metadata: AttentionMetadata) -> None:
         self.metadata = metadata

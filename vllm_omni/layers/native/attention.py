@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vllm_omni.layers.attention.base import AttentionMetadata
-from vllm_omni.layers.native.library import Kernels, pointer
+from vllm_omni.layers.native.library import Kernels, pointer, threads_for
 from vllm_omni.layers.native.structures import CacheStruct, HeadsStruct, StepStruct
 
 MAX_HEAD_DIM, MAX_GROUP = 256, 16  # csrc/cpu/attention.h
@@ -33,7 +33,7 @@ def step_struct(metadata: AttentionMetadata) -> StepStruct:
 
 
 def attend(
-    functions: Kernels, metadata: AttentionMetadata, query: Tensor, kv_cache: Tensor, window: int | None, threads: int
+    functions: Kernels, metadata: AttentionMetadata, query: Tensor, kv_cache: Tensor, window: int | None
 ) -> Tensor:
     """query: [N, H, D]; kv_cache: [2, blocks, block_size, K, D], this step's tokens in it -> [N, H, D]."""
     query = query.contiguous()
@@ -41,5 +41,6 @@ def attend(
     num_heads, size = query.shape[1:]
     heads = HeadsStruct(num_heads, kv_cache.shape[3], size, window or 0, size**-0.5)
     cache = CacheStruct(pointer(kv_cache[0]), pointer(kv_cache[1]))
+    threads = threads_for(sum(metadata.context_lens) * num_heads * size)
     functions.attend(step_struct(metadata), heads, query.data_ptr(), cache, out.data_ptr(), threads)
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_omni.layers.attention.base import AttentionMetadata
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.native.attention import fits, step_struct
-from vllm_omni.layers.native.library import Kernels, kernels, pointer
+from vllm_omni.layers.native.library import Kernels, kernels, pointer, threads_for
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.native.structures import CacheStruct, HeadsStruct, LayerStruct, LinearStruct, ShapeStruct
 
@@ -57,6 +57,7 @@ class NativeLayers:
         self._dtype = first.attention_norm.dtype
         self._layers = (LayerStruct * len(layers))(*(layer.struct() for layer in layers))
         self._shape = ShapeStruct(first.qkv.in_features, first.down.in_features, heads, epsilon)
+        self._weights = sum(linear.weight.numel() for linear in first.linears)  # of one layer
         self._caches: tuple[int, ctypes.Array[CacheStruct]] = (0, (CacheStruct * 0)())
 
     @classmethod
@@ -96,7 +97,7 @@ class NativeLayers:
             pointer(sin),
             ctypes.byref(self._cache_structs(kv_cache), first * ctypes.sizeof(CacheStruct)),
             states.data_ptr(),
-            torch.get_num_threads(),
+            threads_for(len(states) * self._weights),
         )
         return states
 

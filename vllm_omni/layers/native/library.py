@@ -20,6 +20,7 @@ from vllm_omni.utils.device import instruction_sets, is_cpu
 
 VARIANTS = ("avx512bf16", "avx2")  # best first
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+SHARED_WORK = 2**20  # multiplications: some ten microseconds of one thread
 POINTER, COUNT, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 ARGUMENTS: dict[str, tuple[type, ...]] = {
     "pack": (POINTER, COUNT, COUNT, THREADS),
@@ -75,6 +76,11 @@ def load(file: Path) -> dict[torch.dtype, Kernels]:
     """The functions of one variant, by element type."""
     library = ctypes.CDLL(str(file))
     return {dtype: Kernels(library, name) for dtype, name in DTYPES.items()}
+
+
+def threads_for(work: int) -> int:
+    """How many threads share so many multiplications: what is done sooner than threads meet is one's own."""
+    return torch.get_num_threads() if work >= SHARED_WORK else 1
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_omni.layers.native.library import Kernels, kernels, pointer
+from vllm_omni.layers.native.library import Kernels, kernels, pointer, threads_for
 from vllm_omni.layers.native.structures import LinearStruct
 from vllm_omni.utils.device import is_cpu
 
@@ -31,7 +31,7 @@ class NativePacking:
     def pack(self, weight: Tensor) -> Tensor:
         """[out, in] -> the same memory in another order."""
         outputs, inputs = weight.shape
-        self._kernels.pack(pointer(weight), outputs, inputs, torch.get_num_threads())
+        self._kernels.pack(pointer(weight), outputs, inputs, threads_for(weight.numel()))
         return weight
 
     def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -41,7 +41,8 @@ class NativePacking:
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], outputs)
         struct = LinearStruct(pointer(packed), pointer(bias), outputs, inputs)
-        self._kernels.multiply(x.data_ptr(), x.numel() // inputs, struct, out.data_ptr(), torch.get_num_threads())
+        threads = threads_for(x.numel() * outputs)
+        self._kernels.multiply(x.data_ptr(), x.numel() // inputs, struct, out.data_ptr(), threads)
         return out
 
     def rows(self, packed: Tensor, ids: Tensor) -> Tensor:
@@ -49,6 +50,6 @@ class NativePacking:
         ids = ids.contiguous()
         out = packed.new_empty(len(ids), packed.shape[1])
         self._kernels.unpack_rows(
-            pointer(packed), packed.shape[1], pointer(ids), len(ids), pointer(out), torch.get_num_threads()
+            pointer(packed), packed.shape[1], pointer(ids), len(ids), pointer(out), threads_for(out.numel())
         )
         return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_omni.layers.native.library import kernels, pointer
+from vllm_omni.layers.native.library import kernels, pointer, threads_for
 from vllm_omni.utils.device import is_cpu
 
 
@@ -18,5 +18,5 @@ def find_largest(logits: Tensor) -> list[int] | None:
         return None
     logits = logits.contiguous()
     found = torch.empty(len(logits), dtype=torch.int64)
-    functions.find_largest(pointer(logits), *logits.shape, pointer(found), torch.get_num_threads())
+    functions.find_largest(pointer(logits), *logits.shape, pointer(found), threads_for(logits.numel()))
     return found.tolist()

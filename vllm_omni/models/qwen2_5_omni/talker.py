@@ -78,6 +78,7 @@ class Talker(nn.Module):
 
     prompt_reader = None  # it reads no prompt: states alone
     other_parts = ()
+    is_capturable = False  # it is fed rows in every step
 
     def __init__(self, config: TalkerConfig) -> None:
         super().__init__()

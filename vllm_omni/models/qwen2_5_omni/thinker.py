@@ -57,6 +57,7 @@ class Thinker(nn.Module):
 
     prompt_reader = OmniPromptReader
     other_parts = ()
+    is_capturable = True
 
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()

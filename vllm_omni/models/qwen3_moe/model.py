@@ -58,6 +58,7 @@ class Qwen3MoeConfig(CausalLMConfig):
 class Qwen3Moe(CausalLM):
     """The model of one folder."""
 
+    is_capturable = False  # which experts have tokens is asked of the device
     config: Qwen3MoeConfig
 
     def __init__(self, config: Qwen3MoeConfig) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm_omni.core.ar.scheduler import Chunk
 from vllm_omni.layers.attention.base import AttentionMetadata
 from vllm_omni.layers.token_inputs import InputRows, TokenInputs
+from vllm_omni.utils.device import CopyFence, host_buffer
 from vllm_omni.worker.ar.kv_pool import KVPool
 
 NO_TABLE: list[int] = []
@@ -30,6 +31,7 @@ class StepBatch:
     attention: AttentionMetadata
     input_rows: InputRows | None  # what joins or replaces embeddings
     sampling_rows: Tensor  # [R] int64, the tokens whose states give logits, in the order of the chunks
+    samples_first_rows: bool = False  # whether these are known to be the first R tokens
 
     @classmethod
     def of(cls, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs], pool: KVPool) -> StepBatch:
@@ -74,14 +76,17 @@ class DecodeBatch:
         self._bucket_sizes = tuple(bucket_sizes)
         num_rows = self._bucket_sizes[-1] if bucket_sizes else max_num_seqs
         # rows: token ids, positions, slots, context lengths
-        columns = torch.zeros(4, num_rows, dtype=torch.int64)
-        block_table = torch.zeros(num_rows, max_num_blocks, dtype=torch.int64)
+        columns = host_buffer(4, num_rows, device=pool.device)
+        block_table = host_buffer(num_rows, max_num_blocks, device=pool.device)
         self._columns, self._block_table = columns.numpy(), block_table.numpy()  # written through these
         self._host = (columns, block_table)
         self._on_device = (columns.to(pool.device), block_table.to(pool.device))  # the same tensors on a CPU
+        self._fence = CopyFence(pool.device)
         self._every_row = torch.arange(num_rows + 1, dtype=torch.int64, device=pool.device)
         # Which table each row holds, and how much of it: a table only grows, or another list takes its place.
         self._tables: list[tuple[list[int], int]] = [(NO_TABLE, 0)] * num_rows
+        self._padding_table = [] if pool.scratch_block is None else [pool.scratch_block]
+        self._num_stale = 0  # rows of the block table, from the first on, that the device does not have as they are
 
     @staticmethod
     def fits(chunks: Many[Chunk]) -> bool:
@@ -90,30 +95,43 @@ class DecodeBatch:
 
     def fill(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> StepBatch:
         """As `StepBatch.of`. Behind the blocks of a sequence its row of the block table holds any valid numbers."""
-        count = len(chunks)
-        size = self._bucket_size(count)
-        context_lens = [chunk.end for chunk in chunks]
-        self._fill_sequences(chunks, context_lens)
-        if size > count:
-            self._fill_padding(count, size)
-            context_lens += [1] * (size - count)
-        columns, block_table = self._copied(size)
-        samples = [chunk.samples for chunk in chunks]
-        rows = self._every_row[:count]
+        size = self._bucket_size(len(chunks))
+        columns, attention = self._filled(chunks, size)
+        sampling = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        is_everyone = len(sampling) == len(chunks)
         return StepBatch(
             token_ids=columns[0, :size],
             positions=_own_positions(chunks, inputs, self._pool.device, size) if inputs else columns[1, :size],
-            attention=AttentionMetadata(
-                slot_mapping=columns[2, :size],
-                query_starts=tuple(range(size + 1)),
-                context_lens=tuple(context_lens),
-                block_table=block_table[:size],
-                block_size=self._pool.block_size,
-                query_starts_tensor=self._every_row[: size + 1],
-                context_lens_tensor=columns[3, :size],
-            ),
+            attention=attention,
             input_rows=_input_rows(chunks, inputs) if inputs else None,
-            sampling_rows=rows if all(samples) else rows[torch.tensor(samples, device=rows.device)],
+            sampling_rows=self._every_row[: len(chunks)] if is_everyone else _tensor(sampling, self._pool.device),
+            samples_first_rows=is_everyone,
+        )
+
+    def padding(self, size: int) -> StepBatch:
+        """A batch of nothing but padding rows, in the places of a bucket's; all of them sample."""
+        columns, attention = self._filled([], size)
+        return StepBatch(columns[0, :size], columns[1, :size], attention, None, self._every_row[:size], True)
+
+    def _filled(self, chunks: Many[Chunk], size: int) -> tuple[Tensor, AttentionMetadata]:
+        """The columns on the device, and what attention is told of their first `size` rows."""
+        count = len(chunks)
+        context_lens = [chunk.end for chunk in chunks]
+        self._fence.wait()
+        if chunks:
+            self._fill_sequences(chunks, context_lens)
+        if size > count:
+            self._fill_padding(count, size)
+            context_lens += [1] * (size - count)
+        columns, block_table = self._copied()
+        return columns, AttentionMetadata(
+            slot_mapping=columns[2, :size],
+            query_starts=tuple(range(size + 1)),
+            context_lens=tuple(context_lens),
+            block_table=block_table[:size],
+            block_size=self._pool.block_size,
+            query_starts_tensor=self._every_row[: size + 1],
+            context_lens_tensor=columns[3, :size],
         )
 
     def _bucket_size(self, count: int) -> int:
@@ -130,25 +148,32 @@ class DecodeBatch:
             context_lens,
         )
         for row, table in enumerate(tables):
-            held, length = self._tables[row]
-            start = length if held is table else 0
-            if start < len(table):
-                self._block_table[row, start : len(table)] = table[start:]
-                self._tables[row] = (table, len(table))
+            self._fill_table(row, table)
 
     def _fill_padding(self, start: int, stop: int) -> None:
         assert self._pool.scratch_block is not None
-        scratch = self._pool.scratch_block
-        self._columns[:, start:stop] = [[0], [0], [scratch * self._pool.block_size], [1]]
-        self._block_table[start:stop, 0] = scratch
-        self._tables[start:stop] = [(NO_TABLE, 0)] * (stop - start)
+        self._columns[:, start:stop] = [[0], [0], [self._pool.scratch_block * self._pool.block_size], [1]]
+        for row in range(start, stop):
+            self._fill_table(row, self._padding_table)
 
-    def _copied(self, size: int) -> tuple[Tensor, Tensor]:
-        """The buffers where the model computes, their first `size` rows up to date."""
+    def _fill_table(self, row: int, table: list[int]) -> None:
+        held, length = self._tables[row]
+        start = length if held is table else 0
+        if start < len(table):
+            self._block_table[row, start : len(table)] = table[start:]
+            self._tables[row] = (table, len(table))
+            self._num_stale = max(self._num_stale, row + 1)
+
+    def _copied(self) -> tuple[Tensor, Tensor]:
+        """The buffers where the model computes, up to date."""
         (columns, block_table), (columns_there, block_table_there) = self._host, self._on_device
         if columns_there is not columns:
-            columns_there.copy_(columns)
-            block_table_there[:size].copy_(block_table[:size])
+            columns_there.copy_(columns, non_blocking=True)
+            if self._num_stale:
+                rows = slice(self._num_stale)
+                block_table_there[rows].copy_(block_table[rows], non_blocking=True)
+            self._fence.record()
+        self._num_stale = 0
         return columns_there, block_table_there
 
 

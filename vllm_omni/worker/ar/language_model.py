@@ -71,6 +71,9 @@ class LanguageModel(Protocol):
 
     prompt_reader: ClassVar[type[PromptReader[Any]] | None]  # None for a model that reads text alone
     other_parts: ClassVar[tuple[str, ...]]  # how published names begin that belong to other models of the folder
+    # Whether a step of single tokens that are ids alone computes by the shapes of its tensors, whatever stands in them,
+    # so that it may be captured in a graph.
+    is_capturable: ClassVar[bool]
     config: LanguageModelConfig
 
     def __call__(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:

@@ -17,10 +17,13 @@ from vllm_omni.layers.attention.base import PagedAttention
 from vllm_omni.layers.attention.sdpa import SDPAAttention
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.token_inputs import TokenInputs
+from vllm_omni.utils.device import StepGraphs
 from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch, rope_lengths
+from vllm_omni.worker.ar.decode_graphs import DecodeGraphs
 from vllm_omni.worker.ar.kv_pool import KVLayout, KVPool
 from vllm_omni.worker.ar.language_model import LanguageModel, MediaReader
 from vllm_omni.worker.ar.media_prompt import MediaItem
+from vllm_omni.worker.ar.step_logits import StepLogits
 
 
 class ModelRunner:
@@ -38,11 +41,14 @@ class ModelRunner:
         device: torch.device,
         dtype: torch.dtype,
         attention: type[PagedAttention] = SDPAAttention,
+        max_model_len: int | None = None,
         decode_buckets: Many[int] = (),
+        graphs: StepGraphs | None = None,
     ) -> None:
         """tapped_layers: indices into `hidden_states` that will be read. can_sample: whether logits are needed; without
-        them only the layers up to the last tapped one run, and only they have keys and values. decode_buckets: the
-        numbers of rows that a decode step is padded to; none: it is not padded.
+        them only the layers up to the last tapped one run, and only they have keys and values. max_model_len: tokens of
+        a sequence; None: the model's positions. decode_buckets: the numbers of rows that a decode step is padded to;
+        none: it is not padded. graphs: what captures the decode steps of each bucket.
         """
         config = model.config
         self._model = model
@@ -56,13 +62,14 @@ class ModelRunner:
             dtype=dtype,
             has_scratch=bool(decode_buckets),
         )
-        most_blocks = -(-config.num_positions // block_size)  # with a window more than are held at once
+        most_blocks = -(-(max_model_len or config.num_positions) // block_size)  # with a window more than held at once
         self._decode_batch = DecodeBatch(
             self._pool,
             max_num_seqs=max_num_seqs,
             max_num_blocks=most_blocks if config.window is not None else min(num_blocks, most_blocks),
             bucket_sizes=decode_buckets,
         )
+        self._graphs = None if graphs is None else self._capture(graphs, decode_buckets)
 
     @property
     def device(self) -> torch.device:
@@ -80,25 +87,17 @@ class ModelRunner:
         return self._pool.num_bytes
 
     @torch.inference_mode()
-    def run(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs] | None = None) -> Tensor:
+    def run(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs] | None = None) -> StepLogits:
         """Computes the tokens of all chunks -> logits [R, V] for those that sample, in their order. inputs: by sequence
         id, of the tokens of its chunk, where they are more than ids.
         """
         inputs = inputs or {}
         is_decode = self._decode_batch.fits(chunks)
         batch = self._decode_batch.fill(chunks, inputs) if is_decode else StepBatch.of(chunks, inputs, self._pool)
-        context = ForwardContext(
-            self._attention(batch.attention),
-            self._pool.kv_cache,
-            self._pool.layout.num_layers,
-            self._pool.taps,
-            batch.input_rows,
-            rope_lengths(chunks, len(batch.token_ids), self.device) if self._scales_by_length else None,
-        )
-        states = self._model(batch.token_ids, batch.positions, context)
-        if not len(batch.sampling_rows):
-            return states.new_empty(0, self._model.config.vocab_size)
-        return self._model.compute_logits(states[batch.sampling_rows])
+        if self._graphs is not None and is_decode and not inputs:
+            return self._graphs.run(batch)
+        lengths = rope_lengths(chunks, len(batch.token_ids), self.device) if self._scales_by_length else None
+        return StepLogits(self._compute(batch, lengths))
 
     @torch.inference_mode()
     def encode(self, item: MediaItem) -> Tensor:
@@ -110,3 +109,31 @@ class ModelRunner:
         blocks.
         """
         return self._pool.tapped_states(sequence, layers, start, stop)
+
+    def _compute(self, batch: StepBatch, lengths: Tensor | None = None) -> Tensor:
+        """The logits [R, V] of the rows that sample. lengths: as a ForwardContext's `rope_lengths`."""
+        context = ForwardContext(
+            self._attention(batch.attention),
+            self._pool.kv_cache,
+            self._pool.layout.num_layers,
+            self._pool.taps,
+            batch.input_rows,
+            lengths,
+        )
+        states = self._model(batch.token_ids, batch.positions, context)
+        if not len(batch.sampling_rows):
+            return states.new_empty(0, self._model.config.vocab_size)
+        is_every = batch.samples_first_rows and len(batch.sampling_rows) == len(states)
+        return self._model.compute_logits(states if is_every else states[batch.sampling_rows])
+
+    @torch.inference_mode()
+    def _capture(self, graphs: StepGraphs, sizes: Many[int]) -> DecodeGraphs:
+        return DecodeGraphs(
+            graphs,
+            self._decode_batch,
+            self._compute,
+            sizes=sizes,
+            vocab_size=self._model.config.vocab_size,
+            device=self.device,
+            dtype=self.dtype,
+        )

@@ -1,0 +1,89 @@
+"""An AR stage whose decode steps are captured answers as one whose are not; keys that choose attention and graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.ar import GREEDY, assert_clean, done, make_engine, make_model_folder, make_spec, make_stage, make_task, run
+from support.graphs import CalledGraphs
+
+from vllm_omni import registry
+from vllm_omni.engine.ar import engine as ar_engine
+from vllm_omni.errors import ConfigError
+from vllm_omni.params import SamplingParams
+from vllm_omni.worker.ar import decode_graphs
+
+PROMPTS = ["a red circle", "left of a blue square", "the end of the world", "a"]
+PARAMS = [
+    GREEDY,
+    SamplingParams(temperature=1.0, seed=3, max_tokens=9, ignore_eos=True),
+    SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=7, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=0, max_tokens=5, n=1, ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CalledGraphs:
+    """As if the CPU were a GPU that captures."""
+    graphs = CalledGraphs()
+    monkeypatch.setattr(ar_engine, "CudaGraphs", lambda device: graphs)
+    monkeypatch.setattr(decode_graphs, "is_cuda", lambda device: True)
+    monkeypatch.setitem(registry.TABLES["attention"], "capturable", "support.attention:CapturableAttention")
+    return graphs
+
+
+def answers(folder: Path, **stage_keys: Any) -> list[dict[str, Any]]:
+    engine = make_engine(folder, max_num_seqs=4, **stage_keys)
+    tasks = [make_task(prompt, params, f"r{i}") for i, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True))]
+    events = run(engine, *tasks)
+    assert_clean(engine)
+    return [dict(done(events[task.request_id]).payload.meta) for task in tasks]
+
+
+def without_logprobs(answer: dict[str, Any]) -> dict[str, Any]:
+    return {**answer, "completions": [{**c, "logprobs": None} for c in answer["completions"]]}
+
+
+def test_answers_are_those_of_plain_steps(folder: Path, graphs: CalledGraphs) -> None:
+    captured = answers(folder, attention="capturable")
+    assert graphs.num_captured == 3 and graphs.num_replayed > 8
+    plain = answers(folder, attention="reference")
+    assert graphs.num_captured == 3
+    assert [without_logprobs(answer) for answer in captured] == [without_logprobs(answer) for answer in plain]
+    for ours, theirs in zip(captured[2]["completions"], plain[2]["completions"], strict=True):
+        for mine, other in zip(ours["logprobs"], theirs["logprobs"], strict=True):
+            assert [token for token, _ in mine] == [token for token, _ in other]
+            assert [value for _, value in mine] == pytest.approx([value for _, value in other], abs=1e-4)
+
+
+def test_the_key_switches_graphs_off(folder: Path, graphs: CalledGraphs) -> None:
+    answers(folder, attention="capturable", cuda_graphs=False)
+    assert graphs.num_captured == 0
+
+
+def test_a_stage_that_only_encodes_captures_nothing(folder: Path, graphs: CalledGraphs) -> None:
+    make_engine(folder, task="encode", wanted=["h"], outputs={"h": {"layers": [-2]}}, attention="capturable")
+    assert graphs.num_captured == 0
+
+
+def test_graphs_where_there_can_be_none_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="cuda_graphs: got true, but got device cpu, expected cuda; remove the key"):
+        make_spec(make_stage(folder, cuda_graphs=True))
+
+
+def test_a_backend_that_does_not_fit_is_refused_before_loading(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="attention: 'flash': got device cpu, expected cuda; or use attention: auto"):
+        make_spec(make_stage(folder, attention="flash"))
+
+
+def test_check_says_which_attention_and_whether_steps_are_captured(folder: Path, graphs: CalledGraphs) -> None:
+    assert make_spec(make_stage(folder, attention="reference")).note().startswith("attention reference")
+    note = make_spec(make_stage(folder, attention="capturable")).note()
+    assert note.startswith("attention capturable, decode steps in CUDA graphs")
