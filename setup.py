@@ -12,7 +12,11 @@ from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 # Name of a variant -> the instruction sets that it is compiled for; vllm_omni/layers/native/library.py picks one.
-VARIANTS = {"avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"], "avx2": ["-march=x86-64-v3"]}
+VARIANTS = {
+    "amx": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    "avx2": ["-march=x86-64-v3"],
+}
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-g0", "-fopenmp", "-Wall", "-Wextra"]
 
 

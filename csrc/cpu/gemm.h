@@ -13,6 +13,10 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) || defined(OMNI_EMULATE_TILES)
+#define OMNI_TILES
+#include "tiles.h"
+#endif
 
 namespace omni {
 
@@ -69,16 +73,15 @@ inline void multiply_panel(const bfloat16* x, int64_t stride, const bfloat16* pa
 #endif
 }
 
-// kRows rows of the product with one panel, and on to `out`; with `residual`, which is shaped as `out`, its sum with
-// what the product is when it is rounded.
-template <int kRows, typename T>
-inline void compute_panel(const T* x, const Linear<T>& linear, int64_t panel, T* out, const T* residual) {
-  Vec sums[kRows][kVectors] = {};
-  multiply_panel<kRows>(x, linear.inputs, linear.weight + panel * kPanel * linear.inputs, linear.inputs, sums);
-  for (int r = 0; r < kRows; r++)
-    for (int v = 0; v < kVectors; v++) {
-      const int64_t column = panel * kPanel + v * kWidth, at = r * linear.outputs + column;
-      Vec y = sums[r][v];
+// Sums [rows, kPanel] of one panel on to `out`; with `residual`, which is shaped as `out`, its sum with what the product
+// is when it is rounded.
+template <typename T>
+inline void finish_panel(const float* sums, int64_t rows, const Linear<T>& linear, int64_t panel, T* out,
+                         const T* residual) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < kPanel; i += kWidth) {
+      const int64_t column = panel * kPanel + i, at = r * linear.outputs + column;
+      Vec y = load(sums + r * kPanel + i);
       if (linear.bias) y += load(linear.bias + column);
       if (residual) y = rounded<T>(y) + load(residual + at);
       store(out + at, y);
@@ -106,19 +109,40 @@ inline void in_passes(int64_t rows, const Work& work) {
   }
 }
 
+// Rows of the product with one panel, in one pass after the other over it.
+template <typename T>
+inline void compute_panel(const T* x, int64_t rows, const Linear<T>& linear, int64_t panel, T* out, const T* residual) {
+  const T* weight = linear.weight + panel * kPanel * linear.inputs;
+#if defined(OMNI_TILES)
+  if constexpr (sizeof(T) == 2)
+    if (linear.inputs % kTileInputs == 0) {
+      alignas(64) float sums[kTilePassRows * kPanel];
+      for (int64_t row = 0; row < rows; row += kTilePassRows) {
+        const int64_t count = rows - row < kTilePassRows ? rows - row : kTilePassRows, at = row * linear.outputs;
+        multiply_panel_by_tiles<kPanel>(x + row * linear.inputs, count, linear.inputs, weight, sums);
+        finish_panel(sums, count, linear, panel, out + at, residual ? residual + at : nullptr);
+      }
+      return;
+    }
+#endif
+  in_passes(rows, [&](int64_t row, auto number) {
+    Vec sums[number.value][kVectors] = {};
+    multiply_panel<number.value>(x + row * linear.inputs, linear.inputs, weight, linear.inputs, sums);
+    const int64_t at = row * linear.outputs;
+    finish_panel(reinterpret_cast<const float*>(sums), number.value, linear, panel, out + at,
+                 residual ? residual + at : nullptr);
+  });
+}
+
 // x [rows, inputs] -> out [rows, outputs]. To be called by every thread of a team, which shares the panels.
 template <typename T>
 void multiply(const T* x, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
   const int64_t panels = linear.outputs / kPanel, blocks = (rows + kRowsInCache - 1) / kRowsInCache;
 #pragma omp for schedule(static)
   for (int64_t task = 0; task < panels * blocks; task++) {
-    const int64_t panel = task % panels, begin = task / panels * kRowsInCache;
-    const int64_t count = rows - begin < kRowsInCache ? rows - begin : kRowsInCache;
-    in_passes(count, [&](int64_t row, auto number) {
-      const int64_t at = (begin + row) * linear.outputs;
-      compute_panel<number.value>(x + (begin + row) * linear.inputs, linear, panel, out + at,
-                                  residual ? residual + at : nullptr);
-    });
+    const int64_t panel = task % panels, row = task / panels * kRowsInCache, at = row * linear.outputs;
+    const int64_t count = rows - row < kRowsInCache ? rows - row : kRowsInCache;
+    compute_panel(x + row * linear.inputs, count, linear, panel, out + at, residual ? residual + at : nullptr);
   }
 }
 

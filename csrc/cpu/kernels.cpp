@@ -31,6 +31,15 @@ using namespace omni;
   }
 
 extern "C" {
+// Whether the process may use what this is compiled for.
+bool prepare() {
+#if defined(OMNI_TILES)
+  return may_use_tiles();
+#else
+  return true;
+#endif
+}
+
 EXPORTS(float32, float)
 EXPORTS(bfloat16, bfloat16)
 }

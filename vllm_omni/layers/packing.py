@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vllm_omni.layers.native.library import built_variants
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.utils.device import multiplies_in_tiles, multiplies_with_onednn
 
@@ -41,9 +42,10 @@ class OneDNNPacking:
 
 def find_packing(weight: Tensor) -> Packing | None:
     """The fastest for a weight; None where torch's own way is. oneDNN multiplies by the tiles of a CPU that has them,
-    which the package's own kernels do not.
+    the package's own kernels only where they are compiled for that.
     """
-    native = None if multiplies_in_tiles(weight.device, weight.dtype) else NativePacking.find(weight)
+    wants_tiles = multiplies_in_tiles(weight.device, weight.dtype) and "amx" not in built_variants()
+    native = None if wants_tiles else NativePacking.find(weight)
     if native is not None:
         return native
     return OneDNNPacking() if multiplies_with_onednn(weight.device, weight.dtype) else None

@@ -219,7 +219,7 @@ def test_two_words_are_a_setting_and_a_module_with_a_class_is_code(
     for setting in (["alpha", "beta"], ["<a>", "<b>"], ["transformers", None], [None, None], [None, "x"]):
         with Omni(model=str(index(words=setting)), progress=False) as omni:
             assert omni.generate("a cat", small())[0].error is None, setting
-    for code in (["my_module", "MyClass"], ["os.path", "X"]):
+    for code in (["my_module", "MyClass"], ["os.path", "X"], ["os", "system"], ["posix", "system"], ["json.tool", "x"]):
         with pytest.raises(ConfigError, match=r"words: got .*custom code is not run"):
             open_pipeline(model=str(index(words=code)))
     with pytest.raises(ConfigError, match=r"unet: got .*custom code is not run"):

@@ -54,7 +54,7 @@ def test_a_running_request_can_be_watched_and_cancelled(server: ServerProcess) -
 
 def test_a_deadline_ends_a_request_with_504(server: ServerProcess) -> None:
     body = {**LONG, "stream": False}
-    for options in ({"json": {**body, "timeout": 0.3}}, {"json": body, "headers": {"timeout": "0.3"}}):
+    for options in ({"json": {**body, "timeout": 0.05}}, {"json": body, "headers": {"timeout": "0.05"}}):
         response = httpx.post(server.address + CHAT, timeout=60, **options)  # type: ignore[arg-type]
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "deadline_exceeded"

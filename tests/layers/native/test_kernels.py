@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,13 +31,36 @@ SIZE = 16  # of a block
 pytestmark = pytest.mark.skipif(not VARIANTS, reason="no kernels are built for this processor")
 
 
-@pytest.fixture(params=sorted(VARIANTS), autouse=True)
+COMPILER = shutil.which("g++")
+EMULATED = "amx, emulated"  # its loops, with tiles that are arrays
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels for tiles, compiled for a processor without."""
+    file = tmp_path_factory.mktemp("kernels") / "emulated.so"
+    flags = ["-std=c++17", "-O2", "-march=x86-64-v3", "-fopenmp", "-shared", "-fPIC", "-DOMNI_EMULATE_TILES"]
+    source = Path(__file__).parents[3] / "csrc" / "cpu" / "kernels.cpp"
+    assert COMPILER is not None
+    subprocess.run([COMPILER, *flags, str(source), "-o", str(file)], check=True, timeout=120)
+    return file
+
+
+@pytest.fixture(params=[*sorted(VARIANTS), *([EMULATED] if COMPILER else [])], autouse=True)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Only this one is there."""
     name: str = request.param
-    found: dict[str, Path] = {name: VARIANTS[name]}
+    found = {name: request.getfixturevalue("emulated") if name == EMULATED else VARIANTS[name]}
     monkeypatch.setattr(library, "built_variants", lambda: found)
     return name
+
+
+def test_a_variant_is_used_that_gets_a_product_right(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file,) = library.built_variants().values()
+    assert library.multiplies(file)
+    functions = library.load(file)[torch.float32]
+    monkeypatch.setattr(functions, "multiply", lambda *arguments: None)
+    assert not library.multiplies(file)
 
 
 def close(result: Tensor, expected: Tensor, steps: float = 1.0) -> None:
@@ -46,7 +71,12 @@ def close(result: Tensor, expected: Tensor, steps: float = 1.0) -> None:
 
 @settings(max_examples=40)
 @given(
-    st.integers(0, 70), st.integers(1, 70), st.integers(1, 5), st.booleans(), st.sampled_from(DTYPES), st.integers(0, 9)
+    st.integers(0, 70),
+    st.integers(1, 70) | st.sampled_from([16, 48, 96]),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from(DTYPES),
+    st.integers(0, 9),
 )
 @torch.inference_mode()
 def test_products_equal_torchs(rows: int, half: int, panels: int, bias: bool, dtype: torch.dtype, seed: int) -> None:

@@ -6,6 +6,7 @@ Only classes of diffusers and transformers are loaded, only from safetensors fil
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,10 @@ def _pixels_of_a_latent(vae: Mapping[str, Any]) -> int | None:
 
 
 def _is_class_name(library: str, kind: str) -> bool:
-    """Two words of a setting are no module and its class."""
-    return library.replace(".", "_").isidentifier() and kind.isidentifier() and kind[:1].isupper()
+    """Two words of a setting are no module and its class: what diffusers would import is never one."""
+    if not (library.replace(".", "_").isidentifier() and kind.isidentifier()):
+        return False
+    return kind[:1].isupper() or find_spec(library.partition(".")[0]) is not None
 
 
 def _is_loadable(library: str) -> bool:

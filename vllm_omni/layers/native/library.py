@@ -18,7 +18,7 @@ from vllm_omni.layers.native.structures import (
 )
 from vllm_omni.utils.device import instruction_sets, is_cpu
 
-VARIANTS = ("avx512bf16", "avx2")  # best first
+VARIANTS = ("amx", "avx512bf16", "avx2")  # best first
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SHARED_WORK = 2**20  # multiplications: some ten microseconds of one thread
 POINTER, COUNT, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -65,17 +65,35 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
 
 @functools.cache
 def built_variants() -> dict[str, Path]:
-    """Those of VARIANTS that are compiled and that this processor runs -> their files; the first is used."""
+    """Those of VARIANTS that are compiled and that this processor runs, as a product shows -> their files; the first is
+    used.
+    """
     folder, known = Path(__file__).parent, instruction_sets()
     files = {name: sorted(folder.glob(f"_{name}.*so")) for name in VARIANTS if name in known}
-    return {name: found[0] for name, found in files.items() if found}
+    return {name: found[0] for name, found in files.items() if found and multiplies(found[0])}
 
 
 @functools.cache
 def load(file: Path) -> dict[torch.dtype, Kernels]:
-    """The functions of one variant, by element type."""
+    """The functions of one variant, by element type; none where the system does not let them run."""
     library = ctypes.CDLL(str(file))
-    return {dtype: Kernels(library, name) for dtype, name in DTYPES.items()}
+    library.prepare.restype = ctypes.c_bool
+    return {dtype: Kernels(library, name) for dtype, name in DTYPES.items()} if library.prepare() else {}
+
+
+def multiplies(file: Path) -> bool:
+    """Whether a variant gets products of whole numbers right, which no rounding touches."""
+    return load(file) != {} and all(_multiplies(functions, dtype) for dtype, functions in load(file).items())
+
+
+def _multiplies(functions: Kernels, dtype: torch.dtype) -> bool:
+    x = (torch.arange(40 * 64) % 5 - 2).view(40, 64).to(dtype)
+    weight = (torch.arange(64 * 64) % 7 - 3).view(64, 64).to(dtype)
+    expected = x @ weight.T
+    out = torch.empty_like(expected)
+    functions.pack(pointer(weight), 64, 64, 1)
+    functions.multiply(pointer(x), 40, LinearStruct(pointer(weight), None, 64, 64), pointer(out), 1)
+    return torch.equal(out, expected)
 
 
 def threads_for(work: int) -> int:

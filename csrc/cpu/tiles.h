@@ -1,0 +1,116 @@
+// Products of bfloat16 by the tile units of a CPU (AMX), or by loops that do what these do, for tests elsewhere. The
+// layout of a panel is that of a tile already: pairs of k one under the other, each with a pair of values a column.
+#pragma once
+
+#include "simd.h"
+
+#if defined(__AMX_BF16__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace omni {
+
+constexpr int64_t kTileRows = 16;     // of x in a tile, and columns of a panel
+constexpr int64_t kTileInputs = 32;   // k in a tile
+constexpr int64_t kTilePassRows = 2 * kTileRows;
+
+// Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 columns of a panel.
+struct TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  TileShapes(int64_t upper, int64_t lower) {
+    const int64_t counts[8] = {upper, upper, lower, lower, upper, lower, kTileRows, kTileRows};
+    for (int tile = 0; tile < 8; tile++) rows[tile] = uint8_t(counts[tile]), row_bytes[tile] = 64;
+    if (lower == 0)
+      for (int tile : {2, 3, 5}) row_bytes[tile] = 0;
+  }
+};
+static_assert(sizeof(TileShapes) == 64, "as the processor reads it");
+
+#if defined(__AMX_BF16__)
+
+// Linux lets a process use tiles when it asks.
+inline bool may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0; }
+
+struct Tiles {
+  explicit Tiles(const TileShapes& shapes) { _tile_loadconfig(&shapes); }
+  ~Tiles() { _tile_release(); }
+  template <int kTile> void clear() { asm volatile("tilezero %%tmm%c0" ::"i"(kTile)); }
+  template <int kTile> void load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
+  }
+  template <int kTile> void store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
+  }
+  template <int kSums, int kRows, int kColumns> void multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kRows), "i"(kColumns));
+  }
+};
+
+#else
+
+inline bool may_use_tiles() { return true; }
+
+struct Tiles {
+  TileShapes shapes;
+  uint8_t held[8][kTileRows][64] = {};
+
+  explicit Tiles(const TileShapes& shapes) : shapes(shapes) {}
+  template <int kTile> void clear() { std::memset(held[kTile], 0, sizeof(held[kTile])); }
+  template <int kTile> void load(const void* from, int64_t stride) {
+    for (int row = 0; row < shapes.rows[kTile]; row++)
+      std::memcpy(held[kTile][row], static_cast<const uint8_t*>(from) + row * stride, 64);
+  }
+  template <int kTile> void store(void* to, int64_t stride) {
+    for (int row = 0; row < shapes.rows[kTile]; row++)
+      std::memcpy(static_cast<uint8_t*>(to) + row * stride, held[kTile][row], 64);
+  }
+  template <int kSums, int kRows, int kColumns> void multiply() {
+    for (int row = 0; row < shapes.rows[kSums]; row++)
+      for (int column = 0; column < kTileRows; column++) {
+        float sum, even = 0, odd = 0;
+        std::memcpy(&sum, &held[kSums][row][column * 4], 4);
+        for (int pair = 0; pair < shapes.rows[kColumns]; pair++) {
+          bfloat16 x[2], w[2];
+          std::memcpy(x, &held[kRows][row][pair * 4], 4);
+          std::memcpy(w, &held[kColumns][pair][column * 4], 4);
+          even += load_one(x) * load_one(w), odd += load_one(x + 1) * load_one(w + 1);
+        }
+        sum += even + odd;
+        std::memcpy(&held[kSums][row][column * 4], &sum, 4);
+      }
+  }
+};
+
+#endif
+
+// Up to kTilePassRows rows of x with one panel -> sums [rows, kPanel].
+template <int kPanel>
+inline void multiply_panel_by_tiles(const bfloat16* x, int64_t rows, int64_t inputs, const bfloat16* panel, float* sums) {
+  static_assert(kPanel == 2 * kTileRows, "two tiles a panel");
+  const int64_t upper = rows < kTileRows ? rows : kTileRows, lower = rows - upper;
+  const int64_t x_stride = inputs * 2, panel_stride = kPanel * 4, sums_stride = kPanel * 4;
+  Tiles tiles{TileShapes(upper, lower)};
+  tiles.clear<0>(), tiles.clear<1>();
+  if (lower) tiles.clear<2>(), tiles.clear<3>();
+  for (int64_t k = 0; k < inputs; k += kTileInputs) {
+    tiles.load<6>(panel + k * kPanel, panel_stride), tiles.load<7>(panel + k * kPanel + kPanel, panel_stride);
+    tiles.load<4>(x + k, x_stride);
+    tiles.multiply<0, 4, 6>(), tiles.multiply<1, 4, 7>();
+    if (lower) {
+      tiles.load<5>(x + kTileRows * inputs + k, x_stride);
+      tiles.multiply<2, 5, 6>(), tiles.multiply<3, 5, 7>();
+    }
+  }
+  tiles.store<0>(sums, sums_stride), tiles.store<1>(sums + kTileRows, sums_stride);
+  if (lower) {
+    float* second = sums + kTileRows * kPanel;
+    tiles.store<2>(second, sums_stride), tiles.store<3>(second + kTileRows, sums_stride);
+  }
+}
+
+}  // namespace omni
