@@ -155,7 +155,7 @@ def test_ci_runs_make_targets_that_exist_with_actions_of_a_major_version() -> No
             (target,) = re.fullmatch(r"make (.*)", step["run"]).groups()
             own = [*matrix.get("target", []), *(row["target"] for row in matrix.get("include", ()))]
             called |= set(own) if "matrix.target" in target else {target}
-    assert called == {"lint", "test", "test-newest", "test-oldest"} <= targets()
+    assert called == {"lint", "test", "test-plain", "test-newest", "test-oldest"} <= targets()
 
 
 def test_ci_covers_the_oldest_python_and_two_systems() -> None:

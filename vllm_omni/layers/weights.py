@@ -25,6 +25,7 @@ from vllm_omni.layers.linear import pack_linears
 from vllm_omni.utils.checkpoint_files import check_file
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
+from vllm_omni.utils.mapped_files import give_back
 from vllm_omni.utils.variants import of_one_variant
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -172,7 +173,9 @@ def load_weights(model: nn.Module, folder: Path, prefix: str = "") -> None:
                 destination = parameters[target.parameter].data
                 destination = destination if target.rows is None else destination[target.rows]
                 with _reading(name, file):
-                    destination.copy_(handle.get_tensor(name))
+                    published = handle.get_tensor(name)
+                destination.copy_(published)
+                give_back(published.data_ptr(), published.nbytes)
     pack_linears(model)
 
 
