@@ -17,7 +17,7 @@ VARIANTS = {
     "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"],
     "avx2": ["-march=x86-64-v3"],
 }
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-g0", "-fopenmp", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-g0", "-fopenmp", "-Wall", "-Wextra"]
 
 
 class BuildKernels(build_ext):

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "team.h"
 
 namespace omni {
 
@@ -332,10 +333,10 @@ struct Plan {
 
 // query, out: [rows, H, D]. To be called by every thread of a team, which shares the tasks.
 template <typename T>
-void attend(Plan& plan, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache, T* out) {
+void attend(Team& team, Plan& plan, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache, T* out) {
   const int64_t group = heads.queries / heads.keys, size = heads.size;
   Running own[kMostQueries];
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
   for (size_t index = 0; index < plan.tasks.size(); index++) {
     const Task& task = plan.tasks[index];
     Running* running = task.part < 0 ? own : &plan.parts[size_t(task.part * group)];
@@ -345,7 +346,8 @@ void attend(Plan& plan, const Step& step, const Heads& heads, const T* query, co
         running[r].write(out + ((task.first_row + r / group) * heads.queries + task.head * group + r % group) * size, size);
   }
   if (plan.joins.empty()) return;
-#pragma omp for schedule(static)
+  team.meet();
+#pragma omp for schedule(static) nowait
   for (size_t index = 0; index < plan.joins.size(); index++) {
     const Plan::Join& join = plan.joins[index];
     for (int64_t g = 0; g < group; g++) {

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "gemm.h"
+#include "team.h"
 
 namespace omni {
 
@@ -42,7 +43,7 @@ void place_heads(const Layer<T>& layer, const Shape& shape, const Step& step, co
                  const Cache<T>& cache, T* query) {
   const Heads& heads = shape.heads;
   const int64_t size = heads.size, all = heads.queries + 2 * heads.keys;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t task = 0; task < step.rows * all; task++) {
     const int64_t row = task / all, head = task % all;
     const T* from = qkv + (row * all + head) * size;
@@ -66,24 +67,34 @@ void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const
                 const Cache<T>* caches, T* states, int threads) {
   Room<T> room(shape, step.rows);
   Plan plan;
+  Team team;
   Heads heads = shape.heads;
 #pragma omp parallel num_threads(threads)
   for (int64_t index = 0; index < count; index++) {
     const Layer<T>& layer = layers[index];
-#pragma omp single
+#pragma omp single nowait
     if (index == 0 || heads.window != layer.window) {
       heads.window = layer.window;
       plan.make(step, heads);
     }
     norm(states, layer.attention_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.data());
+    team.meet();
     multiply(room.normed.data(), step.rows, layer.qkv, room.qkv.data());
+    team.meet();
     place_heads(layer, shape, step, room.qkv.data(), cos, sin, caches[index], room.query.data());
-    attend(plan, step, heads, room.query.data(), caches[index], room.attended.data());
+    team.meet();
+    attend(team, plan, step, heads, room.query.data(), caches[index], room.attended.data());
+    team.meet();
     multiply(room.attended.data(), step.rows, layer.output, states, states);
+    team.meet();
     norm(states, layer.mlp_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.data());
+    team.meet();
     multiply(room.normed.data(), step.rows, layer.gate_up, room.gate_up.data());
+    team.meet();
     gate(room.gate_up.data(), step.rows, shape.intermediate, room.gated.data());
+    team.meet();
     multiply(room.gated.data(), step.rows, layer.down, states, states);
+    team.meet();
   }
 }
 

@@ -31,7 +31,7 @@ inline void norm_row(const T* x, const T* weight, int64_t size, float epsilon, T
 
 template <typename T>
 void norm(const T* x, const T* weight, int64_t rows, int64_t size, float epsilon, T* out) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < rows; row++) norm_row(x + row * size, weight, size, epsilon, out + row * size);
 }
 
@@ -58,7 +58,7 @@ template <typename T>
 void gate(const T* gate_up, int64_t rows, int64_t width, T* out) {
   constexpr int64_t kPiece = 1024;
   const int64_t pieces = (width + kPiece - 1) / kPiece;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t task = 0; task < rows * pieces; task++) {
     const int64_t row = task / pieces, begin = task % pieces * kPiece;
     const int64_t stop = begin + kPiece < width ? begin + kPiece : width;

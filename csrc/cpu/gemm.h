@@ -138,7 +138,7 @@ inline void compute_panel(const T* x, int64_t rows, const Linear<T>& linear, int
 template <typename T>
 void multiply(const T* x, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
   const int64_t panels = linear.outputs / kPanel, blocks = (rows + kRowsInCache - 1) / kRowsInCache;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t task = 0; task < panels * blocks; task++) {
     const int64_t panel = task % panels, row = task / panels * kRowsInCache, at = row * linear.outputs;
     const int64_t count = rows - row < kRowsInCache ? rows - row : kRowsInCache;
@@ -151,7 +151,7 @@ template <typename T>
 void pack(T* weight, int64_t outputs, int64_t inputs) {
   constexpr int step = sizeof(T) == 2 ? 2 : 1;
   std::vector<T> rows(size_t(kPanel * inputs));
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t panel = 0; panel < outputs / kPanel; panel++) {
     T* to = weight + panel * kPanel * inputs;
     std::copy(to, to + kPanel * inputs, rows.begin());
@@ -165,7 +165,7 @@ void pack(T* weight, int64_t outputs, int64_t inputs) {
 template <typename T>
 void unpack_rows(const T* packed, int64_t inputs, const int64_t* ids, int64_t rows, T* out) {
   constexpr int step = sizeof(T) == 2 ? 2 : 1;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < rows; row++) {
     const T* from = packed + ids[row] / kPanel * kPanel * inputs + ids[row] % kPanel * step;
     for (int64_t k = 0; k < inputs; k += step)

@@ -19,8 +19,9 @@ using namespace omni;
   void attend_##NAME(const Step* step, const Heads* heads, const T* query, const Cache<T>* cache, T* out,              \
                      int threads) {                                                                                    \
     Plan plan;                                                                                                         \
+    Team team;                                                                                                         \
     plan.make(*step, *heads);                                                                                          \
-    TEAM attend(plan, *step, *heads, query, *cache, out);                                                              \
+    TEAM attend(team, plan, *step, *heads, query, *cache, out);                                                              \
   }                                                                                                                    \
   void find_largest_##NAME(const T* logits, int64_t rows, int64_t size, int64_t* found, int threads) {                 \
     TEAM find_largest(logits, rows, size, found);                                                                      \

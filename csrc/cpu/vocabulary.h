@@ -9,7 +9,7 @@ namespace omni {
 // thread of a team, which shares the rows.
 template <typename T>
 void find_largest(const T* logits, int64_t rows, int64_t size, int64_t* found) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < rows; row++) {
     const T* from = logits + row * size;
     Vec most = splat(-INFINITY);

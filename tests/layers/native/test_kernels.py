@@ -39,7 +39,7 @@ EMULATED = "amx, emulated"  # its loops, with tiles that are arrays
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels for tiles, compiled for a processor without."""
     file = tmp_path_factory.mktemp("kernels") / "emulated.so"
-    flags = ["-std=c++17", "-O2", "-march=x86-64-v3", "-fopenmp", "-shared", "-fPIC", "-DOMNI_EMULATE_TILES"]
+    flags = ["-std=c++20", "-O2", "-march=x86-64-v3", "-fopenmp", "-shared", "-fPIC", "-DOMNI_EMULATE_TILES"]
     source = Path(__file__).parents[3] / "csrc" / "cpu" / "kernels.cpp"
     assert COMPILER is not None
     subprocess.run([COMPILER, *flags, str(source), "-o", str(file)], check=True, timeout=120)
