@@ -39,7 +39,7 @@ PICTURES = Mix.of(
 RUNNING, QUEUE = 2, 4  # of the server that is asked for more
 PAUSE_S = 0.02  # between two looks at /health and /metrics
 TIMEOUT_S = 600.0
-DTYPE, WRITERS = "text.dtype=bfloat16", 8  # of the language model
+DTYPE, WRITERS = "bfloat16", 8  # of the language model
 # whatever it would write, so many tokens
 TEXTS = Mix.of(
     {
@@ -82,12 +82,12 @@ def language_model(options: Options) -> Overhead:
     count = 4 if options.is_quick else 24
     with tempfile.TemporaryDirectory() as folder:
         with SideProcess("model maker", THREADS, ModelMaker) as maker:
-            maker.call("make", Path(folder), shape)
+            maker.call("make", Path(folder), shape, DTYPE)
         size = f"{decode_parameters(shape) / 1e6:.0f} M"
-        found = Overhead(f"a language model of {size} (bfloat16), {count} texts, {WRITERS} at a time", count)
+        found = Overhead(f"a language model of {size} ({DTYPE}), {count} texts, {WRITERS} at a time", count)
         with (
-            ServerProcess([], ["--model", folder, "--set", DTYPE]) as server,
-            SideProcess("offline", THREADS, OfflineSide, None, folder, (DTYPE,)) as offline,
+            ServerProcess([], ["--model", folder, "--set", f"text.dtype={DTYPE}"]) as server,
+            SideProcess("offline", THREADS, OfflineSide, None, folder, (f"text.dtype={DTYPE}",)) as offline,
         ):
             found.pairs = _in_turn(server, offline, TEXTS.draw(count, 0), WRITERS, options)
     return found
