@@ -5,20 +5,23 @@ server bears a crowd. One thread for each model, as all of it shares the cores w
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from benchmarks.limits import Limits
+from benchmarks.limits import Limits, decode_parameters
 from benchmarks.measure import ROOT, Options, Report, Table, median, with_spread
 from benchmarks.sides import SideProcess
+from benchmarks.text import MIDDLE, SMALL, ModelMaker
 from tests.support.server import ServerProcess
 from vllm_omni.entrypoints.bench.answer import Answer
 from vllm_omni.entrypoints.bench.http_target import HttpTarget
@@ -36,14 +39,30 @@ PICTURES = Mix.of(
 RUNNING, QUEUE = 2, 4  # of the server that is asked for more
 PAUSE_S = 0.02  # between two looks at /health and /metrics
 TIMEOUT_S = 600.0
+DTYPE, WRITERS = "bfloat16", 8  # of the language model
+# whatever it would write, so many tokens
+TEXTS = Mix.of(
+    {
+        "works": {
+            f"{new} tokens": {
+                "kind": "completion",
+                "prompts": [" ".join(f"w{start + index}" for index in range(length)) for start in (100, 200)],
+                "body": {"max_tokens": new, "temperature": 0, "ignore_eos": True},
+            }
+            for new, length in ((32, 17), (48, 64), (64, 33))
+        }
+    }
+)
 
 
 def run(options: Options, limits: Limits | None = None) -> Report:
     count = 6 if options.is_quick else 60
     crowd = 12 if options.is_quick else 200
     mixed, words = Mix.read(MIX).draw(count, 0), WORDS.draw(count, 0)
-    with ServerProcess([CONFIG]) as server, SideProcess("offline", THREADS, OfflineSide) as offline:
-        work = _in_turn(server, offline, mixed, CONCURRENCY, options)
+    texts = language_model(options)
+    with ServerProcess([CONFIG]) as server, SideProcess("offline", THREADS, OfflineSide, CONFIG) as offline:
+        work = Overhead(f"tiny models, {count} mixed requests, {CONCURRENCY} at a time", count)
+        work.pairs = _in_turn(server, offline, mixed, CONCURRENCY, options)
         first = _in_turn(server, offline, words, 1, options)
         storm, watch = _storm(server, Mix.read(MIX).draw(crowd, 1))
     few = ["--set", f"scheduler.max_running={RUNNING}", "--set", f"scheduler.max_queue_size={QUEUE}"]
@@ -51,23 +70,38 @@ def run(options: Options, limits: Limits | None = None) -> Report:
         refused = _storm(server, PICTURES.draw(crowd, 0))[0]
     return Report(
         "serving",
-        [_work_table(work, count), _first_table(first), _storm_table(storm, watch), _refusal_table(refused)],
-        notes=[
-            f"HTTP adds {with_spread([(pair.http_s / pair.offline_s - 1) * 100 for pair in work], 1)}% to the work."
-        ],
-        figures=_figures(work, first, storm, watch, refused),
+        [_work_table([work, texts]), _first_table(first), _storm_table(storm, watch), _refusal_table(refused)],
+        notes=[work.note(), texts.note()],
+        figures=_figures(work, texts, first, storm, watch, refused),
     )
+
+
+def language_model(options: Options) -> Overhead:
+    """Of a random Qwen3 of a size that such a machine serves; its prompts are known, so that writing is the work."""
+    shape = SMALL if options.is_quick else MIDDLE
+    count = 4 if options.is_quick else 24
+    with tempfile.TemporaryDirectory() as folder:
+        with SideProcess("model maker", THREADS, ModelMaker) as maker:
+            maker.call("make", Path(folder), shape, DTYPE)
+        size = f"{decode_parameters(shape) / 1e6:.0f} M"
+        found = Overhead(f"a language model of {size} ({DTYPE}), {count} texts, {WRITERS} at a time", count)
+        with (
+            ServerProcess([], ["--model", folder, "--set", f"text.dtype={DTYPE}"]) as server,
+            SideProcess("offline", THREADS, OfflineSide, None, folder, (f"text.dtype={DTYPE}",)) as offline,
+        ):
+            found.pairs = _in_turn(server, offline, TEXTS.draw(count, 0), WRITERS, options)
+    return found
 
 
 class OfflineSide:
     """The graph without a server, in a process of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: str | None, model: str | None = None, overrides: Sequence[str] = ()) -> None:
         from vllm_omni.entrypoints.bench.offline_target import OfflineTarget
         from vllm_omni.entrypoints.loading import open_pipeline
 
         self._loop = asyncio.new_event_loop()
-        self._target = OfflineTarget(open_pipeline(CONFIG), ())
+        self._target = OfflineTarget(open_pipeline(config, model=model, overrides=overrides), ())
         self._loop.run_until_complete(self._target.__aenter__())
 
     def run(self, requests: Sequence[BenchRequest], concurrency: int) -> Run:
@@ -92,6 +126,31 @@ class Pair:
     @property
     def added_to_first_token_s(self) -> float:
         return _first_token_s(self.http) - _first_token_s(self.offline)
+
+
+@dataclass(slots=True)
+class Overhead:
+    """The same work over HTTP and without, in turn."""
+
+    case: str
+    num_requests: int
+    pairs: list[Pair] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[float]:
+        return [pair.http_s / pair.offline_s for pair in self.pairs]
+
+    def note(self) -> str:
+        request_ms = median([pair.offline_s for pair in self.pairs]) / self.num_requests * 1000
+        added = with_spread([(ratio - 1) * 100 for ratio in self.ratios], 1)
+        return f"HTTP adds {added}% to the work of {self.case}: {request_ms:.0f} ms a request."
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "http_s": [pair.http_s for pair in self.pairs],
+            "offline_s": [pair.offline_s for pair in self.pairs],
+            "ratio": median(self.ratios),
+        }
 
 
 def _in_turn(
@@ -168,13 +227,13 @@ def _took_s(answer: Answer) -> float:
     return (answer.ended_s or answer.began_s) - answer.began_s
 
 
-def _work_table(pairs: Sequence[Pair], count: int) -> Table:
-    rates = [
-        [count / seconds for seconds in side] for side in zip(*((p.http_s, p.offline_s) for p in pairs), strict=True)
-    ]
-    ratios = with_spread([pair.http_s / pair.offline_s for pair in pairs], 3)
-    cells = [f"{count} mixed requests, {CONCURRENCY} at a time", *map(with_spread, rates), ratios]
-    return Table("Requests per second", ("case", "HTTP", "offline", "time over HTTP / offline"), [cells])
+def _work_table(found: Sequence[Overhead]) -> Table:
+    rows = []
+    for one in found:
+        sides = ([pair.http_s for pair in one.pairs], [pair.offline_s for pair in one.pairs])
+        rates = [with_spread([one.num_requests / seconds for seconds in side]) for side in sides]
+        rows.append([one.case, *rates, with_spread(one.ratios, 3)])
+    return Table("Requests per second", ("case", "HTTP", "offline", "time over HTTP / offline"), rows)
 
 
 def _first_table(pairs: Sequence[Pair]) -> Table:
@@ -205,11 +264,12 @@ def _refusal_table(refused: Run) -> Table:
     return Table("Beyond the queue", columns, [[*row, str(others), slowest]])
 
 
-def _figures(work: Sequence[Pair], first: Sequence[Pair], storm: Run, watch: Watch, refused: Run) -> dict[str, Any]:
+def _figures(
+    work: Overhead, texts: Overhead, first: Sequence[Pair], storm: Run, watch: Watch, refused: Run
+) -> dict[str, Any]:
     return {
-        "http_s": [pair.http_s for pair in work],
-        "offline_s": [pair.offline_s for pair in work],
-        "ratio": median([pair.http_s / pair.offline_s for pair in work]),
+        **work.figures(),
+        "language_model": texts.figures(),
         "first_token_added_s": [pair.added_to_first_token_s for pair in first],
         "crowd": dict(Counter(answer.status for answer in storm.answers)),
         "p99_ms": {path: watch.p99_ms(path) for path in watch.seconds},

@@ -346,3 +346,22 @@ def test_outputs_that_come_before_anybody_looks_wake_the_event_loop_once(monkeyp
     texts, num_wakes = run(main())
     assert texts == [2 * str(number) for number in range(8)]
     assert num_wakes == 1
+
+
+def test_without_steps_only_what_there_is_to_show_comes_and_find_tells_the_way() -> None:
+    async def main() -> tuple[list[OmniOutput], list[OmniOutput], int]:
+        params = {"encode": TextParams(steps=20), "picture": PictureParams(steps=20)}
+        async with AsyncOmni(toy_config()) as omni:
+            all_of_them = [output async for output in omni.stream("x", params)]
+            streaming = omni.stream({"prompt": "x", "request_id": "r"}, params, steps=False)
+            first = asyncio.ensure_future(anext(streaming))
+            steps = 0
+            while not first.done():
+                position = omni.find("r")
+                steps = max([steps, *(at.step for at in position.progress.values())]) if position else steps
+                await asyncio.sleep(0)
+            return all_of_them, [await first, *[output async for output in streaming]], steps
+
+    everything, shown, steps = run(main())
+    assert any(not output.results and not output.finished for output in everything)
+    assert all(output.results or output.finished for output in shown) and steps > 0

@@ -41,11 +41,13 @@ class PartialOutputs:
     """The partial outputs of one request, to be made in the order of its events: it counts the samples of each stage,
     and knows how far each is.
 
-    outputs: the entries of the config's `outputs` that the caller gets.
+    outputs: the entries of the config's `outputs` that the caller gets. steps: whether a step that made nothing for the
+    caller has an output, which says how far the stages are.
     """
 
-    def __init__(self, outputs: Sequence[str]) -> None:
+    def __init__(self, outputs: Sequence[str], steps: bool = True) -> None:
         self._outputs = outputs
+        self._steps = steps
         self._given: dict[str, list[_Given]] = {}  # by stage, of each sample
         self._pieces: dict[str, list[Audio]] = {}
         self._num_samples: dict[str, int] = {}
@@ -53,8 +55,8 @@ class PartialOutputs:
 
     def make(self, event: StageProgress | StageRows, stage: str) -> OmniOutput | None:
         """A RUNNING output: how far the stages are, previews where the request asks for them and, where `outputs` lists
-        the stage itself, what it has newly written, or the sound that it has newly made. None for rows that the caller
-        does not get; StageError for rows that are no sound.
+        the stage itself, what it has newly written, or the sound that it has newly made. None for what the caller does
+        not get; StageError for rows that are no sound.
         """
         if isinstance(event, StageProgress):
             return self._step(event, stage)
@@ -87,6 +89,11 @@ class PartialOutputs:
             progress=dict(self._progress),
         )
 
+    @property
+    def progress(self) -> Mapping[str, Progress]:
+        """How far the stages are that have begun. From any thread."""
+        return dict(self._progress)
+
     def given(self, stage: str) -> StageResult | None:
         """What the pieces of a stage that is not finished come to; None without any."""
         texts, pieces = self._given.get(stage, ()), self._pieces.get(stage)
@@ -97,7 +104,7 @@ class PartialOutputs:
         completions = tuple(text.joined() for text in texts)
         return StageResult(completions, audios=audios) if completions or audios else None
 
-    def _step(self, event: StageProgress, stage: str) -> OmniOutput:
+    def _step(self, event: StageProgress, stage: str) -> OmniOutput | None:
         if not isinstance(event.text, str):
             raise StageError(f"stage {stage!r}: new text is {type(event.text).__name__}, expected str")
         check_number(f"stage {stage!r}: step", event.step, 0, integer=True, raises=StageError)
@@ -110,10 +117,13 @@ class PartialOutputs:
             completions=_pieces(event) if is_text else (),
             previews=() if event.previews is None else to_images(event.previews, stage),
         )
+        has_result = bool(result.completions or result.previews)
+        if not has_result and not self._steps:
+            return None
         return OmniOutput(
             request_id=event.request_id,
             status=RequestStatus.RUNNING,
-            results={stage: result} if result.completions or result.previews else {},
+            results={stage: result} if has_result else {},
             metrics={stage: {"step": event.step, "num_steps": event.num_steps}},
             progress=dict(self._progress),
         )

@@ -69,15 +69,18 @@ class AsyncOmni:
         with self._subscription(request, stream=False) as subscription:
             return await subscription.next()
 
-    async def stream(self, prompt: PromptLike, params: Params | None = None) -> AsyncGenerator[OmniOutput, None]:
+    async def stream(
+        self, prompt: PromptLike, params: Params | None = None, *, steps: bool = True
+    ) -> AsyncGenerator[OmniOutput, None]:
         """Partial outputs as they are made, as `Omni.stream` gives them, then exactly one final output. Leaving early
-        (`aclose`, cancelling the task) aborts the request between two steps.
+        (`aclose`, cancelling the task) aborts the request between two steps. steps: also those that tell of a step that
+        made nothing to show; `find` says how far a request is without them.
         """
         request = make_request(prompt, params)
         if isinstance(request, OmniOutput):
             yield request
             return
-        with self._subscription(request, stream=True) as subscription:
+        with self._subscription(request, stream=True, steps=steps) as subscription:
             while not subscription.is_finished:
                 yield await subscription.next()
 
@@ -96,17 +99,17 @@ class AsyncOmni:
 
     def find(self, request_id: str) -> RequestPosition | None:
         """Where an unfinished request is, at once and from any thread; None for one that is not here."""
-        return self._executor.scheduler.find(request_id)
+        return self._executor.find(request_id)
 
     async def get_metrics(self) -> dict[str, Any]:
         """Counters since loading, read between two steps; SchedulerError after shutdown."""
         return await asyncio.wrap_future(self._loop.run(OmniExecutor.get_metrics))
 
-    def _subscription(self, request: OmniRequest, stream: bool) -> _Subscription:
+    def _subscription(self, request: OmniRequest, stream: bool, steps: bool = True) -> _Subscription:
         events = asyncio.get_running_loop()
         arrivals = self._arrivals.get(events) or _Arrivals(events)  # as long as one of its subscriptions lives
         self._arrivals[events] = arrivals
-        return _Subscription(self._loop, arrivals, request, stream)
+        return _Subscription(self._loop, arrivals, request, stream, steps)
 
     async def __aenter__(self) -> AsyncOmni:
         return self
@@ -148,11 +151,14 @@ class _Subscription:
     leaves partial outputs unread holds their writers back, so that memory does not grow.
     """
 
-    def __init__(self, thread: LoopThread, arrivals: _Arrivals, request: OmniRequest, stream: bool) -> None:
+    def __init__(
+        self, thread: LoopThread, arrivals: _Arrivals, request: OmniRequest, stream: bool, steps: bool
+    ) -> None:
         self._thread = thread
         self._arrivals = arrivals
         self._request = request
         self._stream = stream
+        self._steps = steps
         self._queue: asyncio.Queue[OmniOutput] = asyncio.Queue()
         self._patience: asyncio.TimerHandle | None = None
         self._is_behind = False
@@ -175,7 +181,7 @@ class _Subscription:
         if self._request.timeout_s is not None:
             patience_s = self._request.timeout_s + GRACE_S
             self._patience = asyncio.get_running_loop().call_later(patience_s, self._give_up)
-        self._thread.submit(self._request, self._deliver, stream=self._stream)
+        self._thread.submit(self._request, self._deliver, stream=self._stream, steps=self._steps)
         return self
 
     def __exit__(

@@ -61,13 +61,13 @@ class LoopThread:
         """Whether the loop runs; a process that was forked off has a copy of this object, and no such thread."""
         return not self._has_ended and not self._is_fork
 
-    def submit(self, request: OmniRequest, deliver: Deliver, *, stream: bool) -> None:
+    def submit(self, request: OmniRequest, deliver: Deliver, *, stream: bool, steps: bool) -> None:
         """Adds a request; whatever refuses it is delivered as a REJECTED output."""
 
         def plan_and_send() -> None:
             plan = self._executor.plan(request)
             self._send(
-                lambda: self._add(request, plan, deliver, stream),
+                lambda: self._add(request, plan, deliver, stream, steps),
                 lambda error: self._hand_over(deliver, rejected(request.request_id, error)),
             )
 
@@ -185,9 +185,11 @@ class LoopThread:
             self.cause_of_death = self.cause_of_death or error
         self.finished.set_result(None)
 
-    def _add(self, request: OmniRequest, plan: RequestPlan | OmniError, deliver: Deliver, stream: bool) -> None:
+    def _add(
+        self, request: OmniRequest, plan: RequestPlan | OmniError, deliver: Deliver, stream: bool, steps: bool
+    ) -> None:
         try:
-            self._executor.add_request(request, plan, stream=stream)
+            self._executor.add_request(request, plan, stream=stream, steps=steps)
         except OmniError as error:
             self._hand_over(deliver, rejected(request.request_id, error))
         else:

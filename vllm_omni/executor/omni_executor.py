@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from vllm_omni.config.graph import Edge
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
 from vllm_omni.core.routing.request_plan import RequestPlan
-from vllm_omni.core.routing.request_state import RequestEnd
+from vllm_omni.core.routing.request_state import RequestEnd, RequestPosition
 from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.engine.boundary import as_stage_error, clear_frames, describe, stage_boundary
 from vllm_omni.engine.output import PartialOutputs, make_output, unfinished_result
@@ -102,13 +103,18 @@ class OmniExecutor:
             return failed
 
     def add_request(
-        self, request: OmniRequest, plan: RequestPlan | OmniError | None = None, *, stream: bool = False
+        self,
+        request: OmniRequest,
+        plan: RequestPlan | OmniError | None = None,
+        *,
+        stream: bool = False,
+        steps: bool = True,
     ) -> None:
         """Takes a request; its one final output comes from a later `step`, REJECTED where it could never run.
 
-        plan: of `plan`, where that was called before. stream: whether partial outputs come before the final one. Raises
-        QueueFullError when too many wait, and SchedulerError for an id in use or when stopped; then nothing has been
-        taken and no output follows.
+        plan: of `plan`, where that was called before. stream: whether partial outputs come before the final one.
+        steps: whether there is one for a step that made nothing to show. Raises QueueFullError when too many wait, and
+        SchedulerError for an id in use or when stopped; then nothing has been taken and no output follows.
         """
         self._scheduler.ensure_accepts(request.request_id)
         now = self._clock()
@@ -124,7 +130,7 @@ class OmniExecutor:
             self._scheduler.reject(request, error)
             return
         if stream:
-            self._partials[request.request_id] = PartialOutputs(plan.outputs)
+            self._partials[request.request_id] = PartialOutputs(plan.outputs, steps)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once; its final output is the next `take_outputs`'. Unknown or finished ones are fine."""
@@ -203,6 +209,13 @@ class OmniExecutor:
     @property
     def scheduler(self) -> OmniScheduler:
         return self._scheduler
+
+    def find(self, request_id: str) -> RequestPosition | None:
+        """Where an unfinished request is; safe to call from another thread."""
+        position, partials = self._scheduler.find(request_id), self._partials.get(request_id)
+        if position is None or partials is None:
+            return position
+        return replace(position, progress=partials.progress)
 
     def get_status(self) -> dict[str, Any]:
         """The scheduler's gauges, `step_s` (seconds inside the step that is under way; 0 between two) and, by stage,

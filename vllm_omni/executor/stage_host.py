@@ -92,6 +92,7 @@ class StageHost:
             if recovery.is_due(now):
                 recovery.load(now)
                 if is_out_of_memory(recovery.cause):
+                    gc.unfreeze()  # a server keeps what it loaded from the collector
                     gc.collect()
                     release_memory()
                 self.executor = self._build()

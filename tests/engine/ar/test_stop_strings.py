@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -104,6 +104,7 @@ ITEMS = st.lists(st.sampled_from([*CHARACTERS.replace("<", ""), *SPECIAL]), min_
     size=st.integers(1, 4),
     skip=st.booleans(),
 )
+@example(text=["a", "<|y|>", "<|x|>", "a", "a", "<|x|>"], cuts=[1], others=[], start=4, size=2, skip=True)
 def test_the_text_is_that_before_the_first_stop_string(
     processor: TextProcessor, text: list[str], cuts: list[int], others: list[str], start: int, size: int, skip: bool
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from PIL import Image
 from support.server import ServerProcess
 
 from vllm_omni.entrypoints.bench.answer import Answer
+from vllm_omni.entrypoints.bench.http_target import HttpTarget
 from vllm_omni.entrypoints.bench.load import Load, Run
 from vllm_omni.entrypoints.bench.mix import BenchRequest, Mix
 from vllm_omni.entrypoints.bench.summary import parse_limits, summarise
@@ -230,3 +233,31 @@ def test_a_wrong_command_line_is_refused_before_anything_is_sent(
 def test_offline_says_which_kinds_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "offline", *load_of(tmp_path, {"kind": "speech", "prompts": ["3 7"]})]) == 1
     assert "works.only.kind: got 'speech'" in capsys.readouterr().err
+
+
+def test_a_connection_serves_one_request_after_the_other() -> None:
+    connections = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(re.findall(rb"content-length: (\d+)", head.lower())[0]))
+                head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+                writer.write(head + b"e\r\ndata: [DONE]\n\n\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.01)  # its end comes by itself
+                writer.write(b"0\r\n\r\n")
+        writer.close()
+
+    async def main() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            async with HttpTarget(f"http://{host}:{port}", None, None, 10) as target:
+                for request in words(3):
+                    await target.ask(request, answered())
+
+    asyncio.run(main())
+    assert connections == 1

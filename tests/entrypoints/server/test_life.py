@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -15,6 +16,9 @@ import httpx
 import pytest
 from support.server import ServerProcess
 
+from vllm_omni.config.loader import load_config
+from vllm_omni.entrypoints.server.models import ModelTable
+from vllm_omni.entrypoints.server.serving import Server
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.errors import ConfigError
 
@@ -134,3 +138,13 @@ def test_only_loopback_needs_no_key(host: str, is_open: bool) -> None:
         with pytest.raises(ConfigError, match="--no-auth"):
             ServerSettings(host=host)
         ServerSettings(host=host, no_auth=True)
+
+
+def test_what_is_loaded_is_kept_from_the_collector() -> None:
+    """A full collection of it would stop every thread for long, again and again."""
+    server = Server(ModelTable({"tiny-image": load_config("tiny_image")}), ServerSettings())
+    try:
+        server._loaded(None)
+        assert gc.get_freeze_count() > 100_000 and not server.should_exit
+    finally:
+        gc.unfreeze()

@@ -19,6 +19,7 @@ from support.server import ServerProcess
 from vllm_omni.config.loader import load_config
 from vllm_omni.entrypoints.cli import build_parser
 from vllm_omni.entrypoints.server.app import create_app
+from vllm_omni.entrypoints.server.http.api_error import ANSWERS
 from vllm_omni.entrypoints.server.models import ModelTable
 from vllm_omni.entrypoints.server.monitoring.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.runs import RunTable
@@ -121,7 +122,7 @@ def test_every_metric_and_no_other_stands_in_the_table_with_its_kind(table: Mode
 
 def test_every_status_that_an_error_may_have_stands_in_the_table() -> None:
     source = "".join(path.read_text() for path in (ROOT / "vllm_omni/entrypoints/server").rglob("*.py"))
-    raised = set(re.findall(r"ApiError\(\s*(\d{3})", source))
+    raised = {*re.findall(r"ApiError\(\s*(\d{3})", source), *(str(status) for _, status, _, _ in ANSWERS)}
     assert {"400", "429", "504"} <= raised <= {row[0] for row in rows("Status")}
 
 

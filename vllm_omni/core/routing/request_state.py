@@ -18,7 +18,7 @@ from vllm_omni.core.routing.request_streams import RequestStreams
 from vllm_omni.errors import OmniError, SchedulerError, StageError
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StreamChunk
-from vllm_omni.request import OmniRequest, RequestStatus
+from vllm_omni.request import OmniRequest, Progress, RequestStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class RequestPosition:
     num_ahead: int = 0  # of one that waits: those that came before it and wait as well
     running: tuple[str, ...] = ()  # stages
     done: tuple[str, ...] = ()
+    progress: Mapping[str, Progress] = field(default_factory=dict)  # of one that streams, by stage that has begun
 
 
 class RequestState:

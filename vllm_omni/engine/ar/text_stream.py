@@ -15,8 +15,9 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer gives for bytes tha
 class StopRules:
     """The stop strings of one request, and what they mean in its texts.
 
-    Special tokens that are no part of the text have no characters, but a stop string that holds one means this token.
-    The text itself is searched besides, as the reader sees it.
+    Special tokens that are no part of the text have no characters, but a stop string that holds one means this token,
+    and is looked for in the text with all of them: one that stands between parts what stands around it. The text itself
+    is searched besides, as the reader sees it.
     """
 
     def __init__(self, processor: TextProcessor, stop: Sequence[str], skip_special_tokens: bool) -> None:
@@ -24,8 +25,9 @@ class StopRules:
         self.in_text = StopStrings(stop)
         hidden = processor.special_tokens if skip_special_tokens else {}
         with_tokens = [_symbols(string, hidden) for string in stop]
-        self.tokens = {symbol for symbols in with_tokens for symbol in symbols if isinstance(symbol, int)}
-        self.with_tokens = StopStrings(symbols for symbols in with_tokens if self.tokens.intersection(symbols))
+        with_tokens = [symbols for symbols in with_tokens if any(isinstance(symbol, int) for symbol in symbols)]
+        self.tokens = frozenset(hidden.values() if with_tokens else ())  # that the text with all of them is made of
+        self.with_tokens = StopStrings(with_tokens)
 
 
 class TextStream:
@@ -86,8 +88,8 @@ class TextStream:
         self.text += new
 
     def _take_token(self, token_id: int, unfinished: str, can_stop: bool) -> None:
-        """A hidden token of a stop string. unfinished: what stands before it that is no character yet, and is part of
-        the text if that stops here.
+        """A hidden token. unfinished: what stands before it that is no character yet, and is part of the text if that
+        stops here.
         """
         for character in unfinished:
             self._state_with_tokens = self._stop.with_tokens.advance(self._state_with_tokens, character)

@@ -69,8 +69,8 @@ async def _read_events(response: httpx.Response, answer: Answer) -> None:
         if not line.startswith(DATA):
             continue
         content = line[len(DATA) :].strip()
-        if content == DONE:
-            break
+        if content == DONE:  # to be read to the end, so that the connection serves the next request
+            continue
         event = json.loads(content)
         if event.get("error"):
             answer.fail(*_of_event(event["error"]))

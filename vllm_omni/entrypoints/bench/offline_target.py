@@ -47,7 +47,8 @@ class OfflineTarget:
 
     async def ask(self, request: BenchRequest, answer: Answer) -> None:
         try:
-            async with aclosing(self._table.find(None).omni.stream(await self._omni_request(request))) as outputs:
+            made = await self._omni_request(request)
+            async with aclosing(self._table.find(None).omni.stream(made, steps=False)) as outputs:
                 async for output in outputs:
                     _note(output, answer, has_words=request.kind != "image")
         except ValidationError as error:

@@ -56,9 +56,9 @@ ROUTERS = (
 )
 
 
-def create_app(table: ModelTable, settings: ServerSettings, on_failure: Callable[[Exception], None]) -> FastAPI:
-    """The application; it loads the models when it starts, and frees them when it ends. on_failure: called when a model
-    cannot be loaded.
+def create_app(table: ModelTable, settings: ServerSettings, on_loaded: Callable[[Exception | None], None]) -> FastAPI:
+    """The application; it loads the models when it starts, and frees them when it ends. on_loaded: called when all are
+    loaded, or with what kept one from it.
     """
 
     runs = RunTable()
@@ -69,7 +69,7 @@ def create_app(table: ModelTable, settings: ServerSettings, on_failure: Callable
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        loading = asyncio.ensure_future(_load(table, on_failure))
+        loading = asyncio.ensure_future(_load(table, on_loaded))
         yield
         loading.cancel()
         await parts.jobs.close()
@@ -95,11 +95,13 @@ def create_app(table: ModelTable, settings: ServerSettings, on_failure: Callable
     return app
 
 
-async def _load(table: ModelTable, on_failure: Callable[[Exception], None]) -> None:
+async def _load(table: ModelTable, on_loaded: Callable[[Exception | None], None]) -> None:
     try:
         await table.load()
     except Exception as error:
-        on_failure(error)
+        on_loaded(error)
+    else:
+        on_loaded(None)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

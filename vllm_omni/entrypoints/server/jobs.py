@@ -16,7 +16,7 @@ from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
 from vllm_omni.entrypoints.server.http.client import Begun, cancel
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.settings import ServerSettings
-from vllm_omni.request import OmniOutput
+from vllm_omni.request import OmniOutput, Progress
 
 Encode = Callable[
     [OmniOutput], Awaitable[Sequence[tuple[bytes, str]]]
@@ -33,6 +33,7 @@ class Job:
     created: float = field(default_factory=time.time)
     completed: float | None = None
     status: str = "queued"  # "in_progress", "completed", "failed"
+    steps: dict[str, Progress] = field(default_factory=dict)  # by stage that has begun
     files: Sequence[Path] = ()  # that are there, or being written
     is_deleted: bool = False  # whoever still writes its files deletes them
     error: ApiError | None = None
@@ -44,7 +45,7 @@ class Job:
         """0 to 100: steps done of those that are known of, 100 only when the files are there."""
         if self.status == "completed":
             return 100
-        known = self.run.progress.values()
+        known = self.steps.values()
         total = sum(at.num_steps for at in known)
         return 0 if not total else min(99, 100 * sum(min(at.step, at.num_steps) for at in known) // total)
 
@@ -114,6 +115,7 @@ class JobStore:
             async with aclosing(parts):
                 async for output in parts:
                     job.status = "in_progress"
+                    job.steps.update(output.progress)
                     if output.finished:
                         await self._write(job, await encode(output))
             job.status = "completed"

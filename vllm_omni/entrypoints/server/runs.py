@@ -12,7 +12,7 @@ from typing import Any
 from vllm_omni.core.routing.request_state import RequestPosition
 from vllm_omni.entrypoints.server.http.api_error import RETRY_S, ApiError, error_of
 from vllm_omni.entrypoints.server.models import ServedModel
-from vllm_omni.request import OmniOutput, OmniRequest, Progress, RequestStatus, StageResult
+from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus, StageResult
 
 MAX_ENDED = 256  # runs that are remembered after their end
 
@@ -25,13 +25,13 @@ class Run:
     model: ServedModel
     route: str
     wants_parts: bool  # whether somebody reads partial outputs
+    wants_steps: bool = False  # whether one of every step, also where it made nothing to show
     created: float = field(default_factory=time.time)  # seconds since 1970
     began_s: float = field(default_factory=time.monotonic)
     first_part_s: float | None = None  # when there was something to show
     ended_s: float | None = None
     first_kind: str = ""  # what that was: "text", "image", "audio" or "preview"
     traceparent: str | None = None  # the caller's own trace, W3C
-    progress: dict[str, Progress] = field(default_factory=dict)  # by stage that has begun
     output: OmniOutput | None = None  # the final one
 
     @property
@@ -50,7 +50,6 @@ class Run:
 
     def note(self, output: OmniOutput) -> None:
         """Keeps what a partial or final output says of the way."""
-        self.progress.update(output.progress)
         if self.first_part_s is None and output.results:
             self.first_part_s, self.first_kind = time.monotonic(), _kind_of(next(iter(output.results.values())))
         if output.finished:
@@ -131,7 +130,7 @@ async def _outputs(run: Run) -> AsyncGenerator[OmniOutput, None]:
     if not run.wants_parts:
         yield await omni.generate(run.request)
         return
-    async with aclosing(omni.stream(run.request)) as outputs:
+    async with aclosing(omni.stream(run.request, steps=run.wants_steps)) as outputs:
         async for output in outputs:
             yield output
 
@@ -159,7 +158,7 @@ def _way(run: Run) -> Mapping[str, Any]:
     position = run.position
     stages: dict[str, dict[str, Any]] = {stage: {"status": "done"} for stage in position.done}
     stages |= {stage: {"status": "running"} for stage in position.running}
-    for stage, at in run.progress.items():
+    for stage, at in position.progress.items():
         steps = {"step": at.step, "num_steps": at.num_steps}
         stages[stage] = {
             "status": "running",

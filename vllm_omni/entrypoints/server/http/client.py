@@ -60,12 +60,14 @@ async def begun(parts: AsyncGenerator[T, None], wait_s: float = FIRST_S) -> Begu
 
 
 class Begun(AsyncIterator[T], Generic[T]):
-    """Parts of which the first is being made. `aclose` ends whatever is behind them, read or not."""
+    """Parts of which the first is being made, in a task of its own; the others are made where they are asked for.
+    `aclose` ends whatever is behind them, read or not.
+    """
 
     def __init__(self, parts: AsyncGenerator[T, None]) -> None:
         self._parts = parts
-        self._next: asyncio.Future[T] | None = asyncio.ensure_future(anext(parts))
-        self.first = self._next
+        self.first: asyncio.Future[T] = asyncio.ensure_future(anext(parts))
+        self._is_first_read = False
 
     async def ready(self) -> None:
         """Returns when the first part is there; raises what kept it from being made."""
@@ -74,23 +76,14 @@ class Begun(AsyncIterator[T], Generic[T]):
             self.first.result()
 
     async def __anext__(self) -> T:
-        part = await self.next_within(None)
-        assert part is not None
-        return part
-
-    async def next_within(self, seconds: float | None) -> T | None:
-        """The next part; None when there is none after so long, and then another call waits on for the same one."""
-        if self._next is None:
-            self._next = asyncio.ensure_future(anext(self._parts))
-        await asyncio.wait({self._next}, timeout=seconds)
-        if not self._next.done():
-            return None
-        part, self._next = self._next, None
-        return part.result()
+        if self._is_first_read:
+            return await anext(self._parts)
+        await asyncio.wait({self.first})
+        self._is_first_read = True
+        return self.first.result()
 
     async def aclose(self) -> None:
-        if self._next is not None:
-            await cancel(self._next)
+        await cancel(self.first)
         await self._parts.aclose()
 
 

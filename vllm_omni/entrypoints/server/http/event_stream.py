@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
-from vllm_omni.entrypoints.server.http.client import Begun, cancel, until_gone
+from vllm_omni.entrypoints.server.http.client import Begun, cancel, until_gone, within
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.errors import OmniError
 
@@ -45,31 +45,33 @@ class PartStream(Response, Generic[T]):
         super().__init__(media_type=media_type, headers={**NO_BUFFERS, **(headers or {})})
         del self.headers["content-length"]
         self._source = source
-        self._writing: asyncio.Future[None]  # while it is called
         self._settings = settings
         self._encode = encode
         self._fail = fail
         self._last = last
         self._idle = idle
+        self._is_sending = False
+        self._turn_s = 0.0  # of the event loop's clock: when sending last began or ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._writing = writing = asyncio.ensure_future(self._write(send))
+        writing = asyncio.ensure_future(self._write(send))
         leaving = asyncio.ensure_future(until_gone(receive))
+        watching = asyncio.ensure_future(self._watch(send))
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done() and not writing.cancelled():  # else nobody has read what was written
+            await asyncio.wait({writing, leaving, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
                 writing.result()
         except OSError:
             pass
         finally:
-            await cancel(writing, leaving)
+            await cancel(writing, leaving, watching)
             await self._source.aclose()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async for piece in self._pieces():
-                await self._send_body(send, piece, more=True)
+            async for part in self._source:
+                await self._send_body(send, self._encode(part), more=True)
         except OSError:
             raise
         except Exception as error:
@@ -81,22 +83,28 @@ class PartStream(Response, Generic[T]):
                 raise
         await self._send_body(send, self._last, more=False)
 
-    async def _pieces(self) -> AsyncGenerator[bytes, None]:
+    async def _watch(self, send: Send) -> None:
+        """Returns when what was sent has not been read for too long; says now and then that there is nothing yet. One
+        for the whole stream, as a part must cost little.
+        """
+        now = asyncio.get_running_loop().time
+        self._turn_s = now()
         while True:
-            try:
-                part = await self._source.next_within(self._settings.keep_alive_s)
-            except StopAsyncIteration:
+            patience_s, pause_s = self._settings.write_timeout_s, self._settings.keep_alive_s
+            since_s = now() - self._turn_s
+            if self._is_sending and since_s >= patience_s:
                 return
-            yield self._idle if part is None else self._encode(part)
+            if not self._is_sending and since_s >= pause_s:
+                await within(self._send_body(send, self._idle, more=True), patience_s)
+                since_s = 0.0
+            await asyncio.sleep(patience_s - since_s if self._is_sending else min(patience_s, pause_s - since_s))
 
     async def _send_body(self, send: Send, body: bytes, more: bool) -> None:
-        """Nearly always done at once, so it waits in no task of its own."""
         if body or not more:
-            patience = self._writing.get_loop().call_later(self._settings.write_timeout_s, self._writing.cancel)
-            try:
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-            finally:
-                patience.cancel()
+            now = asyncio.get_running_loop().time
+            self._is_sending, self._turn_s = True, now()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+            self._is_sending, self._turn_s = False, now()
 
 
 def event_stream(source: Begun[Event], settings: ServerSettings) -> PartStream[Event]:

@@ -81,7 +81,8 @@ async def chat_run(body: ChatBody, model: ServedModel, outputs: Sequence[str], c
     omni_request = build_request(
         call, model, body, prompt, outputs, sampling=sampling, diffusion=drawing, extra=body.extra_params
     )
-    return call.begin(omni_request, model, wants_parts=body.stream)
+    wants_steps = body.stream_options is not None and body.stream_options.include_progress
+    return call.begin(omni_request, model, wants_parts=body.stream, wants_steps=wants_steps)
 
 
 def _params(body: ChatBody, model: ServedModel) -> tuple[SamplingParams | None, DiffusionParams]:

@@ -43,7 +43,7 @@ async def create_job(body: JobBody, call: CallOf) -> Response:
         )
     drawing = diffusion(body, num_outputs=body.n)
     made = build_request(call, model, body, {"prompt": body.prompt}, stages, diffusion=drawing, extra=body.extra_params)
-    run = call.begin(made, model, wants_parts=True)
+    run = call.begin(made, model, wants_parts=True, wants_steps=True)
     made_by = Provenance.of(model, call.parts.settings, body.prompt, body.extra_params)
     parts = await begun(call.parts.runs.parts(run), REFUSAL_S)
     try:
