@@ -272,7 +272,7 @@ def test_closing_a_stream_aborts_its_request(client: OpenAI, server: ServerProce
 def test_closing_a_plain_request_aborts_it_too(server: ServerProcess) -> None:
     body = {"model": "tiny-omni", "messages": said("hello"), "modalities": ["text"], "max_tokens": 500}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.base_url}/chat/completions", json={**body, "ignore_eos": True}, timeout=0.5)
+        httpx.post(f"{server.base_url}/chat/completions", json={**body, "ignore_eos": True}, timeout=0.05)
     assert server.wait_until_idle() < 5
 
 

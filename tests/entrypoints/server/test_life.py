@@ -30,14 +30,19 @@ BODY: dict[str, Any] = {
 }
 
 
-def begin(server: ServerProcess, max_tokens: int) -> tuple[threading.Thread, list[httpx.Response | Exception]]:
+# some seconds, however fast the words are
+PICTURES: dict[str, Any] = {"model": "tiny-omni", "prompt": "draw a red ball", "num_inference_steps": 200, "n": 4}
+
+
+def begin(
+    server: ServerProcess, path: str, body: dict[str, Any]
+) -> tuple[threading.Thread, list[httpx.Response | Exception]]:
     """A long request in a thread, once it runs."""
     found: list[httpx.Response | Exception] = []
 
     def ask() -> None:
         try:
-            body = {**BODY, "max_tokens": max_tokens, "ignore_eos": True}
-            found.append(httpx.post(server.address + CHAT, json=body, timeout=120))
+            found.append(httpx.post(server.address + path, json=body, timeout=120))
         except Exception as error:
             found.append(error)
 
@@ -52,7 +57,7 @@ def test_sigterm_lets_what_runs_end_and_takes_nothing_new() -> None:
     with ServerProcess(["tiny_omni"]) as server:
         with httpx.Client(base_url=server.address) as kept:  # a connection that stays open
             kept.get("/health")
-            thread, found = begin(server, 400)
+            thread, found = begin(server, CHAT, {**BODY, "max_tokens": 400, "ignore_eos": True})
             os.kill(server.pid, signal.SIGTERM)
             thread.join(120)
             (response,) = found
@@ -63,7 +68,7 @@ def test_sigterm_lets_what_runs_end_and_takes_nothing_new() -> None:
 
 def test_a_second_signal_ends_at_once() -> None:
     with ServerProcess(["tiny_omni"]) as server:
-        thread, _ = begin(server, 500)
+        thread, _ = begin(server, "/v1/images/generations", PICTURES)
         os.kill(server.pid, signal.SIGTERM)
         time.sleep(0.3)
         began_s = time.monotonic()
@@ -75,7 +80,7 @@ def test_a_second_signal_ends_at_once() -> None:
 
 def test_a_drain_has_an_end() -> None:
     with ServerProcess(["tiny_omni"], ["--drain-s", "1"]) as server:
-        thread, _ = begin(server, 500)
+        thread, _ = begin(server, "/v1/images/generations", PICTURES)
         began_s = time.monotonic()
         os.kill(server.pid, signal.SIGTERM)
         server.wait()
