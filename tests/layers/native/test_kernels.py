@@ -63,6 +63,12 @@ def test_a_variant_is_used_that_gets_a_product_right(variant: str, monkeypatch: 
     assert not library.multiplies(file)
 
 
+def test_what_is_no_library_is_not_used(tmp_path: Path) -> None:
+    file = tmp_path / "_avx2.so"
+    file.write_bytes(b"made for another system")
+    assert not library.multiplies(file)
+
+
 def close(result: Tensor, expected: Tensor, steps: float = 1.0) -> None:
     """bfloat16: to `steps` of its 8 bits, where sums that are rounded once are compared."""
     tolerance = 2e-5 if result.dtype == torch.float32 else steps * 2**-7

@@ -76,7 +76,10 @@ def built_variants() -> dict[str, Path]:
 @functools.cache
 def load(file: Path) -> dict[torch.dtype, Kernels]:
     """The functions of one variant, by element type; none where the system does not let them run."""
-    library = ctypes.CDLL(str(file))
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError:  # made for another system, or its OpenMP is not here
+        return {}
     library.prepare.restype = ctypes.c_bool
     return {dtype: Kernels(library, name) for dtype, name in DTYPES.items()} if library.prepare() else {}
 
