@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -99,6 +101,30 @@ def test_an_odd_priority_is_rejected_and_the_loop_goes_on(priority: Any) -> None
     with Omni(text_config()) as omni:
         outputs = omni.generate([{"prompt": "x", "priority": priority}, "a"], TextParams(steps=1))
     assert outputs[0].status is RequestStatus.REJECTED and outputs[1].text == "a"
+
+
+def test_who_keeps_the_error_of_a_refused_request_keeps_nothing_that_was_read() -> None:
+    read: weakref.WeakSet[Part] = weakref.WeakSet()
+
+    class Part(dict[str, Any]):
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    class Parts(Endless):
+        def __iter__(self) -> Iterator[Any]:
+            while True:
+                part = Part(type="text", text="x")
+                if len(read) < 100:
+                    read.add(part)
+                yield part
+
+    with Omni(text_config()) as omni:
+        gc.disable()
+        try:
+            (output,) = omni.generate([[{"role": "user", "content": Parts()}]])
+            assert isinstance(output.error, InvalidRequestError)
+            assert len(read) <= 1, "the frames that the error went through keep what they read"
+        finally:
+            gc.enable()
 
 
 def test_no_message_is_long_or_cannot_be_printed() -> None:

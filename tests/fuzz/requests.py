@@ -57,7 +57,7 @@ class Requests:
         good = self._good()
         assert good.error is None and good.token_ids == self._expected, "the next request is answered otherwise"
         if outputs[0].error is not None:
-            raise outputs[0].error
+            raise outputs.pop().error  # no local name keeps the error, whose frames keep the locals
         return "answered"
 
     def close(self) -> None:

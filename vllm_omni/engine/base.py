@@ -218,10 +218,8 @@ class StageEngine(ABC):
         """Raises when an internal invariant is broken; cheap, for tests and idle moments."""
 
 
-def model_folder(stage: StageConfig, folders: ModelFolders, expected: str, variant: str | None = None) -> Path:
-    """The stage's `model`, resolved; ConfigError where it names none. expected: what the folder should hold. variant:
-    of the weights, where they are downloaded.
-    """
+def model_folder(stage: StageConfig, folders: ModelFolders, expected: str) -> Path:
+    """The stage's `model`, resolved; ConfigError where it names none. expected: what the folder should hold."""
     if stage.model is None:
         raise ConfigError(f"model: missing; expected {expected}")
-    return folders.resolve(stage.model, stage.revision, variant)
+    return folders.resolve(stage.model, stage.revision, stage.variant)

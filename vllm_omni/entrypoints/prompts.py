@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_omni.engine.boundary import clear_frames
 from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.params import StageParams
 from vllm_omni.request import MAX_ID_LENGTH, OmniOutput, OmniRequest, Prompt, RequestStatus, new_request_id
@@ -68,5 +69,6 @@ def _given_id(prompt: PromptLike) -> str | None:
 
 
 def rejected(request_id: str, error: OmniError) -> OmniOutput:
-    """The final output of a request that was never admitted."""
+    """The final output of a request that was never admitted. Who keeps its error keeps nothing that was read."""
+    clear_frames(error)
     return OmniOutput(request_id=request_id, status=RequestStatus.REJECTED, error=error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from vllm_omni.utils.checkpoint_files import check_file
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 from vllm_omni.utils.mapped_files import give_back
-from vllm_omni.utils.variants import of_one_variant
+from vllm_omni.utils.variants import is_weights, of_one_variant, variant_of, variants_in
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_FILE, WHOLE_PIPELINE_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
@@ -54,11 +54,13 @@ class Loadable(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-def tensor_files(folder: Path, prefix: str = "") -> dict[str, Path]:
+def tensor_files(folder: Path, prefix: str = "", variant: str | None = None) -> dict[str, Path]:
     """Tensor name -> safetensors file, from the index or from the one file in the folder; names that begin with the
-    prefix alone.
+    prefix alone. variant: whose files are read, of a folder that has them.
     """
-    found = {name: file for name, file in _all_tensor_files(folder).items() if name.startswith(prefix)}
+    named = variant is not None and variant in variants_in(folder)
+    files = _files_of_variant(folder, str(variant)) if named else _all_tensor_files(folder)
+    found = {name: file for name, file in files.items() if name.startswith(prefix)}
     if not found:
         raise CheckpointError(f"{folder}: no tensor whose name begins with {prefix!r}; is it another checkpoint?")
     return found
@@ -76,6 +78,19 @@ def _all_tensor_files(folder: Path) -> dict[str, Path]:
     files = [whole] if is_there else _unindexed_files(folder)
     if not files:
         raise CheckpointError(f"{folder}: no .safetensors file; convert the weights (nothing else is ever loaded)")
+    return _files_by_name(files)
+
+
+def _files_of_variant(folder: Path, variant: str) -> dict[str, Path]:
+    names = sorted(file.name for file in folder.iterdir() if is_weights(file.name) and variant_of(file.name) == variant)
+    index = next((name for name in names if not name.endswith(".safetensors")), None)
+    if index is not None:
+        return _indexed_files(folder / index)
+    return _files_by_name([folder / name for name in names])
+
+
+def _files_by_name(files: Iterable[Path]) -> dict[str, Path]:
+    """By the names of the tensors that the files hold."""
     found: dict[str, Path] = {}
     for file in files:
         with _opened(file) as handle:
@@ -122,10 +137,10 @@ def _unindexed_files(folder: Path) -> list[Path]:
     return whole or [file for file in files if SHARD_NAME.search(file.name)] or files
 
 
-def tensor_shapes(folder: Path, prefix: str = "") -> dict[str, tuple[int, ...]]:
+def tensor_shapes(folder: Path, prefix: str = "", variant: str | None = None) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, from the headers alone; names that begin with the prefix."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for file, names in _by_file(tensor_files(folder, prefix)).items():
+    for file, names in _by_file(tensor_files(folder, prefix, variant)).items():
         with _opened(file) as handle:
             for name in names:
                 with _reading(name, file):
@@ -159,12 +174,12 @@ def plan_loading(model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: 
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path, prefix: str = "") -> None:
-    """Fills every parameter of `model` (already on its device) from the memory-mapped files of `folder`; with a prefix
-    from the tensors of such names alone. Then the weights are laid out for inference.
+def load_weights(model: nn.Module, folder: Path, prefix: str = "", variant: str | None = None) -> None:
+    """Fills every parameter of `model` (already on its device) from the memory-mapped files of `folder`, chosen as
+    `tensor_files` does; with a prefix from the tensors of such names alone. Then lays the weights out for inference.
     """
-    files = tensor_files(folder, prefix)
-    plan = plan_loading(model, tensor_shapes(folder, prefix), str(folder))  # type: ignore[arg-type]
+    files = tensor_files(folder, prefix, variant)
+    plan = plan_loading(model, tensor_shapes(folder, prefix, variant), str(folder))  # type: ignore[arg-type]
     parameters = dict(model.named_parameters())
     for file, names in _by_file({name: files[name] for name in plan}).items():
         with _opened(file) as handle:
@@ -179,9 +194,11 @@ def load_weights(model: nn.Module, folder: Path, prefix: str = "") -> None:
     pack_linears(model)
 
 
-def load_rows(folder: Path, name: str, indices: Sequence[int], width: int) -> Tensor:
-    """The rows [len(indices), width] of one published tensor, in the file's dtype; nothing else of it is read."""
-    file = tensor_files(folder, name)[name]
+def load_rows(folder: Path, name: str, indices: Sequence[int], width: int, variant: str | None = None) -> Tensor:
+    """The rows [len(indices), width] of one published tensor, in the file's dtype; nothing else of it is read. The file
+    is chosen as `tensor_files` does.
+    """
+    file = tensor_files(folder, name, variant)[name]
     with _opened(file) as handle, _reading(name, file):
         rows = handle.get_slice(name)
         shape = list(rows.get_shape())
@@ -192,12 +209,14 @@ def load_rows(folder: Path, name: str, indices: Sequence[int], width: int) -> Te
         return torch.cat([rows[index : index + 1] for index in indices])
 
 
-def weights_bytes(folder: Path, itemsize: int, prefix: str = "", left_out: tuple[str, ...] = ()) -> int:
+def weights_bytes(
+    folder: Path, itemsize: int, prefix: str = "", left_out: tuple[str, ...] = (), variant: str | None = None
+) -> int:
     """Bytes of all tensors of a folder (whose names begin with the prefix, and not with what is left out) once they are
     loaded with this item size.
     """
     total = 0
-    for name, shape in tensor_shapes(folder, prefix).items():
+    for name, shape in tensor_shapes(folder, prefix, variant).items():
         if name.startswith(left_out):
             continue
         count = 1

@@ -39,9 +39,9 @@ def dtype_of_config(raw: Mapping[str, Any], part: str | None = None) -> torch.dt
     return None
 
 
-def dtype_of_folders(folders: Iterable[Path]) -> torch.dtype | None:
-    """As `dtype_of_headers`, of all weights of these folders."""
-    return dtype_of_headers(file for folder in folders for file in tensor_files(folder).values())
+def dtype_of_folders(folders: Iterable[Path], variant: str | None = None) -> torch.dtype | None:
+    """As `dtype_of_headers`, of all weights of these folders, chosen as `tensor_files` does."""
+    return dtype_of_headers(file for folder in folders for file in tensor_files(folder, variant=variant).values())
 
 
 def dtype_of_headers(files: Iterable[Path], prefix: str = "", left_out: tuple[str, ...] = ()) -> torch.dtype | None:

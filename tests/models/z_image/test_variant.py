@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +72,6 @@ def test_the_configs_own_defaults_stand_above_the_checkpoints(tmp_path: Path) ->
 
     assert defaults("image.defaults={num_inference_steps: 4}") == {**BASE, "num_inference_steps": 4}
     assert defaults("image.defaults={sigmas: [1.0, 0.5]}") == {"sigmas": (1.0, 0.5), "guidance_scale": 5.0}
-
-
-def test_weights_that_are_there_in_a_variant_alone_are_loaded(tmp_path: Path) -> None:
-    plain = folder_of(tmp_path / "plain", 3.0)
-    half = tmp_path / "half"
-    shutil.copytree(plain, half)
-    for part in ("transformer", "vae", "text_encoder"):
-        for file in (half / part).glob("*.safetensors"):
-            file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
-    small = DiffusionParams(height=32, width=32, seed=1)
-    pictures = []
-    for folder in (plain, half):
-        with Omni(model=str(folder), progress=False) as omni:
-            (output,) = omni.generate("a circle", small)
-            assert output.error is None, output.error
-            pictures.append(np.asarray(output.images[0]))
-    assert np.array_equal(*pictures)
 
 
 def test_a_default_negative_prompt_is_read_as_a_given_one_is(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ class DiffusersOptions:
 
     output: str | None = None  # what the pipeline makes: "image" or "audio"; None: what its class says
     pipeline: str | None = None  # the class of diffusers that runs the folder; None: that of its model_index.json
-    variant: str | None = None  # which weight files: "fp16", "bf16"; None: the plain ones, else the only variant
 
     def __post_init__(self) -> None:
         if self.output is not None and self.output not in OUTPUTS:

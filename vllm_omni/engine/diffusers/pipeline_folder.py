@@ -17,7 +17,14 @@ from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.layers.weights import weights_bytes
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
-from vllm_omni.utils.variants import is_weights, variant_of, variants_of
+from vllm_omni.utils.variants import (
+    check_variant,
+    is_weights,
+    said_variants,
+    serving_variants,
+    variant_of,
+    variants_in,
+)
 from vllm_omni.worker.published_dtype import dtype_of_headers
 
 INDEX = "model_index.json"
@@ -128,30 +135,17 @@ class PipelineFolder:
 
     def _chosen_variant(self, asked: str | None) -> str | None:
         """One variant serves a part that has it, and one that has plain weights; ConfigError where none serves all."""
-        found = {part.name: variants_of([file.name for file in part.iterdir()]) for part in self.weight_folders()}
-        known = sorted({variant for variants in found.values() for variant in variants if variant is not None})
-        without_plain = {part: variants for part, variants in found.items() if None not in variants}
-        serving = [name for name in known if all(name in variants for variants in without_plain.values())]
-        if asked is not None and asked not in serving:
-            raise ConfigError(f"variant: got {brief(asked)}, but {self.path} has {_said(found, asked, known)}")
-        if asked is not None or not without_plain:
+        found = {part.name: variants_in(part) for part in self.weight_folders()}
+        if asked is not None:
+            check_variant(asked, found, self.path)
             return asked
+        if all(None in variants for variants in found.values()):
+            return None
+        serving = serving_variants(found)
         if len(serving) != 1:
             missing = "no plain weights; name one of them" if serving else "no one variant of all; convert some"
-            raise ConfigError(
-                f"variant: {self.path} has {', '.join(serving) or _said(found, None, known)} and {missing}"
-            )
+            raise ConfigError(f"variant: {self.path} has {', '.join(serving) or said_variants(found)} and {missing}")
         return serving[0]
-
-
-def _said(found: Mapping[str, Collection[str | None]], asked: str | None, known: Collection[str]) -> str:
-    """Which variants there are and, where the one that is asked for is among them, which parts have others alone."""
-    if asked is not None and asked not in known:
-        return ", ".join(known) or "no variant"
-    parts = {part: variants for part, variants in found.items() if None not in variants and asked not in variants}
-    return ", ".join(
-        f"{' and '.join(sorted(filter(None, variants)))} alone of {part}" for part, variants in parts.items()
-    )
 
 
 def _pixels_of_a_latent(vae: Mapping[str, Any]) -> int | None:

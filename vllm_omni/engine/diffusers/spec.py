@@ -34,8 +34,8 @@ class DiffusersSpec(StageSpec):
     def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
         super().__init__(stage, config, folders)
         options: DiffusersOptions = DiffusersOptions() if stage.options is None else stage.options
-        folder = model_folder(stage, folders, "a diffusers pipeline folder", options.variant)
-        self.folder = PipelineFolder(folder, options.variant)
+        folder = model_folder(stage, folders, "a diffusers pipeline folder")
+        self.folder = PipelineFolder(folder, stage.variant)
         self.pipeline_type = self._pipeline_type(options.pipeline)
         self.pipeline_name = self.pipeline_type.__name__
         self.folder.check_left_out(part_names(self.pipeline_type))

@@ -24,6 +24,7 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import did_you_mean
 from vllm_omni.utils.files import ModelFolders, read_json
 from vllm_omni.utils.precision import Precision
+from vllm_omni.utils.variants import check_variant, variants_in
 from vllm_omni.worker.architecture import named_architectures
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec
 
@@ -46,8 +47,11 @@ class DiffusionSpec(StageSpec):
         self.options: DiTOptions = DiTOptions() if stage.options is None else stage.options
         self.folder = model_folder(stage, folders, EXPECTED)
         self.model: DiffusionModelSpec = resolve("diffusion model", model_name(self.folder, self.options.part))(
-            self.folder
+            self.folder, stage.variant
         )
+        if stage.variant is not None:
+            parts = {part.name: variants_in(part) for part in self.model.weight_folders}
+            check_variant(stage.variant, parts, self.folder)
         self.signature = self.model.signature
         self.request_keys = self.model.request_keys
         self.defaults = layered(stage.defaults, self.model.defaults)
@@ -73,7 +77,7 @@ class DiffusionSpec(StageSpec):
         )
 
     def weights_key(self) -> tuple[str, ...]:
-        return (self.stage.kind, str(self.folder.resolve()), self.options.part or "")
+        return (self.stage.kind, str(self.folder.resolve()), self.options.part or "", self.stage.variant or "")
 
     def needed_inputs(self, request: OmniRequest, params: StageParams) -> frozenset[str]:
         return self.model.needed_inputs(frozenset(self.stage.inputs), request, diffusion_params(params))

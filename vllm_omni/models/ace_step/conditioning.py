@@ -37,7 +37,13 @@ class AceStepConditioner:
 
     @classmethod
     def load(
-        cls, folder: Path, present: Sequence[str], num_timbre_frames: int, device: torch.device, dtype: torch.dtype
+        cls,
+        folder: Path,
+        present: Sequence[str],
+        num_timbre_frames: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights_variant: str | None = None,
     ) -> AceStepConditioner:
         """present: the parts that the folder has. num_timbre_frames: how much silence the timbre encoder hears where
         there is nothing else.
@@ -54,7 +60,8 @@ class AceStepConditioner:
             "audio_token_detokenizer": AceStepAudioTokenDetokenizer,
         }
         encoder, tokenizer, detokenizer = (
-            _loaded(part, folder / name, device, dtype) if name in present else None for name, part in classes.items()
+            load_part(part, folder / name, dtype, weights_variant).to(device=device) if name in present else None
+            for name, part in classes.items()
         )
         return cls(encoder, tokenizer, detokenizer, num_timbre_frames)
 
@@ -94,7 +101,3 @@ class AceStepConditioner:
         indices = torch.zeros(1, len(numbers), quantizer.num_quantizers, dtype=torch.long, device=device)
         indices[0, :, 0] = torch.tensor(numbers, device=device)
         return self._detokenizer(quantizer.get_output_from_indices(indices).to(self._dtype))[0]
-
-
-def _loaded(part: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    return load_part(part, folder, dtype).to(device=device)

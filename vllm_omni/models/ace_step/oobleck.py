@@ -114,13 +114,15 @@ class Oobleck:
         self.samples_of_tile = max(1, tile_bytes // (vae.config.decoder_channels * weight.element_size()))
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Oobleck:
+    def load(
+        cls, folder: Path, device: torch.device, dtype: torch.dtype, weights_variant: str | None = None
+    ) -> Oobleck:
         """Folds constants in float32, then rounds to `dtype`. The folder's configuration has passed `check_config`."""
         from diffusers import AutoencoderOobleck
 
         with warnings.catch_warnings():  # of what diffusers builds it with, and what `fold_constants` takes away
             warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
-            vae = load_part(AutoencoderOobleck, folder, torch.float32)
+            vae = load_part(AutoencoderOobleck, folder, torch.float32, weights_variant)
         fold_constants(vae)
         for part in (vae.encoder, vae.decoder):
             part.to(device=device, dtype=dtype).requires_grad_(False).eval()

@@ -10,7 +10,6 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
-from vllm_omni.layers.weights import weights_bytes
 from vllm_omni.models.ace_step.conditioning import REFERENCE_SECONDS, AceStepConditioner
 from vllm_omni.models.ace_step.config import AceStepConfig
 from vllm_omni.models.ace_step.folder import AceStepFolder
@@ -31,7 +30,6 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import DataSpec, StageSignature, TensorSpec, TextSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec
-from vllm_omni.worker.published_dtype import dtype_of_folders
 
 ENCODER = "condition_encoder"
 TOKENIZER_PARTS = ("audio_tokenizer", "audio_token_detokenizer")
@@ -42,7 +40,8 @@ STEP_SECONDS = 1e-2  # rough, of one denoising step of a second of audio
 class AceStepSpec(DiffusionModelSpec):
     """Of a folder of diffusers' AceStepPipeline."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
+        super().__init__(folder, weights_variant)
         self._folder = published = AceStepFolder(folder)
         self._transformer = AceStepConfig.from_dict(
             published.config("transformer"), str(published.config_file("transformer"))
@@ -53,14 +52,9 @@ class AceStepSpec(DiffusionModelSpec):
         check_sampler(published.config("scheduler"), f"{folder}/scheduler")
         self._check_latents()
         self._coders = [part for part in TOKENIZER_PARTS if published.has_part(part)]
+        self.weight_folders = [folder / part for part in ("transformer", "vae", ENCODER, *self._coders)]
         self._can_tokenize = len(self._coders) == len(TOKENIZER_PARTS)
         self.signature = self._signature()
-
-    def weights_bytes(self, dtype: torch.dtype) -> int:
-        return sum(weights_bytes(folder, dtype.itemsize) for folder in self._weight_folders)
-
-    def published_dtype(self) -> torch.dtype | None:
-        return dtype_of_folders(self._weight_folders)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Hidden states, their normed copy and what a block adds; gate, up and their product, or queries, keys and
@@ -108,12 +102,12 @@ class AceStepSpec(DiffusionModelSpec):
         return f"{name} (by is_turbo and model_version of transformer/config.json)"
 
     def load(self, device: torch.device, dtype: torch.dtype) -> AceStepPipeline:
-        path = self._folder.path
+        path, variant = self.folder, self.weights_variant
         num_timbre_frames = self._geometry.num_frames(REFERENCE_SECONDS)
         return AceStepPipeline(
-            AceStepTransformer.load(path / "transformer", self._transformer, device, dtype),
-            Oobleck.load(path / "vae", device, dtype),
-            AceStepConditioner.load(path, [ENCODER, *self._coders], num_timbre_frames, device, dtype),
+            AceStepTransformer.load(path / "transformer", self._transformer, device, dtype, variant),
+            Oobleck.load(path / "vae", device, dtype, variant),
+            AceStepConditioner.load(path, [ENCODER, *self._coders], num_timbre_frames, device, dtype, variant),
             self._folder.config("scheduler"),
             self._geometry,
         )
@@ -125,10 +119,6 @@ class AceStepSpec(DiffusionModelSpec):
                 f"{self._folder.path}/vae: decoder_input_channels: got {channels}, expected {expected} (audio_acoustic_"
                 "hidden_dim of the transformer)"
             )
-
-    @property
-    def _weight_folders(self) -> list[Path]:
-        return [self._folder.path / part for part in ("transformer", "vae", ENCODER, *self._coders)]
 
     @property
     def _latent_channels(self) -> int:

@@ -67,12 +67,19 @@ class AceStepTransformer(nn.Module):
         self._rope = torch.empty(0)
 
     @classmethod
-    def load(cls, folder: Path, config: AceStepConfig, device: torch.device, dtype: torch.dtype) -> AceStepTransformer:
+    def load(
+        cls,
+        folder: Path,
+        config: AceStepConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights_variant: str | None = None,
+    ) -> AceStepTransformer:
         """The model of a `transformer` folder and its configuration, ready to run."""
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device=device).to(dtype).requires_grad_(False).eval()
-        load_weights(model, folder)
+        load_weights(model, folder, variant=weights_variant)
         model.fold_weights()
         return model
 

@@ -118,10 +118,15 @@ class Talker(nn.Module):
 
 
 def load_text_rows(
-    folder: Path, token_ids: list[int], width: int, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    token_ids: list[int],
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights_variant: str | None = None,
 ) -> dict[int, Tensor]:
     """Text token -> its embedding [E] in the thinker, read from the checkpoint row by row."""
-    rows = load_rows(folder, TEXT_EMBEDDINGS, token_ids, width)
+    rows = load_rows(folder, TEXT_EMBEDDINGS, token_ids, width, weights_variant)
     return dict(zip(token_ids, rows.to(device=device, dtype=dtype), strict=True))
 
 

@@ -36,7 +36,14 @@ class TalkerStage(ARStage):
         self._gives_rows, self._gives_codes = CODES in context.reads.streamed, CODES in context.reads.whole
         begins = [spec.speakers.get(name).bos_token for name in spec.speakers.names]
         tokens = sorted({*begins, self._model.text_end, self._model.text_pad})
-        self._text = load_text_rows(spec.model.folder, tokens, self._model.embedding_size, runner.device, runner.dtype)
+        self._text = load_text_rows(
+            spec.model.folder,
+            tokens,
+            self._model.embedding_size,
+            runner.device,
+            runner.dtype,
+            spec.model.weights_variant,
+        )
 
     def start(self, task: StageTask, sequence_ids: Iterator[int]) -> TalkerJob:
         voice, model = task.prepared, self._model

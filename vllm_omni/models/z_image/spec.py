@@ -12,7 +12,7 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
-from vllm_omni.layers.weights import load_weights, weights_bytes
+from vllm_omni.layers.weights import load_weights
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import PATCH
 from vllm_omni.models.z_image.pipeline import NEGATIVE_PORT, ImageGeometry, ZImagePipeline
@@ -27,7 +27,6 @@ from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part
-from vllm_omni.worker.published_dtype import dtype_of_folders
 
 EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
 UNUSED_FIELDS = ("strength", "image", "duration_s")
@@ -44,8 +43,9 @@ class ZImageSpec(DiffusionModelSpec):
 
     gives_previews = True
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
+        super().__init__(folder, weights_variant)
+        self.weight_folders = [folder / part for part in ("transformer", "vae")]
         self.config = ZImageConfig.from_folder(folder / "transformer")
         self.geometry = _geometry(folder / "vae" / "config.json")
         self.preview_map = PreviewMap.of_vae(folder / "vae")
@@ -64,12 +64,6 @@ class ZImageSpec(DiffusionModelSpec):
             results=frozenset({"image"}),
         )
 
-    def weights_bytes(self, dtype: torch.dtype) -> int:
-        return sum(weights_bytes(folder, dtype.itemsize) for folder in self._weight_folders)
-
-    def published_dtype(self) -> torch.dtype | None:
-        return dtype_of_folders(self._weight_folders)
-
     def token_bytes(self, dtype: torch.dtype) -> int:
         return self.config.dim * dtype.itemsize * ACTIVATION_WIDTHS
 
@@ -79,8 +73,8 @@ class ZImageSpec(DiffusionModelSpec):
         with torch.device("meta"):
             transformer = ZImageTransformer(self.config)
         transformer.to_empty(device=device).to(dtype).requires_grad_(False).eval()
-        load_weights(transformer, self.folder / "transformer")
-        vae = load_part(AutoencoderKL, self.folder / "vae", dtype)
+        load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
+        vae = load_part(AutoencoderKL, self.folder / "vae", dtype, self.weights_variant)
         vae = vae.to(device=device, memory_format=torch.channels_last)
         return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 
@@ -110,10 +104,6 @@ class ZImageSpec(DiffusionModelSpec):
 
     def note(self) -> str:
         return self.variant.words()
-
-    @property
-    def _weight_folders(self) -> list[Path]:
-        return [self.folder / part for part in ("transformer", "vae")]
 
     def _check_size(self, params: DiffusionParams, limits: LimitsConfig) -> None:
         multiple = self.geometry.vae_scale * PATCH

@@ -21,6 +21,7 @@ from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.weights import load_weights, tensor_files, weights_bytes
 from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.files import read_json
+from vllm_omni.utils.variants import check_variant, variants_in
 from vllm_omni.worker.ar.media_prompt import MediaItem
 from vllm_omni.worker.ar.prompt_reader import PromptReader
 from vllm_omni.worker.architecture import language_architecture
@@ -111,14 +112,21 @@ class LanguageModelFolder:
     config: LanguageModelConfig
     rope_scaling: str = ""  # what stands in the place of the file's own, as text
     stated_dtype: torch.dtype | None = None  # what the file says that the weights were published in
+    weights_variant: str | None = None  # which weight files are loaded
 
     @classmethod
     def open(
-        cls, folder: Path, part: str | None = None, rope_scaling: Mapping[str, Any] | None = None
+        cls,
+        folder: Path,
+        part: str | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
+        weights_variant: str | None = None,
     ) -> LanguageModelFolder:
-        """ConfigError for anything that the model class does not support, CheckpointError for a missing file.
-        rope_scaling: in the place of the file's own.
+        """ConfigError for anything that the model class does not support, and for weights that are not there in the
+        variant; CheckpointError for a missing file. rope_scaling: in the place of the file's own.
         """
+        if weights_variant is not None:
+            check_variant(weights_variant, {folder.name: variants_in(folder)}, folder)
         where = folder / "config.json"
         raw = read_json(where)
         name = registered_name(raw, str(where), part, folder)
@@ -129,22 +137,32 @@ class LanguageModelFolder:
             if rope_scaling is not None:
                 config = config.with_rope_scaling(rope_scaling)
         scaling = "" if rope_scaling is None else repr(sorted(rope_scaling.items()))
-        return cls(folder, part, name, found, config, scaling, dtype_of_config(raw, part))
+        return cls(folder, part, name, found, config, scaling, dtype_of_config(raw, part), weights_variant)
 
     @property
     def key(self) -> tuple[str, ...]:
         """What makes the models of two stages the same one."""
-        return self.model_class.__name__, str(self.folder.resolve()), self.part or "", self.rope_scaling
+        return (
+            self.model_class.__name__,
+            str(self.folder.resolve()),
+            self.part or "",
+            self.rope_scaling,
+            self.weights_variant or "",
+        )
 
     def weights_bytes(self, itemsize: int) -> int:
         """Of the model's parameters, itemsize bytes each."""
-        return weights_bytes(self.folder, itemsize, self._tensor_prefix, self.model_class.other_parts)
+        return weights_bytes(
+            self.folder, itemsize, self._tensor_prefix, self.model_class.other_parts, self.weights_variant
+        )
 
     def published_dtype(self) -> torch.dtype | None:
-        """What the file says, else what most of the parameters are stored in; None where neither tells."""
-        if self.stated_dtype is not None:
+        """What the file says of the plain weights, else what most of the parameters are stored in; None where neither
+        tells.
+        """
+        if self.stated_dtype is not None and self.weights_variant is None:
             return self.stated_dtype
-        files = tensor_files(self.folder, self._tensor_prefix).values()
+        files = tensor_files(self.folder, self._tensor_prefix, self.weights_variant).values()
         return dtype_of_headers(files, self._tensor_prefix, self.model_class.other_parts)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
@@ -152,7 +170,7 @@ class LanguageModelFolder:
         with torch.device("meta"):
             model: nn.Module = self.model_class(self.config)
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        load_weights(model, self.folder, self._tensor_prefix)
+        load_weights(model, self.folder, self._tensor_prefix, self.weights_variant)
         for module in model.modules():
             if isinstance(module, ComputedBuffers):
                 module.fill_buffers()

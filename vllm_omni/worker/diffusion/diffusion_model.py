@@ -18,10 +18,12 @@ from torch import Tensor
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.layers.weights import weights_bytes
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import check_number
+from vllm_omni.worker.published_dtype import dtype_of_folders
 
 
 class Sampler(Protocol):
@@ -91,21 +93,26 @@ class DiffusionModelSpec(ABC):
     """
 
     signature: StageSignature  # outputs are `output_port` [N, ...] and "latents" [N, ...]; the result is `output_port`
+    weight_folders: Sequence[Path]  # of the parts that are loaded
     request_keys: frozenset[str] = frozenset()  # keys of `OmniRequest.fields` that it reads; `prepare` is given them
     gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
     only_dtype: ClassVar[torch.dtype | None] = None  # that it computes in, whatever its stage's `dtype` says
     defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
 
-    @abstractmethod
-    def __init__(self, folder: Path) -> None: ...
+    def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
+        """weights_variant: which weight files are loaded ("fp16"), of a part that has such."""
+        self.folder = folder
+        self.weights_variant = weights_variant
 
-    @abstractmethod
     def weights_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all weights, from the safetensors headers."""
+        return sum(
+            weights_bytes(folder, dtype.itemsize, variant=self.weights_variant) for folder in self.weight_folders
+        )
 
     def published_dtype(self) -> torch.dtype | None:
         """What most of these weights were published in, from the headers; None where nothing says."""
-        return None
+        return dtype_of_folders(self.weight_folders, self.weights_variant)
 
     @abstractmethod
     def token_bytes(self, dtype: torch.dtype) -> int:

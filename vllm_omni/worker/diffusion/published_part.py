@@ -9,12 +9,13 @@ import torch
 
 from vllm_omni.errors import CheckpointError
 from vllm_omni.utils.checkpoint_files import reading
-from vllm_omni.utils.variants import taken_variant, variants_of
+from vllm_omni.utils.variants import taken_variant, variants_in
 
 
-def load_part(part: Any, folder: Path, dtype: torch.dtype) -> Any:
+def load_part(part: Any, folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:
     """An instance of the diffusers class `part` with all weights of the folder, on the CPU; CheckpointError where one
-    is missing, left over or misshapen, or the folder holds something else.
+    is missing, left over or misshapen, or the folder holds something else. variant: whose files are read, of a folder
+    that has them.
     """
     with reading(f"{folder}: {part.__name__}"):
         module, info = part.from_pretrained(
@@ -23,16 +24,17 @@ def load_part(part: Any, folder: Path, dtype: torch.dtype) -> Any:
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
-            variant=_variant(folder),
+            variant=_variant(folder, variant),
             output_loading_info=True,
         )
     refuse_incomplete(info, folder)
     return module.requires_grad_(False).eval()
 
 
-def _variant(folder: Path) -> str | None:
+def _variant(folder: Path, asked: str | None) -> str | None:
     """Of the files that are taken; None where plain ones are, and where nothing is."""
-    return taken_variant(variants_of([file.name for file in folder.iterdir()])) if folder.is_dir() else None
+    found = variants_in(folder)
+    return asked if asked in found else taken_variant(found)
 
 
 def refuse_incomplete(info: dict[str, Any], folder: Path) -> None:

@@ -35,8 +35,9 @@ class Token2WavSpec(DiffusionModelSpec):
     request_keys = frozenset({"speaker"})
     only_dtype = torch.float32
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
+        super().__init__(folder, weights_variant)
+        self.weight_folders = [folder]
         self.config = Token2WavConfig.from_folder(folder)
         self.speakers = Speakers.load(folder)
         _check_speakers(self.speakers, self.config.dit, folder)
@@ -49,8 +50,11 @@ class Token2WavSpec(DiffusionModelSpec):
             streamed_outputs=frozenset({"audio"}),
         )
 
+    def published_dtype(self) -> torch.dtype | None:
+        return None  # it computes in float32 whatever its files hold
+
     def weights_bytes(self, dtype: torch.dtype) -> int:
-        shapes = tensor_shapes(self.folder, PREFIX).values()
+        shapes = tensor_shapes(self.folder, PREFIX, self.weights_variant).values()
         return sum(math.prod(shape) * dtype.itemsize for shape in shapes)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
@@ -67,7 +71,7 @@ class Token2WavSpec(DiffusionModelSpec):
             modules = Token2WavModules(self.config)
         modules.to_empty(device=device).to(dtype).requires_grad_(False).eval()
         modules.vocoder.fill_buffers()
-        load_weights(modules, self.folder)
+        load_weights(modules, self.folder, variant=self.weights_variant)
         return Token2Wav(self.config, modules, self.speakers)
 
     def check(
