@@ -44,6 +44,10 @@ class Limits:
         computing_s = 2 * parameters * batch / (self.gemm_gflop_s[dtype] * GIGA)
         return 1 / max(reading_s, computing_s)
 
+    def prefill_tokens_per_s(self, parameters: int, dtype: str) -> float:
+        """Tokens of prompts, which are multiplied by `parameters` weights."""
+        return self.gemm_gflop_s[dtype] * GIGA / (2 * parameters)
+
     def picture_note(self, dtype: str) -> str:
         return (
             f"Limit: a 128x128 picture takes {self.picture_gflop:.2f} GFLOP (guidance and caches off), this machine "
@@ -128,12 +132,17 @@ def fastest(work: Callable[[], Any], seconds: float) -> float:
     return min(times)
 
 
-def decode_parameters(config: Mapping[str, Any]) -> int:
-    """Weights that a decode step of a dense Qwen3 multiplies by: its layers and its head."""
+def layer_parameters(config: Mapping[str, Any]) -> int:
+    """Weights that every token of a dense Qwen3 is multiplied by: its layers."""
     width, head = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     layer = width * (2 * queries + 2 * keys) + 3 * width * config["intermediate_size"]
-    return int(config["num_hidden_layers"] * layer + config["vocab_size"] * width)
+    return int(config["num_hidden_layers"] * layer)
+
+
+def decode_parameters(config: Mapping[str, Any]) -> int:
+    """Those of a decode step: its layers and its head."""
+    return layer_parameters(config) + int(config["vocab_size"] * config["hidden_size"])
 
 
 def measure(options: Options) -> Limits:

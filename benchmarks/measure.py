@@ -24,7 +24,8 @@ MIN_REPEATS = 3
 @dataclass(frozen=True, slots=True)
 class Options:
     """repeats: timed runs of each side of each case. budget_s: after this long a case is not repeated further (but at
-    least three times). dtype: of both sides. is_quick: tiny counts, which show that it runs and nothing else.
+    least three times). dtype: of both sides. is_quick: tiny counts, which show that it runs and nothing else. peers:
+    the folder of the environments of peers, None for where they are made by default.
     """
 
     threads: int
@@ -32,6 +33,7 @@ class Options:
     budget_s: float = 120.0
     dtype: str = "float32"
     is_quick: bool = False
+    peers: str | None = None
 
     def is_enough(self, done: int, spent_s: float) -> bool:
         """Whether a case has been repeated often enough."""

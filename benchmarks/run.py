@@ -17,9 +17,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from benchmarks import audio, audio_cache, cache, decode_memory, images, limits, report, serving, speech, startup, text
+from benchmarks import (
+    audio,
+    audio_cache,
+    cache,
+    decode_memory,
+    images,
+    limits,
+    report,
+    serving,
+    speech,
+    startup,
+    text,
+    text_peers,
+)
 from benchmarks.limits import Limits
 from benchmarks.measure import Options, Report, available_cores, machine
+from benchmarks.peers.environments import DEFAULT_FOLDER
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
@@ -29,6 +43,7 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "speech": speech.run,
     "decode_memory": decode_memory.run,
     "text": text.run,
+    "text_peers": text_peers.run,
     "startup": startup.run,
     "cache": cache.run,
     "audio_cache": audio_cache.run,
@@ -43,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--write: the figures of --quick are none; leave out one of them")
     names = list(SUITES) if "all" in args.suites else [name for name in SUITES if name in args.suites]
     repeats = 1 if args.quick else args.repeats
-    options = Options(args.threads, repeats, args.budget, args.dtype, args.quick)
+    options = Options(args.threads, repeats, args.budget, args.dtype, args.quick, args.peers)
     console, about = Console(), machine(options.threads)
     console.print(", ".join(f"{name} {value}" for name, value in about.items()))
     bounds = None if args.quick and "limits" not in names else limits.measure(options)
@@ -78,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget", type=float, default=120.0, metavar="S", help="no repeats beyond three after this long (default 120)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `images` and `audio`")
+    parser.add_argument(
+        "--peers", metavar="FOLDER", help=f"of `text_peers`: where tools/peers.py made them (default {DEFAULT_FOLDER})"
+    )
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     parser.add_argument("--threads", type=int, default=threads, help=f"of both sides (default {threads})")
     return parser

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -133,21 +133,53 @@ class Duel:
         }
 
 
+class Asked(Protocol):
+    """A side that is asked from this process, wherever it runs."""
+
+    name: str
+
+    def call(self, method: str, *arguments: Any) -> tuple[float, Any]:
+        """(seconds, result) of one of its methods."""
+
+
+def run(side: Asked, case: Any, repeat: int) -> tuple[float, Any]:
+    return side.call("run", case, repeat)
+
+
+def rounds(
+    us: Asked,
+    peers: Sequence[Asked],
+    cases: Iterable[tuple[str, float, Any]],
+    compare: Callable[[Any, Any], str],
+    options: Options,
+    ask: Callable[[Asked, Any, int], tuple[float, Any]] = run,
+) -> Iterator[list[Duel]]:
+    """Of every (name, amount, case) a duel with each peer: one warm-up of each side, whose answers are compared, then
+    timed runs in turn: us, the first peer, the next.
+    """
+    for name, amount, case in cases:
+        found = [Duel(name, amount) for _ in peers]
+        ours = ask(us, case, 0)[1]
+        for peer, duel in zip(peers, found, strict=True):
+            duel.agreement = compare(ours, ask(peer, case, 0)[1])
+        done, spent_s = 0, 0.0
+        while not options.is_enough(done, spent_s):
+            done += 1
+            us_s = ask(us, case, done)[0]
+            peers_s = [ask(peer, case, done)[0] for peer in peers]
+            for peer_s, duel in zip(peers_s, found, strict=True):
+                duel.us_s.append(us_s)
+                duel.peer_s.append(peer_s)
+            spent_s += us_s + sum(peers_s)
+        yield found
+
+
 def duels(
-    us: SideProcess,
-    peer: SideProcess,
+    us: Asked,
+    peer: Asked,
     cases: Iterable[tuple[str, float, Any]],
     compare: Callable[[Any, Any], str],
     options: Options,
 ) -> list[Duel]:
-    """Every (name, amount, case): one warm-up of each side, whose answers are compared, then timed runs in turn."""
-    found = []
-    for name, amount, case in cases:
-        duel = Duel(name, amount)
-        duel.agreement = compare(us.call("run", case, 0)[1], peer.call("run", case, 0)[1])
-        while not options.is_enough(len(duel.us_s), sum(duel.us_s) + sum(duel.peer_s)):
-            repeat = len(duel.us_s) + 1
-            duel.us_s.append(us.call("run", case, repeat)[0])
-            duel.peer_s.append(peer.call("run", case, repeat)[0])
-        found.append(duel)
-    return found
+    """As `rounds` with one peer."""
+    return [duel for (duel,) in rounds(us, [peer], cases, compare, options)]

@@ -103,10 +103,13 @@ class Ours:
         self._omni = Omni(model=folder, device="cpu", dtype=dtype, progress=False)
 
     def run(self, case: Case, repeat: int) -> list[list[int]]:
+        return self.write(case.prompts(repeat), case.new_tokens)
+
+    def write(self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> list[list[int]]:
         from vllm_omni import SamplingParams
 
-        params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in case.new_tokens]
-        outputs = self._omni.generate([{"prompt_token_ids": ids} for ids in case.prompts(repeat)], params)
+        params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in new_tokens]
+        outputs = self._omni.generate([{"prompt_token_ids": ids} for ids in prompts], params)
         for output in outputs:
             if output.error is not None:
                 raise output.error
@@ -132,7 +135,11 @@ class Transformers:
         self._tokenizer = AutoTokenizer.from_pretrained(find_tokenizer(path, None))
 
     def run(self, case: Case, repeat: int) -> list[list[int]]:
-        prompts = case.prompts(repeat)
+        written = self.write(case.prompts(repeat), case.new_tokens)
+        self._tokenizer.batch_decode(written, skip_special_tokens=True)
+        return written
+
+    def write(self, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> list[list[int]]:
         longest = max(map(len, prompts))
         token_ids = self._torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
         mask = self._torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
@@ -140,14 +147,12 @@ class Transformers:
             written = self._model.generate(
                 token_ids,
                 attention_mask=mask,
-                max_new_tokens=max(case.new_tokens),
+                max_new_tokens=max(new_tokens),
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=0,
             )[:, longest:].tolist()
-        written = [row[:count] for row, count in zip(written, case.new_tokens, strict=True)]
-        self._tokenizer.batch_decode(written, skip_special_tokens=True)
-        return written
+        return [row[:count] for row, count in zip(written, new_tokens, strict=True)]
 
 
 def run(options: Options, limits: Limits | None = None) -> Report:
@@ -194,10 +199,16 @@ def contests(folder: Path, options: Options) -> Iterator[Contest]:
 
 
 def _made(folder: Path, config: dict[str, Any], dtype: str, cases: dict[str, Case], options: Options) -> Contest:
-    target = folder / f"{config['num_hidden_layers']}-{dtype}"
-    with SideProcess("model maker", options.threads, ModelMaker) as maker:
-        maker.call("make", target, config, dtype)
+    target = written_model(folder, config, dtype, options.threads)
     return Contest(f"random Qwen3, {decode_parameters(config) / 1e6:.1f} M", str(target), dtype, cases)
+
+
+def written_model(folder: Path, config: dict[str, Any], dtype: str, threads: int) -> Path:
+    """A new folder in `folder`."""
+    target = folder / f"{config['num_hidden_layers']}-{dtype}"
+    with SideProcess("model maker", threads, ModelMaker) as maker:
+        maker.call("make", target, config, dtype)
+    return target
 
 
 def equal_share(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> str:
