@@ -1,5 +1,5 @@
-"""Tokens per second of a language model of Qwen3-0.6B's shape in bfloat16: ours and those of other engines, in one run and
-in turn, greedy, end-of-sequence ignored.
+"""Tokens per second of a language model of Qwen3-0.6B's shape in bfloat16: ours and other engines', in one run and in turn,
+greedy, end-of-sequence ignored.
 
 Peers besides transformers have environments of their own (benchmarks/peers); one that is not there is named, and the
 run goes on. All are given token ids and asked for token ids.
@@ -66,9 +66,8 @@ def run(options: Options, limits: Limits | None = None, environments: Mapping[st
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = str(written_model(Path(temporary), config, dtype, options.threads))
         us = stack.enter_context(SideProcess("ours", options.threads, Ours, folder, dtype))
-        theirs = stack.enter_context(SideProcess("transformers", options.threads, Transformers, folder, dtype))
         peers: list[SideProcess | PeerProcess] = [
-            theirs,
+            stack.enter_context(SideProcess("transformers", options.threads, Transformers, folder, dtype)),
             *_processes(environments, folder, dtype, options, stack, notes),
         ]
         cases = [(name, load.amount, load) for name, load in chosen.items()]
