@@ -1,5 +1,5 @@
-"""Tokens per second of a language model of Qwen3-0.6B's shape in bfloat16: ours and other engines', in one run and in turn,
-greedy, end-of-sequence ignored.
+"""Tokens per second of a language model of Qwen3-0.6B's shape in bfloat16: ours and other engines', in one run and in
+turn, greedy, end-of-sequence ignored.
 
 Peers besides transformers have environments of their own (benchmarks/peers); one that is not there is named, and the
 run goes on. All are given token ids and asked for token ids.

@@ -34,6 +34,10 @@ class PeerProcess:
             env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
         )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def call(self, method: str, *arguments: Any) -> tuple[float, Any]:
         """(seconds inside the process, result) of one method. Between calls the process does not run at all: threads
         that wait by spinning would take their cores from the other sides.
