@@ -99,7 +99,8 @@ def test_a_run_measures_the_peers_that_are_there_and_names_the_others(tmp_path: 
         assert duel["agreement"] == "100%"
         assert duel["us_s"][0] > 0 and duel["peer_s"][0] > 0
     assert set(report.figures["peak_memory_mb"]) == {"ours", "transformers", "good"}
-    good, broken, *missing = report.notes
+    meaning, good, broken, *missing = report.notes
+    assert meaning.startswith("Prefill counts")
     assert good.startswith("good 1.0")
     assert "no such processor" in broken
     assert [note.partition(":")[0] for note in missing] == list(PEERS)
