@@ -1,4 +1,4 @@
-"""Peers answer from environments of their own, rest while it is not their turn, and are named where they are missing."""
+"""Peers answer from environments of their own, rest while it is not their turn, and are named where they miss."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_peer_takes_no_time_of_the_processor_between_its_turns(peer: PeerProce
 
 
 def test_what_fails_in_a_peer_is_told_and_the_peer_goes_on(peer: PeerProcess) -> None:
-    with pytest.raises(SideError, match="(?s)fake: .*no_such_method"):
+    with pytest.raises(SideError, match=r"(?s)fake: .*no_such_method"):
         peer.call("no_such_method")
     assert len(peer.call("write", PROMPTS, [1, 1])[1]) == 2
 
@@ -71,7 +71,7 @@ def test_what_fails_in_a_peer_is_told_and_the_peer_goes_on(peer: PeerProcess) ->
 def test_a_peer_that_dies_says_its_last_words() -> None:
     with (
         PeerProcess("fake", [*FAKE_PEER, "broken"], {}) as process,
-        pytest.raises(SideError, match="fake: the process died.*\n.*no such processor"),
+        pytest.raises(SideError, match=r"fake: the process died.*\n.*no such processor"),
     ):
         process.call("load", "folder", "float32", 1)
 
