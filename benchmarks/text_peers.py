@@ -26,8 +26,8 @@ NEW_TOKENS = 64
 MEANING = (
     f"Prefill counts the tokens of prompts; decode those written after the first, {NEW_TOKENS} a sequence of "
     f"{PROMPT_LENGTH} tokens, without the time of the prompts; mixed (prompts of 16 to 256 tokens, 16 to 128 new ones) "
-    "all that are written, prompts in the time. Limit: all products at this machine's peak, every weight read once a step "
-    "at its memory's rate, attention left out."
+    "all that are written, prompts in the time. Limit: all products at this machine's peak, every weight read once a "
+    "step at its memory's rate, attention left out."
 )
 
 
