@@ -14,7 +14,10 @@ from rich.table import Table as RichTable
 from benchmarks.measure import Report, Table
 
 PAGE = "README.md"
-ORDER = ("images", "audio", "speech", "decode_memory", "text", "startup", "cache", "audio_cache", "serving", "limits")
+ORDER = (
+    *("images", "dit", "audio", "speech", "decode_memory", "text", "startup", "cache", "audio_cache", "serving"),
+    "limits",
+)
 
 
 def show(report: Report, console: Console) -> None:

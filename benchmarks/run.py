@@ -17,7 +17,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from benchmarks import audio, audio_cache, cache, decode_memory, images, limits, report, serving, speech, startup, text
+from benchmarks import (
+    audio,
+    audio_cache,
+    cache,
+    decode_memory,
+    dit,
+    images,
+    limits,
+    report,
+    serving,
+    speech,
+    startup,
+    text,
+)
 from benchmarks.limits import Limits
 from benchmarks.measure import Options, Report, available_cores, machine
 
@@ -25,6 +38,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "limits": limits.run,
     "images": images.run,
+    "dit": dit.run,
     "audio": audio.run,
     "speech": speech.run,
     "decode_memory": decode_memory.run,

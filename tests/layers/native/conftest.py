@@ -1,4 +1,4 @@
-"""Every test of this folder runs with each variant of the kernels alone, that for tiles as loops that stand in for them."""
+"""Each test of this folder runs with every variant of the kernels alone, that for tiles as loops in place of tiles."""
 
 from __future__ import annotations
 
