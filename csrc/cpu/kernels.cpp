@@ -2,6 +2,7 @@
 #include "decoder.h"
 #include "diffusion.h"
 #include "full_attention.h"
+#include "snake.h"
 #include "vocabulary.h"
 
 using namespace omni;
@@ -47,6 +48,10 @@ using namespace omni;
   }                                                                                                                    \
   void gate_##NAME(const T* gate_up, int64_t rows, int64_t width, T* out, int threads) {                               \
     TEAM gate(gate_up, rows, width, out);                                                                              \
+  }                                                                                                                    \
+  void snake_##NAME(const T* x, const T* frequency, const T* amplitude, int64_t outer, int64_t channels,               \
+                    int64_t inner, T* out, int threads) {                                                              \
+    TEAM snake(x, frequency, amplitude, outer, channels, inner, out);                                                  \
   }                                                                                                                    \
   void attend_fully_##NAME(const FullShape* shape, const Operand<T>* query, const Operand<T>* key,                     \
                            const Operand<T>* value, T* out, int threads) {                                             \

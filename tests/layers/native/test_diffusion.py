@@ -23,6 +23,7 @@ from vllm_omni.layers.modulation import (
     swiglu,
 )
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
+from vllm_omni.layers.snake import snake
 
 DTYPES = (torch.float32, torch.bfloat16)
 NORMS = ("rms", "centred")
@@ -184,3 +185,23 @@ def test_heads_that_kernels_do_not_take_are_torchs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(banded, "attend_fully", None)
     query, key, value = heads_of(1, 40, 2, 2, 24, torch.float32)
     close(attention(query, key, value), attend_in_float64(query, key, value, None))
+
+
+@settings(max_examples=40)
+@given(
+    *(st.integers(1, 2), st.integers(1, 40), st.integers(1, 9000) | st.integers(1, 90), st.booleans()),
+    *(st.sampled_from(DTYPES), st.sampled_from([1.0, 30.0])),
+)
+@torch.inference_mode()
+def test_periodic_activations_equal_their_definition(
+    rows: int, channels: int, length: int, channels_last: bool, dtype: torch.dtype, spread: float
+) -> None:
+    x = (spread * torch.randn(rows, channels, length)).to(dtype)
+    frequency, amplitude = torch.rand(2, channels).add(0.1).to(dtype)
+    if channels_last:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    sine = (x.double() * frequency[:, None].double()).sin()
+    expected = (x.double() + amplitude[:, None].double() * sine.square()).to(dtype)
+    found = snake(x, frequency, amplitude)
+    assert found.stride() == x.stride()
+    close(found, expected, steps=1)

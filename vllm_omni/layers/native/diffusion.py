@@ -1,11 +1,12 @@
-"""What stands between the products of a diffusion transformer's layers, as the kernels take it. What is computed is
-`layers.modulation`'s to say.
+"""What stands between the products of a diffusion model's layers, as the kernels take it. What is computed is
+`layers.modulation`'s and `layers.snake`'s to say.
 
 Legend: R samples, L tokens of each, D width, H query heads, K key-value heads, d head size.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vllm_omni.layers.native.library import Kernels, pointer, threads_for
@@ -42,6 +43,15 @@ def gate(functions: Kernels, gate_up: Tensor) -> Tensor:
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     functions.gate(pointer(gate_up), out.numel() // width, width, pointer(out), glue_threads(gate_up))
+    return out
+
+
+def snake(functions: Kernels, x: Tensor, frequency: Tensor, amplitude: Tensor, *, channels_last: bool) -> Tensor:
+    """x: [outer, inner, C] or [outer, C, inner] -> the same; frequency, amplitude: [C]."""
+    out = torch.empty_like(x)
+    outer, channels, inner = (x.shape[0] * x.shape[1], x.shape[2], 1) if channels_last else x.shape
+    sizes = outer, channels, inner, pointer(out), glue_threads(x)
+    functions.snake(pointer(x), pointer(frequency), pointer(amplitude), *sizes)
     return out
 
 

@@ -55,6 +55,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     ),
     "place": (POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(HeadRowStruct), POINTER, THREADS),
     "gate": (POINTER, COUNT, COUNT, POINTER, THREADS),
+    "snake": (POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, THREADS),
     "attend_fully": (ctypes.POINTER(FullShapeStruct), *[ctypes.POINTER(OperandStruct)] * 3, POINTER, THREADS),
 }
 
@@ -76,6 +77,7 @@ class Kernels:
         self.add_gated = getattr(library, f"add_gated_{dtype}")
         self.place = getattr(library, f"place_{dtype}")
         self.gate = getattr(library, f"gate_{dtype}")
+        self.snake = getattr(library, f"snake_{dtype}")
         self.attend_fully = getattr(library, f"attend_fully_{dtype}")
 
 
