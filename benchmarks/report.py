@@ -16,6 +16,7 @@ from benchmarks.measure import Report, Table
 PAGE = "README.md"
 ORDER = (
     "images",
+    "dit",
     "audio",
     "speech",
     "decode_memory",

@@ -22,6 +22,7 @@ from benchmarks import (
     audio_cache,
     cache,
     decode_memory,
+    dit,
     images,
     limits,
     report,
@@ -39,6 +40,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "limits": limits.run,
     "images": images.run,
+    "dit": dit.run,
     "audio": audio.run,
     "speech": speech.run,
     "decode_memory": decode_memory.run,

@@ -95,26 +95,38 @@ struct Running {
     std::memset(sums, 0, size_t(size) * sizeof(float));
   }
 
-  // scores [kTile], -infinity where nothing is seen -> the weights of the tile; what came before shrinks to fit. Whether
-  // anything is seen.
-  bool weigh(float* scores, int64_t size) {
+  // scores [width], -infinity where nothing is seen -> the weights, zero if there is nothing to see; what came before is
+  // to be multiplied by `shrink`. Whether anything is seen.
+  template <typename T>
+  bool weigh(const float* scores, int64_t width, T* weights, float& shrink) {
     Vec most = load(scores);
-    for (int64_t i = kWidth; i < kTile; i += kWidth) most = max(most, load(scores + i));
+    for (int64_t i = kWidth; i < width; i += kWidth) most = max(most, load(scores + i));
     const float now = omni::largest(most);
-    if (now == -INFINITY) return false;
+    shrink = 1.0f;
+    if (now == -INFINITY) {
+      std::memset(weights, 0, size_t(width) * sizeof(T));
+      return false;
+    }
     if (now > largest) {
-      const float shrink = largest == -INFINITY ? 0.0f : exp(splat(largest - now))[0];
+      shrink = largest == -INFINITY ? 0.0f : exp(splat(largest - now))[0];
       largest = now, total *= shrink;
-      scale(sums, size, shrink);
     }
     Vec added{};
-    for (int64_t i = 0; i < kTile; i += kWidth) {
-      const Vec seen = load(scores + i), weight = exp(seen - largest);
-      const Vec weights = select(seen == -INFINITY, splat(0.0f), weight);
-      store(scores + i, weights), added += weights;
+    for (int64_t i = 0; i < width; i += kWidth) {
+      const Vec seen = load(scores + i), weight = exp_below_one(seen - largest);
+      const Vec visible = select(seen == -INFINITY, splat(0.0f), weight);
+      store(weights + i, visible), added += visible;
     }
     total += sum(added);
     return true;
+  }
+
+  // The same in the place of the scores of a tile, and what came before shrinks.
+  bool weigh(float* scores, int64_t size) {
+    float shrink;
+    const bool sees = weigh(scores, kTile, scores, shrink);
+    if (shrink != 1.0f) scale(sums, size, shrink);
+    return sees;
   }
 
   void join(const Running& other, int64_t size) {
@@ -201,10 +213,36 @@ void attend_few(const Task& task, const Step& step, const Heads& heads, const T*
   }
 }
 
+// kPanel rows, each [size], as the panel of a weight [kPanel, size].
+template <typename T>
+inline void pack_rows(const T* const* rows, int64_t size, T* to) {
+  constexpr int64_t step = sizeof(T) == 2 ? 2 : 1;
+  for (int64_t first = 0; first < kPanel; first += kWidth)
+    for (int64_t d = 0; d < size; d += kWidth * step) {
+      BitVec block[kWidth];
+      for (int i = 0; i < kWidth; i++) std::memcpy(&block[i], rows[first + i] + d, sizeof(BitVec));
+      transpose(block);
+      for (int i = 0; i < kWidth; i++) std::memcpy(to + d * kPanel + (i * kPanel + first) * step, &block[i], sizeof(BitVec));
+    }
+}
+
+// The same rows as kPanel inputs of a weight [size, inputs]; to: the first of them in its first panel.
+template <typename T>
+inline void pack_columns(const T* const* rows, int64_t size, int64_t inputs, T* to) {
+  for (int64_t d = 0; d < size; d += kWidth)
+    for (int64_t i = 0; i < kPanel; i += sizeof(T) == 2 ? 2 : 1)
+      if constexpr (sizeof(T) == 2) {
+        const BitVec low = bit_cast<BitVec>(load(rows[i] + d)) >> 16;
+        const BitVec both = low | bit_cast<BitVec>(load(rows[i + 1] + d));
+        std::memcpy(to + (d / kPanel * inputs + i) * kPanel + d % kPanel * 2, &both, sizeof(both));
+      } else {
+        store(to + (d / kPanel * inputs + i) * kPanel + d % kPanel, load(rows[i] + d));
+      }
+}
+
 // Many queries: the tile is packed as a weight is, its keys [kTile, size] and, on their side, its values [size, kTile].
 template <typename T>
 struct PackedTile {
-  static constexpr int64_t kStep = sizeof(T) == 2 ? 2 : 1;
   alignas(64) T keys[kTile * kMostSize];
   alignas(64) T values[kTile * kMostSize];
 
@@ -215,25 +253,7 @@ struct PackedTile {
       key_rows[i] = i < tile.count ? tile.keys[i] : zeros;
       value_rows[i] = i < tile.count ? tile.values[i] : zeros;
     }
-    for (int64_t first = 0; first < kTile; first += kWidth)
-      for (int64_t d = 0; d < size; d += kWidth * kStep) {
-        BitVec block[kWidth];
-        for (int i = 0; i < kWidth; i++) std::memcpy(&block[i], key_rows[first + i] + d, sizeof(BitVec));
-        transpose(block);
-        for (int i = 0; i < kWidth; i++)
-          std::memcpy(keys + d * kTile + (i * kTile + first) * kStep, &block[i], sizeof(BitVec));
-      }
-    for (int64_t d = 0; d < size; d += kWidth)
-      for (int64_t i = 0; i < kTile; i += kStep) {
-        T* to = values + (d / kPanel * kTile + i) * kPanel + d % kPanel * kStep;
-        if constexpr (kStep == 1) {
-          store(to, load(value_rows[i] + d));
-        } else {
-          const BitVec low = bit_cast<BitVec>(load(value_rows[i] + d)) >> 16;
-          const BitVec both = low | bit_cast<BitVec>(load(value_rows[i + 1] + d));
-          std::memcpy(to, &both, sizeof(both));
-        }
-      }
+    pack_rows(key_rows, size, keys), pack_columns(value_rows, size, kTile, values);
   }
 };
 
@@ -260,7 +280,7 @@ void attend_many(const Task& task, const Step& step, const Heads& heads, const T
     for (int64_t r = 0; r < count; r++) {
       float* own = scores + r * kTile;
       hide(own, task.position + r / group, heads.window, begin, tile.count);
-      if (!running[r].weigh(own, size)) std::memset(own, 0, kTile * sizeof(float));
+      running[r].weigh(own, size);
       for (int64_t i = 0; i < kTile; i += kWidth) store(weights + r * kTile + i, load(own + i));
     }
     for (int64_t d = 0; d < size; d += kPanel)

@@ -134,14 +134,15 @@ inline void compute_panel(const T* x, int64_t rows, const Linear<T>& linear, int
   });
 }
 
-// x [rows, inputs] -> out [rows, outputs]. To be called by every thread of a team, which shares the panels.
+// x [rows, inputs] -> out [rows, outputs]. To be called by every thread of a team, which shares the panels; blocks of rows
+// are as equal as can be, so that the threads' shares are.
 template <typename T>
 void multiply(const T* x, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
   const int64_t panels = linear.outputs / kPanel, blocks = (rows + kRowsInCache - 1) / kRowsInCache;
 #pragma omp for schedule(static) nowait
   for (int64_t task = 0; task < panels * blocks; task++) {
-    const int64_t panel = task % panels, row = task / panels * kRowsInCache, at = row * linear.outputs;
-    const int64_t count = rows - row < kRowsInCache ? rows - row : kRowsInCache;
+    const int64_t panel = task % panels, block = task / panels;
+    const int64_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row, at = row * linear.outputs;
     compute_panel(x + row * linear.inputs, count, linear, panel, out + at, residual ? residual + at : nullptr);
   }
 }

@@ -1,5 +1,8 @@
 // What Python calls, by the name of the element type. Pointers and sizes are checked there; nothing is kept here.
 #include "decoder.h"
+#include "diffusion.h"
+#include "full_attention.h"
+#include "snake.h"
 #include "vocabulary.h"
 
 using namespace omni;
@@ -31,6 +34,32 @@ using namespace omni;
     run_layers(layers, count, *shape, *step, cos, sin, caches, states, threads);                                       \
   }
 
+#define DIFFUSION_EXPORTS(NAME, T)                                                                                     \
+  void modulate_##NAME(const T* x, const Tokens* tokens, const Norm<T>* norm, const PerSample<T>* scales,              \
+                       const PerSample<T>* shifts, T* out, int threads) {                                              \
+    TEAM modulate(x, *tokens, *norm, *scales, *shifts, out);                                                           \
+  }                                                                                                                    \
+  void add_gated_##NAME(const T* x, const T* update, const Tokens* tokens, const Norm<T>* norm,                        \
+                        const PerSample<T>* gates, T* out, int threads) {                                              \
+    TEAM add_gated(x, update, *tokens, norm, *gates, out);                                                             \
+  }                                                                                                                    \
+  void place_##NAME(T* heads, const Tokens* tokens, const HeadRow<T>* row, const float* turns, int threads) {          \
+    TEAM place(heads, *tokens, *row, turns);                                                                           \
+  }                                                                                                                    \
+  void gate_##NAME(const T* gate_up, int64_t rows, int64_t width, T* out, int threads) {                               \
+    TEAM gate(gate_up, rows, width, out);                                                                              \
+  }                                                                                                                    \
+  void snake_##NAME(const T* x, const T* frequency, const T* amplitude, int64_t outer, int64_t channels,               \
+                    int64_t inner, T* out, int threads) {                                                              \
+    TEAM snake(x, frequency, amplitude, outer, channels, inner, out);                                                  \
+  }                                                                                                                    \
+  void attend_fully_##NAME(const FullShape* shape, const Operand<T>* query, const Operand<T>* key,                     \
+                           const Operand<T>* value, T* out, int threads) {                                             \
+    PackedHeads<T> packed(*shape);                                                                                     \
+    Team team;                                                                                                         \
+    TEAM attend_fully(team, *shape, *query, *key, *value, packed, out);                                                \
+  }
+
 extern "C" {
 // Whether the process may use what this is compiled for.
 bool prepare() {
@@ -43,4 +72,6 @@ bool prepare() {
 
 EXPORTS(float32, float)
 EXPORTS(bfloat16, bfloat16)
+DIFFUSION_EXPORTS(float32, float)
+DIFFUSION_EXPORTS(bfloat16, bfloat16)
 }

@@ -4,6 +4,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace omni {
 
@@ -55,7 +60,11 @@ inline BitVec round_bits(Vec x) {
 }
 
 inline void store(bfloat16* to, Vec x) {
+#if defined(__AVX512BF16__)
+  const __m256bh bits = _mm512_cvtneps_pbh((__m512)x);
+#else
   const HalfVec bits = __builtin_convertvector(round_bits(x), HalfVec);
+#endif
   std::memcpy(to, &bits, sizeof(bits));
 }
 
@@ -73,7 +82,11 @@ inline Vec rounded(Vec x);
 template <>
 inline Vec rounded<float>(Vec x) { return x; }
 template <>
-inline Vec rounded<bfloat16>(Vec x) { return bit_cast<Vec>(round_bits(x) << 16); }
+inline Vec rounded<bfloat16>(Vec x) {
+  bfloat16 held[kWidth];
+  store(held, x);
+  return load(held);
+}
 
 template <typename T>
 inline float rounded_one(float x) {
@@ -82,10 +95,7 @@ inline float rounded_one(float x) {
   return load_one(&held);
 }
 
-inline Vec select(IntVec condition, Vec yes, Vec no) {
-  const BitVec mask = bit_cast<BitVec>(condition);
-  return bit_cast<Vec>((bit_cast<BitVec>(yes) & mask) | (bit_cast<BitVec>(no) & ~mask));
-}
+inline Vec select(IntVec condition, Vec yes, Vec no) { return condition ? yes : no; }
 
 inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 
@@ -112,6 +122,22 @@ inline Vec exp(Vec x) {
   return select(x != x, x, bounded);
 }
 
+// The same for x up to 0 and with a polynomial of degree 6, about two units: -infinity is as -87.3, the rest as it is.
+inline Vec exp_below_one(Vec x) {
+  const Vec clamped = select(x < -87.3f, splat(-87.3f), x);
+  const Vec shifted = clamped * 1.44269504089f + 12582912.0f;
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * bit_cast<Vec>((bit_cast<IntVec>(shifted) - 0x4b400000 + 127) << 23);
+}
+
 // x[0..count) = y * x, where count is a multiple of kWidth.
 inline void scale(float* x, int64_t count, float by) {
   for (int64_t i = 0; i < count; i += kWidth) store(x + i, load(x + i) * by);
@@ -134,16 +160,29 @@ inline void transpose(BitVec (&rows)[kWidth]) {
   }
 }
 
-inline float sum(Vec x) {
-  float total = 0;
-  for (int i = 0; i < kWidth; i++) total += x[i];
-  return total;
+// [place(0), place(1), ...], which the compiler must know: numbers put in one by one cost more than what they are for.
+template <typename Place, int... kAt>
+inline IntVec places(Place place, std::integer_sequence<int, kAt...>) {
+  return IntVec{place(kAt)...};
+}
+template <typename Place>
+inline IntVec places(Place place) {
+  return places(place, std::make_integer_sequence<int, kWidth>{});
 }
 
-inline float largest(Vec x) {
-  float most = x[0];
-  for (int i = 1; i < kWidth; i++) most = x[i] > most ? x[i] : most;
-  return most;
+// Halves are joined until one number is left.
+template <int kDistance = kWidth / 2, typename Join>
+inline float join(Vec x, Join join_two) {
+  if constexpr (kDistance == 0)
+    return x[0];
+  else
+    return join<kDistance / 2>(join_two(x, __builtin_shuffle(x, places([](int i) { return i ^ kDistance; }))), join_two);
 }
+
+inline float sum(Vec x) {
+  return join(x, [](Vec a, Vec b) { return a + b; });
+}
+
+inline float largest(Vec x) { return join(x, max); }
 
 }  // namespace omni

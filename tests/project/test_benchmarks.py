@@ -19,7 +19,7 @@ def results() -> dict[Path, bytes]:
 
 def test_both_sides_make_the_same_pictures_sounds_and_tokens(tmp_path: Path) -> None:
     before = results()
-    command = [sys.executable, "benchmarks/run.py", "images", "audio", "text", "--quick", "--threads", "1"]
+    command = [sys.executable, "benchmarks/run.py", "images", "dit", "audio", "text", "--quick", "--threads", "1"]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "found.json")], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
@@ -28,6 +28,8 @@ def test_both_sides_make_the_same_pictures_sounds_and_tokens(tmp_path: Path) -> 
     for duel in [duel for suite in found.values() for duel in suite["figures"]["duels"]]:
         assert duel["us_s"][0] > 0 and duel["ratio"] == pytest.approx(duel["peer_s"][0] / duel["us_s"][0])
     assert all(int(duel["agreement"].split()[0]) <= 2 for duel in found["images"]["figures"]["duels"])
+    steps = [duel for duel in found["dit"]["figures"]["duels"] if duel["dtype"] == "float32"]
+    assert steps and all(float(duel["agreement"].split()[0]) < 1e-2 for duel in steps)
     assert all(float(duel["agreement"].split()[0]) < 1e-3 for duel in found["audio"]["figures"]["duels"])
     assert all(duel["agreement"] == "100%" for duel in found["text"]["figures"]["duels"])
     assert results() == before

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_omni.layers.native.full_attention import attend_fully, fits
+from vllm_omni.layers.native.library import Kernels, kernels
 from vllm_omni.utils.device import is_cpu
 
 MIN_BLOCK = 64
@@ -18,6 +20,9 @@ MASKED_WINDOWS = 4  # rows of up to so many windows are faster with one mask ove
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """[B, H, q, d], [B, K, k, d] twice, bool mask [B, 1, q, k] -> [B, H, q, d]."""
+    functions = _functions(query, key) if mask is None else None
+    if functions is not None:
+        return _attended(functions, query, key, value, None)
     scores_of_row = query.shape[1] * query.shape[2] * key.shape[2]
     if mask is None and is_cpu(query.device) and query.dtype == torch.float32 and scores_of_row <= MAX_SHORT_SCORES:
         return short_attention(query, key, value)
@@ -43,6 +48,9 @@ def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -
     length = query.shape[2]
     if length <= window + 1:
         return attention(query, key, value)
+    functions = _functions(query, key)
+    if functions is not None:
+        return _attended(functions, query, key, value, window)
     if length > MASKED_WINDOWS * window:
         return banded_attention(query, key, value, window)
     positions = torch.arange(length, device=query.device)
@@ -68,3 +76,15 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> 
     mask = is_seen[:, None].repeat(num_rows, 1, 1, 1)
     attended = attention(queries, keys.flatten(0, 1), values.flatten(0, 1), mask)
     return attended.unflatten(0, (num_rows, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def _functions(query: Tensor, key: Tensor) -> Kernels | None:
+    """The package's own kernels, where they take such heads."""
+    is_fit = is_cpu(query.device) and fits(query.shape[1], key.shape[1], query.shape[3])
+    return kernels(query.dtype) if is_fit else None
+
+
+def _attended(functions: Kernels, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # as they stand in memory
+    attended = attend_fully(functions, query, key, value, window)
+    return attended.unflatten(-1, (query.shape[2], -1)).transpose(1, 2)

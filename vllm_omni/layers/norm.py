@@ -1,8 +1,9 @@
-"""Root-mean-square normalisation, rounded as transformers rounds it. Knows no model."""
+"""Normalisation over the last axis, root-mean-square rounded as transformers rounds it. Knows no model."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -26,3 +27,18 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps:g}"
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean(x)) / std(x)` over the last axis, without weights."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., dim], any float dtype -> the same shape and dtype."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps:g}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,34 +23,8 @@ from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.native.vocabulary import find_largest
 from vllm_omni.layers.sampler import largest
 
-VARIANTS = library.built_variants()
 DTYPES = (torch.float32, torch.bfloat16)
 SIZE = 16  # of a block
-pytestmark = pytest.mark.skipif(not VARIANTS, reason="no kernels are built for this processor")
-
-
-COMPILER = shutil.which("g++")
-EMULATED = "amx, emulated"  # its loops, with tiles that are arrays
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels for tiles, compiled for a processor without."""
-    file = tmp_path_factory.mktemp("kernels") / "emulated.so"
-    flags = ["-std=c++20", "-O2", "-march=x86-64-v3", "-fopenmp", "-shared", "-fPIC", "-DOMNI_EMULATE_TILES"]
-    source = Path(__file__).parents[3] / "csrc" / "cpu" / "kernels.cpp"
-    assert COMPILER is not None
-    subprocess.run([COMPILER, *flags, str(source), "-o", str(file)], check=True, timeout=120)
-    return file
-
-
-@pytest.fixture(params=[*sorted(VARIANTS), *([EMULATED] if COMPILER else [])], autouse=True)
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Only this one is there."""
-    name: str = request.param
-    found = {name: request.getfixturevalue("emulated") if name == EMULATED else VARIANTS[name]}
-    monkeypatch.setattr(library, "built_variants", lambda: found)
-    return name
 
 
 def test_a_variant_is_used_that_gets_a_product_right(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,16 @@ from torch import Tensor
 
 from vllm_omni.layers.native.structures import (
     CacheStruct,
+    FullShapeStruct,
+    HeadRowStruct,
     HeadsStruct,
     LinearStruct,
+    NormStruct,
+    OperandStruct,
+    PerSampleStruct,
     ShapeStruct,
     StepStruct,
+    TokensStruct,
 )
 from vllm_omni.utils.device import instruction_sets, is_cpu
 
@@ -39,6 +45,18 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
         *(POINTER, COUNT, ctypes.POINTER(ShapeStruct), ctypes.POINTER(StepStruct)),
         *(POINTER, POINTER, POINTER, POINTER, THREADS),
     ),
+    "modulate": (
+        *(POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(NormStruct)),
+        *(ctypes.POINTER(PerSampleStruct), ctypes.POINTER(PerSampleStruct), POINTER, THREADS),
+    ),
+    "add_gated": (
+        *(POINTER, POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(NormStruct)),
+        *(ctypes.POINTER(PerSampleStruct), POINTER, THREADS),
+    ),
+    "place": (POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(HeadRowStruct), POINTER, THREADS),
+    "gate": (POINTER, COUNT, COUNT, POINTER, THREADS),
+    "snake": (POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, THREADS),
+    "attend_fully": (ctypes.POINTER(FullShapeStruct), *[ctypes.POINTER(OperandStruct)] * 3, POINTER, THREADS),
 }
 
 
@@ -55,6 +73,12 @@ class Kernels:
         self.attend = getattr(library, f"attend_{dtype}")
         self.find_largest = getattr(library, f"find_largest_{dtype}")
         self.run_layers = getattr(library, f"run_layers_{dtype}")
+        self.modulate = getattr(library, f"modulate_{dtype}")
+        self.add_gated = getattr(library, f"add_gated_{dtype}")
+        self.place = getattr(library, f"place_{dtype}")
+        self.gate = getattr(library, f"gate_{dtype}")
+        self.snake = getattr(library, f"snake_{dtype}")
+        self.attend_fully = getattr(library, f"attend_fully_{dtype}")
 
 
 def kernels(dtype: torch.dtype) -> Kernels | None:

@@ -36,3 +36,33 @@ class LayerStruct(ctypes.Structure):
 
 class ShapeStruct(ctypes.Structure):
     _fields_ = (("hidden", COUNT), ("intermediate", COUNT), ("heads", HeadsStruct), ("norm_epsilon", FLOAT))
+
+
+class TokensStruct(ctypes.Structure):
+    _fields_ = (("samples", COUNT), ("length", COUNT), ("size", COUNT))
+
+
+class PerSampleStruct(ctypes.Structure):
+    _fields_ = (("data", POINTER), ("stride", COUNT))
+
+
+class NormStruct(ctypes.Structure):
+    _fields_ = (("weight", POINTER), ("epsilon", FLOAT), ("centred", ctypes.c_int32))
+
+
+class HeadRowStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, COUNT) for name in ("queries", "keys", "others", "size")),
+        *(("query_norm", POINTER), ("key_norm", POINTER), ("epsilon", FLOAT), ("neighbours", ctypes.c_int32)),
+    )
+
+
+class OperandStruct(ctypes.Structure):
+    _fields_ = (("data", POINTER), ("sample", COUNT), ("token", COUNT), ("head", COUNT))
+
+
+class FullShapeStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, COUNT) for name in ("samples", "queries", "keys", "query_heads", "key_heads", "size", "window")),
+        ("scale", FLOAT),
+    )

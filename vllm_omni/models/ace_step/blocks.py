@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.banded import attention, windowed_attention
+from vllm_omni.layers.heads import HeadShape, placed_heads
 from vllm_omni.layers.linear import Linear, MergedLinear
+from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.models.ace_step.config import SLIDING, AceStepConfig
 from vllm_omni.models.ace_step.frames import CrossAttentionKV
-from vllm_omni.worker.diffusion.packing import Span, joined, per_span
+from vllm_omni.worker.diffusion.packing import Span, gated_rows, joined, modulated_rows
 
 TIME_FREQUENCIES = 256
 TIME_SCALE = 1000.0
@@ -49,7 +51,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: AceStepConfig, window: int | None) -> None:
         super().__init__()
-        self.head_dim, self.window = config.head_dim, window
+        self.window = window
+        heads = config.num_attention_heads, config.num_key_value_heads
+        self.shape = HeadShape(*heads, config.head_dim, are_neighbours=False)
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         parts = {"to_q": query, "to_k": key, "to_v": key}
         self.qkv = MergedLinear(config.hidden_size, parts, bias=config.attention_bias)
@@ -58,21 +62,17 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.project(x))
-        query, key = self.norm_q(query), self.norm_k(key)  # [N, H, d] and [N, K, d]
-        attended = [self._attend(query[s.tokens], key[s.tokens], value[s.tokens], s) for s in spans]
-        return self.out(joined(attended))
+        qkv = self.qkv(x)
+        return self.out(joined([self._attend(qkv[span.tokens], span) for span in spans]))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        shape = (span.num_rows, span.length)
-        query = rotated(query.unflatten(0, shape), span.rope).transpose(1, 2)  # [rows, H, L, d]
-        key = rotated(key.unflatten(0, shape), span.rope).transpose(1, 2)
-        value = value.unflatten(0, shape).transpose(1, 2)
+    def _attend(self, qkv: Tensor, span: Span) -> Tensor:
+        qkv = qkv.unflatten(0, (span.num_rows, span.length))
+        query, key, value = placed_heads(qkv, self.shape, (self.norm_q, self.norm_k), span.rope)
         if self.window is None:
             attended = attention(query, key, value)
         else:
             attended = windowed_attention(query, key, value, self.window)
-        return attended.transpose(1, 2).flatten(0, 1).flatten(1)
+        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class CrossAttention(nn.Module):
@@ -109,8 +109,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up.project(x)
-        return self.down_proj(F.silu(gate).mul_(up))
+        return self.down_proj(swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -135,29 +134,11 @@ class Block(nn.Module):
     ) -> Tensor:
         rows = self.scale_shift_table + modulation  # [R, 6, D]: shift, scale, gate of attention, then of feed-forward
         # 1 self-attention
-        normed = per_span(modulated, spans, self.self_attn_norm(x), row=rows[:, 0:2])
-        x = per_span(gated, spans, x, self.self_attn(normed, spans), row=rows[:, 2])
+        normed = modulated_rows(x, self.self_attn_norm, spans, rows[:, 1], rows[:, 0])
+        x = gated_rows(x, self.self_attn(normed, spans), spans, rows[:, 2])
         # 2 cross-attention, which the timestep does not touch
-        x = x + self.cross_attn(self.cross_attn_norm(x), reads, self.index)
+        normed = modulated_rows(x, self.cross_attn_norm, spans, None)
+        x = x + self.cross_attn(normed, reads, self.index)
         # 3 feed-forward
-        normed = per_span(modulated, spans, self.mlp_norm(x), row=rows[:, 3:5])
-        return per_span(gated, spans, x, self.mlp(normed), row=rows[:, 5])
-
-
-def modulated(x: Tensor, shift_scale: Tensor) -> Tensor:
-    """x: [rows, L, D]; shift_scale: [rows, 1, 2, D]."""
-    shift, scale = shift_scale.unbind(2)
-    return torch.addcmul(shift, x, 1 + scale)
-
-
-def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    return torch.addcmul(x, gate, update)
-
-
-def rotated(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates [rows, L, H, d] by rope [L, d / 2, 2], in float32; the halves of the last axis are the real and the
-    imaginary part.
-    """
-    real, imaginary = x.float().chunk(2, dim=-1)
-    cos, sin = rope[:, None].unbind(-1)
-    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)
+        normed = modulated_rows(x, self.mlp_norm, spans, rows[:, 4], rows[:, 3])
+        return gated_rows(x, self.mlp(normed), spans, rows[:, 5])

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.snake import snake
+
 
 class Snake(nn.Module):
     """x + sin(a x)^2 / b with both factors ready (diffusers' Snake1d exponentiates them at every call)."""
@@ -21,12 +23,11 @@ class Snake(nn.Module):
 
     def __init__(self, alpha: Tensor, beta: Tensor) -> None:
         super().__init__()
-        self.register_buffer("frequency", alpha.exp())
-        self.register_buffer("amplitude", (beta.exp() + 1e-9).reciprocal())
+        self.register_buffer("frequency", alpha.exp().flatten())
+        self.register_buffer("amplitude", (beta.exp() + 1e-9).reciprocal().flatten())
 
     def forward(self, x: Tensor) -> Tensor:
-        wave = (x * self.frequency).sin_().square_()
-        return torch.addcmul(x, wave, self.amplitude, out=wave)
+        return snake(x, self.frequency, self.amplitude)
 
 
 class ChannelsLastConv(nn.Module):

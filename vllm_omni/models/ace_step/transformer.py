@@ -23,10 +23,10 @@ from vllm_omni.layers.linear import Linear, MergedLinear, linear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.rotary import rotary_frequencies
 from vllm_omni.layers.weights import Target, load_weights
-from vllm_omni.models.ace_step.blocks import Block, TimeEmbedding, modulated
+from vllm_omni.models.ace_step.blocks import Block, TimeEmbedding
 from vllm_omni.models.ace_step.config import AceStepConfig
 from vllm_omni.models.ace_step.frames import CrossAttentionKV, Frames, RowCondition, grouped, packed_order
-from vllm_omni.worker.diffusion.packing import joined, per_span
+from vllm_omni.worker.diffusion.packing import joined, modulated_rows
 
 FUSED = {
     "self_attn.to_q": "self_attn.qkv",
@@ -143,7 +143,7 @@ class AceStepTransformer(nn.Module):
         # 1 patches of the packed rows
         rows = self.scale_shift_table + frames.embedding[:, None]
         spans = frames.spans(self._rope_table(frames))
-        normed = per_span(modulated, spans, self.norm_out(frames.hidden), row=rows)
+        normed = modulated_rows(frames.hidden, self.norm_out, spans, rows[:, 1], rows[:, 0])
         patches = linear(normed, self.frames_out, self.frames_out_bias).split(frames.lengths)
         # 2 frames, in the caller's order and without what fills up the last patch
         channels = self.config.audio_acoustic_hidden_dim

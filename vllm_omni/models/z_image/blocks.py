@@ -14,15 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.banded import attention
+from vllm_omni.layers.heads import HeadShape, placed_heads
 from vllm_omni.layers.linear import Linear
-from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.layers.modulation import swiglu
+from vllm_omni.layers.norm import LayerNorm, RMSNorm
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import PATCH
-from vllm_omni.worker.diffusion.packing import Span, joined, per_span
+from vllm_omni.worker.diffusion.packing import Span, gated_rows, joined, modulated_rows
 
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
 ATTENTION_EPS = 1e-5
+FINAL_EPS = 1e-6
 
 
 class TimestepEmbedder(nn.Module):
@@ -45,24 +49,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()
-        self.head_dim = config.dim // config.n_heads
+        head_dim = config.dim // config.n_heads
+        self.shape = HeadShape(config.n_heads, config.n_heads, head_dim, are_neighbours=True)
         self.qkv = Linear(config.dim, 3 * config.dim, bias=False)
         self.out = Linear(config.dim, config.dim, bias=False)
-        self.norm_q = RMSNorm(self.head_dim, ATTENTION_EPS) if config.qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(self.head_dim, ATTENTION_EPS) if config.qk_norm else nn.Identity()
+        self.norms = None
+        if config.qk_norm:
+            self.norm_q, self.norm_k = RMSNorm(head_dim, ATTENTION_EPS), RMSNorm(head_dim, ATTENTION_EPS)
+            self.norms = (self.norm_q, self.norm_k)
 
     def forward(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # [N, H, head_dim] each
-        query, key = self.norm_q(query), self.norm_k(key)
-        attended = [self._attend(query[s.tokens], key[s.tokens], value[s.tokens], s) for s in spans]
-        return self.out(joined(attended))
+        qkv = self.qkv(x)
+        return self.out(joined([self._attend(qkv[span.tokens], span) for span in spans]))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        shape = (span.num_rows, span.length)
-        query = rotated(query.unflatten(0, shape), span.rope).transpose(1, 2)  # [rows, H, L, head_dim]
-        key = rotated(key.unflatten(0, shape), span.rope).transpose(1, 2)
-        value = value.unflatten(0, shape).transpose(1, 2)
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1).flatten(1)
+    def _attend(self, qkv: Tensor, span: Span) -> Tensor:
+        qkv = qkv.unflatten(0, (span.num_rows, span.length))
+        attended = attention(*placed_heads(qkv, self.shape, self.norms, span.rope))  # [rows, H, L, head_dim]
+        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class FeedForward(nn.Module):
@@ -75,8 +78,7 @@ class FeedForward(nn.Module):
         self.w2 = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(swiglu(self.w13(x)))
 
 
 class Block(nn.Module):
@@ -93,19 +95,19 @@ class Block(nn.Module):
         self.adaLN_modulation = Linear(config.modulation_width, 4 * config.dim) if modulated else None
 
     def forward(self, x: Tensor, spans: Sequence[Span], condition: Tensor | None = None) -> Tensor:
-        if self.adaLN_modulation is None:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), spans))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        modulation = self.adaLN_modulation(condition)  # [R, 4 D]
-        scale_attention, gate_attention, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
+        scale_attention = gate_attention = scale_ffn = gate_ffn = None
+        if self.adaLN_modulation is not None:
+            modulation = self.adaLN_modulation(condition)  # [R, 4 D]
+            scale_attention, gate_attention, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
+            gate_attention, gate_ffn = gate_attention.tanh(), gate_ffn.tanh()
         normed = self.modulated_input(x, spans, scale_attention)
-        x = per_span(gated, spans, x, self.attention_norm2(self.attention(normed, spans)), row=gate_attention)
-        normed = per_span(scaled, spans, self.ffn_norm1(x), row=scale_ffn)
-        return per_span(gated, spans, x, self.ffn_norm2(self.feed_forward(normed)), row=gate_ffn)
+        x = gated_rows(x, self.attention(normed, spans), spans, gate_attention, self.attention_norm2)
+        normed = modulated_rows(x, self.ffn_norm1, spans, scale_ffn)
+        return gated_rows(x, self.feed_forward(normed), spans, gate_ffn, self.ffn_norm2)
 
-    def modulated_input(self, x: Tensor, spans: Sequence[Span], scale: Tensor) -> Tensor:
-        """What a modulated block attends with: [N, D] normed, scaled by [R, D]."""
-        return per_span(scaled, spans, self.attention_norm1(x), row=scale)
+    def modulated_input(self, x: Tensor, spans: Sequence[Span], scale: Tensor | None) -> Tensor:
+        """What a block attends with: [N, D] normed, scaled by [R, D]."""
+        return modulated_rows(x, self.attention_norm1, spans, scale)
 
 
 class FinalLayer(nn.Module):
@@ -113,26 +115,10 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()
+        self.norm = LayerNorm(FINAL_EPS)
         self.linear = Linear(config.dim, PATCH * PATCH * config.in_channels)
         self.adaLN_modulation = Linear(config.modulation_width, config.dim)
 
     def forward(self, x: Tensor, spans: Sequence[Span], condition: Tensor) -> Tensor:
         scale = self.adaLN_modulation(F.silu(condition))
-        return self.linear(per_span(scaled, spans, F.layer_norm(x, x.shape[-1:], eps=1e-6), row=scale))
-
-
-def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(x, x, scale)
-
-
-def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    return torch.addcmul(x, gate.tanh(), update)
-
-
-def rotated(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates neighbouring pairs of [rows, L, H, head_dim] by rope [L, head_dim / 2, 2], in float32: one complex
-    product is several times as fast as four real ones.
-    """
-    pairs, turns = x.float().unflatten(-1, (-1, 2)), rope[:, None]
-    product = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
-    return torch.view_as_real(product).flatten(-2).to(x.dtype)
+        return self.linear(modulated_rows(x, self.norm, spans, scale))

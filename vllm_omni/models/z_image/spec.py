@@ -12,7 +12,7 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
-from vllm_omni.layers.weights import load_weights
+from vllm_omni.layers.weights import load_weights, weights_bytes
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import PATCH
 from vllm_omni.models.z_image.pipeline import NEGATIVE_PORT, ImageGeometry, ZImagePipeline
@@ -26,7 +26,7 @@ from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
-from vllm_omni.worker.diffusion.published_part import load_part
+from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
 
 EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
 UNUSED_FIELDS = ("strength", "image", "duration_s")
@@ -64,6 +64,13 @@ class ZImageSpec(DiffusionModelSpec):
             results=frozenset({"image"}),
         )
 
+    def weights_bytes(self, dtype: torch.dtype) -> int:
+        of_vae = {
+            part: weights_bytes(self.folder / "vae", part.itemsize, variant=self.weights_variant)
+            for part in (dtype, self._vae_dtype(dtype))
+        }
+        return super().weights_bytes(dtype) - of_vae[dtype] + of_vae[self._vae_dtype(dtype)]
+
     def token_bytes(self, dtype: torch.dtype) -> int:
         return self.config.dim * dtype.itemsize * ACTIVATION_WIDTHS
 
@@ -74,7 +81,7 @@ class ZImageSpec(DiffusionModelSpec):
             transformer = ZImageTransformer(self.config)
         transformer.to_empty(device=device).to(dtype).requires_grad_(False).eval()
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
-        vae = load_part(AutoencoderKL, self.folder / "vae", dtype, self.weights_variant)
+        vae = load_part(AutoencoderKL, self.folder / "vae", self._vae_dtype(dtype), self.weights_variant)
         vae = vae.to(device=device, memory_format=torch.channels_last)
         return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 
@@ -104,6 +111,9 @@ class ZImageSpec(DiffusionModelSpec):
 
     def note(self) -> str:
         return self.variant.words()
+
+    def _vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return vae_dtype(read_json(self.folder / "vae" / "config.json"), dtype)
 
     def _check_size(self, params: DiffusionParams, limits: LimitsConfig) -> None:
         multiple = self.geometry.vae_scale * PATCH

@@ -8,11 +8,13 @@ Legend: R rows, N packed tokens of all rows, L tokens of a row, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vllm_omni.layers.modulation import Norm, gated_sum, modulated
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +28,32 @@ class Span:
     rope: Tensor  # [length, head_dim / 2, 2] cosines and sines, float32
 
 
-def per_span(function: Callable[..., Tensor], spans: Sequence[Span], *packed: Tensor, row: Tensor) -> Tensor:
-    """Applies `function(*[rows, L, D], [rows, 1, D])` to every span: packed [N, D] in, packed [N, D] out."""
-    parts = []
-    for span in spans:
-        views = [tensor[span.tokens].unflatten(0, (span.num_rows, span.length)) for tensor in packed]
-        parts.append(function(*views, row[span.rows, None]).flatten(0, 1))
-    return joined(parts)
+def modulated_rows(
+    x: Tensor, norm: Norm, spans: Sequence[Span], scale: Tensor | None, shift: Tensor | None = None
+) -> Tensor:
+    """norm(x) * (1 + scale) + shift, each row with its own. x: [N, D]; scale, shift: [R, D] -> [N, D]."""
+    parts = [modulated(_dense(x, span), norm, _of(scale, span), _of(shift, span)) for span in spans]
+    return joined([part.flatten(0, 1) for part in parts])
+
+
+def gated_rows(
+    x: Tensor, update: Tensor, spans: Sequence[Span], gate: Tensor | None, norm: Norm | None = None
+) -> Tensor:
+    """x + gate * norm(update), each row with its own gate. x, update: [N, D]; gate: [R, D] -> [N, D]."""
+    parts = [gated_sum(_dense(x, span), _dense(update, span), _of(gate, span), norm) for span in spans]
+    return joined([part.flatten(0, 1) for part in parts])
 
 
 def joined(parts: list[Tensor]) -> Tensor:
     """The parts as one tensor, without a copy where there is one alone."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _dense(packed: Tensor, span: Span) -> Tensor:
+    """[N, D] -> [rows, L, D] of a span."""
+    return packed[span.tokens].unflatten(0, (span.num_rows, span.length))
+
+
+def _of(vectors: Tensor | None, span: Span) -> Tensor | None:
+    """[R, D] -> [rows, 1, D] of a span."""
+    return None if vectors is None else vectors[span.rows, None]

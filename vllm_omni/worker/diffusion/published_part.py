@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def load_part(part: Any, folder: Path, dtype: torch.dtype, variant: str | None =
         )
     refuse_incomplete(info, folder)
     return module.requires_grad_(False).eval()
+
+
+def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """Of a VAE, the `config.json` of which is given, in a stage of this dtype: float32 instead of float16 where
+    `force_upcast` says that its activations leave the range of float16. bfloat16 has the range of float32.
+    """
+    return torch.float32 if dtype == torch.float16 and config.get("force_upcast", True) else dtype
 
 
 def _variant(folder: Path, asked: str | None) -> str | None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.snake import snake
 from vllm_omni.models.qwen2_5_omni.token2wav.config import BigVGANConfig
 
 MAX_ACTIVATION_BYTES = 2**27  # of the widest layer of a piece; a few of these live at once
@@ -83,8 +84,7 @@ class SnakeBeta(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        wave = (x * self.alpha.exp()[:, None]).sin_()
-        return torch.addcmul(x, wave.square_(), (self.beta.exp() + 1e-9).reciprocal()[:, None])
+        return snake(x, self.alpha.exp(), (self.beta.exp() + 1e-9).reciprocal())
 
 
 class Activation(nn.Module):
@@ -102,7 +102,7 @@ class Activation(nn.Module):
         channels, taps = x.shape[1], self.taps.expand(x.shape[1], 1, -1)
         side = FILTER_TAPS // 2 - 1
         x = F.conv_transpose1d(F.pad(x, (side, side), "replicate"), 2 * taps, stride=2, groups=channels)
-        x = self.act(x[..., 3 * side : -3 * side])
+        x = self.act(x[..., 3 * side : -3 * side].contiguous())
         return F.conv1d(F.pad(x, (side, side + 1), "replicate"), taps, stride=2, groups=channels)
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from vllm_omni.layers.banded import attention
 from vllm_omni.layers.linear import Linear, MergedLinear
+from vllm_omni.layers.modulation import gated_sum, modulated
+from vllm_omni.layers.norm import LayerNorm
 from vllm_omni.layers.rotary import rotary_frequencies
 from vllm_omni.layers.weights import Target
 from vllm_omni.models.qwen2_5_omni.speakers import Speaker
@@ -104,6 +106,7 @@ class Layer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.reach = (int(index in config.look_backward_layers), int(index in config.look_ahead_layers))
+        self.norm = LayerNorm(NORM_EPS)
         self.modulation = Linear(width, 6 * width)
         self.attn = BlockAttention(config)
         self.ff_in = Linear(width, width * config.ff_mult)
@@ -113,9 +116,9 @@ class Layer(nn.Module):
         modulation = self.modulation(blocks.time)[blocks.layout.row_of_block, None]  # [B, 1, 6 D]
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
         view = blocks.layout.views[self.reach]
-        x = torch.addcmul(x, gate, self.attn(modulated(x, shift, scale), view, blocks.rope))
-        hidden = F.gelu(self.ff_in(modulated(x, shift_ff, scale_ff)), approximate="tanh")
-        return torch.addcmul(x, gate_ff, self.ff_out(hidden))
+        x = gated_sum(x, self.attn(modulated(x, self.norm, scale, shift), view, blocks.rope), gate)
+        hidden = F.gelu(self.ff_in(modulated(x, self.norm, scale_ff, shift_ff)), approximate="tanh")
+        return gated_sum(x, self.ff_out(hidden), gate_ff)
 
 
 class Token2WavTransformer(nn.Module):
@@ -132,6 +135,7 @@ class Token2WavTransformer(nn.Module):
         self.blocks = [Layer(config, index) for index in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(self.blocks)
         self.reaches = {layer.reach for layer in self.blocks}
+        self.norm_out = LayerNorm(NORM_EPS)
         self.modulation_out = Linear(width, 2 * width)
         self.proj_out = Linear(width, config.mel_dim)
         self._frequencies, _ = rotary_frequencies(config.head_dim, 0, {"rope_theta": config.rope_theta})
@@ -171,7 +175,7 @@ class Token2WavTransformer(nn.Module):
         """Velocities [T, M], in the order of the rows that `embed` was given."""
         rows = self.modulation_out(blocks.time)[blocks.layout.row_of_block, None]
         scale, shift = rows.chunk(2, dim=-1)
-        return blocks.layout.taken(self.proj_out(modulated(blocks.hidden, shift, scale)))
+        return blocks.layout.taken(self.proj_out(modulated(blocks.hidden, self.norm_out, scale, shift)))
 
     def locate(self, name: str) -> Target | None:
         """Published name -> parameter here (see layers/weights.py)."""
@@ -191,11 +195,6 @@ class Token2WavTransformer(nn.Module):
         """The input projection's columns: of the latents, the reference audio's vector, the code, the speaker."""
         config = self.config
         return self.proj.weight.split([config.mel_dim, config.enc_dim, config.emb_dim, config.enc_emb_dim], dim=1)
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without weights of its own, then the timestep's."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
 def rotated(x: Tensor, rope: Tensor) -> Tensor:

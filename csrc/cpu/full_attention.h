@@ -1,0 +1,173 @@
+// Attention of everything to everything within each sample, or to what is near: keys and values are packed once as a
+// weight is (gemm.h), and multiplied so, by an online softmax in float32 over blocks of keys. What a query's result is
+// does not depend on other samples.
+#pragma once
+
+#include <memory>
+
+#include "attention.h"
+
+namespace omni {
+
+#if defined(OMNI_TILES)
+constexpr int64_t kQueries = kTilePassRows;  // of a task
+#else
+constexpr int64_t kQueries = 24;
+#endif
+constexpr int64_t kBlockKeys = 512;  // at once
+static_assert(kQueries >= kMostGroup, "a token at least");
+
+// Heads of tokens of samples; how many numbers apart the next of each stands.
+template <typename T>
+struct Operand {
+  const T* data;
+  int64_t sample, token, head;
+
+  const T* at(int64_t s, int64_t t, int64_t h) const { return data + s * sample + t * token + h * head; }
+};
+
+struct FullShape {
+  int64_t samples, queries, keys;     // tokens
+  int64_t query_heads, key_heads, size;
+  int64_t window;                     // how far a query sees to each side; negative: everywhere
+  float scale;
+
+  int64_t panels() const { return (keys + kPanel - 1) / kPanel; }
+  int64_t group() const { return query_heads / key_heads; }
+};
+
+// [panels * kPanel, size] of one head, as two weights: keys [tokens, size] and, on their side, values [size, tokens].
+template <typename T>
+struct PackedHeads {
+  const FullShape& shape;
+  std::unique_ptr<T[]> room;
+
+  explicit PackedHeads(const FullShape& shape) : shape(shape), room(new T[size_t(2 * shape.samples * shape.key_heads * head())]) {}
+
+  int64_t head() const { return shape.panels() * kPanel * shape.size; }
+  T* keys(int64_t index) const { return room.get() + 2 * index * head(); }
+  T* values(int64_t index) const { return keys(index) + head(); }
+
+  void fill_panel(const Operand<T>& keys_from, const Operand<T>& values_from, int64_t index, int64_t panel) {
+    alignas(64) static const T zeros[kMostSize] = {};
+    const int64_t sample = index / shape.key_heads, kv_head = index % shape.key_heads, first = panel * kPanel;
+    const T *key_rows[kPanel], *value_rows[kPanel];
+    for (int64_t i = 0; i < kPanel; i++) {
+      const bool is_there = first + i < shape.keys;
+      key_rows[i] = is_there ? keys_from.at(sample, first + i, kv_head) : zeros;
+      value_rows[i] = is_there ? values_from.at(sample, first + i, kv_head) : zeros;
+    }
+    pack_rows(key_rows, shape.size, keys(index) + first * shape.size);
+    pack_columns(value_rows, shape.size, shape.panels() * kPanel, values(index) + first * kPanel);
+  }
+};
+
+// Rows of x [rows, inputs] with one panel: `take` is given a row, a column and the sums of kWidth columns.
+template <typename T, typename Take>
+inline void multiply_rows(const T* x, int64_t rows, int64_t inputs, const T* panel, const Take& take) {
+#if defined(OMNI_TILES)
+  if constexpr (sizeof(T) == 2) {
+    static_assert(kPanel == kTileInputs, "whole tiles");
+    alignas(64) float sums[kTilePassRows * kPanel];
+    for (int64_t row = 0; row < rows; row += kTilePassRows) {
+      const int64_t count = std::min(kTilePassRows, rows - row);
+      multiply_panel_by_tiles<kPanel>(x + row * inputs, count, inputs, panel, sums);
+      for (int64_t r = 0; r < count; r++)
+        for (int64_t i = 0; i < kPanel; i += kWidth) take(row + r, i, load(sums + r * kPanel + i));
+    }
+    return;
+  }
+#endif
+  in_passes(rows, [&](int64_t row, auto number) {
+    Vec sums[number.value][kVectors] = {};
+    multiply_panel<number.value>(x + row * inputs, inputs, panel, inputs, sums);
+    for (int r = 0; r < number.value; r++)
+      for (int v = 0; v < kVectors; v++) take(row + r, v * kWidth, sums[r][v]);
+  });
+}
+
+// A task: some queries of one sample and key-value head, those of a group's heads side by side.
+template <typename T>
+struct FullTask {
+  const FullShape& shape;
+  const T *keys, *values;  // packed
+  int64_t first, count;    // tokens
+  alignas(64) T queries[kQueries * kMostSize];
+  alignas(64) T weights[kQueries * kBlockKeys];
+  alignas(64) float scores[kQueries * kBlockKeys];
+  Running running[kQueries];
+
+  FullTask(const FullShape& shape) : shape(shape) {}
+
+  int64_t rows() const { return count * shape.group(); }
+  int64_t position(int64_t row) const { return first + row / shape.group(); }
+
+  void run() {
+    const int64_t all = shape.panels();
+    int64_t panel = 0, stop = all;
+    if (shape.window >= 0) {
+      panel = std::max<int64_t>(first - shape.window, 0) / kPanel;
+      stop = std::min(all, (first + count - 1 + shape.window) / kPanel + 1);
+    }
+    for (int64_t row = 0; row < rows(); row++) running[row].clear(shape.size);
+    for (; panel < stop; panel += kBlockKeys / kPanel) block(panel, std::min(kBlockKeys / kPanel, stop - panel));
+  }
+
+  void block(int64_t panel, int64_t panels) {
+    const int64_t width = panels * kPanel, begin = panel * kPanel;
+    for (int64_t p = 0; p < panels; p++)
+      multiply_rows(queries, rows(), shape.size, keys + (begin + p * kPanel) * shape.size,
+                    [&](int64_t row, int64_t i, Vec sum) { store(scores + row * width + p * kPanel + i, sum * shape.scale); });
+    float shrinks[kQueries];
+    for (int64_t row = 0; row < rows(); row++) {
+      float* own = scores + row * width;
+      hide_far(own, position(row), begin, width);
+      running[row].weigh(own, width, weights + row * width, shrinks[row]);
+    }
+    for (int64_t d = 0; d < shape.size; d += kPanel)
+      multiply_rows(weights, rows(), width, values + d * shape.panels() * kPanel + begin * kPanel,
+                    [&](int64_t row, int64_t i, Vec sum) {
+                      float* sums = running[row].sums + d + i;
+                      store(sums, load(sums) * shrinks[row] + sum);
+                    });
+  }
+
+  // -infinity behind the last key and outside of the window.
+  void hide_far(float* scores, int64_t position, int64_t begin, int64_t width) const {
+    int64_t low = 0, high = std::min(width, shape.keys - begin);
+    if (shape.window >= 0) {
+      low = std::clamp<int64_t>(position - shape.window - begin, 0, width);
+      high = std::clamp<int64_t>(position + shape.window + 1 - begin, 0, high);
+    }
+    for (int64_t i = 0; i < low; i++) scores[i] = -INFINITY;
+    for (int64_t i = std::max(high, low); i < width; i++) scores[i] = -INFINITY;
+  }
+};
+
+// out: [samples, queries, query_heads * size]. To be called by every thread of a team, which shares the work.
+template <typename T>
+void attend_fully(Team& team, const FullShape& shape, const Operand<T>& query, const Operand<T>& key,
+                  const Operand<T>& value, PackedHeads<T>& packed, T* out) {
+  const int64_t heads = shape.samples * shape.key_heads, panels = shape.panels(), group = shape.group();
+#pragma omp for schedule(static) nowait
+  for (int64_t index = 0; index < heads * panels; index++) packed.fill_panel(key, value, index / panels, index % panels);
+  team.meet();
+  const int64_t tokens = kQueries / group, blocks = (shape.queries + tokens - 1) / tokens;
+  auto task = std::make_unique<FullTask<T>>(shape);
+#pragma omp for schedule(dynamic, 1) nowait
+  for (int64_t index = 0; index < heads * blocks; index++) {
+    const int64_t head = index / blocks, sample = head / shape.key_heads, first_head = head % shape.key_heads * group;
+    task->keys = packed.keys(head), task->values = packed.values(head);
+    task->first = index % blocks * tokens, task->count = std::min(tokens, shape.queries - task->first);
+    for (int64_t row = 0; row < task->rows(); row++)
+      std::memcpy(task->queries + row * shape.size, query.at(sample, task->position(row), first_head + row % group),
+                  size_t(shape.size) * sizeof(T));
+    task->run();
+    for (int64_t row = 0; row < task->rows(); row++)
+      task->running[row].write(
+          out + ((sample * shape.queries + task->position(row)) * shape.query_heads + first_head + row % group) * shape.size,
+          shape.size);
+  }
+}
+
+}  // namespace omni

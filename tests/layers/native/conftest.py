@@ -1,0 +1,37 @@
+"""Each test of this folder runs with every variant of the kernels alone, that for tiles as loops in place of tiles."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vllm_omni.layers.native import library
+
+VARIANTS = library.built_variants()
+COMPILER = shutil.which("g++")
+EMULATED = "amx, emulated"  # its loops, with tiles that are arrays
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels for tiles, compiled for a processor without."""
+    file = tmp_path_factory.mktemp("kernels") / "emulated.so"
+    flags = ["-std=c++20", "-O2", "-march=x86-64-v3", "-fopenmp", "-shared", "-fPIC", "-DOMNI_EMULATE_TILES"]
+    source = Path(__file__).parents[3] / "csrc" / "cpu" / "kernels.cpp"
+    assert COMPILER is not None
+    subprocess.run([COMPILER, *flags, str(source), "-o", str(file)], check=True, timeout=120)
+    return file
+
+
+@pytest.fixture(params=[*sorted(VARIANTS), *([EMULATED] if COMPILER else [])], autouse=True)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Only this one is there."""
+    if not VARIANTS:
+        pytest.skip("no kernels are built for this processor")
+    name: str = request.param
+    found = {name: request.getfixturevalue("emulated") if name == EMULATED else VARIANTS[name]}
+    monkeypatch.setattr(library, "built_variants", lambda: found)
+    return name

@@ -1,0 +1,82 @@
+"""Queries, keys and values out of one projection: normed head by head, and turned by the positions. Knows no model and
+no attention.
+
+Legend: R samples, L tokens of each, H query heads, K key-value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_omni.layers.native import diffusion
+from vllm_omni.layers.native.library import kernels
+from vllm_omni.layers.native.structures import HeadRowStruct
+from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.utils.device import is_cpu
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """are_neighbours: whether the real and the imaginary part of a number stand side by side, or in the halves of a
+    head.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    are_neighbours: bool
+
+
+def placed_heads(
+    qkv: Tensor, shape: HeadShape, norms: tuple[RMSNorm, RMSNorm] | None, rope: Tensor
+) -> tuple[Tensor, ...]:
+    """qkv: [R, L, (H + 2 K) d], which is overwritten; norms: of queries and keys; rope: [L, d / 2, 2] float32 cosines
+    and sines -> queries [R, H, L, d], keys and values [R, K, L, d].
+    """
+    functions = kernels(qkv.dtype) if is_cpu(qkv.device) else None
+    if functions is None or not qkv.is_contiguous():
+        return plain_placed_heads(qkv, shape, norms, rope)
+    query_norm, key_norm = norms or (None, None)
+    row = HeadRowStruct(
+        *(shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.head_dim),
+        None if query_norm is None else query_norm.weight.data_ptr(),
+        None if key_norm is None else key_norm.weight.data_ptr(),
+        0.0 if query_norm is None else query_norm.eps,
+        shape.are_neighbours,
+    )
+    diffusion.place(functions, qkv, row, rope.contiguous())
+    return _split(qkv, shape)
+
+
+def plain_placed_heads(
+    qkv: Tensor, shape: HeadShape, norms: tuple[RMSNorm, RMSNorm] | None, rope: Tensor
+) -> tuple[Tensor, ...]:
+    query, key, value = _split(qkv, shape)
+    if norms is not None:
+        query, key = norms[0](query), norms[1](key)
+    turn = turned_neighbours if shape.are_neighbours else turned_halves
+    return turn(query, rope), turn(key, rope), value
+
+
+def turned_neighbours(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns [..., L, d] by rope [L, d / 2, 2], in float32: one complex product is several times as fast as four real
+    ones.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2)).contiguous()
+    product = torch.view_as_complex(pairs) * torch.view_as_complex(rope)
+    return torch.view_as_real(product).flatten(-2).to(x.dtype)
+
+
+def turned_halves(x: Tensor, rope: Tensor) -> Tensor:
+    """The same where the halves of the last axis are the real and the imaginary part."""
+    real, imaginary = x.float().chunk(2, dim=-1)
+    cos, sin = rope.unbind(-1)
+    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)
+
+
+def _split(qkv: Tensor, shape: HeadShape) -> tuple[Tensor, ...]:
+    heads = qkv.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)  # [R, H + 2 K, L, d]
+    return heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
