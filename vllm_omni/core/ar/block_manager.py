@@ -119,6 +119,14 @@ class BlockManager:
             self._blocks[block].num_references = 1
             sequence.block_table.append(block)
 
+    def shrink(self, sequence: Sequence) -> None:
+        """Gives back the blocks behind those that its known tokens fill or begin: a draft took them."""
+        self._expect(sequence, CacheState.ALLOCATED, "shrink")
+        surplus = sequence.block_table[self.num_blocks_for(sequence.num_tokens) :]
+        if surplus:
+            sequence.block_table = sequence.block_table[: -len(surplus)]
+            self._give_back(surplus)
+
     def commit(self, sequence: Sequence) -> None:
         """Enters the blocks whose tokens are all computed, so that other sequences may share them, and gives back those
         that no later token sees.

@@ -27,7 +27,10 @@ REFRESH_S = 1.0  # how old what is known of the engines may be
 PATIENCE_S = 0.02  # how long an answer waits for something newer
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8, 16)
-COUNTS = {"prompt_tokens": "prompt", "tokens": "generated", "cache_hits": "cached"}
+COUNTS = {
+    **{"prompt_tokens": "prompt", "tokens": "generated", "cache_hits": "cached"},
+    **{"drafted_tokens": "drafted", "accepted_tokens": "accepted"},
+}
 GAUGES = {  # of an engine's own counters and gauges -> our name and what it is
     "num_running": ("stage_sequences_running", "Sequences or samples in the stage's batch"),
     "num_waiting": ("stage_sequences_waiting", "Sequences or samples that wait in the stage"),
