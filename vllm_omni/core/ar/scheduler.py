@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from vllm_omni.core.ar.block_manager import BlockManager
+from vllm_omni.core.ar.prefill_pace import PrefillPace
 from vllm_omni.core.ar.prompt_lookup import PromptLookup
 from vllm_omni.core.ar.sequence import CacheState, Sequence, SequenceStatus
 from vllm_omni.errors import CacheError, ResourceError
@@ -45,7 +46,8 @@ class ARScheduler:
     """First come, first served. A step holds at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
 
     Running sequences are served in the order of their arrival, then waiting ones are admitted. A prompt takes all of
-    the budget that is left, so a long prompt holds up nobody who writes. When blocks run out the newest is preempted
+    the budget that is left, so a long prompt holds up nobody who writes; beside those that write, prompts take no more
+    than a pace allows, so that the step is not too long for them. When blocks run out the newest is preempted
     and will be computed again, so that the oldest never lacks any.
 
     A sequence may be idle: paused, or nothing of it is ready to be computed. It keeps its blocks and its place, and
@@ -62,15 +64,18 @@ class ARScheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         lookup: PromptLookup | None = None,
+        pace: PrefillPace | None = None,
     ) -> None:
-        """lookup: gives the drafts; None: there are none."""
+        """lookup: gives the drafts; None: there are none. pace: None: prompts take all that is left."""
         self.blocks = blocks
         self._lookup = lookup
+        self._pace = pace
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._budget = 0  # tokens that the step which is being filled may still take
+        self._prompt_budget = 0  # of them those of prompts, and of what is computed again
         self.num_preemptions = 0
         self.num_drafted_tokens = self.num_accepted_tokens = 0
 
@@ -107,11 +112,17 @@ class ARScheduler:
     def _fill_step(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         self._budget = self._max_num_batched_tokens
+        self._prompt_budget = self._paced_budget()
         for sequence in list(self._running):
             if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
                 self._continue(sequence, chunks)
         self._admit(chunks)  # what was preempted just now finds no room: it lost at least one of the blocks it needs
         return chunks
+
+    def learn(self, chunks: list[Chunk], step_s: float) -> None:
+        """What the step of these chunks has taken."""
+        if self._pace is not None and any(not chunk.sequence.is_one_behind for chunk in chunks):
+            self._pace.learn(sum(chunk.num_tokens for chunk in chunks), step_s)
 
     def advance(self, chunk: Chunk) -> None:
         """Notes that a chunk has been computed. Of its draft nothing counts yet."""
@@ -170,8 +181,20 @@ class ARScheduler:
                 )
         self.blocks.check_integrity([*self._running, *self._waiting])
 
+    def _paced_budget(self) -> int:
+        num_writing = sum(s.is_one_behind and s.num_computable_tokens > 0 for s in self._running)
+        if self._pace is None or not num_writing:
+            return self._max_num_batched_tokens
+        paced = self._pace.prompt_tokens(num_writing)
+        return self._max_num_batched_tokens if paced is None else paced
+
+    def _share(self, sequence: Sequence) -> int:
+        """How many of its tokens run in the step that is being filled."""
+        limit = self._budget if sequence.is_one_behind else min(self._budget, self._prompt_budget)
+        return min(sequence.num_computable_tokens, limit)
+
     def _continue(self, sequence: Sequence, chunks: list[Chunk]) -> None:
-        num_tokens = min(sequence.num_computable_tokens, self._budget)
+        num_tokens = self._share(sequence)
         if num_tokens == 0:
             return
         while not self.blocks.can_grow(sequence, sequence.num_computed_tokens + num_tokens):
@@ -183,7 +206,7 @@ class ARScheduler:
 
     def _admit(self, chunks: list[Chunk]) -> None:
         for sequence in [sequence for sequence in self._waiting if sequence.num_computable_tokens]:
-            if self._budget == 0 or len(self._running) == self._max_num_seqs or not self.blocks.can_admit(sequence):
+            if min(self._budget, self._prompt_budget) == 0 or len(self._running) == self._max_num_seqs or not self.blocks.can_admit(sequence):
                 return
             self._waiting.remove(sequence)
             insort(self._running, sequence, key=_order)
@@ -192,7 +215,7 @@ class ARScheduler:
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.num_reached_tokens = max(sequence.num_reached_tokens, sequence.num_computed_tokens)
-            num_tokens = min(sequence.num_computable_tokens, self._budget)
+            num_tokens = self._share(sequence)
             if num_tokens:  # none when the prefix cache served all that is ready
                 self._take(sequence, num_tokens, chunks)
 
@@ -201,6 +224,7 @@ class ARScheduler:
         end = start + num_tokens
         self.blocks.grow(sequence, end)
         self._budget -= num_tokens
+        self._prompt_budget -= 0 if sequence.is_one_behind else num_tokens
         chunks.append(Chunk(sequence, start, end, sequence.is_writing and end == sequence.num_tokens))
 
     def _with_drafts(self, chunks: list[Chunk], lookup: PromptLookup) -> list[Chunk]:

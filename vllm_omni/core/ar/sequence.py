@@ -74,6 +74,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def is_one_behind(self) -> bool:
+        """Whether its last known token, one that it has written, is all that is not computed."""
+        return len(self.token_ids) > self.num_prompt_tokens and self.num_uncomputed_tokens == 1
+
+    @property
     def num_computable_tokens(self) -> int:
         """Uncomputed tokens that are to be computed now: 0 while it is paused or waits for its inputs. What a preempted
         one had computed is computed again only when something new follows it.

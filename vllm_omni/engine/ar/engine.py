@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_omni import registry
 from vllm_omni.core.ar.block_manager import BlockManager
+from vllm_omni.core.ar.prefill_pace import PrefillPace
 from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
 from vllm_omni.engine.ar.base import ARJob
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
@@ -47,7 +49,8 @@ class AREngine(StageEngine):
         options = spec.options
         blocks = BlockManager(spec.pool.num_blocks, options.block_size, spec.prefix_caching, spec.cache_window)
         lookup = None if options.speculation is None else options.speculation.make_lookup()
-        self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens, lookup)
+        pace = None if options.max_decode_wait_s is None else PrefillPace(options.max_decode_wait_s)
+        self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens, lookup, pace)
         self._runner = _load_runner(spec, context)
         self._stage = spec.make_stage(context, self._runner)
         self._jobs: dict[str, ARJob] = {}
@@ -204,13 +207,15 @@ class AREngine(StageEngine):
         self, chunks: list[Chunk], inputs: dict[int, TokenInputs]
     ) -> dict[int, list[SampledToken | StageError]]:
         """The tokens that were sampled, by sequence id."""
+        began_s = time.perf_counter()
         step = self._runner.run(chunks, inputs)
-        for chunk in chunks:
-            self._scheduler.advance(chunk)
         writing = [chunk for chunk in chunks if chunk.samples]
         rows = [self._jobs[chunk.sequence.request_id].row_of(chunk.sequence) for chunk in writing]
-        drafts = [chunk.draft for chunk in writing]
-        return dict(zip((chunk.sequence.sequence_id for chunk in writing), step.sample(rows, drafts), strict=True))
+        tokens = step.sample(rows, [chunk.draft for chunk in writing])
+        self._scheduler.learn(chunks, time.perf_counter() - began_s)
+        for chunk in chunks:
+            self._scheduler.advance(chunk)
+        return dict(zip((chunk.sequence.sequence_id for chunk in writing), tokens, strict=True))
 
     def _postprocess(self, chunk: Chunk, tokens: Many[SampledToken | StageError | None]) -> list[StageEvent]:
         """tokens: the sampled ones, or one that is None."""

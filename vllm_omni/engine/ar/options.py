@@ -20,6 +20,7 @@ SIDES = ("left", "right", "middle")
 WRITTEN_KEYS = frozenset({"text", "token_ids", "finish_reason", "completions"})
 META_KEYS = WRITTEN_KEYS | {"prompt_tokens", "truncated_tokens"}
 MAX_DRAFT_TOKENS, MAX_NGRAM = 64, 16
+MAX_WAIT_S = 3600
 DEFAULT_MODEL_LEN = 4096  # that the smallest default pool holds
 
 
@@ -93,6 +94,8 @@ class AROptions:
     truncate_prompt: bool | Literal["left", "right", "middle"] = False
     max_num_seqs: int = 64  # sequences of one step
     max_num_batched_tokens: int = 2048  # tokens of one step
+    # the longest, about, that running texts wait for a step in which prompts are computed; None: as long as it takes
+    max_decode_wait_s: float | None = 0.25
     block_size: int = 16  # tokens of a block of the KV pool
     # the pool's most; None: what the memory budget leaves, at least a sequence of max_model_len (4096 by default)
     kv_memory_mb: float | None = None
@@ -113,6 +116,9 @@ class AROptions:
             check_number("kv_memory_mb", self.kv_memory_mb, 0, MAX_MB, above_low=True, raises=ConfigError)
             if self.num_blocks is not None:
                 raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
+        if self.max_decode_wait_s is not None:
+            name = "max_decode_wait_s"
+            check_number(name, self.max_decode_wait_s, 0, MAX_WAIT_S, above_low=True, raises=ConfigError)
         for name in self.chat_template_kwargs:
             if name in RESERVED_TEMPLATE_KEYS:
                 raise ConfigError(f"chat_template_kwargs.{name}: set by the stage itself; remove it")
