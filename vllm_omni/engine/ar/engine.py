@@ -47,7 +47,9 @@ class AREngine(StageEngine):
         self._spec = spec
         self._background = context.background
         options = spec.options
-        blocks = BlockManager(spec.pool.num_blocks, options.block_size, spec.prefix_caching, spec.cache_window)
+        blocks = BlockManager(
+            spec.pool.num_blocks, options.block_size, spec.prefix_caching, spec.cache_window, options.least_kept_blocks
+        )
         lookup = None if options.speculation is None else options.speculation.make_lookup()
         pace = None if options.max_decode_wait_s is None else PrefillPace(options.max_decode_wait_s)
         self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens, lookup, pace)
@@ -140,6 +142,7 @@ class AREngine(StageEngine):
             "num_running": self._scheduler.num_running,
             "num_blocks": blocks.num_blocks,
             "num_free_blocks": blocks.num_free_blocks,
+            "num_touched_blocks": blocks.num_touched_blocks,
             "kv_pool_bytes": self._runner.num_bytes,
             "kv_pool_limited_by": self._spec.pool.limited_by,
             "num_tokens": self._num_tokens,

@@ -21,6 +21,7 @@ WRITTEN_KEYS = frozenset({"text", "token_ids", "finish_reason", "completions"})
 META_KEYS = WRITTEN_KEYS | {"prompt_tokens", "truncated_tokens"}
 MAX_DRAFT_TOKENS, MAX_NGRAM = 64, 16
 MAX_WAIT_S = 3600
+KEPT_TOKENS = 2048  # of prefixes that nothing uses, in a pool of no stated size
 DEFAULT_MODEL_LEN = 4096  # that the smallest default pool holds
 
 
@@ -136,6 +137,15 @@ class AROptions:
     @property
     def can_write(self) -> bool:
         return self.task == "generate"
+
+    @property
+    def least_kept_blocks(self) -> int | None:
+        """Blocks that prefixes may have which nothing uses, without more memory being used; None: all of the pool, as
+        its size is what somebody has said.
+        """
+        if self.kv_memory_mb is not None or self.num_blocks is not None:
+            return None
+        return -(-KEPT_TOKENS // self.block_size)
 
     @property
     def meta_keys(self) -> frozenset[str]:

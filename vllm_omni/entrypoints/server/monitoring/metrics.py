@@ -36,6 +36,7 @@ GAUGES = {  # of an engine's own counters and gauges -> our name and what it is
     "num_waiting": ("stage_sequences_waiting", "Sequences or samples that wait in the stage"),
     "num_blocks": ("kv_blocks", "Blocks of the KV pool"),
     "num_free_blocks": ("kv_blocks_free", "Free blocks of the KV pool"),
+    "num_touched_blocks": ("kv_blocks_touched", "Blocks of the KV pool that were ever used, and so have memory"),
     "kv_pool_bytes": ("kv_pool_bytes", "Bytes of the KV pool"),
     "num_preemptions": ("preemptions", "Sequences that lost their blocks, since loading"),
 }
