@@ -54,6 +54,11 @@ class AREngine(StageEngine):
         pace = None if options.max_decode_wait_s is None else PrefillPace(options.max_decode_wait_s)
         self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens, lookup, pace)
         self._runner = _load_runner(spec, context)
+        self._kernels = {
+            "attention": spec.attention,
+            **self._runner.kernels,
+            "steps": "captured" if spec.captures_steps else "launched",
+        }
         self._stage = spec.make_stage(context, self._runner)
         self._jobs: dict[str, ARJob] = {}
         self._preparing: dict[str, Preparing] = {}
@@ -150,6 +155,7 @@ class AREngine(StageEngine):
             "num_preemptions": self._scheduler.num_preemptions,
             "num_drafted_tokens": self._scheduler.num_drafted_tokens,
             "num_accepted_tokens": self._scheduler.num_accepted_tokens,
+            "kernels": self._kernels,
         }
 
     def check_integrity(self) -> None:

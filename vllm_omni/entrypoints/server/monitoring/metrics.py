@@ -159,6 +159,7 @@ class _Gauges(Collector):
         dtypes = InfoMetricFamily(
             "vllm_omni_stage_dtype", "What a stage computes in, and why", labels=["model", "stage"]
         )
+        kernels = InfoMetricFamily("vllm_omni_stage_kernels", "What a stage computes with", labels=["model", "stage"])
         edges = GaugeMetricFamily(
             "vllm_omni_edge_bytes", "Bytes that went over an edge, since loading", labels=["model", "edge"]
         )
@@ -168,7 +169,10 @@ class _Gauges(Collector):
         for model, snapshot in self._snapshots.items():
             for stage, chosen in snapshot["dtypes"].items():
                 dtypes.add_metric([model, stage], chosen)
+            for stage, stats in snapshot["stages"].items():
+                if "kernels" in stats:
+                    kernels.add_metric([model, stage], stats["kernels"])
             for edge, stats in snapshot["edges"].items():
                 edges.add_metric([model, edge], stats["bytes"])
             hits.add_metric([model], snapshot["prompt_embeds"].get("hit_rate", 0.0))
-        yield from (dtypes, edges, hits)
+        yield from (dtypes, kernels, edges, hits)
