@@ -1,4 +1,4 @@
-"""Drafts change no answer: tokens, texts, log probabilities, states and their rows are those of a stage without them."""
+"""Drafts change no answer: tokens, texts, log probabilities and states, with their rows, are as without them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def counts(engine: AREngine) -> tuple[int, int]:
 
 def rows_of(events: list[StageEvent], name: str, port: str) -> torch.Tensor:
     """All rows of a streamed port; the last piece, and no other, says that it is."""
-    found = [event for event in events if isinstance(event, StageRows) and (event.request_id, event.port) == (name, port)]
+    found = [
+        event for event in events if isinstance(event, StageRows) and (event.request_id, event.port) == (name, port)
+    ]
     assert [piece.is_last for piece in found] == [False] * (len(found) - 1) + [True]
     return torch.cat([piece.rows for piece in found])
 
@@ -125,9 +127,7 @@ params = st.builds(
     stop_token_ids=st.sampled_from([None, None, [62, 63]]),
     logit_bias=st.sampled_from([None, FEW, FEW]),
 )
-requests = st.lists(
-    st.tuples(st.lists(st.integers(60, 62), min_size=1, max_size=14), params), min_size=1, max_size=4
-)
+requests = st.lists(st.tuples(st.lists(st.integers(60, 62), min_size=1, max_size=14), params), min_size=1, max_size=4)
 sizes = st.fixed_dictionaries(
     {
         "max_num_batched_tokens": st.sampled_from([7, 2048]),
@@ -227,7 +227,10 @@ def test_drafts_run_in_captured_steps(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ar_engine, "CudaGraphs", lambda device: graphs)
     monkeypatch.setattr(decode_graphs, "is_cuda", lambda device: True)
     monkeypatch.setitem(registry.TABLES["attention"], "capturable", "support.attention:CapturableAttention")
-    requests = [([60, 61] * 6, LONG), ([62] * 5, SamplingParams(temperature=0.5, seed=3, max_tokens=30, logit_bias=FEW))]
+    requests = [
+        ([60, 61] * 6, LONG),
+        ([62] * 5, SamplingParams(temperature=0.5, seed=3, max_tokens=30, logit_bias=FEW)),
+    ]
     ours = make_engine(folder, speculation=SPECULATION, attention="capturable")
     events = answered(ours, requests)
     assert counts(ours)[1] > 10 and graphs.num_replayed > 10
@@ -236,7 +239,7 @@ def test_drafts_run_in_captured_steps(folder: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tokens_of_a_draft_have_the_bits_of_single_steps(folder: Path, dtype: str) -> None:
-    """Where a row's sums do not depend on the number of rows, as in the kernels, log probabilities are the very same."""
+    """Where a row's sums do not depend on the number of rows, as in the kernels."""
     long = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True, logprobs=1, logit_bias=FEW)
     plain, ours = (make_engine(folder, dtype=dtype, **keys) for keys in ({}, {"speculation": SPECULATION}))
     got, expected = (done(run(engine, make_task([60, 61] * 20, long))["r"]).payload.meta for engine in (ours, plain))
@@ -252,7 +255,10 @@ def test_tokens_of_a_draft_have_the_bits_of_single_steps(folder: Path, dtype: st
     [
         ({"speculation": {"method": "prophecy"}}, "speculation.method"),
         ({"speculation": {}}, "speculation.method: missing"),
-        ({"speculation": {**SPECULATION, "max_tokens": 0}}, "speculation.max_tokens: got 0, expected at least 1 and at most 64"),
+        (
+            {"speculation": {**SPECULATION, "max_tokens": 0}},
+            "speculation.max_tokens: got 0, expected at least 1 and at most 64",
+        ),
         ({"speculation": {**SPECULATION, "max_tokens": 65}}, "speculation.max_tokens: got 65"),
         ({"speculation": {**SPECULATION, "min_ngram": 3}}, "speculation.max_ngram: got 2, expected at least 3"),
         ({"speculation": {**SPECULATION, "draft": 3}}, "speculation.draft: unknown key"),

@@ -131,8 +131,8 @@ class BlockManager:
         """
         if not self.can_grow(sequence, num_tokens):
             raise CacheError(
-                f"sequence {sequence.sequence_id}: got {self.num_free_blocks} free blocks, expected enough for {num_tokens} "
-                "tokens; ask can_grow first and preempt"
+                f"sequence {sequence.sequence_id}: got {self.num_free_blocks} free blocks, expected enough for "
+                f"{num_tokens} tokens; ask can_grow first and preempt"
             )
         for _ in range(self.num_blocks_for(num_tokens) - len(sequence.block_table)):
             block = self._take()

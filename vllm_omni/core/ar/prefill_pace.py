@@ -1,5 +1,5 @@
-"""How many tokens a step may have beside running texts, so that these wait no longer than is stated for their next ones.
-Learned from the steps before; what they took is an argument.
+"""How many tokens of prompts a step may have beside running texts, so that these wait no longer than is stated. Learned
+from the steps before; what they took is an argument.
 """
 
 from __future__ import annotations

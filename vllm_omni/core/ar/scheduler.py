@@ -206,7 +206,11 @@ class ARScheduler:
 
     def _admit(self, chunks: list[Chunk]) -> None:
         for sequence in [sequence for sequence in self._waiting if sequence.num_computable_tokens]:
-            if min(self._budget, self._prompt_budget) == 0 or len(self._running) == self._max_num_seqs or not self.blocks.can_admit(sequence):
+            if (
+                min(self._budget, self._prompt_budget) == 0
+                or len(self._running) == self._max_num_seqs
+                or not self.blocks.can_admit(sequence)
+            ):
                 return
             self._waiting.remove(sequence)
             insort(self._running, sequence, key=_order)

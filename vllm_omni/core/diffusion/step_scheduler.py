@@ -2,8 +2,8 @@
 sizes in tokens and bytes, not what a sample is.
 
 Samples run in order of arrival, as many together as the token budget, the batch size and the cache's memory allow. One
-that is in stays in until it is removed, or while others wait, until its turn is over: then it stands behind them, so that
-small ones need not wait for the end of a large one. A turn is long: what needs less work is done in one.
+that is in stays in until it is removed, or while others wait, until its turn is over: then it stands behind them, so
+that small ones need not wait for the end of a large one. A turn is long: what needs less work is done in one.
 """
 
 from __future__ import annotations

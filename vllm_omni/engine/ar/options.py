@@ -113,13 +113,11 @@ class AROptions:
         for name in ("max_model_len", "max_prompt_tokens", "num_blocks"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
-        if self.kv_memory_mb is not None:
-            check_number("kv_memory_mb", self.kv_memory_mb, 0, MAX_MB, above_low=True, raises=ConfigError)
-            if self.num_blocks is not None:
-                raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
-        if self.max_decode_wait_s is not None:
-            name = "max_decode_wait_s"
-            check_number(name, self.max_decode_wait_s, 0, MAX_WAIT_S, above_low=True, raises=ConfigError)
+        for name, high in (("kv_memory_mb", MAX_MB), ("max_decode_wait_s", MAX_WAIT_S)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, high, above_low=True, raises=ConfigError)
+        if self.kv_memory_mb is not None and self.num_blocks is not None:
+            raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
         for name in self.chat_template_kwargs:
             if name in RESERVED_TEMPLATE_KEYS:
                 raise ConfigError(f"chat_template_kwargs.{name}: set by the stage itself; remove it")

@@ -89,7 +89,7 @@ class ModelRunner:
 
     @property
     def kernels(self) -> dict[str, str]:
-        """What it computes with, as `kernels_of` says; layers: whether by one call (`native`) or operation by operation."""
+        """What it computes with, as `kernels_of` says; layers: by one call (`native`) or operation by operation."""
         model = cast(nn.Module, self._model)
         is_native = self._attention.runs_layers and runs_layers_natively(model)
         return {**kernels_of([model]), "layers": "native" if is_native else "torch"}
