@@ -108,14 +108,7 @@ class AROptions:
     cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
-        for name in ("max_model_len", "max_prompt_tokens", "num_blocks"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
-        for name, high in (("kv_memory_mb", MAX_MB), ("max_decode_wait_s", MAX_WAIT_S)):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0, high, above_low=True, raises=ConfigError)
+        self._check_numbers()
         if self.kv_memory_mb is not None and self.num_blocks is not None:
             raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
         for name in self.chat_template_kwargs:
@@ -182,6 +175,16 @@ class AROptions:
         if tap.tokens != "prompt" and not self.can_write:
             raise ConfigError(f"{where}.tokens: got {tap.tokens!r}, expected 'prompt': task encode writes nothing")
         return tap
+
+    def _check_numbers(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
+        for name in ("max_model_len", "max_prompt_tokens", "num_blocks"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
+        for name, high in (("kv_memory_mb", MAX_MB), ("max_decode_wait_s", MAX_WAIT_S)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, high, above_low=True, raises=ConfigError)
 
     def _check_speculation(self) -> None:
         if self.speculation is None:
