@@ -10,6 +10,7 @@ from support.pool_content import PoolContent
 
 from vllm_omni.core.ar.block_manager import BlockManager
 from vllm_omni.core.ar.cache_window import CacheWindow
+from vllm_omni.core.ar.prompt_lookup import PromptLookup
 from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
 from vllm_omni.core.ar.sequence import Sequence, SequenceStatus
 from vllm_omni.errors import CacheError, ResourceError
@@ -25,10 +26,11 @@ class Simulation:
         max_num_seqs: int = 8,
         budget: int = 16,
         window: int | None = None,
+        lookup: PromptLookup | None = None,
     ) -> None:
         cache_window = None if window is None else CacheWindow(window, budget)
         self.blocks = BlockManager(num_blocks, block_size, window=cache_window)
-        self.scheduler = ARScheduler(self.blocks, max_num_seqs, budget)
+        self.scheduler = ARScheduler(self.blocks, max_num_seqs, budget, lookup)
         self.content = PoolContent(block_size, window)
         self.max_num_seqs, self.budget = max_num_seqs, budget
         self.living: list[Sequence] = []
@@ -52,20 +54,36 @@ class Simulation:
         assert bool(chunks) == has_work or not (chunks or self.scheduler.has_work()), "work to do must be done"
         self.check_limits(chunks)
         for chunk in chunks:
-            self.content.compute(chunk.sequence, chunk.start, chunk.end)
-            self.scheduler.advance(chunk)
             sequence = chunk.sequence
+            sequence.token_ids += chunk.draft
+            self.content.compute(sequence, chunk.start, chunk.end)
+            del sequence.token_ids[sequence.num_tokens - len(chunk.draft) :]
+            self.scheduler.advance(chunk)
             if chunk.samples:
-                sequence.append(hash(tuple(sequence.token_ids)) % 3)
-                sequence.is_writing = sequence.num_tokens < sequence.max_tokens
+                self.write(chunk)
             if not sequence.is_writing and sequence.num_uncomputed_tokens == 0:
                 self.end(sequence)
+            else:
+                self.scheduler.settle(chunk)
+                self.content.check(sequence, sequence.num_computed_tokens)
         self.scheduler.check_integrity()
         return chunks
 
+    def write(self, chunk: Chunk) -> None:
+        """One token, and further ones behind what the draft has right."""
+        sequence = chunk.sequence
+        for index, drafted in enumerate((*chunk.draft, None)):
+            if index:
+                self.scheduler.accept(sequence)
+            sequence.append(next_token(sequence.token_ids))
+            sequence.is_writing = sequence.num_tokens < sequence.max_tokens
+            if sequence.token_ids[-1] != drafted or not sequence.is_writing:
+                return
+
     def check_limits(self, chunks: list[Chunk]) -> None:
         assert sum(chunk.num_tokens for chunk in chunks) <= self.budget
-        assert len(chunks) <= self.max_num_seqs
+        assert sum(1 + len(chunk.draft) for chunk in chunks) <= self.max_num_seqs
+        assert all(chunk.end < chunk.sequence.max_tokens for chunk in chunks if chunk.draft)
         assert len({chunk.sequence.sequence_id for chunk in chunks}) == len(chunks)
         assert all(chunk.num_tokens > 0 and chunk.start == chunk.sequence.position for chunk in chunks)
         assert all(chunk.end <= (chunk.sequence.num_ready_tokens or chunk.end) for chunk in chunks)
@@ -87,6 +105,12 @@ class Simulation:
             self.step()
         assert not self.scheduler.has_work()
         assert self.blocks.num_free_blocks == self.blocks.num_blocks
+
+
+def next_token(tokens: list[int]) -> int:
+    """What a sequence writes: mostly it repeats itself."""
+    chance = hash(tuple(tokens))
+    return tokens[-2] if len(tokens) > 1 and chance % 4 else chance % 3
 
 
 def test_a_long_prompt_is_computed_in_chunks_while_others_write() -> None:
@@ -248,6 +272,58 @@ def test_with_a_window_sequences_run_that_are_longer_than_the_pool() -> None:
         Simulation(num_blocks=2, block_size=4, budget=8, window=6).add([1] * 30, num_new=10)
 
 
+def simulate_copying(**sizes: int) -> Simulation:
+    """One sequence that has begun to repeat itself, and drafts."""
+    simulation = Simulation(lookup=PromptLookup(4, 1, 2), **sizes)
+    simulation.add([0, 1] * 4, num_new=40)
+    return simulation
+
+
+def test_drafts_give_the_same_tokens_in_fewer_steps() -> None:
+    plain, drafting = Simulation(), simulate_copying()
+    expected = plain.add([0, 1] * 4, num_new=40)
+    (sequence,) = drafting.living
+    steps = [0, 0]
+    for index, simulation in enumerate((plain, drafting)):
+        while simulation.scheduler.has_work():
+            simulation.step()
+            steps[index] += 1
+    assert sequence.token_ids == expected.token_ids
+    assert 0 < sequence.num_accepted_tokens == steps[0] - steps[1] < sequence.num_drafted_tokens
+    scheduler = drafting.scheduler
+    assert scheduler.num_accepted_tokens == sequence.num_accepted_tokens
+    assert scheduler.num_drafted_tokens == sequence.num_drafted_tokens
+
+
+def test_a_draft_takes_no_row_no_token_and_no_block_of_another_sequence() -> None:
+    crowded = simulate_copying(max_num_seqs=3, budget=64)
+    others = [crowded.add([number], num_new=30) for number in range(5, 7)]
+    crowded.step()
+    assert [len(chunk.draft) for chunk in crowded.step()] == [0, 0, 0]
+    for other in others:
+        crowded.end(other)
+    assert [len(chunk.draft) for chunk in crowded.step()] == [2]
+    tight = simulate_copying(num_blocks=12, max_num_seqs=16)
+    other = tight.add([7] * 9, num_new=27)
+    while tight.living:
+        tight.step()
+    assert other.num_preemptions <= 1, "no more than without drafts"
+
+
+def test_blocks_of_a_draft_that_was_wrong_are_given_back() -> None:
+    simulation = Simulation(block_size=1, lookup=PromptLookup(4, 1, 2))
+    sequence = simulation.add([0, 1] * 4, num_new=40)
+    (chunk,) = simulation.scheduler.schedule()
+    assert len(chunk.draft) == 4 and len(sequence.block_table) == 12
+    before = sequence.block_table
+    simulation.scheduler.advance(chunk)
+    sequence.append(2)
+    simulation.scheduler.settle(chunk)
+    assert len(sequence.block_table) == 9 and simulation.blocks.num_free_blocks == 64 - 9
+    assert sequence.block_table is not before, "who keeps a copy of the table must see that it is another"
+    simulation.scheduler.check_integrity()
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random arrivals, steps and aborts in pools so small that preemption is usual."""
 
@@ -256,8 +332,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.simulation = Simulation(
-            num_blocks=self.num_blocks, block_size=2, max_num_seqs=4, budget=5, window=self.window
+            num_blocks=self.num_blocks,
+            block_size=2,
+            max_num_seqs=4,
+            budget=5,
+            window=self.window,
+            lookup=self.lookup(),
         )
+
+    def lookup(self) -> PromptLookup | None:
+        return None
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),
@@ -306,11 +390,29 @@ TestRandomArrivals = SchedulerMachine.TestCase
 TestRandomArrivals.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
+class SpeculatingMachine(SchedulerMachine):
+    """The same, with drafts."""
+
+    def lookup(self) -> PromptLookup:
+        return PromptLookup(3, 1, 2)
+
+
+TestRandomDrafts = SpeculatingMachine.TestCase
+TestRandomDrafts.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
 class WindowMachine(SchedulerMachine):
     """The same, where tokens see three tokens, and no sequence but the shortest fits whole."""
 
     num_blocks, window = 5, 3  # as many as one sequence holds at once
 
+
+class WindowedSpeculatingMachine(WindowMachine, SpeculatingMachine):
+    """With both."""
+
+
+TestRandomWindowedDrafts = WindowedSpeculatingMachine.TestCase
+TestRandomWindowedDrafts.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 TestRandomWindowedArrivals = WindowMachine.TestCase
 TestRandomWindowedArrivals.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

@@ -150,6 +150,50 @@ def test_the_least_recently_used_prefix_is_taken_first_and_its_tail_before_its_h
     assert hits == {1: 4, 2: 8}
 
 
+def live(blocks: BlockManager, tokens: list[int], number: int) -> int:
+    """A sequence that is computed and freed; how many of its tokens were cached."""
+    sequence = make_sequence(tokens, number)
+    blocks.allocate(sequence)
+    cached = sequence.num_computed_tokens
+    blocks.grow(sequence, sequence.num_tokens)
+    sequence.num_computed_tokens = sequence.num_tokens
+    blocks.commit(sequence)
+    blocks.free(sequence)
+    blocks.check_integrity([])
+    return cached
+
+
+def test_blocks_that_serve_no_prefix_are_taken_again_before_any_that_was_never_used() -> None:
+    blocks = BlockManager(64, SIZE, prefix_caching=False)
+    for number in range(9):
+        live(blocks, list(range(number, number + 4 * SIZE)), number)
+    assert blocks.num_touched_blocks == 4 and blocks.num_free_blocks == 64
+
+
+def test_prefixes_that_nothing_uses_take_no_more_memory_than_half_of_what_was_in_use_at_once() -> None:
+    blocks = BlockManager(1000, SIZE, least_kept=3)
+    for number in range(50):
+        live(blocks, [number] * (10 * SIZE), number)
+    assert blocks.num_touched_blocks <= 10 + 10 // 2 + 1
+    assert live(blocks, [49] * (10 * SIZE), 98) > 0, "the newest are still there"
+    many = [compute_all(blocks, make_sequence([200 + number] * (10 * SIZE), 200 + number)) for number in range(5)]
+    for sequence in many:
+        blocks.free(sequence)
+    for number in range(300, 400):
+        live(blocks, [number] * (10 * SIZE), number)
+    assert 50 <= blocks.num_touched_blocks <= 50 + 50 // 2 + 1, "who uses more may keep more"
+
+
+@pytest.mark.parametrize(("least_kept", "touched"), [(None, 200), (20, 31)])
+def test_as_many_prefixes_as_are_said_are_kept_in_any_case(least_kept: int | None, touched: int) -> None:
+    blocks = BlockManager(200, SIZE, least_kept=least_kept)
+    for number in range(50):
+        live(blocks, [number] * (10 * SIZE), number)
+    assert touched - 10 <= blocks.num_touched_blocks <= touched
+    kept = [live(blocks, [number] * (10 * SIZE), 100 + number) for number in range(49, 47, -1)]
+    assert kept == [9 * SIZE] * 2 if least_kept is None else kept[0] == 9 * SIZE
+
+
 def test_without_prefix_caching_nothing_is_shared() -> None:
     blocks = BlockManager(8, SIZE, prefix_caching=False)
     compute_all(blocks, make_sequence(list(range(9)), 1))
@@ -295,7 +339,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = BlockManager(7, 2, window=self.window)
+        self.blocks = BlockManager(7, 2, window=self.window, least_kept=1)
         self.content = PoolContent(2, None if self.window is None else self.window.size)
         self.living: list[Sequence] = []
         self.count = 0

@@ -127,13 +127,15 @@ def test_random_operations_keep_to_the_budget_and_lose_nothing_reserved(operatio
         max_size=60,
     )
 )
-def test_the_step_scheduler_keeps_its_bounds_and_order_and_loses_nobody(
+def test_the_step_scheduler_keeps_its_bounds_and_turns_and_loses_nobody(
     operations: list[tuple[str, int, int, int]],
 ) -> None:
     caches = DiTCacheManager(max_bytes=10)
     scheduler: StepScheduler[int] = StepScheduler(100, 3, caches)
     held: dict[int, int] = {}  # in order of arrival, with their bytes
-    started: list[int] = []
+    sizes: dict[int, int] = {}
+    batch: list[int] = []  # of the last step
+    turns: dict[int, int] = {}  # who has started, with the tokens of the turn
     for operation, key, size, num_bytes in operations:
         if operation == "add" and key in held:
             with pytest.raises(SchedulerError, match="already"):
@@ -143,19 +145,24 @@ def test_the_step_scheduler_keeps_its_bounds_and_order_and_loses_nobody(
                 scheduler.add(str(key), key, size, num_bytes)
         elif operation == "add":
             scheduler.add(str(key), key, size, num_bytes)
-            held[key] = num_bytes
+            held[key], sizes[key] = num_bytes, size
         elif operation == "remove":
             assert scheduler.remove(str(key)) == (key in held)
             held.pop(key, None)
-            started = [other for other in started if other != key]
+            turns.pop(key, None)
+            batch = [other for other in batch if other != key]
         else:
-            batch = scheduler.schedule()
+            before, batch = batch, scheduler.schedule()
             assert bool(batch) == bool(held), "never idle while somebody waits"
-            assert batch[: len(started)] == started, "who is in stays in"
-            assert batch == [other for other in held if other in batch] == list(held)[: len(batch)], "in order"
-            started = batch
+            assert len(batch) == 1 or sum(sizes[other] for other in batch) <= 100
+            stays = [other for other in before if turns[other] < 8 * 100]
+            assert batch[: len(stays)] == stays, "who is in stays in for a turn"
+            new = [other for other in batch if other not in turns]
+            assert new == [other for other in held if other not in turns][: len(new)], "who is new starts in order"
+            for other in batch:
+                turns[other] = sizes[other] + (turns[other] if other in stays else 0)
         scheduler.check_integrity()
-        assert caches.used_bytes == sum(held[other] for other in started)
+        assert caches.used_bytes == sum(held[other] for other in turns), "who has started keeps its step cache"
         assert len(scheduler) == len(held)
 
 
@@ -166,3 +173,56 @@ def test_a_sample_waits_until_its_step_cache_fits() -> None:
     assert scheduler.schedule() == ["a"], "c does not overtake b"
     scheduler.remove("a")
     assert scheduler.schedule() == ["b", "c"]
+
+
+def test_small_samples_get_a_turn_beside_a_large_one_and_it_goes_on_behind_them() -> None:
+    scheduler: StepScheduler[str] = StepScheduler(100, 8, DiTCacheManager(max_bytes=10))
+    scheduler.add("large", "large", 250, 6)
+    assert [scheduler.schedule() for _ in range(3)] == [["large"]] * 3
+    for name in ("a", "b"):
+        scheduler.add(name, name, 50)
+    steps = [scheduler.schedule() for _ in range(4)]
+    assert steps == [["large"], ["a", "b"], ["a", "b"], ["a", "b"]]
+    scheduler.remove("a")
+    scheduler.add("c", "c", 40, 5)
+    assert scheduler.schedule() == ["b"], "the large one comes before c, and needs all of a step"
+    scheduler.remove("b")
+    assert scheduler.schedule() == ["large"]
+    scheduler.remove("large")
+    assert scheduler.schedule() == ["c"]
+
+
+def test_who_has_a_step_cache_goes_on_where_the_next_one_has_no_room_for_its_own() -> None:
+    scheduler: StepScheduler[str] = StepScheduler(100, 8, DiTCacheManager(max_bytes=10))
+    scheduler.add("first", "first", 100, 6)
+    for _ in range(8):
+        scheduler.schedule()
+    scheduler.add("second", "second", 100, 6)
+    assert [scheduler.schedule() for _ in range(20)] == [["first"]] * 20
+    scheduler.remove("first")
+    assert scheduler.schedule() == ["second"]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=2, max_size=12),
+    steps=st.lists(st.integers(1, 200), min_size=12, max_size=12),
+)
+def test_nobody_waits_longer_than_a_turn_of_everybody_else(sizes: list[int], steps: list[int]) -> None:
+    """steps: of each sample, after which it is removed."""
+    scheduler: StepScheduler[int] = StepScheduler(100, 3, DiTCacheManager(max_bytes=1))
+    left = dict(enumerate(steps[: len(sizes)]))
+    waited = dict.fromkeys(left, 0)
+    for key, size in enumerate(sizes):
+        scheduler.add(str(key), key, size)
+    longest = sum(-(-8 * 100 // size) for size in sizes)
+    while left:
+        batch = scheduler.schedule()
+        for key in list(left):
+            waited[key] = 0 if key in batch else waited[key] + 1
+            assert waited[key] <= longest
+            left[key] -= key in batch
+            if left[key] == 0:
+                del left[key]
+                scheduler.remove(str(key))
+        scheduler.check_integrity()
+    assert len(scheduler) == 0

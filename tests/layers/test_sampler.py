@@ -34,7 +34,7 @@ def make_row(
 
 
 def draw(logits: Tensor, row: SamplingRow) -> SampledToken:
-    token = sample(logits[None], [row])[0]
+    ((token,),) = sample(logits[None], [row])
     assert isinstance(token, SampledToken)
     return token
 
@@ -180,15 +180,43 @@ def test_a_row_samples_the_same_alone_and_in_a_crowd(rows: list[dict[str, Any]],
         states = [make_row(stops=(5,), **rows[member]) for member in members]
         tokens = []
         for logits in steps:
-            tokens.append(sample(logits[members], states))
-            for state, token in zip(states, tokens[-1], strict=True):
-                assert isinstance(token, SampledToken)
-                state.record(token.token_id)
+            tokens.append([token for (token,) in sample(logits[members], states)])
+            assert all(isinstance(token, SampledToken) for token in tokens[-1])
         return tokens
 
     crowd = run(list(range(len(rows))))
     for member in range(len(rows)):
         assert [step[0] for step in run([member])] == [step[member] for step in crowd]
+
+
+@settings(max_examples=100, deadline=None)
+@given(params=params, seed=st.integers(0, 99), wrong=st.integers(0, 4), other=st.none() | params)
+def test_drafts_change_no_token_of_a_row_and_no_draw(
+    params: dict[str, Any], seed: int, wrong: int, other: dict[str, Any] | None
+) -> None:
+    """wrong: the place of the draft's first token that is not what the row samples, of four."""
+    torch.manual_seed(seed)
+    logits = torch.randn(6, VOCABULARY) * 2
+    plain = make_row(stops=(5,), **params)
+    expected = [sample(logits[[place]], [plain])[0][0] for place in range(6)]
+    tokens = [token.token_id for token in expected if isinstance(token, SampledToken)]
+    draft = [token if place != wrong else (token + 1) % VOCABULARY for place, token in enumerate(tokens[:4])]
+    row, batch, rows, drafts = make_row(stops=(5,), **params), logits[:5], [], [draft]
+    if other is not None:
+        rows, drafts = [make_row(stops=(5,), **other)], [[1], draft]
+        batch = torch.cat([torch.randn(2, VOCABULARY), batch])
+    got = sample(batch, [*rows, row], drafts)[-1]
+    assert got == expected[: wrong + 1]
+    assert sample(logits[[len(got)]], [row])[0] == expected[len(got) : len(got) + 1], "it goes on as if by itself"
+
+
+def test_a_draft_behind_what_cannot_be_sampled_gives_no_token(logits: Tensor) -> None:
+    batch = torch.stack([logits, logits, logits])
+    batch[1, 3] = float("inf")
+    best = int(logits.argmax())
+    first, second = sample(batch, [make_row(temperature=0)], [[best, best]])[0]
+    assert first == SampledToken(best) and isinstance(second, StageError)
+    assert sample(batch, [make_row(temperature=0)], [[best + 1, best]])[0] == [SampledToken(best)]
 
 
 def test_a_row_that_cannot_be_sampled_fails_alone(logits: Tensor) -> None:
@@ -201,7 +229,7 @@ def test_a_row_that_cannot_be_sampled_fails_alone(logits: Tensor) -> None:
         make_row(temperature=1.0, min_tokens=1, stops=everything),
         make_row(temperature=0, repetition_penalty=1e-45, prompt=everything),
     ]
-    sound, not_a_number, nothing_left, overflown = sample(batch, rows)
+    (sound,), (not_a_number,), (nothing_left,), (overflown,) = sample(batch, rows)
     assert sound == SampledToken(int(logits.argmax()))
     assert isinstance(not_a_number, StageError) and "NaN" in str(not_a_number)
     assert isinstance(nothing_left, StageError) and "min_tokens" in str(nothing_left)

@@ -28,7 +28,7 @@ from vllm_omni.config.document import ConfigDocument, ResourcesGroup, SchedulerG
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, PromptsConfig, StageConfig, StreamConfig
 from vllm_omni.config.shipped import supported_checkpoints
-from vllm_omni.engine.ar.options import AROptions, Tap
+from vllm_omni.engine.ar.options import AROptions, Speculation, Tap
 from vllm_omni.engine.ar.prompt import DEFAULT_MAX_TOKENS
 from vllm_omni.engine.diffusers.options import DiffusersOptions
 from vllm_omni.engine.diffusion.options import DiTOptions
@@ -204,6 +204,7 @@ def test_every_exception_exists_and_every_config_key_is_a_key(page: Path) -> Non
     assert exceptions and all(issubclass(getattr(errors, name), errors.OmniError) for name in exceptions)
     keys = {"cache.policy", *(f"cache.{field.name}" for _, field in STEP_CACHE_KEYS)}
     keys |= {f"outputs.<port>.{key}" for key in field_names(Tap)}
+    keys |= {f"speculation.{key}" for key in field_names(Speculation)}
     for title, (found, _) in CONFIG_GROUPS.items():
         keys |= {f"{title.strip('`')}.{key}" if title.startswith("`") else key for key in field_names(found)}
     assert set(first_cells(section(read(page), SECTIONS[3]), "Key")) <= keys
@@ -281,7 +282,7 @@ def type_words(annotation: Any) -> str:
     """`Sequence[int] | None` -> "list"; what a reader who knows YAML and no Python expects."""
     words = {"int": "integer", "float": "number", "str": "string", "bool": "boolean", "Any": "any"}
     words |= {"Mapping": "mapping", "Sequence": "list", "tuple": "list", "Image": "image", "DType": "string"}
-    words |= {"SchedulerType": "string", "Literal": "string"}
+    words |= {"SchedulerType": "string", "Literal": "string", "Speculation": "mapping"}
     found: list[str] = []
     for part in re.sub(r"\[[^|]*\]", "", str(annotation)).split(" | "):
         word = words.get(part, "mapping" if part.endswith(("Group", "Config")) else part)
@@ -300,8 +301,13 @@ def test_every_config_key_stands_in_its_table_with_its_type_and_default(title: s
         check_config_row(row, fields[row[0].strip("`")])
 
 
+def test_the_keys_of_speculation_stand_in_their_table() -> None:
+    for row, field in zip(config_tables("Keys of an `ar` stage")[1], dataclasses.fields(Speculation), strict=True):
+        check_config_row(row, field)
+
+
 def test_the_keys_of_a_port_of_an_ar_stage_stand_in_their_table() -> None:
-    rows, fields = config_tables("Keys of an `ar` stage")[1], dataclasses.fields(Tap)
+    rows, fields = config_tables("Keys of an `ar` stage")[2], dataclasses.fields(Tap)
     assert [choices_of(field.type) for field in fields] == [[], ["prompt", "completion", "followed"]]
     for row, field in zip(rows, fields, strict=True):
         check_config_row(row, field)

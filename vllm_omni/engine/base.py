@@ -211,7 +211,7 @@ class StageEngine(ABC):
         """Whether `step` has something to do; tasks that wait for a chunk or are paused are nothing to do."""
 
     def get_stats(self) -> Mapping[str, Any]:
-        """Counters and gauges for monitoring."""
+        """Counters and gauges for monitoring; `kernels`: what it computes with, names and words."""
         return {}
 
     def check_integrity(self) -> None:

@@ -30,7 +30,7 @@ class SampledToken:
 
 
 class SamplingRow:
-    """How one sequence samples, and what it has sampled so far.
+    """How one sequence samples, and what it has sampled so far (which `sample` records).
 
     sample_index: which of the request's n samples this is; a seeded one draws from `seed + sample_index`.
     stop_token_ids: what must not be written before `min_tokens` tokens are, end-of-sequence ids included.
@@ -84,7 +84,7 @@ class SamplingRow:
         return SampledToken(token, None if log_probabilities is None else self._best(log_probabilities, token))
 
     def record(self, token_id: int) -> None:
-        """Notes a token that has been written, for the penalties and `min_tokens`."""
+        """Notes a token that it has sampled, for the penalties and `min_tokens`."""
         self._written[token_id] += 1
         self._seen.add(token_id)
 
@@ -132,20 +132,51 @@ class SamplingRow:
         return found
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | StageError]:
-    """One token per row of logits [R, V]; a row that cannot be sampled gives its own error and no other's."""
-    tokens: list[SampledToken | StageError] = []
-    for index, (row, greedy) in enumerate(zip(rows, largest(logits), strict=True)):
-        if greedy < 0:
-            tokens.append(StageError("logits: got NaN or infinity, expected finite numbers; try dtype float32"))
-        elif row.is_plain_greedy:
-            tokens.append(SampledToken(greedy))
-        else:
-            try:
-                tokens.append(row.sample(logits[index].to(torch.float32, copy=True)))
-            except StageError as error:
-                tokens.append(error)
-    return tokens
+def sample(
+    logits: Tensor | Mapping[int, Tensor],
+    rows: Sequence[SamplingRow],
+    drafts: Sequence[Sequence[int]] | None = None,
+    greedy: Sequence[int] | None = None,
+) -> list[list[SampledToken | StageError]]:
+    """For each row its tokens: one, and where it has a draft one more behind each token of that which it has sampled,
+    too. A row that cannot be sampled ends with its own error, and gives no other's.
+
+    logits: [R, V], of each row and then of each token of its draft; only those that `greedy` does not answer for need
+    be there. greedy: of each of the R its largest, as `largest` says. So a row has the same tokens, and draws as often,
+    as if each of them had been sampled in a step of its own.
+    """
+    if greedy is None:
+        assert isinstance(logits, Tensor)
+        greedy = largest(logits)
+    sampled: list[list[SampledToken | StageError]] = []
+    first = 0
+    for index, row in enumerate(rows):
+        draft = drafts[index] if drafts else ()
+        tokens: list[SampledToken | StageError] = []
+        for place, expected in enumerate((*draft, None), first):
+            token = _sample_one(logits, place, greedy[place], row)
+            tokens.append(token)
+            if isinstance(token, StageError):
+                break
+            row.record(token.token_id)
+            if token.token_id != expected:
+                break
+        sampled.append(tokens)
+        first += len(draft) + 1
+    return sampled
+
+
+def _sample_one(
+    logits: Tensor | Mapping[int, Tensor], place: int, greedy: int, row: SamplingRow
+) -> SampledToken | StageError:
+    if greedy < 0:
+        return StageError("logits: got NaN or infinity, expected finite numbers; try dtype float32")
+    if row.is_plain_greedy:
+        return SampledToken(greedy)
+    try:
+        return row.sample(logits[place].to(torch.float32, copy=True))
+    except StageError as error:
+        return error
 
 
 def largest(logits: Tensor) -> list[int]:

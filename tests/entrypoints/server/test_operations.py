@@ -99,6 +99,10 @@ def test_metrics_count_requests_tokens_and_steps(server: ServerProcess, client: 
     dtypes = [dict(labels) for name, labels in after if name == "vllm_omni_stage_dtype_info"]
     assert {"model", "stage", "dtype", "reason"} == set(dtypes[0])
     assert {each["stage"] for each in dtypes if each["model"] == "words"} == {"text"}
+    kernels = [dict(labels) for name, labels in after if name == "vllm_omni_stage_kernels_info"]
+    words = next(each for each in kernels if each["model"] == "words")
+    assert {"attention", "products", "kernels", "layers", "steps"} == set(words) - {"model", "stage"}
+    assert any(each["model"] == "tiny-image" and each["stage"] == "image" for each in kernels)
 
 
 def test_metrics_and_health_do_not_wait_for_a_step(server: ServerProcess) -> None:

@@ -208,3 +208,23 @@ def test_layers_in_one_call_equal_them_one_by_one(
     close(native_cache, plain_cache, steps=8)
     for index in range(len(shapes)):
         assert torch.equal(run(NativeAttention, step.cache.clone(), index), native[step.rows(index)])
+
+
+@torch.inference_mode()
+def test_a_pool_where_one_of_another_size_was_is_read_as_it_is() -> None:
+    """As when a stage is built anew, or an engine after another with the same weights."""
+    torch.manual_seed(0)
+    decoder = make_decoder(torch.float32, biases=False, head_norms=True)
+    states = torch.randn(1, 64)
+    steps = [Step([(past, 1)], 2, 32, torch.float32) for past in (40, 20)]
+
+    def run(attention: type[NativeAttention] | type[ReferenceAttention], step: Step, cache: Tensor) -> Tensor:
+        result: Tensor = decoder(states, step.positions, ForwardContext(attention(step.metadata()), cache, 2))
+        return result
+
+    plain = [run(ReferenceAttention, step, step.cache.clone()) for step in steps]
+    pack_linears(decoder)
+    memory = torch.empty(max(step.cache.numel() for step in steps))
+    for step, expected in zip(steps, plain, strict=True):
+        cache = memory[: step.cache.numel()].view(step.cache.shape)
+        close(run(NativeAttention, step, cache.copy_(step.cache)), expected, steps=8)

@@ -177,6 +177,16 @@ def test_preemption_under_a_tiny_pool_changes_no_code(folder: Path, references: 
             assert codes_of(output) == expected.codes
 
 
+def test_a_thinker_that_drafts_is_spoken_as_one_that_does_not(folder: Path, references: list[Spoken]) -> None:
+    """Words come several at once, their states row by row."""
+    with make(folder, "thinker.speculation={method: prompt_lookup, max_tokens: 3, min_ngram: 1}") as omni:
+        outputs = speak(omni, *PROMPTS)
+        assert sum(output.metrics["thinker"]["drafted_tokens"] for output in outputs) > 0
+        for output, expected in zip(outputs, references, strict=True):
+            assert list(output.token_ids) == expected.words
+            assert codes_of(output) == expected.codes
+
+
 @pytest.mark.parametrize("stage", ["thinker", "talker", "token2wav"])
 def test_leaving_the_stream_ends_every_stage_and_frees_all(folder: Path, stage: str) -> None:
     with make(folder) as omni:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -47,6 +48,10 @@ def last_token(sequence: Sequence, samples: bool = True) -> Chunk:
     return Chunk(sequence, sequence.num_tokens - 1, sequence.num_tokens, samples)
 
 
+def with_draft(chunk: Chunk, size: int) -> Chunk:
+    return replace(chunk, end=chunk.end + size, draft=tuple(range(100, 100 + size))) if chunk.samples else chunk
+
+
 def assert_same_batch(got: StepBatch, expected: StepBatch) -> None:
     """In the real rows; and padding rows have inputs that harm nobody."""
     count = len(expected.token_ids)
@@ -66,7 +71,9 @@ def assert_same_batch(got: StepBatch, expected: StepBatch) -> None:
 
 
 sequences_of_a_step = st.lists(
-    st.tuples(st.integers(1, 4 * MOST_BLOCKS), st.booleans()), min_size=1, max_size=MOST_SEQUENCES
+    st.tuples(st.integers(1, 4 * MOST_BLOCKS - 3), st.booleans(), st.sampled_from([0, 0, 1, 3])),
+    min_size=1,
+    max_size=MOST_SEQUENCES,
 )
 
 
@@ -77,7 +84,7 @@ sequences_of_a_step = st.lists(
     buckets=st.sampled_from([(), BUCKETS]),
 )
 def test_a_decode_batch_equals_a_batch_made_anew(
-    steps: list[list[tuple[int, bool]]], seed: int, buckets: tuple[int, ...]
+    steps: list[list[tuple[int, bool, int]]], seed: int, buckets: tuple[int, ...]
 ) -> None:
     """Steps of other sequences with random block tables follow one another in the same buffers."""
     batch, pool = make_decode_batch(buckets), make_pool()
@@ -85,10 +92,14 @@ def test_a_decode_batch_equals_a_batch_made_anew(
     for shapes in steps:
         free = torch.randperm(40, generator=generator).tolist()
         chunks = [
-            last_token(make_sequence(number, [free.pop() for _ in range(-(-length // 4))], length), samples)
-            for number, (length, samples) in enumerate(shapes)
+            with_draft(
+                last_token(make_sequence(number, [free.pop() for _ in range(-(-(length + 3) // 4))], length), samples),
+                size,
+            )
+            for number, (length, samples, size) in enumerate(shapes)
         ]
-        assert batch.fits(chunks)
+        while not batch.fits(chunks):
+            chunks.pop()
         assert_same_batch(batch.fill(chunks, NOTHING), StepBatch.of(chunks, NOTHING, pool))
 
 
@@ -184,7 +195,25 @@ def test_host_buffers_are_written_only_when_the_last_copies_of_them_have_been_ma
 
 def test_a_chunk_of_two_tokens_is_no_decode_step() -> None:
     sequence = make_sequence(0, [1], 4)
-    assert not DecodeBatch.fits([last_token(sequence), Chunk(make_sequence(1, [2], 4), 0, 2, False)])
+    batch = make_decode_batch()
+    assert not batch.fits([last_token(sequence), Chunk(make_sequence(1, [2], 4), 0, 2, False)])
+
+
+def test_drafts_are_a_decode_step_as_long_as_there_are_rows() -> None:
+    drafts = [with_draft(last_token(make_sequence(number, [number, 9], 3)), size) for number, size in ((0, 2), (1, 1))]
+    batch = make_decode_batch()
+    assert batch.fits(drafts) and not batch.fits([*drafts, last_token(make_sequence(2, [3], 1))])
+    assert batch.fill(drafts, NOTHING).sampling_rows.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_tokens_of_a_draft_are_sequences_of_their_own_for_attention() -> None:
+    prompt, writer = make_sequence(0, [3, 4], 5), with_draft(last_token(make_sequence(1, [5, 6], 4)), 3)
+    batch = StepBatch.of([with_draft(Chunk(prompt, 0, 5, True), 1), writer], NOTHING, make_pool())
+    assert batch.attention.query_starts == (0, 5, 6, 7, 8, 9, 10)
+    assert batch.attention.context_lens == (5, 6, 4, 5, 6, 7)
+    assert batch.attention.block_table[:, 0].tolist() == [3, 3, 5, 5, 5, 5]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6]
+    assert batch.sampling_rows.tolist() == [4, 5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("buckets", [(), BUCKETS])

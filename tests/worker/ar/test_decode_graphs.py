@@ -196,14 +196,24 @@ def test_greedy_tokens_come_from_the_step_and_all_others_from_the_logits() -> No
     chosen = StepLogits(logits, torch.tensor([11, 12, 13, 14])).sample(rows)
     rows[1] = sampling_row(temperature=1.0, seed=5)
     plain = StepLogits(logits).sample(rows)
-    assert chosen == [SampledToken(11), plain[1], SampledToken(7), SampledToken(14)]
+    assert chosen == [[SampledToken(11)], plain[1], [SampledToken(7)], [SampledToken(14)]]
+
+
+def test_what_a_step_has_chosen_counts_for_drafts_too() -> None:
+    logits = torch.randn(7, 50)
+    drafts = [(12, 30), (), (9, 9)]
+    draws = StepLogits(logits[[4]]).sample([sampling_row(temperature=1.0, seed=5)])[0]
+    rows = [sampling_row(), sampling_row(logit_bias={7: 100.0}), sampling_row(temperature=1.0, seed=5)]
+    greedy = torch.tensor([12, 31, 1, 2, 3, 4, 5])
+    chosen = StepLogits(logits, greedy).sample(rows, drafts)
+    assert chosen == [[SampledToken(12), SampledToken(31)], [SampledToken(7)], draws]
 
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:
     logits = torch.randn(3, 50)
     logits[1, 4] = float("nan")
     greedy = torch.tensor([3, -1, 5])
-    first, second, third = StepLogits(logits, greedy).sample([sampling_row() for _ in range(3)])
+    (first,), (second,), (third,) = StepLogits(logits, greedy).sample([sampling_row() for _ in range(3)])
     assert (first, third) == (SampledToken(3), SampledToken(5))
     assert isinstance(second, StageError) and "NaN or infinity" in str(second)
 

@@ -6,6 +6,11 @@ tokens; a hit also compares that content. The chain begins with a hash of the se
 different adapters share nothing. Freed blocks keep their entry until they are taken for something else, least recently
 used first.
 
+A block that was never taken has no memory yet. So blocks that serve no prefix are taken first, then, as long as there
+are few that only serve prefixes, ones that were never taken, and then the least recently used. Few are as many as half
+of the most that sequences have held at once, or a number that is given: memory grows with use, and not to the end of
+the pool because nothing is ever used again.
+
 Where every layer sees a window alone, the blocks behind it are given back while the sequence goes on; their places in
 its block table stay, and nobody reads them. A prefix then needs no more than the blocks that its next token sees.
 """
@@ -50,21 +55,36 @@ class BlockManager:
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, prefix_caching: bool = True, window: CacheWindow | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_caching: bool = True,
+        window: CacheWindow | None = None,
+        least_kept: int | None = None,
     ) -> None:
-        """window: of the whole model; None where a layer sees everything."""
+        """window: of the whole model; None where a layer sees everything. least_kept: so many blocks may always be kept
+        for prefixes alone; None: the whole pool.
+        """
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._window = window
         self._prefix_caching = prefix_caching
         self._blocks = [Block() for _ in range(num_blocks)]
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
+        self._least_kept = num_blocks if least_kept is None else least_kept
+        self._num_touched = 0  # blocks, from the first on, that were ever taken
+        self._most_held = 0  # blocks that sequences held at once
+        self._free: OrderedDict[int, None] = OrderedDict()  # of these; without an entry first, then least recently used
         self._cached: dict[bytes, int] = {}
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks that no sequence holds; they may still serve prefixes."""
-        return len(self._free)
+        return len(self._free) + self.num_blocks - self._num_touched
+
+    @property
+    def num_touched_blocks(self) -> int:
+        """Blocks that were ever held: what of the pool has memory."""
+        return self._num_touched
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that this many tokens fill or begin."""
@@ -82,7 +102,7 @@ class BlockManager:
         num_skipped, hits = self._find_prefix(sequence)
         num_revived = sum(self._blocks[block].num_references == 0 for block in hits)
         num_held = self._most_blocks(self.num_blocks_for(sequence.num_tokens) - num_skipped)
-        return num_held - len(hits) <= len(self._free) - num_revived
+        return num_held - len(hits) <= self.num_free_blocks - num_revived
 
     def allocate(self, sequence: Sequence) -> None:
         """Starts the block table with the longest cached prefix; sets how many tokens are computed by that.
@@ -94,6 +114,7 @@ class BlockManager:
         for block in hits:
             self._free.pop(block, None)
             self._blocks[block].num_references += 1
+        self._most_held = max(self._most_held, self.num_blocks - self.num_free_blocks)
         sequence.block_table = [0] * num_skipped + hits
         sequence.num_released_blocks = num_skipped
         sequence.num_computed_tokens = len(sequence.block_table) * self.block_size
@@ -102,7 +123,7 @@ class BlockManager:
     def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether the table of an allocated sequence could be made to hold its first `num_tokens` tokens."""
         self._expect(sequence, CacheState.ALLOCATED, "grow")
-        return self.num_blocks_for(num_tokens) - len(sequence.block_table) <= len(self._free)
+        return self.num_blocks_for(num_tokens) - len(sequence.block_table) <= self.num_free_blocks
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Takes the blocks that the first `num_tokens` tokens lack; CacheError, and nothing taken, when there are too
@@ -110,14 +131,22 @@ class BlockManager:
         """
         if not self.can_grow(sequence, num_tokens):
             raise CacheError(
-                f"sequence {sequence.sequence_id}: got {len(self._free)} free blocks, expected enough for {num_tokens} "
-                "tokens; ask can_grow first and preempt"
+                f"sequence {sequence.sequence_id}: got {self.num_free_blocks} free blocks, expected enough for "
+                f"{num_tokens} tokens; ask can_grow first and preempt"
             )
         for _ in range(self.num_blocks_for(num_tokens) - len(sequence.block_table)):
-            block, _ = self._free.popitem(last=False)
-            self._forget(block)
+            block = self._take()
             self._blocks[block].num_references = 1
             sequence.block_table.append(block)
+        self._most_held = max(self._most_held, self.num_blocks - self.num_free_blocks)
+
+    def shrink(self, sequence: Sequence) -> None:
+        """Gives back the blocks behind those that its known tokens fill or begin: a draft took them."""
+        self._expect(sequence, CacheState.ALLOCATED, "shrink")
+        surplus = sequence.block_table[self.num_blocks_for(sequence.num_tokens) :]
+        if surplus:
+            sequence.block_table = sequence.block_table[: -len(surplus)]
+            self._give_back(surplus)
 
     def commit(self, sequence: Sequence) -> None:
         """Enters the blocks whose tokens are all computed, so that other sequences may share them, and gives back those
@@ -173,10 +202,9 @@ class BlockManager:
                 raise CacheError(
                     f"block {number}: {block.num_references} references, but {held[number]} tables hold it"
                 )
-            if (number in self._free) != (block.num_references == 0):
-                raise CacheError(
-                    f"block {number}: {block.num_references} references, free list says {number in self._free}"
-                )
+            is_free = number in self._free or number >= self._num_touched
+            if is_free != (block.num_references == 0):
+                raise CacheError(f"block {number}: {block.num_references} references, free list says {is_free}")
             if block.key is not None and self._cached.get(block.key) != number:
                 raise CacheError(f"block {number}: its key leads to block {self._cached.get(block.key)}")
             if block.num_references > 1 and block.key is None:
@@ -255,6 +283,20 @@ class BlockManager:
                 self._free[number] = None
                 if block.key is None:
                     self._free.move_to_end(number, last=False)
+
+    def _take(self) -> int:
+        """One of the free blocks; its entry is gone."""
+        oldest = next(iter(self._free), None)
+        if self._num_touched < self.num_blocks and (oldest is None or self._grows(oldest)):
+            self._num_touched += 1
+            return self._num_touched - 1
+        number, _ = self._free.popitem(last=False)
+        self._forget(number)
+        return number
+
+    def _grows(self, oldest: int) -> bool:
+        """Whether the free blocks, the oldest of which is given, are too few prefixes to lose one."""
+        return self._blocks[oldest].key is not None and len(self._free) <= max(self._least_kept, self._most_held // 2)
 
     def _forget(self, number: int) -> None:
         block = self._blocks[number]

@@ -1,5 +1,5 @@
 """Which tokens of which sequences run in the next step of an AR stage: continuous batching with chunked prefill under a
-token budget.
+token budget, and drafts of what comes next where there is room.
 
 Owns the queues and, through its BlockManager, the blocks. Knows no tensors, no sampling and no clock.
 """
@@ -8,47 +8,76 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_omni.core.ar.block_manager import BlockManager
+from vllm_omni.core.ar.prefill_pace import PrefillPace
+from vllm_omni.core.ar.prompt_lookup import PromptLookup
 from vllm_omni.core.ar.sequence import CacheState, Sequence, SequenceStatus
 from vllm_omni.errors import CacheError, ResourceError
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of a sequence, to be computed in one step."""
+    """Tokens [start, end) of a sequence, to be computed in one step: known ones, and behind them those of its draft."""
 
     sequence: Sequence
     start: int
     end: int
-    samples: bool  # the logits of the last token give the next one
+    samples: bool  # the logits of the last known token, and of each of the draft, give the one behind it
+    draft: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return self.end - self.start
+
+    @property
+    def known_end(self) -> int:
+        """Behind its last known token."""
+        return self.end - len(self.draft)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """While nothing has been written behind them."""
+        return [*self.sequence.token_ids[self.start : self.known_end], *self.draft]
 
 
 class ARScheduler:
     """First come, first served. A step holds at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
 
     Running sequences are served in the order of their arrival, then waiting ones are admitted. A prompt takes all of
-    the budget that is left, so a long prompt holds up nobody who writes. When blocks run out the newest is preempted
+    the budget that is left, so a long prompt holds up nobody who writes; beside those that write, prompts take no more
+    than a pace allows, so that the step is not too long for them. When blocks run out the newest is preempted
     and will be computed again, so that the oldest never lacks any.
 
     A sequence may be idle: paused, or nothing of it is ready to be computed. It keeps its blocks and its place, and
     others overtake it. When all the blocks or places that someone needs are held by idle ones, and nothing else can
     run, the newest idle one gives way, whatever its age: what it waits for may wait for the others.
+
+    Drafts take tokens and blocks that nobody else wants in the step, and of its `max_num_seqs` rows those that no
+    sequence has; older sequences first.
     """
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        lookup: PromptLookup | None = None,
+        pace: PrefillPace | None = None,
+    ) -> None:
+        """lookup: gives the drafts; None: there are none. pace: None: prompts take all that is left."""
         self.blocks = blocks
+        self._lookup = lookup
+        self._pace = pace
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._budget = 0  # tokens that the step which is being filled may still take
+        self._prompt_budget = 0  # of them those of prompts, and of what is computed again
         self.num_preemptions = 0
+        self.num_drafted_tokens = self.num_accepted_tokens = 0
 
     @property
     def num_waiting(self) -> int:
@@ -78,28 +107,47 @@ class ARScheduler:
             idle = [sequence for sequence in self._running if not sequence.num_computable_tokens]
             self._preempt(idle[-1])
             chunks = self._fill_step()
-        return chunks
+        return chunks if self._lookup is None else self._with_drafts(chunks, self._lookup)
 
     def _fill_step(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         self._budget = self._max_num_batched_tokens
+        self._prompt_budget = self._paced_budget()
         for sequence in list(self._running):
             if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
                 self._continue(sequence, chunks)
         self._admit(chunks)  # what was preempted just now finds no room: it lost at least one of the blocks it needs
         return chunks
 
+    def learn(self, chunks: list[Chunk], step_s: float) -> None:
+        """What the step of these chunks has taken."""
+        if self._pace is not None and any(not chunk.sequence.is_one_behind for chunk in chunks):
+            self._pace.learn(sum(chunk.num_tokens for chunk in chunks), step_s)
+
     def advance(self, chunk: Chunk) -> None:
-        """Notes that a chunk has been computed."""
+        """Notes that a chunk has been computed. Of its draft nothing counts yet."""
         sequence = chunk.sequence
         if sequence.num_computed_tokens != chunk.start or sequence.status is not SequenceStatus.RUNNING:
             raise CacheError(
                 f"sequence {sequence.sequence_id}: got a chunk from token {chunk.start} in the {sequence.status.value} "
                 f"queue, expected one from token {sequence.position} in the running queue"
             )
-        sequence.num_computed_tokens = chunk.end
-        sequence.num_reached_tokens = max(sequence.num_reached_tokens, chunk.end)
-        self.blocks.commit(sequence)
+        self._commit(sequence, chunk.known_end)
+
+    def accept(self, sequence: Sequence) -> None:
+        """Notes that the token which was written last is that of the draft, and so computed."""
+        self._commit(sequence, sequence.num_tokens)
+        sequence.num_accepted_tokens += 1
+        self.num_accepted_tokens += 1
+
+    def settle(self, chunk: Chunk) -> None:
+        """Ends the step of a chunk whose sequence goes on, when what it sampled is written: what was computed of its
+        draft beyond that is void.
+        """
+        if chunk.draft and self._lookup is not None:
+            sequence = chunk.sequence
+            self._lookup.learn(sequence, len(chunk.draft), sequence.num_computed_tokens - chunk.known_end)
+            self.blocks.shrink(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence, finished or aborted, wherever it stands, and frees its blocks; one that has ended is left
@@ -111,6 +159,8 @@ class ARScheduler:
         queue.remove(sequence)
         self.blocks.free(sequence)
         sequence.status = SequenceStatus.FINISHED
+        if self._lookup is not None:
+            self._lookup.forget(sequence)
 
     def check_integrity(self) -> None:
         """CacheError when queues, statuses, order or blocks disagree."""
@@ -131,8 +181,20 @@ class ARScheduler:
                 )
         self.blocks.check_integrity([*self._running, *self._waiting])
 
+    def _paced_budget(self) -> int:
+        num_writing = sum(s.is_one_behind and s.num_computable_tokens > 0 for s in self._running)
+        if self._pace is None or not num_writing:
+            return self._max_num_batched_tokens
+        paced = self._pace.prompt_tokens(num_writing)
+        return self._max_num_batched_tokens if paced is None else paced
+
+    def _share(self, sequence: Sequence) -> int:
+        """How many of its tokens run in the step that is being filled."""
+        limit = self._budget if sequence.is_one_behind else min(self._budget, self._prompt_budget)
+        return min(sequence.num_computable_tokens, limit)
+
     def _continue(self, sequence: Sequence, chunks: list[Chunk]) -> None:
-        num_tokens = min(sequence.num_computable_tokens, self._budget)
+        num_tokens = self._share(sequence)
         if num_tokens == 0:
             return
         while not self.blocks.can_grow(sequence, sequence.num_computed_tokens + num_tokens):
@@ -144,7 +206,11 @@ class ARScheduler:
 
     def _admit(self, chunks: list[Chunk]) -> None:
         for sequence in [sequence for sequence in self._waiting if sequence.num_computable_tokens]:
-            if self._budget == 0 or len(self._running) == self._max_num_seqs or not self.blocks.can_admit(sequence):
+            if (
+                min(self._budget, self._prompt_budget) == 0
+                or len(self._running) == self._max_num_seqs
+                or not self.blocks.can_admit(sequence)
+            ):
                 return
             self._waiting.remove(sequence)
             insort(self._running, sequence, key=_order)
@@ -153,7 +219,7 @@ class ARScheduler:
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.num_reached_tokens = max(sequence.num_reached_tokens, sequence.num_computed_tokens)
-            num_tokens = min(sequence.num_computable_tokens, self._budget)
+            num_tokens = self._share(sequence)
             if num_tokens:  # none when the prefix cache served all that is ready
                 self._take(sequence, num_tokens, chunks)
 
@@ -162,7 +228,37 @@ class ARScheduler:
         end = start + num_tokens
         self.blocks.grow(sequence, end)
         self._budget -= num_tokens
+        self._prompt_budget -= 0 if sequence.is_one_behind else num_tokens
         chunks.append(Chunk(sequence, start, end, sequence.is_writing and end == sequence.num_tokens))
+
+    def _with_drafts(self, chunks: list[Chunk], lookup: PromptLookup) -> list[Chunk]:
+        room = min(self._budget, self._max_num_seqs - len(chunks))
+        drafted: list[Chunk] = []
+        for chunk in chunks:
+            if chunk.samples and room:
+                chunk = self._with_draft(chunk, lookup, room)
+                room -= len(chunk.draft)
+            drafted.append(chunk)
+        return drafted
+
+    def _with_draft(self, chunk: Chunk, lookup: PromptLookup, room: int) -> Chunk:
+        """The chunk with a draft of up to `room` tokens, its blocks taken."""
+        sequence = chunk.sequence
+        draft = lookup.draft(sequence, min(room, sequence.num_draftable_tokens))
+        while draft and not self.blocks.can_grow(sequence, chunk.end + len(draft)):
+            draft.pop()
+        if not draft:
+            return chunk
+        end = chunk.end + len(draft)
+        self.blocks.grow(sequence, end)
+        sequence.num_drafted_tokens += len(draft)
+        self.num_drafted_tokens += len(draft)
+        return replace(chunk, end=end, draft=tuple(draft))
+
+    def _commit(self, sequence: Sequence, num_computed: int) -> None:
+        sequence.num_computed_tokens = num_computed
+        sequence.num_reached_tokens = max(sequence.num_reached_tokens, num_computed)
+        self.blocks.commit(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

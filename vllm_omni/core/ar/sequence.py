@@ -47,9 +47,11 @@ class Sequence:
     num_reached_tokens: int = 0  # the most that ever were
     num_cached_tokens: int | None = None  # prompt tokens that the prefix cache served at the first admission
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0  # that were computed as a draft of what it would write
+    num_accepted_tokens: int = 0  # of these, that it wrote
     status: SequenceStatus = SequenceStatus.WAITING
     cache_state: CacheState = CacheState.UNALLOCATED
-    block_table: list[int] = field(default_factory=list)  # grows in place; another list after preemption
+    block_table: list[int] = field(default_factory=list)  # grows in place; another list when it is shorter
     num_released_blocks: int = (
         0  # of its first blocks, given back: no token reads them again; their numbers say nothing
     )
@@ -72,6 +74,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def is_one_behind(self) -> bool:
+        """Whether its last known token, one that it has written, is all that is not computed."""
+        return len(self.token_ids) > self.num_prompt_tokens and self.num_uncomputed_tokens == 1
+
+    @property
     def num_computable_tokens(self) -> int:
         """Uncomputed tokens that are to be computed now: 0 while it is paused or waits for its inputs. What a preempted
         one had computed is computed again only when something new follows it.
@@ -81,6 +88,12 @@ class Sequence:
         known = len(self.token_ids)
         ready = known if self.num_ready_tokens is None else min(known, self.num_ready_tokens)
         return ready - self.num_computed_tokens if ready > self.num_reached_tokens else 0
+
+    @property
+    def num_draftable_tokens(self) -> int:
+        """Tokens behind the known ones that may be computed as a draft: the last that it may write needs no logits."""
+        end = self.max_tokens - 1 if self.num_ready_tokens is None else min(self.max_tokens - 1, self.num_ready_tokens)
+        return max(end - len(self.token_ids), 0)
 
     @property
     def held_blocks(self) -> list[int]:

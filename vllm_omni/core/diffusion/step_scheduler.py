@@ -1,8 +1,9 @@
 """Which samples of a diffusion stage take the next denoising step, and the memory of their step caches. Pure: it knows
 sizes in tokens and bytes, not what a sample is.
 
-Samples run in order of arrival, as many together as the token budget, the batch size and the cache's memory allow; one
-that is in stays in until it is removed.
+Samples run in order of arrival, as many together as the token budget, the batch size and the cache's memory allow. One
+that is in stays in until it is removed, or while others wait, until its turn is over: then it stands behind them, so
+that small ones need not wait for the end of a large one. A turn is long: what needs less work is done in one.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from vllm_omni.errors import ResourceError, SchedulerError
 
 Sample = TypeVar("Sample")
 
+TURN_BATCHES = 8  # full batches whose tokens a sample may compute in one turn
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class _Entry(Generic[Sample]):
     sample: Sample
     num_tokens: int  # of one of its steps
     cache_bytes: int  # that its step cache may ever hold
+    has_cache: bool = False  # whether these are reserved
+    num_computed: int = 0  # tokens in this turn
 
 
 class StepScheduler(Generic[Sample]):
@@ -58,17 +63,26 @@ class StepScheduler(Generic[Sample]):
         self._waiting.append((key, _Entry(sample, num_tokens, cache_bytes)))
 
     def schedule(self) -> list[Sample]:
-        """The samples of the next step: those that run, then waiting ones as long as they fit, in order of arrival."""
+        """The samples of the next step: those whose turn it is, then waiting ones as long as they fit, in their order.
+        Where the step cache of one has no room, those pass it by that have theirs.
+        """
+        if self._waiting:
+            self._end_turns()
         used = sum(entry.num_tokens for entry in self._running.values())
+        left: list[tuple[str, _Entry[Sample]]] = []
         while self._waiting and len(self._running) < self.max_samples:
             key, entry = self._waiting[0]
             if self._running and used + entry.num_tokens > self.max_tokens:
                 break
-            if entry.cache_bytes and not self._caches.reserve(key, entry.cache_bytes):
-                break
             self._waiting.popleft()
+            if not entry.has_cache and (left or not self._reserve(key, entry)):
+                left.append((key, entry))
+                continue
             self._running[key] = entry
             used += entry.num_tokens
+        self._waiting.extendleft(reversed(left))
+        for entry in self._running.values():
+            entry.num_computed += entry.num_tokens
         return [entry.sample for entry in self._running.values()]
 
     def remove(self, key: str) -> bool:
@@ -89,3 +103,14 @@ class StepScheduler(Generic[Sample]):
         if used > self.max_tokens and len(self._running) > 1:
             raise SchedulerError(f"{used} tokens run, the budget is {self.max_tokens}")
         self._caches.check_integrity()
+
+    def _end_turns(self) -> None:
+        turn = TURN_BATCHES * self.max_tokens
+        for key, entry in list(self._running.items()):
+            if entry.num_computed >= turn:
+                entry.num_computed = 0
+                self._waiting.append((key, self._running.pop(key)))
+
+    def _reserve(self, key: str, entry: _Entry[Sample]) -> bool:
+        entry.has_cache = entry.cache_bytes == 0 or self._caches.reserve(key, entry.cache_bytes)
+        return entry.has_cache

@@ -38,7 +38,6 @@ class Generation:
     def write(self, token_id: int) -> None:
         """Appends a sampled token, which may be the last."""
         self.sequence.append(token_id)
-        self.row.record(token_id)
         if token_id in self.ending_ids:
             self.end("stop")
         elif self.num_written == self.max_new_tokens:
@@ -72,7 +71,9 @@ class ARJob(ABC):
 
     @abstractmethod
     def record(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
-        """Tokens of a sequence have been computed, and perhaps one sampled."""
+        """Tokens of a sequence have been computed, and perhaps one sampled. A step that gives several is recorded as if
+        each had come in a step of its own.
+        """
 
     @property
     @abstractmethod

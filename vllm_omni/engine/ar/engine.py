@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_omni import registry
 from vllm_omni.core.ar.block_manager import BlockManager
+from vllm_omni.core.ar.prefill_pace import PrefillPace
 from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
-from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.base import ARJob
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, made_so_far
@@ -45,9 +47,18 @@ class AREngine(StageEngine):
         self._spec = spec
         self._background = context.background
         options = spec.options
-        blocks = BlockManager(spec.pool.num_blocks, options.block_size, spec.prefix_caching, spec.cache_window)
-        self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens)
+        blocks = BlockManager(
+            spec.pool.num_blocks, options.block_size, spec.prefix_caching, spec.cache_window, options.least_kept_blocks
+        )
+        lookup = None if options.speculation is None else options.speculation.make_lookup()
+        pace = None if options.max_decode_wait_s is None else PrefillPace(options.max_decode_wait_s)
+        self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens, lookup, pace)
         self._runner = _load_runner(spec, context)
+        self._kernels = {
+            "attention": spec.attention,
+            **self._runner.kernels,
+            "steps": "captured" if spec.captures_steps else "launched",
+        }
         self._stage = spec.make_stage(context, self._runner)
         self._jobs: dict[str, ARJob] = {}
         self._preparing: dict[str, Preparing] = {}
@@ -106,7 +117,7 @@ class AREngine(StageEngine):
         for request_id in computed:
             self._jobs[request_id].num_steps += 1
         for chunk in chunks:
-            events += self._postprocess(chunk.sequence, tokens.get(chunk.sequence.sequence_id))
+            events += self._postprocess(chunk, tokens.get(chunk.sequence.sequence_id, [None]))
         silent = computed.difference(event.request_id for event in events)
         return events + [StageWorked(request_id) for request_id in sorted(silent)]
 
@@ -136,11 +147,15 @@ class AREngine(StageEngine):
             "num_running": self._scheduler.num_running,
             "num_blocks": blocks.num_blocks,
             "num_free_blocks": blocks.num_free_blocks,
+            "num_touched_blocks": blocks.num_touched_blocks,
             "kv_pool_bytes": self._runner.num_bytes,
             "kv_pool_limited_by": self._spec.pool.limited_by,
             "num_tokens": self._num_tokens,
             "num_cached_tokens": self._num_cached_tokens,
             "num_preemptions": self._scheduler.num_preemptions,
+            "num_drafted_tokens": self._scheduler.num_drafted_tokens,
+            "num_accepted_tokens": self._scheduler.num_accepted_tokens,
+            "kernels": self._kernels,
         }
 
     def check_integrity(self) -> None:
@@ -197,34 +212,49 @@ class AREngine(StageEngine):
                 inputs[sequence.sequence_id] = found
         return [chunk for chunk in chunks if not chunk.sequence.is_finished], inputs
 
-    def _compute(self, chunks: list[Chunk], inputs: dict[int, TokenInputs]) -> dict[int, SampledToken | StageError]:
+    def _compute(
+        self, chunks: list[Chunk], inputs: dict[int, TokenInputs]
+    ) -> dict[int, list[SampledToken | StageError]]:
         """The tokens that were sampled, by sequence id."""
+        began_s = time.perf_counter()
         step = self._runner.run(chunks, inputs)
+        writing = [chunk for chunk in chunks if chunk.samples]
+        rows = [self._jobs[chunk.sequence.request_id].row_of(chunk.sequence) for chunk in writing]
+        tokens = step.sample(rows, [chunk.draft for chunk in writing])
+        self._scheduler.learn(chunks, time.perf_counter() - began_s)
         for chunk in chunks:
             self._scheduler.advance(chunk)
-        writing = [chunk.sequence for chunk in chunks if chunk.samples]
-        rows = [self._jobs[sequence.request_id].row_of(sequence) for sequence in writing]
-        return dict(zip((sequence.sequence_id for sequence in writing), step.sample(rows), strict=True))
+        return dict(zip((chunk.sequence.sequence_id for chunk in writing), tokens, strict=True))
 
-    def _postprocess(self, sequence: Sequence, token: SampledToken | StageError | None) -> list[StageEvent]:
+    def _postprocess(self, chunk: Chunk, tokens: Many[SampledToken | StageError | None]) -> list[StageEvent]:
+        """tokens: the sampled ones, or one that is None."""
+        sequence, events = chunk.sequence, list[StageEvent]()
         job = self._jobs.get(sequence.request_id)
         if job is None:  # it failed a moment ago, in another of its samples
             return []
         try:
-            if isinstance(token, StageError):
-                raise token
-            events = job.record(sequence, token)
-            if job.is_done:
-                events.append(self._finish(job))
-            elif job.is_over(sequence):
-                self._scheduler.remove(sequence)
+            for index, token in enumerate(tokens):
+                if index:
+                    self._scheduler.accept(sequence)
+                if isinstance(token, StageError):
+                    raise token
+                events += job.record(sequence, token)
+                if job.is_done:
+                    return [*events, self._finish(job)]
+                if job.is_over(sequence):
+                    self._scheduler.remove(sequence)
+                    return events
+            self._scheduler.settle(chunk)
             return events
         except Exception as error:
-            return [self._fail(sequence.request_id, error)]
+            return [*events, self._fail(sequence.request_id, error)]
 
     def _finish(self, job: ARJob) -> StageDone:
         payload = StagePayload(job.task.request_id, self._spec.stage.name, job.tensors(), job.meta())
         metrics = job.metrics()
+        if self._spec.options.speculation is not None:
+            metrics["drafted_tokens"] = sum(sequence.num_drafted_tokens for sequence in job.sequences)
+            metrics["accepted_tokens"] = sum(sequence.num_accepted_tokens for sequence in job.sequences)
         self._num_tokens += metrics["tokens"]
         self._num_cached_tokens += metrics["cache_hits"]
         self._free(job.task.request_id)

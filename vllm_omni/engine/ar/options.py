@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from vllm_omni import registry
 from vllm_omni.config.schema import MAX_MB
+from vllm_omni.core.ar.prompt_lookup import PromptLookup
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.attention.choice import AUTO
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
@@ -18,6 +19,9 @@ from vllm_omni.worker.ar.language_model import LanguageModelConfig
 SIDES = ("left", "right", "middle")
 WRITTEN_KEYS = frozenset({"text", "token_ids", "finish_reason", "completions"})
 META_KEYS = WRITTEN_KEYS | {"prompt_tokens", "truncated_tokens"}
+MAX_DRAFT_TOKENS, MAX_NGRAM = 64, 16
+MAX_WAIT_S = 3600
+KEPT_TOKENS = 2048  # of prefixes that nothing uses, in a pool of no stated size
 DEFAULT_MODEL_LEN = 4096  # that the smallest default pool holds
 
 
@@ -50,6 +54,26 @@ class Tap:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculation:
+    """How a text is drafted ahead of the model, which then computes several tokens in one step and keeps the right
+    ones.
+    """
+
+    method: Literal["prompt_lookup"]  # what followed the last tokens where they stood before, in prompt or text
+    max_tokens: int = 8  # of a draft
+    min_ngram: int = 2  # fewest last tokens that must have stood before
+    max_ngram: int = 4  # most of them that are looked for, and first
+
+    def __post_init__(self) -> None:
+        check_number("max_tokens", self.max_tokens, 1, MAX_DRAFT_TOKENS, integer=True, raises=ConfigError)
+        check_number("min_ngram", self.min_ngram, 1, MAX_NGRAM, integer=True, raises=ConfigError)
+        check_number("max_ngram", self.max_ngram, self.min_ngram, MAX_NGRAM, integer=True, raises=ConfigError)
+
+    def make_lookup(self) -> PromptLookup:
+        return PromptLookup(self.max_tokens, self.min_ngram, self.max_ngram)
+
+
+@dataclass(frozen=True, slots=True)
 class AROptions:
     """What the YAML of an AR stage may say."""
 
@@ -71,25 +95,22 @@ class AROptions:
     truncate_prompt: bool | Literal["left", "right", "middle"] = False
     max_num_seqs: int = 64  # sequences of one step
     max_num_batched_tokens: int = 2048  # tokens of one step
+    # the longest, about, that running texts wait for a step in which prompts are computed; None: as long as it takes
+    max_decode_wait_s: float | None = 0.25
     block_size: int = 16  # tokens of a block of the KV pool
     # the pool's most; None: what the memory budget leaves, at least a sequence of max_model_len (4096 by default)
     kv_memory_mb: float | None = None
     num_blocks: int | None = None  # the pool's blocks; None: enough for max_num_seqs full sequences, as memory allows
     prefix_caching: bool = True  # whether equal beginnings of prompts are computed once
+    speculation: Speculation | None = None  # None: a token a step
     attention: str = AUTO  # a row of the registry's table "attention"; "auto" chooses by device
     # whether decode steps are captured in CUDA graphs; None: where device, model and attention backend allow it
     cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
-        for name in ("max_model_len", "max_prompt_tokens", "num_blocks"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
-        if self.kv_memory_mb is not None:
-            check_number("kv_memory_mb", self.kv_memory_mb, 0, MAX_MB, above_low=True, raises=ConfigError)
-            if self.num_blocks is not None:
-                raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
+        self._check_numbers()
+        if self.kv_memory_mb is not None and self.num_blocks is not None:
+            raise ConfigError("num_blocks: given together with kv_memory_mb; keep one of them")
         for name in self.chat_template_kwargs:
             if name in RESERVED_TEMPLATE_KEYS:
                 raise ConfigError(f"chat_template_kwargs.{name}: set by the stage itself; remove it")
@@ -98,6 +119,7 @@ class AROptions:
             raise ConfigError(f"attention: got {brief(self.attention)}{did_you_mean(self.attention, known)}")
         object.__setattr__(self, "outputs", {port: self._tap(port, tap) for port, tap in self.outputs.items()})
         self._check_sections()
+        self._check_speculation()
         if not self.can_write and not self.outputs:
             raise ConfigError(
                 "outputs: nothing, expected at least one port for task encode, as hidden_states: {layers: [-2]}"
@@ -106,6 +128,15 @@ class AROptions:
     @property
     def can_write(self) -> bool:
         return self.task == "generate"
+
+    @property
+    def least_kept_blocks(self) -> int | None:
+        """Blocks that prefixes may have which nothing uses, without more memory being used; None: all of the pool, as
+        its size is what somebody has said.
+        """
+        if self.kv_memory_mb is not None or self.num_blocks is not None:
+            return None
+        return -(-KEPT_TOKENS // self.block_size)
 
     @property
     def meta_keys(self) -> frozenset[str]:
@@ -144,6 +175,27 @@ class AROptions:
         if tap.tokens != "prompt" and not self.can_write:
             raise ConfigError(f"{where}.tokens: got {tap.tokens!r}, expected 'prompt': task encode writes nothing")
         return tap
+
+    def _check_numbers(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
+        for name in ("max_model_len", "max_prompt_tokens", "num_blocks"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
+        for name, high in (("kv_memory_mb", MAX_MB), ("max_decode_wait_s", MAX_WAIT_S)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, high, above_low=True, raises=ConfigError)
+
+    def _check_speculation(self) -> None:
+        if self.speculation is None:
+            return
+        if not self.can_write:
+            raise ConfigError("speculation: got some, expected none: task encode writes nothing")
+        if self.max_num_seqs <= self.speculation.max_tokens:
+            raise ConfigError(
+                f"max_num_seqs: got {self.max_num_seqs}, expected more than speculation.max_tokens "
+                f"({self.speculation.max_tokens}): a draft takes places of a step that no sequence has"
+            )
 
     def _check_sections(self) -> None:
         for index, label in enumerate(self.sections):

@@ -19,6 +19,7 @@ from vllm_omni.engine.diffusion.checks import diffusion_params
 from vllm_omni.engine.diffusion.job import DiffusionJob
 from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.errors import StageError
+from vllm_omni.layers.kernel_choice import kernels_of
 from vllm_omni.messages import (
     ChunkConsumed,
     StageDone,
@@ -47,6 +48,7 @@ class DiffusionEngine(StageEngine):
             (type(spec.model).__name__, spec.folder.resolve(), context.device, context.dtype),
             lambda: spec.model.load(context.device, context.dtype),
         )
+        self._kernels = kernels_of(part for part in vars(self.model).values() if isinstance(part, torch.nn.Module))
         self._caches = DiTCacheManager(context.dit_cache)
         self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches)
         self._scheduler: StepScheduler[DiffusionState] = StepScheduler(
@@ -116,7 +118,8 @@ class DiffusionEngine(StageEngine):
         return Activity.BUSY if is_busy else Activity.IDLE
 
     def get_stats(self) -> dict[str, Any]:
-        return {"running": len(self._jobs), **{f"step_cache_{k}": v for k, v in self._caches.get_stats().items()}}
+        caches = {f"step_cache_{name}": value for name, value in self._caches.get_stats().items()}
+        return {"running": len(self._jobs), **caches, "kernels": self._kernels}
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()

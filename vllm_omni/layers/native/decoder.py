@@ -58,7 +58,7 @@ class NativeLayers:
         self._layers = (LayerStruct * len(layers))(*(layer.struct() for layer in layers))
         self._shape = ShapeStruct(first.qkv.in_features, first.down.in_features, heads, epsilon)
         self._weights = sum(linear.weight.numel() for linear in first.linears)  # of one layer
-        self._caches: tuple[int, ctypes.Array[CacheStruct]] = (0, (CacheStruct * 0)())
+        self._caches: tuple[tuple[int, torch.Size], ctypes.Array[CacheStruct]] | None = None
 
     @classmethod
     def find(
@@ -102,8 +102,9 @@ class NativeLayers:
         return states
 
     def _cache_structs(self, kv_cache: Tensor) -> ctypes.Array[CacheStruct]:
-        """Made once for a pool."""
-        if self._caches[0] != kv_cache.data_ptr() or len(self._caches[1]) != len(kv_cache):
+        """Made once for a pool; another one may lie where it was."""
+        pool = (kv_cache.data_ptr(), kv_cache.shape)
+        if self._caches is None or self._caches[0] != pool:
             made = (CacheStruct * len(kv_cache))(*(CacheStruct(pointer(c[0]), pointer(c[1])) for c in kv_cache))
-            self._caches = (kv_cache.data_ptr(), made)
+            self._caches = (pool, made)
         return self._caches[1]

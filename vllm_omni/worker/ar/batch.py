@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -30,47 +31,50 @@ class StepBatch:
     positions: Tensor  # [N] int64, or [3, N] in a step with sequences that have positions of their own
     attention: AttentionMetadata
     input_rows: InputRows | None  # what joins or replaces embeddings
-    sampling_rows: Tensor  # [R] int64, the tokens whose states give logits, in the order of the chunks
+    sampling_rows: Tensor  # [R] int64, the tokens whose states give logits, in their order
     samples_first_rows: bool = False  # whether these are known to be the first R tokens
 
     @classmethod
     def of(cls, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs], pool: KVPool) -> StepBatch:
         """From chunks of any lengths. inputs: by sequence id, of the tokens of its chunk, where they are more than
         ids.
+
+        For attention each token of a draft is a sequence of its own, so that it is computed as in a step of its own.
         """
-        starts = [0]
-        for chunk in chunks:
-            starts.append(starts[-1] + chunk.num_tokens)
+        spans = [(chunk, *span) for chunk in chunks for span in _spans(chunk)]
         metadata = AttentionMetadata.of(
             slots=[slot for chunk in chunks for slot in pool.slots(chunk.sequence, chunk.start, chunk.end)],
-            query_starts=starts,
-            context_lens=[chunk.end for chunk in chunks],
-            block_tables=[chunk.sequence.block_table for chunk in chunks],
+            query_starts=[0, *accumulate(end - start for _, start, end in spans)],
+            context_lens=[end for _, _, end in spans],
+            block_tables=[chunk.sequence.block_table for chunk, _, _ in spans],
             block_size=pool.block_size,
             device=pool.device,
         )
-        token_ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
+        token_ids = [token for chunk in chunks for token in chunk.token_ids]
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
-        rows = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.samples]
         return cls(
             token_ids=_tensor(token_ids, pool.device),
             positions=_own_positions(chunks, inputs, pool.device) if inputs else _tensor(positions, pool.device),
             attention=metadata,
             input_rows=_input_rows(chunks, inputs) if inputs else None,
-            sampling_rows=_tensor(rows, pool.device),
+            sampling_rows=_tensor(_sampling_rows(chunks), pool.device),
         )
 
 
 class DecodeBatch:
-    """The batch of steps in which every sequence computes one token, in buffers that are made once and filled in place.
+    """The batch of steps in which every sequence computes one token and perhaps a draft, in buffers that are made once
+    and filled in place.
 
-    A step gets views of the smallest bucket that holds its sequences; without buckets, of exactly as many rows. Padding
-    rows between the last sequence and the end of the bucket write to the pool's scratch block and read only that.
+    A step gets views of the smallest bucket that holds its tokens, a row each; without buckets, of exactly as many
+    rows. Padding rows between the last token and the end of the bucket write to the pool's scratch block and read only
+    that.
     What a step got is overwritten by the next one.
     """
 
     def __init__(self, pool: KVPool, *, max_num_seqs: int, max_num_blocks: int, bucket_sizes: Many[int] = ()) -> None:
-        """max_num_blocks: the most blocks of one sequence. bucket_sizes: ascending, the last at least max_num_seqs."""
+        """max_num_seqs: rows of the largest step. max_num_blocks: the most blocks of one sequence. bucket_sizes:
+        ascending, the last at least max_num_seqs.
+        """
         assert not bucket_sizes or (pool.scratch_block is not None and bucket_sizes[-1] >= max_num_seqs)
         self._pool = pool
         self._bucket_sizes = tuple(bucket_sizes)
@@ -88,23 +92,24 @@ class DecodeBatch:
         self._padding_table = [] if pool.scratch_block is None else [pool.scratch_block]
         self._num_stale = 0  # rows of the block table, from the first on, that the device does not have as they are
 
-    @staticmethod
-    def fits(chunks: Many[Chunk]) -> bool:
-        """Whether every chunk is one token."""
-        return all(chunk.num_tokens == 1 for chunk in chunks)
+    def fits(self, chunks: Many[Chunk]) -> bool:
+        """Whether every chunk is one known token, and all of them with their drafts have a row."""
+        is_decode = all(chunk.known_end - chunk.start == 1 for chunk in chunks)
+        return is_decode and sum(chunk.num_tokens for chunk in chunks) <= self._columns.shape[1]
 
     def fill(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> StepBatch:
         """As `StepBatch.of`. Behind the blocks of a sequence its row of the block table holds any valid numbers."""
-        size = self._bucket_size(len(chunks))
+        num_rows = sum(chunk.num_tokens for chunk in chunks)
+        size = self._bucket_size(num_rows)
         columns, attention = self._filled(chunks, size)
-        sampling = [row for row, chunk in enumerate(chunks) if chunk.samples]
-        is_everyone = len(sampling) == len(chunks)
+        sampling = _sampling_rows(chunks)
+        is_everyone = len(sampling) == num_rows
         return StepBatch(
             token_ids=columns[0, :size],
             positions=_own_positions(chunks, inputs, self._pool.device, size) if inputs else columns[1, :size],
             attention=attention,
             input_rows=_input_rows(chunks, inputs) if inputs else None,
-            sampling_rows=self._every_row[: len(chunks)] if is_everyone else _tensor(sampling, self._pool.device),
+            sampling_rows=self._every_row[:num_rows] if is_everyone else _tensor(sampling, self._pool.device),
             samples_first_rows=is_everyone,
         )
 
@@ -115,8 +120,8 @@ class DecodeBatch:
 
     def _filled(self, chunks: Many[Chunk], size: int) -> tuple[Tensor, AttentionMetadata]:
         """The columns on the device, and what attention is told of their first `size` rows."""
-        count = len(chunks)
-        context_lens = [chunk.end for chunk in chunks]
+        context_lens = [position + 1 for chunk in chunks for position in range(chunk.start, chunk.end)]
+        count = len(context_lens)
         self._fence.wait()
         if chunks:
             self._fill_sequences(chunks, context_lens)
@@ -139,12 +144,12 @@ class DecodeBatch:
 
     def _fill_sequences(self, chunks: Many[Chunk], context_lens: list[int]) -> None:
         block_size = self._pool.block_size
-        starts = [chunk.start for chunk in chunks]
-        tables = [chunk.sequence.block_table for chunk in chunks]
-        self._columns[:, : len(chunks)] = (
-            [chunk.sequence.token_ids[chunk.start] for chunk in chunks],
-            starts,
-            [t[p // block_size] * block_size + p % block_size for t, p in zip(tables, starts, strict=True)],
+        positions = [length - 1 for length in context_lens]
+        tables = [chunk.sequence.block_table for chunk in chunks for _ in range(chunk.num_tokens)]
+        self._columns[:, : len(positions)] = (
+            [token for chunk in chunks for token in chunk.token_ids],
+            positions,
+            [t[p // block_size] * block_size + p % block_size for t, p in zip(tables, positions, strict=True)],
             context_lens,
         )
         for row, table in enumerate(tables):
@@ -189,6 +194,22 @@ def rope_lengths(chunks: Many[Chunk], num_rows: int, device: torch.device) -> Te
     return _tensor(lengths + [1] * (num_rows - len(lengths)), device)
 
 
+def _spans(chunk: Chunk) -> list[tuple[int, int]]:
+    """Its known tokens, then each of its draft alone."""
+    return [(chunk.start, chunk.known_end), *((place, place + 1) for place in range(chunk.known_end, chunk.end))]
+
+
+def _sampling_rows(chunks: Many[Chunk]) -> list[int]:
+    """The last known token of every chunk that samples, and those of its draft."""
+    rows: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += chunk.num_tokens
+        if chunk.samples:
+            rows += range(end - len(chunk.draft) - 1, end)
+    return rows
+
+
 def _own_positions(
     chunks: Many[Chunk], inputs: Mapping[int, TokenInputs], device: torch.device, num_rows: int = 0
 ) -> Tensor:
@@ -199,8 +220,9 @@ def _own_positions(
         else torch.arange(chunk.start, chunk.end, device=device).expand(3, -1)
         for chunk in chunks
     ]
-    if num_rows > len(chunks):
-        parts.append(torch.zeros(3, num_rows - len(chunks), dtype=torch.int64, device=device))
+    num_padding = num_rows - sum(chunk.num_tokens for chunk in chunks)
+    if num_padding > 0:
+        parts.append(torch.zeros(3, num_padding, dtype=torch.int64, device=device))
     return torch.cat(parts, dim=1)
 
 

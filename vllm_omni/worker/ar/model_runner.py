@@ -9,13 +9,14 @@ from collections.abc import Sequence as Many
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_omni.core.ar.scheduler import Chunk
 from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.layers.attention.base import PagedAttention
 from vllm_omni.layers.attention.sdpa import SDPAAttention
 from vllm_omni.layers.forward_context import ForwardContext
+from vllm_omni.layers.kernel_choice import kernels_of, runs_layers_natively
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.utils.device import StepGraphs
 from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch, rope_lengths
@@ -85,6 +86,13 @@ class ModelRunner:
     def num_bytes(self) -> int:
         """Bytes of the KV pool, tapped states included."""
         return self._pool.num_bytes
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What it computes with, as `kernels_of` says; layers: by one call (`native`) or operation by operation."""
+        model = cast(nn.Module, self._model)
+        is_native = self._attention.runs_layers and runs_layers_natively(model)
+        return {**kernels_of([model]), "layers": "native" if is_native else "torch"}
 
     @torch.inference_mode()
     def run(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs] | None = None) -> StepLogits:

@@ -1,12 +1,13 @@
 """What a step of a language model gives the sampler. Knows no model.
 
-Legend: R rows that sample, V vocabulary.
+Legend: R tokens whose logits are sampled, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -21,15 +22,19 @@ class StepLogits:
     logits: Tensor  # [R, V], the model's dtype
     greedy: Tensor | None = None  # [R] int64, the token of the largest logit; -1 where a row is not finite
 
-    def sample(self, rows: Sequence[SamplingRow]) -> list[SampledToken | StageError]:
+    def sample(
+        self, rows: Sequence[SamplingRow], drafts: Sequence[Sequence[int]] | None = None
+    ) -> list[list[SampledToken | StageError]]:
         """As `layers.sampler.sample`; what the step has chosen comes from the device in one transfer."""
         if self.greedy is None:
-            return sample(self.logits, rows)
-        chosen = self.greedy.tolist()
-        tokens: list[SampledToken | StageError] = [SampledToken(token) for token in chosen]
-        left = [index for index, row in enumerate(rows) if chosen[index] < 0 or not row.is_plain_greedy]
-        if left:
-            sampled = sample(self.logits[left].cpu(), [rows[index] for index in left])  # where they are drawn anyway
-            for index, token in zip(left, sampled, strict=True):
-                tokens[index] = token
-        return tokens
+            return sample(self.logits, rows, drafts)
+        lengths = [1 + len(draft) for draft in drafts] if drafts else [1] * len(rows)
+        starts = [0, *accumulate(lengths)]
+        left = [
+            place
+            for row, start, stop in zip(rows, starts, starts[1:], strict=False)
+            if not row.is_plain_greedy
+            for place in range(start, stop)
+        ]
+        logits = dict(zip(left, self.logits[left].cpu(), strict=True)) if left else {}  # where they are drawn anyway
+        return sample(logits, rows, drafts, self.greedy.tolist())

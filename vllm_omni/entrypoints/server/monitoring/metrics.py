@@ -27,12 +27,16 @@ REFRESH_S = 1.0  # how old what is known of the engines may be
 PATIENCE_S = 0.02  # how long an answer waits for something newer
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8, 16)
-COUNTS = {"prompt_tokens": "prompt", "tokens": "generated", "cache_hits": "cached"}
+COUNTS = {
+    **{"prompt_tokens": "prompt", "tokens": "generated", "cache_hits": "cached"},
+    **{"drafted_tokens": "drafted", "accepted_tokens": "accepted"},
+}
 GAUGES = {  # of an engine's own counters and gauges -> our name and what it is
     "num_running": ("stage_sequences_running", "Sequences or samples in the stage's batch"),
     "num_waiting": ("stage_sequences_waiting", "Sequences or samples that wait in the stage"),
     "num_blocks": ("kv_blocks", "Blocks of the KV pool"),
     "num_free_blocks": ("kv_blocks_free", "Free blocks of the KV pool"),
+    "num_touched_blocks": ("kv_blocks_touched", "Blocks of the KV pool that were ever used, and so have memory"),
     "kv_pool_bytes": ("kv_pool_bytes", "Bytes of the KV pool"),
     "num_preemptions": ("preemptions", "Sequences that lost their blocks, since loading"),
 }
@@ -155,6 +159,7 @@ class _Gauges(Collector):
         dtypes = InfoMetricFamily(
             "vllm_omni_stage_dtype", "What a stage computes in, and why", labels=["model", "stage"]
         )
+        kernels = InfoMetricFamily("vllm_omni_stage_kernels", "What a stage computes with", labels=["model", "stage"])
         edges = GaugeMetricFamily(
             "vllm_omni_edge_bytes", "Bytes that went over an edge, since loading", labels=["model", "edge"]
         )
@@ -164,7 +169,10 @@ class _Gauges(Collector):
         for model, snapshot in self._snapshots.items():
             for stage, chosen in snapshot["dtypes"].items():
                 dtypes.add_metric([model, stage], chosen)
+            for stage, stats in snapshot["stages"].items():
+                if "kernels" in stats:
+                    kernels.add_metric([model, stage], stats["kernels"])
             for edge, stats in snapshot["edges"].items():
                 edges.add_metric([model, edge], stats["bytes"])
             hits.add_metric([model], snapshot["prompt_embeds"].get("hit_rate", 0.0))
-        yield from (dtypes, edges, hits)
+        yield from (dtypes, kernels, edges, hits)
