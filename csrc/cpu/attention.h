@@ -154,61 +154,110 @@ inline void hide(float* scores, int64_t position, int64_t window, int64_t begin,
     for (int64_t i = 0; i < kTile && begin + i <= position - window; i++) scores[i] = -INFINITY;
 }
 
-// Few queries: each key is multiplied where it stands.
+// Few queries: each key is multiplied where it stands, by kQueries at once, [kQueries, kMostSize] each.
 template <typename T>
 struct DirectTile {
   Tile<T> tile;
 
-  void score(const float* query, int64_t size, float* scores) const {
-    const int64_t whole = size / kWidth * kWidth;
+  template <int kQueries>
+  void score(const T* queries, int64_t size, float factor, float* scores) const {
+    const int64_t whole = size / kStep * kStep;
     for (int64_t first = 0; first < tile.count; first += kWidth) {
-      Vec parts[kWidth] = {};
+      Vec parts[kQueries][kWidth] = {};
       const int64_t count = tile.count - first < kWidth ? tile.count - first : kWidth;
-      for (int64_t d = 0; d < whole; d += kWidth) {
-        const Vec q = load(query + d);
-        for (int64_t i = 0; i < count; i++) parts[i] += q * load(tile.keys[first + i] + d);
-      }
-      store(scores + first, sum_each(parts));
       for (int64_t i = 0; i < count; i++)
-        for (int64_t d = whole; d < size; d++) scores[first + i] += query[d] * load_one(tile.keys[first + i] + d);
+        for (int64_t d = 0; d < whole; d += kStep) add_product<kQueries>(queries + d, tile.keys[first + i] + d, parts, i);
+      for (int r = 0; r < kQueries; r++) {
+        store(scores + r * kTile + first, sum_each(parts[r]) * factor);
+        for (int64_t i = 0; i < count; i++)
+          for (int64_t d = whole; d < size; d++)
+            scores[r * kTile + first + i] +=
+                load_one(queries + r * kMostSize + d) * load_one(tile.keys[first + i] + d) * factor;
+      }
     }
   }
 
-  void add_values(const float* weights, int64_t size, float* sums) const {
+  // sums: of the first query; those of the others follow in the array.
+  template <int kQueries>
+  void add_values(const float* weights, int64_t size, Running* running) const {
     int64_t d = 0;
-    for (; d + 4 * kWidth <= size; d += 4 * kWidth) {
-      Vec held[4];
-      for (int v = 0; v < 4; v++) held[v] = load(sums + d + v * kWidth);
-      for (int64_t i = 0; i < tile.count; i++)
-        for (int v = 0; v < 4; v++) held[v] += weights[i] * load(tile.values[i] + d + v * kWidth);
-      for (int v = 0; v < 4; v++) store(sums + d + v * kWidth, held[v]);
-    }
-    for (; d + kWidth <= size; d += kWidth) {
-      Vec held = load(sums + d);
-      for (int64_t i = 0; i < tile.count; i++) held += weights[i] * load(tile.values[i] + d);
-      store(sums + d, held);
-    }
+    for (; d + kHeld * kWidth <= size; d += kHeld * kWidth) add_columns<kQueries, kHeld>(weights, d, running);
+    for (; d + kWidth <= size; d += kWidth) add_columns<kQueries, 1>(weights, d, running);
     for (; d < size; d++)
-      for (int64_t i = 0; i < tile.count; i++) sums[d] += weights[i] * load_one(tile.values[i] + d);
+      for (int r = 0; r < kQueries; r++)
+        for (int64_t i = 0; i < tile.count; i++)
+          running[r].sums[d] += weights[r * kTile + i] * load_one(tile.values[i] + d);
+  }
+
+ private:
+#if defined(__AVX512BF16__)
+  static constexpr int64_t kStep = sizeof(T) == 2 ? 2 * kWidth : kWidth;  // elements of a key at once
+#else
+  static constexpr int64_t kStep = kWidth;
+#endif
+  static constexpr int kHeld = kWidth == 16 ? 8 : 4;  // vectors of a value's columns in registers, for each query
+
+  template <int kQueries>
+  static void add_product(const T* queries, const T* key, Vec (&parts)[kQueries][kWidth], int64_t i) {
+    if constexpr (kStep == 2 * kWidth) {
+#if defined(__AVX512BF16__)
+      const __m512bh k = (__m512bh)_mm512_loadu_si512(key);
+      for (int r = 0; r < kQueries; r++)
+        parts[r][i] = (Vec)_mm512_dpbf16_ps((__m512)parts[r][i], (__m512bh)_mm512_loadu_si512(queries + r * kMostSize), k);
+#endif
+    } else {
+      const Vec k = load(key);
+      for (int r = 0; r < kQueries; r++) parts[r][i] += load(queries + r * kMostSize) * k;
+    }
+  }
+
+  template <int kQueries, int kVecs>
+  void add_columns(const float* weights, int64_t d, Running* running) const {
+    Vec held[kQueries][kVecs];
+    for (int r = 0; r < kQueries; r++)
+      for (int v = 0; v < kVecs; v++) held[r][v] = load(running[r].sums + d + v * kWidth);
+    for (int64_t i = 0; i < tile.count; i++)
+      for (int v = 0; v < kVecs; v++) {
+        const Vec value = load(tile.values[i] + d + v * kWidth);
+        for (int r = 0; r < kQueries; r++) held[r][v] += weights[r * kTile + i] * value;
+      }
+    for (int r = 0; r < kQueries; r++)
+      for (int v = 0; v < kVecs; v++) store(running[r].sums + d + v * kWidth, held[r][v]);
   }
 };
+
+// A tile of one key-value head and kQueries queries of one row, at `position`.
+template <int kQueries, typename T>
+void attend_tile(const DirectTile<T>& direct, const Heads& heads, const T* queries, int64_t position, Running* running) {
+  alignas(64) float scores[kQueries * kTile];
+  direct.template score<kQueries>(queries, heads.size, heads.scale, scores);
+  for (int r = 0; r < kQueries; r++) {
+    hide(scores + r * kTile, position, heads.window, direct.tile.begin, direct.tile.count);
+    running[r].weigh(scores + r * kTile, heads.size);
+  }
+  direct.template add_values<kQueries>(scores, heads.size, running);
+}
 
 template <typename T>
 void attend_few(const Task& task, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache,
                 Running* running) {
   const int64_t group = heads.queries / heads.keys, size = heads.size, count = task.num_rows * group;
-  alignas(64) float queries[kMostGroup * kMostSize], scores[kTile];
+  alignas(64) T queries[kMostGroup * kMostSize];
   for (int64_t r = 0; r < count; r++) {
     const T* from = query + ((task.first_row + r / group) * heads.queries + task.head * group + r % group) * size;
-    for (int64_t d = 0; d < size; d++) queries[r * kMostSize + d] = load_one(from + d) * heads.scale;
+    std::memcpy(queries + r * kMostSize, from, size_t(size) * sizeof(T));
   }
   for (int64_t begin = task.begin; begin < task.end; begin += kTile) {
     const DirectTile<T> direct{Tile<T>(step, heads, cache, task, begin)};
     if (begin + kTile < task.end) Tile<T>(step, heads, cache, task, begin + kTile).prefetch(size);
-    for (int64_t r = 0; r < count; r++) {
-      direct.score(queries + r * kMostSize, size, scores);
-      hide(scores, task.position + r / group, heads.window, begin, direct.tile.count);
-      if (running[r].weigh(scores, size)) direct.add_values(scores, size, running[r].sums);
+    for (int64_t r = 0; r < count;) {
+      const int64_t row = r / group, position = task.position + row;
+      const bool is_pair = r + 1 < count && (r + 1) / group == row;
+      if (is_pair)
+        attend_tile<2>(direct, heads, queries + r * kMostSize, position, running + r);
+      else
+        attend_tile<1>(direct, heads, queries + r * kMostSize, position, running + r);
+      r += is_pair ? 2 : 1;
     }
   }
 }
