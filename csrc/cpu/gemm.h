@@ -1,6 +1,6 @@
 // Products of rows with a packed weight. A weight [N, K] lies in panels of 32 of its rows: for each step of K the 32
-// values of a panel stand side by side (float32: one k a step, bfloat16: two, as the dot-product instruction takes
-// them). N is a multiple of 32, and K even. Every element of the product is summed over k in one order, whatever else is
+// values of a panel stand side by side, four bytes of each (float32: one k a step, bfloat16: two, int8: four, as the
+// dot-product instructions take them). N is a multiple of 32, and K one of a step. Every element of the product is summed over k in one order, whatever else is
 // computed with it: a row's result does not depend on how many rows there are.
 #pragma once
 
@@ -27,8 +27,9 @@ constexpr int64_t kRowsInCache = 512;            // of x while all panels pass b
 
 template <typename T>
 struct Linear {
-  const T* weight;
-  const T* bias;  // or null
+  const void* weight;   // of T, or of int8_t where there are scales
+  const float* scales;  // of the outputs, or null; see quantized.h
+  const T* bias;        // or null
   int64_t outputs, inputs;
 };
 
@@ -112,10 +113,10 @@ inline void in_passes(int64_t rows, const Work& work) {
 // Rows of the product with one panel, in one pass after the other over it.
 template <typename T>
 inline void compute_panel(const T* x, int64_t rows, const Linear<T>& linear, int64_t panel, T* out, const T* residual) {
-  const T* weight = linear.weight + panel * kPanel * linear.inputs;
+  const T* weight = static_cast<const T*>(linear.weight) + panel * kPanel * linear.inputs;
 #if defined(OMNI_TILES)
   if constexpr (sizeof(T) == 2)
-    if (linear.inputs % kTileInputs == 0) {
+    if (linear.inputs * int64_t(sizeof(T)) % kTileBytes == 0) {
       alignas(64) float sums[kTilePassRows * kPanel];
       for (int64_t row = 0; row < rows; row += kTilePassRows) {
         const int64_t count = rows - row < kTilePassRows ? rows - row : kTilePassRows, at = row * linear.outputs;
@@ -134,22 +135,30 @@ inline void compute_panel(const T* x, int64_t rows, const Linear<T>& linear, int
   });
 }
 
+// Calls `work` with each panel and some of the rows, by one thread of a team each.
+template <typename Work>
+inline void share_panels(int64_t rows, int64_t outputs, const Work& work) {
+  const int64_t panels = outputs / kPanel, blocks = (rows + kRowsInCache - 1) / kRowsInCache;
+#pragma omp for schedule(static) nowait
+  for (int64_t task = 0; task < panels * blocks; task++) {
+    const int64_t row = task / panels * kRowsInCache;
+    work(task % panels, row, rows - row < kRowsInCache ? rows - row : kRowsInCache);
+  }
+}
+
 // x [rows, inputs] -> out [rows, outputs]. To be called by every thread of a team, which shares the panels.
 template <typename T>
 void multiply(const T* x, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
-  const int64_t panels = linear.outputs / kPanel, blocks = (rows + kRowsInCache - 1) / kRowsInCache;
-#pragma omp for schedule(static) nowait
-  for (int64_t task = 0; task < panels * blocks; task++) {
-    const int64_t panel = task % panels, row = task / panels * kRowsInCache, at = row * linear.outputs;
-    const int64_t count = rows - row < kRowsInCache ? rows - row : kRowsInCache;
+  share_panels(rows, linear.outputs, [&](int64_t panel, int64_t row, int64_t count) {
+    const int64_t at = row * linear.outputs;
     compute_panel(x + row * linear.inputs, count, linear, panel, out + at, residual ? residual + at : nullptr);
-  }
+  });
 }
 
 // [outputs, inputs] -> panels, each in the place of its rows.
 template <typename T>
 void pack(T* weight, int64_t outputs, int64_t inputs) {
-  constexpr int step = sizeof(T) == 2 ? 2 : 1;
+  constexpr int step = 4 / sizeof(T);
   std::vector<T> rows(size_t(kPanel * inputs));
 #pragma omp for schedule(static) nowait
   for (int64_t panel = 0; panel < outputs / kPanel; panel++) {
@@ -164,7 +173,7 @@ void pack(T* weight, int64_t outputs, int64_t inputs) {
 // Rows of a packed weight as they were published: ids [rows] -> out [rows, inputs].
 template <typename T>
 void unpack_rows(const T* packed, int64_t inputs, const int64_t* ids, int64_t rows, T* out) {
-  constexpr int step = sizeof(T) == 2 ? 2 : 1;
+  constexpr int step = 4 / sizeof(T);
 #pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < rows; row++) {
     const T* from = packed + ids[row] / kPanel * kPanel * inputs + ids[row] % kPanel * step;
