@@ -1,7 +1,7 @@
 """What weights in int8 are and what a product with them is, in torch; the kernels in csrc/cpu/quantized.h do the same.
 
-A weight has one scale for each output, symmetric about zero. A product quantises each row of its input by that row's own
-largest value, sums whole numbers exactly, and applies both scales last: a row's result depends on no other row.
+A weight has one scale for each output, symmetric about zero. A product quantises each row of its input by the largest
+value of that row, sums whole numbers exactly, and applies both scales last: a row's result depends on no other row.
 
 Legend: M rows, K inputs, N outputs.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 LARGEST = 127  # int8 without -128, so that both signs reach as far
 MAX_INPUTS = 2**17  # sums of more products could overflow int32
 EXACT_INPUTS = 1024  # sums of so many products are whole numbers of float32
-PART = 2**22  # numbers of a weight that are worked on at once
+PART = 2**20  # numbers of a weight that are worked on at once: what a cache holds
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,8 @@ class DiffusionEngine(StageEngine):
         self._reads = context.reads
         self._device = context.device
         self.model: DiffusionModel = context.models.get(
-            (type(spec.model).__name__, spec.folder.resolve(), context.device, context.dtype),
-            lambda: spec.model.load(context.device, context.dtype),
+            (type(spec.model).__name__, spec.folder.resolve(), context.device, spec.precision.name),
+            lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization),
         )
         self._caches = DiTCacheManager(context.dit_cache)
         self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches)

@@ -23,7 +23,9 @@ class NativePacking:
         self._scales = scales
 
     @classmethod
-    def find(cls, weight: Tensor, dtype: torch.dtype | None = None, scales: Tensor | None = None) -> NativePacking | None:
+    def find(
+        cls, weight: Tensor, dtype: torch.dtype | None = None, scales: Tensor | None = None
+    ) -> NativePacking | None:
         """For a weight [out, in]; None where the kernels do not take it. dtype: of activations, where the weight is
         int8, and scales: [out] float32.
         """

@@ -46,8 +46,8 @@ class Attention(nn.Module):
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()
         self.head_dim = config.dim // config.n_heads
-        self.qkv = Linear(config.dim, 3 * config.dim, bias=False)
-        self.out = Linear(config.dim, config.dim, bias=False)
+        self.qkv = Linear(config.dim, 3 * config.dim, bias=False, can_quantize=True)
+        self.out = Linear(config.dim, config.dim, bias=False, can_quantize=True)
         self.norm_q = RMSNorm(self.head_dim, ATTENTION_EPS) if config.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(self.head_dim, ATTENTION_EPS) if config.qk_norm else nn.Identity()
 
@@ -71,8 +71,8 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = int(dim / 3 * 8)
-        self.w13 = Linear(dim, 2 * hidden, bias=False)
-        self.w2 = Linear(hidden, dim, bias=False)
+        self.w13 = Linear(dim, 2 * hidden, bias=False, can_quantize=True)
+        self.w2 = Linear(hidden, dim, bias=False, can_quantize=True)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
