@@ -84,7 +84,10 @@ inline void multiply_panel(const int8_t* x, int64_t stride, const int8_t* panel,
   const __m512i shift = _mm512_set1_epi8(-128);
   for (int64_t k = 0; k < inputs; k += 4, panel += 4 * kPanel) {
     __m512i w[kVectors];
-    for (int v = 0; v < kVectors; v++) w[v] = _mm512_loadu_si512(panel + 4 * v * kWidth) ^ shift;
+    for (int v = 0; v < kVectors; v++) {
+      w[v] = _mm512_loadu_si512(panel + 4 * v * kWidth) ^ shift;
+      read_ahead(panel + 4 * v * kWidth);
+    }
     for (int r = 0; r < kRows; r++) {
       int32_t step;
       std::memcpy(&step, x + r * stride + k, sizeof(step));
