@@ -13,8 +13,8 @@ from setuptools.command.build_ext import build_ext
 
 # Name of a variant -> the instruction sets that it is compiled for; vllm_omni/layers/native/library.py picks one.
 VARIANTS = {
-    "amx": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    "amx": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"],
     "avx2": ["-march=x86-64-v3"],
 }
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-g0", "-fopenmp", "-Wall", "-Wextra"]

@@ -22,6 +22,7 @@ ORDER = (
     "decode_memory",
     "text",
     "text_peers",
+    "quantization",
     "startup",
     "cache",
     "audio_cache",

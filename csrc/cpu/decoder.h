@@ -6,7 +6,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
-#include "gemm.h"
+#include "quantized.h"
 #include "team.h"
 
 namespace omni {
@@ -28,12 +28,14 @@ struct Shape {
 template <typename T>
 struct Room {
   std::vector<T> normed, qkv, query, attended, gate_up, gated;
+  QuantizedRows quantized;
 
   Room(const Shape& shape, int64_t rows) {
     const int64_t queries = shape.heads.queries * shape.heads.size, keys = shape.heads.keys * shape.heads.size;
     normed.resize(size_t(rows * shape.hidden)), qkv.resize(size_t(rows * (queries + 2 * keys)));
     query.resize(size_t(rows * queries)), attended.resize(size_t(rows * queries));
     gate_up.resize(size_t(rows * 2 * shape.intermediate)), gated.resize(size_t(rows * shape.intermediate));
+    quantized.reserve(rows, std::max({shape.hidden, queries, shape.intermediate}));
   }
 };
 
@@ -79,21 +81,21 @@ void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const
     }
     norm(states, layer.attention_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.data());
     team.meet();
-    multiply(room.normed.data(), step.rows, layer.qkv, room.qkv.data());
+    project(team, room.normed.data(), step.rows, layer.qkv, room.quantized, room.qkv.data());
     team.meet();
     place_heads(layer, shape, step, room.qkv.data(), cos, sin, caches[index], room.query.data());
     team.meet();
     attend(team, plan, step, heads, room.query.data(), caches[index], room.attended.data());
     team.meet();
-    multiply(room.attended.data(), step.rows, layer.output, states, states);
+    project(team, room.attended.data(), step.rows, layer.output, room.quantized, states, states);
     team.meet();
     norm(states, layer.mlp_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.data());
     team.meet();
-    multiply(room.normed.data(), step.rows, layer.gate_up, room.gate_up.data());
+    project(team, room.normed.data(), step.rows, layer.gate_up, room.quantized, room.gate_up.data());
     team.meet();
     gate(room.gate_up.data(), step.rows, shape.intermediate, room.gated.data());
     team.meet();
-    multiply(room.gated.data(), step.rows, layer.down, states, states);
+    project(team, room.gated.data(), step.rows, layer.down, room.quantized, states, states);
     team.meet();
   }
 }

@@ -1,6 +1,6 @@
 // Products of rows with a packed weight. A weight [N, K] lies in panels of 32 of its rows: for each step of K the 32
-// values of a panel stand side by side (float32: one k a step, bfloat16: two, as the dot-product instruction takes
-// them). N is a multiple of 32, and K even. Every element of the product is summed over k in one order, whatever else is
+// values of a panel stand side by side, four bytes of each (float32: one k a step, bfloat16: two, int8: four, as the
+// dot-product instructions take them). N is a multiple of 32, and K one of a step. Every element of the product is summed over k in one order, whatever else is
 // computed with it: a row's result does not depend on how many rows there are.
 #pragma once
 
@@ -25,10 +25,16 @@ constexpr int kVectors = kPanel / kWidth;        // of a panel's step
 constexpr int kMostRows = kWidth == 16 ? 12 : 3;  // of x in one pass over a panel: what the registers hold
 constexpr int64_t kRowsInCache = 512;            // of x while all panels pass by
 
+// Asks for a weight's bytes before they are multiplied: what the processor itself foresees ends with a page of 4 KiB, so
+// that memory rests while several rows are computed. Panels stand one behind the other, and behind the last nothing is
+// read in fact.
+inline void read_ahead(const void* weight) { __builtin_prefetch(static_cast<const char*>(weight) + 8192); }
+
 template <typename T>
 struct Linear {
-  const T* weight;
-  const T* bias;  // or null
+  const void* weight;   // of T, or of int8_t where there are scales
+  const float* scales;  // of the outputs, or null; see quantized.h
+  const T* bias;        // or null
   int64_t outputs, inputs;
 };
 
@@ -50,7 +56,10 @@ inline void multiply_panel(const bfloat16* x, int64_t stride, const bfloat16* pa
 #if defined(__AVX512BF16__)
   for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel) {
     __m512bh w[kVectors];
-    for (int v = 0; v < kVectors; v++) w[v] = (__m512bh)_mm512_loadu_si512(panel + 2 * v * kWidth);
+    for (int v = 0; v < kVectors; v++) {
+      w[v] = (__m512bh)_mm512_loadu_si512(panel + 2 * v * kWidth);
+      read_ahead(panel + 2 * v * kWidth);
+    }
     for (int r = 0; r < kRows; r++) {
       int32_t pair;
       std::memcpy(&pair, x + r * stride + k, sizeof(pair));
@@ -112,10 +121,10 @@ inline void in_passes(int64_t rows, const Work& work) {
 // Rows of the product with one panel, in one pass after the other over it.
 template <typename T>
 inline void compute_panel(const T* x, int64_t rows, const Linear<T>& linear, int64_t panel, T* out, const T* residual) {
-  const T* weight = linear.weight + panel * kPanel * linear.inputs;
+  const T* weight = static_cast<const T*>(linear.weight) + panel * kPanel * linear.inputs;
 #if defined(OMNI_TILES)
   if constexpr (sizeof(T) == 2)
-    if (linear.inputs % kTileInputs == 0) {
+    if (linear.inputs * int64_t(sizeof(T)) % kTileBytes == 0) {
       alignas(64) float sums[kTilePassRows * kPanel];
       for (int64_t row = 0; row < rows; row += kTilePassRows) {
         const int64_t count = rows - row < kTilePassRows ? rows - row : kTilePassRows, at = row * linear.outputs;
@@ -134,23 +143,31 @@ inline void compute_panel(const T* x, int64_t rows, const Linear<T>& linear, int
   });
 }
 
-// x [rows, inputs] -> out [rows, outputs]. To be called by every thread of a team, which shares the panels; blocks of rows
-// are as equal as can be, so that the threads' shares are.
-template <typename T>
-void multiply(const T* x, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
-  const int64_t panels = linear.outputs / kPanel, blocks = (rows + kRowsInCache - 1) / kRowsInCache;
+// Calls `work` with each panel and some of the rows, by one thread of a team each; blocks of rows are as equal as can be,
+// so that the threads' shares are.
+template <typename Work>
+inline void share_panels(int64_t rows, int64_t outputs, const Work& work) {
+  const int64_t panels = outputs / kPanel, blocks = (rows + kRowsInCache - 1) / kRowsInCache;
 #pragma omp for schedule(static) nowait
   for (int64_t task = 0; task < panels * blocks; task++) {
-    const int64_t panel = task % panels, block = task / panels;
-    const int64_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row, at = row * linear.outputs;
-    compute_panel(x + row * linear.inputs, count, linear, panel, out + at, residual ? residual + at : nullptr);
+    const int64_t block = task / panels, row = block * rows / blocks;
+    work(task % panels, row, (block + 1) * rows / blocks - row);
   }
+}
+
+// x [rows, inputs] -> out [rows, outputs]. To be called by every thread of a team, which shares the panels.
+template <typename T>
+void multiply(const T* x, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
+  share_panels(rows, linear.outputs, [&](int64_t panel, int64_t row, int64_t count) {
+    const int64_t at = row * linear.outputs;
+    compute_panel(x + row * linear.inputs, count, linear, panel, out + at, residual ? residual + at : nullptr);
+  });
 }
 
 // [outputs, inputs] -> panels, each in the place of its rows.
 template <typename T>
 void pack(T* weight, int64_t outputs, int64_t inputs) {
-  constexpr int step = sizeof(T) == 2 ? 2 : 1;
+  constexpr int step = 4 / sizeof(T);
   std::vector<T> rows(size_t(kPanel * inputs));
 #pragma omp for schedule(static) nowait
   for (int64_t panel = 0; panel < outputs / kPanel; panel++) {
@@ -165,7 +182,7 @@ void pack(T* weight, int64_t outputs, int64_t inputs) {
 // Rows of a packed weight as they were published: ids [rows] -> out [rows, inputs].
 template <typename T>
 void unpack_rows(const T* packed, int64_t inputs, const int64_t* ids, int64_t rows, T* out) {
-  constexpr int step = sizeof(T) == 2 ? 2 : 1;
+  constexpr int step = 4 / sizeof(T);
 #pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < rows; row++) {
     const T* from = packed + ids[row] / kPanel * kPanel * inputs + ids[row] % kPanel * step;

@@ -9,15 +9,21 @@ using namespace omni;
 
 #define TEAM _Pragma("omp parallel num_threads(threads)")
 
-#define EXPORTS(NAME, T)                                                                                               \
+#define LAYOUT_EXPORTS(NAME, T)                                                                                        \
   void pack_##NAME(T* weight, int64_t outputs, int64_t inputs, int threads) {                                          \
     TEAM pack(weight, outputs, inputs);                                                                                \
   }                                                                                                                    \
   void unpack_rows_##NAME(const T* packed, int64_t inputs, const int64_t* ids, int64_t rows, T* out, int threads) {    \
     TEAM unpack_rows(packed, inputs, ids, rows, out);                                                                  \
-  }                                                                                                                    \
+  }
+
+#define EXPORTS(NAME, T)                                                                                               \
+  LAYOUT_EXPORTS(NAME, T)                                                                                              \
   void multiply_##NAME(const T* x, int64_t rows, const Linear<T>* linear, T* out, int threads) {                       \
-    TEAM multiply(x, rows, *linear, out);                                                                              \
+    Team team;                                                                                                         \
+    QuantizedRows quantized;                                                                                           \
+    if (linear->scales) quantized.reserve(rows, linear->inputs);                                                       \
+    TEAM project(team, x, rows, *linear, quantized, out);                                                              \
   }                                                                                                                    \
   void attend_##NAME(const Step* step, const Heads* heads, const T* query, const Cache<T>* cache, T* out,              \
                      int threads) {                                                                                    \
@@ -74,4 +80,5 @@ EXPORTS(float32, float)
 EXPORTS(bfloat16, bfloat16)
 DIFFUSION_EXPORTS(float32, float)
 DIFFUSION_EXPORTS(bfloat16, bfloat16)
+LAYOUT_EXPORTS(int8, int8_t)
 }

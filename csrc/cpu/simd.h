@@ -1,4 +1,4 @@
-// Vectors of float32 as wide as the instruction set that this is compiled for, and the two element types of tensors.
+// Vectors of float32 as wide as the instruction set that this is compiled for, and the element types of tensors.
 #pragma once
 
 #include <cmath>
@@ -22,6 +22,7 @@ typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t BitVec __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+typedef int8_t ByteVec __attribute__((vector_size(kWidth)));
 
 struct bfloat16 {
   uint16_t bits;
@@ -68,6 +69,7 @@ inline void store(bfloat16* to, Vec x) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
+inline int32_t load_one(const int8_t* from) { return *from; }
 inline float load_one(const float* from) { return *from; }
 inline float load_one(const bfloat16* from) { return bit_cast<float>(uint32_t(from->bits) << 16); }
 inline void store_one(float* to, float x) { *to = x; }

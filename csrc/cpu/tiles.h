@@ -1,6 +1,8 @@
-// Products of bfloat16 by the tile units of a CPU (AMX), or by loops that do what these do, for tests elsewhere. The
-// layout of a panel is that of a tile already: pairs of k one under the other, each with a pair of values a column.
+// Products of bfloat16 or int8 by the tile units of a CPU (AMX), or by loops that do what these do, for tests elsewhere.
+// The layout of a panel is that of a tile already: steps of k one under the other, each with four bytes a column.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 
@@ -13,8 +15,11 @@
 namespace omni {
 
 constexpr int64_t kTileRows = 16;     // of x in a tile, and columns of a panel
-constexpr int64_t kTileInputs = 32;   // k in a tile
+constexpr int64_t kTileBytes = 64;    // of k in a tile
 constexpr int64_t kTilePassRows = 2 * kTileRows;
+
+template <typename T>
+using SumOf = std::conditional_t<sizeof(T) == 1, int32_t, float>;
 
 // Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 columns of a panel.
 struct TileShapes {
@@ -46,8 +51,11 @@ struct Tiles {
   template <int kTile> void store(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
   }
-  template <int kSums, int kRows, int kColumns> void multiply() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kRows), "i"(kColumns));
+  template <typename T, int kSums, int kRows, int kColumns> void multiply() {
+    if constexpr (sizeof(T) == 2)
+      asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kRows), "i"(kColumns));
+    else
+      asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kRows), "i"(kColumns));
   }
 };
 
@@ -69,18 +77,18 @@ struct Tiles {
     for (int row = 0; row < shapes.rows[kTile]; row++)
       std::memcpy(static_cast<uint8_t*>(to) + row * stride, held[kTile][row], 64);
   }
-  template <int kSums, int kRows, int kColumns> void multiply() {
+  template <typename T, int kSums, int kRows, int kColumns> void multiply() {
     for (int row = 0; row < shapes.rows[kSums]; row++)
       for (int column = 0; column < kTileRows; column++) {
-        float sum, even = 0, odd = 0;
+        SumOf<T> sum, parts[4 / sizeof(T)] = {};
         std::memcpy(&sum, &held[kSums][row][column * 4], 4);
-        for (int pair = 0; pair < shapes.rows[kColumns]; pair++) {
-          bfloat16 x[2], w[2];
-          std::memcpy(x, &held[kRows][row][pair * 4], 4);
-          std::memcpy(w, &held[kColumns][pair][column * 4], 4);
-          even += load_one(x) * load_one(w), odd += load_one(x + 1) * load_one(w + 1);
+        for (int step = 0; step < shapes.rows[kColumns]; step++) {
+          T x[4 / sizeof(T)], w[4 / sizeof(T)];
+          std::memcpy(x, &held[kRows][row][step * 4], 4);
+          std::memcpy(w, &held[kColumns][step][column * 4], 4);
+          for (size_t i = 0; i < 4 / sizeof(T); i++) parts[i] += load_one(x + i) * load_one(w + i);
         }
-        sum += even + odd;
+        for (SumOf<T> part : parts) sum += part;
         std::memcpy(&held[kSums][row][column * 4], &sum, 4);
       }
   }
@@ -89,26 +97,27 @@ struct Tiles {
 #endif
 
 // Up to kTilePassRows rows of x with one panel -> sums [rows, kPanel].
-template <int kPanel>
-inline void multiply_panel_by_tiles(const bfloat16* x, int64_t rows, int64_t inputs, const bfloat16* panel, float* sums) {
+template <int kPanel, typename T>
+inline void multiply_panel_by_tiles(const T* x, int64_t rows, int64_t inputs, const T* panel, SumOf<T>* sums) {
   static_assert(kPanel == 2 * kTileRows, "two tiles a panel");
+  constexpr int64_t kInputs = kTileBytes / sizeof(T);
   const int64_t upper = rows < kTileRows ? rows : kTileRows, lower = rows - upper;
-  const int64_t x_stride = inputs * 2, panel_stride = kPanel * 4, sums_stride = kPanel * 4;
+  const int64_t x_stride = inputs * int64_t(sizeof(T)), panel_stride = kPanel * 4, sums_stride = kPanel * 4;
   Tiles tiles{TileShapes(upper, lower)};
   tiles.clear<0>(), tiles.clear<1>();
   if (lower) tiles.clear<2>(), tiles.clear<3>();
-  for (int64_t k = 0; k < inputs; k += kTileInputs) {
-    tiles.load<6>(panel + k * kPanel, panel_stride), tiles.load<7>(panel + k * kPanel + kPanel, panel_stride);
+  for (int64_t k = 0; k < inputs; k += kInputs) {
+    tiles.load<6>(panel + k * kPanel, panel_stride), tiles.load<7>(panel + k * kPanel + kInputs, panel_stride);
     tiles.load<4>(x + k, x_stride);
-    tiles.multiply<0, 4, 6>(), tiles.multiply<1, 4, 7>();
+    tiles.multiply<T, 0, 4, 6>(), tiles.multiply<T, 1, 4, 7>();
     if (lower) {
       tiles.load<5>(x + kTileRows * inputs + k, x_stride);
-      tiles.multiply<2, 5, 6>(), tiles.multiply<3, 5, 7>();
+      tiles.multiply<T, 2, 5, 6>(), tiles.multiply<T, 3, 5, 7>();
     }
   }
   tiles.store<0>(sums, sums_stride), tiles.store<1>(sums + kTileRows, sums_stride);
   if (lower) {
-    float* second = sums + kTileRows * kPanel;
+    SumOf<T>* second = sums + kTileRows * kPanel;
     tiles.store<2>(second, sums_stride), tiles.store<3>(second + kTileRows, sums_stride);
   }
 }

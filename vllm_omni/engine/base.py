@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from vllm_omni.payload import StagePayload, StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.device import resolve_device
 from vllm_omni.utils.files import ModelFolders
-from vllm_omni.utils.precision import Precision, choose_precision
+from vllm_omni.utils.precision import Precision, choose_precision, choose_quantization
 
 if TYPE_CHECKING:
     from torch import device, dtype
@@ -91,6 +91,7 @@ class StageSpec(ABC):
         {}
     )  # the values that one of `request_keys` may have
     reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
+    can_quantize: bool = False  # whether some of its weights may be held in int8
 
     @classmethod
     def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> StageSpec:
@@ -106,7 +107,20 @@ class StageSpec(ABC):
     @cached_property
     def precision(self) -> Precision:
         """What its weights are loaded in and it computes in, and why: all who plan and load read it here."""
+        return replace(self.choose_dtype(), quantization=self.choose_quantization())
+
+    def choose_quantization(self) -> str | None:
+        """Of the weights, for `precision`; ConfigError for one that the stage cannot have."""
+        asked, device = self.stage.quantization, resolve_device(self.stage.device)
+        return choose_quantization(asked, device, self.published_quantization(), can_quantize=self.can_quantize)
+
+    def choose_dtype(self) -> Precision:
+        """The dtype, for `precision`."""
         return choose_precision(self.stage.dtype, resolve_device(self.stage.device), self.published_dtype)
+
+    def published_quantization(self) -> str | None:
+        """ "int8" or "float8", where configuration files say that its weights were published so."""
+        return None
 
     def published_dtype(self) -> dtype | None:
         """What most of the weights that it reads were published in, from configuration files and safetensors headers;

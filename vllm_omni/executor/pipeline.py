@@ -49,7 +49,9 @@ def _describe(stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> 
     kind: type[StageSpec] = registry.resolve("stage kind", stage.kind)
     try:
         with reading(f"stages.{stage.name}: {stage.model}"):
-            return kind.describe(stage, config, folders)
+            spec = kind.describe(stage, config, folders)
+            spec.choose_quantization()
+            return spec
     except ConfigError as error:
         known = STAGE_KEYS | {field.name for field in dataclasses.fields(kind.options_type)}
         raise ConfigError(under(f"stages.{stage.name}", str(error), known)) from error

@@ -52,7 +52,8 @@ class CausalLM(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, is_head=config.tie_word_embeddings)
         self.decoder = Decoder(config, make_mlp)
         has_own_head = config.has_head and not config.tie_word_embeddings
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False) if has_own_head else None
+        head = Linear(config.hidden_size, config.vocab_size, bias=False, can_quantize=True) if has_own_head else None
+        self.lm_head = head
 
     def forward(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """As of a LanguageModel."""

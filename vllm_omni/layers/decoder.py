@@ -20,6 +20,7 @@ from vllm_omni.layers.layer_windows import NO_WINDOWS, common_window
 from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.native.decoder import LayerParts, NativeLayers
 from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.rope_config import num_positions, override_rope, read_rope, scaled_beyond
 from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies, rotate
 from vllm_omni.layers.weights import Target
@@ -76,6 +77,7 @@ class DecoderConfig:
         reads itself and would be refused otherwise.
         """
         _refuse_unsupported({key: value for key, value in raw.items() if key not in own_keys}, where)
+        read_quantization(raw, where)
         heads = count_of(raw, "num_attention_heads", where)
         check_number(
             f"{where}: num_hidden_layers", raw.get("num_hidden_layers"), 1, MAX_LAYERS, integer=True, raises=ConfigError
@@ -222,8 +224,8 @@ class DecoderAttention(nn.Module):
         self.window = window
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {"q_proj": query, "k_proj": key, "v_proj": key}
-        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.qkv_bias)
-        self.o_proj = Linear(query, config.hidden_size, bias=config.output_bias)
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.qkv_bias, can_quantize=True)
+        self.o_proj = Linear(query, config.hidden_size, bias=config.output_bias, can_quantize=True)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
 
@@ -242,10 +244,9 @@ class DecoderMLP(nn.Module):
     def __init__(self, config: DecoderConfig, intermediate_size: int | None = None) -> None:
         super().__init__()
         width = config.intermediate_size if intermediate_size is None else intermediate_size
-        self.gate_up_proj = MergedLinear(
-            config.hidden_size, {"gate_proj": width, "up_proj": width}, bias=config.mlp_bias
-        )
-        self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias)
+        parts = {"gate_proj": width, "up_proj": width}
+        self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias=config.mlp_bias, can_quantize=True)
+        self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias, can_quantize=True)
 
     def forward(self, states: Tensor) -> Tensor:
         gate, up = self.gate_up_proj.project(states)
@@ -283,7 +284,6 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
     expected: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu",),
         "use_sliding_window": (False, None),
-        "quantization_config": (None,),
         "partial_rotary_factor": (1, None),
         "mlp_bias": (False, None),
     }

@@ -7,11 +7,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import accumulate
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.native.packed import NativePacking
-from vllm_omni.layers.packing import Packing, find_packing, multiply_with_onednn
+from vllm_omni.layers.packing import (
+    Packing,
+    RowPacking,
+    find_packing,
+    find_quantized_packing,
+    multiply_with_onednn,
+)
+from vllm_omni.layers.quantization import MAX_INPUTS, quantize_weight
 from vllm_omni.utils.device import multiplies_with_onednn
 
 
@@ -22,33 +30,69 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-class Linear(nn.Linear):
-    """A linear layer whose weight can be packed for inference; until then it is as torch's own."""
+class PackedLayer(nn.Module):
+    """What is common to layers whose weight [out, in] is packed for inference, and may be held in int8."""
 
+    weight: Tensor
+    scales: Tensor | None  # [out] float32, of a weight in int8
     packing: Packing | None = None
+    can_quantize: bool  # whether what it computes stands int8
+
+    def quantize(self) -> None:
+        """The weight will be held in int8. On the meta device, before there are numbers in it."""
+        self.activations = self.weight.dtype  # that it multiplies
+        shape, device = self.weight.shape, self.weight.device
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=device), requires_grad=False)
+        self.scales = torch.empty(shape[0], dtype=torch.float32, device=device)
+
+    def fill(self, rows: slice, published: Tensor, scales: Tensor | None) -> None:
+        """Puts published rows of a weight in int8 in their place; scales: of those that are int8 already."""
+        assert self.scales is not None, "the weight is not held in int8"
+        numbers, scales = quantize_weight(published) if scales is None else (published, scales)
+        self.weight.data[rows].copy_(numbers)
+        self.scales[rows].copy_(scales)
+
+    def pack(self) -> None:
+        """Lays the weight out as it is multiplied, where that helps; the published layout is gone."""
+        if self.packing is None:
+            weight = self.weight.detach()
+            if self.scales is None:
+                self.packing = self._find_packing(weight)
+            else:
+                self.packing = find_quantized_packing(weight, self.scales, self.activations)
+            if self.packing is not None:
+                self.weight = nn.Parameter(self.packing.pack(weight), requires_grad=False)
+
+    def _find_packing(self, weight: Tensor) -> Packing | None:
+        """For one that is not quantised."""
+        return find_packing(weight)
+
+
+class Linear(nn.Linear, PackedLayer):
+    """A linear layer; until it is packed it is as torch's own."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, can_quantize: bool = False) -> None:
+        """can_quantize: so for projections within blocks; embedders, modulation and what comes last lose too much."""
+        super().__init__(in_features, out_features, bias=bias)
+        self.can_quantize = can_quantize and in_features <= MAX_INPUTS
+        self.register_buffer("scales", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packing is None:
             return super().forward(x)
         return self.packing.multiply(x, self.weight, self.bias)
 
-    def pack(self) -> None:
-        """Lays the weight out as it is multiplied, where that helps; the published layout is gone."""
-        if self.packing is None:
-            weight = self.weight.detach()
-            self.packing = find_packing(weight)
-            if self.packing is not None:
-                self.weight = nn.Parameter(self.packing.pack(weight), requires_grad=False)
 
+class Embedding(nn.Embedding, PackedLayer):
+    """Embeddings, which may be the weight of the head, too: then they are packed and quantised as a Linear is."""
 
-class Embedding(nn.Embedding):
-    """Embeddings, which may be the weight of the head, too."""
-
-    packing: NativePacking | None = None
+    packing: RowPacking | None = None
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, is_head: bool) -> None:
         super().__init__(num_embeddings, embedding_dim)
         self.is_head = is_head
+        self.can_quantize = is_head and embedding_dim <= MAX_INPUTS
+        self.register_buffer("scales", None, persistent=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return super().forward(token_ids) if self.packing is None else self.packing.rows(self.weight, token_ids)
@@ -60,13 +104,9 @@ class Embedding(nn.Embedding):
             return linear(states, self.weight)
         return self.packing.multiply(states, self.weight, None)
 
-    def pack(self) -> None:
-        """As a Linear's where they are a head, in a layout whose rows can still be read: oneDNN's would need a copy."""
-        if self.is_head and self.packing is None:
-            weight = self.weight.detach()
-            self.packing = NativePacking.find(weight)
-            if self.packing is not None:
-                self.weight = nn.Parameter(self.packing.pack(weight), requires_grad=False)
+    def _find_packing(self, weight: Tensor) -> Packing | None:
+        """Only a layout whose rows can still be read: oneDNN's would need a copy."""
+        return NativePacking.find(weight) if self.is_head else None
 
 
 class MergedLinear(Linear):
@@ -74,8 +114,10 @@ class MergedLinear(Linear):
     order.
     """
 
-    def __init__(self, in_features: int, parts: Mapping[str, int], bias: bool = False) -> None:
-        super().__init__(in_features, sum(parts.values()), bias=bias)
+    def __init__(
+        self, in_features: int, parts: Mapping[str, int], bias: bool = False, *, can_quantize: bool = False
+    ) -> None:
+        super().__init__(in_features, sum(parts.values()), bias=bias, can_quantize=can_quantize)
         self.parts = dict(parts)
 
     def rows(self, part: str) -> slice:
@@ -91,5 +133,12 @@ class MergedLinear(Linear):
 def pack_linears(module: nn.Module) -> None:
     """Packs every layer of this file in a module whose weights are loaded and will not change."""
     for part in module.modules():
-        if isinstance(part, Linear | Embedding):
+        if isinstance(part, PackedLayer):
             part.pack()
+
+
+def quantize_linears(module: nn.Module) -> None:
+    """Every layer of this file that can will hold its weight in int8. On the meta device, the dtype chosen."""
+    for part in module.modules():
+        if isinstance(part, PackedLayer) and part.can_quantize:
+            part.quantize()

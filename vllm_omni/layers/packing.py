@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vllm_omni.layers.native.library import built_variants
 from vllm_omni.layers.native.packed import NativePacking
+from vllm_omni.layers.quantization import dequantize, multiply_quantized
 from vllm_omni.utils.device import multiplies_in_tiles, multiplies_with_onednn
 
 PACKED_FOR = 16  # rows; a layout of oneDNN that is fast for one row and for many
@@ -38,6 +39,35 @@ class OneDNNPacking:
 
     def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         return multiply_with_onednn(x, packed, bias)
+
+
+class RowPacking(Packing, Protocol):
+    """A layout whose rows can still be read."""
+
+    def rows(self, packed: Tensor, ids: Tensor) -> Tensor:
+        """ids: [N] int64 -> [N, in], rows of the weight as it was."""
+
+
+class PlainQuantized:
+    """Weights in int8 as they are, multiplied by torch, for activations of one dtype."""
+
+    def __init__(self, dtype: torch.dtype, scales: Tensor) -> None:
+        self._dtype = dtype
+        self._scales = scales
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        return multiply_quantized(x, packed, self._scales, bias)
+
+    def rows(self, packed: Tensor, ids: Tensor) -> Tensor:
+        return dequantize(packed[ids], self._scales[ids]).to(self._dtype)
+
+
+def find_quantized_packing(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> RowPacking:
+    """For int8 [out, in] with the scales [out] float32 of its outputs, and activations of a dtype."""
+    return NativePacking.find(weight, dtype, scales) or PlainQuantized(dtype, scales)
 
 
 def find_packing(weight: Tensor) -> Packing | None:

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vllm_omni.errors import CheckpointError
-from vllm_omni.layers.linear import pack_linears
+from vllm_omni.layers.linear import PackedLayer, pack_linears, quantize_linears
+from vllm_omni.layers.published_quantization import restored, scale_names, scales_of_rows
 from vllm_omni.utils.checkpoint_files import check_file
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
@@ -31,6 +32,7 @@ from vllm_omni.utils.variants import is_weights, of_one_variant, variant_of, var
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_FILE, WHOLE_PIPELINE_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
 ADAPTER_PREFIX = "adapter_"
+SCALE_BYTES = 4  # of an output of a weight in int8
 SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}(\.\w+)?\.safetensors$")
 
 
@@ -173,25 +175,56 @@ def plan_loading(model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: 
     return plan
 
 
+def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> None:
+    """Gives a model that was built on the meta device its memory, not filled. quantization: "int8" for the weights that
+    can be.
+    """
+    model.to(dtype)
+    if quantization is not None:
+        quantize_linears(model)
+    model.to_empty(device=device).eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path, prefix: str = "", variant: str | None = None) -> None:
     """Fills every parameter of `model` (already on its device) from the memory-mapped files of `folder`, chosen as
     `tensor_files` does; with a prefix from the tensors of such names alone. Then lays the weights out for inference.
     """
-    files = tensor_files(folder, prefix, variant)
-    plan = plan_loading(model, tensor_shapes(folder, prefix, variant), str(folder))  # type: ignore[arg-type]
-    parameters = dict(model.named_parameters())
+    files, shapes = tensor_files(folder, prefix, variant), tensor_shapes(folder, prefix, variant)
+    scales = _read_scales(files)
+    shapes = {name: shape for name, shape in shapes.items() if name not in scale_names(files).values()}
+    plan = plan_loading(model, shapes, str(folder))  # type: ignore[arg-type]
     for file, names in _by_file({name: files[name] for name in plan}).items():
         with _opened(file) as handle:
             for name in names:
-                target = plan[name]
-                destination = parameters[target.parameter].data
-                destination = destination if target.rows is None else destination[target.rows]
                 with _reading(name, file):
                     published = handle.get_tensor(name)
-                destination.copy_(published)
+                _fill(model, plan[name], published, scales.get(name), f"{folder}: {name}")
                 give_back(published.data_ptr(), published.nbytes)
     pack_linears(model)
+
+
+def _fill(model: nn.Module, target: Target, published: Tensor, scale: Tensor | None, where: str) -> None:
+    """Puts one published tensor in its place; numbers in int8 stay as they are where the weight is held so."""
+    owner, _, kind = target.parameter.rpartition(".")
+    layer = model.get_submodule(owner)
+    rows = slice(None) if target.rows is None else target.rows
+    scales = None if scale is None else scales_of_rows(scale, len(published), where)
+    if isinstance(layer, PackedLayer) and layer.scales is not None and kind == "weight":
+        is_kept = published.dtype == torch.int8 and scales is not None
+        layer.fill(rows, published if is_kept else restored(published, scales, where), scales if is_kept else None)
+    else:
+        destination: Tensor = getattr(layer, kind).data
+        destination[rows].copy_(restored(published, scales, where))
+
+
+def _read_scales(files: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Name of a quantised tensor -> its scale."""
+    scales: dict[str, Tensor] = {}
+    for name, scale_name in scale_names(files).items():
+        with _opened(files[scale_name]) as handle, _reading(scale_name, files[scale_name]):
+            scales[name] = handle.get_tensor(scale_name)
+    return scales
 
 
 def load_rows(folder: Path, name: str, indices: Sequence[int], width: int, variant: str | None = None) -> Tensor:
@@ -224,6 +257,12 @@ def weights_bytes(
             count *= size
         total += count * itemsize
     return total
+
+
+def saved_bytes(model: nn.Module, itemsize: int) -> int:
+    """Bytes by which a model, on the meta device, is smaller in int8 than with this item size."""
+    layers = [part for part in model.modules() if isinstance(part, PackedLayer) and part.can_quantize]
+    return sum(layer.weight.numel() * (itemsize - 1) - SCALE_BYTES * len(layer.weight) for layer in layers)
 
 
 def _by_file(files: Mapping[str, Path]) -> dict[Path, list[str]]:

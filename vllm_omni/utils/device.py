@@ -62,8 +62,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 def instruction_sets() -> frozenset[str]:
     """Which of those that the package's own kernels are compiled for this CPU has: "avx2", "avx512bf16", "amx"."""
-    wide = {"avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16"}
-    needed = {"avx2": {"avx2", "fma3"}, "avx512bf16": wide, "amx": {*wide, "amx_tile", "amx_bf16"}}
+    wide = {"avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16", "avx512_vnni"}
+    needed = {"avx2": {"avx2", "fma3"}, "avx512bf16": wide, "amx": {*wide, "amx_tile", "amx_bf16", "amx_int8"}}
     return frozenset(name for name, features in needed.items() if features <= _cpu_features())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from vllm_omni.layers.attention.native import NativeAttention
 from vllm_omni.layers.attention.reference import ReferenceAttention
 from vllm_omni.layers.decoder import Decoder, DecoderConfig
 from vllm_omni.layers.forward_context import ForwardContext
-from vllm_omni.layers.linear import Embedding, Linear, pack_linears
+from vllm_omni.layers.linear import Embedding, Linear, pack_linears, quantize_linears
 from vllm_omni.layers.native import library
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.native.vocabulary import find_largest
+from vllm_omni.layers.quantization import dequantize, multiply_quantized, quantize_weight
 from vllm_omni.layers.sampler import largest
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -91,6 +93,70 @@ def test_packed_embeddings_are_read_as_they_were(dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=60)
+@given(
+    st.integers(0, 70),
+    st.integers(1, 40) | st.sampled_from([48, 80, 270]),
+    st.integers(1, 4),
+    st.booleans(),
+    st.sampled_from(DTYPES),
+    st.integers(0, 9),
+)
+@torch.inference_mode()
+def test_products_with_int8_equal_their_definition_bit_for_bit(
+    rows: int, quarter: int, panels: int, bias: bool, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = (torch.randn(rows, 4 * quarter) * torch.rand(rows, 1)).to(dtype)
+    weight, scales = quantize_weight(torch.randn(32 * panels, 4 * quarter))
+    weight[torch.rand(weight.shape) < 0.01] = -128  # as others publish
+    added = torch.randn(32 * panels).to(dtype) if bias else None
+    packing = NativePacking.find(weight, dtype, scales)
+    assert packing is not None
+    product = packing.multiply(x, packing.pack(weight.clone()), added)
+    assert torch.equal(product, multiply_quantized(x, weight, scales, added))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_the_largest_numbers_of_int8_are_not_cut(dtype: torch.dtype) -> None:
+    weight, scales = torch.full((32, 4096), -128, dtype=torch.int8), torch.ones(32)
+    weight[::2] = 127
+    x = torch.ones(5, 4096, dtype=dtype)
+    x[1:] *= -1
+    packing = NativePacking.find(weight, dtype, scales)
+    assert packing is not None
+    product = packing.multiply(x, packing.pack(weight.clone()), None)
+    assert torch.equal(product, multiply_quantized(x, weight, scales, None))
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 21, 35])
+@torch.inference_mode()
+def test_a_row_that_is_not_finite_spoils_its_own_product_with_int8_alone(odd: float, place: int) -> None:
+    weight, scales = quantize_weight(torch.randn(32, 36))
+    packing = NativePacking.find(weight, torch.float32, scales)
+    assert packing is not None
+    packed = packing.pack(weight)
+    x = torch.randn(3, 36)
+    expected = packing.multiply(x, packed, None)
+    x[1, place] = odd
+    product = packing.multiply(x, packed, None)
+    assert not product[1].isfinite().any()
+    assert torch.equal(product[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_packed_embeddings_in_int8_are_read_as_they_were(dtype: torch.dtype) -> None:
+    weight, scales = quantize_weight(torch.randn(96, 36))
+    ids = torch.tensor([0, 95, 31, 32, 33, 31])
+    packing = NativePacking.find(weight, dtype, scales)
+    assert packing is not None
+    rows = packing.rows(packing.pack(weight.clone()), ids)
+    assert torch.equal(rows, dequantize(weight, scales)[ids].to(dtype))
+
+
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.integers(1, 80), st.sampled_from(DTYPES), st.integers(0, 99), st.booleans())
 def test_the_first_of_the_largest_is_found(rows: int, size: int, dtype: torch.dtype, seed: int, spoils: bool) -> None:
     torch.manual_seed(seed)
@@ -158,6 +224,16 @@ def test_long_and_wide_steps_attend_as_the_definition_says(
         assert torch.equal(alone, native[rows])
 
 
+def quantised(decoder: Decoder) -> Decoder:
+    """The same with its projections in int8."""
+    published = {name: tensor.clone() for name, tensor in decoder.named_parameters()}
+    quantize_linears(decoder)
+    for name, layer in decoder.named_modules():
+        if isinstance(layer, Linear):
+            layer.fill(slice(None), published[f"{name}.weight"], None)
+    return decoder
+
+
 def make_decoder(
     dtype: torch.dtype, *, biases: bool, head_norms: bool, windows: tuple[int | None, ...] = ()
 ) -> Decoder:
@@ -182,9 +258,15 @@ def make_decoder(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shapes", [[(20, 1)], [(20, 1), (0, 1), (37, 1)], [(0, 40), (8, 1), (16, 9)]])
 @pytest.mark.parametrize(("biases", "head_norms", "windows"), [(False, True, ()), (True, False, (None, 12))])
+@pytest.mark.parametrize("in_int8", [False, True])
 @torch.inference_mode()
 def test_layers_in_one_call_equal_them_one_by_one(
-    dtype: torch.dtype, shapes: list[tuple[int, int]], biases: bool, head_norms: bool, windows: tuple[int | None, ...]
+    dtype: torch.dtype,
+    shapes: list[tuple[int, int]],
+    biases: bool,
+    head_norms: bool,
+    windows: tuple[int | None, ...],
+    in_int8: bool,
 ) -> None:
     torch.manual_seed(0)
     step = Step(shapes, 2, 32, dtype)
@@ -192,22 +274,31 @@ def test_layers_in_one_call_equal_them_one_by_one(
     states = torch.randn(step.num_tokens, 64).to(dtype)
 
     def run(
-        attention: type[NativeAttention] | type[ReferenceAttention], cache: Tensor, only: int | None = None
+        model: Decoder,
+        attention: type[NativeAttention] | type[ReferenceAttention],
+        cache: Tensor,
+        only: int | None = None,
     ) -> Tensor:
         rows = slice(None) if only is None else step.rows(only)
         context = ForwardContext(attention(step.metadata(only=only)), cache, 2)
-        result: Tensor = decoder(states[rows], step.positions[rows], context)
+        result: Tensor = model(states[rows], step.positions[rows], context)
         return result
 
     plain_cache, native_cache = step.cache.clone(), step.cache.clone()
-    plain = run(ReferenceAttention, plain_cache)
+    plain_decoder = copy.deepcopy(quantised(decoder) if in_int8 else decoder)
+    if in_int8:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "built_variants", dict)
+            pack_linears(plain_decoder)
+    plain = run(plain_decoder, ReferenceAttention, plain_cache)
     pack_linears(decoder)
     assert decoder.native() is not None
-    native = run(NativeAttention, native_cache)
-    close(native, plain, steps=8)
-    close(native_cache, plain_cache, steps=8)
+    native = run(decoder, NativeAttention, native_cache)
+    # a number that is rounded otherwise before it is quantised moves by a whole step of int8
+    close(native, plain, steps=16 if in_int8 else 8)
+    close(native_cache, plain_cache, steps=16 if in_int8 else 8)
     for index in range(len(shapes)):
-        assert torch.equal(run(NativeAttention, step.cache.clone(), index), native[step.rows(index)])
+        assert torch.equal(run(decoder, NativeAttention, step.cache.clone(), index), native[step.rows(index)])
 
 
 @torch.inference_mode()

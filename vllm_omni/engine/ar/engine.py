@@ -273,8 +273,8 @@ class AREngine(StageEngine):
 
 def _load_runner(spec: ARSpec, context: EngineContext) -> ModelRunner:
     model = context.models.get(
-        (*spec.model.key, str(context.device), str(context.dtype)),
-        lambda: spec.model.load(context.device, context.dtype),
+        (*spec.model.key, str(context.device), spec.precision.name),
+        lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization),
     )
     return ModelRunner(
         model,

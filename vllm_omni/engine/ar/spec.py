@@ -36,6 +36,7 @@ class ARSpec(StageSpec):
 
     options_type = AROptions
     params_type = SamplingParams
+    can_quantize = True
 
     options: AROptions
     can_write: bool  # whether its jobs sample
@@ -135,7 +136,7 @@ class ARSpec(StageSpec):
     def plan_memory(self) -> MemoryPlan:
         pool = self.pool
         return MemoryPlan(
-            weights_bytes=self.model.weights_bytes(self._itemsize),
+            weights_bytes=self.model.weights_bytes(self._itemsize, self.precision.quantization),
             kv_pool_bytes=pool.num_blocks * pool.block_bytes,
             wanted_bytes=pool.num_wanted * pool.block_bytes,
             remark=f"KV pool of {pool.num_blocks * self.options.block_size:,} tokens, as {pool.limited_by} sets it",
@@ -150,6 +151,9 @@ class ARSpec(StageSpec):
 
     def published_dtype(self) -> dtype | None:
         return self.model.published_dtype()
+
+    def published_quantization(self) -> str | None:
+        return self.model.published_quantization
 
     def weights_key(self) -> tuple[str, ...]:
         return (self.stage.kind, *self.model.key)

@@ -45,8 +45,8 @@ class DiffusionEngine(StageEngine):
         self._reads = context.reads
         self._device = context.device
         self.model: DiffusionModel = context.models.get(
-            (type(spec.model).__name__, spec.folder.resolve(), context.device, context.dtype),
-            lambda: spec.model.load(context.device, context.dtype),
+            (type(spec.model).__name__, spec.folder.resolve(), context.device, spec.precision.name),
+            lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization),
         )
         self._kernels = kernels_of(part for part in vars(self.model).values() if isinstance(part, torch.nn.Module))
         self._caches = DiTCacheManager(context.dit_cache)

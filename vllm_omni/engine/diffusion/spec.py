@@ -6,7 +6,6 @@ stage's `part`.
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,10 +56,16 @@ class DiffusionSpec(StageSpec):
         self.defaults = layered(stage.defaults, self.model.defaults)
         self._dit_cache = config.dit_cache
 
-    @cached_property
-    def precision(self) -> Precision:
+    @property
+    def can_quantize(self) -> bool:  # type: ignore[override]
+        return self.model.can_quantize
+
+    def choose_dtype(self) -> Precision:
         only = self.model.only_dtype
-        return super().precision if only is None else Precision(only, "the model computes in nothing else")
+        return super().choose_dtype() if only is None else Precision(only, "the model computes in nothing else")
+
+    def published_quantization(self) -> str | None:
+        return self.model.published_quantization()
 
     def published_dtype(self) -> torch.dtype | None:
         return self.model.published_dtype()
@@ -71,7 +76,7 @@ class DiffusionSpec(StageSpec):
     def plan_memory(self) -> MemoryPlan:
         dtype = self.precision.dtype
         return MemoryPlan(
-            weights_bytes=self.model.weights_bytes(dtype),
+            weights_bytes=self.model.weights_bytes(dtype, self.precision.quantization),
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
             step_cache_bytes=0 if self.options.policy == "none" else budget_bytes(self._dit_cache),
         )

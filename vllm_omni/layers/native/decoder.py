@@ -41,11 +41,7 @@ class LayerParts:
     def struct(self) -> LayerStruct:
         """Pointers into the parts, which must outlive it."""
         norms = (self.attention_norm, self.query_norm, self.key_norm, self.mlp_norm)
-        linears = [
-            LinearStruct(pointer(linear.weight), pointer(linear.bias), linear.out_features, linear.in_features)
-            for linear in self.linears
-        ]
-        return LayerStruct(*map(pointer, norms), *linears, self.window or 0)
+        return LayerStruct(*map(pointer, norms), *map(_linear_struct, self.linears), self.window or 0)
 
 
 class NativeLayers:
@@ -108,3 +104,8 @@ class NativeLayers:
             made = (CacheStruct * len(kv_cache))(*(CacheStruct(pointer(c[0]), pointer(c[1])) for c in kv_cache))
             self._caches = (pool, made)
         return self._caches[1]
+
+
+def _linear_struct(linear: Linear) -> LinearStruct:
+    tensors = (linear.weight, linear.scales, linear.bias)
+    return LinearStruct(*map(pointer, tensors), linear.out_features, linear.in_features)

@@ -28,9 +28,12 @@ VARIANTS = ("amx", "avx512bf16", "avx2")  # best first
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SHARED_WORK = 2**20  # multiplications: some ten microseconds of one thread
 POINTER, COUNT, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-ARGUMENTS: dict[str, tuple[type, ...]] = {
+LAYOUT_ARGUMENTS: dict[str, tuple[type, ...]] = {
     "pack": (POINTER, COUNT, COUNT, THREADS),
     "unpack_rows": (POINTER, COUNT, POINTER, COUNT, POINTER, THREADS),
+}
+ARGUMENTS: dict[str, tuple[type, ...]] = {
+    **LAYOUT_ARGUMENTS,
     "multiply": (POINTER, COUNT, ctypes.POINTER(LinearStruct), POINTER, THREADS),
     "attend": (
         ctypes.POINTER(StepStruct),
@@ -79,6 +82,11 @@ class Kernels:
         self.gate = getattr(library, f"gate_{dtype}")
         self.snake = getattr(library, f"snake_{dtype}")
         self.attend_fully = getattr(library, f"attend_fully_{dtype}")
+        for name, arguments in LAYOUT_ARGUMENTS.items():
+            getattr(library, f"{name}_int8").argtypes = arguments
+            getattr(library, f"{name}_int8").restype = None
+        self.pack_int8 = library.pack_int8  # weights that stand beside activations of any type
+        self.unpack_rows_int8 = library.unpack_rows_int8
 
 
 def kernels(dtype: torch.dtype) -> Kernels | None:
@@ -119,7 +127,7 @@ def _multiplies(functions: Kernels, dtype: torch.dtype) -> bool:
     expected = x @ weight.T
     out = torch.zeros_like(expected)  # memory that was used before may hold the very product
     functions.pack(pointer(weight), 64, 64, 1)
-    functions.multiply(pointer(x), 40, LinearStruct(pointer(weight), None, 64, 64), pointer(out), 1)
+    functions.multiply(pointer(x), 40, LinearStruct(pointer(weight), None, None, 64, 64), pointer(out), 1)
     return torch.equal(out, expected)
 
 

@@ -8,7 +8,10 @@ POINTER, COUNT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class LinearStruct(ctypes.Structure):
-    _fields_ = (("weight", POINTER), ("bias", POINTER), ("outputs", COUNT), ("inputs", COUNT))
+    _fields_ = (
+        *(("weight", POINTER), ("scales", POINTER), ("bias", POINTER)),
+        *(("outputs", COUNT), ("inputs", COUNT)),
+    )
 
 
 class HeadsStruct(ctypes.Structure):

@@ -56,8 +56,8 @@ class SelfAttention(nn.Module):
         self.shape = HeadShape(*heads, config.head_dim, are_neighbours=False)
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         parts = {"to_q": query, "to_k": key, "to_v": key}
-        self.qkv = MergedLinear(config.hidden_size, parts, bias=config.attention_bias)
-        self.out = Linear(query, config.hidden_size, bias=config.attention_bias)
+        self.qkv = MergedLinear(config.hidden_size, parts, bias=config.attention_bias, can_quantize=True)
+        self.out = Linear(query, config.hidden_size, bias=config.attention_bias, can_quantize=True)
         self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -82,9 +82,11 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.to_q = Linear(config.hidden_size, query, bias=config.attention_bias)
-        self.keys_values = MergedLinear(config.hidden_size, {"to_k": key, "to_v": key}, bias=config.attention_bias)
-        self.out = Linear(query, config.hidden_size, bias=config.attention_bias)
+        self.to_q = Linear(config.hidden_size, query, bias=config.attention_bias, can_quantize=True)
+        self.keys_values = MergedLinear(
+            config.hidden_size, {"to_k": key, "to_v": key}, bias=config.attention_bias, can_quantize=True
+        )
+        self.out = Linear(query, config.hidden_size, bias=config.attention_bias, can_quantize=True)
         self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -105,8 +107,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: AceStepConfig) -> None:
         super().__init__()
         parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up = MergedLinear(config.hidden_size, parts)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = MergedLinear(config.hidden_size, parts, can_quantize=True)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, can_quantize=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up(x)))

@@ -10,6 +10,7 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.models.ace_step.conditioning import REFERENCE_SECONDS, AceStepConditioner
 from vllm_omni.models.ace_step.config import AceStepConfig
 from vllm_omni.models.ace_step.folder import AceStepFolder
@@ -40,12 +41,14 @@ STEP_SECONDS = 1e-2  # rough, of one denoising step of a second of audio
 class AceStepSpec(DiffusionModelSpec):
     """Of a folder of diffusers' AceStepPipeline."""
 
+    can_quantize = True
+
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)
         self._folder = published = AceStepFolder(folder)
-        self._transformer = AceStepConfig.from_dict(
-            published.config("transformer"), str(published.config_file("transformer"))
-        )
+        raw, where = published.config("transformer"), str(published.config_file("transformer"))
+        self._transformer = AceStepConfig.from_dict(raw, where)
+        self._published_quantization = read_quantization(raw, where)
         self.defaults = TURBO_DEFAULTS if self._transformer.is_turbo else BASE_DEFAULTS
         self._geometry = MusicGeometry.from_folder(published)
         check_config(published.config("vae"), str(published.config_file("vae")))
@@ -55,6 +58,12 @@ class AceStepSpec(DiffusionModelSpec):
         self.weight_folders = [folder / part for part in ("transformer", "vae", ENCODER, *self._coders)]
         self._can_tokenize = len(self._coders) == len(TOKENIZER_PARTS)
         self.signature = self._signature()
+
+    def build_transformer(self) -> AceStepTransformer:
+        return AceStepTransformer.build(self._transformer)
+
+    def published_quantization(self) -> str | None:
+        return self._published_quantization
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Hidden states, their normed copy and what a block adds; gate, up and their product, or queries, keys and
@@ -101,11 +110,13 @@ class AceStepSpec(DiffusionModelSpec):
         name = "ACE-Step turbo" if self._transformer.is_turbo else "ACE-Step base or sft"
         return f"{name} (by is_turbo and model_version of transformer/config.json)"
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> AceStepPipeline:
+    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> AceStepPipeline:
         path, variant = self.folder, self.weights_variant
         num_timbre_frames = self._geometry.num_frames(REFERENCE_SECONDS)
         return AceStepPipeline(
-            AceStepTransformer.load(path / "transformer", self._transformer, device, dtype, variant),
+            AceStepTransformer.load(
+                path / "transformer", self._transformer, device, dtype, variant, quantization=quantization
+            ),
             Oobleck.load(path / "vae", device, dtype, variant),
             AceStepConditioner.load(path, [ENCODER, *self._coders], num_timbre_frames, device, dtype, variant),
             self._folder.config("scheduler"),

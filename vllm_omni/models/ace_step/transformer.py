@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vllm_omni.layers.linear import Linear, MergedLinear, linear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.rotary import rotary_frequencies
-from vllm_omni.layers.weights import Target, load_weights
+from vllm_omni.layers.weights import Target, allocate, load_weights
 from vllm_omni.models.ace_step.blocks import Block, TimeEmbedding
 from vllm_omni.models.ace_step.config import AceStepConfig
 from vllm_omni.models.ace_step.frames import CrossAttentionKV, Frames, RowCondition, grouped, packed_order
@@ -74,14 +74,21 @@ class AceStepTransformer(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         weights_variant: str | None = None,
+        *,
+        quantization: str | None = None,
     ) -> AceStepTransformer:
         """The model of a `transformer` folder and its configuration, ready to run."""
-        with torch.device("meta"):
-            model = cls(config)
-        model.to_empty(device=device).to(dtype).requires_grad_(False).eval()
+        model = cls.build(config)
+        allocate(model, device, dtype, quantization)
         load_weights(model, folder, variant=weights_variant)
         model.fold_weights()
         return model
+
+    @classmethod
+    def build(cls, config: AceStepConfig) -> AceStepTransformer:
+        """On the meta device."""
+        with torch.device("meta"):
+            return cls(config)
 
     @torch.no_grad()
     def fold_weights(self) -> None:

@@ -64,8 +64,11 @@ class Thinker(nn.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, is_head=config.tie_word_embeddings)
         self.decoder = Decoder(config)
-        head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head = head
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, bias=False, can_quantize=True)
+        )
         self.encoders = MediaEncoders(config.vision, config.audio, config.hidden_size, config.where)
 
     @classmethod

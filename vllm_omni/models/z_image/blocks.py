@@ -51,8 +51,8 @@ class Attention(nn.Module):
         super().__init__()
         head_dim = config.dim // config.n_heads
         self.shape = HeadShape(config.n_heads, config.n_heads, head_dim, are_neighbours=True)
-        self.qkv = Linear(config.dim, 3 * config.dim, bias=False)
-        self.out = Linear(config.dim, config.dim, bias=False)
+        self.qkv = Linear(config.dim, 3 * config.dim, bias=False, can_quantize=True)
+        self.out = Linear(config.dim, config.dim, bias=False, can_quantize=True)
         self.norms = None
         if config.qk_norm:
             self.norm_q, self.norm_k = RMSNorm(head_dim, ATTENTION_EPS), RMSNorm(head_dim, ATTENTION_EPS)
@@ -74,8 +74,8 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = int(dim / 3 * 8)
-        self.w13 = Linear(dim, 2 * hidden, bias=False)
-        self.w2 = Linear(hidden, dim, bias=False)
+        self.w13 = Linear(dim, 2 * hidden, bias=False, can_quantize=True)
+        self.w2 = Linear(hidden, dim, bias=False, can_quantize=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(swiglu(self.w13(x)))

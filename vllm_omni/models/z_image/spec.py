@@ -12,7 +12,8 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
-from vllm_omni.layers.weights import load_weights, weights_bytes
+from vllm_omni.layers.published_quantization import read_quantization
+from vllm_omni.layers.weights import allocate, load_weights, weights_bytes
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import PATCH
 from vllm_omni.models.z_image.pipeline import NEGATIVE_PORT, ImageGeometry, ZImagePipeline
@@ -42,11 +43,14 @@ class ZImageSpec(DiffusionModelSpec):
     """Text to image."""
 
     gives_previews = True
+    can_quantize = True
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)
         self.weight_folders = [folder / part for part in ("transformer", "vae")]
         self.config = ZImageConfig.from_folder(folder / "transformer")
+        config_file = folder / "transformer" / "config.json"
+        self._published_quantization = read_quantization(read_json(config_file), str(config_file))
         self.geometry = _geometry(folder / "vae" / "config.json")
         self.preview_map = PreviewMap.of_vae(folder / "vae")
         self.sampler_config = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -64,22 +68,28 @@ class ZImageSpec(DiffusionModelSpec):
             results=frozenset({"image"}),
         )
 
-    def weights_bytes(self, dtype: torch.dtype) -> int:
+    def weights_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
         of_vae = {
             part: weights_bytes(self.folder / "vae", part.itemsize, variant=self.weights_variant)
             for part in (dtype, self._vae_dtype(dtype))
         }
-        return super().weights_bytes(dtype) - of_vae[dtype] + of_vae[self._vae_dtype(dtype)]
+        return super().weights_bytes(dtype, quantization) - of_vae[dtype] + of_vae[self._vae_dtype(dtype)]
+
+    def build_transformer(self) -> ZImageTransformer:
+        with torch.device("meta"):
+            return ZImageTransformer(self.config)
+
+    def published_quantization(self) -> str | None:
+        return self._published_quantization
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         return self.config.dim * dtype.itemsize * ACTIVATION_WIDTHS
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> ZImagePipeline:
+    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> ZImagePipeline:
         from diffusers import AutoencoderKL
 
-        with torch.device("meta"):
-            transformer = ZImageTransformer(self.config)
-        transformer.to_empty(device=device).to(dtype).requires_grad_(False).eval()
+        transformer = self.build_transformer()
+        allocate(transformer, device, dtype, quantization)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         vae = load_part(AutoencoderKL, self.folder / "vae", self._vae_dtype(dtype), self.weights_variant)
         vae = vae.to(device=device, memory_format=torch.channels_last)

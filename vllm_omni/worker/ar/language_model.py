@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vllm_omni import registry
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
-from vllm_omni.layers.weights import load_weights, tensor_files, weights_bytes
+from vllm_omni.layers.published_quantization import read_quantization
+from vllm_omni.layers.weights import allocate, load_weights, saved_bytes, tensor_files, weights_bytes
 from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.files import read_json
 from vllm_omni.utils.variants import check_variant, variants_in
@@ -113,6 +114,7 @@ class LanguageModelFolder:
     rope_scaling: str = ""  # what stands in the place of the file's own, as text
     stated_dtype: torch.dtype | None = None  # what the file says that the weights were published in
     weights_variant: str | None = None  # which weight files are loaded
+    published_quantization: str | None = None  # "int8" or "float8", where the file says that they were quantised
 
     @classmethod
     def open(
@@ -137,7 +139,8 @@ class LanguageModelFolder:
             if rope_scaling is not None:
                 config = config.with_rope_scaling(rope_scaling)
         scaling = "" if rope_scaling is None else repr(sorted(rope_scaling.items()))
-        return cls(folder, part, name, found, config, scaling, dtype_of_config(raw, part), weights_variant)
+        stated, quantized = dtype_of_config(raw, part), read_quantization(raw, str(where))
+        return cls(folder, part, name, found, config, scaling, stated, weights_variant, quantized)
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -150,11 +153,11 @@ class LanguageModelFolder:
             self.weights_variant or "",
         )
 
-    def weights_bytes(self, itemsize: int) -> int:
-        """Of the model's parameters, itemsize bytes each."""
-        return weights_bytes(
-            self.folder, itemsize, self._tensor_prefix, self.model_class.other_parts, self.weights_variant
-        )
+    def weights_bytes(self, itemsize: int, quantization: str | None = None) -> int:
+        """Of the model's parameters, itemsize bytes each but for what is quantised."""
+        left_out, variant = self.model_class.other_parts, self.weights_variant
+        total = weights_bytes(self.folder, itemsize, self._tensor_prefix, left_out, variant)
+        return total if quantization is None else total - saved_bytes(self._build(), itemsize)
 
     def published_dtype(self) -> torch.dtype | None:
         """What the file says of the plain weights, else what most of the parameters are stored in; None where neither
@@ -165,16 +168,21 @@ class LanguageModelFolder:
         files = tensor_files(self.folder, self._tensor_prefix, self.weights_variant).values()
         return dtype_of_headers(files, self._tensor_prefix, self.model_class.other_parts)
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> LanguageModel:
         """The model, built without initialising and filled from its safetensors files."""
-        with torch.device("meta"):
-            model: nn.Module = self.model_class(self.config)
-        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        model = self._build()
+        allocate(model, device, dtype, quantization)
         load_weights(model, self.folder, self._tensor_prefix, self.weights_variant)
         for module in model.modules():
             if isinstance(module, ComputedBuffers):
                 module.fill_buffers()
         return model  # type: ignore[return-value]
+
+    def _build(self) -> nn.Module:
+        """On the meta device."""
+        with torch.device("meta"):
+            model: nn.Module = self.model_class(self.config)
+        return model
 
     @property
     def _tensor_prefix(self) -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError, StageError
-from vllm_omni.layers.weights import weights_bytes
+from vllm_omni.layers.weights import saved_bytes, weights_bytes
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
@@ -97,6 +97,7 @@ class DiffusionModelSpec(ABC):
     request_keys: frozenset[str] = frozenset()  # keys of `OmniRequest.fields` that it reads; `prepare` is given them
     gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
     only_dtype: ClassVar[torch.dtype | None] = None  # that it computes in, whatever its stage's `dtype` says
+    can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in int8
     defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
@@ -104,23 +105,32 @@ class DiffusionModelSpec(ABC):
         self.folder = folder
         self.weights_variant = weights_variant
 
-    def weights_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights, from the safetensors headers."""
-        return sum(
+    def weights_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
+        """Bytes of all weights, from the safetensors headers. quantization: "int8", where it can be."""
+        total = sum(
             weights_bytes(folder, dtype.itemsize, variant=self.weights_variant) for folder in self.weight_folders
         )
+        return total if quantization is None else total - saved_bytes(self.build_transformer(), dtype.itemsize)
+
+    def build_transformer(self) -> nn.Module:
+        """What of it can be quantised, on the meta device."""
+        raise NotImplementedError(f"{type(self).__name__}.can_quantize: build_transformer is missing")
 
     def published_dtype(self) -> torch.dtype | None:
         """What most of these weights were published in, from the headers; None where nothing says."""
         return dtype_of_folders(self.weight_folders, self.weights_variant)
+
+    def published_quantization(self) -> str | None:
+        """ "int8" or "float8", where the blocks' weights were published so."""
+        return None
 
     @abstractmethod
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Activation bytes of one token at the widest moment of a block."""
 
     @abstractmethod
-    def load(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
-        """The model, its checkpoint read."""
+    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> DiffusionModel:
+        """The model, its checkpoint read. quantization: "int8", where it can be."""
 
     @abstractmethod
     def check(

@@ -53,7 +53,7 @@ class Token2WavSpec(DiffusionModelSpec):
     def published_dtype(self) -> torch.dtype | None:
         return None  # it computes in float32 whatever its files hold
 
-    def weights_bytes(self, dtype: torch.dtype) -> int:
+    def weights_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
         shapes = tensor_shapes(self.folder, PREFIX, self.weights_variant).values()
         return sum(math.prod(shape) * dtype.itemsize for shape in shapes)
 
@@ -66,7 +66,7 @@ class Token2WavSpec(DiffusionModelSpec):
         widest = max(2 * config.ff_mult * config.hidden_size, 9 * heads)
         return (3 * config.hidden_size + widest) * dtype.itemsize
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> Token2Wav:
+    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Token2Wav:
         with torch.device("meta"):
             modules = Token2WavModules(self.config)
         modules.to_empty(device=device).to(dtype).requires_grad_(False).eval()

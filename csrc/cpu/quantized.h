@@ -1,0 +1,183 @@
+// Products of rows with a packed weight in int8: each row of x is quantised by its own largest value, sums of whole
+// numbers are exact, and scales come last. What is computed, and where it is rounded, is what
+// vllm_omni/layers/quantization.py says in torch.
+#pragma once
+
+#include "gemm.h"
+#include "team.h"
+
+#include <immintrin.h>
+
+namespace omni {
+
+// To the nearest whole number, ties to even.
+inline IntVec nearest(Vec x) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_maskz_cvtps_epi32(0xffff, (__m512)x);
+#else
+  return (IntVec)_mm256_cvtps_epi32((__m256)x);
+#endif
+}
+
+// x, of which the compiler makes no fused product and sum.
+inline Vec rounded_product(Vec x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
+// Rows of x in int8, each with its scale and the sum of its numbers.
+struct QuantizedRows {
+  std::vector<int8_t> numbers;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+
+  void reserve(int64_t rows, int64_t inputs) {
+    numbers.resize(size_t(rows * inputs)), scales.resize(size_t(rows)), sums.resize(size_t(rows));
+  }
+};
+
+// One row; NaN or infinity in it makes its scale NaN. `size` is a multiple of four.
+template <typename T>
+inline void quantize_row(const T* x, int64_t size, int8_t* numbers, float* scale, int32_t* sum) {
+  const int64_t whole = size / kWidth * kWidth;
+  Vec most{}, odd{};
+  for (int64_t i = 0; i < whole; i += kWidth) {
+    const Vec v = load(x + i);
+    most = max(max(most, v), -v);
+    odd += v - v;
+  }
+  float all = largest(most) + omni::sum(odd);
+  for (int64_t i = whole; i < size; i++) {
+    const float v = load_one(x + i);
+    all = std::max(all, std::fabs(v)) + (v - v);
+  }
+  float inverse = 127.0f / all;
+  if (!std::isfinite(inverse)) inverse = 0;
+  IntVec total{};
+  for (int64_t i = 0; i < whole; i += kWidth) {
+    const IntVec n = nearest(load(x + i) * inverse);
+    const ByteVec bytes = __builtin_convertvector(n, ByteVec);
+    std::memcpy(numbers + i, &bytes, sizeof(bytes));
+    total += n;
+  }
+  int32_t found = 0;
+  for (int i = 0; i < kWidth; i++) found += total[i];
+  for (int64_t i = whole; i < size; i++) {
+    numbers[i] = int8_t(_mm_cvtss_si32(_mm_set_ss(load_one(x + i) * inverse)));
+    found += numbers[i];
+  }
+  *scale = all / 127.0f;
+  *sum = found;
+}
+
+// Sums of kRows rows with one panel, in which 128 times the sum of a row is too much where `kIsShifted`.
+#if defined(__AVX512VNNI__)
+constexpr bool kIsShifted = true;  // one factor of the instruction has no sign
+
+template <int kRows>
+inline void multiply_panel(const int8_t* x, int64_t stride, const int8_t* panel, int64_t inputs,
+                           IntVec (&sums)[kRows][kVectors]) {
+  const __m512i shift = _mm512_set1_epi8(-128);
+  for (int64_t k = 0; k < inputs; k += 4, panel += 4 * kPanel) {
+    __m512i w[kVectors];
+    for (int v = 0; v < kVectors; v++) {
+      w[v] = _mm512_loadu_si512(panel + 4 * v * kWidth) ^ shift;
+      read_ahead(panel + 4 * v * kWidth);
+    }
+    for (int r = 0; r < kRows; r++) {
+      int32_t step;
+      std::memcpy(&step, x + r * stride + k, sizeof(step));
+      const __m512i all = _mm512_set1_epi32(step);
+      for (int v = 0; v < kVectors; v++) sums[r][v] = (IntVec)_mm512_dpbusd_epi32((__m512i)sums[r][v], w[v], all);
+    }
+  }
+}
+#else
+constexpr bool kIsShifted = false;
+
+// |w| (x with the sign of w): pairs of products are at most 2 * 128 * 127, so that no sum of 16 bits is cut.
+template <int kRows>
+inline void multiply_panel(const int8_t* x, int64_t stride, const int8_t* panel, int64_t inputs,
+                           IntVec (&sums)[kRows][kVectors]) {
+  static_assert(kWidth == 8, "AVX2");
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int64_t k = 0; k < inputs; k += 4, panel += 4 * kPanel)
+    for (int v = 0; v < kVectors; v++) {
+      const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 4 * v * kWidth));
+      const __m256i size = _mm256_abs_epi8(w);
+      for (int r = 0; r < kRows; r++) {
+        int32_t step;
+        std::memcpy(&step, x + r * stride + k, sizeof(step));
+        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(step), w));
+        sums[r][v] += (IntVec)_mm256_madd_epi16(pairs, ones);
+      }
+    }
+}
+#endif
+
+// Exact sums [count, kPanel] of some rows, from `row` on, to the product; see finish_panel.
+template <typename T>
+inline void finish_exact_panel(const int32_t* exact, int32_t shift, const QuantizedRows& x, int64_t row, int64_t count,
+                               const Linear<T>& linear, int64_t panel, T* out, const T* residual) {
+  float sums[32 * kPanel];
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t i = 0; i < kPanel; i += kWidth) {
+      IntVec whole;
+      std::memcpy(&whole, exact + r * kPanel + i, sizeof(whole));
+      const Vec sum = __builtin_convertvector(whole - shift * x.sums[size_t(row + r)], Vec);
+      const Vec scale = rounded_product(x.scales[size_t(row + r)] * load(linear.scales + panel * kPanel + i));
+      store(sums + r * kPanel + i, rounded_product(sum * scale));
+    }
+  const int64_t at = row * linear.outputs;
+  finish_panel(sums, count, linear, panel, out + at, residual ? residual + at : nullptr);
+}
+
+// The rows from `first` on with one panel.
+template <typename T>
+inline void compute_panel(const QuantizedRows& x, int64_t first, int64_t rows, const Linear<T>& linear, int64_t panel,
+                          T* out, const T* residual) {
+  const int64_t inputs = linear.inputs;
+  const int8_t* weight = static_cast<const int8_t*>(linear.weight) + panel * kPanel * inputs;
+  const int8_t* numbers = x.numbers.data() + first * inputs;
+#if defined(OMNI_TILES)
+  if (inputs % kTileBytes == 0) {
+    alignas(64) int32_t exact[kTilePassRows * kPanel];
+    for (int64_t row = 0; row < rows; row += kTilePassRows) {
+      const int64_t count = rows - row < kTilePassRows ? rows - row : kTilePassRows;
+      multiply_panel_by_tiles<kPanel>(numbers + row * inputs, count, inputs, weight, exact);
+      finish_exact_panel(exact, 0, x, first + row, count, linear, panel, out, residual);
+    }
+    return;
+  }
+#endif
+  in_passes(rows, [&](int64_t row, auto number) {
+    IntVec exact[number.value][kVectors] = {};
+    multiply_panel<number.value>(numbers + row * inputs, inputs, weight, inputs, exact);
+    finish_exact_panel(reinterpret_cast<const int32_t*>(exact), kIsShifted ? 128 : 0, x, first + row, number.value,
+                       linear, panel, out, residual);
+  });
+}
+
+// x [rows, inputs] -> out [rows, outputs], by either kind of weight. To be called by every thread of a team.
+template <typename T>
+void project(Team& team, const T* x, int64_t rows, const Linear<T>& linear, QuantizedRows& quantized, T* out,
+             const T* residual = nullptr) {
+  if (!linear.scales) {
+    multiply(x, rows, linear, out, residual);
+    return;
+  }
+#pragma omp for schedule(static) nowait
+  for (int64_t row = 0; row < rows; row++)
+    quantize_row(x + row * linear.inputs, linear.inputs, quantized.numbers.data() + row * linear.inputs,
+                 &quantized.scales[size_t(row)], &quantized.sums[size_t(row)]);
+  team.meet();
+  share_panels(rows, linear.outputs, [&](int64_t panel, int64_t row, int64_t count) {
+    compute_panel(quantized, row, count, linear, panel, out, residual);
+  });
+}
+
+}  // namespace omni
