@@ -67,7 +67,7 @@ template <typename T, typename Take>
 inline void multiply_rows(const T* x, int64_t rows, int64_t inputs, const T* panel, const Take& take) {
 #if defined(OMNI_TILES)
   if constexpr (sizeof(T) == 2) {
-    static_assert(kPanel == kTileInputs, "whole tiles");
+    static_assert(kPanel * sizeof(T) == kTileBytes, "whole tiles");
     alignas(64) float sums[kTilePassRows * kPanel];
     for (int64_t row = 0; row < rows; row += kTilePassRows) {
       const int64_t count = std::min(kTilePassRows, rows - row);

@@ -97,7 +97,8 @@ def features(piece: Samples) -> Array:
 @lru_cache(maxsize=1)
 def filters() -> Array:
     """[257, NUM_BANDS] triangles, evenly spaced in mel."""
-    edges_mel = np.linspace(*(2595 * np.log10(1 + hz / 700) for hz in (LOWEST_HZ, HIGHEST_HZ)), NUM_BANDS + 2)
+    lowest, highest = (2595 * np.log10(1 + hz / 700) for hz in (LOWEST_HZ, HIGHEST_HZ))
+    edges_mel = np.linspace(lowest, highest, NUM_BANDS + 2)
     edges = 700 * (10 ** (edges_mel / 2595) - 1)
     hertz = np.linspace(0, RATE / 2, 257)[:, None]
     rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
