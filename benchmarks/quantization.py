@@ -25,7 +25,6 @@ STAGES = {
     "tiny_image.yaml": ("text", "image"),
     "tiny_scene.yaml": ("writer", "image"),
     "tiny_audio.yaml": ("text", "sound"),
-    "tiny_speech.yaml": ("thinker", "talker"),
 }
 SEED = 1000
 TOP_LOGPROBS = 20
@@ -85,15 +84,10 @@ class Judged:
         """Kind of request to a shipped config -> the share that was right."""
         from tools.tiny.audio import evaluate as audio
         from tools.tiny.image import evaluate as image
-        from tools.tiny.speech import evaluate as speech
 
         with self._opened(config) as omni:
             if config == "tiny_audio.yaml":
                 return {f"sounds: {c.name}": audio.judge_case(omni, c, count, SEED, {})[0].all for c in audio.CASES}
-            if config == "tiny_speech.yaml":
-                heard = speech.figures(speech.judged(omni, speech.held_out(count, SEED), SEED))
-                parts = {"written_right": "requests written right", "words_heard_right": "words heard right"}
-                return {f"speech: {words}": float(str(heard[key])) for key, words in parts.items()}
             cases = [case for case in image.CASES if case.is_loose == (config == "tiny_scene.yaml")]
             return {f"pictures: {c.name}": image.judge_case(omni, c, count, SEED, {})[0] for c in cases}
 
@@ -173,7 +167,7 @@ def _drawing(folder: Path, options: Options) -> tuple[list[list[str]], list[list
 
     transformer = TINY_Z_IMAGE if options.is_quick else MIDDLE_Z_IMAGE
     target = z_image_folder(folder / "z-image", transformer=transformer, vae=TINY_VAE, text_encoder=TINY_QWEN3)
-    shapes = ((1, 64),) if options.is_quick else ((1, 256), (4, 256), (1, 512))
+    shapes = ((1, 64),) if options.is_quick else ((1, 256), (1, 512))
     cases = [(f"random Z-Image: {n} x {side} px", float(n), Pictures(n, side, 4)) for n, side in shapes]
     distances = []
 
