@@ -19,7 +19,7 @@ from benchmarks.sides import SideProcess, duels
 from benchmarks.text import LARGE, SMALL, TINY, Case, ModelMaker, Ours, equal_share
 
 QUANTIZATIONS = ("int8", "none")
-MIDDLE_Z_IMAGE = {**Z_IMAGE, "dim": 1024, "n_layers": 14, "n_heads": 8, "n_kv_heads": 8, "cap_feat_dim": 32}
+MIDDLE_Z_IMAGE = {**Z_IMAGE, "dim": 768, "n_layers": 24, "n_heads": 6, "n_kv_heads": 6, "cap_feat_dim": 32}
 # The stages of each shipped config that can hold int8
 STAGES = {
     "tiny_image.yaml": ("text", "image"),

@@ -61,14 +61,17 @@ def test_only_layers_that_can_are_quantised() -> None:
     with torch.device("meta"):
         model = torch.nn.ModuleList(
             [
-                *(Linear(8, 4), Linear(8, 4, can_quantize=True)),
-                *(Embedding(6, 8, is_head=False), Embedding(6, 8, is_head=True)),
+                *(Linear(8, 32), Linear(8, 32, can_quantize=True)),
+                *(Linear(8, 33, can_quantize=True), Linear(9, 32, can_quantize=True)),  # which no kernel takes
+                *(Embedding(32, 8, is_head=False), Embedding(32, 8, is_head=True)),
             ]
         ).to(torch.bfloat16)
     quantize_linears(model)
     dtypes = [layer.weight.dtype for layer in model]
-    assert dtypes == [torch.bfloat16, torch.int8, torch.bfloat16, torch.int8]
-    assert [None if layer.scales is None else layer.scales.dtype for layer in model] == [None, torch.float32] * 2
+    assert [dtype == torch.int8 for dtype in dtypes] == [False, True, False, False, False, True]
+    assert [None if layer.scales is None else layer.scales.dtype for layer in model] == [
+        torch.float32 if dtype == torch.int8 else None for dtype in dtypes
+    ]
 
 
 def test_rows_of_quantised_embeddings_are_those_that_the_head_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,13 +79,13 @@ def test_rows_of_quantised_embeddings_are_those_that_the_head_multiplies(monkeyp
 
     monkeypatch.setattr(library, "built_variants", dict)
     with torch.device("meta"):
-        embedding = Embedding(6, 8, is_head=True)
+        embedding = Embedding(32, 8, is_head=True)
     quantize_linears(embedding)
     embedding.to_empty(device="cpu")
-    published = torch.randn(6, 8)
-    embedding.fill(slice(0, 6), published, None)
+    published = torch.randn(32, 8)
+    embedding.fill(slice(0, 32), published, None)
     pack_linears(embedding)
     assert isinstance(embedding.packing, PlainQuantized)
-    rows = embedding(torch.arange(6))
+    rows = embedding(torch.arange(32))
     assert torch.equal(rows, dequantize(*quantize_weight(published)))
     torch.testing.assert_close(embedding.compute_logits(rows), rows @ rows.T, rtol=0.05, atol=0.1)

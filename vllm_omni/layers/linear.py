@@ -19,7 +19,7 @@ from vllm_omni.layers.packing import (
     find_quantized_packing,
     multiply_with_onednn,
 )
-from vllm_omni.layers.quantization import MAX_INPUTS, quantize_weight
+from vllm_omni.layers.quantization import fits, quantize_weight
 from vllm_omni.utils.device import multiplies_with_onednn
 
 
@@ -74,7 +74,7 @@ class Linear(nn.Linear, PackedLayer):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, can_quantize: bool = False) -> None:
         """can_quantize: so for projections within blocks; embedders, modulation and what comes last lose too much."""
         super().__init__(in_features, out_features, bias=bias)
-        self.can_quantize = can_quantize and in_features <= MAX_INPUTS
+        self.can_quantize = can_quantize and fits(out_features, in_features)
         self.register_buffer("scales", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Embedding(nn.Embedding, PackedLayer):
     def __init__(self, num_embeddings: int, embedding_dim: int, *, is_head: bool) -> None:
         super().__init__(num_embeddings, embedding_dim)
         self.is_head = is_head
-        self.can_quantize = is_head and embedding_dim <= MAX_INPUTS
+        self.can_quantize = is_head and fits(num_embeddings, embedding_dim)
         self.register_buffer("scales", None, persistent=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:

@@ -15,7 +15,13 @@ from torch import Tensor
 LARGEST = 127  # int8 without -128, so that both signs reach as far
 MAX_INPUTS = 2**17  # sums of more products could overflow int32
 EXACT_INPUTS = 1024  # sums of so many products are whole numbers of float32
+OUTPUTS_STEP, INPUTS_STEP = 32, 4  # shapes are multiples of these: what the kernels take; torch alone is slow at int8
 PART = 2**20  # numbers of a weight that are worked on at once: what a cache holds
+
+
+def fits(outputs: int, inputs: int) -> bool:
+    """Whether a weight of this shape may be held in int8."""
+    return outputs % OUTPUTS_STEP == 0 and inputs % INPUTS_STEP == 0 and inputs <= MAX_INPUTS
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
