@@ -111,13 +111,18 @@ def dtype_of(omni: Omni, stage: str) -> str:
 def test_a_sequence_is_the_same_alone_and_in_a_crowd(
     has_kernels: bool, dtype: str, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """To the last bit with kernels; without them torch rounds what is not in int8 by how many rows there are."""
     if not has_kernels:
         monkeypatch.setattr(library, "built_variants", dict)
     with opened(words, f"dtype={dtype}", "text.quantization=int8") as omni:
         assert dtype_of(omni, "text") == f"{dtype} with int8 weights"
         together = written(omni, PROMPTS)
     with opened(words, f"dtype={dtype}", "text.quantization=int8", "text.prefix_caching=false") as omni:
-        assert [written(omni, [prompt])[0] for prompt in PROMPTS] == together
+        alone = [written(omni, [prompt])[0] for prompt in PROMPTS]
+    if has_kernels and library.built_variants():
+        assert alone == together
+    else:
+        assert [tokens for tokens, _ in alone] == [tokens for tokens, _ in together]
 
 
 def test_a_picture_is_nearly_that_of_the_weights_as_published(pictures: Path) -> None:

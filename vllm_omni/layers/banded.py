@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_omni.layers.native.full_attention import attend_fully, fits
-from vllm_omni.layers.native.library import Kernels, kernels
+from vllm_omni.layers.native.library import Kernels, kernels_for
 from vllm_omni.utils.device import is_cpu
 
 MIN_BLOCK = 64
@@ -80,8 +80,8 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> 
 
 def _functions(query: Tensor, key: Tensor) -> Kernels | None:
     """The package's own kernels, where they take such heads."""
-    is_fit = is_cpu(query.device) and fits(query.shape[1], key.shape[1], query.shape[3])
-    return kernels(query.dtype) if is_fit else None
+    is_fit = fits(query.shape[1], key.shape[1], query.shape[3])
+    return kernels_for(query, key) if is_fit else None
 
 
 def _attended(functions: Kernels, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:

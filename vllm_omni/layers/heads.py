@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from vllm_omni.layers.native import diffusion
-from vllm_omni.layers.native.library import kernels
+from vllm_omni.layers.native.library import kernels_for
 from vllm_omni.layers.native.structures import HeadRowStruct
 from vllm_omni.layers.norm import RMSNorm
-from vllm_omni.utils.device import is_cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ def placed_heads(
     """qkv: [R, L, (H + 2 K) d], which is overwritten; norms: of queries and keys; rope: [L, d / 2, 2] float32 cosines
     and sines -> queries [R, H, L, d], keys and values [R, K, L, d].
     """
-    functions = kernels(qkv.dtype) if is_cpu(qkv.device) else None
+    functions = kernels_for(qkv)
     if functions is None or not qkv.is_contiguous():
         return plain_placed_heads(qkv, shape, norms, rope)
     query_norm, key_norm = norms or (None, None)

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_omni.layers.native import diffusion
-from vllm_omni.layers.native.library import Kernels, kernels
+from vllm_omni.layers.native.library import Kernels, kernels_for
 from vllm_omni.layers.native.structures import NormStruct
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
-from vllm_omni.utils.device import is_cpu
 
 Norm = RMSNorm | LayerNorm
 
@@ -69,9 +68,8 @@ def plain_swiglu(gate_up: Tensor) -> Tensor:
 
 def _functions(x: Tensor, *others: Tensor | None) -> Kernels | None:
     """None where they do not take what is given."""
-    if not is_cpu(x.device) or any(other is not None and other.dtype != x.dtype for other in others):
-        return None
-    return kernels(x.dtype)
+    is_fit = all(other is None or other.dtype == x.dtype for other in others)
+    return kernels_for(x, *others) if is_fit else None
 
 
 def _struct(norm: Norm) -> NormStruct:

@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from vllm_omni.layers.native import diffusion
-from vllm_omni.layers.native.library import kernels
-from vllm_omni.utils.device import is_cpu
+from vllm_omni.layers.native.library import kernels_for
 
 
 def snake(x: Tensor, frequency: Tensor, amplitude: Tensor) -> Tensor:
     """x + amplitude * sin(frequency * x)^2. x: [B, C, n], in memory as that or as [B, n, C]; frequency, amplitude: [C],
     x's dtype -> the same shape, in memory as x is. On a CPU rounded once, at the end.
     """
-    functions = kernels(x.dtype) if is_cpu(x.device) else None
+    functions = kernels_for(x, frequency, amplitude)
     if functions is not None and x.is_contiguous():
         return diffusion.snake(functions, x, frequency, amplitude, channels_last=False)
     if functions is not None and x.transpose(1, 2).is_contiguous():

@@ -205,3 +205,14 @@ def test_periodic_activations_equal_their_definition(
     found = snake(x, frequency, amplitude)
     assert found.stride() == x.stride()
     close(found, expected, steps=1)
+
+
+def test_what_is_traced_or_differentiated_goes_past_the_kernels() -> None:
+    torch.manual_seed(0)
+    x, scale = torch.randn(2, 3, 64), torch.randn(2, 1, 64, requires_grad=True)
+    norm = RMSNorm(64, 1e-5)
+    modulated(x, norm, scale).sum().backward()
+    assert scale.grad is not None and scale.grad.abs().min() > 0
+    traced = torch.compile(lambda x: swiglu(modulated(x, norm)), backend="eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(traced(x), plain_swiglu(plain_modulated(x, norm, None, None)))

@@ -188,7 +188,10 @@ def test_a_prompt_that_the_pool_cannot_hold_fails_at_once(folder: Path, pool: Mo
         ({"part": "talker", "tokenizer": "x"}, "tokenizer: got 'x'"),
         ({"part": "talker", "chat_template": False}, "chat_template: got False"),
         ({"part": "talker", "outputs": TAP}, "outputs: got"),
-        ({"part": "talker", "speculation": {"method": "prompt_lookup"}}, "speculation: got .* part talker"),
+        (
+            {"part": "talker", "speculation": {"method": "prompt_lookup", "max_tokens": 4}},
+            "speculation: got .* part talker",
+        ),
         ({"part": "thinker", "outputs": {"prompt_positions": {"layers": [1]}}}, "prompt_positions, which the stage"),
         ({"part": "thinker", "sections": ["prompt_positions"]}, "prompt_positions, which the stage"),
     ],

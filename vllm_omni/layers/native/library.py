@@ -95,6 +95,17 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
     return None if file is None else load(file).get(dtype)
 
 
+def kernels_for(x: Tensor, *others: Tensor | None) -> Kernels | None:
+    """Those of x's type; None also where x is not on a CPU, and where torch traces or differentiates: it does not see
+    what they compute, and has no numbers to give them while it traces.
+    """
+    if torch.compiler.is_compiling() or not is_cpu(x.device):
+        return None
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
+        return None
+    return kernels(x.dtype)
+
+
 @functools.cache
 def built_variants() -> dict[str, Path]:
     """Those of VARIANTS that are compiled and that this processor runs, as a product shows -> their files; the first is
