@@ -115,6 +115,19 @@ def test_a_lying_content_length_is_refused(strict: ServerProcess) -> None:
     assert raw(strict, head.encode() + b"content-length: 2\r\n\r\n{}extra bytes").startswith(b"HTTP/1.1 400")
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/nothing", "/v1/chat/completions"])
+@pytest.mark.parametrize("broken", [b"5\r\nhello\r\nno size\r\n", b"2\r\n{}\r\n0\r\n\r\nno request\r\n\r\n"])
+def test_who_breaks_the_protocol_in_mid_request_is_refused_in_silence(
+    strict: ServerProcess, path: str, broken: bytes
+) -> None:
+    said = len(strict.errors)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = raw(strict, head.encode() + broken)
+    assert answer.startswith(b"HTTP/1.1 4")
+    assert strict.get("/health").status_code == 200
+    assert "Traceback" not in strict.errors[said:]
+
+
 def test_a_flood_of_headers_is_refused(strict: ServerProcess) -> None:
     flood = b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"".join(b"x-%d: %s\r\n" % (n, b"y" * 100) for n in range(5_000))
     answer = raw(strict, flood + b"\r\n")

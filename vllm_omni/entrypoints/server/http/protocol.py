@@ -1,6 +1,7 @@
-"""HTTP/1.1 with a limit on how long a client may take to say what it wants.
+"""HTTP/1.1 with a limit on how long a client may take to say what it wants, and an end for who breaks the protocol.
 
-Headers that come byte by byte would hold a connection for ever; uvicorn's own timer runs between two requests alone.
+Headers that come byte by byte would hold a connection for ever; uvicorn's own timer runs between two requests alone. A
+request whose body turns out to be none has its answer by that: what the route says of it can no longer be sent.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADERS_S = 15.0
 
 
 class PatientH11Protocol(H11Protocol):
-    """Closes connections whose request's headers are not complete in time."""
+    """Closes connections whose request's headers are not complete in time, or that go on with what is no HTTP."""
 
     _headers_timer: asyncio.TimerHandle | None = None
 
@@ -28,6 +30,16 @@ class PatientH11Protocol(H11Protocol):
             self._stop_timer()
         elif self._headers_timer is None and not self.transport.is_closing():
             self._expect_headers()
+
+    def send_400_response(self, msg: str) -> None:
+        can_answer = self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if can_answer:
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def handle_websocket_upgrade(self, event: Any) -> None:
         self._stop_timer()
