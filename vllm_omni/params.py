@@ -89,9 +89,12 @@ class DiffusionParams(StageParams):
     seed: int | None = None  # (one that is drawn for the request, see OmniOutput.seed)
     num_outputs: int | None = None  # (1) samples
     num_previews: int | None = None  # (0) pictures of each running sample, for who streams
-    strength: float | None = None  # image to image: 0 keeps the image, 1 ignores it
-    # what image to image starts from, or edits: a PIL image, a path, bytes, an array, or a list of them
+    # how far a picture may leave `image`: 1 ignores it, and where it leaves no step to compute it is refused (0.6, with
+    # a mask 1)
+    strength: float | None = None
+    # what a picture starts from, or edits: a PIL image, a path, bytes, an array, or a list of them
     image: Image | Sequence[Image] | None = None
+    mask: Image | None = None  # of the image's size; what is white, or transparent, is drawn anew, the rest is kept
     sigmas: Sequence[float] | None = None  # one per step, descending, in (0, 1]
     output_type: str | None = None  # ("pil") or "latent"
     duration_s: float | None = None  # of the audio

@@ -258,7 +258,7 @@ def prepared_in(stage: DiffusionEngine, monkeypatch: pytest.MonkeyPatch, heavy: 
         return step()
 
     monkeypatch.setattr(stage.model, "prepare", counted)
-    monkeypatch.setattr(stage.model, "is_heavy", lambda inputs: inputs["prompt_embeds"].shape[0] == 9)
+    monkeypatch.setattr(stage.model, "is_heavy", lambda inputs, params: inputs["prompt_embeds"].shape[0] == 9)
     monkeypatch.setattr(stage, "step", counted_step)
     for key in "abcd":
         stage.submit(task(key, params(ord(key), steps=3), length=9 if key in heavy else 7))

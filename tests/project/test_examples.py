@@ -16,6 +16,18 @@ def test_text_to_image_writes_a_picture_of_the_size_that_was_asked_for(tmp_path:
     assert picture(tmp_path / "star.png").size == (96, 96)
 
 
+def test_a_picture_starts_from_another(tmp_path: Path) -> None:
+    shown = succeed("edit_image.py", "a blue circle", "--strength", "0.5", "-o", "edited.png", folder=tmp_path)
+    assert "strength 0.5" in shown and picture(tmp_path / "edited.png").size == PICTURE
+    succeed("edit_image.py", "a pink star", "--image", "edited.png", "-o", "again.png", folder=tmp_path)
+    assert picture(tmp_path / "again.png").size == PICTURE
+
+
+def test_what_a_mask_keeps_is_kept(tmp_path: Path) -> None:
+    succeed("inpaint.py", "-o", "inpainted.png", folder=tmp_path)
+    assert picture(tmp_path / "inpainted.png").size == PICTURE
+
+
 def test_previews_stand_in_a_row_before_the_picture_and_progress_ends_at_all(tmp_path: Path) -> None:
     shown = succeed("stream_previews.py", "a large pink star", "--previews", "3", "-o", "row.png", folder=tmp_path)
     percent = [int(value) for value in re.findall(r"image +(\d+)%", shown)]

@@ -44,6 +44,7 @@ class DiTCacheConfig:
 
     max_memory_mb: float = 1024.0  # for step caches of running requests
     prompt_embeds_mb: float = 64.0  # for prompt embeddings, which outlive a request; 0 keeps none
+    encoded_images_mb: float = 64.0  # of each stage, for what it made of pictures; they outlive a request; 0 keeps none
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,7 @@ class OmniConfig:
         check_number("scheduler.max_running", self.scheduler.max_running, 1, integer=True, raises=ConfigError)
         check_number("dit_cache.max_memory_mb", self.dit_cache.max_memory_mb, 0, MAX_MB, raises=ConfigError)
         check_number("dit_cache.prompt_embeds_mb", self.dit_cache.prompt_embeds_mb, 0, MAX_MB, raises=ConfigError)
+        check_number("dit_cache.encoded_images_mb", self.dit_cache.encoded_images_mb, 0, MAX_MB, raises=ConfigError)
         check_number("limits.max_prompt_chars", self.limits.max_prompt_chars, 1, integer=True, raises=ConfigError)
         check_number("limits.max_pixels", self.limits.max_pixels, 1, integer=True, raises=ConfigError)
         check_number("limits.max_inference_steps", self.limits.max_inference_steps, 1, integer=True, raises=ConfigError)

@@ -23,15 +23,20 @@ from vllm_omni.media.source_files import open_source_file
 # PIL reads dozens, one of them by running a program; AVIF and HEIF where it, or a plugin that was registered, can
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 FULL_SCALES = (1.0, 2.0**8 - 1, 2.0**16 - 1, 2.0**31 - 1)  # of pixels that are wide integers or floats
-SOURCES = "a path, the bytes of a file, a PIL image or a numpy array uint8 [height, width, 3] or [height, width]"
+SOURCES = (
+    "a path, a data URI, the bytes of a file, a PIL image or a numpy array uint8 [height, width, 3] or [height, width]"
+)
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # of Exif: these values swap height and width
 
 
 def image_size(source: object, limits: LimitsConfig, name: str) -> tuple[int, int]:
-    """(height, width) from the header, nothing decoded; InvalidRequestError for what is no image or too large."""
+    """(height, width) from the header, nothing decoded, of the upright image where the header says how it lies;
+    InvalidRequestError for what is no image or too large.
+    """
     if isinstance(source, np.ndarray):
         return _array_size(source, limits, name)
     with _opened(source, limits, name) as image:
-        return image.height, image.width
+        return (image.width, image.height) if _lies_sideways(image) else (image.height, image.width)
 
 
 def read_image(source: object, limits: LimitsConfig, name: str, mode: str = "RGB") -> Tensor:
@@ -51,6 +56,25 @@ def read_image(source: object, limits: LimitsConfig, name: str, mode: str = "RGB
                 f"{name}: got an image that is damaged or truncated ({type(error).__name__}); save or copy it again"
             ) from None
         return torch.from_numpy(np.array(upright))
+
+
+def read_mask(source: object, limits: LimitsConfig, name: str) -> Tensor:
+    """uint8 [height, width], 255 being what is masked: what is white or, where anything is transparent, what is that.
+    The second is how OpenAI's clients say it, the first how everybody else does.
+    """
+    pixels = read_image(source, limits, name, mode="RGBA")
+    alpha = pixels[..., 3]
+    if bool((alpha < 255).any()):
+        return 255 - alpha
+    return torch.from_numpy(np.array(Image.fromarray(pixels.numpy()).convert("L")))
+
+
+def fitted(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [height, width, ...] -> [*size, ...], as diffusers resizes what is encoded (Pillow, Lanczos)."""
+    if tuple(frame.shape[:2]) == size:
+        return frame
+    image = Image.fromarray(frame.numpy()).resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image))
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -106,6 +130,18 @@ def check_pixels(height: int, width: int, limits: LimitsConfig, name: str) -> No
         )
     if height < 1 or width < 1:
         raise InvalidRequestError(f"{name}: got {width}x{height} pixels, expected at least one")
+
+
+def _lies_sideways(image: Image.Image) -> bool:
+    """As far as what is read of a file already says; a picture whose note of it stands behind the pixels is measured as
+    it lies.
+    """
+    if "exif" not in image.info and image.format != "TIFF":
+        return False
+    try:
+        return image.getexif().get(ORIENTATION) in SIDEWAYS
+    except Exception:  # the library raises whatever its parsers raise; what is damaged is said when it is read
+        return False
 
 
 def _readable_formats() -> tuple[str, ...]:

@@ -34,7 +34,19 @@ LABELS = {
 NAMES = {label: name for name, label in LABELS.items()}
 # not of one sample, or said otherwise
 UNSAID = frozenset(
-    {"seed", "n", "num_outputs", "num_previews", "height", "width", "negative_prompt", "output_type", "extra", "image"}
+    {
+        "seed",
+        "n",
+        "num_outputs",
+        "num_previews",
+        "height",
+        "width",
+        "negative_prompt",
+        "output_type",
+        "extra",
+        "image",
+        "mask",
+    }
 )
 MIN_SETTINGS = 3  # fewer are taken for words of the prompt, unless they say our version
 MAX_VALUE_CHARS = 1_000  # a longer value is left out

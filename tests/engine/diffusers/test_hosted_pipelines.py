@@ -455,10 +455,10 @@ def test_masks_are_taken_in_any_mode(folders: Callable[[str], Path], load: Calla
     mask.paste(255, (8, 8, 24, 24))
     pictures = []
     for mode in ("L", "RGB", "1"):
-        value = small(num_inference_steps=4, image=picture(), extra={"mask_image": mask.convert(mode)})
+        value = small(num_inference_steps=4, image=picture(), mask=mask.convert(mode))
         pictures.append(pixels(omni.generate("a cat", value)[0]))
     assert all(np.array_equal(pictures[0], each) for each in pictures)
-    in_prompt = {"prompt": "a cat", "image": picture(), "mask_image": mask}
+    in_prompt = {"prompt": "a cat", "image": picture(), "mask": mask}
     assert np.array_equal(pixels(omni.generate(in_prompt, small(num_inference_steps=4))[0]), pictures[0])
 
 
@@ -468,10 +468,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": "nowhere.png"}, "image: got 'nowhere.png'"),
     ({"image": Image.new("RGB", (1, 1))}, "image: got 1x1 pixels, expected at least 2 pixels a side"),
     ({"image": [picture(), Image.new("RGB", (64, 1))]}, "image: got 64x1 pixels"),
-    ({"image": picture(), "extra": {"mask_image": Image.new("L", (1, 32))}}, "extra.mask_image: got 1x32 pixels"),
-    ({"image": picture(), "extra": {"mask_image": Image.new("L", (4000, 4000))}}, r"extra.mask_image: width \* height"),
-    ({"image": picture(), "extra": {"mask_image": "nowhere.png"}}, "extra.mask_image"),
-    ({"image": picture(), "extra": {"mask_image": 3.5j}}, "extra.mask_image"),
+    ({"image": picture(), "mask": Image.new("L", (1, 32))}, "mask: got 1x32 pixels"),
+    ({"image": picture(), "mask": Image.new("L", (4000, 4000))}, r"mask: width \* height"),
+    ({"image": picture(), "mask": "nowhere.png"}, "mask"),
+    ({"image": picture(), "mask": 3.5j}, "mask"),
     ({"image": picture(), "extra": {"latents": torch.zeros(1, 4, 4096, 4096)}}, "extra.latents: number of values"),
     ({"image": picture(), "extra": {"latents": torch.full((1, 4, 16, 16), float("nan"))}}, "not finite"),
     ({"image": picture(), "extra": {"cross_attention_kwargs": {"scale": float("inf")}}}, "cross_attention_kwargs"),

@@ -350,7 +350,7 @@ def test_inputs_are_numbers_and_words() -> None:
         "y=true",
         "z=",
     ]
-    assert prompt_inputs(given, "blurry") == {
+    assert prompt_inputs(given, {"negative_prompt": "blurry"}) == {
         "negative_prompt": "blurry",
         "bpm": 90,
         "duration_s": 2.5,
@@ -366,7 +366,7 @@ def test_inputs_are_numbers_and_words() -> None:
 @pytest.mark.parametrize("given", [["bpm"], ["=3"], ["bpm=3", "bpm=4"], ["prompt=x"], ["negative_prompt=x"]])
 def test_an_input_is_said_once_and_has_a_value(given: list[str]) -> None:
     with pytest.raises(InvalidRequestError, match="--input"):
-        prompt_inputs(given, "blurry")
+        prompt_inputs(given, {"negative_prompt": "blurry"})
 
 
 def test_inputs_reach_the_stages_and_a_wrong_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from openai import OpenAI
@@ -105,12 +107,41 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(client: OpenAI, options:
     assert param is None or caught.value.param == param
 
 
-def test_edits_and_variations_say_that_no_stage_takes_an_image(client: OpenAI) -> None:
-    image = ("a.png", image_bytes(picture()), "image/png")
-    with pytest.raises(openai.BadRequestError, match="no stage of 'tiny-image' takes an image"):
-        client.images.edit(model="tiny-image", prompt="x", image=image)
-    with pytest.raises(openai.BadRequestError, match="no stage of 'tiny-image' takes an image"):
-        client.images.create_variation(model="tiny-image", image=image)
+def pixels(answer: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(opened(answer.data[0].b64_json)).astype(int)
+
+
+def file(values: np.ndarray[Any, Any], name: str = "a.png") -> tuple[str, bytes, str]:
+    return name, image_bytes(values.astype(np.uint8)), "image/png"
+
+
+def test_an_edit_starts_from_the_picture_and_keeps_what_its_mask_keeps(client: OpenAI) -> None:
+    before = pixels(client.images.generate(model="tiny-image", prompt=PROMPT, extra_body={"seed": 1}))
+    half = np.dstack([before, np.full(before.shape[:2], 255)])
+    half[:, before.shape[1] // 2 :, 3] = 0  # transparent, as OpenAI's masks say it
+    words, options = "a red circle left of a green triangle", {"extra_body": {"seed": 2}}
+    edited = pixels(
+        client.images.edit(model="tiny-image", prompt=words, image=file(before), mask=file(half), **options)  # type: ignore[call-overload]
+    )
+    change = np.abs(edited - before).mean(axis=2)
+    is_red, is_blue = (before[..., one] > before[..., other] + 60 for one, other in ((0, 2), (2, 0)))
+    assert is_red.any() and is_blue.any()
+    assert change[is_red].mean() < 15 < 60 < change[is_blue].mean()
+
+
+def test_a_variation_is_like_its_picture(client: OpenAI) -> None:
+    before = pixels(client.images.generate(model="tiny-image", prompt="a red circle", extra_body={"seed": 1}))
+    extra = {"seed": 2, "strength": 0.3}
+    varied = pixels(client.images.create_variation(model="tiny-image", image=file(before), extra_body=extra))
+    assert np.abs(varied - before).mean() < 25
+
+
+def test_no_path_of_the_servers_files_is_taken_for_a_picture(client: OpenAI, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(image_bytes(picture()))
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(model="tiny-image", prompt="x", extra_body={"extra_params": {"image": str(path)}})
+    assert caught.value.param == "extra_params.image"
 
 
 def test_a_form_is_checked_as_json_is(client: OpenAI) -> None:

@@ -23,7 +23,7 @@ from vllm_omni.engine.diffusers.pipeline_inputs import (
     read_pictures,
     read_sounds,
 )
-from vllm_omni.engine.diffusion.checks import check_counts, check_previews
+from vllm_omni.engine.diffusion.checks import PARAM_KEYS, check_counts, check_previews, with_fields
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.params import MAX_SEED, DiffusionParams
 from vllm_omni.request import OmniRequest
@@ -42,10 +42,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "num_outputs": ("num_images_per_prompt", "num_waveforms_per_prompt", "batch_size"),
     "strength": ("strength",),
     "image": ("image", "images", "input_images"),
+    "mask": ("mask_image", "mask"),
     "sigmas": ("sigmas",),
     "duration_s": ("audio_end_in_s", "audio_length_in_s", "audio_duration", "audio_duration_s", "duration"),
 }
-REQUEST_FIELDS = ("duration_s", "image", "strength")  # of DiffusionParams, which the prompt's dict may hold as well
 RESERVED = frozenset({"self", "prompt", "return_dict", "output_type"})
 AUDIO_START = "audio_start_in_s"
 FLOOR_OF_STRENGTH = "int(num_inference_steps * strength)"  # how most pipelines count the steps that are left
@@ -70,9 +70,10 @@ class PipelineCall:
         free = self._defaults.keys() - RESERVED - set(self._targets.values()) - {"generator"}
         self._extra_keys = sorted(name for name in free if "callback" not in name)
         self._floors_strength = FLOOR_OF_STRENGTH in _source(getattr(pipeline_class, "get_timesteps", None))
-        own = [field for field in REQUEST_FIELDS if self._targets[field] is not None]
+        own = [field for field in PARAM_KEYS if self._targets[field] is not None]
         media = [name for name in self._extra_keys if is_picture(name) or is_sound(name)]
         self.request_keys = frozenset({*own, *media})
+        self.media_keys = self.request_keys & {"image", "mask", *media}
 
     @property
     def takes_seed(self) -> bool:
@@ -95,14 +96,14 @@ class PipelineCall:
         """The parameters with what the prompt's dict says beside them, which stands above defaults. given: those of the
         request, without defaults. InvalidRequestError for what both say.
         """
-        said = {key: value for key, value in request.fields.items() if key in self.request_keys and value is not None}
-        for key in said:
-            if (getattr(given, key) if key in REQUEST_FIELDS else (given.extra or {}).get(key)) is not None:
+        params = with_fields(request, params, given, self.request_keys)
+        extra = {
+            key: request.fields[key] for key in self.request_keys - PARAM_KEYS if request.fields.get(key) is not None
+        }
+        for key in extra:
+            if (given.extra or {}).get(key) is not None:
                 raise InvalidRequestError(f"prompt[{key!r}]: the parameters say it too; give it once")
-        extra = {key: said.pop(key) for key in list(said) if key not in REQUEST_FIELDS}
-        if extra:
-            said["extra"] = {**(params.extra or {}), **extra}
-        return dataclasses.replace(params, **said)
+        return dataclasses.replace(params, extra={**(params.extra or {}), **extra}) if extra else params
 
     def check(self, request: OmniRequest, params: DiffusionParams, reads_prompt: bool) -> None:
         """Raises InvalidRequestError for what the pipeline does not take or the limits do not allow."""
@@ -185,8 +186,9 @@ class PipelineCall:
         sides = (params.height or params.width, params.width or params.height)
         if sides[0] is not None and sides[1] is not None:
             check_limit("height * width", sides[0] * sides[1], 1, limits.max_pixels, integer=True)
-        if params.image is not None:
-            check_pictures("image", params.image, self._form, limits)
+        for name in ("image", "mask"):
+            if getattr(params, name) is not None:
+                check_pictures(name, getattr(params, name), self._form, limits)
 
     def _check_strength(self, params: DiffusionParams) -> None:
         default = self._defaults.get("strength")

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.media.audio_input import check_audio, read_audio
-from vllm_omni.media.image_input import image_size, read_image
+from vllm_omni.media.image_input import image_size, read_image, read_mask
 from vllm_omni.utils.checks import brief
 from vllm_omni.worker.background import Stop
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
@@ -102,9 +102,8 @@ def read_pictures(name: str, value: object, form: MediaFormat, limits: LimitsCon
         stop()
         if isinstance(item, Tensor):
             return item
-        is_mask = "mask" in name
-        picture = Image.fromarray(read_image(item, limits, name, "RGB" if is_mask else form.mode).numpy())
-        return picture.convert("L") if is_mask else picture
+        read = read_mask(item, limits, name) if "mask" in name else read_image(item, limits, name, form.mode)
+        return Image.fromarray(read.numpy())
 
     return _each(name, value, read)
 

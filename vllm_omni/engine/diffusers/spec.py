@@ -43,7 +43,7 @@ class DiffusersSpec(StageSpec):
         given = given_kind(self.pipeline_type)
         self.output = options.output or given or "image"  # a class that does not say what it gives makes pictures
         self.call = PipelineCall(self.pipeline_type, self.output, config.limits, self.folder.media_format())
-        self.request_keys = self.call.request_keys
+        self.request_keys, self.media_keys = self.call.request_keys, self.call.media_keys
         self.signature = StageSignature(
             inputs={"prompt": TextSpec()},
             outputs={self.output: PORTS[self.output]},

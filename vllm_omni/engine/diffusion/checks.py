@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.engine.base import ReadPorts
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.params import DiffusionParams, StageParams
+from vllm_omni.request import OmniRequest
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
+
+PARAM_KEYS = frozenset({"duration_s", "image", "mask", "strength"})  # that a prompt's dict may hold, too
 
 
 def diffusion_params(params: StageParams) -> DiffusionParams:
@@ -14,6 +19,19 @@ def diffusion_params(params: StageParams) -> DiffusionParams:
     if not isinstance(params, DiffusionParams):
         raise InvalidRequestError(f"params: got {type(params).__name__}, expected DiffusionParams")
     return params
+
+
+def with_fields(
+    request: OmniRequest, params: DiffusionParams, given: DiffusionParams, keys: frozenset[str]
+) -> DiffusionParams:
+    """The parameters with what the prompt's dict says of these `keys` beside them, which stands above defaults. given:
+    those of the request, without defaults. InvalidRequestError for what both say.
+    """
+    said = {key: request.fields[key] for key in sorted(keys & PARAM_KEYS) if request.fields.get(key) is not None}
+    for key in said:
+        if getattr(given, key) is not None:
+            raise InvalidRequestError(f"prompt[{key!r}]: the parameters say it too; give it once")
+    return dataclasses.replace(params, **said) if said else params
 
 
 def check_counts(params: DiffusionParams, num_steps: int, limits: LimitsConfig) -> None:

@@ -15,7 +15,7 @@ from vllm_omni.core.diffusion.step_scheduler import StepScheduler
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, clear_frames, made_so_far
 from vllm_omni.engine.diffusion.arrivals import Arrival, ArrivalQueue
-from vllm_omni.engine.diffusion.checks import diffusion_params
+from vllm_omni.engine.diffusion.checks import PARAM_KEYS, diffusion_params
 from vllm_omni.engine.diffusion.job import DiffusionJob
 from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.errors import StageError
@@ -35,6 +35,7 @@ from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.utils.device import is_out_of_memory, release_memory
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
 from vllm_omni.worker.diffusion.diffusion_runner import DiffusionRunner, DiffusionState
+from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 
 
 class DiffusionEngine(StageEngine):
@@ -50,6 +51,7 @@ class DiffusionEngine(StageEngine):
         )
         self._kernels = kernels_of(part for part in vars(self.model).values() if isinstance(part, torch.nn.Module))
         self._caches = DiTCacheManager(context.dit_cache)
+        self._encoded = EncodedImages(DiTCacheManager(max_bytes=spec.encoded_bytes), context.limits)
         self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches)
         self._scheduler: StepScheduler[DiffusionState] = StepScheduler(
             spec.options.max_batch_tokens, spec.options.max_batch_size, self._caches
@@ -61,15 +63,15 @@ class DiffusionEngine(StageEngine):
         self._prepared: set[str] = set()  # tasks whose conditions were encoded in this step
 
     def submit(self, task: StageTask) -> None:
-        params, port = diffusion_params(task.params), self.model.streamed_input
-        fields = {key: task.request.fields.get(key) for key in self.spec.request_keys}
+        params, port = self.spec.with_fields(task.request, diffusion_params(task.params)), self.model.streamed_input
+        fields = {key: task.request.fields.get(key) for key in self.spec.request_keys - PARAM_KEYS}
         inputs = {**{name: value for name, value in task.inputs.items() if name != port}, **fields}
         job = self._jobs[task.request_id] = DiffusionJob(
             task=task,
             params=params,
             seed=draw_seed() if params.seed is None else params.seed,
             inputs=inputs,
-            is_heavy=self.model.is_heavy(inputs),
+            is_heavy=self.model.is_heavy(inputs, params),
             is_complete=port is None,
         )
         self._arrivals.add(Arrival(job, None if port is None else task.inputs.get(port)))
@@ -137,7 +139,8 @@ class DiffusionEngine(StageEngine):
         job, port = arrival.job, self.model.streamed_input
         try:
             if not job.is_prepared:
-                job.prepared, job.is_prepared = self.model.prepare(job.inputs, job.params, job.seed), True
+                job.prepared = self.model.prepare(job.inputs, job.params, job.seed, self._encoded)
+                job.is_prepared = True
                 self._prepared.add(job.request_id)
             if port is None:
                 self._begin_parts(job, job.prepared)

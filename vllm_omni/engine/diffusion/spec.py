@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.core.diffusion.dit_cache_manager import budget_bytes
+from vllm_omni.core.diffusion.dit_cache_manager import MEGABYTE, budget_bytes
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
-from vllm_omni.engine.diffusion.checks import check_counts, check_previews, check_readers, diffusion_params
+from vllm_omni.engine.diffusion.checks import check_counts, check_previews, check_readers, diffusion_params, with_fields
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.errors import ConfigError
 from vllm_omni.params import DiffusionParams, StageParams, layered
@@ -52,9 +52,10 @@ class DiffusionSpec(StageSpec):
             parts = {part.name: variants_in(part) for part in self.model.weight_folders}
             check_variant(stage.variant, parts, self.folder)
         self.signature = self.model.signature
-        self.request_keys = self.model.request_keys
+        self.request_keys, self.media_keys = self.model.request_keys, self.model.media_keys
         self.defaults = layered(stage.defaults, self.model.defaults)
         self._dit_cache = config.dit_cache
+        self.encoded_bytes = int(config.dit_cache.encoded_images_mb * MEGABYTE) if self.model.media_keys else 0
 
     @property
     def can_quantize(self) -> bool:  # type: ignore[override]
@@ -78,24 +79,31 @@ class DiffusionSpec(StageSpec):
         return MemoryPlan(
             weights_bytes=self.model.weights_bytes(dtype, self.precision.quantization),
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
-            step_cache_bytes=0 if self.options.policy == "none" else budget_bytes(self._dit_cache),
+            step_cache_bytes=self.encoded_bytes
+            + (0 if self.options.policy == "none" else budget_bytes(self._dit_cache)),
         )
 
     def weights_key(self) -> tuple[str, ...]:
         return (self.stage.kind, str(self.folder.resolve()), self.options.part or "", self.stage.variant or "")
 
     def needed_inputs(self, request: OmniRequest, params: StageParams) -> frozenset[str]:
-        return self.model.needed_inputs(frozenset(self.stage.inputs), request, diffusion_params(params))
+        whole = self.with_fields(request, diffusion_params(params))
+        return self.model.needed_inputs(frozenset(self.stage.inputs), request, whole)
+
+    def with_fields(self, request: OmniRequest, params: DiffusionParams) -> DiffusionParams:
+        """The parameters with what the prompt's dict says beside them."""
+        given = request.params_for(self.stage.name, DiffusionParams)
+        return with_fields(request, params, given, self.request_keys)
 
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
-        params = diffusion_params(params)
+        params = self.with_fields(request, diffusion_params(params))
         self.model.check(request, params, frozenset(self.stage.inputs), self.limits)
         check_counts(params, self.model.num_steps(params), self.limits)
         check_readers(params, self.stage.name, reads)
         check_previews(params, self.model.gives_previews)
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: object) -> float:
-        return self.model.job_size(request, diffusion_params(params))
+        return self.model.job_size(request, self.with_fields(request, diffusion_params(params)))
 
     def note(self) -> str:
         """What the model says of itself, and where the parameters come from that a request leaves unset."""

@@ -59,6 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='what a stage reads besides the prompt: bpm=90, lyrics="la la", audio=song.wav',
     )
     parser.add_argument(
+        "--image",
+        action="append",
+        metavar="PATH",
+        help="a picture to start from or to edit; several where a model takes them",
+    )
+    parser.add_argument(
+        "--mask", metavar="PATH", help="what of the picture is drawn anew: where it is white, or transparent"
+    )
+    parser.add_argument("--strength", type=float, help="how far the picture may be left, 0 to 1")
+    parser.add_argument(
         "--no-prompt-metadata", action="store_true", help="files say seed, parameters and model, but not what was asked"
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
@@ -92,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     texts = prompt_texts(args.prompts, args.file)
     files = OutputFiles(args.output)
     files.ensure_writable()
-    inputs = prompt_inputs(args.input, args.negative_prompt)
+    inputs = prompt_inputs(args.input, named_inputs(args))
     name = args.config if args.config or args.model else DEFAULT_CONFIG
     pipeline = open_pipeline(name, model=args.model, overrides=args.set)
     files.expect({name: pipeline.graph.signatures[name].results for name in pipeline.graph.result_stages})
@@ -153,13 +163,25 @@ def _write_out(parts: Iterable[OmniOutput]) -> OmniOutput:
     raise AssertionError("a stream ends with its final output")
 
 
-def prompt_inputs(given: Sequence[str], negative_prompt: str | None) -> dict[str, str | float]:
-    """Keys of a prompt dict, of every `--input key=value`. A value that is a number, or a string in double quotes, is
-    read as JSON ('90', '"90"', '"two\\nlines"'), any other as it stands.
+def named_inputs(args: argparse.Namespace) -> dict[str, Any]:
+    """Keys of a prompt dict that have arguments of their own."""
+    images = args.image[0] if args.image and len(args.image) == 1 else args.image
+    given = {
+        "negative_prompt": args.negative_prompt,
+        "image": images,
+        "mask": args.mask,
+        "strength": args.strength,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def prompt_inputs(given: Sequence[str], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a prompt dict: those that are named, and of every `--input key=value`. A value that is a number, or a
+    string in double quotes, is read as JSON ('90', '"90"', '"two\\nlines"'), any other as it stands.
 
     Raises InvalidRequestError for a key that is missing, given twice, or said by another argument.
     """
-    inputs: dict[str, str | float] = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+    inputs = dict(named)
     for item in given:
         key, equals, text = item.partition("=")
         if not key or not equals:

@@ -31,6 +31,7 @@ from vllm_omni.models.ace_step.trajectory import MAIN, NULL, PLAIN, AceStepTraje
 from vllm_omni.models.ace_step.transformer import AceStepTransformer
 from vllm_omni.params import MAX_SEED, DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
+from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 
 PEAK = 10 ** (-1 / 20)  # -1 dBFS
 QUIETEST = 1e-6
@@ -72,11 +73,13 @@ class AceStepPipeline(DiffusionModel):
         with torch.inference_mode():
             self._null = None if self.is_turbo else transformer.encode_text(conditioner.null)
 
-    def is_heavy(self, inputs: Mapping[str, Any]) -> bool:
+    def is_heavy(self, inputs: Mapping[str, Any], params: DiffusionParams) -> bool:
         """Audio goes through the encoder of the autoencoder."""
         return any(inputs.get(port) is not None for port in ("source_audio", "reference_audio"))
 
-    def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Prepared:
+    def prepare(
+        self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int, encoded: EncodedImages
+    ) -> Prepared:
         outline = MusicOutline.from_json(inputs["music"])
         if params.duration_s not in (None, outline.duration_s):
             raise InvalidRequestError(

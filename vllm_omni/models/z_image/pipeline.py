@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.media.image_input import fitted
 from vllm_omni.models.z_image.packing import PATCH, Tokens, padded
 from vllm_omni.models.z_image.trajectory import (
     NEGATIVE,
@@ -24,8 +25,10 @@ from vllm_omni.models.z_image.trajectory import (
 from vllm_omni.models.z_image.transformer import ZImageTransformer
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
+from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.previewer import Previewer, to_pixels
+from vllm_omni.worker.diffusion.source_image import SourceImage, latent_mask
 
 NEGATIVE_PORT = "negative_prompt_embeds"
 
@@ -37,10 +40,20 @@ class ImageGeometry:
     native_size: int  # pixels of both sides where a request names none
     vae_scale: int  # pixels of a latent, along each side
 
-    def size(self, params: DiffusionParams) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        height, width = params.height, params.width
-        return (self.native_size if height is None else height, self.native_size if width is None else width)
+    @property
+    def multiple(self) -> int:
+        """Both sides of a picture are multiples of so many pixels."""
+        return self.vae_scale * PATCH
+
+    def size(self, params: DiffusionParams, source: Sequence[int] | None = None) -> tuple[int, int]:
+        """(height, width) in pixels of what is made. source: of the picture that it starts from."""
+        native = (self.native_size, self.native_size) if source is None else source
+        given = (params.height, params.width)
+        height, width = (
+            side // self.multiple * self.multiple if asked is None else asked
+            for asked, side in zip(given, native, strict=True)
+        )
+        return height, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,7 @@ class Prepared:
     height: int  # in pixels
     width: int
     texts: Mapping[str, Tensor]  # branch -> [T, D] as the transformer takes them
+    source: SourceImage | None
 
 
 class ZImagePipeline(DiffusionModel):
@@ -75,13 +89,17 @@ class ZImagePipeline(DiffusionModel):
         self._device = transformer.x_pad_token.device
         self._previewer = Previewer(preview_map, self._decode, geometry.vae_scale, self._device)
 
-    def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Prepared:
+    def prepare(
+        self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int, encoded: EncodedImages
+    ) -> Prepared:
         texts = {POSITIVE: self._encode_text(inputs["prompt_embeds"])}
         if guidance_scale(params) > 0:
             if NEGATIVE_PORT not in inputs:
                 raise StageError(f"{NEGATIVE_PORT}: not given, but guidance_scale {guidance_scale(params):g} reads it")
             texts[NEGATIVE] = self._encode_text(inputs[NEGATIVE_PORT])
-        return Prepared(*self.geometry.size(params), texts)
+        source = None if params.image is None else self._read_source(params, encoded)
+        size = self.geometry.size(params) if source is None else source.pixel_size
+        return Prepared(*size, texts, source)
 
     def trajectory(self, prepared: Prepared, params: DiffusionParams) -> ZImageTrajectory:
         scale = self.geometry.vae_scale
@@ -93,6 +111,7 @@ class ZImagePipeline(DiffusionModel):
             num_tokens=sum(padded(num_image_tokens) + len(text) for text in prepared.texts.values()),
             texts=prepared.texts,
             params=params,
+            source=prepared.source,
         )
 
     def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Tensor]) -> Tokens:
@@ -123,6 +142,23 @@ class ZImagePipeline(DiffusionModel):
         scaled = (latents[None] / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
         decoded = self.vae.decode(scaled.contiguous(memory_format=torch.channels_last)).sample[0]
         return decoded.float() / 2 + 0.5
+
+    def _read_source(self, params: DiffusionParams, encoded: EncodedImages) -> SourceImage:
+        pixels = encoded.pixels(params.image, "image")
+        size = self.geometry.size(params, pixels.shape[:2])
+        mean, deviation = encoded.of(fitted(pixels, size), self._encode)
+        mask = None
+        if params.mask is not None:
+            mask = latent_mask(encoded.mask(params.mask, "mask"), size, mean).to(self._device)
+        return SourceImage(size, mean, deviation, mask)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """uint8 [H, W, 3] -> [2, C, h, w] float32: mean and deviation of the latents, as the sampler has them."""
+        config = self.vae.config
+        scaled = (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).to(device=self._device, dtype=self.vae.dtype)
+        latents = self.vae.encode(scaled.contiguous(memory_format=torch.channels_last)).latent_dist
+        moments = torch.cat([latents.mean - config.shift_factor, latents.std])
+        return moments.float().contiguous() * config.scaling_factor
 
     def _encode_text(self, prompt_embeds: Tensor) -> Tensor:
         """[t, D] states of one prompt -> [T, D], padded to the multiple that the model attends to."""

@@ -15,7 +15,6 @@ from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.weights import allocate, load_weights, weights_bytes
 from vllm_omni.models.z_image.config import ZImageConfig
-from vllm_omni.models.z_image.packing import PATCH
 from vllm_omni.models.z_image.pipeline import NEGATIVE_PORT, ImageGeometry, ZImagePipeline
 from vllm_omni.models.z_image.trajectory import guidance_scale, num_steps
 from vllm_omni.models.z_image.transformer import ZImageTransformer
@@ -28,9 +27,10 @@ from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
+from vllm_omni.worker.diffusion.source_image import check_source, first_step
 
 EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
-UNUSED_FIELDS = ("strength", "image", "duration_s")
+UNUSED_FIELDS = ("duration_s",)
 MAX_SIDE = 2**16  # pixels
 MAX_VAE_BLOCKS = 10
 MAX_TIMESTEPS = 1_000_000  # the sampler makes a table of them
@@ -40,10 +40,12 @@ ACTIVATION_WIDTHS = 14
 
 
 class ZImageSpec(DiffusionModelSpec):
-    """Text to image."""
+    """Text to image, image to image, inpainting."""
 
     gives_previews = True
     can_quantize = True
+    request_keys = frozenset({"image", "mask", "strength"})
+    media_keys = frozenset({"image", "mask"})
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)
@@ -100,11 +102,9 @@ class ZImageSpec(DiffusionModelSpec):
     ) -> None:
         for name in UNUSED_FIELDS:
             if getattr(params, name) is not None:
-                raise InvalidRequestError(
-                    f"{name}: Z-Image turns text into images and does not read it; leave it unset"
-                )
+                raise InvalidRequestError(f"{name}: Z-Image makes images and does not read it; leave it unset")
         _check_extra(params.extra or {})
-        self._check_size(params, limits)
+        self._check_size(params, check_source(params, num_steps(params), limits), limits)
         check_limit("guidance_scale", guidance_scale(params), 0, limits.max_guidance_scale)
         _check_guidance(request, params, connected)
 
@@ -114,7 +114,8 @@ class ZImageSpec(DiffusionModelSpec):
     def job_size(self, request: OmniRequest, params: DiffusionParams) -> float:
         height, width = self.geometry.size(params)
         branches = 2 if guidance_scale(params) > 0 else 1
-        return float(height * width * num_steps(params) * branches * (params.num_outputs or 1)) * 1e-6
+        steps = num_steps(params) - first_step(params, num_steps(params))
+        return float(height * width * steps * branches * (params.num_outputs or 1)) * 1e-6
 
     def needed_inputs(self, connected: frozenset[str], request: OmniRequest, params: DiffusionParams) -> frozenset[str]:
         return connected if guidance_scale(params) > 0 else connected - {NEGATIVE_PORT}
@@ -125,11 +126,16 @@ class ZImageSpec(DiffusionModelSpec):
     def _vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return vae_dtype(read_json(self.folder / "vae" / "config.json"), dtype)
 
-    def _check_size(self, params: DiffusionParams, limits: LimitsConfig) -> None:
-        multiple = self.geometry.vae_scale * PATCH
+    def _check_size(self, params: DiffusionParams, source: tuple[int, int] | None, limits: LimitsConfig) -> None:
+        """source: of the picture that it starts from, in pixels, which then is the size where none is asked for."""
+        multiple = self.geometry.multiple
         longest = min(self.config.axes_lens[1:]) * multiple
-        height, width = self.geometry.size(params)
+        height, width = self.geometry.size(params, source)
         for name, value in (("height", height), ("width", width)):
+            if getattr(params, name) is None and source is not None and not 0 < value <= longest:
+                raise InvalidRequestError(
+                    f"image: got {source[1]}x{source[0]} pixels, expected {multiple} to {longest} a side, or {name} set"
+                )
             if value % multiple or value > longest:
                 raise InvalidRequestError(
                     f"{name}: got {value}, expected a multiple of {multiple} and at most {longest}"

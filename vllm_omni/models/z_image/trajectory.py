@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import Sampler, Trajectory
 from vllm_omni.worker.diffusion.previewer import flow_estimate
+from vllm_omni.worker.diffusion.source_image import SourceImage, StartedImage, first_step
 
 POSITIVE, NEGATIVE = "positive", "negative"
 DEFAULT_STEPS = 50  # the published pipeline's own
@@ -39,15 +40,30 @@ class ZImageTrajectory(Trajectory):
         num_tokens: int,
         texts: Mapping[str, Tensor],
         params: DiffusionParams,
+        source: SourceImage | None,
     ) -> None:
         self.latent_shape = latent_shape
         self.sampler = sampler
+        self.start = first_step(params, num_steps(params))
+        self._source = source
+        self._started: StartedImage | None = None
         self.num_tokens = num_tokens
         self.conditions = texts
         extra = params.extra or {}
         self._scale = guidance_scale(params)
         self._truncation = float(extra.get("cfg_truncation", 1.0))
         self._norm_limit = float(extra.get("cfg_normalization", 0.0))
+
+    def noise(self, generator: torch.Generator) -> Tensor:
+        if self._source is None:
+            return super().noise(generator)
+        self._started = self._source.begin(generator)
+        return self._started.at(self.sampler.sigmas[self.start])
+
+    def constrain(self, latents: Tensor, step: int) -> Tensor:
+        if self._started is None:
+            return latents
+        return self._started.constrain(latents, self.sampler.sigmas[self.start + step + 1])
 
     def branches(self, timestep: float) -> tuple[str, ...]:
         is_truncated = self._truncation <= 1 and cleanness(timestep) > self._truncation
@@ -65,7 +81,7 @@ class ZImageTrajectory(Trajectory):
         return guided
 
     def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
-        return flow_estimate(self.sampler.sigmas, step, latents, output)
+        return flow_estimate(self.sampler.sigmas, self.start + step, latents, output)
 
 
 def num_steps(params: DiffusionParams) -> int:
@@ -93,7 +109,7 @@ def fresh_sampler(
     steps = num_steps(params)
     sigmas = params.sigmas or torch.linspace(1.0, 1 / steps, steps).tolist()
     sampler.set_timesteps(sigmas=list(sigmas), device=device, mu=_shift(config, num_image_tokens))
-    sampler.set_begin_index(0)
+    sampler.set_begin_index(first_step(params, steps))
     return cast(FlowSampler, sampler)
 
 

@@ -23,6 +23,7 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import check_number
+from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 from vllm_omni.worker.published_dtype import dtype_of_folders
 
 
@@ -60,12 +61,19 @@ class Trajectory(ABC):
     latent_shape: tuple[int, ...]  # of the noise it starts from
     sampler: Sampler  # its timesteps are set
     num_tokens: int  # of all its branches in one step
+    start: int = 0  # the first of the sampler's steps that is computed: what starts from a picture leaves some out
     conditions: Mapping[str, Any]  # branch -> what `embed` takes for the row of that branch
     kept: slice = slice(None)  # the rows of the latents that are the result; the others are its context
 
+    @property
+    def timesteps(self) -> Tensor:
+        """Of the steps that are computed."""
+        return self.sampler.timesteps[self.start :]
+
     def noise(self, generator: torch.Generator) -> Tensor:
-        """Standard normal float32 `latent_shape`, drawn on the CPU, so that a seed means the same on every device. A
-        sampler that draws while it goes draws on from the same generator.
+        """What it starts from: standard normal float32 `latent_shape`, or that mixed with a picture. Drawn on the CPU,
+        so that a seed means the same on every device. A sampler that draws while it goes draws on from the same
+        generator. Called once, before the first step.
         """
         return torch.randn(self.latent_shape, generator=generator, dtype=torch.float32)
 
@@ -80,9 +88,15 @@ class Trajectory(ABC):
         Called exactly once per denoising step, so it may keep state of its own (a guidance momentum).
         """
 
+    def constrain(self, latents: Tensor, step: int) -> Tensor:
+        """What the next step starts from, of what the sampler gave in this one (counted from `start`): the same, unless
+        some of it is known beforehand, as what a mask keeps.
+        """
+        return latents
+
     def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
-        """What the latents will be at the end, judged by this step alone: `latents` before it, and the output that its
-        sampler takes. Only where the spec `gives_previews`.
+        """What the latents will be at the end, judged by this step (counted from `start`) alone: `latents` before it,
+        and the output that its sampler takes. Only where the spec `gives_previews`.
         """
         raise StageError(f"{type(self).__name__} gives no previews")
 
@@ -94,7 +108,10 @@ class DiffusionModelSpec(ABC):
 
     signature: StageSignature  # outputs are `output_port` [N, ...] and "latents" [N, ...]; the result is `output_port`
     weight_folders: Sequence[Path]  # of the parts that are loaded
-    request_keys: frozenset[str] = frozenset()  # keys of `OmniRequest.fields` that it reads; `prepare` is given them
+    # keys of `OmniRequest.fields` that it reads: `prepare` is given them, those that DiffusionParams has as well
+    # (`image`, `mask`, `strength`) in the parameters
+    request_keys: frozenset[str] = frozenset()
+    media_keys: frozenset[str] = frozenset()  # of them those that hold pictures or sounds
     gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
     only_dtype: ClassVar[torch.dtype | None] = None  # that it computes in, whatever its stage's `dtype` says
     can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in int8
@@ -166,14 +183,15 @@ class DiffusionModel(ABC):
     num_blocks: int  # how many `run_blocks` counts
     token_bytes: int  # of one token's hidden state between two blocks
 
-    def is_heavy(self, inputs: Mapping[str, Any]) -> bool:
+    def is_heavy(self, inputs: Mapping[str, Any], params: DiffusionParams) -> bool:
         """Whether `prepare` encodes media (source audio, a picture): at most one such task is prepared per step."""
-        return False
+        return params.image is not None
 
     @abstractmethod
-    def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Any:
+    def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int, encoded: EncodedImages) -> Any:
         """What all outputs of a request read: conditions encoded, source latents. Called once per request, as a step of
         its own; inputs: by port (without the streamed one) and by request key (None where the request has none).
+        encoded: reads the pictures of the parameters, and keeps what is made of them for later requests.
         """
 
     def prepare_chunk(self, prepared: Any, chunk: StreamChunk) -> Any:

@@ -44,7 +44,7 @@ class DiffusionState:
 
     @property
     def num_steps(self) -> int:
-        return len(self.trajectory.sampler.timesteps)
+        return len(self.trajectory.timesteps)
 
     @property
     def is_done(self) -> bool:
@@ -52,7 +52,7 @@ class DiffusionState:
 
     @property
     def timestep(self) -> float:
-        return float(self.trajectory.sampler.timesteps[self.step])
+        return float(self.trajectory.timesteps[self.step])
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +128,10 @@ class DiffusionRunner:
         """One sampler step; a preview [H, W, 3] uint8 where one is due. outputs: what `predict` gave for this state."""
         trajectory, latents = state.trajectory, state.latents
         output = trajectory.combine(outputs, state.timestep)
-        timestep = trajectory.sampler.timesteps[state.step]
+        timestep = trajectory.timesteps[state.step]
         with RequestNoise([state.generator]):
             stepped = trajectory.sampler.step(output[None], timestep, latents[None], return_dict=False)
-        state.latents = stepped[0][0]
+        state.latents = trajectory.constrain(stepped[0][0], state.step)
         state.step += 1
         if state.is_done:
             check_finite(state.latents, "the latents")

@@ -6,36 +6,29 @@ change between two look-ups.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import http.client
 import ipaddress
-import re
 import socket
 import ssl
 import time
-from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import SplitResult, urljoin, urlsplit
 
 from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.settings import MIB, ServerSettings
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.media import source_files
 
 MAX_REDIRECTS = 3
 TIMEOUT_S = 20.0  # for all of a fetch
-DATA_URI = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,\s]*)*)(;base64)?,", re.IGNORECASE)
 CHUNK = 65_536
 
 
 def decode_base64(text: str, field: str) -> bytes:
     """ApiError 400 for what is no base64."""
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise ApiError(
-            400,
-            f"{field}: got text that is no base64; expected the bytes of a file",
-            code="invalid_base64",
-            param=field,
-        ) from None
+        return source_files.decode_base64(text, field)
+    except InvalidRequestError as error:
+        raise ApiError(400, str(error), code="invalid_base64", param=field) from None
 
 
 def read_source(source: str, field: str, settings: ServerSettings) -> bytes:
@@ -51,11 +44,10 @@ def read_source(source: str, field: str, settings: ServerSettings) -> bytes:
 
 
 def _of_data_uri(source: str, field: str) -> bytes:
-    match = DATA_URI.match(source[:512])
-    if match is None:
-        raise _refused(field, "got a data URI without a comma, expected data:TYPE;base64,CONTENT")
-    content = source[match.end() :]
-    return decode_base64(content, field) if match.group(3) else unquote_to_bytes(content)
+    try:
+        return source_files.decode_data_uri(source, field)
+    except InvalidRequestError as error:
+        raise ApiError(400, str(error), code="invalid_media", param=field) from None
 
 
 def _refused(field: str, why: str) -> ApiError:

@@ -80,16 +80,16 @@ def _sources(files: Mapping[str, Sequence[bytes]], model: ServedModel) -> dict[s
     images = [_opened(content, model, f"image[{index}]") for index, content in enumerate(files.get("image", ()))]
     if not images:
         raise ApiError(400, "image: missing", code="missing_required_parameter", param="image")
-    masks = [_opened(content, model, "mask") for content in files.get("mask", ())]
+    masks = [_opened(content, model, "mask", "RGBA") for content in files.get("mask", ())]
     if len(masks) > 1:
         raise ApiError(400, f"mask: got {len(masks)} files, expected one", code="invalid_value", param="mask")
-    if masks and "mask_image" not in model.abilities.request_keys:
+    if masks and "mask" not in model.abilities.request_keys:
         raise unsupported("mask", "no stage of this model reads it; leave it out")
-    return {"image": images if len(images) > 1 else images[0], **({"mask_image": masks[0]} if masks else {})}
+    return {"image": images if len(images) > 1 else images[0], **({"mask": masks[0]} if masks else {})}
 
 
-def _opened(content: bytes, model: ServedModel, name: str) -> Image.Image:
-    return Image.fromarray(read_image(content, model.config.limits, name).numpy())
+def _opened(content: bytes, model: ServedModel, name: str, mode: str = "RGB") -> Image.Image:
+    return Image.fromarray(read_image(content, model.config.limits, name, mode).numpy())
 
 
 def image_run(body: ImageBody, sources: dict[str, Any], model: ServedModel, stages: Sequence[str], call: Call) -> Run:

@@ -30,6 +30,7 @@ from vllm_omni.models.qwen2_5_omni.token2wav.transformer import Condition, Token
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StreamChunk
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
+from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 
 PREFIX = "token2wav."
 DIT_PREFIX = PREFIX + "code2wav_dit_model."
@@ -95,7 +96,7 @@ class Token2Wav(DiffusionModel):
         with torch.inference_mode():
             self._voices = {name: self.transformer.encode_voice(speakers.get(name)) for name in speakers.names}
 
-    def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int) -> Voice:
+    def prepare(self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int, encoded: EncodedImages) -> Voice:
         return self._voices[self.speakers.resolve(inputs.get("speaker"))]
 
     def prepare_chunk(self, prepared: Voice, chunk: StreamChunk) -> ChunkCondition:
