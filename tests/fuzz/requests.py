@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from fuzz.mutation import odd_value
+from PIL import Image
 from support.ar import make_model_folder
 from support.odd_values import ODD
 
@@ -18,6 +20,7 @@ from vllm_omni.params import StageParams
 
 SAMPLING = list(SamplingParams.__slots__)
 DIFFUSION = list(DiffusionParams.__slots__)
+PICTURE_KEYS = ["image", "mask", "strength"]
 KEYS = [
     "prompt",
     "messages",
@@ -29,6 +32,7 @@ KEYS = [
     "images",
     "x",
     "speaker",
+    *PICTURE_KEYS,
 ]
 GOOD = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 FIELDS = [name for name in OmniRequest.__slots__ if name != "prompt"]
@@ -99,6 +103,17 @@ def _message(random: Random) -> Any:
     return message
 
 
+def _picture(random: Random) -> Any:
+    """A small PNG, mostly with a few bytes changed."""
+    file = io.BytesIO()
+    sides = (random.choice([1, 16, 33, 64]), random.choice([16, 40]))
+    Image.new(random.choice(["RGB", "RGBA", "L", "P", "1", "I;16"]), sides).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    for _ in range(random.choice([0, 1, 3])):
+        content[random.randrange(len(content))] = random.randrange(256)
+    return bytes(content)
+
+
 def _params(random: Random, is_image: bool) -> Any:
     if random.random() < 0.1:
         return _value(random)
@@ -106,6 +121,9 @@ def _params(random: Random, is_image: bool) -> Any:
     names = DIFFUSION if kind is DiffusionParams else SAMPLING
     given: dict[str, Any] = {"num_inference_steps": 1} if kind is DiffusionParams else dict(SMALL)
     for _ in range(random.choice([0, 1, 1, 2, 3])):
-        given[random.choice(names)] = random.choice([_value(random), random.choice([0, 1, 2, 0.5, "a", [1], [0.5]])])
+        name = random.choice(names)
+        given[name] = random.choice([_value(random), random.choice([0, 1, 2, 0.5, "a", [1], [0.5]])])
+        if name in PICTURE_KEYS and random.random() < 0.5:
+            given["image"] = _picture(random)
     made = kind(**given)
     return {random.choice(["text", "image", "x", 3]): made} if random.random() < 0.1 else made
