@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.dit import engine, pictures, random_pipeline, run, spec, task
+from support.dit import encoded_images, engine, pictures, random_pipeline, run, spec, task
 from support.speech import save_tiny_omni
 from support.token2wav import engine as speech_engine
 from support.toy_caches import TOYS, SumRow, add_toys
@@ -102,7 +102,7 @@ def test_taylorseer_of_interval_1_equals_no_cache_and_of_5_skips_by_its_schedule
 
 def test_the_modulated_input_is_what_the_first_block_attends_with(folder: Path) -> None:
     stage = engine(folder)
-    prepared = stage.model.prepare(task("x", params()).inputs, params(), 0)
+    prepared = stage.model.prepare(task("x", params()).inputs, params(), 0, encoded_images())
     trajectories = [stage.model.trajectory(prepared, params(seed)) for seed in (1, 2)]
     latents, seen = [trajectory.noise(torch.Generator().manual_seed(1)) for trajectory in trajectories], []
     block = stage.model.transformer.layers[0]  # type: ignore[attr-defined]
@@ -243,8 +243,9 @@ def test_what_a_running_sample_reserves_is_what_the_policy_says(folder: Path) ->
 
 
 def test_the_memory_plan_holds_the_budget_where_there_is_a_policy(folder: Path) -> None:
-    assert spec(folder).plan_memory().step_cache_bytes == 0
-    assert spec(folder, cache={"policy": "taylorseer"}).plan_memory().step_cache_bytes == 2**30
+    pictures = 64 * 2**20  # what is kept of those that requests bring
+    assert spec(folder).plan_memory().step_cache_bytes == pictures
+    assert spec(folder, cache={"policy": "taylorseer"}).plan_memory().step_cache_bytes == 2**30 + pictures
 
 
 # Options

@@ -20,6 +20,7 @@ from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
 from vllm_omni.messages import StageDone, StageFailed, StageProgress
 from vllm_omni.params import DiffusionParams
 from vllm_omni.utils.files import ModelFolders
+from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +250,9 @@ def prepared_in(stage: DiffusionEngine, monkeypatch: pytest.MonkeyPatch, heavy: 
     by_step: list[list[str]] = []
     prepare, step = stage.model.prepare, stage.step
 
-    def counted(inputs: Any, params: DiffusionParams, seed: int) -> Any:
+    def counted(inputs: Any, params: DiffusionParams, seed: int, encoded: EncodedImages) -> Any:
         by_step[-1].append(chr(seed))
-        return prepare(inputs, params, seed)
+        return prepare(inputs, params, seed, encoded)
 
     def counted_step() -> Any:
         by_step.append([])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.dit import engine, pictures, random_pipeline, run, spec, task
+from support.dit import encoded_images, engine, pictures, random_pipeline, run, spec, task
 from torch import Tensor
 
 from vllm_omni.engine.base import Activity
@@ -145,7 +145,7 @@ def test_under_every_schedule_the_last_estimate_is_the_end_and_the_picture_stays
 
     stage, value = engine(scheduled), params(seed=1, steps=4)
     inputs = task("x", value).inputs
-    trajectory = stage.model.trajectory(stage.model.prepare(inputs, value, 1), value)
+    trajectory = stage.model.trajectory(stage.model.prepare(inputs, value, 1, encoded_images()), value)
     generator = torch.Generator().manual_seed(1)
     state = DiffusionState("x", 0, value, trajectory, trajectory.noise(generator), generator)
     while not state.is_done:

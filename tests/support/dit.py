@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
-from vllm_omni.config.schema import DiTCacheConfig, OmniConfig, StageConfig
+from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, OmniConfig, StageConfig
+from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
 from vllm_omni.engine.base import Activity, EngineContext, ReadPorts
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
 from vllm_omni.engine.diffusion.options import DiTOptions
@@ -19,6 +20,7 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.background import Background
+from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 from vllm_omni.worker.model_pool import ModelPool
 
 TEXT_WIDTH = 48
@@ -107,6 +109,11 @@ def engine(
     reads, dit_cache = ReadPorts(wanted), DiTCacheConfig(max_memory_mb=cache_mb)
     context = EngineContext(torch.device("cpu"), torch.float32, ModelPool(), Background(), reads, dit_cache=dit_cache)
     return spec(folder, cache=cache or cache_keys(policy, threshold), **options).load(context)
+
+
+def encoded_images(max_bytes: int = 2**20) -> EncodedImages:
+    """What `prepare` of a model is given."""
+    return EncodedImages(DiTCacheManager(max_bytes=max_bytes), LimitsConfig())
 
 
 def states(length: int, seed: int) -> torch.Tensor:

@@ -434,7 +434,7 @@ def test_source_and_reference_audio_are_heavy_and_words_and_codes_are_not(
 ) -> None:
     pipeline, folder = guided
     model = engine(folder).model
-    assert {case.name for case in GUIDED if model.is_heavy(case.inputs(pipeline))} == {
+    assert {case.name for case in GUIDED if model.is_heavy(case.inputs(pipeline), DiffusionParams())} == {
         "cover",
         "half a cover",
         "repainted",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.dit import encoded_images
 from support.speech import SPEAKERS, TOKEN2WAV, save_tiny_omni, tiny_config, tiny_reference, tiny_speakers
 from support.token2wav import (
     MEL,
@@ -202,7 +203,7 @@ def test_nan_in_one_row_stays_there(folder: Path) -> None:
     model = engine(folder, pool=POOL).model
     streams = [codes(n, n) for n in (3, 6, 3)]
     chunks = [task("x", rows, params()).inputs["codes"] for rows in streams]
-    voice = model.prepare({}, params(), 0)
+    voice = model.prepare({}, params(), 0, encoded_images())
     with torch.inference_mode():
         trajectories = [model.trajectory(model.prepare_chunk(voice, chunk), params()) for chunk in chunks]
         generators = [torch.Generator().manual_seed(index) for index in range(3)]

@@ -6,7 +6,7 @@ from itertools import permutations
 
 import numpy as np
 
-from tools.tiny.image.detect import Found, detect
+from tools.tiny.image.detect import Found, Report, detect
 from tools.tiny.image.world import Scene, Thing
 
 GREY_RANGES = {"dark": (25, 90), "grey": (90, 168), "light": (168, 245)}
@@ -27,7 +27,11 @@ def is_right(image: np.ndarray, scene: Scene) -> bool:
 
 def complaint(image: np.ndarray, scene: Scene) -> str | None:
     """The first thing that is wrong, or None."""
-    report = detect(image)
+    return complaint_about(detect(image), scene)
+
+
+def complaint_about(report: Report, scene: Scene) -> str | None:
+    """The same of what was found in a picture."""
     if len(report.things) != len(scene.things):
         return f"{len(report.things)} things instead of {len(scene.things)}"
     if scene.background and not GREY_RANGES[scene.background][0] <= report.grey <= GREY_RANGES[scene.background][1]:
