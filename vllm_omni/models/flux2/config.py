@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,11 @@ class Flux2Config:
     @property
     def num_blocks(self) -> int:
         return self.num_layers + self.num_single_layers
+
+    @property
+    def activation_widths(self) -> int:
+        """How often its width a token fills at the widest moment, in a single block: hidden states and their normed
+        copy, the projection (3 for queries, keys and values, 2 for each of the feed-forward's) and its halves on their
+        own, what attention and feed-forward give, and these joined.
+        """
+        return math.ceil(10 + 6 * self.mlp_ratio)
