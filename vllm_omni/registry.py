@@ -54,6 +54,9 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "diffusion model": {
         "AceStepPipeline": "vllm_omni.models.ace_step.spec:AceStepSpec",
+        "Flux2KleinInpaintPipeline": "vllm_omni.models.flux2.spec:KleinInpaintSpec",
+        "Flux2KleinKVPipeline": "vllm_omni.models.flux2.spec:KleinKVSpec",
+        "Flux2KleinPipeline": "vllm_omni.models.flux2.spec:KleinSpec",
         "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
         "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
         "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",

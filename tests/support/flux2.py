@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
@@ -13,6 +14,11 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
+from PIL import Image
+
+from vllm_omni.messages import StageTask
+from vllm_omni.params import DiffusionParams
+from vllm_omni.request import OmniRequest
 
 TEXT_WIDTH = 48
 HEADS, HEAD_DIM = 2, 32
@@ -68,3 +74,18 @@ def random_pipeline(folder: Path, *, keeps_references: bool = False, **overrides
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def task(
+    request_id: str, params: DiffusionParams, length: int = 7, seed: int = 0, *, is_guided: bool = False
+) -> StageTask:
+    inputs = {"prompt_embeds": states(length, seed)}
+    if is_guided:
+        inputs["negative_prompt_embeds"] = states(9, 1000)
+    return StageTask(OmniRequest(prompt="words", request_id=request_id), "image", params, inputs)
+
+
+def picture(height: int, width: int, seed: int) -> Image.Image:
+    """Blocks of random colours."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    return Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)[:height, :width])

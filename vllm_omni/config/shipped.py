@@ -9,7 +9,14 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import did_you_mean
 from vllm_omni.utils.files import assets_folder, read_json, user_path
 
-_BY_PIPELINE = {"AceStepPipeline": "ace_step", "StableAudioPipeline": "stable_audio", "ZImagePipeline": "z_image"}
+_BY_PIPELINE = {
+    "AceStepPipeline": "ace_step",
+    "Flux2KleinInpaintPipeline": "flux2_klein",
+    "Flux2KleinKVPipeline": "flux2_klein",
+    "Flux2KleinPipeline": "flux2_klein",
+    "StableAudioPipeline": "stable_audio",
+    "ZImagePipeline": "z_image",
+}
 _BY_ARCHITECTURE = {
     "LlamaForCausalLM": "language_model",
     "MinistralForCausalLM": "language_model",

@@ -49,7 +49,7 @@ class Geometry:
         return 2 * self.vae_scale
 
     def size(self, params: DiffusionParams, pictures: Sequence[Size]) -> Size:
-        """Of what is made. pictures: sizes of those that the request brings, the first of which says what it does not."""
+        """Of what is made. pictures: sizes of those that the request brings; the first says what parameters do not."""
         native = whole_size(pictures[0], self.multiple) if pictures else (NATIVE_SIDE, NATIVE_SIDE)
         height, width = (
             side if asked is None else asked for asked, side in zip((params.height, params.width), native, strict=True)

@@ -1,5 +1,5 @@
-"""diffusers' Euler sampler for models that are trained by flow matching: its published configuration checked, and a fresh
-one for each output, its sigmas shifted by how many tokens a picture has. Knows no model.
+"""diffusers' Euler sampler for models that are trained by flow matching: its published configuration checked, and a
+fresh one for each output, its sigmas shifted by how many tokens a picture has. Knows no model.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def read_flow_sampler(folder: Path) -> dict[str, Any]:
 def fresh_sampler(
     config: Mapping[str, Any], sigmas: Sequence[float], shift: float, device: torch.device, start: int = 0
 ) -> FlowSampler:
-    """config: what `read_flow_sampler` gave. sigmas: before they are shifted, one per step. shift: read by a sampler with
-    dynamic shifting alone. start: the first step that will be computed.
+    """config: what `read_flow_sampler` gave. sigmas: before they are shifted, one per step. shift: read by a sampler
+    with dynamic shifting alone. start: the first step that will be computed.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
