@@ -39,7 +39,8 @@ def random_transformer(seed: int = 0, **overrides: Any) -> Flux2Transformer2DMod
     )
     model = Flux2Transformer2DModel(**{**config, **overrides}).eval().requires_grad_(False)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.12)
+        is_norm = parameter.ndim == 1  # of queries and keys, whose attention must not be flat
+        torch.nn.init.normal_(parameter, mean=1.5 if is_norm else 0.0, std=0.12)
     return model
 
 
