@@ -29,6 +29,7 @@ SHIPPED = {
     "ace_step",
     "ace_step_planner",
     "diffusers",
+    "flux2_klein",
     "language_model",
     "qwen3",
     "qwen3_embedding",
@@ -416,6 +417,9 @@ def test_every_shipped_config_and_example_loads() -> None:
     [
         ("model_index.json", {"_class_name": "ZImagePipeline"}, "z_image"),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "diffusers"),
+        ("model_index.json", {"_class_name": "Flux2KleinPipeline"}, "flux2_klein"),
+        ("model_index.json", {"_class_name": "Flux2KleinKVPipeline"}, "flux2_klein"),
+        ("model_index.json", {"_class_name": "Flux2KleinInpaintPipeline"}, "flux2_klein"),
         ("config.json", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "qwen3"),
         ("config.json", {"model_type": "qwen3"}, "qwen3"),
         ("config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "language_model"),
