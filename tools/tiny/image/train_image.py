@@ -18,8 +18,8 @@ from tools.tiny.common.training import Trainer
 from tools.tiny.image.image_data import TEXT_LENGTH, training_data
 from tools.tiny.image.whitening import Whitening
 from vllm_omni.models.z_image.config import ZImageConfig
-from vllm_omni.models.z_image.packing import patchified
 from vllm_omni.models.z_image.transformer import ZImageTransformer
+from vllm_omni.worker.diffusion.patches import patchified
 
 CONFIG = dict(
     in_channels=16,

@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.layers.banded import attention
-from vllm_omni.layers.heads import HeadShape, placed_heads
+from vllm_omni.layers.heads import HeadShape
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
 from vllm_omni.models.z_image.config import ZImageConfig
-from vllm_omni.models.z_image.packing import PATCH
-from vllm_omni.worker.diffusion.packing import Span, gated_rows, joined, modulated_rows
+from vllm_omni.worker.diffusion.packing import Span, attended_rows, gated_rows, modulated_rows
+from vllm_omni.worker.diffusion.patches import PATCH
 
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
@@ -59,13 +58,7 @@ class Attention(nn.Module):
             self.norms = (self.norm_q, self.norm_k)
 
     def forward(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
-        qkv = self.qkv(x)
-        return self.out(joined([self._attend(qkv[span.tokens], span) for span in spans]))
-
-    def _attend(self, qkv: Tensor, span: Span) -> Tensor:
-        qkv = qkv.unflatten(0, (span.num_rows, span.length))
-        attended = attention(*placed_heads(qkv, self.shape, self.norms, span.rope))  # [rows, H, L, head_dim]
-        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+        return self.out(attended_rows(self.qkv(x), spans, self.shape, self.norms))
 
 
 class FeedForward(nn.Module):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.errors import ConfigError
-from vllm_omni.models.z_image.packing import PATCH
 from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.files import read_json
+from vllm_omni.worker.diffusion.patches import PATCH
 
 MAX_MODULATION_WIDTH = 256
 COUNTS = ("dim", "n_layers", "n_refiner_layers", "n_heads", "in_channels", "cap_feat_dim")

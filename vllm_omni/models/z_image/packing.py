@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-PATCH = 2
+from vllm_omni.worker.diffusion.packing import chosen_runs, runs
+from vllm_omni.worker.diffusion.patches import PATCH
+
 SEQUENCE_MULTIPLE = 32
-Rows = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +63,11 @@ class Tokens:
 
     def select(self, rows: Sequence[int]) -> Tokens:
         """The chosen packed rows (ascending) as tokens of their own."""
-        chosen, groups, start = set(rows), [], 0
-        for group in self.groups:
-            count = sum(row in chosen for row in range(group.rows.start, group.rows.stop))
-            if count:
-                groups.append(replace(group, rows=slice(start, start + count)))
-                start += count
         hidden = self.per_row()
         return Tokens(
             torch.cat([hidden[row] for row in rows]),
             self.condition[list(rows)],
-            tuple(groups),
+            chosen_runs(self.groups, rows),
             tuple(self.order[row] for row in rows),
         )
 
@@ -84,31 +79,5 @@ def padded(length: int) -> int:
 
 def grouped(geometries: Sequence[tuple[int, int, int]]) -> tuple[Group, ...]:
     """Runs of equal (latent height, latent width, text tokens) as groups."""
-    groups: list[Group] = []
-    for row, (height, width, num_text) in enumerate(geometries):
-        geometry = (height // PATCH, width // PATCH, num_text)
-        if groups and (groups[-1].height, groups[-1].width, groups[-1].num_text) == geometry:
-            groups[-1] = replace(groups[-1], rows=slice(groups[-1].rows.start, row + 1))
-        else:
-            groups.append(Group(slice(row, row + 1), *geometry))
-    return tuple(groups)
-
-
-def patchified(latents: Tensor) -> Tensor:
-    """[rows, C, h, w] -> [rows, h / 2 * w / 2, 4 C], channels innermost."""
-    rows, channels, height, width = latents.shape
-    patches = latents.view(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 3, 5, 1).reshape(rows, -1, PATCH * PATCH * channels)
-
-
-def unpatchified(patches: Tensor, height: int, width: int) -> Tensor:
-    """[rows, height * width, 4 C] -> [rows, C, 2 height, 2 width]."""
-    grid = patches.unflatten(-1, (PATCH, PATCH, -1)).unflatten(1, (height, width))
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height * PATCH, width * PATCH)
-
-
-def dense(rows: Rows, chosen: Sequence[int]) -> Tensor:
-    """The chosen rows, all of one shape, stacked; a tensor of all rows is taken as it is when every row is chosen."""
-    if isinstance(rows, Tensor):
-        return rows if list(chosen) == list(range(len(rows))) else rows[list(chosen)]
-    return torch.stack([rows[row] for row in chosen])
+    patches = [(height // PATCH, width // PATCH, num_text) for height, width, num_text in geometries]
+    return tuple(Group(rows, *geometry) for rows, geometry in runs(patches))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.media.image_input import fitted
-from vllm_omni.models.z_image.packing import PATCH, Tokens, padded
+from vllm_omni.models.z_image.packing import Tokens, padded
 from vllm_omni.models.z_image.trajectory import (
     NEGATIVE,
     POSITIVE,
@@ -26,6 +26,7 @@ from vllm_omni.models.z_image.transformer import ZImageTransformer
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
+from vllm_omni.worker.diffusion.patches import PATCH
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.previewer import Previewer, to_pixels
 from vllm_omni.worker.diffusion.source_image import SourceImage, latent_mask

@@ -25,6 +25,7 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
+from vllm_omni.worker.diffusion.patches import PATCH
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
 from vllm_omni.worker.diffusion.source_image import check_source, first_step

@@ -24,20 +24,10 @@ from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.weights import Target
 from vllm_omni.models.z_image.blocks import Block, FinalLayer, TimestepEmbedder
 from vllm_omni.models.z_image.config import ZImageConfig
-from vllm_omni.models.z_image.packing import (
-    PATCH,
-    Group,
-    Rows,
-    Tokens,
-    dense,
-    grouped,
-    padded,
-    patchified,
-    unpatchified,
-)
+from vllm_omni.models.z_image.packing import Group, Tokens, grouped, padded
 from vllm_omni.worker.diffusion.packing import Span, joined
-
-MAX_ROPE_TABLES = 64
+from vllm_omni.worker.diffusion.patches import PATCH, Rows, dense, patchified, unpatchified
+from vllm_omni.worker.diffusion.rope_tables import RopeTables, grid_positions
 
 
 class ZImageTransformer(nn.Module):
@@ -56,7 +46,7 @@ class ZImageTransformer(nn.Module):
         self.final_layer = FinalLayer(config)
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
-        self._rope_tables: dict[tuple[int, int, int], Tensor] = {}
+        self._ropes = RopeTables(positions, config.axes_dims, config.rope_theta)
 
     def encode_text(self, features: Tensor, is_padding: Tensor) -> Tensor:
         """States of prompts [R, T, cap_feat_dim] and where they are padding [R, T] -> [R, T, D]; the same for
@@ -155,30 +145,8 @@ class ZImageTransformer(nn.Module):
         return Span(rows, slice(start, start + num_rows * length), num_rows, length, rope)
 
     def _rope(self, height: int, width: int, num_text: int) -> Tensor:
-        """[L, head_dim / 2, 2] for image then text. Text stands at (1.., 0, 0), the image at (T + 1, y, x),
-        padding at 0.
-        """
-        key = (height, width, num_text)
-        if key not in self._rope_tables or self._rope_tables[key].device != self.x_pad_token.device:
-            if len(self._rope_tables) >= MAX_ROPE_TABLES:
-                self._rope_tables.clear()
-            self._rope_tables[key] = self._make_rope(*key).to(self.x_pad_token.device)
-        return self._rope_tables[key]
-
-    def _make_rope(self, height: int, width: int, num_text: int) -> Tensor:
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        image = torch.stack([torch.full_like(y, num_text + 1), y, x], dim=-1).flatten(0, 1)
-        padding = torch.zeros(padded(height * width) - height * width, 3, dtype=torch.long)
-        text = torch.zeros(num_text, 3, dtype=torch.long)
-        text[:, 0] = torch.arange(1, num_text + 1)
-        positions = torch.cat([image, padding, text])
-        angles = [
-            positions[:, axis, None].double()
-            / self.config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
-            for axis, size in enumerate(self.config.axes_dims)
-        ]
-        turns = torch.cat(angles, dim=-1).float()
-        return torch.stack([turns.cos(), turns.sin()], dim=-1)
+        """[L, head_dim / 2, 2] for image then text."""
+        return self._ropes.of((height, width, num_text), self.x_pad_token.device)
 
     def locate(self, name: str) -> Target | None:
         """Published name -> parameter here (see layers/weights.py)."""
@@ -195,6 +163,18 @@ class ZImageTransformer(nn.Module):
 
     def is_ignored(self, name: str) -> bool:
         return False
+
+
+def positions(geometry: tuple[int, int, int]) -> Tensor:
+    """[L, 3] of (height, width, text tokens), image then text. Text stands at (1.., 0, 0), the image at (T + 1, y, x),
+    padding at 0.
+    """
+    height, width, num_text = geometry
+    placed = torch.zeros(padded(height * width) + num_text, 3, dtype=torch.long)
+    placed[: height * width, 0] = num_text + 1
+    placed[: height * width, 1:] = grid_positions(height, width)
+    placed[len(placed) - num_text :, 0] = torch.arange(1, num_text + 1)
+    return placed
 
 
 RENAMED = (

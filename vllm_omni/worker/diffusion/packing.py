@@ -8,13 +8,23 @@ Legend: R rows, N packed tokens of all rows, L tokens of a row, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from vllm_omni.layers.banded import attention
+from vllm_omni.layers.heads import HeadShape, placed_heads
 from vllm_omni.layers.modulation import Norm, gated_sum, modulated
+from vllm_omni.layers.norm import RMSNorm
+
+Key = TypeVar("Key")
+Run = TypeVar("Run", bound=Any)  # a dataclass with `rows`, a slice
+HeadNorms = tuple[RMSNorm, RMSNorm]  # of queries and keys
+# Index of a span, its keys and values [rows, H, L, d] -> those that its queries attend to.
+Seen = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,41 @@ def gated_rows(
     """x + gate * norm(update), each row with its own gate. x, update: [N, D]; gate: [R, D] -> [N, D]."""
     parts = [gated_sum(_dense(x, span), _dense(update, span), _of(gate, span), norm) for span in spans]
     return joined([part.flatten(0, 1) for part in parts])
+
+
+def attended_rows(
+    qkv: Tensor, spans: Sequence[Span], shape: HeadShape, norms: HeadNorms | None, seen: Seen | None = None
+) -> Tensor:
+    """Full attention within each row, placed by the spans' ropes. qkv: [N, 3 D], which is overwritten -> [N, D]."""
+    parts = []
+    for index, span in enumerate(spans):
+        query, key, value = placed_heads(_dense(qkv, span), shape, norms, span.rope)  # [rows, H, L, d]
+        if seen is not None:
+            key, value = seen(index, key, value)
+        parts.append(attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1))
+    return joined(parts)
+
+
+def runs(items: Sequence[Key]) -> list[tuple[slice, Key]]:
+    """Neighbours that are equal: where they stand, and what they are."""
+    found: list[tuple[slice, Key]] = []
+    for index, item in enumerate(items):
+        if found and found[-1][1] == item:
+            found[-1] = (slice(found[-1][0].start, index + 1), item)
+        else:
+            found.append((slice(index, index + 1), item))
+    return found
+
+
+def chosen_runs(groups: Iterable[Run], rows: Sequence[int]) -> tuple[Run, ...]:
+    """The groups of the chosen packed rows (ascending), which then stand without gaps."""
+    kept, start = [], 0
+    for group in groups:
+        count = sum(group.rows.start <= row < group.rows.stop for row in rows)
+        if count:
+            kept.append(replace(group, rows=slice(start, start + count)))
+            start += count
+    return tuple(kept)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
