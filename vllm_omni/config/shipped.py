@@ -9,7 +9,13 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import did_you_mean
 from vllm_omni.utils.files import assets_folder, read_json, user_path
 
-_BY_PIPELINE = {"AceStepPipeline": "ace_step", "StableAudioPipeline": "stable_audio", "ZImagePipeline": "z_image"}
+_BY_PIPELINE = {
+    "AceStepPipeline": "ace_step",
+    "QwenImageEditPlusPipeline": "qwen_image_edit",
+    "QwenImagePipeline": "qwen_image",
+    "StableAudioPipeline": "stable_audio",
+    "ZImagePipeline": "z_image",
+}
 _BY_ARCHITECTURE = {
     "LlamaForCausalLM": "language_model",
     "MinistralForCausalLM": "language_model",

@@ -1,0 +1,145 @@
+"""Qwen-Image as a DiffusionModel: native transformer, diffusers' VAE. A request's texts and references, and how latents
+become pixels and back; scaling as in diffusers' pipeline_qwenimage and pipeline_qwenimage_edit_plus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.media.image_input import fitted
+from vllm_omni.models.qwen_image.geometry import ImageGeometry
+from vllm_omni.models.qwen_image.positions import MAX_POSITION, first_text_position
+from vllm_omni.models.qwen_image.trajectory import (
+    NEGATIVE,
+    POSITIVE,
+    QwenImageTrajectory,
+    guidance_scale,
+    is_guided,
+    sigmas,
+)
+from vllm_omni.models.qwen_image.transformer import Context, QwenImageTransformer, grid_of
+from vllm_omni.models.qwen_image.vae import PictureVae
+from vllm_omni.params import DiffusionParams
+from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
+from vllm_omni.worker.diffusion.encoded_images import EncodedImages
+from vllm_omni.worker.diffusion.flow_sampler import fresh_sampler, linear_shift
+from vllm_omni.worker.diffusion.joint import JointTokens
+from vllm_omni.worker.diffusion.patches import PATCH
+from vllm_omni.worker.diffusion.preview_map import PreviewMap
+from vllm_omni.worker.diffusion.previewer import Previewer, to_pixels
+
+PORTS = {POSITIVE: "prompt_embeds", NEGATIVE: "negative_prompt_embeds"}
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What all images of a request share."""
+
+    height: int  # in latents
+    width: int
+    contexts: Mapping[str, Context]  # by branch
+
+
+class QwenImagePipeline(DiffusionModel):
+    """Made by `QwenImageSpec.load`."""
+
+    output_port = "image"
+    gives_modulated_input = True
+
+    def __init__(
+        self,
+        transformer: QwenImageTransformer,
+        vae: PictureVae,
+        sampler_config: Mapping[str, Any],
+        geometry: ImageGeometry,
+        preview_map: PreviewMap | None,
+    ) -> None:
+        self.transformer = transformer
+        self.vae = vae
+        self.geometry = geometry
+        self.num_blocks = len(transformer.blocks)
+        self.token_bytes = transformer.config.dim * transformer.dtype.itemsize
+        self._sampler_config = sampler_config
+        self._device = transformer.device
+        self._previewer = Previewer(preview_map, vae.decode, geometry.vae_scale, self._device)
+
+    def prepare(
+        self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int, encoded: EncodedImages
+    ) -> Prepared:
+        pictures = [encoded.pixels(source, name) for name, source in sources(params)]
+        size = self.geometry.size(params, pictures[-1].shape[:2] if pictures else None)
+        height, width = (side // self.geometry.multiple * PATCH for side in size)
+        latents = [self._encoded(pixels, encoded) for pixels in pictures]
+        grids = tuple(grid_of(reference) for reference in latents)
+        references = self.transformer.encode_references(latents)
+        most = MAX_POSITION - first_text_position(((height // PATCH, width // PATCH), *grids))
+        contexts = {
+            branch: Context(self._encode_text(inputs, PORTS[branch], most), references, grids)
+            for branch in ((POSITIVE, NEGATIVE) if is_guided(params) else (POSITIVE,))
+        }
+        return Prepared(height, width, contexts)
+
+    def trajectory(self, prepared: Prepared, params: DiffusionParams) -> QwenImageTrajectory:
+        height, width = prepared.height, prepared.width
+        num_picture = (height // PATCH) * (width // PATCH)
+        shift = linear_shift(self._sampler_config, num_picture)
+        return QwenImageTrajectory(
+            latent_shape=(self.transformer.config.out_channels, height, width),
+            sampler=fresh_sampler(self._sampler_config, sigmas(params), shift, self._device),
+            num_tokens=sum(
+                num_picture + len(context.references) + len(context.text) for context in prepared.contexts.values()
+            ),
+            contexts=prepared.contexts,
+            scale=guidance_scale(params),
+        )
+
+    def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Context]) -> JointTokens:
+        times = torch.tensor(timesteps, dtype=torch.float32, device=self._device) / NUM_TRAIN_TIMESTEPS
+        return self.transformer.embed(latents, times, conditions)
+
+    def run_blocks(self, tokens: JointTokens, start: int, stop: int) -> JointTokens:
+        return self.transformer.run_blocks(tokens, start, stop)
+
+    def modulated_input(self, tokens: JointTokens) -> list[Tensor]:
+        return self.transformer.modulated_input(tokens)
+
+    def unembed(self, tokens: JointTokens) -> list[Tensor]:
+        return [velocity.float() for velocity in self.transformer.unembed(tokens)]
+
+    def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
+        decoded = self.vae.decode(latents)
+        check_finite(decoded, "the pixels")
+        yield to_pixels(decoded)
+
+    def preview(self, latents: Tensor) -> Tensor:
+        return self._previewer(latents)
+
+    def _encoded(self, pixels: Tensor, encoded: EncodedImages) -> Tensor:
+        """uint8 [H, W, 3] of a picture to edit -> [C, h, w] float32, as the sampler has them."""
+        size = self.geometry.edited_size(*pixels.shape[:2])
+        return encoded.of(fitted(pixels, size), self.vae.encode)
+
+    def _encode_text(self, inputs: Mapping[str, Any], port: str, most: int) -> Tensor:
+        """The states [T, J] of one prompt -> [T, D]."""
+        states = inputs.get(port)
+        if states is None:
+            raise StageError(f"{port}: not given, but this request's guidance reads it")
+        if not 0 < len(states) <= most:
+            raise InvalidRequestError(f"{port}: got {len(states)} tokens, expected 1 to {most}")
+        return self.transformer.encode_text(states)
+
+
+def sources(params: DiffusionParams) -> list[tuple[str, Any]]:
+    """The pictures to edit that a request brings, and what each is called."""
+    if params.image is None:
+        return []
+    if isinstance(params.image, list | tuple):
+        return [(f"image[{index}]", source) for index, source in enumerate(params.image)]
+    return [("image", params.image)]

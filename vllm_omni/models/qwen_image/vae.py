@@ -1,0 +1,90 @@
+"""The VAE of Qwen-Image, which is one of films (Wan 2.1's) and sees a picture as a film of one frame: its published
+configuration, and diffusers' module behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_omni.errors import ConfigError
+from vllm_omni.utils.checks import brief, check_number
+from vllm_omni.utils.files import read_json
+from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
+
+CLASS = "AutoencoderKLQwenImage"
+MAX_CHANNELS = 1024
+MAX_HALVINGS = 10
+MAX_MOMENT = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class VaeConfig:
+    """What is known before loading."""
+
+    num_channels: int  # of its latents
+    scale: int  # pixels of a latent, along each side
+    raw: dict[str, Any]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> VaeConfig:
+        raw, where = read_json(folder / "config.json"), f"{folder}/config.json"
+        for key, value in {"_class_name": CLASS, "input_channels": 3}.items():
+            if raw.get(key, value) != value:
+                raise ConfigError(f"{where}: {key}: got {brief(raw[key])}, expected {value!r}")
+        num_channels = raw.get("z_dim", 16)
+        check_number(f"{where}: z_dim", num_channels, 1, MAX_CHANNELS, integer=True, raises=ConfigError)
+        for key, low in {"latents_mean": None, "latents_std": 0}.items():
+            _check_moments(f"{where}: {key}", raw.get(key), num_channels, low)
+        halvings = raw.get("temperal_downsample", [False, True, True])
+        if not isinstance(halvings, list) or not 1 <= len(halvings) <= MAX_HALVINGS:
+            raise ConfigError(
+                f"{where}: temperal_downsample: got {brief(halvings)}, expected a list of 1 to {MAX_HALVINGS}"
+            )
+        return cls(num_channels, 2 ** len(halvings), raw)
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """That it computes in, in a stage of this dtype."""
+        return vae_dtype(self.raw, dtype)
+
+
+class PictureVae:
+    """Pixels to latents as the sampler has them, and back."""
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        self._module = module.to(device=device)
+        self._device = device
+        self._mean = torch.tensor(module.config.latents_mean, device=device)[:, None, None]
+        self._deviation = torch.tensor(module.config.latents_std, device=device)[:, None, None]
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, variant: str | None) -> PictureVae:
+        from diffusers import AutoencoderKLQwenImage
+
+        return cls(load_part(AutoencoderKLQwenImage, folder, dtype, variant), device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[C, h, w] -> [3, H, W] float32, 0 to 1 being what can be shown."""
+        scaled = (latents * self._deviation + self._mean).to(self._module.dtype)
+        return self._module.decode(scaled[None, :, None]).sample[0, :, 0].float() / 2 + 0.5
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 [H, W, 3] -> [C, h, w] float32, the likeliest latents: nothing is drawn."""
+        scaled = (pixels.permute(2, 0, 1).float() / 127.5 - 1).to(device=self._device, dtype=self._module.dtype)
+        latents = self._module.encode(scaled[None, :, None]).latent_dist.mode()[0, :, 0]
+        return (latents.float() - self._mean) / self._deviation
+
+
+def _check_moments(where: str, values: object, count: int, low: float | None) -> None:
+    """low: what each must be more than."""
+    if not isinstance(values, list) or len(values) != count:
+        raise ConfigError(f"{where}: got {brief(values)}, expected a list of {count} numbers")
+    for index, value in enumerate(values):
+        above = low is not None
+        check_number(
+            f"{where}[{index}]", value, -MAX_MOMENT if low is None else low, MAX_MOMENT, above_low=above, raises=ConfigError
+        )
