@@ -47,11 +47,11 @@ def random_transformer(seed: int = 0, **overrides: Any) -> QwenImageTransformer2
     return model
 
 
-def random_vae(num_halvings: int = 3) -> AutoencoderKLQwenImage:
+def random_vae(num_halvings: int = 3, base_dim: int = 4) -> AutoencoderKLQwenImage:
     """Of 2 ** num_halvings pixels a latent. It scales latents unlike the published one, by other numbers a channel."""
     torch.manual_seed(1)
     vae = AutoencoderKLQwenImage(
-        base_dim=4,
+        base_dim=base_dim,
         z_dim=8,
         dim_mult=[1, 2, *([4] * (num_halvings - 1))],
         num_res_blocks=1,
@@ -62,12 +62,14 @@ def random_vae(num_halvings: int = 3) -> AutoencoderKLQwenImage:
     return vae.eval().requires_grad_(False)
 
 
-def random_pipeline(folder: Path, kind: str = "QwenImagePipeline", num_halvings: int = 3, **transformer: Any) -> Any:
+def random_pipeline(
+    folder: Path, kind: str = "QwenImagePipeline", *, num_halvings: int = 3, base_dim: int = 4, **transformer: Any
+) -> Any:
     """A pipeline without a text encoder (states are given), saved into `folder`."""
     parts = {"processor": None} if "Edit" in kind else {}
     pipeline = PIPELINES[kind](
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae=random_vae(num_halvings),
+        vae=random_vae(num_halvings, base_dim),
         text_encoder=None,
         tokenizer=None,
         transformer=random_transformer(**transformer),
@@ -76,4 +78,3 @@ def random_pipeline(folder: Path, kind: str = "QwenImagePipeline", num_halvings:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
-

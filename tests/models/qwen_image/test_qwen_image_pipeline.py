@@ -4,8 +4,9 @@ editing of one to three pictures.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import QwenImagePipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
-from support.dit import BOTH, engine, pictures, run, states, task
+from support.dit import BOTH, engine, pictures, run, spec, states, task
 from support.qwen_image import random_pipeline
 
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.messages import StageDone, StageFailed, StageProgress
+from vllm_omni.models.qwen_image import geometry
 from vllm_omni.params import DiffusionParams
-
-EDIT_HALVINGS = 5  # so that a picture to edit, of 1024 x 1024 pixels, is 256 tokens
 
 
 @dataclass(frozen=True)
@@ -107,32 +108,169 @@ def test_pictures_of_one_batch_equal_the_reference_pipeline(tmp_path: Path) -> N
         assert picture.std() > 10, "a flat picture would prove nothing"
 
 
-# Pictures to edit are of forms that are whole patches of the small VAE at about 1024 x 1024 pixels.
+# Pictures to edit are (width, height), with EDITED_AREA on both sides so small that tests are quick.
+SMALL_AREA = 192 * 192
 EDITS = [
-    Case(11, 3, 4.0, (128, 192), ((60, 60),)),
-    Case(20, 4, 1.0, (128, 128), ((75, 48), (48, 75))),
-    Case(7, 2, 3.0, None, ((60, 60), (81, 64), (75, 48))),
-    Case(5, 4, 4.0, (192, 128)),
-    Case(9, 3, 4.0, (128, 192), ((60, 60),)),
+    Case(11, 3, 4.0, (64, 96), ((60, 60),)),
+    Case(20, 4, 1.0, (64, 64), ((75, 40), (48, 75))),
+    Case(7, 2, 3.0, (96, 32), ((60, 60), (81, 64), (300, 148))),
+    Case(5, 4, 4.0, (96, 64)),
+    Case(9, 3, 4.0, (64, 96), ((60, 60),)),
 ]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "zero_cond_t"])
-def edits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    folder = tmp_path_factory.mktemp("edit")
-    kind = "QwenImageEditPlusPipeline"
-    return random_pipeline(folder, kind, num_halvings=EDIT_HALVINGS, zero_cond_t=request.param), folder
+@pytest.fixture(params=[False, True], ids=["plain", "zero_cond_t"])
+def edits(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Path]:
+    monkeypatch.setattr(geometry, "EDITED_AREA", SMALL_AREA)
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", SMALL_AREA)
+    return random_pipeline(tmp_path, "QwenImageEditPlusPipeline", zero_cond_t=request.param), tmp_path
+
+
+def of_words(pipeline: Any) -> Any:
+    """What makes pictures of words with the parts of a pipeline that edits."""
+    parts = {name: part for name, part in pipeline.components.items() if name != "processor"}
+    made = QwenImagePipeline(**parts)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def test_edits_and_pictures_of_words_in_one_batch_equal_the_reference_pipelines(edits: tuple[Any, Path]) -> None:
-    """One to three pictures to edit, and none, which diffusers' pipeline of words draws with the same parts."""
+    """One to three pictures to edit, and none."""
     pipeline, folder = edits
-    parts = {name: part for name, part in pipeline.components.items() if name != "processor"}
-    of_words = QwenImagePipeline(**parts)
-    of_words.set_progress_bar_config(disable=True)
     got = drawn(engine(folder), EDITS, range(len(EDITS)))
     for seed, case in enumerate(EDITS):
-        picture = expected(pipeline if case.edited else of_words, case, seed)
-        assert got[seed].shape == picture.shape
+        picture = expected(pipeline if case.edited else of_words(pipeline), case, seed)
         assert np.abs(got[seed] - picture).max() <= 2, case
         assert picture.std() > 10, "a flat picture would prove nothing"
+
+
+def test_an_edit_without_a_size_has_the_form_of_its_last_picture(tmp_path: Path) -> None:
+    """At the published area, with a VAE of 32 pixels a latent, so that 1024 x 1024 pixels are 256 tokens."""
+    pipeline = random_pipeline(tmp_path, "QwenImageEditPlusPipeline", num_halvings=5, base_dim=1)
+    case = Case(7, 2, 1.0, None, ((75, 48),))
+    picture = expected(pipeline, case, 0)
+    got = drawn(engine(tmp_path), [case], [0])[0]
+    assert got.shape == picture.shape == (832, 1280, 3)
+    assert np.abs(got - picture).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1024, 1024), (1080, 1920), (3000, 400), (77, 1234), (512, 511)])
+def test_pictures_to_edit_are_scaled_as_diffusers_scales_them(size: tuple[int, int]) -> None:
+    height, width = size
+    wide, high = pipeline_qwenimage_edit_plus.calculate_dimensions(1024 * 1024, width / height)
+    assert geometry.ImageGeometry(vae_scale=8).edited_size(height, width) == (high, wide)
+
+
+CROWD = [replace(case, steps=case.steps + 6) for case in EDITS]  # enough steps that some are like those before
+CROWD_THRESHOLD = 0.35
+
+
+@pytest.mark.parametrize("edits, policy", [(False, "none"), (True, "none"), (True, "first_block")], indirect=["edits"])
+def test_the_same_picture_alone_in_a_crowd_and_in_another_order(edits: tuple[Any, Path], policy: str) -> None:
+    stage = engine(edits[1], policy=policy, threshold=CROWD_THRESHOLD if policy == "first_block" else None)
+    alone = {seed: drawn(stage, CROWD, [seed])[seed] for seed in range(len(CROWD))}
+    for order in (range(len(CROWD)), [3, 1, 4, 0, 2]):
+        for seed, picture in drawn(stage, CROWD, list(order)).items():
+            assert np.abs(picture - alone[seed]).max() <= 1, (order, seed)
+
+
+@pytest.mark.parametrize("edits", [True], indirect=True)
+def test_first_block_reuses_some_steps_of_a_crowd(edits: tuple[Any, Path]) -> None:
+    """What the crowd above is worth: some rows are computed while others are not."""
+    stage = engine(edits[1], policy="first_block", threshold=CROWD_THRESHOLD)
+    submit(stage, CROWD, range(len(CROWD)))
+    hits = [event.metrics["cache_hits"] for event in run(stage).values() if isinstance(event, StageDone)]
+    assert len(hits) == len(CROWD) and 0 < sum(hits) < sum(case.steps - 1 for case in CROWD)
+
+
+@pytest.mark.parametrize("edits", [False], indirect=True)
+def test_a_picture_is_encoded_once_for_all_requests_that_edit_it(
+    edits: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = engine(edits[1])
+    vae, sizes = stage.model.vae, []
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda pixels: sizes.append(pixels.shape) or encode(pixels))
+    drawn(stage, EDITS, range(len(EDITS)))
+    drawn(stage, EDITS, [1, 4])
+    pictures = {(size, index) for case in EDITS for index, size in enumerate(case.edited)}
+    assert len(sizes) == len(pictures) == 5
+
+
+def test_previews_are_of_the_size_of_the_picture(tmp_path: Path) -> None:
+    random_pipeline(tmp_path)
+    stage = engine(tmp_path)
+    params = replace(WORDS[1].params(0), num_previews=2)
+    stage.submit(task("0", params, 5))
+    shown = []
+    while not shown or not isinstance(shown[-1], StageDone):
+        shown += stage.step()
+    previews = [event.previews for event in shown if isinstance(event, StageProgress) and event.previews is not None]
+    assert [tuple(preview.shape) for preview in previews] == [(1, 32, 96, 3)] * 2
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("QwenImagePipeline", {"image": random_image((64, 64), 0)}, "image: this checkpoint makes pictures of words alone"),
+    ("QwenImagePipeline", {"height": 40}, "height: got 40, expected a multiple of 16"),
+    ("QwenImagePipeline", {"height": 16_000, "width": 16_000}, "height * width"),
+    ("QwenImagePipeline", {"strength": 0.5}, "strength: Qwen-Image does not read it"),
+    ("QwenImagePipeline", {"mask": random_image((64, 64), 0)}, "mask: Qwen-Image does not read it"),
+    ("QwenImagePipeline", {"extra": {"true_cfg_scale": 4.0}}, "extra.true_cfg_scale: unknown key"),
+    ("QwenImagePipeline", {"guidance_scale": 1.0, "negative_prompt": "blur"}, "negative_prompt: guidance_scale 1"),
+    ("QwenImagePipeline", {"guidance_scale": 1e6}, "guidance_scale"),
+    ("QwenImagePipeline", {"num_inference_steps": 1}, "num_inference_steps: got 1, expected at least 2"),
+    ("QwenImageEditPlusPipeline", {"image": []}, "image: got 0, expected 1 to 8"),
+    ("QwenImageEditPlusPipeline", {"image": [random_image((64, 64), 0)] * 9}, "image: got 9, expected 1 to 8"),
+    (
+        "QwenImageEditPlusPipeline",
+        {"image": [random_image((64, 64), 0), b"no"]},
+        "image[1]: got a file that is no",
+    ),
+    (
+        "QwenImageEditPlusPipeline",
+        {"image": random_image((5000, 1), 0)},
+        "image: got 5000x1 pixels, which is too",
+    ),
+    ("QwenImageEditPipeline", {"image": [random_image((64, 64), 0)] * 2}, "image: got 2, expected 1 to 1"),
+]
+
+
+@pytest.mark.parametrize("kind, fields, message", BAD, ids=[message[:40] for *_, message in BAD])
+def test_what_cannot_be_run_is_refused(tmp_path: Path, kind: str, fields: dict[str, Any], message: str) -> None:
+    random_pipeline(tmp_path, kind)
+    params = DiffusionParams(**fields)
+    with pytest.raises(InvalidRequestError) as refused:
+        spec(tmp_path).check(task("0", params).request, params, BOTH)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("length", [0, 4095])
+def test_a_prompt_of_no_or_too_many_tokens_fails_alone(tmp_path: Path, length: int) -> None:
+    random_pipeline(tmp_path)
+    stage = engine(tmp_path)
+    stage.submit(task("bad", WORDS[0].params(0), length))
+    stage.submit(task("good", WORDS[0].params(0), 5))
+    events = run(stage)
+    assert isinstance(events["bad"], StageFailed) and f"got {length} tokens" in str(events["bad"].error)
+    assert isinstance(events["good"], StageDone)
+
+
+@pytest.mark.parametrize(
+    "part, change, key",
+    [
+        ("vae", {"z_dim": 4}, "latents_mean"),
+        ("vae", {"input_channels": 4}, "input_channels"),
+        ("vae", {"latents_std": [0.0] * 8}, "latents_std"),
+        ("vae", {"temperal_downsample": "no"}, "temperal_downsample"),
+        ("transformer", {"out_channels": 4, "in_channels": 16}, "z_dim"),
+        ("scheduler", {"_class_name": "EulerDiscreteScheduler"}, "_class_name"),
+        ("scheduler", {"max_shift": "much"}, "max_shift"),
+        ("scheduler", {"max_image_seq_len": 256}, "max_image_seq_len"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, part: str, change: dict[str, Any], key: str) -> None:
+    random_pipeline(tmp_path)
+    file = tmp_path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ConfigError, match=key):
+        spec(tmp_path)

@@ -60,7 +60,7 @@ def test_velocities_of_a_mixed_batch_equal_the_reference(tmp_path: Path, zero_co
         latents.append(picture)
         grids = tuple(grid_of(other) for other in references)
         contexts.append(Context(ours.encode_text(states(length, seed)), ours.encode_references(references), grids))
-    times = torch.tensor([time for *_, time in ROWS])
+    times = 1000 * torch.tensor([time for *_, time in ROWS])
     got = ours.unembed(ours.run_blocks(ours.embed(latents, times, contexts), 0, 3))
     for a, b in zip(got, expected, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
@@ -77,7 +77,7 @@ def test_chosen_rows_go_on_as_they_would_in_the_whole_batch(tmp_path: Path) -> N
         latents.append(torch.randn(8, *size))
         grids = tuple(grid_of(other) for other in references)
         contexts.append(Context(ours.encode_text(states(length, seed)), ours.encode_references(references), grids))
-    tokens = ours.run_blocks(ours.embed(latents, torch.tensor([time for *_, time in ROWS]), contexts), 0, 1)
+    tokens = ours.run_blocks(ours.embed(latents, 1000 * torch.tensor([time for *_, time in ROWS]), contexts), 0, 1)
     whole = ours.run_blocks(tokens, 1, 3).per_row()
     for chosen in ([0, 3, 4], [1], [2, 5]):
         part = ours.run_blocks(tokens.select(chosen), 1, 3)
@@ -96,7 +96,7 @@ def test_the_modulated_input_is_what_the_first_block_attends_with(tmp_path: Path
     attention = reference.transformer_blocks[0].attn
     attention.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
     reference(packed(latents), text[None], timestep=time, img_shapes=[[(1, 2, 3)]])
-    tokens = ours.embed([latents], time, [Context(ours.encode_text(text), ours.encode_references([]), ())])
+    tokens = ours.embed([latents], 1000 * time, [Context(ours.encode_text(text), ours.encode_references([]), ())])
     expected = torch.cat([seen["encoder_hidden_states"][0], seen["hidden_states"][0]])
     assert (ours.modulated_input(tokens)[0] - expected).abs().max() < 1e-5 * expected.abs().max()
 

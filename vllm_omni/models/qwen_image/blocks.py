@@ -1,5 +1,5 @@
 """The parts of the Qwen-Image transformer: a block with a stream of text and one of images, which are modulated and
-projected apart and attend to each other; the timestep's embedding; the last layer.
+projected apart and attend to each other; the last layer.
 
 Tokens of all rows lie packed, [Nt, D] and [Ni, D]. Knows no batch and no step.
 
@@ -8,11 +8,9 @@ Legend: R rows, Nt, Ni packed tokens of text and images, D width, H heads, d hea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,8 +23,6 @@ from vllm_omni.worker.diffusion.joint import JointSpans, attended_streams
 from vllm_omni.worker.diffusion.packing import Span, gated_rows, modulated_rows
 
 EPS = 1e-6
-TIME_FREQUENCIES = 256
-TIME_SCALE = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +40,6 @@ class BlockInputs:
     spans: JointSpans  # of attention
     text: StreamInputs
     image: StreamInputs
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoids and two linear layers: [R] in 0 to 1 -> [R, D]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear_1 = Linear(TIME_FREQUENCIES, width)
-        self.linear_2 = Linear(width, width)
-
-    def forward(self, time: Tensor) -> Tensor:
-        half = TIME_FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
-        angles = TIME_SCALE * (time[:, None].float() * torch.exp(-math.log(10000.0) * exponents))
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.linear_2(F.silu(self.linear_1(waves.to(next(self.parameters()).dtype))))
 
 
 class Stream(nn.Module):

@@ -35,7 +35,6 @@ from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.previewer import Previewer, to_pixels
 
 PORTS = {POSITIVE: "prompt_embeds", NEGATIVE: "negative_prompt_embeds"}
-NUM_TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +99,11 @@ class QwenImagePipeline(DiffusionModel):
             scale=guidance_scale(params),
         )
 
-    def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Context]) -> JointTokens:
-        times = torch.tensor(timesteps, dtype=torch.float32, device=self._device) / NUM_TRAIN_TIMESTEPS
-        return self.transformer.embed(latents, times, conditions)
+    def embed(
+        self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Context]
+    ) -> JointTokens:
+        levels = torch.tensor(timesteps, dtype=torch.float32, device=self._device)
+        return self.transformer.embed(latents, levels, conditions)
 
     def run_blocks(self, tokens: JointTokens, start: int, stop: int) -> JointTokens:
         return self.transformer.run_blocks(tokens, start, stop)

@@ -1,5 +1,5 @@
-"""Where the tokens of Qwen-Image stand: which image, row and column. Pictures are centred on 0, so that their middle stays
-where it is at any size; text goes on behind them on all three axes. As diffusers' QwenEmbedRope has it.
+"""Where the tokens of Qwen-Image stand: which image, row and column. Pictures are centred on 0, so that their middle
+stays where it is at any size; text goes on behind them on all three axes. As diffusers' QwenEmbedRope has it.
 """
 
 from __future__ import annotations

@@ -48,10 +48,10 @@ class QwenImageSpec(DiffusionModelSpec):
     gives_previews = True
     can_quantize = True
     max_edited: ClassVar[int] = 0  # pictures that a request may bring
-    defaults = {"num_inference_steps": DEFAULT_STEPS, "guidance_scale": DEFAULT_GUIDANCE}
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)
+        self.defaults = {"num_inference_steps": DEFAULT_STEPS, "guidance_scale": DEFAULT_GUIDANCE}
         self.weight_folders = [folder / part for part in ("transformer", "vae")]
         config_file = folder / "transformer" / "config.json"
         self.config = QwenImageConfig.from_folder(folder / "transformer")
@@ -83,11 +83,15 @@ class QwenImageSpec(DiffusionModelSpec):
     def token_bytes(self, dtype: torch.dtype) -> int:
         return self.config.dim * dtype.itemsize * ACTIVATION_WIDTHS
 
+    def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
+        return self.vae_config.dtype(dtype) if folder.name == "vae" else dtype
+
     def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> QwenImagePipeline:
         transformer = self.build_transformer()
         allocate(transformer, device, dtype, quantization)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
-        vae = PictureVae.load(self.folder / "vae", device, self.vae_config.dtype(dtype), self.weights_variant)
+        folder = self.folder / "vae"
+        vae = PictureVae.load(folder, device, self.part_dtype(folder, dtype), self.weights_variant)
         return QwenImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 
     def check(
@@ -149,7 +153,7 @@ class QwenImageSpec(DiffusionModelSpec):
         """A sampler that ends above 0 stretches its sigmas between two ends, which one step at noise has not."""
         is_noise_alone = num_steps(params) == 1 and (params.sigmas is None or params.sigmas[0] == 1)
         if is_noise_alone and self.sampler_config.get("shift_terminal"):
-            raise InvalidRequestError("num_inference_steps: got 1, expected at least 2; the checkpoint's sampler needs them")
+            raise InvalidRequestError("num_inference_steps: got 1, expected at least 2, which its sampler needs")
 
 
 class QwenImageEditPlusSpec(QwenImageSpec):
@@ -169,7 +173,7 @@ class QwenImageEditSpec(QwenImageEditPlusSpec):
 def _check_guidance(request: OmniRequest, params: DiffusionParams, connected: frozenset[str]) -> None:
     if not is_guided(params) and (params.negative_prompt or request.negative_prompt):
         raise InvalidRequestError(
-            f"negative_prompt: guidance_scale {guidance_scale(params):g} never reads it; give one above 1, or leave it out"
+            f"negative_prompt: guidance_scale {guidance_scale(params):g} never reads it; raise it above 1"
         )
     if is_guided(params) and PORTS[NEGATIVE] not in connected:
         raise InvalidRequestError(

@@ -45,7 +45,7 @@ class QwenImageTrajectory(Trajectory):
         return tuple(self.conditions)
 
     def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
-        return outputs[0] if len(outputs) == 1 else guided(*outputs, self._scale)
+        return outputs[0] if len(outputs) == 1 else guided(outputs[0], outputs[1], self._scale)
 
     def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
         return flow_estimate(self.sampler.sigmas, step, latents, output)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.weights import Target
-from vllm_omni.models.qwen_image.blocks import EPS, Block, BlockInputs, FinalLayer, StreamInputs, TimestepEmbedder
+from vllm_omni.models.qwen_image.blocks import EPS, Block, BlockInputs, FinalLayer, StreamInputs
 from vllm_omni.models.qwen_image.config import QwenImageConfig
 from vllm_omni.models.qwen_image.positions import THETA, positions
 from vllm_omni.worker.diffusion.joint import (
@@ -35,6 +35,9 @@ from vllm_omni.worker.diffusion.joint import (
 from vllm_omni.worker.diffusion.packing import Span
 from vllm_omni.worker.diffusion.patches import PATCH, patchified, unpatchified
 from vllm_omni.worker.diffusion.rope_tables import RopeTables
+from vllm_omni.worker.diffusion.timestep import TimestepEmbedder
+
+NUM_SINUSOIDS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class QwenImageTransformer(nn.Module):
         self.img_in = Linear(config.in_channels, config.dim)
         self.txt_norm = RMSNorm(config.joint_attention_dim, EPS)
         self.txt_in = Linear(config.joint_attention_dim, config.dim)
-        self.time_embedder = TimestepEmbedder(config.dim)
+        self.time_embedder = TimestepEmbedder(NUM_SINUSOIDS, config.dim, bias=True)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_layer = FinalLayer(config)
         self._ropes = RopeTables(positions, config.axes_dims_rope, THETA)
@@ -78,8 +81,8 @@ class QwenImageTransformer(nn.Module):
             return self.txt_norm.weight.new_empty(0, self.config.dim)
         return self._embedded([patchified(reference[None], channels_first=True)[0] for reference in latents])
 
-    def embed(self, latents: Sequence[Tensor], times: Tensor, contexts: Sequence[Context]) -> JointTokens:
-        """Rows before the first block. latents: [C, h, w] each; times: [R] in 0 to 1, 0 is clean."""
+    def embed(self, latents: Sequence[Tensor], timesteps: Tensor, contexts: Sequence[Context]) -> JointTokens:
+        """Rows before the first block. latents: [C, h, w] each; timesteps: [R] in 0 to 1000, 0 is clean."""
         geometries = [
             Geometry(len(context.text), (grid_of(latent), *context.grids))
             for latent, context in zip(latents, contexts, strict=True)
@@ -88,9 +91,11 @@ class QwenImageTransformer(nn.Module):
         groups = grouped([geometries[row] for row in order])
         patches = [patchified(latents[row][None], channels_first=True)[0] for row in order]
         pictures = self._embedded(patches).split([len(part) for part in patches])
-        images = [part for row, picture in zip(order, pictures, strict=True) for part in (picture, contexts[row].references)]
+        images = [
+            part for row, picture in zip(order, pictures, strict=True) for part in (picture, contexts[row].references)
+        ]
         text = torch.cat([contexts[row].text for row in order])
-        return JointTokens(text, torch.cat(images), self._vectors(times[order]), groups, tuple(order))
+        return JointTokens(text, torch.cat(images), self._vectors(timesteps[order]), groups, tuple(order))
 
     def run_blocks(self, tokens: JointTokens, start: int, stop: int) -> JointTokens:
         """Blocks start .. stop - 1."""
@@ -118,9 +123,9 @@ class QwenImageTransformer(nn.Module):
         """[n, 4 C] each -> [n, D] of all together."""
         return self.img_in(torch.cat(list(patches)).to(self.dtype))
 
-    def _vectors(self, times: Tensor) -> Tensor:
+    def _vectors(self, timesteps: Tensor) -> Tensor:
         """[R] -> [R, D], as modulation reads them."""
-        return F.silu(self.time_embedder(times))
+        return F.silu(self.time_embedder(timesteps))
 
     def _inputs(self, tokens: JointTokens) -> BlockInputs:
         spans = spans_of(tokens.groups, self._rope)

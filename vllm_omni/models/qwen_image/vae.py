@@ -38,7 +38,7 @@ class VaeConfig:
                 raise ConfigError(f"{where}: {key}: got {brief(raw[key])}, expected {value!r}")
         num_channels = raw.get("z_dim", 16)
         check_number(f"{where}: z_dim", num_channels, 1, MAX_CHANNELS, integer=True, raises=ConfigError)
-        for key, low in {"latents_mean": None, "latents_std": 0}.items():
+        for key, low in {"latents_mean": -MAX_MOMENT, "latents_std": 0}.items():
             _check_moments(f"{where}: {key}", raw.get(key), num_channels, low)
         halvings = raw.get("temperal_downsample", [False, True, True])
         if not isinstance(halvings, list) or not 1 <= len(halvings) <= MAX_HALVINGS:
@@ -79,12 +79,9 @@ class PictureVae:
         return (latents.float() - self._mean) / self._deviation
 
 
-def _check_moments(where: str, values: object, count: int, low: float | None) -> None:
+def _check_moments(where: str, values: object, count: int, low: float) -> None:
     """low: what each must be more than."""
     if not isinstance(values, list) or len(values) != count:
         raise ConfigError(f"{where}: got {brief(values)}, expected a list of {count} numbers")
     for index, value in enumerate(values):
-        above = low is not None
-        check_number(
-            f"{where}[{index}]", value, -MAX_MOMENT if low is None else low, MAX_MOMENT, above_low=above, raises=ConfigError
-        )
+        check_number(f"{where}[{index}]", value, low, MAX_MOMENT, above_low=True, raises=ConfigError)

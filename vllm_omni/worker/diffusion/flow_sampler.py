@@ -1,5 +1,5 @@
-"""diffusers' Euler sampler for models that are trained by flow matching: its published configuration checked, and a fresh
-one for each output, its sigmas shifted by how many tokens a picture has. Knows no model.
+"""diffusers' Euler sampler for models that are trained by flow matching: its published configuration checked, and a
+fresh one for each output, its sigmas shifted by how many tokens a picture has. Knows no model.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ def read_flow_sampler(folder: Path) -> dict[str, Any]:
     for key in ("num_train_timesteps", "base_image_seq_len", "max_image_seq_len"):
         if config.get(key) is not None:
             check_number(f"{where}: {key}", config[key], 1, MAX_TIMESTEPS, integer=True, raises=ConfigError)
+    base, most = _lengths(config)
+    if most <= base:
+        raise ConfigError(f"{where}: max_image_seq_len: got {most}, expected more than base_image_seq_len, {base}")
     return config
 
 
 def fresh_sampler(
     config: Mapping[str, Any], sigmas: Sequence[float], shift: float, device: torch.device, start: int = 0
 ) -> FlowSampler:
-    """config: what `read_flow_sampler` gave. sigmas: before they are shifted, one per step. shift: read by a sampler with
-    dynamic shifting alone. start: the first step that will be computed.
+    """config: what `read_flow_sampler` gave. sigmas: before they are shifted, one per step. shift: read by a sampler
+    with dynamic shifting alone. start: the first step that will be computed.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -63,6 +66,11 @@ def even_sigmas(num_steps: int) -> list[float]:
 
 def linear_shift(config: Mapping[str, Any], num_tokens: int) -> float:
     """Of a sampler with dynamic shifting, for a picture of so many tokens."""
-    base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = _lengths(config)
     base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return float(base_shift + (max_shift - base_shift) / (most - base) * (num_tokens - base))
+
+
+def _lengths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Tokens of a picture that is shifted by `base_shift`, and of one that is shifted by `max_shift`."""
+    return config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
