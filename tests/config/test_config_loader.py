@@ -32,6 +32,8 @@ SHIPPED = {
     "language_model",
     "qwen3",
     "qwen3_embedding",
+    "qwen_image",
+    "qwen_image_edit",
     "qwen_omni",
     "stable_audio",
     "tiny_audio",
@@ -415,6 +417,8 @@ def test_every_shipped_config_and_example_loads() -> None:
     ("file", "content", "name"),
     [
         ("model_index.json", {"_class_name": "ZImagePipeline"}, "z_image"),
+        ("model_index.json", {"_class_name": "QwenImagePipeline"}, "qwen_image"),
+        ("model_index.json", {"_class_name": "QwenImageEditPlusPipeline"}, "qwen_image_edit"),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "diffusers"),
         ("config.json", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "qwen3"),
         ("config.json", {"model_type": "qwen3"}, "qwen3"),
