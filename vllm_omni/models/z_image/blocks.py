@@ -7,10 +7,8 @@ Legend: R rows, N packed tokens of all rows, L tokens of a row, D width, H heads
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +19,7 @@ from vllm_omni.layers.norm import LayerNorm, RMSNorm
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.worker.diffusion.packing import Span, attended_rows, gated_rows, modulated_rows
 from vllm_omni.worker.diffusion.patches import PATCH
+from vllm_omni.worker.diffusion.timestep import sinusoids
 
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
@@ -36,10 +35,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(Linear(TIME_FREQUENCIES, TIME_HIDDEN), nn.SiLU(), Linear(TIME_HIDDEN, width))
 
     def forward(self, time: Tensor) -> Tensor:
-        half = TIME_FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
-        angles = time[:, None].float() * torch.exp(-math.log(10000.0) * exponents)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        waves = sinusoids(time, TIME_FREQUENCIES)
         return self.mlp(waves.to(next(self.parameters()).dtype))
 
 
