@@ -1,5 +1,5 @@
 """The VAE of Qwen-Image, which is one of films (Wan 2.1's) and sees a picture as a film of one frame: its published
-configuration, and diffusers' module behind it.
+configuration, and diffusers' module behind it, without what only further frames would need.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, check_number
@@ -56,7 +57,9 @@ class PictureVae:
     """Pixels to latents as the sampler has them, and back."""
 
     def __init__(self, module: Any, device: torch.device) -> None:
-        self._module = module.to(device=device)
+        """module: an AutoencoderKLQwenImage, which is changed."""
+        flatten(module)
+        self._module = module.to(device=device, memory_format=torch.channels_last)
         self._device = device
         self._mean = torch.tensor(module.config.latents_mean, device=device)[:, None, None]
         self._deviation = torch.tensor(module.config.latents_std, device=device)[:, None, None]
@@ -69,14 +72,41 @@ class PictureVae:
 
     def decode(self, latents: Tensor) -> Tensor:
         """[C, h, w] -> [3, H, W] float32, 0 to 1 being what can be shown."""
-        scaled = (latents * self._deviation + self._mean).to(self._module.dtype)
-        return self._module.decode(scaled[None, :, None]).sample[0, :, 0].float() / 2 + 0.5
+        film = (latents * self._deviation + self._mean).to(self._module.dtype)[None, :, None]
+        pixels = self._module.decoder(self._module.post_quant_conv(film))[0, :, 0]
+        return pixels.float().clamp(-1, 1) / 2 + 0.5
 
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 [H, W, 3] -> [C, h, w] float32, the likeliest latents: nothing is drawn."""
         scaled = (pixels.permute(2, 0, 1).float() / 127.5 - 1).to(device=self._device, dtype=self._module.dtype)
-        latents = self._module.encode(scaled[None, :, None]).latent_dist.mode()[0, :, 0]
-        return (latents.float() - self._mean) / self._deviation
+        moments = self._module.quant_conv(self._module.encoder(scaled[None, :, None]))
+        mean = moments.chunk(2, dim=1)[0][0, :, 0]
+        return (mean.float() - self._mean) / self._deviation
+
+
+class FrameConvolution(nn.Module):
+    """A convolution of films, causal in time, that is given one frame: all of its taps in time but the last meet the
+    zeros before the first frame, so that it is one of pictures.
+    """
+
+    def __init__(self, film: nn.Conv3d) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(film.weight[:, :, -1].clone(), requires_grad=False)
+        self.bias = film.bias
+        self.padding = tuple(size // 2 for size in film.kernel_size[1:])
+
+    def forward(self, film: Tensor) -> Tensor:
+        """[1, C, 1, h, w] -> [1, C', 1, h, w]."""
+        return F.conv2d(film[:, :, 0], self.weight, self.bias, padding=self.padding)[:, :, None]
+
+
+def flatten(module: nn.Module) -> None:
+    """Replaces all convolutions of films within."""
+    for name, part in list(module.named_children()):
+        if isinstance(part, nn.Conv3d):
+            setattr(module, name, FrameConvolution(part))
+        else:
+            flatten(part)
 
 
 def _check_moments(where: str, values: object, count: int, low: float) -> None:
