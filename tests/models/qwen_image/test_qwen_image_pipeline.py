@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import QwenImageImg2ImgPipeline, QwenImageInpaintPipeline, QwenImagePipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 from support.dit import BOTH, engine, pictures, run, spec, states, task
@@ -106,6 +106,63 @@ def test_pictures_of_one_batch_equal_the_reference_pipeline(tmp_path: Path) -> N
         picture = expected(pipeline, case, seed)
         assert np.abs(got[seed] - picture).max() <= 2, case
         assert picture.std() > 10, "a flat picture would prove nothing"
+
+
+# What starts from a picture: its (width, height), the size that is asked for, strength, guidance, steps, with a mask.
+SOURCES: list[tuple[tuple[int, int], tuple[int, int] | None, float, float, int, bool]] = [
+    ((64, 64), None, 0.6, 1.0, 5, False),
+    ((93, 70), None, 0.5, 4.0, 4, False),
+    ((50, 80), (64, 96), 1.0, 1.0, 3, False),
+    ((64, 64), None, 0.8, 4.0, 5, True),
+    ((48, 96), None, 1.0, 2.0, 3, True),
+]
+
+
+def half_mask(width: int, height: int) -> Image.Image:
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 2 :] = 255
+    return Image.fromarray(mask)
+
+
+def test_pictures_from_pictures_and_within_masks_equal_the_reference_pipelines(tmp_path: Path) -> None:
+    pipeline, stage = random_pipeline(tmp_path), engine(tmp_path)
+    kinds = {False: QwenImageImg2ImgPipeline, True: QwenImageInpaintPipeline}
+    references = {is_masked: kind(**pipeline.components) for is_masked, kind in kinds.items()}
+    found = {}
+    for seed, (size, asked, strength, guidance, steps, is_masked) in enumerate(SOURCES):
+        image, mask = random_image(size, seed), half_mask(*size)
+        height, width = asked or (size[1] // 16 * 16, size[0] // 16 * 16)
+        params = DiffusionParams(
+            image=image,
+            mask=mask if is_masked else None,
+            strength=strength,
+            height=height if asked else None,
+            width=width if asked else None,
+            guidance_scale=guidance,
+            num_inference_steps=steps,
+            seed=seed,
+        )
+        stage.spec.check(task(str(seed), params).request, params, BOTH)
+        stage.submit(task(str(seed), params, 5 + seed, seed))
+        references[is_masked].set_progress_bar_config(disable=True)
+        found[seed] = references[is_masked](
+            image=image,
+            **({"mask_image": mask} if is_masked else {}),
+            prompt_embeds=states(5 + seed, seed)[None],
+            negative_prompt_embeds=states(9, 1000)[None],
+            true_cfg_scale=guidance,
+            strength=strength,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+        ).images[0]
+    got = pictures(run(stage))
+    for seed, picture in found.items():
+        expected_pixels = (picture * 255).round().astype(int)
+        assert np.abs(got[str(seed)][0].numpy().astype(int) - expected_pixels).max() <= 2, SOURCES[seed]
+        assert expected_pixels.std() > 10, "a flat picture would prove nothing"
 
 
 # Pictures to edit are (width, height), with EDITED_AREA on both sides so small that tests are quick.
@@ -210,11 +267,15 @@ def test_previews_are_of_the_size_of_the_picture(tmp_path: Path) -> None:
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("QwenImagePipeline", {"image": random_image((64, 64), 0)}, "image: this checkpoint makes pictures of words alone"),
+    ("QwenImagePipeline", {"image": [random_image((64, 64), 0)]}, "image: got a list of 1, expected the one to start"),
+    ("QwenImagePipeline", {"image": random_image((64, 9), 0)}, "image: got 64x9 pixels, expected 16 a side, or height"),
+    ("QwenImagePipeline", {"image": random_image((64, 64), 0), "strength": 0.0}, "strength: got 0, which leaves none"),
     ("QwenImagePipeline", {"height": 40}, "height: got 40, expected a multiple of 16"),
     ("QwenImagePipeline", {"height": 16_000, "width": 16_000}, "height * width"),
-    ("QwenImagePipeline", {"strength": 0.5}, "strength: Qwen-Image does not read it"),
-    ("QwenImagePipeline", {"mask": random_image((64, 64), 0)}, "mask: Qwen-Image does not read it"),
+    ("QwenImagePipeline", {"strength": 0.5}, "strength: got one without an image"),
+    ("QwenImagePipeline", {"duration_s": 5.0}, "duration_s: Qwen-Image does not read it"),
+    ("QwenImageEditPlusPipeline", {"strength": 0.5}, "strength: Qwen-Image does not read it"),
+    ("QwenImageEditPlusPipeline", {"mask": random_image((64, 64), 0)}, "mask: Qwen-Image does not read it"),
     ("QwenImagePipeline", {"extra": {"true_cfg_scale": 4.0}}, "extra.true_cfg_scale: unknown key"),
     ("QwenImagePipeline", {"guidance_scale": 1.0, "negative_prompt": "blur"}, "negative_prompt: guidance_scale 1"),
     ("QwenImagePipeline", {"guidance_scale": 1e6}, "guidance_scale"),

@@ -25,14 +25,18 @@ class ImageGeometry:
         """Both sides of what is made are multiples of so many pixels."""
         return self.vae_scale * PATCH
 
-    def size(self, params: DiffusionParams, edited: Sequence[int] | None = None) -> tuple[int, int]:
-        """(height, width) in pixels of what is made. edited: of the last picture that is edited."""
+    def size(self, params: DiffusionParams, given: Sequence[int] | None = None) -> tuple[int, int]:
+        """(height, width) in pixels of what is made. given: what a request's picture makes of it, where it brings one."""
         native = NATIVE_LATENTS * self.vae_scale
-        sides = (native, native) if edited is None else self.edited_size(*edited)
+        sides = (native, native) if given is None else given
         height, width = (
             side if asked is None else asked for asked, side in zip((params.height, params.width), sides, strict=True)
         )
         return height, width
+
+    def source_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels of what starts from a picture of this size. A side is 0 where that is too small."""
+        return height // self.multiple * self.multiple, width // self.multiple * self.multiple
 
     def edited_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels that a picture to edit is encoded at: of its form, and of EDITED_AREA. A side is 0

@@ -21,6 +21,7 @@ from vllm_omni.models.qwen_image.trajectory import (
     QwenImageTrajectory,
     guidance_scale,
     is_guided,
+    num_steps,
     sigmas,
 )
 from vllm_omni.models.qwen_image.transformer import Context, QwenImageTransformer, grid_of
@@ -33,6 +34,7 @@ from vllm_omni.worker.diffusion.joint import JointTokens
 from vllm_omni.worker.diffusion.patches import PATCH
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.previewer import Previewer, to_pixels
+from vllm_omni.worker.diffusion.source_image import SourceImage, first_step, latent_mask
 
 PORTS = {POSITIVE: "prompt_embeds", NEGATIVE: "negative_prompt_embeds"}
 
@@ -44,6 +46,7 @@ class Prepared:
     height: int  # in latents
     width: int
     contexts: Mapping[str, Context]  # by branch
+    source: SourceImage | None  # that it starts from
 
 
 class QwenImagePipeline(DiffusionModel):
@@ -59,10 +62,13 @@ class QwenImagePipeline(DiffusionModel):
         sampler_config: Mapping[str, Any],
         geometry: ImageGeometry,
         preview_map: PreviewMap | None,
+        edits: bool,
     ) -> None:
+        """edits: whether the pictures of a request are edited; else what is made starts from the one that it brings."""
         self.transformer = transformer
         self.vae = vae
         self.geometry = geometry
+        self.edits = edits
         self.num_blocks = len(transformer.blocks)
         self.token_bytes = transformer.config.dim * transformer.dtype.itemsize
         self._sampler_config = sampler_config
@@ -73,9 +79,10 @@ class QwenImagePipeline(DiffusionModel):
         self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int, encoded: EncodedImages
     ) -> Prepared:
         pictures = [encoded.pixels(source, name) for name, source in sources(params)]
-        size = self.geometry.size(params, pictures[-1].shape[:2] if pictures else None)
+        edited = pictures if self.edits else []
+        size = self.geometry.size(params, self._given_size(pictures))
         height, width = (side // self.geometry.multiple * PATCH for side in size)
-        latents = [self._encoded(pixels, encoded) for pixels in pictures]
+        latents = [self._encoded(pixels, encoded) for pixels in edited]
         grids = tuple(grid_of(reference) for reference in latents)
         references = self.transformer.encode_references(latents)
         most = MAX_POSITION - first_text_position(((height // PATCH, width // PATCH), *grids))
@@ -83,20 +90,24 @@ class QwenImagePipeline(DiffusionModel):
             branch: Context(self._encode_text(inputs, PORTS[branch], most), references, grids)
             for branch in ((POSITIVE, NEGATIVE) if is_guided(params) else (POSITIVE,))
         }
-        return Prepared(height, width, contexts)
+        source = None if self.edits or not pictures else self._source(pictures[0], size, params, encoded)
+        return Prepared(height, width, contexts, source)
 
     def trajectory(self, prepared: Prepared, params: DiffusionParams) -> QwenImageTrajectory:
         height, width = prepared.height, prepared.width
         num_picture = (height // PATCH) * (width // PATCH)
         shift = linear_shift(self._sampler_config, num_picture)
+        start = 0 if prepared.source is None else first_step(params, num_steps(params))
         return QwenImageTrajectory(
             latent_shape=(self.transformer.config.out_channels, height, width),
-            sampler=fresh_sampler(self._sampler_config, sigmas(params), shift, self._device),
+            sampler=fresh_sampler(self._sampler_config, sigmas(params), shift, self._device, start),
             num_tokens=sum(
                 num_picture + len(context.references) + len(context.text) for context in prepared.contexts.values()
             ),
             contexts=prepared.contexts,
             scale=guidance_scale(params),
+            start=start,
+            source=prepared.source,
         )
 
     def embed(
@@ -122,10 +133,26 @@ class QwenImagePipeline(DiffusionModel):
     def preview(self, latents: Tensor) -> Tensor:
         return self._previewer(latents)
 
+    def _given_size(self, pictures: Sequence[Tensor]) -> tuple[int, int] | None:
+        """What the pictures of a request make of the size of what is made; None where it brings none."""
+        if not pictures:
+            return None
+        size_of = self.geometry.edited_size if self.edits else self.geometry.source_size
+        return size_of(*pictures[-1].shape[:2])
+
     def _encoded(self, pixels: Tensor, encoded: EncodedImages) -> Tensor:
-        """uint8 [H, W, 3] of a picture to edit -> [C, h, w] float32, as the sampler has them."""
+        """uint8 [H, W, 3] of a picture to edit -> [C, h, w] float32, the likeliest latents: nothing is drawn."""
         size = self.geometry.edited_size(*pixels.shape[:2])
-        return encoded.of(fitted(pixels, size), self.vae.encode)
+        return encoded.of(fitted(pixels, size), self.vae.encode)[0]
+
+    def _source(
+        self, pixels: Tensor, size: tuple[int, int], params: DiffusionParams, encoded: EncodedImages
+    ) -> SourceImage:
+        mean, deviation = encoded.of(fitted(pixels, size), self.vae.encode)
+        mask = None
+        if params.mask is not None:
+            mask = latent_mask(encoded.mask(params.mask, "mask"), size, mean).to(self._device)
+        return SourceImage(size, mean, deviation, mask)
 
     def _encode_text(self, inputs: Mapping[str, Any], port: str, most: int) -> Tensor:
         """The states [T, J] of one prompt -> [T, D]."""
@@ -138,7 +165,7 @@ class QwenImagePipeline(DiffusionModel):
 
 
 def sources(params: DiffusionParams) -> list[tuple[str, Any]]:
-    """The pictures to edit that a request brings, and what each is called."""
+    """The pictures that a request brings, and what each is called."""
     if params.image is None:
         return []
     if isinstance(params.image, list | tuple):

@@ -35,19 +35,22 @@ from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
+from vllm_omni.worker.diffusion.source_image import check_source, first_step
 
-UNUSED_FIELDS = ("mask", "strength", "duration_s")
 MAX_EDITED = 8  # pictures of one request; each is as many tokens as a picture of 1024 x 1024 pixels
 # Hidden states, their normed copy, the feed-forward's input and what is made of it (4 each).
 ACTIVATION_WIDTHS = 10
 
 
 class QwenImageSpec(DiffusionModelSpec):
-    """Text to image: diffusers' QwenImagePipeline."""
+    """Text to image, image to image, inpainting: diffusers' QwenImagePipeline and the two beside it."""
 
     gives_previews = True
     can_quantize = True
-    max_edited: ClassVar[int] = 0  # pictures that a request may bring
+    request_keys = frozenset({"image", "mask", "strength"})
+    media_keys = frozenset({"image", "mask"})
+    unused_fields: ClassVar[tuple[str, ...]] = ("duration_s",)
+    max_edited: ClassVar[int] = 0  # pictures that a request may bring to be edited; 0: it may bring one to start from
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)
@@ -92,17 +95,19 @@ class QwenImageSpec(DiffusionModelSpec):
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         folder = self.folder / "vae"
         vae = PictureVae.load(folder, device, self.part_dtype(folder, dtype), self.weights_variant)
-        return QwenImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
+        return QwenImagePipeline(
+            transformer, vae, self.sampler_config, self.geometry, self.preview_map, self.max_edited > 0
+        )
 
     def check(
         self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig
     ) -> None:
-        for name in UNUSED_FIELDS:
+        for name in self.unused_fields:
             if getattr(params, name) is not None:
                 raise InvalidRequestError(f"{name}: Qwen-Image does not read it; leave it unset")
         for name in params.extra or {}:
             raise InvalidRequestError(f"extra.{name}: unknown key; Qwen-Image reads none")
-        self._check_size(params, self._check_edited(params, limits), limits)
+        self._check_size(params, self._check_pictures(params, limits), limits)
         self._check_steps(params)
         check_limit("guidance_scale", guidance_scale(params), 0, limits.max_guidance_scale)
         _check_guidance(request, params, connected)
@@ -112,38 +117,52 @@ class QwenImageSpec(DiffusionModelSpec):
 
     def job_size(self, request: OmniRequest, params: DiffusionParams) -> float:
         height, width = self.geometry.size(params)
-        pixels = height * width + EDITED_AREA * len(sources(params))
+        pixels = height * width + (EDITED_AREA * len(sources(params)) if self.max_edited else 0)
         branches = 2 if is_guided(params) else 1
-        return float(pixels * num_steps(params) * branches * (params.num_outputs or 1)) * 1e-6
+        steps = num_steps(params) - (0 if self.max_edited else first_step(params, num_steps(params)))
+        return float(pixels * steps * branches * (params.num_outputs or 1)) * 1e-6
 
     def needed_inputs(self, connected: frozenset[str], request: OmniRequest, params: DiffusionParams) -> frozenset[str]:
         return connected if is_guided(params) else connected - {PORTS[NEGATIVE]}
 
     def note(self) -> str:
         return f"{type(self).__name__.removesuffix('Spec')}: " + (
-            f"edits up to {self.max_edited} pictures" if self.max_edited else "text to image"
+            f"edits up to {self.max_edited} pictures" if self.max_edited else "text to image, image to image, inpainting"
         )
 
+    def _check_pictures(self, params: DiffusionParams, limits: LimitsConfig) -> tuple[int, int] | None:
+        """What the pictures of a request make of the size of what is made, None where it brings none; nothing is
+        decoded.
+        """
+        if self.max_edited:
+            return self._check_edited(params, limits)
+        size = check_source(params, num_steps(params), limits)
+        if size is None:
+            return None
+        height, width = self.geometry.source_size(*size)
+        for name, side in (("height", height), ("width", width)):
+            if side == 0 and getattr(params, name) is None:
+                raise InvalidRequestError(
+                    f"image: got {size[1]}x{size[0]} pixels, expected {self.geometry.multiple} a side, or {name} set"
+                )
+        return height, width
+
     def _check_edited(self, params: DiffusionParams, limits: LimitsConfig) -> tuple[int, int] | None:
-        """(height, width) of the last picture that is edited, None where there is none; nothing is decoded."""
         given, size = sources(params), None
         if params.image is not None and not 0 < len(given) <= self.max_edited:
-            raise InvalidRequestError(
-                f"image: got {len(given)}, expected 1 to {self.max_edited}"
-                if self.max_edited
-                else "image: this checkpoint makes pictures of words alone; leave it unset, or use one that edits"
-            )
+            raise InvalidRequestError(f"image: got {len(given)}, expected 1 to {self.max_edited}")
         for name, source in given:
-            size = image_size(source, limits, name)
-            if 0 in self.geometry.edited_size(*size):
+            height, width = image_size(source, limits, name)
+            size = self.geometry.edited_size(height, width)
+            if 0 in size:
                 raise InvalidRequestError(
-                    f"{name}: got {size[1]}x{size[0]} pixels, which is too narrow to be scaled to {EDITED_AREA} pixels;"
+                    f"{name}: got {width}x{height} pixels, which is too narrow to be scaled to {EDITED_AREA} pixels;"
                     " crop or pad it"
                 )
         return size
 
-    def _check_size(self, params: DiffusionParams, edited: tuple[int, int] | None, limits: LimitsConfig) -> None:
-        height, width = self.geometry.size(params, edited)
+    def _check_size(self, params: DiffusionParams, given: tuple[int, int] | None, limits: LimitsConfig) -> None:
+        height, width = self.geometry.size(params, given)
         for name, value in (("height", height), ("width", width)):
             if value % self.geometry.multiple:
                 raise InvalidRequestError(f"{name}: got {value}, expected a multiple of {self.geometry.multiple}")
@@ -161,6 +180,7 @@ class QwenImageEditPlusSpec(QwenImageSpec):
 
     request_keys = frozenset({"image"})
     media_keys = frozenset({"image"})
+    unused_fields = ("mask", "strength", "duration_s")
     max_edited = MAX_EDITED
 
 

@@ -15,6 +15,7 @@ from vllm_omni.worker.diffusion.diffusion_model import Trajectory
 from vllm_omni.worker.diffusion.flow_sampler import FlowSampler, even_sigmas
 from vllm_omni.worker.diffusion.patches import patchified, unpatchified
 from vllm_omni.worker.diffusion.previewer import flow_estimate
+from vllm_omni.worker.diffusion.source_image import SourceImage, StartedImage
 
 POSITIVE, NEGATIVE = "positive", "negative"
 DEFAULT_STEPS = 50
@@ -34,12 +35,28 @@ class QwenImageTrajectory(Trajectory):
         num_tokens: int,
         contexts: Mapping[str, Context],
         scale: float,
+        start: int,
+        source: SourceImage | None,
     ) -> None:
         self.latent_shape = latent_shape
         self.sampler = sampler
         self.num_tokens = num_tokens
         self.conditions = contexts
+        self.start = start
         self._scale = scale
+        self._source = source
+        self._started: StartedImage | None = None
+
+    def noise(self, generator: torch.Generator) -> Tensor:
+        if self._source is None:
+            return super().noise(generator)
+        self._started = self._source.begin(generator)
+        return self._started.at(self.sampler.sigmas[self.start])
+
+    def constrain(self, latents: Tensor, step: int) -> Tensor:
+        if self._started is None:
+            return latents
+        return self._started.constrain(latents, self.sampler.sigmas[self.start + step + 1])
 
     def branches(self, timestep: float) -> tuple[str, ...]:
         return tuple(self.conditions)
@@ -48,7 +65,7 @@ class QwenImageTrajectory(Trajectory):
         return outputs[0] if len(outputs) == 1 else guided(outputs[0], outputs[1], self._scale)
 
     def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
-        return flow_estimate(self.sampler.sigmas, step, latents, output)
+        return flow_estimate(self.sampler.sigmas, self.start + step, latents, output)
 
 
 def guided(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

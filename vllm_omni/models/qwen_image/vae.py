@@ -21,6 +21,7 @@ CLASS = "AutoencoderKLQwenImage"
 MAX_CHANNELS = 1024
 MAX_HALVINGS = 10
 MAX_MOMENT = 1e6
+LOG_VARIANCES = (-30.0, 20.0)  # as diffusers bounds them
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,12 @@ class PictureVae:
         return pixels.float().clamp(-1, 1) / 2 + 0.5
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 [H, W, 3] -> [C, h, w] float32, the likeliest latents: nothing is drawn."""
+        """uint8 [H, W, 3] -> [2, C, h, w] float32: mean and deviation of its latents."""
         scaled = (pixels.permute(2, 0, 1).float() / 127.5 - 1).to(device=self._device, dtype=self._module.dtype)
         moments = self._module.quant_conv(self._module.encoder(scaled[None, :, None]))
-        mean = moments.chunk(2, dim=1)[0][0, :, 0]
-        return (mean.float() - self._mean) / self._deviation
+        mean, log_variance = moments[0, :, 0].float().chunk(2)
+        deviation = torch.exp(log_variance.clamp(*LOG_VARIANCES) / 2)
+        return torch.stack([mean - self._mean, deviation]) / self._deviation
 
 
 class FrameConvolution(nn.Module):
