@@ -126,9 +126,8 @@ class QwenImageSpec(DiffusionModelSpec):
         return connected if is_guided(params) else connected - {PORTS[NEGATIVE]}
 
     def note(self) -> str:
-        return f"{type(self).__name__.removesuffix('Spec')}: " + (
-            f"edits up to {self.max_edited} pictures" if self.max_edited else "text to image, image to image, inpainting"
-        )
+        made = "from a picture and within a mask" if self.max_edited == 0 else f"and edits up to {self.max_edited}"
+        return f"Qwen-Image: makes pictures of words, {made}"
 
     def _check_pictures(self, params: DiffusionParams, limits: LimitsConfig) -> tuple[int, int] | None:
         """What the pictures of a request make of the size of what is made, None where it brings none; nothing is
