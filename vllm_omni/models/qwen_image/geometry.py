@@ -26,7 +26,7 @@ class ImageGeometry:
         return self.vae_scale * PATCH
 
     def size(self, params: DiffusionParams, given: Sequence[int] | None = None) -> tuple[int, int]:
-        """(height, width) in pixels of what is made. given: what a request's picture makes of it, where it brings one."""
+        """(height, width) in pixels of what is made. given: what a request's picture makes of it."""
         native = NATIVE_LATENTS * self.vae_scale
         sides = (native, native) if given is None else given
         height, width = (
