@@ -30,7 +30,7 @@ class StreamInputs:
     """How a step modulates one stream."""
 
     spans: Sequence[Span]  # the rows of a span are those of the vectors that modulate its tokens
-    vectors: Tensor  # [R, D] of the timesteps, through SiLU; for images there may be one more, of timestep 0
+    vectors: Tensor  # [R, D] of the timesteps, through SiLU; for images maybe [2 R, D], behind each that of timestep 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Stream(nn.Module):
         self.down = Linear(4 * dim, dim, can_quantize=True)
 
     def modulation_of(self, inputs: StreamInputs) -> tuple[Tensor, ...]:
-        """Shift, scale and gate of attention, then of the feed-forward, [R, D] each."""
+        """Shift, scale and gate of attention, then of the feed-forward, each as many as there are vectors."""
         return self.modulation(inputs.vectors).chunk(6, dim=-1)
 
     def attention_input(self, x: Tensor, inputs: StreamInputs, modulation: Sequence[Tensor]) -> Tensor:

@@ -131,9 +131,9 @@ class QwenImageTransformer(nn.Module):
         spans = spans_of(tokens.groups, self._rope)
         text, image = StreamInputs(spans.text, tokens.condition), StreamInputs(spans.image, tokens.condition)
         if self.config.zero_cond_t and any(len(group.geometry.grids) > 1 for group in tokens.groups):
-            resting = self._vectors(torch.zeros(1, device=self.device))
-            vectors = torch.cat([tokens.condition, resting])
-            image = StreamInputs(resting_references(tokens.groups, spans.image, len(tokens.condition)), vectors)
+            resting = self._vectors(torch.zeros(len(tokens.condition), device=self.device))
+            vectors = torch.stack([tokens.condition, resting], dim=1).flatten(0, 1)
+            image = StreamInputs(resting_references(tokens.groups, spans.image), vectors)
         return BlockInputs(spans, text, image)
 
     def _rope(self, geometry: Geometry) -> Tensor:
@@ -158,19 +158,21 @@ def grid_of(latents: Tensor) -> tuple[int, int]:
     return latents.shape[1] // PATCH, latents.shape[2] // PATCH
 
 
-def resting_references(groups: Sequence[Group], spans: Sequence[Span], resting: int) -> list[Span]:
-    """The spans of images, their references apart, which then are modulated by the vector at `resting`."""
+def resting_references(groups: Sequence[Group], spans: Sequence[Span]) -> list[Span]:
+    """The spans of images, their references apart. Each row has two vectors then, which modulate its picture and its
+    references.
+    """
     apart: list[Span] = []
     for group, span in zip(groups, spans, strict=True):
         if len(group.geometry.grids) == 1:
-            apart.append(span)
+            apart.append(replace(span, rows=slice(2 * span.rows.start, 2 * span.rows.stop, 2)))
             continue
         for index in range(span.num_rows):
-            start, row = span.tokens.start + index * span.length, span.rows.start + index
+            start, row = span.tokens.start + index * span.length, 2 * (span.rows.start + index)
             middle, stop = start + group.geometry.num_picture, start + span.length
             picture, references = span.rope.split([middle - start, stop - middle])
             apart.append(Span(slice(row, row + 1), slice(start, middle), 1, middle - start, picture))
-            apart.append(Span(slice(resting, resting + 1), slice(middle, stop), 1, stop - middle, references))
+            apart.append(Span(slice(row + 1, row + 2), slice(middle, stop), 1, stop - middle, references))
     return apart
 
 
