@@ -59,6 +59,9 @@ TABLES: dict[str, dict[str, str]] = {
         "Flux2KleinPipeline": "vllm_omni.models.flux2.spec:KleinSpec",
         "Qwen2_5OmniForConditionalGeneration.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
         "Qwen2_5OmniModel.token2wav": "vllm_omni.models.qwen2_5_omni.token2wav.spec:Token2WavSpec",
+        "QwenImageEditPipeline": "vllm_omni.models.qwen_image.spec:QwenImageEditSpec",
+        "QwenImageEditPlusPipeline": "vllm_omni.models.qwen_image.spec:QwenImageEditPlusSpec",
+        "QwenImagePipeline": "vllm_omni.models.qwen_image.spec:QwenImageSpec",
         "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",
     },
     "step cache": {

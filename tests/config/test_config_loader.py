@@ -33,6 +33,8 @@ SHIPPED = {
     "language_model",
     "qwen3",
     "qwen3_embedding",
+    "qwen_image",
+    "qwen_image_edit",
     "qwen_omni",
     "stable_audio",
     "tiny_audio",
@@ -416,6 +418,8 @@ def test_every_shipped_config_and_example_loads() -> None:
     ("file", "content", "name"),
     [
         ("model_index.json", {"_class_name": "ZImagePipeline"}, "z_image"),
+        ("model_index.json", {"_class_name": "QwenImagePipeline"}, "qwen_image"),
+        ("model_index.json", {"_class_name": "QwenImageEditPlusPipeline"}, "qwen_image_edit"),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "diffusers"),
         ("model_index.json", {"_class_name": "Flux2KleinPipeline"}, "flux2_klein"),
         ("model_index.json", {"_class_name": "Flux2KleinKVPipeline"}, "flux2_klein"),

@@ -37,6 +37,7 @@ from vllm_omni.errors import InvalidRequestError
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.layers.sampler import SamplingRow
 from vllm_omni.models.ace_step.prompt.options import REQUEST_KEYS, MusicPromptOptions
+from vllm_omni.models.qwen_image import trajectory as qwen_image
 from vllm_omni.models.z_image import trajectory as z_image
 from vllm_omni.params import DiffusionParams, SamplingParams
 
@@ -384,6 +385,8 @@ def test_the_other_stated_fallbacks_are_those_of_the_code() -> None:
     assert stated["max_tokens"] == f"`{DEFAULT_MAX_TOKENS}`"
     assert f"Z-Image: `{z_image.DEFAULT_STEPS}`" in stated["num_inference_steps"]
     assert f"Z-Image: `{z_image.DEFAULT_GUIDANCE}`" in stated["guidance_scale"]
+    assert f"Qwen-Image: `{qwen_image.DEFAULT_STEPS}`" in stated["num_inference_steps"]
+    assert f"Qwen-Image: `{qwen_image.DEFAULT_GUIDANCE}`" in stated["guidance_scale"]
 
 
 # Pages as a whole

@@ -14,6 +14,8 @@ _BY_PIPELINE = {
     "Flux2KleinInpaintPipeline": "flux2_klein",
     "Flux2KleinKVPipeline": "flux2_klein",
     "Flux2KleinPipeline": "flux2_klein",
+    "QwenImageEditPlusPipeline": "qwen_image_edit",
+    "QwenImagePipeline": "qwen_image",
     "StableAudioPipeline": "stable_audio",
     "ZImagePipeline": "z_image",
 }

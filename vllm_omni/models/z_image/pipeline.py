@@ -19,17 +19,19 @@ from vllm_omni.models.z_image.trajectory import (
     POSITIVE,
     ZImageTrajectory,
     cleanness,
-    fresh_sampler,
     guidance_scale,
+    num_steps,
+    sigmas,
 )
 from vllm_omni.models.z_image.transformer import ZImageTransformer
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
+from vllm_omni.worker.diffusion.flow_sampler import fresh_sampler, linear_shift
 from vllm_omni.worker.diffusion.patches import PATCH
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.previewer import Previewer, to_pixels
-from vllm_omni.worker.diffusion.source_image import SourceImage, latent_mask
+from vllm_omni.worker.diffusion.source_image import SourceImage, first_step, latent_mask
 
 NEGATIVE_PORT = "negative_prompt_embeds"
 
@@ -108,7 +110,13 @@ class ZImagePipeline(DiffusionModel):
         num_image_tokens = (height // PATCH) * (width // PATCH)
         return ZImageTrajectory(
             latent_shape=(self.transformer.config.in_channels, height, width),
-            sampler=fresh_sampler(self._sampler_config, params, num_image_tokens, self._device),
+            sampler=fresh_sampler(
+                self._sampler_config,
+                sigmas(params),
+                linear_shift(self._sampler_config, num_image_tokens),
+                self._device,
+                first_step(params, num_steps(params)),
+            ),
             num_tokens=sum(padded(num_image_tokens) + len(text) for text in prepared.texts.values()),
             texts=prepared.texts,
             params=params,

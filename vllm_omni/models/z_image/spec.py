@@ -13,7 +13,7 @@ import torch
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.published_quantization import read_quantization
-from vllm_omni.layers.weights import allocate, load_weights, weights_bytes
+from vllm_omni.layers.weights import allocate, load_weights
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.pipeline import NEGATIVE_PORT, ImageGeometry, ZImagePipeline
 from vllm_omni.models.z_image.trajectory import guidance_scale, num_steps
@@ -25,6 +25,7 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
+from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
 from vllm_omni.worker.diffusion.source_image import check_source, first_step
@@ -33,8 +34,6 @@ EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
 UNUSED_FIELDS = ("duration_s",)
 MAX_SIDE = 2**16  # pixels
 MAX_VAE_BLOCKS = 10
-MAX_TIMESTEPS = 1_000_000  # the sampler makes a table of them
-SAMPLER_CLASS = "FlowMatchEulerDiscreteScheduler"
 # Hidden states, their normed copy, q, k, v, both halves of the feed-forward's input (8/3 each) and its product.
 ACTIVATION_WIDTHS = 14
 
@@ -55,11 +54,7 @@ class ZImageSpec(DiffusionModelSpec):
         self._published_quantization = read_quantization(read_json(config_file), str(config_file))
         self.geometry = _geometry(folder / "vae" / "config.json")
         self.preview_map = PreviewMap.of_vae(folder / "vae")
-        self.sampler_config = read_json(folder / "scheduler" / "scheduler_config.json")
-        name = self.sampler_config.get("_class_name")
-        if name != SAMPLER_CLASS:
-            raise ConfigError(f"{folder}/scheduler: got {brief(name)}, expected {SAMPLER_CLASS}")
-        _check_sampler(self.sampler_config, f"{folder}/scheduler/scheduler_config.json")
+        self.sampler_config = read_flow_sampler(folder / "scheduler")
         self.variant = Variant.of(folder, self.sampler_config)
         self.defaults = self.variant.defaults
         text = TensorSpec(("T", self.config.cap_feat_dim))
@@ -70,12 +65,8 @@ class ZImageSpec(DiffusionModelSpec):
             results=frozenset({"image"}),
         )
 
-    def weights_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
-        of_vae = {
-            part: weights_bytes(self.folder / "vae", part.itemsize, variant=self.weights_variant)
-            for part in (dtype, self._vae_dtype(dtype))
-        }
-        return super().weights_bytes(dtype, quantization) - of_vae[dtype] + of_vae[self._vae_dtype(dtype)]
+    def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
+        return vae_dtype(read_json(folder / "config.json"), dtype) if folder.name == "vae" else dtype
 
     def build_transformer(self) -> ZImageTransformer:
         with torch.device("meta"):
@@ -93,7 +84,8 @@ class ZImageSpec(DiffusionModelSpec):
         transformer = self.build_transformer()
         allocate(transformer, device, dtype, quantization)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
-        vae = load_part(AutoencoderKL, self.folder / "vae", self._vae_dtype(dtype), self.weights_variant)
+        folder = self.folder / "vae"
+        vae = load_part(AutoencoderKL, folder, self.part_dtype(folder, dtype), self.weights_variant)
         vae = vae.to(device=device, memory_format=torch.channels_last)
         return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 
@@ -123,9 +115,6 @@ class ZImageSpec(DiffusionModelSpec):
     def note(self) -> str:
         return self.variant.words()
 
-    def _vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return vae_dtype(read_json(self.folder / "vae" / "config.json"), dtype)
-
     def _check_size(self, params: DiffusionParams, source: tuple[int, int] | None, limits: LimitsConfig) -> None:
         """source: of the picture that it starts from, in pixels, which then is the size where none is asked for."""
         multiple = self.geometry.multiple
@@ -153,16 +142,6 @@ def _geometry(file: Path) -> ImageGeometry:
             f"{file}: block_out_channels: got {brief(widths)}, expected a list of 1 to {MAX_VAE_BLOCKS} widths"
         )
     return ImageGeometry(native_size=int(size), vae_scale=2 ** (len(widths) - 1))
-
-
-def _check_sampler(config: Mapping[str, Any], where: str) -> None:
-    """The numbers that every request computes with."""
-    for key in ("shift", "base_shift", "max_shift"):
-        if config.get(key) is not None:
-            check_number(f"{where}: {key}", config[key], raises=ConfigError)
-    for key in ("num_train_timesteps", "base_image_seq_len", "max_image_seq_len"):
-        if config.get(key) is not None:
-            check_number(f"{where}: {key}", config[key], 1, MAX_TIMESTEPS, integer=True, raises=ConfigError)
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:

@@ -6,13 +6,13 @@ Formulas (shift, guidance, normalisation, truncation) are those of diffusers' pi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from vllm_omni.params import DiffusionParams
-from vllm_omni.worker.diffusion.diffusion_model import Sampler, Trajectory
+from vllm_omni.worker.diffusion.diffusion_model import Trajectory
+from vllm_omni.worker.diffusion.flow_sampler import FlowSampler, even_sigmas
 from vllm_omni.worker.diffusion.previewer import flow_estimate
 from vllm_omni.worker.diffusion.source_image import SourceImage, StartedImage, first_step
 
@@ -20,12 +20,6 @@ POSITIVE, NEGATIVE = "positive", "negative"
 DEFAULT_STEPS = 50  # the published pipeline's own
 DEFAULT_GUIDANCE = 5.0
 NUM_TRAIN_TIMESTEPS = 1000
-
-
-class FlowSampler(Sampler, Protocol):
-    """A sampler whose model output is the change of the latents per sigma."""
-
-    sigmas: Tensor  # of every step, and of the end
 
 
 class ZImageTrajectory(Trajectory):
@@ -99,22 +93,6 @@ def cleanness(timestep: float) -> float:
     return (NUM_TRAIN_TIMESTEPS - timestep) / NUM_TRAIN_TIMESTEPS
 
 
-def fresh_sampler(
-    config: Mapping[str, Any], params: DiffusionParams, num_image_tokens: int, device: torch.device
-) -> FlowSampler:
-    """A sampler of its own for one image. config: `scheduler_config.json`."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    sampler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-    steps = num_steps(params)
-    sigmas = params.sigmas or torch.linspace(1.0, 1 / steps, steps).tolist()
-    sampler.set_timesteps(sigmas=list(sigmas), device=device, mu=_shift(config, num_image_tokens))
-    sampler.set_begin_index(first_step(params, steps))
-    return cast(FlowSampler, sampler)
-
-
-def _shift(config: Mapping[str, Any], num_image_tokens: int) -> float:
-    """Linear in the image's tokens; only a sampler with dynamic shifting reads it."""
-    base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(base_shift + (max_shift - base_shift) / (most - base) * (num_image_tokens - base))
+def sigmas(params: DiffusionParams) -> Sequence[float]:
+    """Of each step, before the sampler shifts them."""
+    return even_sigmas(num_steps(params)) if params.sigmas is None else params.sigmas

@@ -125,9 +125,14 @@ class DiffusionModelSpec(ABC):
     def weights_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
         """Bytes of all weights, from the safetensors headers. quantization: "int8", where it can be."""
         total = sum(
-            weights_bytes(folder, dtype.itemsize, variant=self.weights_variant) for folder in self.weight_folders
+            weights_bytes(folder, self.part_dtype(folder, dtype).itemsize, variant=self.weights_variant)
+            for folder in self.weight_folders
         )
         return total if quantization is None else total - saved_bytes(self.build_transformer(), dtype.itemsize)
+
+    def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
+        """What the part in one of `weight_folders` is held in, in a stage of this dtype."""
+        return dtype
 
     def build_transformer(self) -> nn.Module:
         """What of it can be quantised, on the meta device."""

@@ -38,10 +38,12 @@ class PreviewMap:
         config = read_json(folder / "config.json")
         path = folder / PREVIEW_FILE
         if path.is_file():
-            num_channels, where = config.get("latent_channels", 4), f"{folder / 'config.json'}: latent_channels"
-            check_number(where, num_channels, 1, integer=True, raises=CheckpointError)
+            key = "z_dim" if "z_dim" in config else "latent_channels"
+            num_channels = config.get(key, 4)
+            check_number(f"{folder / 'config.json'}: {key}", num_channels, 1, integer=True, raises=CheckpointError)
             return cls.from_dict(read_json(path), num_channels, str(path))
-        return FLUX_1 if all(_plain(config.get(key)) == value for key, value in FLUX_1_VAE.items()) else None
+        known = (preview for vae, preview in KNOWN if all(_plain(config.get(key)) == vae[key] for key in vae))
+        return next(known, None)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], num_channels: int, where: str) -> PreviewMap:
@@ -106,3 +108,35 @@ _FLUX_1_FACTORS = (
     (-0.1146, -0.0827, -0.0598),
 )
 FLUX_1 = PreviewMap(tuple(tuple(value / 2 for value in row) for row in _FLUX_1_FACTORS))
+# The VAE of Wan 2.1, which Qwen-Image has too. Its latents are scaled channel by channel.
+WAN_2_1_VAE: Mapping[str, object] = {
+    "z_dim": 16,
+    "latents_mean": (
+        *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+        *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    ),
+}
+# Figures of Blissful Tuner (Apache-2.0), latent_preview.py, which fit -1 to 1; halved here for 0 to 1.
+_WAN_2_1_FACTORS = (
+    (-0.1299, -0.1692, 0.2932),
+    (0.0671, 0.0406, 0.0442),
+    (0.3568, 0.2548, 0.1747),
+    (0.0372, 0.2344, 0.1420),
+    (0.0313, 0.0189, -0.0328),
+    (0.0296, -0.0956, -0.0665),
+    (-0.3477, -0.4059, -0.2925),
+    (0.0166, 0.1902, 0.1975),
+    (-0.0412, 0.0267, -0.1364),
+    (-0.1293, 0.0740, 0.1636),
+    (0.0680, 0.3019, 0.1128),
+    (0.0032, 0.0581, 0.0639),
+    (-0.1251, 0.0927, 0.1699),
+    (0.0060, -0.0633, 0.0005),
+    (0.3477, 0.2275, 0.2950),
+    (0.1984, 0.0913, 0.1861),
+)
+WAN_2_1 = PreviewMap(
+    tuple(tuple(value / 2 for value in row) for row in _WAN_2_1_FACTORS),
+    bias=tuple(0.5 + value / 2 for value in (-0.1835, -0.0868, -0.3360)),
+)
+KNOWN = ((FLUX_1_VAE, FLUX_1), (WAN_2_1_VAE, WAN_2_1))
