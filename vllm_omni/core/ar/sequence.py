@@ -10,9 +10,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-PAD_CONTENT = (
-    1 << 254
-)  # the content id of a pad: what it is depends on the tokens before the pads, which are hashed too
+PAD_CONTENT = 1 << 254  # the content id of any pad; on which tokens it depends, the hash of its block says
 
 
 class SequenceStatus(enum.Enum):

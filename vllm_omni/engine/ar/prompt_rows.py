@@ -1,5 +1,5 @@
-"""Which rows the ports of a prompt hold where that is not one for each of its tokens: the first dropped, pads behind the
-last. Refuses what a model or its tokenizer cannot do.
+"""Which rows the ports of a prompt hold where that is not one for each of its tokens: the first dropped, pads behind
+the last. Refuses what a model or its tokenizer cannot do.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def check_not_dropped(options: AROptions, num_tokens: int) -> None:
     """InvalidRequestError for a prompt of which no row would be left."""
     if num_tokens <= options.num_dropped_tokens:
         raise InvalidRequestError(
-            f"prompt: got {num_tokens} tokens, expected more than the {options.num_dropped_tokens} that the stage drops "
-            "(prompt_template.drop_tokens); token ids hold the template, too"
+            f"prompt: got {num_tokens} tokens, expected more than the {options.num_dropped_tokens} that the stage "
+            "drops (prompt_template.drop_tokens); token ids hold the template, too"
         )
 
 
@@ -62,7 +62,6 @@ def _check_length(length: int, model: LanguageModelConfig, model_len: int) -> No
 def _check_pad_token(found: int | None, vocab_size: int) -> None:
     if found is None or not 0 <= found < vocab_size:
         raise ConfigError(
-            f"pad_prompt_to: got {'no pad token' if found is None else f'the pad token {found}'} in the tokenizer, "
-            f"expected one below {vocab_size}, the vocabulary; set `pad_token` in its tokenizer_config.json, or another "
-            "`tokenizer`"
+            f"pad_prompt_to: got the pad token {found} from the tokenizer, expected one below {vocab_size}, as many as "
+            "the model knows; set `pad_token` in its tokenizer_config.json, or name another `tokenizer`"
         )

@@ -1,5 +1,5 @@
-"""A template that a stage wraps around the words of a prompt by itself, in the place of the tokenizer's chat template, and
-the states in front that nobody reads. Knows no tokenizer.
+"""A template that a stage wraps around the words of a prompt by itself, instead of the tokenizer's chat template, and
+how many states in front nobody reads. Knows no tokenizer.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 Another backend is one file and one row of the registry's table "attention": a subclass of PagedAttention that gives
 `attend`. It is made once per step from the AttentionMetadata, where it plans what all layers share, and then called by
 every layer, with the layer's window: a token sees itself and the `window - 1` tokens before it, without one everything
-before it. Tokens that are query-only (pads behind a prompt) are no part of their sequence and see all of it (no
-window is shorter); unless a backend says that it takes them together, each comes as a sequence of one token. It must not read a slot at or behind a sequence's context length (what stands there may be NaN), nor a block
-that is wholly before what its queries see (another sequence may hold it by now), nor the block table behind a
-sequence's blocks, and a row's result must not depend on its batch-mates beyond rounding. The tests of this folder run
-over every row of the table. Legend: N tokens of the step, B sequences, H query heads, K key-value heads, D head size, L
-tokens of a sequence so far.
+before it. Tokens that are query-only (pads behind a prompt) are no part of their sequence and see all of it (no window
+is shorter); unless a backend says that it takes them together, each comes as a sequence of one token. It must not read
+a slot at or behind a sequence's context length (what stands there may be NaN), nor a block that is wholly before what
+its queries see (another sequence may hold it by now), nor the block table behind a sequence's blocks, and a row's
+result must not depend on its batch-mates beyond rounding. The tests of this folder run over every row of the table.
+Legend: N tokens of the step, B sequences, H query heads, K key-value heads, D head size, L tokens of a sequence so far.
 """
 
 from __future__ import annotations
