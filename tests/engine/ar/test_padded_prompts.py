@@ -76,7 +76,7 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("attention", ["reference", "sdpa", "native"])
-@pytest.mark.parametrize("max_num_batched_tokens", [2048, 7])
+@pytest.mark.parametrize("max_num_batched_tokens", [2048, 3])
 def test_every_row_equals_transformers_also_from_the_prefix_cache(
     folder: Path, attention: str, max_num_batched_tokens: int
 ) -> None:
@@ -100,7 +100,7 @@ def test_512_rows_equal_transformers(folder: Path) -> None:
 
 def test_rows_are_the_same_alone_and_in_a_crowd(folder: Path) -> None:
     alone = [rows_of(make_padding(folder), [prompt])[0] for prompt in PROMPTS]
-    for options in ({}, {"max_num_batched_tokens": 5}, {"num_blocks": 15, "max_num_batched_tokens": 24}):
+    for options in ({}, {"max_num_batched_tokens": 1}, {"num_blocks": 15, "max_num_batched_tokens": 24}):
         engine = make_padding(folder, **options)
         for ours, theirs in zip(rows_of(engine, PROMPTS), alone, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -164,7 +164,7 @@ def test_a_prompt_that_is_longer_is_refused_where_it_may_not_be_cut(folder: Path
 
 
 def test_a_pool_that_is_too_small_for_the_pads_is_said(folder: Path) -> None:
-    with pytest.raises(ResourceError, match="got 40 tokens .* at most 36"):
+    with pytest.raises(ResourceError, match=r"got 40 tokens .* at most 36"):
         run(make_padding(folder, num_blocks=9), make_task("a"))
 
 
@@ -212,7 +212,7 @@ def test_a_tokenizer_without_a_pad_token_of_the_model_is_refused(tmp_path: Path,
     tokenizer.save_pretrained(model)
     edit_json(model / "tokenizer_config.json", pad_token=pad_token)
     stage = make_stage(model, task="encode", outputs={"h": {"layers": [1]}}, pad_prompt_to=ROWS)
-    with pytest.raises(ConfigError, match="pad_prompt_to: got the pad token .* expected one below 320"):
+    with pytest.raises(ConfigError, match=r"pad_prompt_to: got the pad token .* expected one below 320"):
         make_spec(stage)
 
 
