@@ -116,3 +116,32 @@ def test_a_row_is_the_same_alone_and_in_a_crowd(backend: str, window: int | None
     for index in range(len(step.shapes)):
         alone, rows = step.alone(index)
         torch.testing.assert_close(alone.attend(backend, window), crowd[rows], rtol=1e-6, atol=1e-6)
+
+
+QUERY_ONLY = (0, 3, 4)
+WITH_QUERY_ONLY = [(9, 4), (5, 1), (0, 6), (7, 1), (12, 7), (4, 2)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_query_only_tokens_see_all_of_their_sequence_and_none_of_themselves(backend: str) -> None:
+    step = Step(WITH_QUERY_ONLY, 4, 2, 7, float("nan"), query_only=QUERY_ONLY)
+    attended = step.attend(backend)
+    start = 0
+    for index, (past, new) in enumerate(step.shapes):
+        if index in step.query_only:
+            table = step.tables[index]
+            slots = [table[position // SIZE] * SIZE + position % SIZE for position in range(past)]
+            keys, values = step.cache.flatten(1, 2)[:, slots].repeat_interleave(2, dim=2)
+            scores = torch.einsum("qhd,lhd->hql", step.query[start : start + new], keys) / HEAD_DIM**0.5
+            expected = torch.einsum("hql,lhd->qhd", scores.softmax(-1), values)
+            torch.testing.assert_close(attended[start : start + new], expected, rtol=1e-5, atol=1e-5)
+        start += new
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_query_only_tokens_change_nothing_for_others_and_do_not_depend_on_them(backend: str) -> None:
+    step = Step(WITH_QUERY_ONLY, 4, 2, 7, query_only=QUERY_ONLY)
+    crowd = step.attend(backend)
+    for index in range(len(step.shapes)):
+        alone, rows = step.alone(index)
+        torch.testing.assert_close(alone.attend(backend), crowd[rows], rtol=1e-6, atol=1e-6)

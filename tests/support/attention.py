@@ -4,6 +4,7 @@ the same signatures that compute by the definition, and one that could be captur
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any
 
@@ -182,7 +183,9 @@ Shape = tuple[int, int]  # tokens before this step, tokens of this step
 
 
 class Step:
-    """A random ragged step whose earlier keys and values already stand in a pool with shuffled blocks."""
+    """A random ragged step whose earlier keys and values already stand in a pool with shuffled blocks. query_only:
+    sequences of which this step's tokens are no part.
+    """
 
     def __init__(
         self,
@@ -196,9 +199,10 @@ class Step:
         head_dim: int = HEAD_DIM,
         dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,
+        query_only: Collection[int] = (),
     ) -> None:
         torch.manual_seed(seed)
-        self.size, self.device = size, device
+        self.size, self.device, self.query_only = size, device, frozenset(query_only)
         needed = [-(-(past + new) // size) for past, new in shapes]
         shuffled = torch.randperm(sum(needed) + 2).tolist()
         self.tables = [[shuffled.pop() for _ in range(count)] for count in needed]
@@ -225,10 +229,13 @@ class Step:
         return AttentionMetadata.of(
             slots=slots,
             query_starts=starts,
-            context_lens=[past + new for past, new in self.shapes],
+            context_lens=[
+                past if index in self.query_only else past + new for index, (past, new) in enumerate(self.shapes)
+            ],
             block_tables=self.tables,
             block_size=self.size,
             device=self.device,
+            query_only=self.query_only,
         )
 
     def attend(self, backend: str, window: int | None = None) -> Tensor:
@@ -240,6 +247,7 @@ class Step:
         rows = slice(start, start + self.shapes[index][1])
         step = object.__new__(Step)
         step.size, step.device = self.size, self.device
+        step.query_only = frozenset({0} if index in self.query_only else ())
         step.shapes, step.tables, step.cache = [self.shapes[index]], [self.tables[index]], self.cache
         step.query, step.key, step.value = self.query[rows], self.key[rows], self.value[rows]
         return step, rows
@@ -248,6 +256,7 @@ class Step:
         """The same step elsewhere."""
         step = object.__new__(Step)
         step.size, step.device, step.shapes, step.tables = self.size, device, self.shapes, self.tables
+        step.query_only = self.query_only
         tensors = (self.query, self.key, self.value, self.cache)
         step.query, step.key, step.value, step.cache = (tensor.to(device, dtype) for tensor in tensors)
         return step

@@ -244,8 +244,11 @@ def test_the_cache_key_covers_what_determines_the_states(folder: Path) -> None:
         key(messages),
         key("a", chat_template=True),
         key("a", outputs={"h": {"layers": [0]}}),
+        key("a", pad_prompt_to=40),
+        key("a", prompt_template={"text": "say {}"}),
+        key("a", prompt_template={"text": "say {}", "drop_tokens": 1}),
     ]
-    assert len({key("a"), *others}) == 6
+    assert len({key("a"), *others}) == 9
     assert key(messages) == key([{"content": "a", "role": "user"}])
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+PAD_CONTENT = 1 << 254  # the content id of any pad; on which tokens it depends, the hash of its block says
+
 
 class SequenceStatus(enum.Enum):
     """Which queue a sequence stands in; preemption leads from RUNNING back to WAITING."""
@@ -38,6 +40,7 @@ class Sequence:
     token_ids: list[int]  # the prompt, then what has been written
     max_tokens: int  # the most tokens, prompt included, that it can ever hold in the KV pool
     is_writing: bool = True  # whether a token is sampled once all are computed; an encoded prompt never writes
+    num_pads: int = 0  # of its last tokens; nothing sees them, not even they themselves: they see those before them all
     content_ids: list[int] | None = None  # what the prefix cache compares, where ids do not say it (media); None: ids
     adapter: str | None = None  # the LoRA adapter that computes it; blocks are shared under the same adapter alone
     num_ready_tokens: int | None = None  # tokens that have all their inputs and may be computed; None: every known one
@@ -62,11 +65,19 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         if self.content_ids is not None and len(self.content_ids) != len(self.token_ids):
             raise ValueError(f"got {len(self.content_ids)} content ids for {len(self.token_ids)} tokens")
+        if self.num_pads:
+            seen = self.token_ids if self.content_ids is None else self.content_ids
+            self.content_ids = [*seen[: self.num_seen_tokens], *[PAD_CONTENT] * self.num_pads]
 
     @property
     def num_tokens(self) -> int:
         """Known tokens: the prompt and what has been written."""
         return len(self.token_ids)
+
+    @property
+    def num_seen_tokens(self) -> int:
+        """Known tokens without the pads behind them."""
+        return len(self.token_ids) - self.num_pads
 
     @property
     def num_uncomputed_tokens(self) -> int:

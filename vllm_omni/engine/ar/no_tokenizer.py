@@ -20,6 +20,9 @@ class NoTokenizer(TextProcessor):
         self.tokenizer = None
         self._model_folder = model_folder
 
+    def start(self) -> None:
+        """Nothing renders chats."""
+
     def close(self) -> None:
         """Nothing was started."""
 

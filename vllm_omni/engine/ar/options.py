@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vllm_omni import registry
 from vllm_omni.config.schema import MAX_MB
 from vllm_omni.core.ar.prompt_lookup import PromptLookup
+from vllm_omni.engine.ar.prompt_template import PromptTemplate
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.attention.choice import AUTO
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
@@ -85,14 +86,18 @@ class AROptions:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # what the template is given besides
     generation_config: Literal["read", "ignore"] = "read"  # whether the checkpoint's own sampling is the default
     system_prompt: str | None = None  # the system message of chats that have none; None leaves that to the template
+    prompt_template: PromptTemplate | None = None  # what wraps the words instead of the chat template; encode alone
     outputs: Mapping[str, Tap] = field(default_factory=dict)  # port -> the hidden states that it gives
     sections: tuple[str, ...] = ()  # labels; the first written line `label: words` gives its words to a port `label`
     rope_scaling: Mapping[str, Any] | None = None  # scaling of positions, as in transformers; None: the config.json's
     max_model_len: int | None = None  # tokens of a sequence; None: the model's positions
-    max_prompt_tokens: int | None = None  # a longer prompt is an error, or is cut
+    max_prompt_tokens: int | None = None  # a longer prompt, without what is dropped of it, is an error, or is cut
     # what a prompt that is too long loses: beginning, end or middle, while the marks of the chat template stay;
     # true: its last tokens, of a template or not; false: nothing, it is refused
     truncate_prompt: bool | Literal["left", "right", "middle"] = False
+    # rows of the prompt's ports: a shorter prompt is padded with the tokenizer's pad token, and pads have states as
+    # well, each of the prompt alone and its own position; None: as many as the prompt has tokens; encode alone
+    pad_prompt_to: int | None = None
     max_num_seqs: int = 64  # sequences of one step
     max_num_batched_tokens: int = 2048  # tokens of one step
     # the longest, about, that running texts wait for a step in which prompts are computed; None: as long as it takes
@@ -120,6 +125,7 @@ class AROptions:
         object.__setattr__(self, "outputs", {port: self._tap(port, tap) for port, tap in self.outputs.items()})
         self._check_sections()
         self._check_speculation()
+        self._check_prompt()
         if not self.can_write and not self.outputs:
             raise ConfigError(
                 "outputs: nothing, expected at least one port for task encode, as hidden_states: {layers: [-2]}"
@@ -128,6 +134,16 @@ class AROptions:
     @property
     def can_write(self) -> bool:
         return self.task == "generate"
+
+    @property
+    def num_dropped_tokens(self) -> int:
+        """First tokens of a prompt whose states no port holds."""
+        return 0 if self.prompt_template is None else self.prompt_template.drop_tokens
+
+    @property
+    def padded_len(self) -> int | None:
+        """Tokens of every prompt with its pads; None where there are none."""
+        return None if self.pad_prompt_to is None else self.pad_prompt_to + self.num_dropped_tokens
 
     @property
     def least_kept_blocks(self) -> int | None:
@@ -179,12 +195,25 @@ class AROptions:
     def _check_numbers(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
-        for name in ("max_model_len", "max_prompt_tokens", "num_blocks"):
+        for name in ("max_model_len", "max_prompt_tokens", "pad_prompt_to", "num_blocks"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
         for name, high in (("kv_memory_mb", MAX_MB), ("max_decode_wait_s", MAX_WAIT_S)):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, high, above_low=True, raises=ConfigError)
+
+    def _check_prompt(self) -> None:
+        for name in ("prompt_template", "pad_prompt_to"):
+            if self.can_write and getattr(self, name) is not None:
+                raise ConfigError(f"{name}: got it with task generate, expected task encode; remove it")
+        if self.prompt_template is not None and (self.chat_template_kwargs or self.system_prompt is not None):
+            key = "system_prompt" if self.system_prompt is not None else "chat_template_kwargs"
+            raise ConfigError(f"{key}: got it with prompt_template, which takes the chat template's place; remove it")
+        if self.pad_prompt_to is not None and (self.max_prompt_tokens or 0) > self.pad_prompt_to:
+            raise ConfigError(
+                f"max_prompt_tokens: got {self.max_prompt_tokens}, expected at most pad_prompt_to "
+                f"({self.pad_prompt_to}), the rows of every prompt; remove it"
+            )
 
     def _check_speculation(self) -> None:
         if self.speculation is None:

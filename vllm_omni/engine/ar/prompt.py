@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from vllm_omni.engine.ar.chat.truncation import ChatCutter, Side, cut_tokens
 from vllm_omni.engine.ar.options import SIDES, AROptions
+from vllm_omni.engine.ar.prompt_rows import check_not_dropped
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.errors import InvalidRequestError, ResourceError
 from vllm_omni.media.messages import as_texts, has_media, is_messages, num_chars
@@ -25,7 +26,6 @@ from vllm_omni.worker.background import Stop
 DEFAULT_MAX_TOKENS = 16384
 DEFAULT_LIMIT = f"max_tokens ({DEFAULT_MAX_TOKENS}, the default)"
 TRUNCATES = "truncate_prompt"
-PROMPT_KEYS = CHAT_KEYS | {TRUNCATES}  # of `OmniRequest.fields`, where the stage reads the request's own prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,12 @@ class PlannedPrompt:
 Prepared = PreparedPrompt | PlannedPrompt
 
 
+def prompt_keys(options: AROptions) -> frozenset[str]:
+    """The keys of `OmniRequest.fields` that say how the request's own prompt is read."""
+    chat_keys = CHAT_KEYS if options.prompt_template is None else frozenset()  # of the chat template's alone
+    return chat_keys | {TRUNCATES}
+
+
 def read_prompt(options: AROptions, request: OmniRequest, inputs: Mapping[str, Any]) -> Prompt:
     """What a task's prompt is: what its edge brings, else the field of the request that the stage reads."""
     if "prompt" in inputs:
@@ -141,8 +147,8 @@ class ARInput:
         """Tokens within the limits; of a prompt with media a plan, for which only headers have been read.
         InvalidRequestError (or ResourceError: the KV pool is too small) for what could not be run.
         """
-        given = {key: request.fields.get(key) for key in PROMPT_KEYS} if self._reads_request else {}
-        fields = {key: value for key, value in given.items() if value is not None}
+        keys = prompt_keys(self._options) if self._reads_request else ()
+        fields = {key: request.fields[key] for key in keys if request.fields.get(key) is not None}
         side = _side(fields)
         if self._reader is not None:
             self._reader.check_request(request)
@@ -174,6 +180,8 @@ class ARInput:
 
     def _planned(self, messages: Messages, request: OmniRequest, fields: Mapping[str, Any]) -> PlannedPrompt:
         assert self._reader is not None
+        if self._options.pad_prompt_to is not None:
+            raise InvalidRequestError("messages: got media, expected text: the stage pads prompts (pad_prompt_to)")
         self._check_chars(messages, Chat.of(messages, fields))
         if TRUNCATES in fields:
             raise InvalidRequestError(f"{TRUNCATES}: got it with media, which are never cut; leave it out")
@@ -195,8 +203,9 @@ class ARInput:
 
     def _room(self, num_tokens: int, params: SamplingParams) -> tuple[int, str | None]:
         """How many tokens may be written after a prompt of this length, and why no more where nobody asked for that."""
-        room, limit = 0, None
-        if self._options.can_write:
+        room, limit, options = 0, None, self._options
+        check_not_dropped(options, num_tokens)
+        if options.can_write:
             limits = self._limits
             room, limit = min(
                 (params.max_tokens or DEFAULT_MAX_TOKENS, None if params.max_tokens else DEFAULT_LIMIT),
@@ -204,8 +213,8 @@ class ARInput:
                 (max(limits.pool_tokens - num_tokens, 1), limits.pool_words()),
                 key=lambda choice: choice[0],
             )
-        self._limits.check_pool(num_tokens + (1 if room else 0))
-        if (params.min_tokens or 0) > room and self._options.can_write:
+        self._limits.check_pool(max(num_tokens + (1 if room else 0), options.padded_len or 0))
+        if (params.min_tokens or 0) > room and options.can_write:
             raise InvalidRequestError(
                 f"min_tokens: got {params.min_tokens}, expected at most {room}, the room after {num_tokens} tokens"
             )
@@ -223,11 +232,13 @@ class ARInput:
             )
 
     def _max_prompt_tokens(self) -> tuple[int, str]:
-        """The most tokens of a prompt, and the key that says so."""
-        limit = self._limits.model_len - (1 if self._options.can_write else 0)
-        if self._options.max_prompt_tokens is not None and self._options.max_prompt_tokens < limit:
-            return self._options.max_prompt_tokens, "max_prompt_tokens"
-        return limit, "max_model_len"
+        """The most tokens of a prompt, those that are dropped included, and the key that says so."""
+        options = self._options
+        limit, key = self._limits.model_len - (1 if options.can_write else 0), "max_model_len"
+        for name in ("pad_prompt_to", "max_prompt_tokens"):
+            most = limit if getattr(options, name) is None else getattr(options, name) + options.num_dropped_tokens
+            limit, key = (most, name) if most < limit else (limit, key)
+        return limit, key
 
     def _check_length(self, num_tokens: int) -> None:
         """Of a prompt with media, which is never cut."""
@@ -261,7 +272,9 @@ class ARInput:
     def _cut(self, prompt: Prompt | Chat, token_ids: list[int], side: Side, limit: int) -> list[int] | None:
         if isinstance(prompt, Chat):
             return ChatCutter(prompt, limit, self._processor.encode).cut(side)
-        before, behind = self._processor.special_ends(prompt, token_ids) if isinstance(prompt, str) else (0, 0)
+        before, behind = self._options.num_dropped_tokens, 0  # of token ids
+        if isinstance(prompt, str):
+            before, behind = self._processor.special_ends(prompt, token_ids)
         num_kept = limit - before - behind
         if num_kept <= 0:
             return None

@@ -1,7 +1,7 @@
 """The hidden states of one sequence that somebody reads, and the positions of its prompt: whole when all is computed,
 or each row once, as soon as it is computed. Prefix hits and preemption make no difference.
 
-Legend: T prompt tokens, n tokens, L layers of a port, D hidden size.
+Legend: T prompt tokens that are given, n tokens, L layers of a port, D hidden size.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ class TappedStates:
         reads: ReadPorts,
         runner: ModelRunner,
         media: MediaInputs | None,
+        num_dropped: int = 0,
     ) -> None:
+        """num_dropped: first tokens of the prompt of which nothing is given."""
         self._sequence = sequence
         self._ports = {port: tap for port, tap in ports.items() if port in reads}
         self._reads = reads
         self._runner = runner
         self._media = media
+        self._num_dropped = num_dropped
         self._sent = {port: self._start(tap) for port, tap in self._ports.items()}  # the first token not given yet
         self._closed: set[str] = set()
 
@@ -79,7 +82,7 @@ class TappedStates:
         return found
 
     def _start(self, tap: TappedPort) -> int:
-        return 0 if tap.tokens == "prompt" else self._sequence.num_prompt_tokens
+        return self._num_dropped if tap.tokens == "prompt" else self._sequence.num_prompt_tokens
 
     def _stop(self, tap: TappedPort) -> int:
         """Behind the last token that is computed and belongs to the port for certain."""
@@ -102,8 +105,9 @@ class TappedStates:
     def _positions(self) -> Tensor:
         """[T, 3] int64."""
         if self._media is not None:
-            return self._media.positions.T.contiguous()
-        return torch.arange(self._sequence.num_prompt_tokens, device=self._runner.device)[:, None].repeat(1, 3)
+            return self._media.positions.T[self._num_dropped :].contiguous()
+        stop = self._sequence.num_prompt_tokens
+        return torch.arange(self._num_dropped, stop, device=self._runner.device)[:, None].repeat(1, 3)
 
     def _states(self, tap: TappedPort, start: int, stop: int) -> Tensor:
         """[n, L D] of the tokens [start, stop)."""

@@ -161,13 +161,17 @@ class TextJob(ARJob):
             "steps": self.num_steps,
             "tokens": num_written if self.samples else num_prompt,
             "prompt_tokens": num_prompt,
-            "cached_tokens": self.sequences[0].num_cached_tokens or 0,
-            "cache_hits": sum(sequence.num_cached_tokens or 0 for sequence in self.sequences),
+            "cached_tokens": self._num_cached(self.sequences[0]),
+            "cache_hits": sum(map(self._num_cached, self.sequences)),
             "preemptions": sum(sequence.num_preemptions for sequence in self.sequences),
         }
         if self._prompt.num_truncated:
             metrics["truncated_tokens"] = self._prompt.num_truncated
         return metrics
+
+    def _num_cached(self, sequence: Sequence) -> int:
+        """Pads behind the prompt are no tokens of it."""
+        return min(sequence.num_cached_tokens or 0, self._prompt.num_tokens)
 
 
 def read_sections(text: str, labels: Collection[str]) -> dict[str, str]:

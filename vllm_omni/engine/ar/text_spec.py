@@ -12,7 +12,8 @@ from typing import Any
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.ar.generation_defaults import FILE, generation_defaults
 from vllm_omni.engine.ar.no_tokenizer import NoTokenizer
-from vllm_omni.engine.ar.prompt import PROMPT_KEYS, ARInput, PlannedPrompt, Prepared, PreparedPrompt, read_prompt
+from vllm_omni.engine.ar.prompt import ARInput, PlannedPrompt, Prepared, PreparedPrompt, prompt_keys, read_prompt
+from vllm_omni.engine.ar.prompt_rows import check_prompt_rows, describe_prompt_rows
 from vllm_omni.engine.ar.spec import ARSpec
 from vllm_omni.engine.ar.tapped_states import POSITIONS
 from vllm_omni.engine.ar.text_stage import TextStage
@@ -51,7 +52,7 @@ class TextSpec(ARSpec):
             self.input_media = self._reader_class.input_media
         self._reads_request = self.options.prompt == "prompt" and "prompt" not in stage.inputs
         if self._reads_request:
-            self.request_keys |= PROMPT_KEYS
+            self.request_keys |= prompt_keys(self.options)
         self._feeds_others = any(
             edge.stage == stage.name for other in config.stages.values() for edge in other.edges.values()
         )
@@ -68,6 +69,8 @@ class TextSpec(ARSpec):
         self._tokenizer_folder = find_tokenizer(model.folder, named)
         self._check_tokenizer()
         self._input_lock = threading.Lock()
+        if self.options.prompt_template is not None or self.options.pad_prompt_to is not None:
+            check_prompt_rows(self.options, model.config, self.model_len, self.processor)
 
     @property
     def input(self) -> ARInput:
@@ -80,6 +83,13 @@ class TextSpec(ARSpec):
         """The tokenizer."""
         with self._input_lock:
             return self._processor
+
+    @property
+    def pad_token_id(self) -> int:
+        """What prompts are padded with, where they are."""
+        found = self.processor.pad_token_id
+        assert found is not None, "checked when the spec was made"
+        return found
 
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> Prepared | None:
         """The prompt's tokens, or what its media's headers say; None where an edge brings the prompt."""
@@ -111,14 +121,16 @@ class TextSpec(ARSpec):
         return self._num_prompt_tokens(request, prepared) / 10 + num_new_tokens
 
     def note(self) -> str:
-        """Besides: where the parameters come from that a request leaves unset."""
+        """Besides: what is done to prompts, and where the parameters come from that a request leaves unset."""
         said = [f"{name} {value} (config)" for name, value in self.stage.defaults.items()]
         said += [
             f"{name} {value:g} ({FILE})"
             for name, value in self._checkpoint_defaults.items()
             if name not in self.stage.defaults
         ]
-        return "; ".join([super().note(), *([f"defaults: {', '.join(said)}"] if said else [])])
+        return "; ".join(
+            [super().note(), *describe_prompt_rows(self.options), *([f"defaults: {', '.join(said)}"] if said else [])]
+        )
 
     def tapped_layers(self, reads: ReadPorts) -> frozenset[int]:
         return frozenset(layer for port, layers in self.tapped.items() if port in reads for layer in layers)
@@ -135,11 +147,13 @@ class TextSpec(ARSpec):
             chat_template=self.options.chat_template,
             template_kwargs=self.options.chat_template_kwargs,
             system_prompt=self.options.system_prompt,
+            prompt_template=self.options.prompt_template,
         )
 
     @cached_property
     def _input(self) -> ARInput:
         make, limits = self._reader_class, self.limits
+        self._processor.start()
         reader = None if make is None else make(self.model.folder, self._processor.encode, limits)
         return ARInput(self.options, self._processor, self.ar_limits, reader, self._reads_request)
 
@@ -154,6 +168,8 @@ class TextSpec(ARSpec):
         return checked
 
     def _num_prompt_tokens(self, request: OmniRequest, prepared: Any) -> float:
+        if self.options.padded_len is not None:
+            return self.options.padded_len
         if isinstance(prepared, PreparedPrompt | PlannedPrompt):
             return prepared.num_tokens
         prompt = read_prompt(self.options, request, {})  # stands in for what an edge will bring
@@ -185,6 +201,8 @@ class TextSpec(ARSpec):
             "sections": bool(options.sections),
             "system_prompt": options.system_prompt is not None,
             "chat_template_kwargs": bool(options.chat_template_kwargs),
+            "prompt_template": options.prompt_template is not None,
+            "pad_prompt_to": options.pad_prompt_to is not None,
             "media in prompts": self._reader_class is not None,
             "a stage that reads its text": self._text_is_read,
         }

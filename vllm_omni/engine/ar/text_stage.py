@@ -50,16 +50,19 @@ class TextStage(ARStage):
 
     def start(self, task: StageTask, sequence_ids: Iterator[int]) -> TextJob:
         params, options = _params(task), self._spec.options
-        prompt = task.prepared
+        prompt, pads = task.prepared, list[int]()
         assert isinstance(prompt, PreparedPrompt)
+        if options.padded_len is not None:
+            pads = [self._spec.pad_token_id] * (options.padded_len - prompt.num_tokens)
         media = None if prompt.media is None else MediaInputs(prompt.media, self._runner.encode, self._runner.device)
         sequences = [
             Sequence(
                 next(sequence_ids),
                 task.request_id,
-                list(prompt.token_ids),
-                max_tokens=len(prompt.token_ids) + prompt.max_new_tokens,
+                [*prompt.token_ids, *pads],
+                max_tokens=prompt.num_tokens + len(pads) + prompt.max_new_tokens,
                 is_writing=options.can_write,
+                num_pads=len(pads),
                 content_ids=None if prompt.media is None else list(prompt.media.content_ids),
             )
             for _ in range((params.n or 1) if options.can_write else 1)
@@ -69,7 +72,8 @@ class TextStage(ARStage):
             self._make_sample(sequence, params, stop, index, prompt)
             for index, sequence in enumerate(sequences if options.can_write else ())
         ]
-        states = TappedStates(sequences[0], self._ports, self._reads, self._runner, media)
+        dropped = options.num_dropped_tokens
+        states = TappedStates(sequences[0], self._ports, self._reads, self._runner, media, dropped)
         return TextJob(task, prompt, sequences, samples, states, media, options.sections)
 
     def _brought(self, task: StageTask) -> Prepared:

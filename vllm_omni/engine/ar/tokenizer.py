@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.engine.ar.chat.template import ChatTemplate, find_templates
+from vllm_omni.engine.ar.prompt_template import PromptTemplate
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.request import Prompt
 from vllm_omni.utils.checkpoint_files import RUST, reading
@@ -71,7 +72,9 @@ class TextProcessor:
         chat_template: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
         system_prompt: str | None = None,
+        prompt_template: PromptTemplate | None = None,
     ) -> None:
+        """prompt_template: takes the place of the tokenizer's own."""
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         with reading(f"{folder}: the tokenizer"), _only_errors_logged():
@@ -86,8 +89,12 @@ class TextProcessor:
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         values = {**special, **as_json("chat_template_kwargs", template_kwargs or {}, raises=ConfigError)}
         self._template = ChatTemplate(folder, templates, values, system_prompt) if templates else None
+        self._prompt_template = prompt_template
         self._applies_template = chat_template and self._template is not None
-        if self._template is not None and self._applies_template:
+
+    def start(self) -> None:
+        """Starts what renders chats, where strings become chats, so that the first does not wait for it."""
+        if self._template is not None and self._applies_template and self._prompt_template is None:
             self._template.start()
 
     def close(self) -> None:
@@ -98,7 +105,8 @@ class TextProcessor:
     def as_messages(self, prompt: Prompt) -> Sequence[Mapping[str, Any]] | None:
         """The messages that a prompt is, or that it becomes; None for token ids, and for text that stays as it is."""
         if isinstance(prompt, str):
-            return [{"role": "user", "content": prompt}] if self._applies_template else None
+            is_wrapped = self._applies_template or self._prompt_template is not None
+            return [{"role": "user", "content": prompt}] if is_wrapped else None
         return prompt if isinstance(prompt[0], Mapping) else None  # type: ignore[return-value]
 
     def encode(self, prompt: Prompt | Chat) -> list[int]:
@@ -110,6 +118,8 @@ class TextProcessor:
             if messages is None:
                 return self._tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]  # type: ignore[arg-type]
             prompt = Chat(messages)
+        if self._prompt_template is not None:
+            return self._tokenize(self._prompt_template.render(prompt))
         if self._template is None:
             raise ConfigError(
                 f"{self._folder}: the tokenizer has no chat template, which messages need; give the prompt as a string"
@@ -124,6 +134,15 @@ class TextProcessor:
             if list(token_ids[start : start + len(plain)]) == plain:
                 return start, spare - start
         return 0, 0
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """What prompts are padded with; None where the tokenizer has no such token."""
+        return None if self.tokenizer is None else self.tokenizer.pad_token_id
+
+    def num_tokens(self, text: str) -> int:
+        """Of a text as it stands, with the special tokens that the tokenizer puts around any."""
+        return len(self._tokenize(text))
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:

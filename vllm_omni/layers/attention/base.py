@@ -3,18 +3,20 @@
 Another backend is one file and one row of the registry's table "attention": a subclass of PagedAttention that gives
 `attend`. It is made once per step from the AttentionMetadata, where it plans what all layers share, and then called by
 every layer, with the layer's window: a token sees itself and the `window - 1` tokens before it, without one everything
-before it. It must not read a slot at or behind a sequence's context length (what stands there may be NaN), nor a block
-that is wholly before what its queries see (another sequence may hold it by now), nor the block table behind a
-sequence's blocks, and a row's result must not depend on its batch-mates beyond rounding. The tests of this folder run
-over every row of the table. Legend: N tokens of the step, B sequences, H query heads, K key-value heads, D head size, L
-tokens of a sequence so far.
+before it. Tokens that are query-only (pads behind a prompt) are no part of their sequence and see all of it (no window
+is shorter); unless a backend says that it takes them together, each comes as a sequence of one token. It must not read
+a slot at or behind a sequence's context length (what stands there may be NaN), nor a block that is wholly before what
+its queries see (another sequence may hold it by now), nor the block table behind a sequence's blocks, and a row's
+result must not depend on its batch-mates beyond rounding. The tests of this folder run over every row of the table.
+Legend: N tokens of the step, B sequences, H query heads, K key-value heads, D head size, L tokens of a sequence so far.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -29,11 +31,12 @@ class AttentionMetadata:
 
     slot_mapping: Tensor  # [N] int64, the pool slot (block * block_size + offset) of each token
     query_starts: tuple[int, ...]  # B + 1 offsets into the N tokens
-    context_lens: tuple[int, ...]  # B: tokens of each sequence so far, this step's included
+    context_lens: tuple[int, ...]  # B: tokens of each sequence so far, this step's included unless query-only
     block_table: Tensor  # [B, >= most blocks] int64; behind a sequence's blocks any valid numbers
     block_size: int
     query_starts_tensor: Tensor  # [B + 1] int64, as query_starts
     context_lens_tensor: Tensor  # [B] int64, as context_lens
+    query_only: frozenset[int] = frozenset()  # sequences of which this step's tokens are no part, but see all of them
 
     @classmethod
     def of(
@@ -45,6 +48,7 @@ class AttentionMetadata:
         block_tables: Sequence[list[int]],
         block_size: int,
         device: torch.device,
+        query_only: Iterable[int] = (),
     ) -> AttentionMetadata:
         """From numbers; block tables of any lengths."""
         most = max(map(len, block_tables))
@@ -57,6 +61,30 @@ class AttentionMetadata:
             block_size=block_size,
             query_starts_tensor=torch.tensor(query_starts, dtype=torch.int64, device=device),
             context_lens_tensor=torch.tensor(context_lens, dtype=torch.int64, device=device),
+            query_only=frozenset(query_only),
+        )
+
+    def with_single_queries(self) -> AttentionMetadata:
+        """The same with every query-only token as a sequence of its own: a single token sees all of its context."""
+        if not self.query_only:
+            return self
+        starts: list[int] = []
+        owners: list[int] = []  # of each new sequence, the old one
+        for index, (start, stop) in enumerate(pairwise(self.query_starts)):
+            own = range(start, stop) if index in self.query_only else (start,)
+            starts += own
+            owners += [index] * len(own)
+        starts.append(self.query_starts[-1])
+        device = self.block_table.device
+        picked = torch.tensor(owners, dtype=torch.int64, device=device)
+        return AttentionMetadata(
+            slot_mapping=self.slot_mapping,
+            query_starts=tuple(starts),
+            context_lens=tuple(self.context_lens[index] for index in owners),
+            block_table=self.block_table[picked],
+            block_size=self.block_size,
+            query_starts_tensor=torch.tensor(starts, dtype=torch.int64, device=device),
+            context_lens_tensor=self.context_lens_tensor[picked],
         )
 
 
@@ -77,6 +105,7 @@ class PagedAttention(ABC):
     # Whether a step of single tokens is launched by the shapes of its tensors alone, so that it may be captured in a
     # graph and replayed with other lengths in them.
     is_capturable: ClassVar[bool] = False
+    takes_query_only: ClassVar[bool] = False  # whether it attends query-only tokens of a sequence together
 
     @classmethod
     def complaint(cls, use: AttentionUse) -> str | None:
@@ -84,7 +113,7 @@ class PagedAttention(ABC):
         return None
 
     def __init__(self, metadata: AttentionMetadata) -> None:
-        self.metadata = metadata
+        self.metadata = metadata if self.takes_query_only else metadata.with_single_queries()
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, window: int | None = None

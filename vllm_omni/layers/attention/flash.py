@@ -175,6 +175,7 @@ class FlashAttention(PagedAttention):
         kernel = type(self).find_kernel()
         assert kernel is not None, "a backend that a complaint was raised against"
         self._kernel = kernel
+        metadata = self.metadata
         is_single = [stop - start == 1 for start, stop in pairwise(metadata.query_starts)]
         if kernel.takes_mixed or all(is_single) or not any(is_single):
             self._parts = [FlashPart.of(metadata)]

@@ -15,6 +15,7 @@ class NativeAttention(SDPAAttention):
     """Reads the pages in place. A row's result is a function of its own sequence, bit for bit."""
 
     runs_layers = True
+    takes_query_only = False
 
     @classmethod
     def complaint(cls, use: AttentionUse) -> str | None:

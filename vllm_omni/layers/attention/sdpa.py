@@ -20,9 +20,11 @@ class SDPAAttention(PagedAttention):
     than the rounding of torch's kernels.
     """
 
+    takes_query_only = True  # one by one, each would gather the keys that all of them see
+
     def __init__(self, metadata: AttentionMetadata) -> None:
         super().__init__(metadata)
-        lengths = [stop - start for start, stop in pairwise(metadata.query_starts)]
+        lengths = [stop - start for start, stop in pairwise(self.metadata.query_starts)]
         self._chunks = [index for index, length in enumerate(lengths) if length > 1]
         self._single = [index for index, length in enumerate(lengths) if length == 1]
         self._groups: dict[int | None, list[_DecodeGroup]] = {}  # by window, planned when the first layer asks
@@ -39,17 +41,26 @@ class SDPAAttention(PagedAttention):
         output = torch.empty_like(query)
         # 2 chunks of several tokens, one call each
         for index in self._chunks:
-            start, stop = self.metadata.query_starts[index : index + 2]
-            length = self.metadata.context_lens[index]
-            is_whole = stop - start == length  # a prompt from its first token: nothing to gather
-            keys, values = (key[start:stop], value[start:stop]) if is_whole else self.gather(index, kv_cache, window)
-            is_plain = is_whole and (window is None or length <= window)
-            mask = None if is_plain else causal_mask(stop - start, len(keys), query.device, window)
-            output[start:stop] = _sdpa(query[None, start:stop], keys[None], values[None], mask)[0]
+            rows = slice(*self.metadata.query_starts[index : index + 2])
+            output[rows] = self._attend_chunk(index, query[rows], key[rows], value[rows], kv_cache, window)
         # 3 single tokens, one call per group
         for group in groups:
             output[group.rows] = group.attend(query[group.rows], kv_cache)
         return output
+
+    def _attend_chunk(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, window: int | None
+    ) -> Tensor:
+        """Several tokens of one sequence; query: [q, H, D] -> [q, H, D]."""
+        if index in self.metadata.query_only:
+            keys, values = self.gather(index, kv_cache, None)
+            return _sdpa(query[None], keys[None], values[None], None, is_causal=False)[0]
+        length = self.metadata.context_lens[index]
+        is_whole = len(query) == length  # a prompt from its first token: nothing to gather
+        keys, values = (key, value) if is_whole else self.gather(index, kv_cache, window)
+        is_plain = is_whole and (window is None or length <= window)
+        mask = None if is_plain else causal_mask(len(query), len(keys), query.device, window)
+        return _sdpa(query[None], keys[None], values[None], mask)[0]
 
     def _plan(self, window: int | None) -> list[_DecodeGroup]:
         """The single tokens, by how many blocks they see."""
@@ -104,14 +115,16 @@ class _DecodeGroup:
         return blocks.flatten(2, 3)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """query: [B, q, H, D]; key, value: [B, L, K, D]; without a mask causal from the first token on -> [B, q, H, D]."""
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = True) -> Tensor:
+    """query: [B, q, H, D]; key, value: [B, L, K, D]; without a mask causal from the first token on, where it is causal
+    -> [B, q, H, D].
+    """
     attended = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=is_causal and mask is None,
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return attended.transpose(1, 2)

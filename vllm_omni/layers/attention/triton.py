@@ -58,7 +58,7 @@ class TritonAttention(PagedAttention):
 
     def __init__(self, metadata: AttentionMetadata) -> None:
         super().__init__(metadata)
-        lengths = [stop - start for start, stop in pairwise(metadata.query_starts)]
+        lengths = [stop - start for start, stop in pairwise(self.metadata.query_starts)]
         self._has_single = 1 in lengths
         self._chunks = [(index, length) for index, length in enumerate(lengths) if length > 1]
         self._tiles: dict[int, Tensor] = {}  # by their tokens, planned when the first layer asks

@@ -23,7 +23,7 @@ from vllm_omni.worker.ar.model_runner import ModelRunner
 
 WORD_KEYS = (
     *("task", "prompt", "tokenizer", "chat_template", "chat_template_kwargs", "system_prompt", "outputs", "sections"),
-    *("max_prompt_tokens", "truncate_prompt", "generation_config", "speculation"),
+    *("max_prompt_tokens", "truncate_prompt", "generation_config", "speculation", "prompt_template", "pad_prompt_to"),
 )
 WORD_PARAMS = ("stop", "logprobs", "skip_special_tokens")
 BY_STAGE = "for text and speech give the parameters by stage, {stage: params}"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,16 +40,18 @@ class StepBatch:
         """From chunks of any lengths. inputs: by sequence id, of the tokens of its chunk, where they are more than
         ids.
 
-        For attention each token of a draft is a sequence of its own, so that it is computed as in a step of its own.
+        For attention each token of a draft is a sequence of its own, so that it is computed as in a step of its own,
+        and so are the pads behind a prompt, which see the prompt and not each other.
         """
-        spans = [(chunk, *span) for chunk in chunks for span in _spans(chunk)]
+        spans = [(chunk, span) for chunk in chunks for span in _spans(chunk)]
         metadata = AttentionMetadata.of(
             slots=[slot for chunk in chunks for slot in pool.slots(chunk.sequence, chunk.start, chunk.end)],
-            query_starts=[0, *accumulate(end - start for _, start, end in spans)],
-            context_lens=[end for _, _, end in spans],
-            block_tables=[chunk.sequence.block_table for chunk, _, _ in spans],
+            query_starts=[0, *accumulate(span.num_tokens for _, span in spans)],
+            context_lens=[span.context_len for _, span in spans],
+            block_tables=[chunk.sequence.block_table for chunk, _ in spans],
             block_size=pool.block_size,
             device=pool.device,
+            query_only=[index for index, (_, span) in enumerate(spans) if span.is_query_only],
         )
         token_ids = [token for chunk in chunks for token in chunk.token_ids]
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
@@ -93,8 +96,8 @@ class DecodeBatch:
         self._num_stale = 0  # rows of the block table, from the first on, that the device does not have as they are
 
     def fits(self, chunks: Many[Chunk]) -> bool:
-        """Whether every chunk is one known token, and all of them with their drafts have a row."""
-        is_decode = all(chunk.known_end - chunk.start == 1 for chunk in chunks)
+        """Whether every chunk is one known token and no pad, and all of them with their drafts have a row."""
+        is_decode = all(chunk.known_end - chunk.start == 1 and not chunk.sequence.num_pads for chunk in chunks)
         return is_decode and sum(chunk.num_tokens for chunk in chunks) <= self._columns.shape[1]
 
     def fill(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> StepBatch:
@@ -194,9 +197,22 @@ def rope_lengths(chunks: Many[Chunk], num_rows: int, device: torch.device) -> Te
     return _tensor(lengths + [1] * (num_rows - len(lengths)), device)
 
 
-def _spans(chunk: Chunk) -> list[tuple[int, int]]:
-    """Its known tokens, then each of its draft alone."""
-    return [(chunk.start, chunk.known_end), *((place, place + 1) for place in range(chunk.known_end, chunk.end))]
+class _Span(NamedTuple):
+    """Tokens of a chunk that attend as one sequence."""
+
+    num_tokens: int
+    context_len: int
+    is_query_only: bool = False
+
+
+def _spans(chunk: Chunk) -> list[_Span]:
+    """Its known tokens, its pads, then each of its draft alone."""
+    num_seen = chunk.sequence.num_seen_tokens
+    stop = min(chunk.known_end, num_seen)
+    known = [_Span(stop - chunk.start, stop)] if chunk.start < stop else []
+    first_pad = max(chunk.start, num_seen)
+    pads = [_Span(chunk.known_end - first_pad, num_seen, True)] if first_pad < chunk.known_end else []
+    return [*known, *pads, *(_Span(1, place + 1) for place in range(chunk.known_end, chunk.end))]
 
 
 def _sampling_rows(chunks: Many[Chunk]) -> list[int]:

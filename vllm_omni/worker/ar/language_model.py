@@ -53,6 +53,10 @@ class LanguageModelConfig(Protocol):
         """How many tokens up to its own any token sees in any layer; None where a layer sees all of them."""
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """By layer, how many tokens up to its own any token sees; None: all. Empty where no layer has a window."""
+
+    @property
     def scaled_beyond(self) -> int | None:
         """The length of a sequence from which on the keys and values of its tokens depend on that length, so that no
         other may share them; None where they never do.
