@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.lora import acting
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.packing import (
     Packing,
@@ -69,7 +70,7 @@ class PackedLayer(nn.Module):
 
 
 class Linear(nn.Linear, PackedLayer):
-    """A linear layer; until it is packed it is as torch's own."""
+    """A linear layer; until it is packed it is as torch's own. Adapters of the pass add to its product."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, can_quantize: bool = False) -> None:
         """can_quantize: so for projections within blocks; embedders, modulation and what comes last lose too much."""
@@ -79,8 +80,11 @@ class Linear(nn.Linear, PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packing is None:
-            return super().forward(x)
-        return self.packing.multiply(x, self.weight, self.bias)
+            product = super().forward(x)
+        else:
+            product = self.packing.multiply(x, self.weight, self.bias)
+        adapters = acting()
+        return product if adapters is None else adapters.add(self, x, product)
 
 
 class Embedding(nn.Embedding, PackedLayer):
