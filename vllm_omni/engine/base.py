@@ -40,12 +40,14 @@ class MemoryPlan:
     kv_pool_bytes: int = 0
     activation_bytes: int = 0
     step_cache_bytes: int = 0
+    adapter_bytes: int = 0  # of LoRA adapters
     wanted_bytes: int = 0  # what it could use besides, where memory is left over; not among the total
     remark: str = ""  # what it means, for `vllm-omni check`
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_pool_bytes + self.activation_bytes + self.step_cache_bytes
+        caches = self.kv_pool_bytes + self.step_cache_bytes + self.adapter_bytes
+        return self.weights_bytes + self.activation_bytes + caches
 
 
 @dataclass(frozen=True, slots=True)

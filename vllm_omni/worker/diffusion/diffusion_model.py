@@ -52,6 +52,12 @@ class TokenBatch(Protocol):
     def order(self) -> tuple[int, ...]:
         """Packed row -> the row that `embed` was given."""
 
+    @property
+    def packings(self) -> Sequence[Sequence[int]]:
+        """Tokens of each packed row, in each packing of tokens that layers see: of a transformer with two streams that
+        are text, image, and both. Read only where adapters act.
+        """
+
 
 class Trajectory(ABC):
     """One output's way from noise to latents. All that changes on it is its own: nothing is shared but weights and
@@ -115,6 +121,7 @@ class DiffusionModelSpec(ABC):
     gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
     only_dtype: ClassVar[torch.dtype | None] = None  # that it computes in, whatever its stage's `dtype` says
     can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in int8
+    adapted_part: ClassVar[str | None] = None  # the folder of the transformer, where LoRA may adapt it
     defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
@@ -130,8 +137,12 @@ class DiffusionModelSpec(ABC):
         return total if quantization is None else total - saved_bytes(self.build_transformer(), dtype.itemsize)
 
     def build_transformer(self) -> nn.Module:
-        """What of it can be quantised, on the meta device."""
-        raise NotImplementedError(f"{type(self).__name__}.can_quantize: build_transformer is missing")
+        """What of it can be quantised or adapted, on the meta device."""
+        raise NotImplementedError(f"{type(self).__name__}: can_quantize or adapted_part, but no build_transformer")
+
+    def lora_aliases(self) -> Mapping[str, str]:
+        """What LoRA files call layers of the transformer besides their published names -> these, or their paths in it."""
+        return {}
 
     def published_dtype(self) -> torch.dtype | None:
         """What most of these weights were published in, from the headers; None where nothing says."""
@@ -180,6 +191,7 @@ class DiffusionModel(ABC):
     output_port: ClassVar[str]  # what it makes: "image" or "audio"
     streamed_input: ClassVar[str | None] = None  # the input port, if any, that it takes chunk by chunk
     gives_modulated_input: ClassVar[bool] = False  # whether step caches may ask for `modulated_input`
+    transformer: nn.Module  # what LoRA adapts, where its spec names an `adapted_part`
     num_blocks: int  # how many `run_blocks` counts
     token_bytes: int  # of one token's hidden state between two blocks
 

@@ -5,7 +5,7 @@ least recently used go first. Shared by all stages that run the model, in whatev
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from vllm_omni.errors import CacheError
@@ -101,7 +101,7 @@ class AdapterPool:
         return adapter
 
     def _make_room(self, num_bytes: int) -> None:
-        in_use = Counter(key for keys in self._held.values() for key in keys)
+        in_use = self._in_use()
         while self.used_bytes + num_bytes > self.max_bytes:
             oldest = next(key for key in self._adapters if key not in in_use)
             del self._adapters[oldest]
