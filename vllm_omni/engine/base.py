@@ -93,6 +93,7 @@ class StageSpec(ABC):
         {}
     )  # the values that one of `request_keys` may have
     reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
+    takes_loras: bool = False  # whether its requests may name LoRA adapters
     can_quantize: bool = False  # whether some of its weights may be held in int8
 
     @classmethod

@@ -16,7 +16,7 @@ from vllm_omni.core.diffusion.dit_cache_manager import MEGABYTE, budget_bytes
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.engine.diffusion.checks import check_counts, check_previews, check_readers, diffusion_params, with_fields
 from vllm_omni.engine.diffusion.options import DiTOptions
-from vllm_omni.engine.lora import LoRASource
+from vllm_omni.engine.lora import LoRASource, loras_of
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.weights import tensor_shapes
 from vllm_omni.params import DiffusionParams, StageParams, layered
@@ -60,6 +60,7 @@ class DiffusionSpec(StageSpec):
         self._dit_cache = config.dit_cache
         self.encoded_bytes = int(config.dit_cache.encoded_images_mb * MEGABYTE) if self.model.media_keys else 0
         self.lora = None if self.options.lora is None else self._lora_source(self.options.lora)
+        self.takes_loras = self.lora is not None
 
     @property
     def can_quantize(self) -> bool:  # type: ignore[override]
@@ -106,6 +107,8 @@ class DiffusionSpec(StageSpec):
         check_counts(params, self.model.num_steps(params), self.limits)
         check_readers(params, self.stage.name, reads)
         check_previews(params, self.model.gives_previews)
+        if self.lora is not None:
+            self.lora.plans(loras_of(params))
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: object) -> float:
         return self.model.job_size(request, self.with_fields(request, diffusion_params(params)))
