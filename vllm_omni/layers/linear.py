@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.lora import acting
@@ -18,17 +17,9 @@ from vllm_omni.layers.packing import (
     RowPacking,
     find_packing,
     find_quantized_packing,
-    multiply_with_onednn,
+    linear,
 )
 from vllm_omni.layers.quantization import fits, quantize_weight
-from vllm_omni.utils.device import multiplies_with_onednn
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [..., in], weight: [out, in], one dtype -> [..., out]. Only for inference: it has no gradient."""
-    if multiplies_with_onednn(weight.device, weight.dtype):
-        return multiply_with_onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
 
 
 class PackedLayer(nn.Module):

@@ -18,22 +18,31 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from vllm_omni.errors import StageError
+from vllm_omni.layers.packing import linear
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """The second factor of some columns of a layer's output."""
+
+    columns: slice
+    ranks: slice  # of the first factor's
+    matrix: Tensor  # [columns, ranks]; alpha / r is in it
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What an adapter adds to some columns of a layer's output: x @ down.T @ up.T."""
+    """What an adapter adds to a layer's output, in the layer's dtype: x @ down.T, and of that by each up."""
 
-    columns: slice
-    down: Tensor  # [r, in], the layer's dtype
-    up: Tensor  # [columns, r]; alpha / r is in it
+    down: Tensor  # [r, in], of all columns one below the other
+    ups: tuple[Up, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """One file's."""
 
-    layers: Mapping[nn.Module, tuple[LowRank, ...]]
+    layers: Mapping[nn.Module, LowRank]
     num_bytes: int
 
 
@@ -47,8 +56,11 @@ class AdapterMix:
     def add(self, layer: nn.Module, x: Tensor, out: Tensor) -> None:
         """Adds to a layer's output, in place. x: [n, in], out: [n, out]."""
         for adapter, scale in self.parts:
-            for low in adapter.layers.get(layer, ()):
-                out[:, low.columns].addmm_(x @ low.down.T, low.up.T, alpha=scale)
+            low = adapter.layers.get(layer)
+            if low is not None:
+                inner = linear(x, low.down)
+                for up in low.ups:
+                    out[:, up.columns].addmm_(inner[:, up.ranks], up.matrix.T, alpha=scale)
 
 
 class UnplacedRowsError(StageError):
