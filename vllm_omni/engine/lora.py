@@ -114,14 +114,16 @@ class AdapterDesk:
     def queue(self, request_id: str, loras: Sequence[LoRA]) -> None:
         self._waiting.append((request_id, loras))
 
-    def has(self, request_id: str) -> bool:
-        """Whether a task is still to be admitted."""
-        return any(waiting == request_id for waiting, _ in self._waiting)
-
-    def admit(self) -> tuple[str, Exception | None] | None:
-        """The next task, which has its adapters now, or what is wrong with them; None where there is none, or no
-        room.
+    def admit(self) -> list[tuple[str, Exception | None]]:
+        """The next tasks, which have their adapters now, each with what is wrong with them: up to the first whose
+        adapters had to be loaded, as far as there is room.
         """
+        num_loads, admitted = self._pool.num_loads, []
+        while self._pool.num_loads == num_loads and (found := self._admit_first()) is not None:
+            admitted.append(found)
+        return admitted
+
+    def _admit_first(self) -> tuple[str, Exception | None] | None:
         if not self._waiting:
             return None
         request_id, loras = self._waiting[0]

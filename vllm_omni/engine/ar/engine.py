@@ -198,16 +198,13 @@ class AREngine(StageEngine):
         self._desk.queue(task.request_id, loras)
 
     def _admit(self) -> None:
-        """The next task that waits for its adapters has them now, and starts, or fails over them."""
-        admitted = None if self._desk is None else self._desk.admit()
-        if admitted is None:
-            return
-        request_id, error = admitted
-        task = self._unadapted.pop(request_id)
-        if error is None:
-            self._start(task)
-        else:
-            self._events.append(self._fail(request_id, error))
+        """Tasks that waited for their adapters and have them now start; others fail over them."""
+        for request_id, error in () if self._desk is None else self._desk.admit():
+            task = self._unadapted.pop(request_id)
+            if error is None:
+                self._start(task)
+            else:
+                self._events.append(self._fail(request_id, error))
 
     def _adapters(self, request_id: str) -> AdapterMix | None:
         return None if self._desk is None else self._desk.mix(request_id)

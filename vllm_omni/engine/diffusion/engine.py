@@ -147,16 +147,13 @@ class DiffusionEngine(StageEngine):
             raise StageError("a job is done and still here")
 
     def _admit(self) -> None:
-        """The next task that waits for its adapters has them now, or fails over them."""
-        admitted = None if self._desk is None else self._desk.admit()
-        if admitted is None:
-            return
-        request_id, error = admitted
-        if error is not None:
-            self._fail(request_id, error)
-            return
-        self._jobs[request_id].lacks_adapters = False
-        self._prepared.add(request_id)
+        """Tasks that waited for their adapters and have them now may begin; others fail over them."""
+        for request_id, error in () if self._desk is None else self._desk.admit():
+            if error is None:
+                self._jobs[request_id].lacks_adapters = False
+                self._prepared.add(request_id)
+            else:
+                self._fail(request_id, error)
 
     def _adapters(self, request_id: str) -> AdapterMix | None:
         return None if self._desk is None else self._desk.mix(request_id)

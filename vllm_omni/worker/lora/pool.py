@@ -25,7 +25,7 @@ class AdapterPool:
         self._load = load
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
         self._held: dict[Hashable, tuple[str, ...]] = {}  # owner -> keys
-        self._num_loads = self._num_hits = self._num_evictions = 0
+        self.num_loads = self._num_hits = self._num_evictions = 0
         self._lock = threading.Lock()
 
     @property
@@ -66,7 +66,7 @@ class AdapterPool:
                 "used_bytes": self.used_bytes,
                 "max_bytes": self.max_bytes,
                 "owners": len(self._held),
-                "loads": self._num_loads,
+                "loads": self.num_loads,
                 "hits": self._num_hits,
                 "evictions": self._num_evictions,
             }
@@ -97,7 +97,7 @@ class AdapterPool:
             return found
         self._make_room(plan.num_bytes(self._itemsize))
         adapter = self._adapters[key] = self._load(plan)
-        self._num_loads += 1
+        self.num_loads += 1
         return adapter
 
     def _make_room(self, num_bytes: int) -> None:
