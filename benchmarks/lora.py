@@ -1,5 +1,5 @@
-"""Denoising steps of a Z-Image of middle size with random weights, each request with a LoRA of its own, against the same
-steps without any. In one process, in turn, of the same weights: the difference is what adapters cost.
+"""Denoising steps of a Z-Image of middle size with random weights, each request with a LoRA of its own, against the
+same steps without any. In one process, in turn, of the same weights: the difference is what adapters cost.
 
 Every linear layer of every block is adapted, which is more than most published files do.
 """
@@ -101,7 +101,9 @@ def run(options: Options, limits: Limits | None = None) -> Report:
             writer.call("write", folder, options.is_quick)
         for dtype in SIZES:
             rows = list(contests(folder, dtype, options))
-            tables.append(Table(f"Steps of {ADAPTERS} requests, rank {RANK}, {dtype}", COLUMNS, [cells(r) for r in rows]))
+            tables.append(
+                Table(f"Steps of {ADAPTERS} requests, rank {RANK}, {dtype}", COLUMNS, [cells(r) for r in rows])
+            )
             figures += [{"dtype": dtype, **row.figures()} for row in rows]
     notes = [
         "Random weights of middle size: speed alone. With / without: times, 1.00 would be free.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError
@@ -38,9 +39,9 @@ class LoRA:
         object.__setattr__(self, "scale", float(scale))
 
     @property
-    def words(self) -> str:
-        """For messages."""
-        return f"lora {self.path if self.path is not None else self.name!r}"
+    def label(self) -> str:
+        """What files say of it: nobody's folders."""
+        return f"{self.name if self.path is None else PurePath(self.path).stem}:{self.scale:g}"
 
 
 def checked_loras(value: object) -> tuple[LoRA, ...]:

@@ -63,10 +63,7 @@ def random_lora(
     linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and chosen(name)}
     assert linears
     return RandomLoRA(
-        {
-            name: (draw(rank, part.in_features), draw(part.out_features, rank), alpha)
-            for name, part in linears.items()
-        }
+        {name: (draw(rank, part.in_features), draw(part.out_features, rank), alpha) for name, part in linears.items()}
     )
 
 

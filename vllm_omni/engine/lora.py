@@ -63,7 +63,9 @@ class LoRASource:
 
     def make_pool(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> AdapterPool:
         """For the loaded model."""
-        return AdapterPool(self.max_bytes, dtype.itemsize, partial(load_adapter, model=model, device=device, dtype=dtype))
+        return AdapterPool(
+            self.max_bytes, dtype.itemsize, partial(load_adapter, model=model, device=device, dtype=dtype)
+        )
 
     def _plan(self, file: LoRAFile) -> LoRAPlan:
         with self._lock:

@@ -70,11 +70,8 @@ class Linear(nn.Linear, PackedLayer):
         self.register_buffer("scales", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packing is None:
-            product = super().forward(x)
-        else:
-            product = self.packing.multiply(x, self.weight, self.bias)
-        adapters = acting()
+        packing, adapters = self.packing, acting()
+        product = super().forward(x) if packing is None else packing.multiply(x, self.weight, self.bias)
         return product if adapters is None else adapters.add(self, x, product)
 
 

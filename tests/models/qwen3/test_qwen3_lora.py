@@ -135,7 +135,9 @@ def test_an_encoder_takes_adapters_and_its_cache_key_says_so(checkpoint: Checkpo
     engine = make_encoder(checkpoint.folder, lora=checkpoint.lora)
     tasks = [make_task(PROMPT, SamplingParams(lora=params(mix).lora), mix) for mix in ("none", "all", "both")]
     found = run(engine, *tasks)
-    spec = make_spec(make_stage(checkpoint.folder, task="encode", outputs={"h": {"layers": [-2]}}, lora=checkpoint.lora))
+    spec = make_spec(
+        make_stage(checkpoint.folder, task="encode", outputs={"h": {"layers": [-2]}}, lora=checkpoint.lora)
+    )
     ids = checkpoint.tokenizer(PROMPT, return_tensors="pt").input_ids
     for task in tasks:
         with torch.no_grad():

@@ -108,7 +108,9 @@ def test_rows_of_every_mix_in_one_batch_equal_merged_weights(
         difference = (found[f"r{index}"][0].int() - expected.int()).abs().max()
         assert difference <= 2, (MIXES[index], int(difference))
         if SIZES[index] == SIZES[0] and index:
-            assert (expected.int() - plain.int()).abs().max() > 20, "an adapter that changes nothing would prove nothing"
+            assert (expected.int() - plain.int()).abs().max() > 20, (
+                "an adapter that changes nothing would prove nothing"
+            )
 
 
 def submit(stage: DiffusionEngine, indices: Sequence[int] = range(len(MIXES)), guidance: float = 0.0) -> None:

@@ -176,7 +176,10 @@ BAD: dict[str, tuple[Callable[[RandomLoRA], dict[str, Tensor]], str]] = {
     "a bias": (also(f"transformer.{ATTENTION}.lora_B.bias", 64), "biases"),
     "a weight": (also("transformer.x_pad_token", 64), "no part of a LoRA"),
     "a text encoder": (
-        lambda lora: {**lora.as_peft(), **RandomLoRA({"a": (torch.zeros(1, 4), torch.zeros(4, 1), None)}).as_kohya("lora_te_")},
+        lambda lora: {
+            **lora.as_peft(),
+            **RandomLoRA({"a": (torch.zeros(1, 4), torch.zeros(4, 1), None)}).as_kohya("lora_te_"),
+        },
         "text encoder, which is another stage's: lora_te_a",
     ),
     "a norm": (renamed("attention.to_q", "attention_norm1"), "attention_norm1"),

@@ -9,7 +9,9 @@ import itertools
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
 
 from vllm_omni import registry
 from vllm_omni.core.ar.block_manager import BlockManager
@@ -56,9 +58,9 @@ class AREngine(StageEngine):
         lookup = None if options.speculation is None else options.speculation.make_lookup()
         pace = None if options.max_decode_wait_s is None else PrefillPace(options.max_decode_wait_s)
         self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens, lookup, pace)
-        model = _load_model(spec, context)
+        key, model = _model_key(spec, context), _load_model(spec, context)
         self._runner = _make_runner(spec, context, model)
-        self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, _model_key(spec, context), model)
+        self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, key, cast(nn.Module, model))
         self._kernels = {
             "attention": spec.attention,
             **self._runner.kernels,

@@ -137,7 +137,9 @@ class TextSpec(ARSpec):
     def _lora_source(self, config: LoRAConfig) -> LoRASource:
         model = self.model
         return LoRASource(
-            config, lambda: LoRATarget(model.build(), model.published_shapes(), {}), lambda: self.precision.dtype.itemsize
+            config,
+            lambda: LoRATarget(model.build(), model.published_shapes(), {}),
+            lambda: self.precision.dtype.itemsize,
         )
 
     @cached_property

@@ -53,7 +53,7 @@ class DiffusionEngine(StageEngine):
             lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization),
         )
         self._kernels = kernels_of(part for part in vars(self.model).values() if isinstance(part, torch.nn.Module))
-        self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, key, self.model.transformer)
+        self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, key, self.model.adapted())
         self._caches = DiTCacheManager(context.dit_cache)
         self._encoded = EncodedImages(DiTCacheManager(max_bytes=spec.encoded_bytes), context.limits)
         self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches)

@@ -130,9 +130,7 @@ class ModelRunner:
         """
         return self._pool.tapped_states(sequence, layers, start, stop)
 
-    def _compute(
-        self, batch: StepBatch, lengths: Tensor | None = None, chunks: Many[Chunk | None] = ()
-    ) -> Tensor:
+    def _compute(self, batch: StepBatch, lengths: Tensor | None = None, chunks: Many[Chunk | None] = ()) -> Tensor:
         """The logits [R, V] of the rows that sample. lengths: as a ForwardContext's `rope_lengths`. chunks: where
         adapters act, those of the batch; None: a row of padding.
         """

@@ -141,7 +141,9 @@ class DiffusionModelSpec(ABC):
         raise NotImplementedError(f"{type(self).__name__}: can_quantize or adapted_part, but no build_transformer")
 
     def lora_aliases(self) -> Mapping[str, str]:
-        """What LoRA files call layers of the transformer besides their published names -> these, or their paths in it."""
+        """What LoRA files call layers of the transformer besides their published names -> these, or their paths in
+        it.
+        """
         return {}
 
     def published_dtype(self) -> torch.dtype | None:
@@ -191,7 +193,6 @@ class DiffusionModel(ABC):
     output_port: ClassVar[str]  # what it makes: "image" or "audio"
     streamed_input: ClassVar[str | None] = None  # the input port, if any, that it takes chunk by chunk
     gives_modulated_input: ClassVar[bool] = False  # whether step caches may ask for `modulated_input`
-    transformer: nn.Module  # what LoRA adapts, where its spec names an `adapted_part`
     num_blocks: int  # how many `run_blocks` counts
     token_bytes: int  # of one token's hidden state between two blocks
 
@@ -215,6 +216,10 @@ class DiffusionModel(ABC):
     @abstractmethod
     def trajectory(self, prepared: Any, params: DiffusionParams) -> Trajectory:
         """A fresh trajectory of what `prepare`, or `prepare_chunk`, gave. Called once per output and chunk."""
+
+    def adapted(self) -> nn.Module:
+        """What LoRA adapts. Only where the spec names an `adapted_part`."""
+        raise StageError(f"{type(self).__name__} has nothing that LoRA could adapt")
 
     @abstractmethod
     def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Any]) -> TokenBatch:

@@ -1,4 +1,4 @@
-"""How LoRA files call what is in them: as PEFT and diffusers do, as kohya's scripts do, as ComfyUI does. Knows no model.
+"""How LoRA files call what is in them: as PEFT and diffusers do, as kohya's scripts and ComfyUI do. Knows no model.
 
 | from | a tensor's name |
 |---|---|
@@ -79,9 +79,9 @@ def named_layers(tensors: Iterable[str], where: str) -> list[NamedLayer]:
         known[kind] = name
     if not found:
         raise CheckpointError(f"{where}: holds no tensor, expected a LoRA")
-    for layer in found.values():
-        if DOWN not in layer.tensors or UP not in layer.tensors:
-            raise CheckpointError(f"{where}: {brief(layer.name)} has {sorted(layer.tensors)}, expected down and up")
+    for each in found.values():
+        if DOWN not in each.tensors or UP not in each.tensors:
+            raise CheckpointError(f"{where}: {brief(each.name)} has {sorted(each.tensors)}, expected down and up")
     return list(found.values())
 
 

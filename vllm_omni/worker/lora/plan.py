@@ -148,9 +148,7 @@ def _alpha(handle: safe_open, name: str, shapes: Mapping[str, tuple[int, ...]], 
     return alpha
 
 
-def _rank(
-    layer: NamedLayer, shapes: Mapping[str, tuple[int, ...]], place: Place, max_rank: int, where: str
-) -> int:
+def _rank(layer: NamedLayer, shapes: Mapping[str, tuple[int, ...]], place: Place, max_rank: int, where: str) -> int:
     down, up = (shapes[layer.tensors[kind]] for kind in (DOWN, UP))
     rank = down[0] if len(down) == 2 else 0
     if down != (rank, place.num_inputs) or up != (place.num_outputs, rank):
@@ -170,5 +168,7 @@ def _check_overlaps(layers: list[NamedLayer], places: Mapping[str, Place], where
         place = places[layer.name]
         for columns, other in seen.get(place.layer, []):
             if columns.start < place.columns.stop and place.columns.start < columns.stop:
-                raise CheckpointError(f"{where}: {layer.name:.120} and {other:.120} are the same layer; keep one of them")
+                raise CheckpointError(
+                    f"{where}: {layer.name:.120} and {other:.120} are the same layer; keep one of them"
+                )
         seen.setdefault(place.layer, []).append((place.columns, layer.name))
