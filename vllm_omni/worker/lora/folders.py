@@ -11,7 +11,7 @@ from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError
 from vllm_omni.lora import LoRA
 from vllm_omni.utils.checkpoint_files import MAX_ENTRIES, check_file
 from vllm_omni.utils.checks import brief, did_you_mean
-from vllm_omni.utils.files import user_path
+from vllm_omni.utils.files import ASSET_SCHEME, resolve_model_folder, user_path
 
 SUFFIX = ".safetensors"
 
@@ -81,6 +81,8 @@ class LoRAFolders:
 
 
 def _folder(name: str) -> Path:
+    if name.startswith(ASSET_SCHEME):
+        return resolve_model_folder(name).resolve()
     folder = user_path("lora.folders", name, raises=ConfigError)
     if not folder.is_dir():
         raise ConfigError(f"lora.folders: got {brief(name)}, expected a folder that exists")
