@@ -3,7 +3,8 @@
 python examples/lora.py "a red circle left of a blue square" -o row.png
 python examples/lora.py "a lighthouse" --lora loras/film.safetensors --model path/to/Z-Image-Turbo
 
-Without `--lora` it writes a file of random numbers, which shows how one is laid out; what it draws is nothing to look for.
+Without `--lora` it writes a file of random numbers, which shows how one is laid out; what that draws is nothing to
+look for.
 """
 
 from __future__ import annotations

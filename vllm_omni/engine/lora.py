@@ -4,6 +4,7 @@ tasks of its engine hold (AdapterDesk).
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -31,6 +32,11 @@ MAX_PLANS = 256  # of files that were read last
 def loras_of(params: StageParams) -> Sequence[LoRA]:
     """The adapters that parameters name."""
     return (params.lora or ()) if isinstance(params, SamplingParams | DiffusionParams) else ()
+
+
+def without_loras(params: StageParams) -> StageParams:
+    """The same without adapters."""
+    return dataclasses.replace(params, lora=None) if isinstance(params, SamplingParams | DiffusionParams) else params
 
 
 class LoRASource:

@@ -201,12 +201,6 @@ class ZImageTransformer(nn.Module):
         return False
 
 
-def _image_packings(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
-    """Of each packed row the patches, and the tokens that they are padded to."""
-    rows = [group for group in groups for _ in range(group.num_rows)]
-    return [group.height * group.width for group in rows], [group.num_image for group in rows]
-
-
 RENAMED = (
     (r"^all_x_embedder\.2-1\.", "x_embedder."),
     (r"^all_final_layer\.2-1\.", "final_layer."),
@@ -215,3 +209,9 @@ RENAMED = (
     (r"\.adaLN_modulation\.[01]\.", ".adaLN_modulation."),
     (r"\.attention\.to_out\.0\.", ".attention.out."),
 )
+
+
+def _image_packings(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
+    """Of each packed row the patches, and the tokens that they are padded to."""
+    rows = [group for group in groups for _ in range(group.num_rows)]
+    return [group.height * group.width for group in rows], [group.num_image for group in rows]

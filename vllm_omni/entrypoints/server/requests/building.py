@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_omni.engine.lora import loras_of
+from vllm_omni.engine.lora import loras_of, without_loras
 from vllm_omni.entrypoints.server.context import Call
 from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.models import ServedModel
@@ -137,7 +137,7 @@ def _with_loras_where_taken(abilities: Abilities, params: Mapping[str, StagePara
     if named and not named & abilities.adapted:
         raise unsupported("lora", "no stage of this model takes adapters; leave it out")
     bare = named - abilities.adapted
-    return {stage: dataclasses.replace(each, lora=None) if stage in bare else each for stage, each in params.items()}
+    return {stage: without_loras(each) if stage in bare else each for stage, each in params.items()}
 
 
 def _writer(abilities: Abilities) -> tuple[str, ...]:
