@@ -53,7 +53,7 @@ def test_rows_of_any_packing_get_their_own(rows: list[tuple[int, int]], random: 
     tokens = [choices[rows[row][0]] for row in order for _ in range(rows[row][1])]
     x = torch.randn(len(tokens), WIDTH)
     lengths = [rows[row][1] for row in order]
-    with adapted([choices[which] for which, _ in rows]), packed(order, lengths):
+    with adapted([choices[which] for which, _ in rows]), packed(order, lengths, [1] * len(rows)):
         found = on(x)
         per_row = on(x[: len(rows)])
     torch.testing.assert_close(found, expected(on, x, tokens), atol=1e-4, rtol=1e-4)

@@ -85,7 +85,7 @@ class AdaptedRows:
 
     def packed(self, order: Sequence[int], lengths: Sequence[Sequence[int]]) -> AdaptedRows:
         """As of rows in another order, of which products have so many each."""
-        found: dict[int, tuple[int, ...] | None] = {len(order): (1,) * len(order)}
+        found: dict[int, tuple[int, ...] | None] = {}
         for each in lengths:
             one, total = tuple(each), sum(each)
             found[total] = one if found.get(total, one) == one else None
@@ -127,8 +127,8 @@ def adapted(mixes: Sequence[AdapterMix | None]) -> Iterator[None]:
 
 @contextmanager
 def packed(order: Sequence[int], *lengths: Sequence[int]) -> Iterator[None]:
-    """Within `adapted`: rows as a model packs them. order: packed row -> row of the pass. lengths: of each packing that
-    products see, how many rows of it each packed row has; a row each needs no saying.
+    """Within `adapted`: rows as a model packs them. order: packed row -> row of the pass. lengths: of every packing that
+    products see here, how many rows of it each packed row has (where there is one for each, ones).
     """
     rows = acting()
     with _set(None if rows is None else rows.packed(order, lengths)):

@@ -53,8 +53,9 @@ class Tokens:
 
     @property
     def packings(self) -> tuple[Sequence[int], ...]:
-        """One, of all tokens."""
-        return ([group.length for group in self.groups for _ in range(group.num_rows)],)
+        """Of all tokens, and of what comes from the timestep."""
+        lengths = [group.length for group in self.groups for _ in range(group.num_rows)]
+        return lengths, [1] * len(lengths)
 
     def per_row(self) -> list[Tensor]:
         """[L, D] views, in packed order."""

@@ -105,7 +105,8 @@ class ZImageTransformer(nn.Module):
     def velocity_patches(self, tokens: Tokens) -> list[Tensor]:
         """The model's answer as patches: [rows, height * width, 4 C] for each group."""
         spans = self._spans(tokens.groups)
-        patches = self.final_layer(tokens.hidden, spans, tokens.condition)
+        with packed(range(len(tokens.order)), *tokens.packings):
+            patches = self.final_layer(tokens.hidden, spans, tokens.condition)
         return [
             patches[span.tokens].unflatten(0, (span.num_rows, span.length))[:, : group.height * group.width]
             for span, group in zip(spans, tokens.groups, strict=True)
@@ -211,7 +212,7 @@ RENAMED = (
 )
 
 
-def _image_packings(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
-    """Of each packed row the patches, and the tokens that they are padded to."""
+def _image_packings(groups: Sequence[Group]) -> tuple[list[int], ...]:
+    """Of each packed row the patches, the tokens that they are padded to, and what comes from the timestep."""
     rows = [group for group in groups for _ in range(group.num_rows)]
-    return [group.height * group.width for group in rows], [group.num_image for group in rows]
+    return [group.height * group.width for group in rows], [group.num_image for group in rows], [1] * len(rows)

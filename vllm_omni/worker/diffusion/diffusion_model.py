@@ -54,8 +54,9 @@ class TokenBatch(Protocol):
 
     @property
     def packings(self) -> Sequence[Sequence[int]]:
-        """Tokens of each packed row, in each packing of tokens that layers see: of a transformer with two streams that
-        are text, image, and both. Read only where adapters act.
+        """How many rows each packed row has, in every packing that layers of blocks see: of a transformer with two
+        streams its tokens of text, of images, and of both; ones, where a layer computes from the timestep. Read only
+        where adapters act. `embed` and `unembed` say theirs by `layers.lora.packed`.
         """
 
 

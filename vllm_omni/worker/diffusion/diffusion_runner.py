@@ -132,7 +132,7 @@ class DiffusionRunner:
             [row.state.trajectory.conditions[row.branch] for row in rows],
         )
         tokens, steps = self._through_blocks(tokens, rows)
-        with packed(tokens.order, *packings(tokens)):
+        with packed(tokens.order):  # the model itself knows how it unpacks
             outputs = iter(self.model.unembed(tokens))
         for step in steps:
             step.commit()
