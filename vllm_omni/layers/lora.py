@@ -127,8 +127,8 @@ def adapted(mixes: Sequence[AdapterMix | None]) -> Iterator[None]:
 
 @contextmanager
 def packed(order: Sequence[int], *lengths: Sequence[int]) -> Iterator[None]:
-    """Within `adapted`: rows as a model packs them. order: packed row -> row of the pass. lengths: of every packing that
-    products see here, how many rows of it each packed row has (where there is one for each, ones).
+    """Within `adapted`: rows as a model packs them. order: packed row -> row of the pass. lengths: of every packing
+    that products see here, how many rows of it each packed row has (where there is one for each, ones).
     """
     rows = acting()
     with _set(None if rows is None else rows.packed(order, lengths)):
