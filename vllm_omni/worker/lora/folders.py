@@ -14,6 +14,7 @@ from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.files import ASSET_SCHEME, resolve_model_folder, user_path
 
 SUFFIX = ".safetensors"
+MAX_NAME_BYTES = 240  # with the suffix no file system refuses it
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,4 +91,5 @@ def _folder(name: str) -> Path:
 
 
 def _is_plain(name: str) -> bool:
-    return not name.startswith(".") and not any(mark in name for mark in "/\\\0") and name.isprintable()
+    is_one = not name.startswith(".") and not any(mark in name for mark in "/\\") and name.isprintable()
+    return is_one and len(name.encode()) <= MAX_NAME_BYTES
