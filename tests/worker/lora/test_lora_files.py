@@ -302,7 +302,22 @@ def test_files_in_allowed_folders_are_found_by_name_and_by_path(folders: Folders
 
 @pytest.mark.parametrize(
     "name",
-    ["other", "../other/other", "inner/deep", "out", "folder", "nothing", "..", ".hidden", "a\0b", "/etc/passwd", "*", "x" * 250, "é" * 200, "\ud800"],
+    [
+        "other",
+        "../other/other",
+        "inner/deep",
+        "out",
+        "folder",
+        "nothing",
+        "..",
+        ".hidden",
+        "a\0b",
+        "/etc/passwd",
+        "*",
+        "x" * 250,
+        "é" * 200,
+        "\ud800",
+    ],
 )
 def test_other_names_are_refused(folders: Folders, name: str) -> None:
     with pytest.raises(InvalidRequestError, match="lora"):
