@@ -17,6 +17,7 @@ PAGE = "README.md"
 ORDER = (
     "images",
     "dit",
+    "lora",
     "audio",
     "speech",
     "decode_memory",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_omni.entrypoints.async_omni import AsyncOmni
     from vllm_omni.entrypoints.omni import Omni
+    from vllm_omni.lora import LoRA
     from vllm_omni.media.audio import Audio
     from vllm_omni.params import DiffusionParams, SamplingParams
     from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus, create_text_request
@@ -18,6 +19,7 @@ _HOMES = {
     "AsyncOmni": "vllm_omni.entrypoints.async_omni",
     "Audio": "vllm_omni.media.audio",
     "DiffusionParams": "vllm_omni.params",
+    "LoRA": "vllm_omni.lora",
     "Omni": "vllm_omni.entrypoints.omni",
     "OmniOutput": "vllm_omni.request",
     "OmniRequest": "vllm_omni.request",
@@ -29,6 +31,7 @@ __all__ = [
     "AsyncOmni",
     "Audio",
     "DiffusionParams",
+    "LoRA",
     "Omni",
     "OmniOutput",
     "OmniRequest",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.lora import LoRA, checked_loras
 from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.plain import as_dict, as_list, as_number
 
@@ -65,10 +66,13 @@ class SamplingParams(StageParams):
     logprobs: int | None = None  # (off) alternatives per token; 0 gives the chosen token's alone
     logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
     skip_special_tokens: bool | None = None  # (True)
+    # (none) adapters that act together: LoRA objects, or mappings of name (or path) and scale
+    lora: Sequence[LoRA] | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self, _SAMPLING_RANGES)
         _check_bools(self, ("ignore_eos", "skip_special_tokens"))
+        _check_loras(self)
         if self.stop is not None:
             object.__setattr__(self, "stop", _checked_stop(self.stop))
         if self.stop_token_ids is not None:
@@ -101,9 +105,12 @@ class DiffusionParams(StageParams):
     # the model's own: Z-Image knows `cfg_normalization` and `cfg_truncation`; ACE-Step `shift`, `cfg_interval_start`,
     # `cfg_interval_end` and `normalize`
     extra: Mapping[str, Any] | None = field(default=None)
+    # (none) adapters that act together: LoRA objects, or mappings of name (or path) and scale
+    lora: Sequence[LoRA] | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self, _DIFFUSION_RANGES)
+        _check_loras(self)
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise InvalidRequestError(f"negative_prompt: got {type(self.negative_prompt).__name__}, expected a string")
         if self.output_type is not None and not (
@@ -201,6 +208,11 @@ def _check_bools(params: StageParams, names: Sequence[str]) -> None:
         value = getattr(params, name)
         if value is not None and not isinstance(value, bool):
             raise InvalidRequestError(f"{name}: got {brief(value)}, expected true or false")
+
+
+def _check_loras(params: SamplingParams | DiffusionParams) -> None:
+    if params.lora is not None:
+        object.__setattr__(params, "lora", checked_loras(params.lora))
 
 
 def _checked_stop(stop: object) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_omni.layers.linear import Linear, MergedLinear, linear, pack_linears
+from vllm_omni.layers.linear import Linear, MergedLinear, pack_linears
+from vllm_omni.layers.packing import linear
 from vllm_omni.utils.device import multiplies_with_onednn
 
 CPU = torch.device("cpu")

@@ -26,7 +26,15 @@ import yaml
 from vllm_omni import errors, registry
 from vllm_omni.config.document import ConfigDocument, ResourcesGroup, SchedulerGroup
 from vllm_omni.config.loader import load_config
-from vllm_omni.config.schema import DiTCacheConfig, EdgeConfig, LimitsConfig, PromptsConfig, StageConfig, StreamConfig
+from vllm_omni.config.schema import (
+    DiTCacheConfig,
+    EdgeConfig,
+    LimitsConfig,
+    LoRAConfig,
+    PromptsConfig,
+    StageConfig,
+    StreamConfig,
+)
 from vllm_omni.config.shipped import supported_checkpoints
 from vllm_omni.engine.ar.options import AROptions, Speculation, Tap
 from vllm_omni.engine.ar.prompt import DEFAULT_MAX_TOKENS
@@ -231,6 +239,7 @@ CONFIG_GROUPS: dict[str, tuple[Any, frozenset[str]]] = {
     "Streamed edges": (StreamConfig, frozenset()),
     "Keys of an `ar` stage": (AROptions, frozenset()),
     "Keys of a `dit` stage": (DiTOptions, frozenset()),
+    "LoRA": (LoRAConfig, frozenset()),
     "Keys of a `music_prompt` stage": (MusicPromptOptions, frozenset()),
     "Keys of a `diffusers` stage": (DiffusersOptions, frozenset()),
 }

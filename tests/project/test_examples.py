@@ -28,6 +28,15 @@ def test_what_a_mask_keeps_is_kept(tmp_path: Path) -> None:
     assert picture(tmp_path / "inpainted.png").size == PICTURE
 
 
+def test_adapters_of_several_scales_draw_one_prompt_in_a_row(tmp_path: Path) -> None:
+    shown = succeed("lora.py", "a large pink star", "-o", "row.png", folder=tmp_path)
+    assert "scales 0, 0.5, 1" in shown
+    row = picture(tmp_path / "row.png")
+    assert row.size == (3 * PICTURE[0], PICTURE[1])
+    parts = [row.crop((index * PICTURE[0], 0, (index + 1) * PICTURE[0], PICTURE[1])) for index in range(3)]
+    assert len({part.tobytes() for part in parts}) == 3
+
+
 def test_previews_stand_in_a_row_before_the_picture_and_progress_ends_at_all(tmp_path: Path) -> None:
     shown = succeed("stream_previews.py", "a large pink star", "--previews", "3", "-o", "row.png", folder=tmp_path)
     percent = [int(value) for value in re.findall(r"image +(\d+)%", shown)]

@@ -16,6 +16,7 @@ from vllm_omni.utils.checks import brief, check_number, did_you_mean
 MAX_GB = 1e6
 MAX_MB = 1e9
 MAX_THREADS = 4096
+MAX_RANK = 4096
 INPUT = "{input}"
 
 
@@ -64,6 +65,21 @@ class LimitsConfig:
     max_video_s: float = 600.0
     max_video_frames: int = 40_000  # of the file or array, before frames are picked
     max_video_mb: float = 500.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAConfig:
+    """`lora:` of a stage: the adapters that its requests may use."""
+
+    folders: tuple[str, ...]  # whose .safetensors files they are, those directly in them; nothing else is ever read
+    max_memory_mb: float = 512.0  # for loaded adapters; those that no running request uses go when others are needed
+    max_rank: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.folders:
+            raise ConfigError("folders: got none, expected a list of folders that hold adapters")
+        check_number("max_memory_mb", self.max_memory_mb, 0, MAX_MB, above_low=True, raises=ConfigError)
+        check_number("max_rank", self.max_rank, 1, MAX_RANK, integer=True, raises=ConfigError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,12 +40,14 @@ class MemoryPlan:
     kv_pool_bytes: int = 0
     activation_bytes: int = 0
     step_cache_bytes: int = 0
+    adapter_bytes: int = 0  # of LoRA adapters
     wanted_bytes: int = 0  # what it could use besides, where memory is left over; not among the total
     remark: str = ""  # what it means, for `vllm-omni check`
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_pool_bytes + self.activation_bytes + self.step_cache_bytes
+        caches = self.kv_pool_bytes + self.step_cache_bytes + self.adapter_bytes
+        return self.weights_bytes + self.activation_bytes + caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class StageSpec(ABC):
         {}
     )  # the values that one of `request_keys` may have
     reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
+    takes_loras: bool = False  # whether its requests may name LoRA adapters
     can_quantize: bool = False  # whether some of its weights may be held in int8
 
     @classmethod

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from vllm_omni.core.routing.request_plan import RequestPlan, StagePlan, kept_ports
 from vllm_omni.engine.base import StageSpec
 from vllm_omni.engine.boundary import stage_boundary
+from vllm_omni.engine.lora import loras_of
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.messages import StageTask
@@ -41,6 +42,7 @@ class RequestPlanner:
             spec = self._specs[name]
             with stage_boundary(name):
                 seed = _seed(spec, params[name], request_seed)
+                _check_loras(spec, params[name])
                 asked = request if isinstance(params[name], DiffusionParams) else words
                 prepared = spec.check(asked, params[name], self._reads[name])
                 job_size += _checked_size(name, spec.job_size(request, params[name], prepared))
@@ -124,6 +126,15 @@ def _resolve(request: OmniRequest, spec: StageSpec) -> StageParams:
         defaults = {name: value for name, value in defaults.items() if name != "negative_prompt"}
     with stage_boundary(spec.stage.name):
         return request.params_for(spec.stage.name, spec.params_type).with_defaults(defaults)
+
+
+def _check_loras(spec: StageSpec, params: StageParams) -> None:
+    if loras_of(params) and spec.reads_params and not spec.takes_loras:
+        name = spec.stage.name
+        raise InvalidRequestError(
+            f"lora: stage {name!r} has none; set its lora.folders in the config, or name the stage that has: params ="
+            " {stage: parameters}"
+        )
 
 
 def _with_negative_defaults(request: OmniRequest, params: Mapping[str, StageParams]) -> OmniRequest:

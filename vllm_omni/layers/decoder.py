@@ -18,6 +18,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.layer_windows import NO_WINDOWS, common_window
 from vllm_omni.layers.linear import Linear, MergedLinear
+from vllm_omni.layers.lora import acting
 from vllm_omni.layers.native.decoder import LayerParts, NativeLayers
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.published_quantization import read_quantization
@@ -154,7 +155,8 @@ class Decoder(nn.Module):
         """
         context.tap(0, states)
         cos, sin = self.rotary(positions, states.dtype, context.rope_lengths)
-        native = self.native() if context.attention.runs_layers else None
+        runs_natively = context.attention.runs_layers and acting() is None  # adapters act on layers one by one
+        native = self.native() if runs_natively else None
         done = 0
         for stop in context.stops(self.config.num_layers):
             if native is not None:

@@ -8,26 +8,18 @@ from collections.abc import Mapping
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.lora import acting
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.packing import (
     Packing,
     RowPacking,
     find_packing,
     find_quantized_packing,
-    multiply_with_onednn,
+    linear,
 )
 from vllm_omni.layers.quantization import fits, quantize_weight
-from vllm_omni.utils.device import multiplies_with_onednn
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [..., in], weight: [out, in], one dtype -> [..., out]. Only for inference: it has no gradient."""
-    if multiplies_with_onednn(weight.device, weight.dtype):
-        return multiply_with_onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
 
 
 class PackedLayer(nn.Module):
@@ -69,7 +61,7 @@ class PackedLayer(nn.Module):
 
 
 class Linear(nn.Linear, PackedLayer):
-    """A linear layer; until it is packed it is as torch's own."""
+    """A linear layer; until it is packed it is as torch's own. Adapters of the pass add to its product."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, can_quantize: bool = False) -> None:
         """can_quantize: so for projections within blocks; embedders, modulation and what comes last lose too much."""
@@ -78,9 +70,9 @@ class Linear(nn.Linear, PackedLayer):
         self.register_buffer("scales", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packing is None:
-            return super().forward(x)
-        return self.packing.multiply(x, self.weight, self.bias)
+        packing, adapters = self.packing, acting()
+        product = super().forward(x) if packing is None else packing.multiply(x, self.weight, self.bias)
+        return product if adapters is None else adapters.add(self, x, product)
 
 
 class Embedding(nn.Embedding, PackedLayer):

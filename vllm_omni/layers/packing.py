@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_omni.layers.native.library import built_variants
@@ -79,6 +80,15 @@ def find_packing(weight: Tensor) -> Packing | None:
     if native is not None:
         return native
     return OneDNNPacking() if multiplies_with_onednn(weight.device, weight.dtype) else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """By a weight that is not packed. x: [..., in], weight: [out, in], one dtype -> [..., out]. Only for inference: it
+    has no gradient.
+    """
+    if multiplies_with_onednn(weight.device, weight.dtype):
+        return multiply_with_onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def multiply_with_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

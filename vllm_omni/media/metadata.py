@@ -149,6 +149,8 @@ def _plain_parameters(params: StageParams | None) -> Iterator[tuple[str, Any]]:
         return
     for item in fields(params):
         value = getattr(params, item.name)
+        if item.name == "lora" and value is not None:
+            value = [lora.label for lora in value]
         if value is not None and item.name not in UNSAID and _is_plain(value):
             yield item.name, value
     for name, value in (getattr(params, "extra", None) or {}).items():

@@ -33,7 +33,7 @@ from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
 
 register_toys()
 
-NO_FLAGS = dict.fromkeys(["seed", "steps", "height", "width", "guidance", "max_tokens", "temperature", "n"])
+NO_FLAGS = dict.fromkeys(["seed", "steps", "height", "width", "guidance", "max_tokens", "temperature", "n", "lora"])
 STATES = TensorSpec(("T", 8))
 RELAY = StageSignature(inputs=dict.fromkeys("abcd", STATES), outputs={"out": STATES}, results=frozenset({"out"}))
 

@@ -9,7 +9,9 @@ import itertools
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
 
 from vllm_omni import registry
 from vllm_omni.core.ar.block_manager import BlockManager
@@ -18,13 +20,16 @@ from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
 from vllm_omni.engine.ar.base import ARJob
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, made_so_far
+from vllm_omni.engine.lora import AdapterDesk, loras_of
 from vllm_omni.errors import StageError
+from vllm_omni.layers.lora import AdapterMix
 from vllm_omni.layers.sampler import SampledToken
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask, StageWorked
 from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.utils.device import CudaGraphs, is_out_of_memory, release_memory
 from vllm_omni.worker.ar.decode_graphs import bucket_sizes
+from vllm_omni.worker.ar.language_model import LanguageModel
 from vllm_omni.worker.ar.model_runner import ModelRunner
 from vllm_omni.worker.background import BackgroundJob
 
@@ -53,7 +58,9 @@ class AREngine(StageEngine):
         lookup = None if options.speculation is None else options.speculation.make_lookup()
         pace = None if options.max_decode_wait_s is None else PrefillPace(options.max_decode_wait_s)
         self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens, lookup, pace)
-        self._runner = _load_runner(spec, context)
+        key, model = _model_key(spec, context), _load_model(spec, context)
+        self._runner = _make_runner(spec, context, model)
+        self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, key, cast(nn.Module, model))
         self._kernels = {
             "attention": spec.attention,
             **self._runner.kernels,
@@ -62,19 +69,20 @@ class AREngine(StageEngine):
         self._stage = spec.make_stage(context, self._runner)
         self._jobs: dict[str, ARJob] = {}
         self._preparing: dict[str, Preparing] = {}
+        self._unadapted: dict[str, StageTask] = {}  # prepared tasks that wait for their adapters
         self._events: list[StageEvent] = []
         self._sequence_ids = itertools.count()
         self._num_tokens = self._num_cached_tokens = 0
 
     def submit(self, task: StageTask) -> None:
-        if task.request_id in self._jobs or task.request_id in self._preparing:
+        if any(task.request_id in held for held in (self._jobs, self._preparing, self._unadapted)):
             raise StageError(
                 f"request {task.request_id!r}: submitted twice to stage {self._spec.stage.name!r}; identifiers are "
                 "unique"
             )
         preparation = self._stage.preparation(task)
         if preparation is None:
-            self._start(task)
+            self._queue(task)
         else:
             self._preparing[task.request_id] = Preparing(task, self._background.begin(preparation))
 
@@ -101,6 +109,7 @@ class AREngine(StageEngine):
 
     def step(self) -> list[StageEvent]:
         self._start_prepared()
+        self._admit()
         events, self._events = self._events, []
         chunks, inputs = self._gather(self._scheduler.schedule(), events)
         if not chunks:
@@ -126,6 +135,7 @@ class AREngine(StageEngine):
         preparing = self._preparing.pop(request_id, None)
         if preparing is not None:
             preparing.job.cancel()
+        self._unadapted.pop(request_id, None)
         self._free(request_id)
 
     def partial_result(self, request_id: str) -> StagePayload | None:
@@ -135,9 +145,10 @@ class AREngine(StageEngine):
 
     def activity(self) -> Activity:
         is_prepared = any(preparing.job.is_done for preparing in self._preparing.values())
-        if self._events or is_prepared or self._scheduler.has_work():
+        can_admit = self._desk is not None and self._desk.is_ready
+        if self._events or is_prepared or can_admit or self._scheduler.has_work():
             return Activity.BUSY
-        return Activity.PENDING if self._preparing else Activity.IDLE
+        return Activity.PENDING if self._preparing or self._unadapted else Activity.IDLE
 
     def get_stats(self) -> dict[str, Any]:
         blocks = self._scheduler.blocks
@@ -155,6 +166,7 @@ class AREngine(StageEngine):
             "num_preemptions": self._scheduler.num_preemptions,
             "num_drafted_tokens": self._scheduler.num_drafted_tokens,
             "num_accepted_tokens": self._scheduler.num_accepted_tokens,
+            **({} if self._desk is None else self._desk.get_stats()),
             "kernels": self._kernels,
         }
 
@@ -176,12 +188,35 @@ class AREngine(StageEngine):
             except Exception as error:
                 self._events.append(self._fail(request_id, error))
                 continue
+            self._queue(task)
+
+    def _queue(self, task: StageTask) -> None:
+        """Starts a prepared task, or lets it wait for its adapters."""
+        loras = loras_of(task.params)
+        if self._desk is None or not loras:
             self._start(task)
+            return
+        self._unadapted[task.request_id] = task
+        self._desk.queue(task.request_id, loras)
+
+    def _admit(self) -> None:
+        """Tasks that waited for their adapters and have them now start; others fail over them."""
+        for request_id, error in () if self._desk is None else self._desk.admit():
+            task = self._unadapted.pop(request_id)
+            if error is None:
+                self._start(task)
+            else:
+                self._events.append(self._fail(request_id, error))
+
+    def _adapters(self, request_id: str) -> AdapterMix | None:
+        return None if self._desk is None else self._desk.mix(request_id)
 
     def _start(self, task: StageTask) -> None:
         try:
+            adapters = self._adapters(task.request_id)
             job = self._jobs[task.request_id] = self._stage.start(task, self._sequence_ids)
             for sequence in job.sequences:
+                sequence.adapter = None if adapters is None else adapters.key
                 self._scheduler.add(sequence)
         except Exception as error:
             self._events.append(self._fail(task.request_id, error))
@@ -217,7 +252,8 @@ class AREngine(StageEngine):
     ) -> dict[int, list[SampledToken | StageError]]:
         """The tokens that were sampled, by sequence id."""
         began_s = time.perf_counter()
-        step = self._runner.run(chunks, inputs)
+        adapters = () if self._desk is None else [self._adapters(chunk.sequence.request_id) for chunk in chunks]
+        step = self._runner.run(chunks, inputs, adapters)
         writing = [chunk for chunk in chunks if chunk.samples]
         rows = [self._jobs[chunk.sequence.request_id].row_of(chunk.sequence) for chunk in writing]
         tokens = step.sample(rows, [chunk.draft for chunk in writing])
@@ -266,16 +302,25 @@ class AREngine(StageEngine):
         return StageFailed(request_id, as_stage_error(self._spec.stage.name, error), made)
 
     def _free(self, request_id: str) -> None:
+        if self._desk is not None:
+            self._desk.release(request_id)
         job = self._jobs.pop(request_id, None)
         for sequence in job.sequences if job else ():
             self._scheduler.remove(sequence)
 
 
-def _load_runner(spec: ARSpec, context: EngineContext) -> ModelRunner:
-    model = context.models.get(
-        (*spec.model.key, str(context.device), spec.precision.name),
+def _model_key(spec: ARSpec, context: EngineContext) -> tuple[str, ...]:
+    return (*spec.model.key, str(context.device), spec.precision.name)
+
+
+def _load_model(spec: ARSpec, context: EngineContext) -> LanguageModel:
+    return context.models.get(
+        _model_key(spec, context),
         lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization),
     )
+
+
+def _make_runner(spec: ARSpec, context: EngineContext, model: LanguageModel) -> ModelRunner:
     return ModelRunner(
         model,
         num_blocks=spec.pool.num_blocks,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_omni import registry
-from vllm_omni.config.schema import MAX_MB
+from vllm_omni.config.schema import MAX_MB, LoRAConfig
 from vllm_omni.core.ar.prompt_lookup import PromptLookup
 from vllm_omni.engine.ar.prompt_template import PromptTemplate
 from vllm_omni.errors import ConfigError
@@ -111,6 +111,7 @@ class AROptions:
     attention: str = AUTO  # a row of the registry's table "attention"; "auto" chooses by device
     # whether decode steps are captured in CUDA graphs; None: where device, model and attention backend allow it
     cuda_graphs: bool | None = None
+    lora: LoRAConfig | None = None  # the adapters that requests may use; None: none
 
     def __post_init__(self) -> None:
         self._check_numbers()

@@ -16,6 +16,7 @@ from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.engine.ar.options import AROptions
 from vllm_omni.engine.ar.prompt import ARLimits
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
+from vllm_omni.engine.lora import LoRASource
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.attention.base import AttentionUse
 from vllm_omni.layers.attention.choice import choose_attention
@@ -41,6 +42,7 @@ class ARSpec(StageSpec):
     options: AROptions
     can_write: bool  # whether its jobs sample
     prefix_caching: bool
+    lora: LoRASource | None = None  # the adapters that its requests may use
 
     @classmethod
     def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> ARSpec:
@@ -140,6 +142,7 @@ class ARSpec(StageSpec):
             kv_pool_bytes=pool.num_blocks * pool.block_bytes,
             wanted_bytes=pool.num_wanted * pool.block_bytes,
             remark=f"KV pool of {pool.num_blocks * self.options.block_size:,} tokens, as {pool.limited_by} sets it",
+            adapter_bytes=0 if self.lora is None else self.lora.max_bytes,
             activation_bytes=activation_bytes(
                 self.model.config,
                 itemsize=self._itemsize,

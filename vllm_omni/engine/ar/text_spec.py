@@ -9,7 +9,7 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.config.schema import LoRAConfig, OmniConfig, StageConfig
 from vllm_omni.engine.ar.generation_defaults import FILE, generation_defaults
 from vllm_omni.engine.ar.no_tokenizer import NoTokenizer
 from vllm_omni.engine.ar.prompt import ARInput, PlannedPrompt, Prepared, PreparedPrompt, prompt_keys, read_prompt
@@ -19,6 +19,7 @@ from vllm_omni.engine.ar.tapped_states import POSITIONS
 from vllm_omni.engine.ar.text_stage import TextStage
 from vllm_omni.engine.ar.tokenizer import TextProcessor, find_tokenizer
 from vllm_omni.engine.base import EngineContext, ReadPorts
+from vllm_omni.engine.lora import LoRASource, loras_of
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.messages import StageTask
 from vllm_omni.params import SamplingParams, StageParams
@@ -29,6 +30,7 @@ from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
 from vllm_omni.worker.ar.model_runner import ModelRunner
 from vllm_omni.worker.ar.prompt_reader import PromptReader
+from vllm_omni.worker.lora.target import LoRATarget
 
 ONE_READER = "other stages read what this one writes, or its hidden states"
 
@@ -42,7 +44,10 @@ class TextSpec(ARSpec):
         self, stage: StageConfig, config: OmniConfig, folders: ModelFolders, model: LanguageModelFolder
     ) -> None:
         super().__init__(stage, config, folders, model)
-        self.can_write = self.reads_params = self.options.can_write
+        self.can_write = self.options.can_write
+        self.lora = None if self.options.lora is None else self._lora_source(self.options.lora)
+        self.takes_loras = self.lora is not None
+        self.reads_params = self.can_write or self.takes_loras
         beyond = model.config.scaled_beyond
         depends_on_length = beyond is not None and self.model_len > beyond
         self.prefix_caching = self.options.prefix_caching and not depends_on_length
@@ -94,6 +99,8 @@ class TextSpec(ARSpec):
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> Prepared | None:
         """The prompt's tokens, or what its media's headers say; None where an edge brings the prompt."""
         checked = self._checked_params(params, reads)
+        if self.lora is not None:
+            self.lora.plans(loras_of(checked))
         if "prompt" in self.stage.inputs:
             return None
         return self.input.prepare(read_prompt(self.options, request, {}), request, checked)
@@ -110,7 +117,8 @@ class TextSpec(ARSpec):
         content = prompt if isinstance(prompt, str) else [dict(x) if isinstance(x, Mapping) else int(x) for x in prompt]
         stage, folder = self.stage, str(self.model.folder.resolve())
         said = {key: task.request.fields.get(key) for key in sorted(self.request_keys)}
-        identity = [stage.name, folder, stage.device, self.precision.name, repr(self.options), content, said]
+        adapters = None if self.lora is None else self.lora.key(loras_of(task.params))
+        identity = [stage.name, folder, stage.device, self.precision.name, repr(self.options), content, said, adapters]
         return sha256(json.dumps(identity, sort_keys=True, default=repr).encode()).hexdigest()
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: Any) -> float:
@@ -138,6 +146,14 @@ class TextSpec(ARSpec):
     def make_stage(self, context: EngineContext, runner: ModelRunner) -> TextStage:
         return TextStage(self, context.reads, runner)
 
+    def _lora_source(self, config: LoRAConfig) -> LoRASource:
+        model = self.model
+        return LoRASource(
+            config,
+            lambda: LoRATarget(model.build(), model.published_shapes(), {}),
+            lambda: self.precision.dtype.itemsize,
+        )
+
     @cached_property
     def _processor(self) -> TextProcessor:
         if self._tokenizer_folder is None:
@@ -158,7 +174,7 @@ class TextSpec(ARSpec):
         return ARInput(self.options, self._processor, self.ar_limits, reader, self._reads_request)
 
     def _checked_params(self, params: StageParams, reads: ReadPorts) -> SamplingParams:
-        if not self.can_write:  # it samples nothing; the parameters are meant for other stages
+        if not self.can_write:  # it samples nothing; the other parameters are meant for other stages
             assert isinstance(params, SamplingParams)
             return params
         is_read = self._feeds_others or any(port in reads for port in self.tapped)

@@ -19,7 +19,7 @@ class Arrival:
 
 
 class ArrivalQueue:
-    """What a paused job has waiting stays, and so does all but the first heavy preparation of a step."""
+    """What a held job has waiting stays, and so does all but the first heavy preparation of a step."""
 
     def __init__(self) -> None:
         self._arrivals: list[Arrival] = []
@@ -27,7 +27,7 @@ class ArrivalQueue:
     @property
     def is_ready(self) -> bool:
         """Whether a step would begin something."""
-        return any(not arrival.job.is_paused for arrival in self._arrivals)
+        return any(not arrival.job.is_held for arrival in self._arrivals)
 
     def add(self, arrival: Arrival) -> None:
         self._arrivals.append(arrival)
@@ -38,7 +38,7 @@ class ArrivalQueue:
         while index < len(self._arrivals):
             job = self._arrivals[index].job
             is_heavy = job.is_heavy and not job.is_prepared
-            if job.is_paused or (is_heavy and has_heavy):
+            if job.is_held or (is_heavy and has_heavy):
                 index += 1
             else:
                 has_heavy = has_heavy or is_heavy

@@ -18,8 +18,10 @@ from vllm_omni.engine.diffusion.arrivals import Arrival, ArrivalQueue
 from vllm_omni.engine.diffusion.checks import PARAM_KEYS, diffusion_params
 from vllm_omni.engine.diffusion.job import DiffusionJob
 from vllm_omni.engine.diffusion.spec import DiffusionSpec
+from vllm_omni.engine.lora import AdapterDesk, loras_of
 from vllm_omni.errors import StageError
 from vllm_omni.layers.kernel_choice import kernels_of
+from vllm_omni.layers.lora import AdapterMix, adapted
 from vllm_omni.messages import (
     ChunkConsumed,
     StageDone,
@@ -45,11 +47,13 @@ class DiffusionEngine(StageEngine):
         self.spec = spec
         self._reads = context.reads
         self._device = context.device
+        key = (type(spec.model).__name__, spec.folder.resolve(), context.device, spec.precision.name)
         self.model: DiffusionModel = context.models.get(
-            (type(spec.model).__name__, spec.folder.resolve(), context.device, spec.precision.name),
+            key,
             lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization),
         )
         self._kernels = kernels_of(part for part in vars(self.model).values() if isinstance(part, torch.nn.Module))
+        self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, key, self.model.adapted())
         self._caches = DiTCacheManager(context.dit_cache)
         self._encoded = EncodedImages(DiTCacheManager(max_bytes=spec.encoded_bytes), context.limits)
         self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches)
@@ -74,6 +78,10 @@ class DiffusionEngine(StageEngine):
             is_heavy=self.model.is_heavy(inputs, params),
             is_complete=port is None,
         )
+        loras = loras_of(params)
+        if self._desk is not None and loras:
+            self._desk.queue(task.request_id, loras)
+            job.lacks_adapters = True
         self._arrivals.add(Arrival(job, None if port is None else task.inputs.get(port)))
 
     def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
@@ -93,6 +101,7 @@ class DiffusionEngine(StageEngine):
             self._jobs[request_id].is_paused = False
 
     def step(self) -> list[StageEvent]:
+        self._admit()
         for arrival in self._arrivals.due():
             self._begin(arrival)
         states = self._scheduler.schedule()
@@ -116,12 +125,16 @@ class DiffusionEngine(StageEngine):
         return StagePayload(request_id, self.spec.stage.name, made, self.model.meta()) if made else None
 
     def activity(self) -> Activity:
+        desk = self._desk
         is_busy = len(self._scheduler) or self._decoding or self._arrivals.is_ready or self._events
-        return Activity.BUSY if is_busy else Activity.IDLE
+        if is_busy or (desk is not None and desk.is_ready):
+            return Activity.BUSY
+        return Activity.PENDING if desk is not None and desk.is_waiting else Activity.IDLE
 
     def get_stats(self) -> dict[str, Any]:
         caches = {f"step_cache_{name}": value for name, value in self._caches.get_stats().items()}
-        return {"running": len(self._jobs), **caches, "kernels": self._kernels}
+        adapters = {} if self._desk is None else self._desk.get_stats()
+        return {"running": len(self._jobs), **caches, **adapters, "kernels": self._kernels}
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
@@ -133,13 +146,26 @@ class DiffusionEngine(StageEngine):
         if any(job.is_done for job in self._jobs.values()):
             raise StageError("a job is done and still here")
 
+    def _admit(self) -> None:
+        """Tasks that waited for their adapters and have them now may begin; others fail over them."""
+        for request_id, error in () if self._desk is None else self._desk.admit():
+            if error is None:
+                self._jobs[request_id].lacks_adapters = False
+                self._prepared.add(request_id)
+            else:
+                self._fail(request_id, error)
+
+    def _adapters(self, request_id: str) -> AdapterMix | None:
+        return None if self._desk is None else self._desk.mix(request_id)
+
     @torch.inference_mode()
     def _begin(self, arrival: Arrival) -> None:
         """Prepares a task before its first part begins. A chunk without new rows is consumed at once."""
         job, port = arrival.job, self.model.streamed_input
         try:
             if not job.is_prepared:
-                job.prepared = self.model.prepare(job.inputs, job.params, job.seed, self._encoded)
+                with adapted([self._adapters(job.request_id)]):
+                    job.prepared = self.model.prepare(job.inputs, job.params, job.seed, self._encoded)
                 job.is_prepared = True
                 self._prepared.add(job.request_id)
             if port is None:
@@ -162,6 +188,7 @@ class DiffusionEngine(StageEngine):
             generator = torch.Generator().manual_seed(sample_seed(job.seed, output))
             noise = trajectory.noise(generator).to(self._device)
             state = DiffusionState(job.request_id, job.num_parts, job.params, trajectory, noise, generator)
+            state.adapters = self._adapters(job.request_id)
             self._scheduler.add(state.key, state, trajectory.num_tokens, self.runner.cache_bytes(trajectory))
             job.begin(state)
 
@@ -238,6 +265,8 @@ class DiffusionEngine(StageEngine):
         """Frees all that a task holds; unknown ones are fine."""
         job = self._jobs.pop(request_id, None)
         if job is not None:
+            if self._desk is not None:
+                self._desk.release(request_id)
             self._arrivals.drop(job)
             for state in job.running.values():
                 self._scheduler.remove(state.key)

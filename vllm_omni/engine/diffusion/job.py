@@ -31,6 +31,7 @@ class DiffusionJob:
     prepared: Any = None  # what the model made of its inputs
     is_chunked: bool = False  # there is more than one chunk
     is_paused: bool = False  # no chunk begins; those on their way are finished
+    lacks_adapters: bool = False  # nothing begins until they are loaded
     num_parts: int = 0  # begun so far
     num_steps: int = 0  # of finished parts
     num_reused: int = 0
@@ -42,6 +43,11 @@ class DiffusionJob:
     @property
     def request_id(self) -> str:
         return self.task.request_id
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nothing of it begins."""
+        return self.is_paused or self.lacks_adapters
 
     @property
     def num_outputs(self) -> int:

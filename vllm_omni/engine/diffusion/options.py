@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_omni.config.builder import build
+from vllm_omni.config.schema import LoRAConfig
 from vllm_omni.core.diffusion.caches.base import StepCachePolicy
 from vllm_omni.errors import ConfigError
 from vllm_omni.registry import names, resolve
@@ -21,6 +22,7 @@ class DiTOptions:
     cache: Mapping[str, Any] = field(default_factory=dict)  # policy ("none") and the policy's own keys
     max_batch_tokens: int = 4096
     max_batch_size: int = 64
+    lora: LoRAConfig | None = None  # the adapters that requests may use; None: none
 
     def __post_init__(self) -> None:
         if self.part is not None and not isinstance(self.part, str):

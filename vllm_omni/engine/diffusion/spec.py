@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.config.schema import LoRAConfig, OmniConfig, StageConfig
 from vllm_omni.core.diffusion.dit_cache_manager import MEGABYTE, budget_bytes
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.engine.diffusion.checks import check_counts, check_previews, check_readers, diffusion_params, with_fields
 from vllm_omni.engine.diffusion.options import DiTOptions
+from vllm_omni.engine.lora import LoRASource, loras_of
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.weights import tensor_shapes
 from vllm_omni.params import DiffusionParams, StageParams, layered
 from vllm_omni.registry import names, resolve
 from vllm_omni.request import OmniRequest
@@ -26,6 +28,7 @@ from vllm_omni.utils.precision import Precision
 from vllm_omni.utils.variants import check_variant, variants_in
 from vllm_omni.worker.architecture import named_architectures
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec
+from vllm_omni.worker.lora.target import LoRATarget
 
 if TYPE_CHECKING:
     from vllm_omni.engine.diffusion.engine import DiffusionEngine
@@ -56,6 +59,8 @@ class DiffusionSpec(StageSpec):
         self.defaults = layered(stage.defaults, self.model.defaults)
         self._dit_cache = config.dit_cache
         self.encoded_bytes = int(config.dit_cache.encoded_images_mb * MEGABYTE) if self.model.media_keys else 0
+        self.lora = None if self.options.lora is None else self._lora_source(self.options.lora)
+        self.takes_loras = self.lora is not None
 
     @property
     def can_quantize(self) -> bool:  # type: ignore[override]
@@ -81,6 +86,7 @@ class DiffusionSpec(StageSpec):
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
             step_cache_bytes=self.encoded_bytes
             + (0 if self.options.policy == "none" else budget_bytes(self._dit_cache)),
+            adapter_bytes=0 if self.lora is None else self.lora.max_bytes,
         )
 
     def weights_key(self) -> tuple[str, ...]:
@@ -101,6 +107,8 @@ class DiffusionSpec(StageSpec):
         check_counts(params, self.model.num_steps(params), self.limits)
         check_readers(params, self.stage.name, reads)
         check_previews(params, self.model.gives_previews)
+        if self.lora is not None:
+            self.lora.plans(loras_of(params))
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: object) -> float:
         return self.model.job_size(request, self.with_fields(request, diffusion_params(params)))
@@ -114,6 +122,16 @@ class DiffusionSpec(StageSpec):
             if name in self.defaults and name not in self.stage.defaults
         ]
         return "; ".join(filter(None, [self.model.note(), f"defaults: {', '.join(said)}" if said else ""]))
+
+    def _lora_source(self, config: LoRAConfig) -> LoRASource:
+        part = self.model.adapted_part
+        if part is None:
+            raise ConfigError("lora: the layers of this model cannot be adapted; remove the key")
+        return LoRASource(config, lambda: self._lora_target(part), lambda: self.precision.dtype.itemsize)
+
+    def _lora_target(self, part: str) -> LoRATarget:
+        published = tensor_shapes(self.folder / part, variant=self.stage.variant)
+        return LoRATarget(self.model.build_transformer(), published, self.model.lora_aliases())
 
     def load(self, context: EngineContext) -> DiffusionEngine:
         from vllm_omni.engine.diffusion.engine import DiffusionEngine

@@ -14,6 +14,7 @@ from vllm_omni.entrypoints.cli.config_options import add_config_options
 from vllm_omni.entrypoints.cli.console import complain, say
 from vllm_omni.entrypoints.cli.interrupts import interrupts_raise
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.lora import LoRA
 from vllm_omni.request import TEXT_KEYS
 from vllm_omni.utils.checks import number_complaint
 from vllm_omni.utils.files import user_path
@@ -34,6 +35,7 @@ PARAM_FLAGS: Mapping[str, tuple[str, ...]] = {
     "max_tokens": ("max_tokens",),
     "temperature": ("temperature",),
     "n": ("num_outputs", "n"),
+    "lora": ("lora",),
 }
 
 
@@ -87,6 +89,13 @@ def _add_param_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance", type=float, help="guidance scale")
     group.add_argument("--max-tokens", type=int, help="most tokens that a stage writes")
     group.add_argument("--temperature", type=float, help="0 is greedy")
+    group.add_argument(
+        "--lora",
+        action="append",
+        type=named_lora,
+        metavar="NAME[:SCALE]",
+        help="an adapter of the config's lora.folders, by its name or its path; several act together",
+    )
     group.add_argument("--n", type=int, help="pictures or sounds per prompt (texts, where the config makes none)")
 
 
@@ -208,6 +217,8 @@ def stage_params(pipeline: Pipeline, flags: Mapping[str, Any]) -> dict[str, Stag
     """
     types = {name: spec.params_type for name, spec in pipeline.specs.items() if spec.signature.results}
     fields = {name: {field.name for field in dataclasses.fields(params_type)} for name, params_type in types.items()}
+    for name, known in fields.items():
+        known.difference_update(() if pipeline.specs[name].takes_loras else ("lora",))
     given: dict[str, dict[str, Any]] = {}
     for flag, candidates in PARAM_FLAGS.items():
         if flags[flag] is None:
@@ -221,6 +232,17 @@ def stage_params(pipeline: Pipeline, flags: Mapping[str, Any]) -> dict[str, Stag
             if taken[0] in known:
                 given.setdefault(name, {})[taken[0]] = flags[flag]
     return {name: types[name](**values) for name, values in given.items()}
+
+
+def named_lora(text: str) -> LoRA:
+    """'outlines', 'outlines:0.5', or the path of a file in the place of its name."""
+    name, colon, scale = text.rpartition(":")
+    try:
+        number = float(scale) if colon else 1.0
+    except ValueError:  # a colon of the name
+        colon, number = "", 1.0
+    name = name if colon else text
+    return LoRA(path=name, scale=number) if "/" in name or name.endswith(".safetensors") else LoRA(name, scale=number)
 
 
 def _report(outputs: Sequence[OmniOutput], args: argparse.Namespace) -> None:

@@ -64,6 +64,11 @@ class Frames:
         """Tokens of each packed row."""
         return [group.length for group in self.groups for _ in range(group.num_rows)]
 
+    @property
+    def packings(self) -> tuple[Sequence[int], ...]:
+        """One, of all tokens."""
+        return (self.lengths,)
+
     def per_row(self) -> list[Tensor]:
         """[L, D] views, in packed order."""
         return list(self.hidden.split(self.lengths))

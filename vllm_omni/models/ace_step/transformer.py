@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.layers.linear import Linear, MergedLinear, linear
+from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.layers.packing import linear
 from vllm_omni.layers.rotary import rotary_frequencies
 from vllm_omni.layers.weights import Target, allocate, load_weights
 from vllm_omni.models.ace_step.blocks import Block, TimeEmbedding

@@ -52,10 +52,15 @@ class Tokens:
     groups: tuple[Group, ...]
     order: tuple[int, ...]  # packed row -> the caller's row
 
+    @property
+    def packings(self) -> tuple[Sequence[int], ...]:
+        """Of all tokens, and of what comes from the timestep."""
+        lengths = [group.length for group in self.groups for _ in range(group.num_rows)]
+        return lengths, [1] * len(lengths)
+
     def per_row(self) -> list[Tensor]:
         """[L, D] views, in packed order."""
-        lengths = [group.length for group in self.groups for _ in range(group.num_rows)]
-        return list(self.hidden.split(lengths))
+        return list(self.hidden.split(list(self.packings[0])))
 
     def with_rows(self, rows: Sequence[Tensor]) -> Tokens:
         """The same batch with other hidden states: [L, D] each, in packed order."""

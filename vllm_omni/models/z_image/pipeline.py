@@ -123,6 +123,9 @@ class ZImagePipeline(DiffusionModel):
             source=prepared.source,
         )
 
+    def adapted(self) -> ZImageTransformer:
+        return self.transformer
+
     def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Tensor]) -> Tokens:
         clean = [cleanness(timestep) for timestep in timesteps]
         levels = torch.tensor(clean, dtype=torch.float32, device=self._device)

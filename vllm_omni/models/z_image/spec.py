@@ -45,6 +45,7 @@ class ZImageSpec(DiffusionModelSpec):
     can_quantize = True
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})
+    adapted_part = "transformer"
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)

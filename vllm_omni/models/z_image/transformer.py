@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.layers.linear import Linear
+from vllm_omni.layers.lora import packed
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.weights import Target
 from vllm_omni.models.z_image.blocks import Block, FinalLayer, TimestepEmbedder
@@ -68,8 +69,9 @@ class ZImageTransformer(nn.Module):
         geometries = [(*latent.shape[1:], len(text)) for latent, text in zip(latents, texts, strict=True)]
         order = sorted(range(len(geometries)), key=geometries.__getitem__)
         groups = grouped([geometries[row] for row in order])
-        time = self.t_embedder(timesteps[order] * self.config.t_scale).to(texts[0].dtype)
-        images = self._embed_images(latents, order, groups, time)
+        with packed(order, *_image_packings(groups)):
+            time = self.t_embedder(timesteps[order] * self.config.t_scale).to(texts[0].dtype)
+            images = self._embed_images(latents, order, groups, time)
         parts = [
             torch.cat([image, dense(texts, order[group.rows])], dim=1).flatten(0, 1)
             for image, group in zip(images, groups, strict=True)
@@ -93,7 +95,8 @@ class ZImageTransformer(nn.Module):
     def velocity_patches(self, tokens: Tokens) -> list[Tensor]:
         """The model's answer as patches: [rows, height * width, 4 C] for each group."""
         spans = self._spans(tokens.groups)
-        patches = self.final_layer(tokens.hidden, spans, tokens.condition)
+        with packed(range(len(tokens.order)), *tokens.packings):
+            patches = self.final_layer(tokens.hidden, spans, tokens.condition)
         return [
             patches[span.tokens].unflatten(0, (span.num_rows, span.length))[:, : group.height * group.width]
             for span, group in zip(spans, tokens.groups, strict=True)
@@ -114,9 +117,11 @@ class ZImageTransformer(nn.Module):
     def _embed_images(self, latents: Rows, order: Sequence[int], groups: Sequence[Group], time: Tensor) -> list[Tensor]:
         """[rows, image tokens, D] for each group, after the noise refiner."""
         parts, spans, start = [], [], 0
-        for group in groups:
-            patches = patchified(dense(latents, order[group.rows])).to(self.x_embedder.weight.dtype)
-            patches = self.x_embedder(patches)
+        pixels = [patchified(dense(latents, order[group.rows])).to(self.x_pad_token.dtype) for group in groups]
+        embedded = self.x_embedder(joined([part.flatten(0, 1) for part in pixels]))
+        packed_groups = embedded.split([part.shape[0] * part.shape[1] for part in pixels])
+        for group, patches in zip(groups, packed_groups, strict=True):
+            patches = patches.unflatten(0, (group.num_rows, -1))
             missing = group.num_image - patches.shape[1]
             if missing:
                 padding = self.x_pad_token.to(patches.dtype).expand(group.num_rows, missing, -1)
@@ -185,3 +190,9 @@ RENAMED = (
     (r"\.adaLN_modulation\.[01]\.", ".adaLN_modulation."),
     (r"\.attention\.to_out\.0\.", ".attention.out."),
 )
+
+
+def _image_packings(groups: Sequence[Group]) -> tuple[list[int], ...]:
+    """Of each packed row the patches, the tokens that they are padded to, and what comes from the timestep."""
+    rows = [group for group in groups for _ in range(group.num_rows)]
+    return [group.height * group.width for group in rows], [group.num_image for group in rows], [1] * len(rows)

@@ -19,7 +19,7 @@ from vllm_omni import registry
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.published_quantization import read_quantization
-from vllm_omni.layers.weights import allocate, load_weights, saved_bytes, tensor_files, weights_bytes
+from vllm_omni.layers.weights import allocate, load_weights, saved_bytes, tensor_files, tensor_shapes, weights_bytes
 from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.files import read_json
 from vllm_omni.utils.variants import check_variant, variants_in
@@ -161,7 +161,11 @@ class LanguageModelFolder:
         """Of the model's parameters, itemsize bytes each but for what is quantised."""
         left_out, variant = self.model_class.other_parts, self.weights_variant
         total = weights_bytes(self.folder, itemsize, self._tensor_prefix, left_out, variant)
-        return total if quantization is None else total - saved_bytes(self._build(), itemsize)
+        return total if quantization is None else total - saved_bytes(self.build(), itemsize)
+
+    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the part's tensors."""
+        return tensor_shapes(self.folder, self._tensor_prefix, self.weights_variant)
 
     def published_dtype(self) -> torch.dtype | None:
         """What the file says of the plain weights, else what most of the parameters are stored in; None where neither
@@ -174,7 +178,7 @@ class LanguageModelFolder:
 
     def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> LanguageModel:
         """The model, built without initialising and filled from its safetensors files."""
-        model = self._build()
+        model = self.build()
         allocate(model, device, dtype, quantization)
         load_weights(model, self.folder, self._tensor_prefix, self.weights_variant)
         for module in model.modules():
@@ -182,7 +186,7 @@ class LanguageModelFolder:
                 module.fill_buffers()
         return model  # type: ignore[return-value]
 
-    def _build(self) -> nn.Module:
+    def build(self) -> nn.Module:
         """On the meta device."""
         with torch.device("meta"):
             model: nn.Module = self.model_class(self.config)

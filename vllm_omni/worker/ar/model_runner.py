@@ -17,6 +17,7 @@ from vllm_omni.layers.attention.base import PagedAttention
 from vllm_omni.layers.attention.sdpa import SDPAAttention
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.kernel_choice import kernels_of, runs_layers_natively
+from vllm_omni.layers.lora import AdapterMix, adapted, packed
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.utils.device import StepGraphs
 from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch, rope_lengths
@@ -95,17 +96,28 @@ class ModelRunner:
         return {**kernels_of([model]), "layers": "native" if is_native else "torch"}
 
     @torch.inference_mode()
-    def run(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs] | None = None) -> StepLogits:
+    def run(
+        self,
+        chunks: Many[Chunk],
+        inputs: Mapping[int, TokenInputs] | None = None,
+        mixes: Many[AdapterMix | None] = (),
+    ) -> StepLogits:
         """Computes the tokens of all chunks -> logits [R, V] for those that sample, in their order. inputs: by sequence
-        id, of the tokens of its chunk, where they are more than ids.
+        id, of the tokens of its chunk, where they are more than ids. mixes: the adapters of each chunk; none: nobody
+        has any.
         """
         inputs = inputs or {}
+        is_adapted = any(mix is not None for mix in mixes)
         is_decode = self._decode_batch.fits(chunks)
         batch = self._decode_batch.fill(chunks, inputs) if is_decode else StepBatch.of(chunks, inputs, self._pool)
-        if self._graphs is not None and is_decode and not inputs:
+        if self._graphs is not None and is_decode and not inputs and not is_adapted:  # captured without adapters
             return self._graphs.run(batch)
         lengths = rope_lengths(chunks, len(batch.token_ids), self.device) if self._scales_by_length else None
-        return StepLogits(self._compute(batch, lengths))
+        if not is_adapted:
+            return StepLogits(self._compute(batch, lengths))
+        num_padding = len(batch.token_ids) - sum(chunk.num_tokens for chunk in chunks)
+        with adapted([*mixes, *[None] * num_padding]):
+            return StepLogits(self._compute(batch, lengths, [*chunks, *[None] * num_padding]))
 
     @torch.inference_mode()
     def encode(self, item: MediaItem) -> Tensor:
@@ -118,8 +130,10 @@ class ModelRunner:
         """
         return self._pool.tapped_states(sequence, layers, start, stop)
 
-    def _compute(self, batch: StepBatch, lengths: Tensor | None = None) -> Tensor:
-        """The logits [R, V] of the rows that sample. lengths: as a ForwardContext's `rope_lengths`."""
+    def _compute(self, batch: StepBatch, lengths: Tensor | None = None, chunks: Many[Chunk | None] = ()) -> Tensor:
+        """The logits [R, V] of the rows that sample. lengths: as a ForwardContext's `rope_lengths`. chunks: where
+        adapters act, those of the batch; None: a row of padding.
+        """
         context = ForwardContext(
             self._attention(batch.attention),
             self._pool.kv_cache,
@@ -128,11 +142,14 @@ class ModelRunner:
             batch.input_rows,
             lengths,
         )
-        states = self._model(batch.token_ids, batch.positions, context)
+        with packed(range(len(chunks)), [1 if chunk is None else chunk.num_tokens for chunk in chunks]):
+            states = self._model(batch.token_ids, batch.positions, context)
         if not len(batch.sampling_rows):
             return states.new_empty(0, self._model.config.vocab_size)
         is_every = batch.samples_first_rows and len(batch.sampling_rows) == len(states)
-        return self._model.compute_logits(states if is_every else states[batch.sampling_rows])
+        sampling = [(row, 1 + len(chunk.draft)) for row, chunk in enumerate(chunks) if chunk and chunk.samples]
+        with packed([row for row, _ in sampling], [count for _, count in sampling]):
+            return self._model.compute_logits(states if is_every else states[batch.sampling_rows])
 
     @torch.inference_mode()
     def _capture(self, graphs: StepGraphs, sizes: Many[int]) -> DecodeGraphs:

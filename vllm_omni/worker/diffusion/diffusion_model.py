@@ -52,6 +52,13 @@ class TokenBatch(Protocol):
     def order(self) -> tuple[int, ...]:
         """Packed row -> the row that `embed` was given."""
 
+    @property
+    def packings(self) -> Sequence[Sequence[int]]:
+        """How many rows each packed row has, in every packing that layers of blocks see: of a transformer with two
+        streams its tokens of text, of images, and of both; ones, where a layer computes from the timestep. Read only
+        where adapters act. `embed` and `unembed` say theirs by `layers.lora.packed`.
+        """
+
 
 class Trajectory(ABC):
     """One output's way from noise to latents. All that changes on it is its own: nothing is shared but weights and
@@ -115,6 +122,7 @@ class DiffusionModelSpec(ABC):
     gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
     only_dtype: ClassVar[torch.dtype | None] = None  # that it computes in, whatever its stage's `dtype` says
     can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in int8
+    adapted_part: ClassVar[str | None] = None  # the folder of the transformer, where LoRA may adapt it
     defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
@@ -135,8 +143,14 @@ class DiffusionModelSpec(ABC):
         return dtype
 
     def build_transformer(self) -> nn.Module:
-        """What of it can be quantised, on the meta device."""
-        raise NotImplementedError(f"{type(self).__name__}.can_quantize: build_transformer is missing")
+        """What of it can be quantised or adapted, on the meta device."""
+        raise NotImplementedError(f"{type(self).__name__}: can_quantize or adapted_part, but no build_transformer")
+
+    def lora_aliases(self) -> Mapping[str, str]:
+        """What LoRA files call layers of the transformer besides their published names -> these, or their paths in
+        it.
+        """
+        return {}
 
     def published_dtype(self) -> torch.dtype | None:
         """What most of these weights were published in, from the headers; None where nothing says."""
@@ -208,6 +222,10 @@ class DiffusionModel(ABC):
     @abstractmethod
     def trajectory(self, prepared: Any, params: DiffusionParams) -> Trajectory:
         """A fresh trajectory of what `prepare`, or `prepare_chunk`, gave. Called once per output and chunk."""
+
+    def adapted(self) -> nn.Module:
+        """What LoRA adapts. Only where the spec names an `adapted_part`."""
+        raise StageError(f"{type(self).__name__} has nothing that LoRA could adapt")
 
     @abstractmethod
     def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Any]) -> TokenBatch:

@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm_omni.core.diffusion.caches.base import RowCache, StepCachePolicy
 from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
 from vllm_omni.errors import ConfigError, StageError
+from vllm_omni.layers.lora import AdapterMix, UnplacedRowsError, acting, adapted, packed
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, TokenBatch, Trajectory, check_finite
 from vllm_omni.worker.diffusion.previewer import preview_steps
@@ -32,7 +33,7 @@ class DiffusionState:
     trajectory: Trajectory
     latents: Tensor
     generator: torch.Generator  # what the noise came from; a sampler that draws goes on with it
-    adapter: str | None = None  # the weights' variant that it runs with
+    adapters: AdapterMix | None = None  # that act on its rows
     step: int = 0  # how many are done
     num_reused: int = 0  # rows of steps that a step cache served
     pieces: list[Tensor] = field(default_factory=list)  # decoded so far; `decoder` gives the rest
@@ -64,7 +65,8 @@ class Row:
 
     @property
     def cache_key(self) -> tuple[str, str, str | None]:
-        return (self.state.key, self.branch, self.state.adapter)
+        adapters = self.state.adapters
+        return (self.state.key, self.branch, None if adapters is None else adapters.key)
 
 
 @dataclass(slots=True)
@@ -109,15 +111,29 @@ class DiffusionRunner:
 
     @torch.inference_mode()
     def predict(self, states: Sequence[DiffusionState]) -> list[list[Tensor]]:
-        """For each state the outputs of the branches that act now, in their order, each shaped as its latents."""
+        """For each state the outputs of the branches that act now, in their order, each shaped as its latents. Where a
+        model does not say how it packs rows, those of other adapters are computed by themselves.
+        """
         rows = [Row(state, branch) for state in states for branch in state.trajectory.branches(state.timestep)]
+        try:
+            with adapted([row.state.adapters for row in rows]):
+                return self._predict(states, rows)
+        except UnplacedRowsError:
+            parts = by_adapters(states)
+            if len(parts) == 1:
+                raise
+        found = {state.key: outputs for part in parts for state, outputs in zip(part, self.predict(part), strict=True)}
+        return [found[state.key] for state in states]
+
+    def _predict(self, states: Sequence[DiffusionState], rows: Sequence[Row]) -> list[list[Tensor]]:
         tokens = self.model.embed(
             [row.state.latents for row in rows],
             [row.state.timestep for row in rows],
             [row.state.trajectory.conditions[row.branch] for row in rows],
         )
         tokens, steps = self._through_blocks(tokens, rows)
-        outputs = iter(self.model.unembed(tokens))
+        with packed(tokens.order):  # the model itself knows how it unpacks
+            outputs = iter(self.model.unembed(tokens))
         for step in steps:
             step.commit()
             self.caches.set_cache(step.row.cache_key, step.cache, step.cache.num_bytes, owner=step.row.state.key)
@@ -158,7 +174,7 @@ class DiffusionRunner:
     def _through_blocks(self, tokens: TokenBatch, rows: Sequence[Row]) -> tuple[TokenBatch, list[CachedStep]]:
         """The batch behind the last block, and what the step caches saw of it, in packed order."""
         if self.policy.computes_all:
-            return self.model.run_blocks(tokens, 0, self.model.num_blocks), []
+            return self._run_blocks(tokens, 0, self.model.num_blocks), []
         last = self.model.num_blocks - self.policy.num_tail_blocks
 
         # 1 lead blocks
@@ -178,19 +194,24 @@ class DiffusionRunner:
         # 3 the rest for rows that missed
         if computed:
             part = tokens if len(computed) == len(steps) else tokens.select(computed)
-            finished = self.model.run_blocks(part, self.policy.num_lead_blocks, last).per_row()
+            finished = self._run_blocks(part, self.policy.num_lead_blocks, last).per_row()
             for index, result in zip(computed, finished, strict=True):
                 final[index], steps[index].rest_residual = result, result - hidden[index]
 
         # 4 tail blocks
-        return self.model.run_blocks(tokens.with_rows(final), last, self.model.num_blocks), steps
+        return self._run_blocks(tokens.with_rows(final), last, self.model.num_blocks), steps
+
+    def _run_blocks(self, tokens: TokenBatch, start: int, stop: int) -> TokenBatch:
+        with packed(tokens.order, *packings(tokens)):
+            return self.model.run_blocks(tokens, start, stop)
 
     def _lead(self, tokens: TokenBatch) -> tuple[TokenBatch, list[Tensor] | None]:
         """The batch behind the lead blocks, and the signal of each packed row where the policy asks for one."""
         policy, before = self.policy, tokens.per_row()
-        signals = self.model.modulated_input(tokens) if policy.signal == "modulated_input" else None
+        with packed(tokens.order, *packings(tokens)):
+            signals = self.model.modulated_input(tokens) if policy.signal == "modulated_input" else None
         if policy.num_lead_blocks:
-            tokens = self.model.run_blocks(tokens, 0, policy.num_lead_blocks)
+            tokens = self._run_blocks(tokens, 0, policy.num_lead_blocks)
         if policy.signal == "lead_residual":
             signals = [after - first for after, first in zip(tokens.per_row(), before, strict=True)]
         return tokens, signals
@@ -199,6 +220,19 @@ class DiffusionRunner:
         """The row's step cache; a fresh one at its first step."""
         cache: RowCache | None = self.caches.get_cache(row.cache_key)
         return self.policy.new_row(row.state.num_steps) if cache is None else cache
+
+
+def packings(tokens: TokenBatch) -> Sequence[Sequence[int]]:
+    """Those of a batch, where adapters act."""
+    return () if acting() is None else tokens.packings
+
+
+def by_adapters(states: Sequence[DiffusionState]) -> list[list[DiffusionState]]:
+    """The states with the same adapters, or none, together."""
+    parts: dict[str | None, list[DiffusionState]] = {}
+    for state in states:
+        parts.setdefault(None if state.adapters is None else state.adapters.key, []).append(state)
+    return list(parts.values())
 
 
 def measure(steps: Sequence[CachedStep], signals: Sequence[Tensor] | None) -> None:

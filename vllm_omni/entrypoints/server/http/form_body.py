@@ -16,7 +16,7 @@ from vllm_omni.entrypoints.server.schemas.base import Body
 
 MAX_FILES = 16
 MAX_FIELDS = 200
-JSON_FIELDS = frozenset({"extra_params"})  # objects, as text within a form
+JSON_FIELDS = frozenset({"extra_params", "lora"})  # objects and lists, as text within a form
 B = TypeVar("B", bound=Body)
 
 

@@ -27,6 +27,7 @@ class Abilities:
     input_media: frozenset[str]  # kinds of message parts that some stage reads besides text
     request_keys: frozenset[str]  # what a prompt may hold besides the words
     media_keys: frozenset[str]  # of these keys those that hold pictures or sounds
+    adapted: frozenset[str]  # stages whose requests may name LoRA adapters
     voices: tuple[str, ...]
     params_types: Mapping[str, type[StageParams]]
 
@@ -48,6 +49,7 @@ class Abilities:
             input_media=frozenset().union(*(spec.input_media for spec in readers)),
             request_keys=frozenset().union(*(spec.request_keys for spec in specs.values())),
             media_keys=frozenset().union(*(spec.media_keys for spec in specs.values())),
+            adapted=frozenset(name for name, spec in specs.items() if spec.takes_loras),
             voices=choices[0] if choices else (),
             params_types={name: spec.params_type for name, spec in specs.items()},
         )

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_omni.engine.lora import loras_of, without_loras
 from vllm_omni.entrypoints.server.context import Call
 from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.models import ServedModel
@@ -42,6 +43,7 @@ def build_request(
         **_for_stages(_writer(model.abilities), sampling),
         **_for_diffusers(model.abilities, outputs, diffusion),
     }
+    params = _with_loras_where_taken(model.abilities, params)
     _check_priority(model, body.priority)
     timeout_s = call.timeout_s(body.timeout)
     own = {"request_id": call.run_id, "outputs": list(outputs), "timeout_s": timeout_s, "priority": body.priority}
@@ -127,6 +129,15 @@ def _for_diffusers(
         return _for_stages(stages, params)
     bare = dataclasses.replace(params, **dict.fromkeys(OF_PICTURES, None))
     return {**_for_stages(stages, bare), **_for_stages(pictures, params)}
+
+
+def _with_loras_where_taken(abilities: Abilities, params: Mapping[str, StageParams]) -> dict[str, StageParams]:
+    """Adapters stay with the stages alone that take some; ApiError 400 where none does."""
+    named = {stage for stage, each in params.items() if loras_of(each)}
+    if named and not named & abilities.adapted:
+        raise unsupported("lora", "no stage of this model takes adapters; leave it out")
+    bare = named - abilities.adapted
+    return {stage: without_loras(each) if stage in bare else each for stage, each in params.items()}
 
 
 def _writer(abilities: Abilities) -> tuple[str, ...]:

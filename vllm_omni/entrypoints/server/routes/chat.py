@@ -101,4 +101,4 @@ def _params(body: ChatBody, model: ServedModel) -> tuple[SamplingParams | None, 
 def _of_writers(sampling: SamplingParams) -> list[str]:
     """What is set that only a writer reads."""
     names = SamplingParams.__dataclass_fields__
-    return [name for name in names if name not in ("n", "seed") and getattr(sampling, name) is not None]
+    return [name for name in names if name not in ("n", "seed", "lora") and getattr(sampling, name) is not None]

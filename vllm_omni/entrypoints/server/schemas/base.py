@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.lora import MAX_LORAS, MAX_SCALE, LoRA
 from vllm_omni.params import MAX_SEED, DiffusionParams, SamplingParams
 
 MAX_TEXT = 10_000_000
@@ -44,7 +45,29 @@ class Body(Fields):
     priority: Label | None = Field(None, description="one of the config's `scheduler.priority_weights`")
 
 
-class SamplingFields(Body):
+class LoRAField(Fields):
+    """One adapter, by its name alone: a path would be anybody's file."""
+
+    name: Label
+    scale: float = Field(1.0, ge=-MAX_SCALE, le=MAX_SCALE)
+    int_id: int | None = Field(None, description="a label of the caller's; changes nothing")
+
+
+class LoRAFields(Body):
+    """Which adapters act; see LoRA."""
+
+    lora: Annotated[list[LoRAField], Field(max_length=MAX_LORAS)] | LoRAField | None = Field(
+        None, description="adapters of the stage's `lora.folders` that act together"
+    )
+
+    def loras(self) -> list[LoRA] | None:
+        if self.lora is None:
+            return None
+        given = self.lora if isinstance(self.lora, list) else [self.lora]
+        return [LoRA(each.name, scale=each.scale) for each in given]
+
+
+class SamplingFields(LoRAFields):
     """How a language model samples; see SamplingParams."""
 
     n: int | None = Field(None, ge=1, le=128)
@@ -70,10 +93,10 @@ class SamplingFields(Body):
         bias = None if self.logit_bias is None else {_token_id(key): value for key, value in self.logit_bias.items()}
         top_k = 0 if self.top_k == -1 else self.top_k
         stop = self.stop if self.stop else None
-        return SamplingParams(**same, top_k=top_k, logit_bias=bias, stop=stop, **more)
+        return SamplingParams(**same, top_k=top_k, logit_bias=bias, stop=stop, lora=self.loras(), **more)
 
 
-class DiffusionFields(Body):
+class DiffusionFields(LoRAFields):
     """How a diffusion model denoises; see DiffusionParams."""
 
     seed: Seed | None = None
@@ -112,6 +135,7 @@ def diffusion(fields: DiffusionFields, **more: Any) -> DiffusionParams:
         guidance_scale=fields.guidance_scale,
         negative_prompt=fields.negative_prompt,
         strength=fields.strength,
+        lora=fields.loras(),
         **more,
     )
 

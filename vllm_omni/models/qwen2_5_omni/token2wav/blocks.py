@@ -87,6 +87,11 @@ class Blocks:
     layout: Layout
     order: tuple[int, ...]  # packed row -> the caller's row
 
+    @property
+    def packings(self) -> tuple[Sequence[int], ...]:
+        """None is told: layers see blocks, which are padded."""
+        return ()
+
     def per_row(self) -> list[Tensor]:
         """[num_frames, D], in packed order, which is the caller's."""
         return self.layout.taken(self.hidden)

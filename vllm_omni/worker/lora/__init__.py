@@ -1,0 +1,1 @@
+"""LoRA files: found, read within limits, fitted to a model, kept."""
