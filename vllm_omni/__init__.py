@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vllm_omni.entrypoints.async_omni import AsyncOmni
     from vllm_omni.entrypoints.omni import Omni
     from vllm_omni.media.audio import Audio
+    from vllm_omni.media.video import Video
     from vllm_omni.params import DiffusionParams, SamplingParams
     from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus, create_text_request
 
@@ -23,6 +24,7 @@ _HOMES = {
     "OmniRequest": "vllm_omni.request",
     "RequestStatus": "vllm_omni.request",
     "SamplingParams": "vllm_omni.params",
+    "Video": "vllm_omni.media.video",
     "create_text_request": "vllm_omni.request",
 }
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "OmniRequest",
     "RequestStatus",
     "SamplingParams",
+    "Video",
     "create_text_request",
 ]
 

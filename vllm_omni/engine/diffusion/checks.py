@@ -45,6 +45,15 @@ def check_counts(params: DiffusionParams, num_steps: int, limits: LimitsConfig) 
         )
 
 
+def check_no_video(params: DiffusionParams) -> None:
+    """InvalidRequestError for what only a stage reads that makes videos."""
+    for name in ("num_frames", "fps"):
+        if getattr(params, name) is not None:
+            raise InvalidRequestError(
+                f"{name}: got {getattr(params, name)}, but this stage makes no video; leave it unset"
+            )
+
+
 def check_previews(params: DiffusionParams, gives_previews: bool) -> None:
     """InvalidRequestError where running samples are to be shown and cannot be."""
     if params.num_previews and not gives_previews:

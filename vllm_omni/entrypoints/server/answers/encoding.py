@@ -56,7 +56,7 @@ def file_format(kind: str) -> str:
 
 def sample_headers(audio: Audio, kind: str) -> dict[str, str]:
     """What a client must know of bare samples. Of formats alone that keep rate and channels."""
-    bits = AUDIO_FORMATS[file_format(kind)].bits
+    bits = AUDIO_FORMATS[file_format(kind)].samples.bits
     if bits is None:
         return {}
     return {
