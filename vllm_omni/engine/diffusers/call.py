@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,6 +55,7 @@ RESERVED = frozenset({"self", "prompt", "return_dict", "output_type"})
 AUDIO_START = "audio_start_in_s"
 DEFAULT_FPS = 10.0  # where nothing says another one; that of the functions of diffusers that save frames
 FRAMES_AS_TENSORS = "pt"  # without a detour through floats of double size, and pictures of each
+_ONE_AT_A_TIME = re.compile(r"^ {8}num_\w+_per_prompt = 1$", re.MULTILINE)  # whatever the signature promises
 FLOOR_OF_STRENGTH = "int(num_inference_steps * strength)"  # how most pipelines count the steps that are left
 
 
@@ -77,6 +79,7 @@ class PipelineCall:
         }
         free = self._defaults.keys() - RESERVED - set(self._targets.values()) - {"generator"}
         self._extra_keys = sorted(name for name in free if "callback" not in name)
+        self._makes_one = _ONE_AT_A_TIME.search(_source(pipeline_class.__call__)) is not None
         self._shown_rate = shown_frame_rate(pipeline_class)
         self._floors_strength = FLOOR_OF_STRENGTH in _source(getattr(pipeline_class, "get_timesteps", None))
         own = [field for field in PARAM_KEYS if self._targets[field] is not None]
@@ -195,6 +198,10 @@ class PipelineCall:
         limits = self._limits
         check_counts(params, self.num_steps(params), limits)
         check_previews(params, gives_previews=False)
+        if self._makes_one and (params.num_outputs or 1) > 1:
+            raise InvalidRequestError(
+                f"num_outputs: got {params.num_outputs}, but {self.name} makes one at a time; send a request for each"
+            )
         if params.output_type == "latent":
             raise InvalidRequestError("output_type: got 'latent', expected 'pil'; a hosted pipeline gives no latents")
         if params.guidance_scale is not None:

@@ -35,6 +35,7 @@ SAMPLE_RATES = (
     ("vae", "sampling_rate"),
     ("vocoder", "sampling_rate"),
     ("vocoder", "output_sampling_rate"),
+    ("audio_vae", "sample_rate"),
     ("vae", "sample_rate"),
     ("unet", "sample_rate"),
     ("mel", "sample_rate"),
