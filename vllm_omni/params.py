@@ -24,6 +24,7 @@ MAX_SEED = 2**63 - 1
 MAX_PREVIEWS = 10
 MIN_FPS = 0.1  # of a video
 MAX_FPS = 240.0
+VIDEO_FIELDS = ("num_frames", "fps")  # of DiffusionParams; only a stage that makes videos reads them
 MAX_DRAWN_SEED = 2**32 - 1  # what is drawn for a request; every reader of files and JSON holds it
 MAX_ITEMS = 10_000  # of a list or mapping among the parameters
 MAX_STOP_CHARS = 10_000  # of all stop strings together

@@ -239,11 +239,9 @@ def to_videos(frames: Tensor, fps: object, stage: str, tracks: Sequence[Audio] =
         got = f"{frames.dtype} {list(frames.shape)}"
         raise StageError(f"stage {stage!r}: video is {got}, expected torch.uint8 [N, n, H, W, 3]")
     owned = frames.detach().to("cpu", copy=True).contiguous().numpy()
+    sounds: Sequence[Audio | None] = tracks or [None] * len(owned)
     try:
-        return tuple(
-            Video(video, fps, sound)  # type: ignore[arg-type]
-            for video, sound in zip(owned, tracks or [None] * len(owned), strict=True)
-        )
+        return tuple(Video(video, fps, sound) for video, sound in zip(owned, sounds, strict=True))  # type: ignore[arg-type]
     except (InvalidRequestError, ValueError) as error:
         raise StageError(f"stage {stage!r}: video: {error}") from error
 

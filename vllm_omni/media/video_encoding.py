@@ -7,6 +7,7 @@ FFmpeg writes MP4 and WebM, with the sound; Pillow the animations GIF and WebP, 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -27,6 +28,8 @@ from vllm_omni.params import MAX_FPS
 from vllm_omni.utils.checks import brief, did_you_mean
 
 MAX_RATE_DENOMINATOR = 1_001  # of a rate such as 24000/1001
+PALETTE_FRAMES = 8  # of a gif, by which its colours are chosen
+PALETTE_PIXELS = 100_000  # of all these frames, about
 BT709, LIMITED_RANGE = 1, 1  # as H.273 numbers them; what players take for granted of large pictures only
 
 
@@ -167,7 +170,7 @@ def _animated(video: Video, format: str, form: _Animation, metadata: MediaMetada
             f"{format}: got {video.fps:g} frames a second, expected at most {form.max_fps:g}; choose another format"
         )
     file = io.BytesIO()
-    pictures = map(Image.fromarray, video.frames)
+    pictures = _of_one_palette(video) if format == "gif" else map(Image.fromarray, video.frames)
     next(pictures).save(
         file,
         format.upper(),
@@ -179,6 +182,17 @@ def _animated(video: Video, format: str, form: _Animation, metadata: MediaMetada
         **animation_tags(format, metadata),
     )
     return file.getvalue()
+
+
+def _of_one_palette(video: Video) -> Iterator[Image.Image]:
+    """With the 256 colours that suit some frames spread over the whole: a palette of its own for each frame takes a
+    hundred times as long, and flickers. Without dithering, which flickers too.
+    """
+    chosen = np.unique(np.linspace(0, video.num_frames - 1, PALETTE_FRAMES).astype(int))
+    stride = math.isqrt(video.height * video.width * len(chosen) // PALETTE_PIXELS) + 1
+    sample = np.concatenate([video.frames[index, ::stride, ::stride] for index in chosen])
+    palette = Image.fromarray(sample).quantize(256, method=Image.Quantize.MEDIANCUT)
+    return (Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in video.frames)
 
 
 def _durations_ms(video: Video, tick_ms: int) -> Iterator[int]:

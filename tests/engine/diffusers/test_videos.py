@@ -116,7 +116,7 @@ def test_frames_are_the_pipelines_own_alone_and_in_a_crowd(folders: Callable[[st
     with loaded(folder) as omni:
         (alone,) = omni.generate("a cat", small(3))
         crowd = omni.generate(["a dog", "a cat", "a cow"], [small(8), small(3), small(3, num_inference_steps=3)])
-    assert expected.shape == (1, NUM_FRAMES, SIDE, SIDE, 3) and np.ptp(expected) > 100
+    assert expected.shape == (1, NUM_FRAMES, SIDE, SIDE, 3) and np.ptp(expected) > 50
     assert np.array_equal(stacked(alone), expected) and np.array_equal(stacked(crowd[1]), expected)
     assert not np.array_equal(stacked(crowd[0]), expected)
     assert [video.fps for video in alone.videos] == [RATES[name]] and alone.images == []

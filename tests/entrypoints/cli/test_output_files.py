@@ -278,7 +278,7 @@ def test_info_says_what_is_no_picture_and_no_sound(tmp_path: Path, capsys: pytes
     assert main(["info", str(tmp_path / "plain.gif"), str(tmp_path / "x.png")]) == 1
     shown = capsys.readouterr()
     assert "GIF image, 4x4\n  says nothing of how it was made" in shown.out
-    assert "x.png', which is neither a picture nor a sound" in shown.err
+    assert "x.png', which is no picture, no sound and no video" in shown.err
     for path, words in ((tmp_path, "a folder or a device"), (tmp_path / "no", "No such file")):
         assert main(["info", str(path)]) == 1
         assert words in capsys.readouterr().err

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -219,21 +218,19 @@ class PipelineCall:
 
     def _check_frames(self, params: DiffusionParams) -> None:
         """What the request leaves unset counts with the pipeline's own default, where the signature says one."""
-        sizes = {name: getattr(params, name) or self._default(name) for name in ("num_frames", "height", "width")}
-        if sizes["num_frames"] is not None:
-            check_limit("num_frames", sizes["num_frames"], 1, self._limits.max_frames, integer=True)
-        if all(sizes.values()):
-            check_limit(
-                "num_outputs * num_frames * height * width",
-                math.prod(map(int, sizes.values())) * (params.num_outputs or 1),
-                1,
-                self._limits.max_total_pixels,
-                integer=True,
-            )
+        num_frames, height, width = (
+            getattr(params, name) or self._default(name) for name in ("num_frames", "height", "width")
+        )
+        if num_frames is not None:
+            check_limit("num_frames", num_frames, 1, self._limits.max_frames, integer=True)
+        if num_frames is not None and height is not None and width is not None:
+            total = (params.num_outputs or 1) * num_frames * height * width
+            name = "num_outputs * num_frames * height * width"
+            check_limit(name, total, 1, self._limits.max_total_pixels)
 
     def _default(self, field: str) -> float | None:
         """The pipeline's own default of a number, by our name; None where its signature has none."""
-        value = self._defaults.get(self._targets[field])
+        value = self._defaults.get(self._targets[field] or "")
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def _check_strength(self, params: DiffusionParams) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ def _videos(made: Any) -> Tensor:
     return whole
 
 
-def _frames_of_each(made: Any) -> list[Sequence[Any]]:
+def _frames_of_each(made: Any) -> list[Any]:
     """The frames of every video, in a list of lists, in arrays or tensors of one or several, or in one list."""
     if isinstance(made, (np.ndarray, Tensor)):
         return [made] if made.ndim == VIDEO_DIMS else list(made)

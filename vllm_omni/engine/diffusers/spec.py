@@ -49,9 +49,8 @@ class DiffusersSpec(StageSpec):
         self.output = options.output or given or "image"  # a class that does not say what it gives makes pictures
         self.call = PipelineCall(self.pipeline_type, self.output, config.limits, self.folder.media_format())
         self.request_keys, self.media_keys = self.call.request_keys, self.call.media_keys
-        self.ports = (self.output,)
-        if self.output == "video" and gives_soundtrack(self.pipeline_type):
-            self.ports += ("soundtrack",)
+        has_sound = self.output == "video" and gives_soundtrack(self.pipeline_type)
+        self.ports = (self.output, "soundtrack") if has_sound else (self.output,)
         self.signature = StageSignature(
             inputs={"prompt": TextSpec()},
             outputs={port: PORTS[port] for port in self.ports},

@@ -14,6 +14,7 @@ from vllm_omni.entrypoints.cli.config_options import add_config_options
 from vllm_omni.entrypoints.cli.console import complain, say
 from vllm_omni.entrypoints.cli.interrupts import interrupts_raise
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.params import VIDEO_FIELDS
 from vllm_omni.request import TEXT_KEYS
 from vllm_omni.utils.checks import number_complaint
 from vllm_omni.utils.files import user_path
@@ -30,6 +31,8 @@ PARAM_FLAGS: Mapping[str, tuple[str, ...]] = {
     "steps": ("num_inference_steps",),
     "height": ("height",),
     "width": ("width",),
+    "num_frames": ("num_frames",),
+    "fps": ("fps",),
     "guidance": ("guidance_scale",),
     "max_tokens": ("max_tokens",),
     "temperature": ("temperature",),
@@ -48,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         metavar="PATH",
-        help="image (.png .jpg .webp .avif .tiff), audio (.wav .flac .ogg .opus .mp3 .aac .pcm), text (.txt .json "
-        ".jsonl) or folder (default: out.png, out.wav)",
+        help="image (.png .jpg .webp .avif .tiff), audio (.wav .flac .ogg .opus .mp3 .aac .pcm), video (.mp4 .webm "
+        ".gif .webp), text (.txt .json .jsonl) or folder (default: out.png, out.wav, out.mp4)",
     )
     parser.add_argument(
         "--input",
@@ -84,10 +87,12 @@ def _add_param_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, help="denoising steps")
     group.add_argument("--height", type=int, help="pixels")
     group.add_argument("--width", type=int, help="pixels")
+    group.add_argument("--num-frames", type=int, help="of a video")
+    group.add_argument("--fps", type=float, help="frames per second of a video")
     group.add_argument("--guidance", type=float, help="guidance scale")
     group.add_argument("--max-tokens", type=int, help="most tokens that a stage writes")
     group.add_argument("--temperature", type=float, help="0 is greedy")
-    group.add_argument("--n", type=int, help="pictures or sounds per prompt (texts, where the config makes none)")
+    group.add_argument("--n", type=int, help="pictures, sounds, videos per prompt (texts, where the config makes none)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -208,6 +213,9 @@ def stage_params(pipeline: Pipeline, flags: Mapping[str, Any]) -> dict[str, Stag
     """
     types = {name: spec.params_type for name, spec in pipeline.specs.items() if spec.signature.results}
     fields = {name: {field.name for field in dataclasses.fields(params_type)} for name, params_type in types.items()}
+    for name, known in fields.items():
+        if "video" not in pipeline.specs[name].signature.results:
+            known.difference_update(VIDEO_FIELDS)
     given: dict[str, dict[str, Any]] = {}
     for flag, candidates in PARAM_FLAGS.items():
         if flags[flag] is None:
