@@ -1,5 +1,5 @@
-"""Videos as callers hold them and as files: the frames, the rate, the sound, the colours, what they say of themselves, and
-how much memory it takes to write them.
+"""Videos as callers hold them and as files: the frames, the rate, the sound, the colours, what they say of themselves,
+and how much memory it takes to write them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from vllm_omni.media.video_files import VideoReader
 from vllm_omni.output import OmniOutput, RequestStatus, StageResult
 
 FILMS = ("mp4", "webm")
-ANIMATIONS = ("gif", "webp")
 RATE = 16_000
 MADE = MediaMetadata(
     prompt='ein roter Bär, "groß"\nund 熊', seed=7, model="m/wan", version="vllm-omni 0", parameters={"fps": 12}
@@ -132,9 +131,10 @@ def test_the_sound_goes_with_the_film(form: str, channels: int) -> None:
     assert loudest == pytest.approx(330, abs=5) or channels == 2
 
 
-@pytest.mark.parametrize("form", ANIMATIONS)
+@pytest.mark.parametrize(("form", "most"), [("gif", 12), ("webp", 8)])
 @pytest.mark.parametrize("fps", [8.0, 24.0, 30.0])
-def test_an_animation_lasts_as_long_as_the_video(form: str, fps: float) -> None:
+def test_an_animation_lasts_as_long_as_the_video(form: str, most: float, fps: float) -> None:
+    """most: levels that pixels are off on the average; a gif has 256 colours for all of these frames."""
     video = film(24, fps=fps)
     with Image.open(io.BytesIO(encode_video(video, form))) as image:
         shown = []
@@ -142,7 +142,7 @@ def test_an_animation_lasts_as_long_as_the_video(form: str, fps: float) -> None:
             image.seek(index)
             image.load()
             shown.append(image.info["duration"])
-            assert np.abs(np.asarray(image.convert("RGB")).astype(int) - video.frames[index]).mean() < 8
+            assert np.abs(np.asarray(image.convert("RGB")).astype(int) - video.frames[index]).mean() < most
     assert len(shown) == 24 and sum(shown) == pytest.approx(24_000 / fps, abs=5)
     assert image.info.get("loop", 0) == 0
 
@@ -236,7 +236,7 @@ print(frames.nbytes // 1024, kilobytes("VmHWM:") - before, len(content) // 1024)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
-@pytest.mark.parametrize(("form", "most"), [("mp4", 1.5), ("webm", 1.5), ("gif", 1.0), ("webp", 2.0)])
+@pytest.mark.parametrize(("form", "most"), [("mp4", 1.0), ("webm", 1.0), ("gif", 1.0), ("webp", 2.0)])
 def test_writing_takes_less_memory_than_one_copy_of_the_frames_as_floats(form: str, most: float) -> None:
     """most: times the frames themselves, 45 MiB; floats are four times them."""
     measured = subprocess.run([sys.executable, "-c", MEASURE, form], capture_output=True, text=True, check=True)
