@@ -51,6 +51,8 @@ class DiffusersSpec(StageSpec):
         self.request_keys, self.media_keys = self.call.request_keys, self.call.media_keys
         has_sound = self.output == "video" and gives_soundtrack(self.pipeline_type)
         self.ports = (self.output, "soundtrack") if has_sound else (self.output,)
+        if self.output == "video":
+            self.frame_rate = self.call.fps(DiffusionParams().with_defaults(stage.defaults))
         self.signature = StageSignature(
             inputs={"prompt": TextSpec()},
             outputs={port: PORTS[port] for port in self.ports},
@@ -96,11 +98,8 @@ class DiffusersSpec(StageSpec):
 
     def _shown_rate(self) -> str:
         """What a request for a video gets that does not say how fast it is to be."""
-        if self.output != "video":
-            return ""
-        rate = self.call.fps(DiffusionParams().with_defaults(self.stage.defaults))
         sound = " with sound" if "soundtrack" in self.ports else ""
-        return f"{sound}, {rate:g} frames a second"
+        return "" if self.frame_rate is None else f"{sound}, {self.frame_rate:g} frames a second"
 
     def _pipeline_type(self, chosen: str | None) -> Any:
         if chosen is not None:
