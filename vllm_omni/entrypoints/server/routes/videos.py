@@ -116,11 +116,10 @@ async def _order(call: Call, request: Request) -> _Order:
     sources = await asyncio.to_thread(_sources, body, files, model, call)
     run = video_run(body, sources, model, call)
     made_by = Provenance.of(model, call.parts.settings, body.prompt, body.extra_params)
-    fps = body.fps or model.abilities.frame_rate
-    seconds = (
-        f"{body.num_frames / fps:g}" if body.num_frames and fps else f"{body.seconds or '':g}" if body.seconds else ""
-    )
-    return _Order(body, run, made_by, stage, seconds)
+    fps, seconds = body.fps or model.abilities.frame_rate, body.seconds
+    if body.num_frames is not None and fps is not None:
+        seconds = body.num_frames / fps
+    return _Order(body, run, made_by, stage, "" if seconds is None else f"{seconds:g}")
 
 
 def video_run(body: VideoBody, sources: Mapping[str, bytes], model: ServedModel, call: Call) -> Run:
