@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_PREVIEWS = 10
-MIN_FPS = 0.1  # of a video
+MIN_FPS = 1.0  # of a video
 MAX_FPS = 240.0
 VIDEO_FIELDS = ("num_frames", "fps")  # of DiffusionParams; only a stage that makes videos reads them
 MAX_DRAWN_SEED = 2**32 - 1  # what is drawn for a request; every reader of files and JSON holds it

@@ -29,7 +29,7 @@ MAX_INLINE_PIXELS = 50_000_000  # of all frames, in a notebook
 class Video:
     """Frames and their rate; the data is not copied.
 
-    InvalidRequestError for another shape or dtype, for no frame at all, and for a rate outside 0.1 to 240.
+    InvalidRequestError for another shape or dtype, for no frame at all, and for a rate outside 1 to 240.
     """
 
     frames: Frames  # uint8 [n, height, width, 3], RGB, read-only
