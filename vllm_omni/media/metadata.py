@@ -152,7 +152,8 @@ def _measures(sample: Image | Audio | Video | None) -> dict[str, Any]:
     from vllm_omni.media.video import Video
 
     if isinstance(sample, Video):
-        return {"size": f"{sample.width}x{sample.height}", "num_frames": sample.num_frames, "fps": sample.fps}
+        fps = int(sample.fps) if float(sample.fps).is_integer() else sample.fps
+        return {"size": f"{sample.width}x{sample.height}", "num_frames": sample.num_frames, "fps": fps}
     return {"size": f"{sample.width}x{sample.height}"} if isinstance(sample, Image) else {}
 
 

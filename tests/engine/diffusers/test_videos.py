@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import subprocess
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -159,7 +161,7 @@ def test_every_step_is_told(films: DiffusersEngine) -> None:
     assert isinstance(done, StageDone) and done.payload.meta == {"fps": 25.0} and done.metrics["steps"] == 4
 
 
-def test_frames_are_bytes_when_they_leave_the_pipeline(films: DiffusersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_bytes_when_they_leave_the_pipeline(films: DiffusersEngine) -> None:
     films.submit(task("x", "a cat", small()))
     frames = made(run(films), "video")["x"]
     assert frames.dtype == torch.uint8 and frames.shape == (1, NUM_FRAMES, SIDE, SIDE, 3)
@@ -328,3 +330,28 @@ def test_frames_are_read_whatever_holds_them() -> None:
     for bad in ([], [[]], np.full((1, 2, 4, 4, 3), np.nan), uneven, [[pictures[0][0], Image.new("RGB", (4, 4))]]):
         with pytest.raises(StageError):
             result_tensor(types.SimpleNamespace(frames=bad), "video")
+
+
+MEASURE = """
+import types
+import torch
+from vllm_omni.engine.diffusers.pipeline_result import result_tensor
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+frames = torch.rand(1, 240, 3, 256, 256)
+result_tensor(types.SimpleNamespace(frames=frames[:, :1]), "video")
+open("/proc/self/clear_refs", "w").write("5")  # forgets the peak
+before = kilobytes("VmRSS:")
+made = result_tensor(types.SimpleNamespace(frames=frames), "video")
+print(made.numel() // 1024, kilobytes("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+def test_frames_become_bytes_in_the_room_of_the_bytes() -> None:
+    """240 frames of 256x256 pixels, which are 180 MiB as floats."""
+    measured = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    frames, peak = map(int, measured.stdout.split())
+    assert peak < 1.25 * frames, f"{peak} kB for {frames} kB of frames"
