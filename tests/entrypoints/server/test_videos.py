@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from openai import OpenAI
+from playwright.sync_api import sync_playwright
 from support.media import image_bytes, picture
 from support.server import ServerProcess
 from support.tiny_pipelines import save
@@ -28,6 +30,7 @@ from vllm_omni.media.file_info import read_file_info
 from vllm_omni.media.video_encoding import encode_video
 from vllm_omni.media.video_files import VideoReader
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "num_frames": 9, "size": f"{SIDE}x{SIDE}", "seed": 3}
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of OpenAI's client, whose own service is gone
@@ -49,7 +52,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def videos(configs: dict[str, Path]) -> Iterator[ServerProcess]:
-    with ServerProcess([*(f"{name}={path}" for name, path in configs.items()), "tiny_image"], []) as process:
+    with ServerProcess([*(f"{name}={path}" for name, path in configs.items()), "tiny_image"], ["--ui"]) as process:
         yield process
 
 
@@ -225,3 +228,26 @@ def test_bench_loads_videos(
     arguments = ["bench", target, "--mix", str(tmp_path / "mix.yaml"), "--requests", "4", "--concurrency", "2"]
     assert main([*arguments, *where[target], "-o", str(tmp_path / "load.json")]) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "load.json").read_text())["summary"]["num_ok"] == 4
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_playground_shows_a_video_and_how_to_ask_for_it(videos: ServerProcess) -> None:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        faults: list[str] = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(videos.address)
+        page.wait_for_selector("svg .node")
+        page.select_option("#model", "films")
+        page.get_by_text("Parameters").click()
+        for name, value in SMALL.items():
+            page.fill(f"input[name={name}]", str(value))
+        page.fill("#prompt", "a cat")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector("#timeline svg, #error:not(:empty)", timeout=60_000)
+        assert page.text_content("#error") == "" and not faults
+        size = page.eval_on_selector("#film", "async film => (await (await fetch(film.src)).blob()).size")
+        assert size == len(post(videos, "/sync", prompt="a cat", **SMALL).content)
+        assert "/v1/videos/sync" in str(page.text_content("#code"))
+        browser.close()

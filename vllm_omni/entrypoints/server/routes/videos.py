@@ -58,7 +58,7 @@ async def make_video(call: CallOf, request: Request) -> Response:
     order = await _order(call, request)
     output = await while_connected(request, call.parts.runs.final(order.run))
     content, measures = await order.file(output)
-    headers = {"x-video-seconds": measures["seconds"], "x-video-size": measures["size"]}
+    headers = {"x-run-id": order.run.id, "x-video-seconds": measures["seconds"], "x-video-size": measures["size"]}
     return Response(content, 200, headers, VIDEO_TYPES[order.body.output_format])
 
 
