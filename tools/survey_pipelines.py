@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support import tiny_parts as parts
 from support import tiny_pipelines as tiny
+from support import tiny_videos as films
 from support.diffusers_folders import random_stable_audio, random_z_image
 
 from vllm_omni import DiffusionParams, Omni, OmniOutput
@@ -114,6 +115,11 @@ MAKERS |= {
     "FluxControlInpaintPipeline": lambda kind: flux(kind, in_channels=32),
     "FluxKontextInpaintPipeline": flux,
     "DiTPipeline": tiny.dit,
+}
+MAKERS |= {
+    **dict.fromkeys(("LTXPipeline", "LTXImageToVideoPipeline"), films.ltx),
+    **dict.fromkeys(("AnimateDiffPipeline", "AnimateDiffPAGPipeline"), films.animate_diff),
+    "CogVideoXPipeline": films.cogvideox,
 }
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "StableAudioPipeline": random_stable_audio,
@@ -213,6 +219,7 @@ def request(pipeline_type: type) -> dict[str, Any]:
         "height": SIDE,
         "width": SIDE,
         "num_inference_steps": 4,
+        "num_frames": films.NUM_FRAMES,
         "strength": 0.75,
         "audio_end_in_s": 0.5,
         "max_area": SIDE * SIDE,
@@ -225,6 +232,8 @@ def request(pipeline_type: type) -> dict[str, Any]:
 
 def plain(pipeline: Any, arguments: Mapping[str, Any], kind: str) -> np.ndarray[Any, Any]:
     result = pipeline(**arguments, generator=torch.Generator().manual_seed(SEED))
+    if kind == "video":
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in result.frames[0]])
     made = result.images[0] if kind == "image" else result.audios[0]
     return np.asarray(made.convert("RGB") if isinstance(made, Image.Image) else made)
 
@@ -253,7 +262,10 @@ def compared(output: OmniOutput | Exception, expected: np.ndarray[Any, Any]) -> 
     if error is not None:
         return f"refused: {' '.join(str(error).split()):.{MAX_WORDS}}"
     assert isinstance(output, OmniOutput)
-    got = np.asarray(output.images[0]) if output.images else output.audios[0].samples
+    if output.videos:
+        got: np.ndarray[Any, Any] = output.videos[0].frames
+    else:
+        got = np.asarray(output.images[0]) if output.images else output.audios[0].samples
     if got.shape != expected.shape:
         return f"differs: {list(got.shape)}, plain {list(expected.shape)}"
     difference = float(np.abs(got.astype(np.float64) - expected).max())
@@ -271,7 +283,7 @@ def page(outcomes: Mapping[str, str]) -> str:
         "",
         f"All {len(outcomes)} pipeline classes that diffusers {diffusers.__version__} exports, as a `diffusers` stage"
         f" finds them: {words(EQUAL)} give bit for bit what plain diffusers gives on a tiny random folder,"
-        f" {words('refused')} are refused (films, text and embeddings, libraries that are not installed here),"
+        f" {words('refused')} are refused (text and embeddings, libraries that are not installed here),"
         f" {words('differs')} differ, {words(NOT_TRIED)} were not tried. Written by `python"
         " tools/survey_pipelines.py`.",
         "",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vllm_omni.entrypoints.omni import Omni
     from vllm_omni.lora import LoRA
     from vllm_omni.media.audio import Audio
+    from vllm_omni.media.video import Video
     from vllm_omni.params import DiffusionParams, SamplingParams
     from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus, create_text_request
 
@@ -25,6 +26,7 @@ _HOMES = {
     "OmniRequest": "vllm_omni.request",
     "RequestStatus": "vllm_omni.request",
     "SamplingParams": "vllm_omni.params",
+    "Video": "vllm_omni.media.video",
     "create_text_request": "vllm_omni.request",
 }
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "OmniRequest",
     "RequestStatus",
     "SamplingParams",
+    "Video",
     "create_text_request",
 ]
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_omni.media.audio import Audio
+    from vllm_omni.media.video import Video
 
 
 class RequestStatus(enum.Enum):
@@ -55,6 +56,7 @@ class StageResult:
     completions: tuple[Completion, ...] = ()
     images: tuple[Image, ...] = ()
     audios: tuple[Audio, ...] = ()
+    videos: tuple[Video, ...] = ()
     previews: tuple[Image, ...] = ()  # of a partial output: what the pictures of all samples look like so far
 
 
@@ -69,7 +71,7 @@ class Progress:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OmniOutput:
     """The answer to a request: partial (`finished` False, only in streams) or final. A final one with an error holds
-    what was made until then: texts as far as they were written, the beginning of audio, finished pictures.
+    what was made until then: texts as far as they were written, the beginning of audio, finished pictures and videos.
 
     A partial one holds what is new: of a stage that writes always its n completions, in their order, empty where a
     sample has nothing new. Joined, their texts, tokens and log probabilities are those of the final output;
@@ -101,6 +103,10 @@ class OmniOutput:
     @property
     def audios(self) -> list[Audio]:
         return [audio for result in self.results.values() for audio in result.audios]
+
+    @property
+    def videos(self) -> list[Video]:
+        return [video for result in self.results.values() for video in result.videos]
 
     @property
     def previews(self) -> list[Image]:
@@ -136,7 +142,7 @@ class OmniOutput:
         return next((seed for seed in seeds if seed is not None), None)
 
     def _repr_html_(self) -> str:
-        """For notebooks: texts, pictures, sounds to play, the error."""
+        """For notebooks: texts, pictures, sounds and videos to play, the error."""
         from vllm_omni.utils.notebook import output_html
 
         return output_html(self)

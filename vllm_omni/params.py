@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_PREVIEWS = 10
+MIN_FPS = 1.0  # of a video
+MAX_FPS = 240.0
+VIDEO_FIELDS = ("num_frames", "fps")  # of DiffusionParams; only a stage that makes videos reads them
 MAX_DRAWN_SEED = 2**32 - 1  # what is drawn for a request; every reader of files and JSON holds it
 MAX_ITEMS = 10_000  # of a list or mapping among the parameters
 MAX_STOP_CHARS = 10_000  # of all stop strings together
@@ -102,6 +105,8 @@ class DiffusionParams(StageParams):
     sigmas: Sequence[float] | None = None  # one per step, descending, in (0, 1]
     output_type: str | None = None  # ("pil") or "latent"
     duration_s: float | None = None  # of the audio
+    num_frames: int | None = None  # of the video (the model's own)
+    fps: float | None = None  # frames per second of the video (the model's own)
     # the model's own: Z-Image knows `cfg_normalization` and `cfg_truncation`; ACE-Step `shift`, `cfg_interval_start`,
     # `cfg_interval_end` and `normalize`
     extra: Mapping[str, Any] | None = field(default=None)
@@ -193,6 +198,8 @@ _DIFFUSION_RANGES: dict[str, dict[str, Any]] = {
     "num_previews": {"low": 0, "high": MAX_PREVIEWS, "integer": True},
     "strength": {"low": 0, "high": 1},
     "duration_s": {"low": 0, "above_low": True},
+    "num_frames": {"low": 1, "integer": True},
+    "fps": {"low": MIN_FPS, "high": MAX_FPS},
 }
 
 

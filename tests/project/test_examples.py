@@ -6,8 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from support.examples import EXAMPLES, PICTURE, picture, run, sound, succeed
+from support.tiny_pipelines import save
+from support.tiny_videos import ltx
+
+from vllm_omni.media.video_files import VideoReader
 
 
 def test_text_to_image_writes_a_picture_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
@@ -109,6 +114,17 @@ def test_text_to_audio_writes_the_sound_and_its_spectrogram(tmp_path: Path) -> N
     assert "melody.flac: 2 s at 16000 Hz" in shown
     assert sound(tmp_path / "melody.flac") == (32000, 16000)
     assert picture(tmp_path / "melody.png").width > 300
+
+
+def test_a_video_of_a_folder_is_written_with_every_step_told(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save(ltx(), tmp_path / "model")
+    sizes = ("--height", "32", "--width", "32", "--num-frames", "9", "--steps", "2", "--fps", "12")
+    shown = succeed("video.py", "a cat", "--model", "model", *sizes, "-o", "cat.mp4", folder=tmp_path)
+    assert "result: step 2 of 2" in shown and "cat.mp4: Video(0.75 s, 9 frames of 32x32, 12 fps)" in shown
+    with (tmp_path / "cat.mp4").open("rb") as file, VideoReader(file, "cat.mp4") as reader:
+        assert (reader.header.num_frames, reader.header.fps) == (9, 12.0)
+    assert picture(tmp_path / "cat.png").size == (32, 32)
 
 
 def test_one_prompt_gives_a_picture_and_a_sound_and_skips_what_is_not_asked_for(tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ class LimitsConfig:
     """The largest values that a request may ask for or bring along; checked before any work."""
 
     max_prompt_chars: int = 100_000
-    max_pixels: int = 4_194_304  # of an image that is made
+    max_pixels: int = 4_194_304  # of an image that is made, and of each frame of a video
+    max_frames: int = 1_000  # of a video that is made
+    max_total_pixels: int = 402_653_184  # of all frames of all videos that one request makes in one stage
     max_inference_steps: int = 1_000
     max_guidance_scale: float = 100.0
     max_outputs: int = 16  # samples of one request in one stage
@@ -220,6 +222,8 @@ class OmniConfig:
         check_number("dit_cache.encoded_images_mb", self.dit_cache.encoded_images_mb, 0, MAX_MB, raises=ConfigError)
         check_number("limits.max_prompt_chars", self.limits.max_prompt_chars, 1, integer=True, raises=ConfigError)
         check_number("limits.max_pixels", self.limits.max_pixels, 1, integer=True, raises=ConfigError)
+        check_number("limits.max_frames", self.limits.max_frames, 1, integer=True, raises=ConfigError)
+        check_number("limits.max_total_pixels", self.limits.max_total_pixels, 1, integer=True, raises=ConfigError)
         check_number("limits.max_inference_steps", self.limits.max_inference_steps, 1, integer=True, raises=ConfigError)
         check_number("limits.max_guidance_scale", self.limits.max_guidance_scale, 0, raises=ConfigError)
         check_number("limits.max_outputs", self.limits.max_outputs, 1, integer=True, raises=ConfigError)

@@ -89,6 +89,7 @@ class StageSpec(ABC):
     request_keys: frozenset[str] = frozenset()  # the keys of `OmniRequest.fields` that it reads and answers for
     media_keys: frozenset[str] = frozenset()  # of them those that hold media: files' paths, which no stranger may name
     input_media: frozenset[str] = frozenset()  # kinds of parts of a chat message that it reads besides text
+    frame_rate: float | None = None  # frames per second of the videos that it makes, where the request says none
     request_choices: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {}
     )  # the values that one of `request_keys` may have

@@ -1,5 +1,5 @@
-"""What the caller sees of a request: its output stages' text, PIL images, sounds and tensors, piece by piece while they
-are made and whole at the end. All of it is the caller's own.
+"""What the caller sees of a request: its output stages' text, PIL images, sounds, videos and tensors, piece by piece
+while they are made and whole at the end. All of it is the caller's own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vllm_omni.core.routing.request_state import RequestEnd
 from vllm_omni.engine.boundary import clear_frames, stage_boundary
 from vllm_omni.errors import InvalidRequestError, OmniError, RequestAbortedError, RequestTimeoutError, StageError
 from vllm_omni.media.audio import Audio
+from vllm_omni.media.video import Video
 from vllm_omni.messages import StageProgress, StageRows
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import Completion, OmniOutput, Progress, RequestStatus, StageResult
@@ -25,6 +26,8 @@ from vllm_omni.utils.checks import check_number
 
 IMAGE_PORT = "image"
 AUDIO_PORT = "audio"
+VIDEO_PORT = "video"
+SOUNDTRACK_PORT = "soundtrack"
 
 
 def make_output(end: RequestEnd, unfinished: Mapping[str, StageResult] | None = None) -> OmniOutput:
@@ -66,7 +69,8 @@ class PartialOutputs:
 
     def finished(self, payload: StagePayload, stage: str) -> OmniOutput | None:
         """A RUNNING output with what a stage has made, where `outputs` lists it and it made something that was not
-        given in pieces: pictures, audio, what the pieces of its texts left out. StageError for what cannot be shown.
+        given in pieces: pictures, audio, videos, what the pieces of its texts left out. StageError for what cannot be
+        shown.
         """
         if stage in self._progress:
             num_steps = self._progress[stage].step
@@ -80,7 +84,7 @@ class PartialOutputs:
         made = dataclasses.replace(made, completions=rests if any(map(_is_new, rests)) else ())
         if self._pieces.pop(stage, None) is not None:
             made = dataclasses.replace(made, audios=())
-        if not (made.completions or made.images or made.audios):
+        if not (made.completions or made.images or made.audios or made.videos):
             return None
         return OmniOutput(
             request_id=payload.request_id,
@@ -184,18 +188,24 @@ def _pieces(event: StageProgress) -> tuple[Completion, ...]:
 
 def make_result(payload: StagePayload) -> StageResult:
     """Text from meta "completions" (the fields of a Completion each; else a bare "text"), images from the tensor
-    "image", sounds from the tensor "audio" and meta "sample_rate".
+    "image", sounds from the tensor "audio" and meta "sample_rate", videos from the tensor "video" and meta "fps", the
+    sound that goes with each from the tensor "soundtrack" and meta "sample_rate".
 
-    image: uint8 [N, H, W, 3]. audio: floating [N, channels, n].
+    image: uint8 [N, H, W, 3]. audio, soundtrack: floating [N, channels, n]. video: uint8 [N, n, H, W, 3].
     """
     completions = payload.meta.get("completions")
     if completions is None and "text" in payload.meta:
         completions = [payload.meta]
-    images, sounds = payload.tensors.get(IMAGE_PORT), payload.tensors.get(AUDIO_PORT)
+    images, frames = payload.tensors.get(IMAGE_PORT), payload.tensors.get(VIDEO_PORT)
+    sounds, tracks = (
+        () if tensor is None else to_audios(tensor, payload.meta.get("sample_rate"), payload.source)
+        for tensor in (payload.tensors.get(AUDIO_PORT), payload.tensors.get(SOUNDTRACK_PORT))
+    )
     return StageResult(
         completions=tuple(_completion(item) for item in completions or ()),
         images=() if images is None else to_images(images, payload.source),
-        audios=() if sounds is None else to_audios(sounds, payload.meta.get("sample_rate"), payload.source),
+        audios=sounds,
+        videos=() if frames is None else to_videos(frames, payload.meta.get("fps"), payload.source, tracks),
     )
 
 
@@ -219,6 +229,21 @@ def to_audios(sounds: Tensor, sample_rate: object, stage: str, start: int = 0) -
         return tuple(Audio(array, sample_rate, start) for array in owned.numpy())  # type: ignore[arg-type]
     except InvalidRequestError as error:
         raise StageError(f"stage {stage!r}: audio: {error}") from error
+
+
+def to_videos(frames: Tensor, fps: object, stage: str, tracks: Sequence[Audio] = ()) -> tuple[Video, ...]:
+    """frames: uint8 [N, n, H, W, 3], any device; fps: frames per second; tracks: the sound of each, or none -> N
+    videos. StageError for other tensors, and for a rate that is none.
+    """
+    if frames.dtype != torch.uint8 or frames.dim() != 5 or frames.shape[-1] != 3:
+        got = f"{frames.dtype} {list(frames.shape)}"
+        raise StageError(f"stage {stage!r}: video is {got}, expected torch.uint8 [N, n, H, W, 3]")
+    owned = frames.detach().to("cpu", copy=True).contiguous().numpy()
+    sounds: Sequence[Audio | None] = tracks or [None] * len(owned)
+    try:
+        return tuple(Video(video, fps, sound) for video, sound in zip(owned, sounds, strict=True))  # type: ignore[arg-type]
+    except (InvalidRequestError, ValueError) as error:
+        raise StageError(f"stage {stage!r}: video: {error}") from error
 
 
 def unfinished_result(

@@ -9,23 +9,21 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import av
 import av.error
 import numpy as np
-import numpy.typing as npt
 import soundfile
-import soxr
 
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.media.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, Audio
 from vllm_omni.media.audio_files import BLOCK_FRAMES, Samples, sound_file_reason
+from vllm_omni.media.audio_track import FLOATS, LAYOUTS, AudioTrack, SampleFormat, as_integers, left_aligned
 from vllm_omni.media.metadata import MediaMetadata
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
 
 MAX_VORBIS_RATE = 200_000  # libvorbis has no mode beyond, and crashes instead of saying so
-LAYOUTS = {1: "mono", 2: "stereo"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +31,36 @@ class _Format:
     """How one format is written."""
 
     suffix: str
-    bits: int | None = None  # of a sample as integer; None: floats are encoded
+    samples: SampleFormat = FLOATS  # as they are encoded
     sndfile: tuple[str, str] | None = None  # libsndfile's format and subtype; None: FFmpeg writes whole files too
     container: str | None = None  # FFmpeg's; None: nothing but samples, or written by libsndfile alone
     codec: str = ""
-    sample_format: str = "fltp"
     container_options: Mapping[str, str] = field(default_factory=dict)
     codec_options: Mapping[str, str] = field(default_factory=dict)
 
 
 # 16 bit PCM plays everywhere, 24 bit FLAC keeps what is soft. AAC stands in ADTS frames, which take an ID3 tag.
 AUDIO_FORMATS = {
-    "wav": _Format(".wav", 16, ("WAV", "PCM_16"), "wav", "pcm_s16le", "s16"),
+    "wav": _Format(".wav", SampleFormat("s16", 16), ("WAV", "PCM_16"), "wav", "pcm_s16le"),
     "flac": _Format(
-        ".flac", 24, ("FLAC", "PCM_24"), "flac", "flac", "s32", codec_options={"bits_per_raw_sample": "24"}
+        ".flac",
+        SampleFormat("s32", 24),
+        ("FLAC", "PCM_24"),
+        "flac",
+        "flac",
+        codec_options={"bits_per_raw_sample": "24"},
     ),
-    "ogg": _Format(".ogg", None, ("OGG", "VORBIS")),
+    "ogg": _Format(".ogg", FLOATS, ("OGG", "VORBIS")),
     "opus": _Format(
         ".opus",
         container="ogg",
         codec="libopus",
-        sample_format="flt",
+        samples=SampleFormat("flt"),
         container_options={"page_duration": "100000"},  # microseconds: a listener need not wait for a whole second
     ),
     "mp3": _Format(".mp3", container="mp3", codec="libmp3lame", container_options={"id3v2_version": "4"}),
     "aac": _Format(".aac", container="adts", codec="aac", container_options={"write_id3v2": "1"}),
-    "pcm": _Format(".pcm", 16),
+    "pcm": _Format(".pcm", SampleFormat("s16", 16)),
 }
 AUDIO_SUFFIXES = {form.suffix: name for name, form in AUDIO_FORMATS.items()}
 STREAM_FORMATS = tuple(name for name, form in AUDIO_FORMATS.items() if form.container or not form.sndfile)
@@ -127,20 +129,9 @@ class AudioStream:
         return self._encoder.close()
 
 
-def as_integers(samples: Samples, bits: int) -> npt.NDArray[np.int32]:
-    """Rounded; full scale is 2**(bits - 1), and what is beyond is cut there."""
-    scale = 2.0 ** (bits - 1)
-    return np.clip(np.rint(samples.astype(np.float64) * scale), -scale, scale - 1).astype(np.int32)
-
-
 def _packed(samples: Samples) -> bytes:
     """Format pcm."""
     return as_integers(samples, 16).astype("<i2").T.tobytes()
-
-
-def _left_aligned(samples: Samples, bits: int, kind: type[np.signedinteger[Any]]) -> npt.NDArray[Any]:
-    """Integers of so many bits at the top of a wider kind, as both libraries take them."""
-    return (as_integers(samples, bits) << (np.iinfo(kind).bits - bits)).astype(kind)
 
 
 class _Pipe:
@@ -170,68 +161,25 @@ class _Encoder:
         form = AUDIO_FORMATS[name]
         if channels not in LAYOUTS:
             raise InvalidRequestError(f"{name}: got {channels} channels, expected 1 or 2; write a whole wav or flac")
-        self._format, self._sink, self._channels = form, sink, channels
-        self._rate = _encoder_rate(form.codec, sample_rate)
-        self._resampler = None
-        if self._rate != sample_rate:
-            self._resampler = soxr.ResampleStream(sample_rate, self._rate, channels, dtype="float32", quality="HQ")
+        self._sink = sink
         options = {**form.container_options, "flush_packets": "1"}
         self._container = av.open(cast(BinaryIO, sink), "w", format=form.container, options=options)
         if metadata is not None:
             self._container.metadata["comment"] = metadata.to_text()
-        stream = self._container.add_stream(
-            form.codec, rate=self._rate, layout=LAYOUTS[channels], options=dict(form.codec_options)
-        )
-        self._stream = cast(av.AudioStream, stream)
-        self._stream.format = form.sample_format
-        self._num_written = 0
+        self._track = AudioTrack(self._container, form.codec, sample_rate, channels, form.samples, form.codec_options)
         self._container.start_encoding()
 
     def write(self, samples: Samples) -> bytes:
-        for start in range(0, samples.shape[1], BLOCK_FRAMES):
-            self._encode(self._resampled(samples[:, start : start + BLOCK_FRAMES]))
+        self._track.write(samples)
         return self._take()
 
     def close(self) -> bytes:
-        if self._resampler is not None:
-            self._encode(self._resampled(np.empty((self._channels, 0), np.float32), is_last=True))
-        self._container.mux(self._stream.encode(None))
+        self._track.close()
         self._container.close()
         return self._sink.getvalue() if isinstance(self._sink, io.BytesIO) else self._sink.take()
 
     def _take(self) -> bytes:
         return b"" if isinstance(self._sink, io.BytesIO) else self._sink.take()
-
-    def _resampled(self, samples: Samples, is_last: bool = False) -> Samples:
-        if self._resampler is None:
-            return samples
-        made: Samples = self._resampler.resample_chunk(np.ascontiguousarray(samples.T), last=is_last).T
-        return made
-
-    def _encode(self, samples: Samples) -> None:
-        if not samples.shape[1]:
-            return
-        frame = self._frame(samples)
-        frame.sample_rate, frame.pts = self._rate, self._num_written
-        self._num_written += samples.shape[1]
-        self._container.mux(self._stream.encode(frame))
-
-    def _frame(self, samples: Samples) -> av.AudioFrame:
-        layout, bits = LAYOUTS[self._channels], self._format.bits
-        if bits is None:
-            cut = np.ascontiguousarray(np.clip(samples, -1, 1))
-            return av.AudioFrame.from_ndarray(cut, format="fltp", layout=layout)
-        kind = np.int16 if bits == 16 else np.int32
-        packed = np.ascontiguousarray(_left_aligned(samples, bits, kind).T.reshape(1, -1))
-        return av.AudioFrame.from_ndarray(packed, format=self._format.sample_format, layout=layout)
-
-
-def _encoder_rate(codec: str, sample_rate: int) -> int:
-    """The rate at which a codec encodes: the sound's own, else the next higher one that it has."""
-    rates = av.Codec(codec, "w").audio_rates
-    if not rates or sample_rate in rates:
-        return sample_rate
-    return min((rate for rate in rates if rate > sample_rate), default=max(rates))
 
 
 def _format(name: str, known: Mapping[str, object] | tuple[str, ...]) -> _Format:
@@ -257,7 +205,11 @@ def _encode_by_sndfile(audio: Audio, name: str, form: _Format, metadata: MediaMe
                 sound.comment = metadata.to_text()
             for start in range(0, samples.shape[1], BLOCK_FRAMES):
                 block = samples[:, start : start + BLOCK_FRAMES].T
-                sound.write(np.clip(block, -1, 1) if form.bits is None else _left_aligned(block, form.bits, np.int32))
+                sound.write(
+                    np.clip(block, -1, 1)
+                    if form.samples.bits is None
+                    else left_aligned(block, form.samples.bits, np.int32)
+                )
     except soundfile.LibsndfileError as error:
         raise InvalidRequestError(
             f"{name}: {audio.num_channels} channels at {rate} Hz cannot be written as {container} "

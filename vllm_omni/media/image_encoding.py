@@ -94,6 +94,13 @@ def _quality(format: str, quality: int | None) -> dict[str, int]:
     return {"quality": quality}
 
 
+def animation_tags(format: str, metadata: MediaMetadata | None) -> dict[str, Any]:
+    """What Pillow is told so that a gif or a webp of several pictures says how it was made."""
+    if metadata is None:
+        return {}
+    return {"comment": metadata.to_text().encode()} if format == "gif" else _tags(format, metadata)
+
+
 def _tags(format: str, metadata: MediaMetadata | None) -> dict[str, Any]:
     if metadata is None:
         return {}

@@ -18,6 +18,9 @@ from vllm_omni.request import OmniOutput
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from vllm_omni.media.audio import Audio
+    from vllm_omni.media.video import Video
+
 VERSION = f"vllm-omni {__version__}"
 NEGATIVE = "Negative prompt:"
 # what the readers call our parameters; others keep their own name
@@ -55,7 +58,7 @@ _SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaMetadata:
-    """How one picture or sound was made."""
+    """How one picture, sound or video was made."""
 
     prompt: str | None = None
     negative_prompt: str | None = None
@@ -72,22 +75,21 @@ class MediaMetadata:
         index: int,
         *,
         model: str | None,
-        image: Image | None = None,
+        sample: Image | Audio | Video | None = None,
         prompt: str | None = None,
         inputs: Mapping[str, Any] | None = None,
     ) -> MediaMetadata:
         """Of sample `index` of an output stage.
 
-        model: as the config names it; of a local folder only its name is said. image: the sample, where it is one.
-        prompt: None where the file is not to say it. inputs: what else the request asked.
+        model: as the config names it; of a local folder only its name is said. sample: of a picture or a video its
+        size is said. prompt: None where the file is not to say it. inputs: what else the request asked.
         """
         params, metrics = output.params.get(stage), output.metrics.get(stage, {})
         found = dict(_plain_parameters(params))
         if isinstance(params, DiffusionParams):
             num_steps = metrics.get("steps", 0) // (params.num_outputs or 1)
             found |= {"num_inference_steps": num_steps} if num_steps else {}
-        if image is not None:
-            found["size"] = f"{image.width}x{image.height}"
+        found |= _measures(sample)
         others = dict(inputs or {})
         negative = getattr(params, "negative_prompt", None) or others.pop("negative_prompt", None)
         found.update((name, value) for name, value in others.items() if _is_plain(value))
@@ -141,6 +143,18 @@ class MediaMetadata:
             prompt=None if self.prompt is None else self.prompt[:max_chars],
             negative_prompt=None if self.negative_prompt is None else self.negative_prompt[:max_chars],
         )
+
+
+def _measures(sample: Image | Audio | Video | None) -> dict[str, Any]:
+    """How large it is, which need not be what was asked for."""
+    from PIL.Image import Image
+
+    from vllm_omni.media.video import Video
+
+    if isinstance(sample, Video):
+        fps = int(sample.fps) if float(sample.fps).is_integer() else sample.fps
+        return {"size": f"{sample.width}x{sample.height}", "num_frames": sample.num_frames, "fps": fps}
+    return {"size": f"{sample.width}x{sample.height}"} if isinstance(sample, Image) else {}
 
 
 def _plain_parameters(params: StageParams | None) -> Iterator[tuple[str, Any]]:

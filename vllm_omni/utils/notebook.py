@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_TEXT = 10_000  # characters of each text
-MAX_ITEMS = 16  # texts, pictures and sounds that are shown of each stage
+MAX_ITEMS = 16  # texts, pictures, sounds and videos that are shown of each stage
 MAX_SIDE = 512  # pixels of a picture
-MAX_BYTES = 8_000_000  # of all pictures and sounds, as they stand in the HTML
+MAX_BYTES = 8_000_000  # of all pictures, sounds and videos, as they stand in the HTML
 
 
 def output_html(output: Any) -> str:
-    """output: an OmniOutput. Every stage's texts, pictures (made smaller) and sounds, and the error; what is too much
-    is counted or named.
+    """output: an OmniOutput. Every stage's texts, pictures (made smaller), sounds and videos, and the error; what is
+    too much is counted or named.
     """
     seed = "" if output.seed is None else f", seed {output.seed}"
     parts = [f"<div><code>{html.escape(output.request_id[:80])}</code> {output.status.value}{seed}</div>"]
@@ -47,7 +47,9 @@ def _items(result: Any) -> Iterator[tuple[str, str]]:
         yield _picture(image), f"{image.width}x{image.height} pixels"
     for audio in result.audios[:MAX_ITEMS]:
         yield f"<div>{audio._repr_html_()}</div>", repr(audio)
-    for items in (result.completions, result.images, result.audios):
+    for video in result.videos[:MAX_ITEMS]:
+        yield f"<div>{video._repr_html_()}</div>", repr(video)
+    for items in (result.completions, result.images, result.audios, result.videos):
         if len(items) > MAX_ITEMS:
             yield f"<div>and {len(items) - MAX_ITEMS} more</div>", "more"
 

@@ -400,8 +400,8 @@ def test_what_a_pipeline_makes_is_found_and_may_be_said(audio: tuple[Path, Stabl
     stage = {"kind": "diffusers", "model": str(audio[0])}
     pipeline = Pipeline(load_config({"stages": {"s": stage}, "outputs": ["s"]}))
     assert pipeline.specs["s"].signature.results == {"audio"}
-    with pytest.raises(ConfigError, match=r"stages\.s\.output: got 'video'"):
-        load_config({"stages": {"s": {**stage, "output": "video"}}, "outputs": ["s"]})
+    with pytest.raises(ConfigError, match=r"stages\.s\.output: got 'film'"):
+        load_config({"stages": {"s": {**stage, "output": "film"}}, "outputs": ["s"]})
 
 
 # The whole way

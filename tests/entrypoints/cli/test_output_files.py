@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from support.tiny_pipelines import save
+from support.tiny_videos import ltx
 
-from vllm_omni import Audio
+from vllm_omni import Audio, Video
 from vllm_omni.entrypoints.cli import main
 from vllm_omni.entrypoints.cli.output_files import OutputFiles
 from vllm_omni.errors import ConfigError, StageError
@@ -278,7 +281,7 @@ def test_info_says_what_is_no_picture_and_no_sound(tmp_path: Path, capsys: pytes
     assert main(["info", str(tmp_path / "plain.gif"), str(tmp_path / "x.png")]) == 1
     shown = capsys.readouterr()
     assert "GIF image, 4x4\n  says nothing of how it was made" in shown.out
-    assert "x.png', which is neither a picture nor a sound" in shown.err
+    assert "x.png', which is no picture, no sound and no video" in shown.err
     for path, words in ((tmp_path, "a folder or a device"), (tmp_path / "no", "No such file")):
         assert main(["info", str(path)]) == 1
         assert words in capsys.readouterr().err
@@ -291,3 +294,66 @@ def test_text_answers_say_their_seed(tmp_path: Path) -> None:
     )
     OutputFiles(f"{tmp_path}/x.json").write([drawn], ["p"])
     assert f'"seed": {2**63 - 1}' in (tmp_path / "x.json").read_text()
+
+
+# Videos
+
+
+def video(fps: float = 12.0) -> StageResult:
+    return StageResult(videos=(Video(np.zeros((3, 4, 4, 3), np.uint8), fps),))
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny pipeline that makes videos."""
+    folder = tmp_path_factory.mktemp("films")
+    torch.manual_seed(0)
+    save(ltx(), folder)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".webp"])
+def test_the_command_line_writes_a_video_that_says_how_it_was_made(
+    suffix: str, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"x{suffix}"
+    sizes = ["--num-frames", "9", "--fps", "12", "--height", "32", "--width", "32", "--steps", "2"]
+    arguments = ["generate", "a cat", "--model", str(films), *sizes, "--seed", "5", "-q", "-o", str(path)]
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert names(tmp_path) == [path.name]
+    assert main(["info", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for line in ("prompt: a cat", "seed: 5", "num_frames: 9", "fps: 12", "size: 32x32", "num_inference_steps: 2"):
+        assert f"  {line}\n" in shown, shown
+
+
+def test_a_picture_config_takes_no_length_and_no_rate_of_videos(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_work(monkeypatch)
+    for flag, name in (("--num-frames", "num_frames"), ("--fps", "fps")):
+        assert main(["generate", "a red circle", flag, "9", "-o", f"{tmp_path}/x.png"]) == 1
+        assert f"{flag}: no stage of 'tiny-image' takes '{name}'" in capsys.readouterr().err
+    assert main(["generate", "a red circle", "-o", f"{tmp_path}/x.mp4"]) == 1
+    assert "but the config gives image" in capsys.readouterr().err
+
+
+def test_videos_stand_beside_pictures_and_sounds(tmp_path: Path) -> None:
+    made = output(sketch=pictures(), film=video())
+    files = OutputFiles(f"{tmp_path}/")
+    files.expect({"sketch": {"image"}, "film": {"video"}})
+    assert [path.name for path in files.write([made])] == ["0.png", "0.mp4"]
+    files = OutputFiles(f"{tmp_path}/a.webp")
+    files.expect({"sketch": {"image"}, "film": {"video"}})
+    assert [path.name for path in files.write([made])] == ["a.webp", "a.mp4"], "the picture's, where there is one"
+    files = OutputFiles(f"{tmp_path}/b.webp")
+    files.expect({"film": {"video"}})
+    assert [path.name for path in files.write([output(film=video())])] == ["b.webp"]
+
+
+def test_a_rate_that_a_gif_does_not_hold_comes_as_webp(tmp_path: Path) -> None:
+    files = OutputFiles(f"{tmp_path}/x.gif")
+    files.expect({"film": {"video"}})
+    with pytest.raises(ConfigError, match="gif: got 60 frames a second"):
+        files.write([output(film=video(60.0))])
+    assert names(tmp_path) == ["x.webp"]

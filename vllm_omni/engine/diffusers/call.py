@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from vllm_omni.config.schema import LimitsConfig
+from vllm_omni.engine.diffusers.pipeline_class import shown_frame_rate
 from vllm_omni.engine.diffusers.pipeline_inputs import (
     MediaFormat,
     check_media,
@@ -39,20 +41,27 @@ NAMES: dict[str, tuple[str, ...]] = {
     "guidance_scale": ("guidance_scale",),
     "negative_prompt": ("negative_prompt",),
     "seed": ("generator",),
-    "num_outputs": ("num_images_per_prompt", "num_waveforms_per_prompt", "batch_size"),
+    "num_outputs": ("num_images_per_prompt", "num_waveforms_per_prompt", "num_videos_per_prompt", "batch_size"),
     "strength": ("strength",),
     "image": ("image", "images", "input_images"),
     "mask": ("mask_image", "mask"),
     "sigmas": ("sigmas",),
+    "num_frames": ("num_frames", "video_length"),
+    "fps": ("frame_rate", "fps", "target_fps"),
     "duration_s": ("audio_end_in_s", "audio_length_in_s", "audio_duration", "audio_duration_s", "duration"),
 }
 RESERVED = frozenset({"self", "prompt", "return_dict", "output_type"})
 AUDIO_START = "audio_start_in_s"
+DEFAULT_FPS = 10.0  # where nothing says another one; that of the functions of diffusers that save frames
+FRAMES_AS_TENSORS = "pt"  # without a detour through floats of double size, and pictures of each
+_ONE_AT_A_TIME = re.compile(r"^ {8}num_\w+_per_prompt = 1$", re.MULTILINE)  # whatever the signature promises
 FLOOR_OF_STRENGTH = "int(num_inference_steps * strength)"  # how most pipelines count the steps that are left
 
 
 class PipelineCall:
-    """How requests become calls of one pipeline class. output: "image" or "audio", None where that is not known."""
+    """How requests become calls of one pipeline class. output: what the stage gives, None where that is not
+    known.
+    """
 
     def __init__(
         self, pipeline_class: type, output: str | None, limits: LimitsConfig, form: MediaFormat | None = None
@@ -69,6 +78,8 @@ class PipelineCall:
         }
         free = self._defaults.keys() - RESERVED - set(self._targets.values()) - {"generator"}
         self._extra_keys = sorted(name for name in free if "callback" not in name)
+        self._makes_one = _ONE_AT_A_TIME.search(_source(pipeline_class.__call__)) is not None
+        self._shown_rate = shown_frame_rate(pipeline_class)
         self._floors_strength = FLOOR_OF_STRENGTH in _source(getattr(pipeline_class, "get_timesteps", None))
         own = [field for field in PARAM_KEYS if self._targets[field] is not None]
         media = [name for name in self._extra_keys if is_picture(name) or is_sound(name)]
@@ -87,9 +98,16 @@ class PipelineCall:
         default = default if isinstance(default, int) else 1
         return default if params.num_inference_steps is None else params.num_inference_steps
 
+    def fps(self, params: DiffusionParams) -> float:
+        """Frames per second of the video: those of the request, the pipeline's default, those of its documentation."""
+        own = self._default("fps")
+        return float(params.fps or own or self._shown_rate or DEFAULT_FPS)
+
     def job_size(self, params: DiffusionParams) -> float:
-        """Steps times outputs, times the megapixels or seconds of each where they are given."""
+        """Steps times outputs, times the megapixels (of all frames) or seconds of each where they are given."""
         size = params.duration_s or (params.height or 1024) * (params.width or 1024) * 1e-6
+        if self._output == "video":
+            size *= params.num_frames or self._default("num_frames") or 1
         return float(self.num_steps(params) * (params.num_outputs or 1) * size)
 
     def with_fields(self, request: OmniRequest, params: DiffusionParams, given: DiffusionParams) -> DiffusionParams:
@@ -133,7 +151,7 @@ class PipelineCall:
         if "initial_audio_waveforms" in arguments:
             arguments.setdefault("initial_audio_sampling_rate", self._form.rate)
         if self._output != "audio" and "output_type" in self._defaults:
-            arguments["output_type"] = "pil"
+            arguments["output_type"] = FRAMES_AS_TENSORS if self._output == "video" else "pil"
         if self._targets["seed"] is not None:
             arguments["generator"] = list(generators) if len(generators) > 1 else generators[0]
         return arguments
@@ -144,6 +162,8 @@ class PipelineCall:
         for field, target in self._targets.items():
             value = getattr(params, field)
             if field in ("seed", "negative_prompt") or value is None or (field == "num_outputs" and value == 1):
+                continue
+            if target is None and field == "fps" and self._output == "video":  # it is the file's alone
                 continue
             if target is None:
                 raise self._not_taken(field, NAMES[field])
@@ -177,6 +197,10 @@ class PipelineCall:
         limits = self._limits
         check_counts(params, self.num_steps(params), limits)
         check_previews(params, gives_previews=False)
+        if self._makes_one and (params.num_outputs or 1) > 1:
+            raise InvalidRequestError(
+                f"num_outputs: got {params.num_outputs}, but {self.name} makes one at a time; send a request for each"
+            )
         if params.output_type == "latent":
             raise InvalidRequestError("output_type: got 'latent', expected 'pil'; a hosted pipeline gives no latents")
         if params.guidance_scale is not None:
@@ -186,9 +210,28 @@ class PipelineCall:
         sides = (params.height or params.width, params.width or params.height)
         if sides[0] is not None and sides[1] is not None:
             check_limit("height * width", sides[0] * sides[1], 1, limits.max_pixels, integer=True)
+        if self._output == "video":
+            self._check_frames(params)
         for name in ("image", "mask"):
             if getattr(params, name) is not None:
                 check_pictures(name, getattr(params, name), self._form, limits)
+
+    def _check_frames(self, params: DiffusionParams) -> None:
+        """What the request leaves unset counts with the pipeline's own default, where the signature says one."""
+        num_frames, height, width = (
+            getattr(params, name) or self._default(name) for name in ("num_frames", "height", "width")
+        )
+        if num_frames is not None:
+            check_limit("num_frames", num_frames, 1, self._limits.max_frames, integer=True)
+        if num_frames is not None and height is not None and width is not None:
+            total = (params.num_outputs or 1) * num_frames * height * width
+            name = "num_outputs * num_frames * height * width"
+            check_limit(name, total, 1, self._limits.max_total_pixels)
+
+    def _default(self, field: str) -> float | None:
+        """The pipeline's own default of a number, by our name; None where its signature has none."""
+        value = self._defaults.get(self._targets[field] or "")
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def _check_strength(self, params: DiffusionParams) -> None:
         default = self._defaults.get("strength")

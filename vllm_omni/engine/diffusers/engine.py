@@ -19,7 +19,7 @@ from vllm_omni.engine.boundary import stage_error
 from vllm_omni.engine.diffusers.call import request_generators
 from vllm_omni.engine.diffusers.pipeline_host import PipelineHost, PipelineRun, with_own_modules
 from vllm_omni.engine.diffusers.pipeline_loading import load_pipeline, sample_rate
-from vllm_omni.engine.diffusers.pipeline_result import blanked, result_tensor
+from vllm_omni.engine.diffusers.pipeline_result import blanked, has_made, result_tensor
 from vllm_omni.engine.diffusers.spec import DiffusersSpec
 from vllm_omni.engine.diffusion.checks import diffusion_params
 from vllm_omni.errors import InvalidRequestError, OmniError
@@ -35,6 +35,7 @@ class _Call:
     arguments: dict[str, Any]
     num_steps: int
     generators: list[torch.Generator]
+    meta: dict[str, Any]  # of the payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class _Running:
 
     task: StageTask
     run: PipelineRun
+    meta: dict[str, Any]  # of the payload
 
 
 class DiffusersEngine(StageEngine):
@@ -64,7 +66,7 @@ class DiffusersEngine(StageEngine):
         )
         self.spec = spec
         self.host = PipelineHost(with_own_modules(pipeline))
-        self._meta = {"sample_rate": sample_rate(pipeline)} if spec.output == "audio" else {}
+        self._meta = {"sample_rate": sample_rate(pipeline)} if {"audio", "soundtrack"} & set(spec.ports) else {}
         self._background = context.background
         self._queue: deque[_Waiting] = deque()
         self._running: _Running | None = None
@@ -108,7 +110,7 @@ class DiffusersEngine(StageEngine):
         try:
             call = waiting.call.result()
             run = self.host.begin(call.arguments, call.num_steps, call.generators)
-            self._running = _Running(task, run)
+            self._running = _Running(task, run, {**self._meta, **call.meta})
         except Exception as error:
             self._fail(task.request_id, error)
 
@@ -119,12 +121,12 @@ class DiffusersEngine(StageEngine):
                 self._events.append(StageProgress(request_id, run.step, run.num_steps))
                 return
             result = run.result()
-            tensors = {self.spec.output: result_tensor(result, self.spec.output)}
+            tensors = {port: result_tensor(result, port) for port in self.spec.ports if has_made(result, port)}
         except Exception as error:
             self._fail(request_id, error)
             return
         self._running = None
-        payload = StagePayload(request_id, self.spec.stage.name, tensors, self._meta)
+        payload = StagePayload(request_id, self.spec.stage.name, tensors, running.meta)
         self._events.append(StageDone(payload, {"steps": run.step, **_blanked_metrics(result)}))
 
     def _fail(self, request_id: str, error: Exception) -> None:
@@ -140,7 +142,8 @@ def _read_call(spec: DiffusersSpec, task: StageTask, stop: Stop) -> _Call:
         raise InvalidRequestError(f"prompt: got {type(prompt).__name__}, expected a string")
     params, generators = spec.with_fields(task.request, params), request_generators(params)
     arguments = spec.call.arguments(prompt, task.request, params, generators, stop)
-    return _Call(arguments, spec.call.num_steps(params), generators)
+    meta = {"fps": spec.call.fps(params)} if spec.output == "video" else {}
+    return _Call(arguments, spec.call.num_steps(params), generators, meta)
 
 
 def _blanked_metrics(result: Any) -> dict[str, Any]:

@@ -19,15 +19,16 @@ from typing import Any
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, did_you_mean
 
-# what a pipeline's output class calls pictures and sounds; any other first field is something that no stage can give
+# what a pipeline's output class calls what it makes; any other field is something that no stage can give
 IMAGE_FIELDS = ("images", "image", "rgb")
 AUDIO_FIELDS = ("audios", "audio")
-FILM_FIELDS = ("frames", "video")
+VIDEO_FIELDS = ("frames", "video")
 SHARED_DEPTH = 2  # diffusers.pipelines.x is what all pipelines share; theirs are diffusers.pipelines.flux.x
 _OUTPUT_CLASS = re.compile(r"\w+Output\b")
 # a pipeline calls these only after it has looked whether their library is there
 _GUARDED = frozenset({"_clean_caption", "draw_kps", "process_face_embeddings"})
 _AVAILABLE = re.compile(r"is_(\w+)_available")
+_SHOWN_RATE = re.compile(r"export_to_\w+\([^)]*\bfps=(\d+(?:\.\d+)?)")
 
 
 def pipeline_class(name: object, where: str = "pipeline") -> Any:
@@ -66,23 +67,33 @@ def missing_library(name: str, error: Exception) -> ConfigError:
 
 
 def given_kind(pipeline: type) -> str | None:
-    """ "image" or "audio", None where the class does not say. ConfigError for what no stage can give."""
+    """ "image", "audio" or "video", None where the class does not say. ConfigError for what no stage can give."""
     fields = _output_fields(pipeline)
     if not fields:
         return None
-    if any(field in FILM_FIELDS for field in fields):
-        raise ConfigError(
-            f"pipeline: {pipeline.__name__} makes films, which a `diffusers` stage cannot give; it gives pictures and"
-            " sounds"
-        )
+    if any(field in VIDEO_FIELDS for field in fields):
+        return "video"
     if any(field in IMAGE_FIELDS for field in fields):
         return "image"
     if any(field in AUDIO_FIELDS for field in fields):
         return "audio"
     raise ConfigError(
         f"pipeline: {pipeline.__name__} gives {', '.join(fields)}, which no stage can hand on; a `diffusers` stage"
-        " gives pictures and sounds"
+        " gives pictures, sounds and videos"
     )
+
+
+def gives_soundtrack(pipeline: type) -> bool:
+    """Whether it makes sound beside its frames."""
+    fields = _output_fields(pipeline)
+    return any(field in VIDEO_FIELDS for field in fields) and any(field in AUDIO_FIELDS for field in fields)
+
+
+def shown_frame_rate(pipeline: type) -> float | None:
+    """At which rate the example in the docstring of its call saves its frames; None without one."""
+    call: Any = pipeline.__call__
+    found = _SHOWN_RATE.search(call.__doc__ or "")
+    return None if found is None else float(found.group(1))
 
 
 def part_names(pipeline: type) -> frozenset[str]:

@@ -34,6 +34,8 @@ MAX_VAE_BLOCKS = 10
 SAMPLE_RATES = (
     ("vae", "sampling_rate"),
     ("vocoder", "sampling_rate"),
+    ("vocoder", "output_sampling_rate"),
+    ("audio_vae", "sample_rate"),
     ("vae", "sample_rate"),
     ("unet", "sample_rate"),
     ("mel", "sample_rate"),

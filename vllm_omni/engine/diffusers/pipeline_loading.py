@@ -45,7 +45,7 @@ def sample_rate(pipeline: Any) -> int:
             return int(rate)
     if isinstance(getattr(pipeline, "sample_rate", None), int):
         return int(pipeline.sample_rate)
-    raise ConfigError(f"output: got 'audio', but {type(pipeline).__name__} states no sample rate; is it for images?")
+    raise ConfigError(f"output: got sound, but {type(pipeline).__name__} states no sample rate; is it for images?")
 
 
 @contextmanager

@@ -10,23 +10,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vllm_omni.engine.diffusers.pipeline_class import AUDIO_FIELDS, IMAGE_FIELDS
+from vllm_omni.engine.diffusers.pipeline_class import AUDIO_FIELDS, IMAGE_FIELDS, VIDEO_FIELDS
 from vllm_omni.errors import StageError
 from vllm_omni.media.image_encoding import on_white
 from vllm_omni.worker.diffusion.diffusion_model import check_finite
 
-FIELDS = {"image": IMAGE_FIELDS, "audio": AUDIO_FIELDS}
+FIELDS = {"image": IMAGE_FIELDS, "audio": AUDIO_FIELDS, "soundtrack": AUDIO_FIELDS, "video": VIDEO_FIELDS}
+VIDEO_DIMS = 4  # of one video as an array or tensor
 BLANKED_FIELDS = ("nsfw_content_detected", "nsfw_detected")
 
 
 def result_tensor(result: Any, kind: str) -> Tensor:
-    """image [N, H, W, 3] uint8, or audio [N, channels, n] float32. StageError for a result that holds neither, or
-    values that are not finite.
+    """The tensor of a port: image [N, H, W, 3] uint8, audio and soundtrack [N, channels, n] float32, video
+    [N, n, H, W, 3] uint8. StageError for a result that holds no such thing, or values that are not finite.
     """
     made = _field(result, FIELDS[kind])
     if made is None:
         raise StageError(f"the pipeline gave a {type(result).__name__} without {kind}s; is `output` right?")
-    return _pictures(made) if kind == "image" else _sounds(made)
+    return {"image": _pictures, "video": _videos}.get(kind, _sounds)(made)
+
+
+def has_made(result: Any, port: str) -> bool:
+    """Whether a port has what it promises; only the sound of a video may be missing, where none was asked for."""
+    return port != "soundtrack" or _field(result, FIELDS[port]) is not None
 
 
 def blanked(result: Any) -> list[bool]:
@@ -48,6 +54,33 @@ def _pictures(made: Any) -> Tensor:
     if len(sizes) > 1:
         raise StageError(f"the pipeline gave pictures of several sizes, {sizes[0]} and {sizes[1]}; ask for one size")
     return torch.from_numpy(np.stack(pictures))
+
+
+def _videos(made: Any) -> Tensor:
+    """Frame by frame, so that all of them are never there as floats a second time."""
+    videos = _frames_of_each(made)
+    if not videos or not all(map(len, videos)):
+        raise StageError("the pipeline gave no frame at all")
+    if len({len(frames) for frames in videos}) > 1:
+        raise StageError(f"the pipeline gave videos of {sorted(map(len, videos))} frames; ask for one length")
+    first = torch.from_numpy(_pixels(videos[0][0]))
+    whole = first.new_empty(len(videos), len(videos[0]), *first.shape)
+    for index, frames in enumerate(videos):
+        for number, frame in enumerate(frames):
+            pixels = torch.from_numpy(_pixels(frame))
+            if pixels.shape != first.shape:
+                sizes = f"{list(first.shape[:2])} and {list(pixels.shape[:2])}"
+                raise StageError(f"the pipeline gave frames of several sizes, {sizes}; ask for one size")
+            whole[index, number] = pixels
+    return whole
+
+
+def _frames_of_each(made: Any) -> list[Any]:
+    """The frames of every video, in a list of lists, in arrays or tensors of one or several, or in one list."""
+    if isinstance(made, (np.ndarray, Tensor)):
+        return [made] if made.ndim == VIDEO_DIMS else list(made)
+    is_each_whole = all(isinstance(part, (list, tuple)) or getattr(part, "ndim", None) == VIDEO_DIMS for part in made)
+    return list(made) if is_each_whole else [made]
 
 
 def _flat(made: Any) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.engine.diffusers.call import PipelineCall
 from vllm_omni.engine.diffusers.options import DiffusersOptions
-from vllm_omni.engine.diffusers.pipeline_class import given_kind, part_names, pipeline_class
+from vllm_omni.engine.diffusers.pipeline_class import given_kind, gives_soundtrack, part_names, pipeline_class
 from vllm_omni.engine.diffusers.pipeline_folder import INDEX, PipelineFolder
 from vllm_omni.engine.diffusion.checks import diffusion_params
 from vllm_omni.errors import ConfigError
@@ -22,7 +22,12 @@ from vllm_omni.utils.files import ModelFolders
 if TYPE_CHECKING:
     from vllm_omni.engine.diffusers.engine import DiffusersEngine
 
-PORTS = {"image": TensorSpec(("N", "H", "W", 3)), "audio": TensorSpec(("N", "channels", "n"))}
+PORTS = {
+    "image": TensorSpec(("N", "H", "W", 3)),
+    "audio": TensorSpec(("N", "channels", "n")),
+    "video": TensorSpec(("N", "n", "H", "W", 3)),
+    "soundtrack": TensorSpec(("N", "channels", "n")),
+}
 
 
 class DiffusersSpec(StageSpec):
@@ -44,11 +49,15 @@ class DiffusersSpec(StageSpec):
         self.output = options.output or given or "image"  # a class that does not say what it gives makes pictures
         self.call = PipelineCall(self.pipeline_type, self.output, config.limits, self.folder.media_format())
         self.request_keys, self.media_keys = self.call.request_keys, self.call.media_keys
+        has_sound = self.output == "video" and gives_soundtrack(self.pipeline_type)
+        self.ports = (self.output, "soundtrack") if has_sound else (self.output,)
+        if self.output == "video":
+            self.frame_rate = self.call.fps(DiffusionParams().with_defaults(stage.defaults))
         self.signature = StageSignature(
             inputs={"prompt": TextSpec()},
-            outputs={self.output: PORTS[self.output]},
+            outputs={port: PORTS[port] for port in self.ports},
             required_inputs=frozenset(stage.inputs) & {"prompt"},  # a prompt that has an edge comes from nowhere else
-            results=frozenset({self.output}),
+            results=frozenset(self.ports),
         )
 
     def load(self, context: EngineContext) -> DiffusersEngine:
@@ -81,10 +90,16 @@ class DiffusersSpec(StageSpec):
 
     def note(self) -> str:
         files = f", {self.folder.variant} files" if self.folder.variant else ""
+        made = f"{self.output}{self._shown_rate()}{files}"
         return (
-            f"{self.pipeline_name} of diffusers, hosted as it is (gives {self.output}{files}); requests run one after"
-            " another; its memory plan counts weights alone"
+            f"{self.pipeline_name} of diffusers, hosted as it is (gives {made}); requests run one after another; its"
+            " memory plan counts weights alone"
         )
+
+    def _shown_rate(self) -> str:
+        """What a request for a video gets that does not say how fast it is to be."""
+        sound = " with sound" if "soundtrack" in self.ports else ""
+        return "" if self.frame_rate is None else f"{sound}, {self.frame_rate:g} frames a second"
 
     def _pipeline_type(self, chosen: str | None) -> Any:
         if chosen is not None:

@@ -7,7 +7,7 @@ import dataclasses
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.engine.base import ReadPorts
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.params import DiffusionParams, StageParams
+from vllm_omni.params import VIDEO_FIELDS, DiffusionParams, StageParams
 from vllm_omni.request import OmniRequest
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
 
@@ -43,6 +43,15 @@ def check_counts(params: DiffusionParams, num_steps: int, limits: LimitsConfig) 
             f"sigmas: got {len(params.sigmas)} of them and num_inference_steps {params.num_inference_steps};"
             " leave one of the two out"
         )
+
+
+def check_no_video(params: DiffusionParams) -> None:
+    """InvalidRequestError for what only a stage reads that makes videos."""
+    for name in VIDEO_FIELDS:
+        if getattr(params, name) is not None:
+            raise InvalidRequestError(
+                f"{name}: got {getattr(params, name)}, but this stage makes no video; leave it unset"
+            )
 
 
 def check_previews(params: DiffusionParams, gives_previews: bool) -> None:

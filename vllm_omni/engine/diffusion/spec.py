@@ -14,7 +14,14 @@ import torch
 from vllm_omni.config.schema import LoRAConfig, OmniConfig, StageConfig
 from vllm_omni.core.diffusion.dit_cache_manager import MEGABYTE, budget_bytes
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
-from vllm_omni.engine.diffusion.checks import check_counts, check_previews, check_readers, diffusion_params, with_fields
+from vllm_omni.engine.diffusion.checks import (
+    check_counts,
+    check_no_video,
+    check_previews,
+    check_readers,
+    diffusion_params,
+    with_fields,
+)
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.engine.lora import LoRASource, loras_of
 from vllm_omni.errors import ConfigError
@@ -104,6 +111,7 @@ class DiffusionSpec(StageSpec):
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
         params = self.with_fields(request, diffusion_params(params))
         self.model.check(request, params, frozenset(self.stage.inputs), self.limits)
+        check_no_video(params)
         check_counts(params, self.model.num_steps(params), self.limits)
         check_readers(params, self.stage.name, reads)
         check_previews(params, self.model.gives_previews)

@@ -40,6 +40,8 @@ class HttpTarget:
                     async for piece in got.aiter_raw():
                         if piece:
                             answer.note_sound()
+                elif request.kind == "video":
+                    await got.aread()
                 else:
                     await _read_events(got, answer)
         except httpx.TimeoutException as error:
@@ -49,7 +51,7 @@ class HttpTarget:
 
     def _body(self, request: BenchRequest) -> dict[str, Any]:
         named = {} if self._model is None else {"model": self._model}
-        if request.kind == "speech":  # its bytes come in pieces as they are
+        if request.kind in ("speech", "video"):  # its bytes come as they are
             return {**named, **request.body}
         usage = {"stream_options": {"include_usage": True}} if request.kind in HAVE_USAGE else {}
         return {**named, **request.body, "stream": True, **usage}

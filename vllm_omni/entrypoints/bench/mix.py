@@ -18,6 +18,7 @@ ROUTES = {
     "completion": "/v1/completions",
     "image": "/v1/images/generations",
     "speech": "/v1/audio/speech",
+    "video": "/v1/videos/sync",
 }
 SET_BY_US = ("model", "messages", "prompt", "input", "stream", "stream_options")  # not a mix's to say
 MAX_WORKS = 100

@@ -19,16 +19,18 @@ from vllm_omni.entrypoints.server.monitoring.metrics import ServerMetrics
 from vllm_omni.entrypoints.server.routes.chat import chat_outputs, chat_run
 from vllm_omni.entrypoints.server.routes.completions import completion_run
 from vllm_omni.entrypoints.server.routes.images import image_run
+from vllm_omni.entrypoints.server.routes.videos import video_run
 from vllm_omni.entrypoints.server.runs import RunTable
 from vllm_omni.entrypoints.server.schemas.chat import ChatBody
 from vllm_omni.entrypoints.server.schemas.completions import CompletionBody
 from vllm_omni.entrypoints.server.schemas.images import ImageBody
+from vllm_omni.entrypoints.server.schemas.videos import VideoBody
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.errors import ConfigError
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, OmniRequest, new_request_id
 
-KINDS = ("chat", "completion", "image")
+KINDS = ("chat", "completion", "image", "video")
 
 
 class OfflineTarget:
@@ -50,7 +52,7 @@ class OfflineTarget:
             made = await self._omni_request(request)
             async with aclosing(self._table.find(None).omni.stream(made, steps=False)) as outputs:
                 async for output in outputs:
-                    _note(output, answer, has_words=request.kind != "image")
+                    _note(output, answer, has_words=request.kind in ("chat", "completion"))
         except ValidationError as error:
             answer.fail("400", str(error))
         except Exception as error:  # whatever refuses it, in the words of the server
@@ -59,6 +61,8 @@ class OfflineTarget:
 
     async def _omni_request(self, request: BenchRequest) -> OmniRequest:
         model, call = self._table.find(None), self._call(request)
+        if request.kind == "video":
+            return video_run(VideoBody.model_validate(request.body), {}, model, call).request
         body = {**request.body, "stream": True}
         if request.kind == "chat":
             chat = ChatBody.model_validate(body)

@@ -18,6 +18,7 @@ EXAMPLES = """\
 examples:
   vllm-omni generate "a red circle left of a blue square" -o out.png
   vllm-omni generate "C4 then E4 then G4, square, fast" --config tiny_audio -o melody.wav --input duration_s=2
+  vllm-omni generate "waves at night" --model path/to/Wan2.2-TI2V-5B --num-frames 49 -o waves.mp4
   vllm-omni generate "could you draw me a crimson ball" --config tiny_omni -o out/ --metrics
   vllm-omni generate "a lighthouse at dusk" --model path/to/Z-Image-Turbo --steps 9 --height 1024 --width 1024
   vllm-omni generate "Why is the sky blue?" --model path/to/Qwen3-0.6B --max-tokens 200

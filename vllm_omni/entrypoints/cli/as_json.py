@@ -30,8 +30,13 @@ def output_as_json(prompt: str, output: OmniOutput) -> dict[str, Any]:
 def answers_as_json(prompts: Sequence[str], outputs: Sequence[OmniOutput], files: Sequence[Path]) -> dict[str, Any]:
     """All answers of a call, what their stages did, and the files that were written."""
     answers = [
-        {**output_as_json(prompt, output), "num_images": len(output.images), "num_audios": len(output.audios)}
-        | {"metrics": output.metrics}
+        {
+            **output_as_json(prompt, output),
+            "num_images": len(output.images),
+            "num_audios": len(output.audios),
+            "num_videos": len(output.videos),
+            "metrics": output.metrics,
+        }
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
     return {"outputs": answers, "files": [str(path) for path in files]}

@@ -15,6 +15,7 @@ from vllm_omni.entrypoints.cli.console import complain, say
 from vllm_omni.entrypoints.cli.interrupts import interrupts_raise
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.lora import LoRA
+from vllm_omni.params import VIDEO_FIELDS
 from vllm_omni.request import TEXT_KEYS
 from vllm_omni.utils.checks import number_complaint
 from vllm_omni.utils.files import user_path
@@ -31,6 +32,8 @@ PARAM_FLAGS: Mapping[str, tuple[str, ...]] = {
     "steps": ("num_inference_steps",),
     "height": ("height",),
     "width": ("width",),
+    "num_frames": ("num_frames",),
+    "fps": ("fps",),
     "guidance": ("guidance_scale",),
     "max_tokens": ("max_tokens",),
     "temperature": ("temperature",),
@@ -50,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         metavar="PATH",
-        help="image (.png .jpg .webp .avif .tiff), audio (.wav .flac .ogg .opus .mp3 .aac .pcm), text (.txt .json "
-        ".jsonl) or folder (default: out.png, out.wav)",
+        help="image (.png .jpg .webp .avif .tiff), audio (.wav .flac .ogg .opus .mp3 .aac .pcm), video (.mp4 .webm "
+        ".gif .webp), text (.txt .json .jsonl) or folder (default: out.png, out.wav, out.mp4)",
     )
     parser.add_argument(
         "--input",
@@ -86,6 +89,8 @@ def _add_param_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, help="denoising steps")
     group.add_argument("--height", type=int, help="pixels")
     group.add_argument("--width", type=int, help="pixels")
+    group.add_argument("--num-frames", type=int, help="of a video")
+    group.add_argument("--fps", type=float, help="frames per second of a video")
     group.add_argument("--guidance", type=float, help="guidance scale")
     group.add_argument("--max-tokens", type=int, help="most tokens that a stage writes")
     group.add_argument("--temperature", type=float, help="0 is greedy")
@@ -96,7 +101,7 @@ def _add_param_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:SCALE]",
         help="an adapter of the config's lora.folders, by its name or its path; several act together",
     )
-    group.add_argument("--n", type=int, help="pictures or sounds per prompt (texts, where the config makes none)")
+    group.add_argument("--n", type=int, help="pictures, sounds, videos per prompt (texts, where the config makes none)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -219,6 +224,8 @@ def stage_params(pipeline: Pipeline, flags: Mapping[str, Any]) -> dict[str, Stag
     fields = {name: {field.name for field in dataclasses.fields(params_type)} for name, params_type in types.items()}
     for name, known in fields.items():
         known.difference_update(() if pipeline.specs[name].takes_loras else ("lora",))
+        if "video" not in pipeline.specs[name].signature.results:
+            known.difference_update(VIDEO_FIELDS)
     given: dict[str, dict[str, Any]] = {}
     for flag, candidates in PARAM_FLAGS.items():
         if flags[flag] is None:

@@ -1,4 +1,4 @@
-"""`vllm-omni info`: what a picture or a sound says of how it was made."""
+"""`vllm-omni info`: what a picture, a sound or a video says of how it was made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `info`."""
     parser.set_defaults(run=run)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a picture or a sound")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a picture, a sound or a video")
 
 
 def run(args: argparse.Namespace) -> int:

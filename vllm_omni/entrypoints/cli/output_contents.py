@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,14 @@ from vllm_omni.errors import InvalidRequestError
 from vllm_omni.request import OmniOutput
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from vllm_omni.media.metadata import MediaMetadata
 
 # here as names, so that the command line shows its help without the libraries that write them
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aac", ".pcm")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".gif", ".webp")
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl")
+HOLDS_ALL = {"image": ".png", "audio": ".wav", "video": ".webp"}  # whatever size, rate or number of channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,8 @@ class Provenance:
     inputs: Mapping[str, Any] = field(default_factory=dict)  # what the requests asked besides
     says_prompt: bool = True
 
-    def metadata(
-        self, output: OmniOutput, prompt: str | None, stage: str, index: int, image: Image | None
-    ) -> MediaMetadata:
-        """Of sample `index` of a stage. image: that sample, where it is one."""
+    def metadata(self, output: OmniOutput, prompt: str | None, stage: str, index: int, sample: Any) -> MediaMetadata:
+        """Of sample `index` of a stage, a picture, a sound or a video."""
         from vllm_omni.media.metadata import MediaMetadata
 
         return MediaMetadata.of(
@@ -41,39 +39,48 @@ class Provenance:
             stage,
             index,
             model=self.models.get(stage),
-            image=image,
+            sample=sample,
             prompt=prompt if self.says_prompt else None,
             inputs={k: v for k, v in self.inputs.items() if self.says_prompt or isinstance(v, int | float)},
         )
 
 
-def check_suffix_can_be_written(suffix: str) -> None:
-    """InvalidRequestError for a picture format that the installed Pillow does not write."""
-    if suffix in IMAGE_SUFFIXES:
+def check_can_be_written(kind: str, suffix: str) -> None:
+    """InvalidRequestError for a format of pictures or videos that the installed libraries do not write."""
+    if kind == "video":
+        from vllm_omni.media.video_encoding import VIDEO_SUFFIXES as VIDEOS
+        from vllm_omni.media.video_encoding import check_video_format
+
+        check_video_format(VIDEOS[suffix])
+    if kind == "image":
         from vllm_omni.media.image_encoding import IMAGE_SUFFIXES as FORMATS
         from vllm_omni.media.image_encoding import check_image_format
 
         check_image_format(FORMATS[suffix])
 
 
-def media_content(item: Any, suffix: str, metadata: MediaMetadata) -> tuple[bytes, str, str]:
-    """The bytes of a picture or a sound, and their suffix; a complaint where it is another one than was asked for:
-    that format does not hold them.
+def media_content(kind: str, item: Any, suffix: str, metadata: MediaMetadata) -> tuple[bytes, str, str]:
+    """The bytes of a picture ("image"), a sound ("audio") or a video, and their suffix; a complaint where it is another
+    one than was asked for: that format does not hold them.
     """
-    from vllm_omni.media.audio_encoding import AUDIO_SUFFIXES as AUDIO_FORMATS
+    from vllm_omni.media.audio_encoding import AUDIO_SUFFIXES as AUDIOS
     from vllm_omni.media.audio_encoding import encode_audio
-    from vllm_omni.media.image_encoding import IMAGE_SUFFIXES as IMAGE_FORMATS
+    from vllm_omni.media.image_encoding import IMAGE_SUFFIXES as IMAGES
     from vllm_omni.media.image_encoding import encode_image
+    from vllm_omni.media.video_encoding import VIDEO_SUFFIXES as VIDEOS
+    from vllm_omni.media.video_encoding import encode_video
 
-    is_image = suffix in IMAGE_FORMATS
+    writers: Mapping[str, tuple[Callable[..., bytes], Mapping[str, str]]] = {
+        "image": (encode_image, IMAGES),
+        "audio": (encode_audio, AUDIOS),
+        "video": (encode_video, VIDEOS),
+    }
+    encode, formats = writers[kind]
     try:
-        if is_image:
-            return encode_image(item, IMAGE_FORMATS[suffix], metadata=metadata), suffix, ""
-        return encode_audio(item, AUDIO_FORMATS[suffix], metadata=metadata), suffix, ""
+        return encode(item, formats[suffix], metadata=metadata), suffix, ""
     except InvalidRequestError as error:
-        if is_image:
-            return encode_image(item, "png", metadata=metadata), ".png", str(error)
-        return encode_audio(item, "wav", metadata=metadata), ".wav", str(error)
+        suffix = HOLDS_ALL[kind]
+        return encode(item, formats[suffix], metadata=metadata), suffix, str(error)
 
 
 def text_content(outputs: Sequence[OmniOutput], prompts: Sequence[str], suffix: str) -> bytes:

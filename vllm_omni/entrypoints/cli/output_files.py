@@ -1,4 +1,4 @@
-"""Where `vllm-omni generate -o` puts images, audio, text and tensors. Knows outputs and file names, no engine."""
+"""Where `vllm-omni generate -o` puts images, audio, videos, text and tensors. Knows outputs and file names alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from vllm_omni.entrypoints.cli.output_contents import (
     AUDIO_SUFFIXES,
     IMAGE_SUFFIXES,
     TEXT_SUFFIXES,
+    VIDEO_SUFFIXES,
     Provenance,
-    check_suffix_can_be_written,
+    check_can_be_written,
     media_content,
     tensors_content,
     text_content,
@@ -23,17 +24,20 @@ from vllm_omni.utils.files import user_path, write_whole
 
 DEFAULT_STEM = "out"
 # kind of result -> its suffixes, the first of them where none is asked for
-SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES, "text": TEXT_SUFFIXES}
-WORDS = {"image": "an image", "audio": "audio", "text": "text"}
+SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES, "video": VIDEO_SUFFIXES, "text": TEXT_SUFFIXES}
+KNOWN_SUFFIXES = tuple(dict.fromkeys(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
+WORDS = {"image": "an image", "audio": "audio", "video": "a video", "text": "text"}
+MEDIA = ("image", "audio", "video")
 MAX_REFUGE_NAME = 100  # characters that are kept of a name which may be too long
 
 
 class OutputFiles:
     """A file or a folder for what a call gives.
 
-    A file (out.png, out.wav) names the kind that is asked for; audio beside images goes to a file of the same stem. All
-    text goes into one file: out.txt holds nothing else, out.json a list, and out.jsonl lines of an object for every
-    prompt. In a folder, which takes tensors too, the n-th prompt's files are n.png, n.wav, n.txt and n.safetensors.
+    A file (out.png, out.wav, out.mp4) names the kind that is asked for; audio beside images goes to a file of the same
+    stem. A .webp is a picture where the config makes pictures. All text goes into one file: out.txt holds nothing else,
+    out.json a list, and out.jsonl lines of an object for every prompt. In a folder, which takes tensors too, the n-th
+    prompt's files are n.png, n.wav, n.mp4, n.txt and n.safetensors.
 
     Names say what a file is, and are the same whatever else ran: out-1-sketch-0.png is of the prompt 1 (where there are
     several), the stage `sketch` (where several give images), and its sample 0 (where it gives several).
@@ -43,7 +47,9 @@ class OutputFiles:
     """
 
     def __init__(self, target: str | None) -> None:
-        """target: a name without a suffix is a folder; None: out.png and out.wav. ConfigError for another suffix."""
+        """target: a name without a suffix is a folder; None: out.png, out.wav and out.mp4. ConfigError for another
+        suffix.
+        """
         self._target = target
         self._path = user_path("-o", target or DEFAULT_STEM, raises=ConfigError)
         self._suffix = self._path.suffix.lower()
@@ -52,26 +58,26 @@ class OutputFiles:
         self._provenance = Provenance()
         self._complaints: list[str] = []
         self._refuge: Path | None = None  # the temporary folder for what cannot be written
-        known = IMAGE_SUFFIXES + AUDIO_SUFFIXES + TEXT_SUFFIXES
-        if target is not None and not self._is_folder and self._suffix not in known:
-            raise ConfigError(f"-o: got {target!r}, expected a folder or a file that ends in {', '.join(known)}")
+        if target is not None and not self._is_folder and self._suffix not in KNOWN_SUFFIXES:
+            known = ", ".join(KNOWN_SUFFIXES)
+            raise ConfigError(f"-o: got {target!r}, expected a folder or a file that ends in {known}")
 
     def expect(self, results: Mapping[str, Collection[str]]) -> None:
         """Before the work: which stages give which kinds of results. ConfigError for a file of a kind that none gives,
         and for a place that cannot be written where they need one.
         """
         self._results = results
-        given = {kind for kinds in results.values() for kind in kinds}
+        given = self._given
         asked = self._asked_kind
         if asked is not None and asked not in given:
             kinds = ", ".join(sorted(given)) or "tensors alone"
             raise ConfigError(f"-o: got {self._target!r}, but the config gives {kinds}; give a folder for all kinds")
         if asked is not None:
             try:
-                check_suffix_can_be_written(self._suffix)
+                check_can_be_written(asked, self._suffix)
             except InvalidRequestError as error:
                 raise ConfigError(f"-o: got {self._target!r}: {error}") from error
-        if self._target is None and given & {"image", "audio"}:
+        if self._target is None and given & set(MEDIA):
             self._check_place()
 
     def ensure_writable(self) -> None:
@@ -108,10 +114,16 @@ class OutputFiles:
 
     @property
     def _asked_kind(self) -> str | None:
-        """The kind of the file that was asked for."""
+        """The kind of the file that was asked for; of several with that suffix the first that the config gives."""
         if self._target is None or self._is_folder:
             return None
-        return next(kind for kind, suffixes in SUFFIXES.items() if self._suffix in suffixes)
+        kinds = [kind for kind, suffixes in SUFFIXES.items() if self._suffix in suffixes]
+        return next((kind for kind in kinds if kind in self._given), kinds[0])
+
+    @property
+    def _given(self) -> set[str]:
+        """The kinds that the config gives."""
+        return {kind for kinds in self._results.values() for kind in kinds}
 
     def _check_place(self) -> None:
         try:
@@ -154,7 +166,7 @@ class OutputFiles:
             )
         elif kind == "text":
             yield self._path, text_content(outputs, prompts, self._suffix)
-        for each in ("image", "audio"):
+        for each in MEDIA:
             path = self._path.with_suffix(self._suffix if each == kind else SUFFIXES[each][0])
             for number in range(len(outputs)):
                 own = path.with_stem(f"{path.stem}-{number}") if len(outputs) > 1 else path
@@ -162,7 +174,7 @@ class OutputFiles:
 
     def _in_folder(self, outputs: Sequence[OmniOutput], prompts: Sequence[str]) -> Iterator[tuple[Path, bytes]]:
         for number, output in enumerate(outputs):
-            for kind in ("image", "audio"):
+            for kind in MEDIA:
                 yield from self._media(kind, self._path / f"{number}{SUFFIXES[kind][0]}", number, outputs, prompts)
             if output.completions:
                 yield self._path / f"{number}.txt", text_content([output], (), ".txt")
@@ -172,7 +184,7 @@ class OutputFiles:
     def _media(
         self, kind: str, path: Path, number: int, outputs: Sequence[OmniOutput], prompts: Sequence[str]
     ) -> Iterator[tuple[Path, bytes]]:
-        """The pictures or sounds of one output."""
+        """The pictures, sounds or videos of one output."""
         giving = {stage for stage, kinds in self._results.items() if kind in kinds} or {
             stage for output in outputs for stage, result in output.results.items() if getattr(result, f"{kind}s")
         }
@@ -181,10 +193,8 @@ class OutputFiles:
             items = getattr(result, f"{kind}s")
             for index, item in enumerate(items):
                 ending = f"-{stage}" * (len(giving) > 1) + f"-{index}" * (len(items) > 1)
-                metadata = self._provenance.metadata(
-                    outputs[number], prompt, stage, index, item if kind == "image" else None
-                )
-                content, suffix, complaint = media_content(item, path.suffix.lower(), metadata)
+                metadata = self._provenance.metadata(outputs[number], prompt, stage, index, item)
+                content, suffix, complaint = media_content(kind, item, path.suffix.lower(), metadata)
                 if complaint:
                     self._complaints.append(complaint)
                 own = path.with_stem(path.stem + ending)
@@ -192,7 +202,7 @@ class OutputFiles:
 
 
 def _kinds(output: OmniOutput) -> Iterator[str]:
-    found = {"image": output.images, "audio": output.audios, "text": output.completions}
+    found = {"image": output.images, "audio": output.audios, "video": output.videos, "text": output.completions}
     return (kind for kind, items in found.items() if items)
 
 

@@ -36,6 +36,7 @@ from vllm_omni.entrypoints.server.routes import (
     realtime,
     speech,
     speech_stream,
+    videos,
 )
 from vllm_omni.entrypoints.server.runs import RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
@@ -51,6 +52,7 @@ ROUTERS = (
     speech.router,
     speech_stream.router,
     realtime.router,
+    videos.router,
     jobs.router,
     operations.router,
 )

@@ -28,8 +28,9 @@ class Job:
     """Times are seconds since 1970."""
 
     run: Run
-    kind: str  # "image" or "audio"
+    kind: str  # "image", "audio" or "video"
     id: str
+    facts: dict[str, Any]  # what its route says of it besides; whoever encodes its result may correct them
     created: float = field(default_factory=time.time)
     completed: float | None = None
     status: str = "queued"  # "in_progress", "completed", "failed"
@@ -73,7 +74,14 @@ class JobStore:
         self._jobs: dict[str, Job] = {}
         self._folder: Path | None = None
 
-    def start(self, run: Run, kind: str, parts: Begun[OmniOutput], encode: Encode) -> Job:
+    def start(
+        self,
+        run: Run,
+        kind: str,
+        parts: Begun[OmniOutput],
+        encode: Encode,
+        facts: dict[str, Any] | None = None,
+    ) -> Job:
         """ApiError 429 where too many are kept and none of them has ended."""
         self._drop_expired()
         if len(self._jobs) >= self._settings.max_jobs:
@@ -82,7 +90,7 @@ class JobStore:
                 limit = self._settings.max_jobs
                 raise ApiError(429, f"{limit} jobs are running (--max-jobs)", code="too_many_jobs", retry_s=10.0)
             self._forget(oldest)
-        job = self._jobs[f"job-{run.id}"] = Job(run, kind, f"job-{run.id}")
+        job = self._jobs[f"job-{run.id}"] = Job(run, kind, f"job-{run.id}", facts or {})
         job.task = asyncio.ensure_future(self._work(job, parts, encode))
         return job
 

@@ -30,7 +30,7 @@ class Run:
     began_s: float = field(default_factory=time.monotonic)
     first_part_s: float | None = None  # when there was something to show
     ended_s: float | None = None
-    first_kind: str = ""  # what that was: "text", "image", "audio" or "preview"
+    first_kind: str = ""  # what that was: "text", "image", "audio", "video" or "preview"
     traceparent: str | None = None  # the caller's own trace, W3C
     output: OmniOutput | None = None  # the final one
 
@@ -182,4 +182,5 @@ def _end(output: OmniOutput) -> Mapping[str, Any]:
 def _kind_of(result: StageResult) -> str:
     if result.previews:
         return "preview"
-    return "image" if result.images else "audio" if result.audios else "text"
+    made = {"image": result.images, "audio": result.audios, "video": result.videos}
+    return next((kind for kind, items in made.items() if items), "text")

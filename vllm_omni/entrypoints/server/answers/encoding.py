@@ -1,4 +1,4 @@
-"""Pictures and sounds as the bytes of files, made beside the event loop."""
+"""Pictures, sounds and videos as the bytes of files, made beside the event loop."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from vllm_omni.media.audio_files import Samples
 from vllm_omni.media.image_encoding import QUALITIES, encode_image
 from vllm_omni.media.metadata import MediaMetadata
 from vllm_omni.media.time_stretch import TimeStretch
+from vllm_omni.media.video import Video
+from vllm_omni.media.video_encoding import encode_video
 
 IMAGE_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AUDIO_TYPES = {
@@ -24,6 +26,7 @@ AUDIO_TYPES = {
     "pcm": "audio/pcm",
     "pcm16": "audio/pcm",
 }
+VIDEO_TYPES = {"mp4": "video/mp4", "webm": "video/webm", "gif": "image/gif", "webp": "image/webp"}
 
 
 async def image_bytes(
@@ -49,6 +52,11 @@ async def audio_base64(audio: Audio, kind: str) -> str:
     return base64.b64encode(await audio_bytes(audio, kind)).decode()
 
 
+async def video_bytes(video: Video, kind: str, metadata: MediaMetadata | None = None) -> bytes:
+    """A file that says how the video was made."""
+    return await asyncio.to_thread(encode_video, video, kind, metadata=metadata)
+
+
 def file_format(kind: str) -> str:
     """The name of a format among AUDIO_FORMATS; OpenAI's chat has another one for bare samples."""
     return "pcm" if kind == "pcm16" else kind
@@ -56,7 +64,7 @@ def file_format(kind: str) -> str:
 
 def sample_headers(audio: Audio, kind: str) -> dict[str, str]:
     """What a client must know of bare samples. Of formats alone that keep rate and channels."""
-    bits = AUDIO_FORMATS[file_format(kind)].bits
+    bits = AUDIO_FORMATS[file_format(kind)].samples.bits
     if bits is None:
         return {}
     return {

@@ -14,6 +14,7 @@ from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.media.audio import Audio
 from vllm_omni.media.metadata import MediaMetadata
+from vllm_omni.media.video import Video
 from vllm_omni.request import OmniOutput
 
 
@@ -44,13 +45,20 @@ class Provenance:
             for index, image in enumerate(found):
                 yield image, self._metadata(output, stage, index, image)
 
+    def videos(self, output: OmniOutput, stages: Sequence[str]) -> Iterator[tuple[Video, MediaMetadata]]:
+        """As `images`."""
+        for stage in stages:
+            found = output.results[stage].videos if stage in output.results else ()
+            for index, video in enumerate(found):
+                yield video, self._metadata(output, stage, index, video)
+
     def audios(self, output: OmniOutput, stages: Sequence[str]) -> Iterator[tuple[Audio, MediaMetadata]]:
         """As `images`."""
         for stage in stages:
             found = output.results[stage].audios if stage in output.results else ()
             for index, audio in enumerate(found):
-                yield audio, self._metadata(output, stage, index, None)
+                yield audio, self._metadata(output, stage, index, audio)
 
-    def _metadata(self, output: OmniOutput, stage: str, index: int, image: Image.Image | None) -> MediaMetadata:
+    def _metadata(self, output: OmniOutput, stage: str, index: int, sample: Any) -> MediaMetadata:
         model = self.model.config.model
-        return MediaMetadata.of(output, stage, index, model=model, image=image, prompt=self.words, inputs=self.inputs)
+        return MediaMetadata.of(output, stage, index, model=model, sample=sample, prompt=self.words, inputs=self.inputs)

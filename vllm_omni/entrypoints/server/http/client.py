@@ -13,6 +13,7 @@ from vllm_omni.entrypoints.server.http.api_error import ApiError
 
 T = TypeVar("T")
 RECANCEL_S = 0.1
+REFUSAL_S = 0.5  # within which a request that is wrong is refused, before its job is begun
 FIRST_S = 2.0  # how long the first part of a stream may take before the answer's headers go out without it
 
 

@@ -20,12 +20,29 @@ JSON_FIELDS = frozenset({"extra_params", "lora"})  # objects and lists, as text 
 B = TypeVar("B", bound=Body)
 
 
-def form_schema(body_type: type[Body], file_fields: Mapping[str, str]) -> dict[str, Any]:
-    """What OpenAPI says of such a body."""
+def form_schema(body_type: type[Body], file_fields: Mapping[str, str], or_json: bool = False) -> dict[str, Any]:
+    """What OpenAPI says of such a body. or_json: it may come as JSON as well."""
+    plain = {"application/json": {"schema": body_type.model_json_schema()}} if or_json else {}
     schema = body_type.model_json_schema(ref_template="#/components/schemas/{model}")
     files = {name: {"type": "string", "format": "binary"} for name in sorted(set(file_fields.values()))}
     schema["properties"] = {**schema["properties"], **files}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}, **plain}}}
+
+
+async def read_form_or_json(
+    request: Request, body_type: type[B], file_fields: Mapping[str, str]
+) -> tuple[B, dict[str, list[bytes]]]:
+    """As `read_form`, or of JSON, without files."""
+    if "json" not in request.headers.get("content-type", "").lower():
+        return await read_form(request, body_type, file_fields)
+    try:
+        return body_type.model_validate(json.loads(await request.body())), {}
+    except ClientDisconnect:
+        raise ApiError(499, "the client closed the connection", code="request_aborted") from None
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is no JSON", code="invalid_json") from None
 
 
 async def read_form(

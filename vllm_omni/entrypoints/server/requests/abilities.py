@@ -22,6 +22,8 @@ class Abilities:
     images: tuple[str, ...]
     edits: tuple[str, ...]  # of the images' those that start from an image, where a request brings one
     audios: tuple[str, ...]
+    videos: tuple[str, ...]
+    frame_rate: float | None  # frames per second of the first of these, where a request says none
     embeddings: str | None  # "stage.port" of hidden states, [T, D]
     writer: str | None  # the stage that samples words, whether the caller gets them or not
     input_media: frozenset[str]  # kinds of message parts that some stage reads besides text
@@ -38,12 +40,15 @@ class Abilities:
         choices = [spec.request_choices[VOICE_KEY] for spec in specs.values() if VOICE_KEY in spec.request_choices]
         written = [name for name, spec in specs.items() if _writes(spec)]
         texts, images = _with_result(pipeline, "text"), _with_result(pipeline, "image")
+        videos = _with_result(pipeline, "video")
         readers = [spec for spec in specs.values() if not issubclass(spec.params_type, DiffusionParams)]
         return cls(
             texts=texts,
             images=images,
             edits=tuple(stage for stage in images if "image" in specs[stage].request_keys),
             audios=_with_result(pipeline, "audio"),
+            videos=videos,
+            frame_rate=specs[videos[0]].frame_rate if videos else None,
             embeddings=tensors[0] if tensors else None,
             writer=next(iter((*texts, *written)), None),
             input_media=frozenset().union(*(spec.input_media for spec in readers)),
@@ -56,8 +61,8 @@ class Abilities:
 
     @property
     def makes(self) -> tuple[str, ...]:
-        kinds = {"text": self.texts, "image": self.images, "audio": self.audios, "embedding": self.embeddings}
-        return tuple(kind for kind, stages in kinds.items() if stages)
+        media = {"text": self.texts, "image": self.images, "audio": self.audios, "video": self.videos}
+        return tuple(kind for kind, stages in {**media, "embedding": self.embeddings}.items() if stages)
 
     @property
     def is_chat(self) -> bool:

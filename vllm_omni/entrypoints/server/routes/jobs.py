@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
-from vllm_omni.entrypoints.server.answers.encoding import AUDIO_TYPES, IMAGE_TYPES, audio_bytes, image_bytes
+from vllm_omni.entrypoints.server.answers.encoding import audio_bytes, image_bytes
+from vllm_omni.entrypoints.server.answers.job_answer import POLL_HEADERS, After, Limit, Order, file_of, page_of
 from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.context import CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError
-from vllm_omni.entrypoints.server.http.client import begun
-from vllm_omni.entrypoints.server.jobs import Encode
+from vllm_omni.entrypoints.server.http.client import REFUSAL_S, begun
+from vllm_omni.entrypoints.server.jobs import Encode, Job
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.requests.building import build_request, require
 from vllm_omni.entrypoints.server.schemas.base import diffusion
@@ -21,9 +22,6 @@ from vllm_omni.entrypoints.server.schemas.jobs import JobBody
 from vllm_omni.request import OmniOutput
 
 router = APIRouter()
-POLL_MS = 500
-REFUSAL_S = 0.5  # within which a request that is wrong is refused, before the job is begun
-TYPES = {**IMAGE_TYPES, **AUDIO_TYPES}
 
 
 @router.post("/v1/jobs", tags=["jobs"])
@@ -51,48 +49,32 @@ async def create_job(body: JobBody, call: CallOf) -> Response:
     except ApiError:
         await parts.aclose()
         raise
-    return JSONResponse(job.describe(), 200, {"openai-poll-after-ms": str(POLL_MS)})
+    return JSONResponse(job.describe(), 200, POLL_HEADERS)
 
 
 @router.get("/v1/jobs", tags=["jobs"])
 async def list_jobs(
     call: CallOf,
-    after: Annotated[str | None, Query(max_length=200)] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "desc",
+    after: After = None,
+    limit: Limit = 20,
+    order: Order = "desc",
 ) -> dict[str, Any]:
     """The jobs that are kept, from behind `after` on."""
-    jobs = call.parts.jobs.all()
-    jobs = jobs[::-1] if order == "desc" else jobs
-    if after is not None:
-        found = [index for index, job in enumerate(jobs) if job.id == after]
-        if not found:
-            raise ApiError(400, f"after: got {after!r}, which is no job", code="invalid_value", param="after")
-        jobs = jobs[found[0] + 1 :]
-    data = [job.describe() for job in jobs[:limit]]
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return {"object": "list", "data": data, **ends, "has_more": len(jobs) > limit}
+    return page_of(call.parts.jobs.all(), Job.describe, after, limit, order)
 
 
 @router.get("/v1/jobs/{job_id}", tags=["jobs"])
 async def retrieve_job(job_id: str, call: CallOf) -> Response:
     """How far a job is."""
     job = call.parts.jobs.find(job_id)
-    return JSONResponse(job.describe(), 200, {"openai-poll-after-ms": str(POLL_MS)})
+    return JSONResponse(job.describe(), 200, POLL_HEADERS)
 
 
 @router.get("/v1/jobs/{job_id}/content", tags=["jobs"])
 async def retrieve_content(job_id: str, call: CallOf, index: Annotated[int, Query(ge=0)] = 0) -> Response:
     """One of the files of a completed job."""
     job = call.parts.jobs.find(job_id)
-    if job.status != "completed":
-        raise ApiError(409, f"job {job_id!r} is {job.status.replace('_', ' ')}", code="job_not_completed")
-    if index >= len(job.files):
-        raise ApiError(404, f"index: got {index}, but the job has {len(job.files)} files", code="file_not_found")
-    path = job.files[index]
-    if not path.is_file():
-        raise ApiError(404, f"index: file {index} of the job has been deleted", code="file_not_found")
-    return FileResponse(path, media_type=TYPES[path.suffix[1:]], filename=path.name)
+    return file_of(job, index)
 
 
 @router.delete("/v1/jobs/{job_id}", tags=["jobs"])
