@@ -28,7 +28,7 @@ from tools.tiny.image.train_image import PURE_NOISE_SHARE, TIME_SHIFT, fresh_mod
 from tools.tiny.image.world import Scene, canonical, sample_scene
 from vllm_omni.models.z_image.transformer import ZImageTransformer
 
-RANK = 4
+RANK = 5
 BLOCKS = ("layers.", "noise_refiner.")
 PARTS = (".attention.", ".feed_forward.")
 
