@@ -289,7 +289,7 @@ class Diffusers(Side):
         import torch
 
         latents, texts, references = self.given(case, repeat)
-        times, found = self.times(len(latents)).to(self._dtype), {}
+        times, found = self.times(len(latents)).to(self._dtype), dict[int, np.ndarray]()
         with torch.inference_mode():
             for row, indices in case.alike():
                 pictures = torch.stack([latents[index] for index in indices]).to(self._dtype)

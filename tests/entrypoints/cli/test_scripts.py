@@ -75,7 +75,7 @@ def test_completion_names_every_command_and_option(shell: str, capsys: pytest.Ca
     ("words", "expected"),
     [
         ("ch", "check"),
-        ("generate --st", "--steps"),
+        ("generate --ste", "--steps"),
         ("generate --config tiny_sc", "tiny_scene"),
         ("check tiny_sc", "tiny_scene"),
         ("generate nosuch", ""),
