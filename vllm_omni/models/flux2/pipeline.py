@@ -129,6 +129,9 @@ class KleinPipeline(DiffusionModel):
             source=prepared.source,
         )
 
+    def adapted(self) -> Flux2Transformer:
+        return self.transformer
+
     def embed(
         self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Condition]
     ) -> JointTokens:

@@ -5,6 +5,7 @@ One spec for each of diffusers' pipelines: Flux2KleinPipeline, Flux2KleinKVPipel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.weights import allocate, load_weights, weights_bytes
 from vllm_omni.models.flux2.config import Flux2Config
+from vllm_omni.models.flux2.lora_names import lora_aliases
 from vllm_omni.models.flux2.pictures import Size, check_pictures, pictures_of
 from vllm_omni.models.flux2.pipeline import NEGATIVE_PORT, Geometry, KleinPipeline
 from vllm_omni.models.flux2.trajectory import (
@@ -46,6 +48,7 @@ class KleinSpec(DiffusionModelSpec):
 
     gives_previews = True
     can_quantize = True
+    adapted_part = "transformer"
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})
     keeps_references: ClassVar[bool] = False
@@ -80,6 +83,9 @@ class KleinSpec(DiffusionModelSpec):
     def build_transformer(self) -> Flux2Transformer:
         with torch.device("meta"):
             return Flux2Transformer(self.config)
+
+    def lora_aliases(self) -> Mapping[str, str]:
+        return lora_aliases(self.config)
 
     def published_quantization(self) -> str | None:
         return self._published_quantization

@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.linear import Linear, MergedLinear
+from vllm_omni.layers.lora import packed
 from vllm_omni.layers.modulation import modulated
 from vllm_omni.layers.norm import LayerNorm
 from vllm_omni.layers.weights import Target
 from vllm_omni.models.flux2.blocks import DoubleBlock, SingleBlock
 from vllm_omni.models.flux2.config import NUM_AXES, Flux2Config
 from vllm_omni.worker.diffusion.joint import Geometry, JointTokens, grouped, packing_order, spans_of
-from vllm_omni.worker.diffusion.packing import Seen
+from vllm_omni.worker.diffusion.packing import Seen, joined
 from vllm_omni.worker.diffusion.rope_tables import RopeTables, grid_positions
 from vllm_omni.worker.diffusion.timestep import TimestepEmbedder
 
@@ -102,7 +103,9 @@ class Flux2Transformer(nn.Module):
             for latent, row in zip(latents, conditions, strict=True)
         ]
         order = packing_order(geometries)
-        pictures = self.x_embedder(torch.cat([self._as_tokens(latents[row]) for row in order]))
+        with packed(order, [geometries[row].num_picture for row in order], [1] * len(order)):
+            pictures = self.x_embedder(torch.cat([self._as_tokens(latents[row]) for row in order]))
+            vectors = self._modulate(times[order], None if guidance is None else guidance[order])
         split = pictures.split([geometries[row].num_picture for row in order])
         images = [
             part
@@ -112,7 +115,7 @@ class Flux2Transformer(nn.Module):
         return JointTokens(
             torch.cat([conditions[row].text for row in order]),
             pictures if len(images) == len(order) else torch.cat(images),
-            self._modulate(times[order], None if guidance is None else guidance[order]),
+            vectors,
             grouped([geometries[row] for row in order]),
             tuple(order),
             tuple(conditions[row].remembered for row in order),
@@ -135,9 +138,17 @@ class Flux2Transformer(nn.Module):
         """Velocities [C, h, w] (noise minus clean latents), in the order of the rows that `embed` was given."""
         scale, shift = self._modulations(tokens)[3]
         velocities: list[Tensor] = []
-        for group, picture in zip(tokens.groups, tokens.pictures(tokens.image), strict=True):
-            normed = modulated(picture, self.norm_out, scale[group.rows, None], shift[group.rows, None])
-            velocities += self.proj_out(normed).transpose(1, 2).unflatten(2, group.geometry.grids[0])
+        normed = [
+            modulated(picture, self.norm_out, scale[group.rows, None], shift[group.rows, None])
+            for group, picture in zip(tokens.groups, tokens.pictures(tokens.image), strict=True)
+        ]
+        lengths = [group.geometry.num_picture for group in tokens.groups for _ in range(group.num_rows)]
+        with packed(range(len(lengths)), lengths):
+            projected = self.proj_out(joined([part.flatten(0, 1) for part in normed]))
+        parts = projected.split([part.shape[0] * part.shape[1] for part in normed])
+        for group, part in zip(tokens.groups, parts, strict=True):
+            dense = part.unflatten(0, (group.num_rows, -1))
+            velocities += dense.transpose(1, 2).unflatten(2, group.geometry.grids[0])
         placed = sorted(zip(tokens.order, velocities, strict=True), key=lambda pair: pair[0])
         return [velocity for _, velocity in placed]
 

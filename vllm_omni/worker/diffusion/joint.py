@@ -64,6 +64,13 @@ class JointTokens:
     order: tuple[int, ...]  # packed row -> the caller's row
     remembered: tuple[Tensor | None, ...] = ()  # of each row, where `num_remembered`: [layers, 2, H, tokens, d]
 
+    @property
+    def packings(self) -> tuple[Sequence[int], ...]:
+        """Of text, of images, of both, and of what comes from the timestep."""
+        rows = self._geometries()
+        text, image = [row.num_text for row in rows], [row.num_image for row in rows]
+        return text, image, [row.length for row in rows], [1] * len(rows)
+
     def per_row(self) -> list[Tensor]:
         """[L, D], text then image, in packed order."""
         return [torch.cat(pair) for pair in zip(*self._streams(), strict=True)]
