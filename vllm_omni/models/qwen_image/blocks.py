@@ -20,7 +20,7 @@ from vllm_omni.layers.modulation import modulated
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
 from vllm_omni.models.qwen_image.config import QwenImageConfig
 from vllm_omni.worker.diffusion.joint import JointSpans, attended_streams
-from vllm_omni.worker.diffusion.packing import Span, gated_rows, modulated_rows
+from vllm_omni.worker.diffusion.packing import Span, gated_rows, joined, modulated_rows
 
 EPS = 1e-6
 
@@ -110,7 +110,12 @@ class FinalLayer(nn.Module):
         self.modulation = Linear(config.dim, 2 * config.dim)
         self.linear = Linear(config.dim, config.in_channels)
 
-    def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
-        """[rows, L, D] and [rows, D], through SiLU -> [rows, L, 4 C]."""
+    def forward(self, parts: Sequence[Tensor], rows: Sequence[slice], vectors: Tensor) -> list[Tensor]:
+        """[rows, L, D] of each group, where its rows stand, and [R, D], through SiLU -> [rows, L, 4 C] of each."""
         scale, shift = self.modulation(vectors)[:, None].chunk(2, dim=-1)
-        return self.linear(modulated(x, self.norm, scale, shift))
+        normed = [
+            modulated(part, self.norm, scale[which], shift[which]) for part, which in zip(parts, rows, strict=True)
+        ]
+        projected = self.linear(joined([part.flatten(0, 1) for part in normed]))
+        split = projected.split([part.shape[0] * part.shape[1] for part in normed])
+        return [found.unflatten(0, part.shape[:2]) for found, part in zip(split, normed, strict=True)]

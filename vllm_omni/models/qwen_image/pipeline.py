@@ -110,6 +110,9 @@ class QwenImagePipeline(DiffusionModel):
             source=prepared.source,
         )
 
+    def adapted(self) -> QwenImageTransformer:
+        return self.transformer
+
     def embed(
         self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Context]
     ) -> JointTokens:

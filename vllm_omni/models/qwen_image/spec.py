@@ -47,6 +47,7 @@ class QwenImageSpec(DiffusionModelSpec):
 
     gives_previews = True
     can_quantize = True
+    adapted_part = "transformer"
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})
     unused_fields: ClassVar[tuple[str, ...]] = ("duration_s",)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.linear import Linear
+from vllm_omni.layers.lora import packed
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.weights import Target
 from vllm_omni.models.qwen_image.blocks import EPS, Block, BlockInputs, FinalLayer, StreamInputs
@@ -90,12 +91,15 @@ class QwenImageTransformer(nn.Module):
         order = packing_order(geometries)
         groups = grouped([geometries[row] for row in order])
         patches = [patchified(latents[row][None], channels_first=True)[0] for row in order]
-        pictures = self._embedded(patches).split([len(part) for part in patches])
+        lengths, ones = [len(part) for part in patches], [1] * len(patches)
+        with packed(order, lengths, ones):
+            pictures = self._embedded(patches).split(lengths)
+            vectors = self._vectors(timesteps[order])
         images = [
             part for row, picture in zip(order, pictures, strict=True) for part in (picture, contexts[row].references)
         ]
         text = torch.cat([contexts[row].text for row in order])
-        return JointTokens(text, torch.cat(images), self._vectors(timesteps[order]), groups, tuple(order))
+        return JointTokens(text, torch.cat(images), vectors, groups, tuple(order))
 
     def run_blocks(self, tokens: JointTokens, start: int, stop: int) -> JointTokens:
         """Blocks start .. stop - 1."""
@@ -113,8 +117,11 @@ class QwenImageTransformer(nn.Module):
     def unembed(self, tokens: JointTokens) -> list[Tensor]:
         """Velocities [C, h, w] (noise minus clean latents), in the order of the rows that `embed` was given."""
         velocities: list[Tensor] = []
-        for picture, group in zip(tokens.pictures(tokens.image), tokens.groups, strict=True):
-            patches = self.final_layer(picture, tokens.condition[group.rows])
+        rows = [group.rows for group in tokens.groups]
+        lengths = [group.geometry.num_picture for group in tokens.groups for _ in range(group.num_rows)]
+        with packed(range(len(lengths)), lengths, [1] * len(lengths)):
+            found = self.final_layer(tokens.pictures(tokens.image), rows, tokens.condition)
+        for patches, group in zip(found, tokens.groups, strict=True):
             velocities += unpatchified(patches, *group.geometry.grids[0], channels_first=True)
         placed = sorted(zip(tokens.order, velocities, strict=True), key=lambda pair: pair[0])
         return [velocity for _, velocity in placed]
