@@ -139,11 +139,15 @@ class FramesOneByOne:
         return {"pixel_values_videos": torch.cat(values), "video_grid_thw": torch.tensor(grids)}
 
 
-class OmniProcessorWithoutTorchvision(Qwen2_5OmniProcessor):
-    """The library's class and call, without its check that every part is of the library's own class."""
+class AnyParts:
+    """Of a processor of the library: without its check that every part is of the library's own class."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
         return type(argument)
+
+
+class OmniProcessorWithoutTorchvision(AnyParts, Qwen2_5OmniProcessor):
+    """The library's class and call."""
 
 
 def reference_processor(folder: Path) -> Any:

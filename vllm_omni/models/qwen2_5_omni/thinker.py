@@ -56,6 +56,7 @@ class Thinker(nn.Module):
     """The thinker of one folder."""
 
     prompt_reader = OmniPromptReader
+    text_only = None
     other_parts = ()
     is_capturable = True
 

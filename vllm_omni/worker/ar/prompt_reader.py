@@ -40,6 +40,11 @@ class PromptReader(ABC, Generic[Plan]):
     def __init__(self, folder: Path, encode: Encode, limits: LimitsConfig) -> None:
         """Reads the configuration of the checkpoint in `folder`; ConfigError, CheckpointError."""
 
+    @classmethod
+    def has_settings(cls, folder: Path) -> bool:
+        """Whether the checkpoint says how its media are prepared; without that its model reads text alone."""
+        return True
+
     @abstractmethod
     def plan(self, messages: Messages, request: OmniRequest) -> Plan:
         """Tokenises and measures, from headers alone; InvalidRequestError for what they show to be wrong."""
