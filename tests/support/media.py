@@ -16,8 +16,10 @@ from transformers import AutoProcessor, AutoTokenizer, Qwen2_5OmniProcessor, Whi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
+from vllm_omni.media.messages import media_parts, without_sources
 from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptReader
 from vllm_omni.request import OmniRequest
+from vllm_omni.worker.ar.chat import Chat
 from vllm_omni.worker.ar.media_prompt import MediaPrompt
 from vllm_omni.worker.ar.media_reading.reader import MediaPromptPlan
 
@@ -27,7 +29,7 @@ RATE = 16_000
 def plan_media(reader: OmniPromptReader, messages: Any, use_audio_in_video: bool = False) -> MediaPromptPlan:
     """What headers say of the messages."""
     request = OmniRequest(prompt="unread", fields={"use_audio_in_video": use_audio_in_video})
-    return reader.plan(messages, request)
+    return reader.plan(Chat(without_sources(messages)), media_parts(messages), request)
 
 
 def read_media(reader: OmniPromptReader, messages: Any, use_audio_in_video: bool = False) -> MediaPrompt:

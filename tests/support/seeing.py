@@ -106,7 +106,7 @@ def tokenizer() -> Any:
 
 
 def save_vl_processor(folder: Path, patch_size: int) -> Path:
-    """Tokenizer, chat template and the settings of pictures, whose size may be of 1 to 1024 tokens."""
+    """Tokenizer, chat template and the settings of pictures, whose size may be of 1 to 2048 tokens."""
     tokenizer().save_pretrained(folder)
     factor = 2 * patch_size
     settings = {
@@ -115,7 +115,7 @@ def save_vl_processor(folder: Path, patch_size: int) -> Path:
         "image_mean": [0.48, 0.46, 0.41],
         "image_std": [0.27, 0.26, 0.28],
         "min_pixels": factor**2,
-        "max_pixels": 1024 * factor**2,
+        "max_pixels": 2048 * factor**2,
         "patch_size": patch_size,
         "merge_size": 2,
         "temporal_patch_size": 2,

@@ -41,7 +41,7 @@ class CausalLMConfig(DecoderConfig):
 class CausalLM(nn.Module):
     """The model of one folder."""
 
-    prompt_reader = None  # text alone
+    prompt_reader: ClassVar[type[Any] | None] = None  # text alone
     text_only: ClassVar[type[CausalLM] | None] = None
     other_parts: ClassVar[tuple[str, ...]] = ()  # how published names begin that belong to other models of the folder
     is_capturable: ClassVar[bool] = True
@@ -84,7 +84,7 @@ class TextPart(CausalLM):
     of a plain model, since text advances all axes together.
     """
 
-    other_parts = ("visual.", "model.visual.")
+    other_parts: ClassVar[tuple[str, ...]] = ("visual.", "model.visual.")
 
     def locate(self, name: str) -> Target | None:
         """The parameter for a published name, old (`model.`) or new (`model.language_model.`)."""

@@ -22,7 +22,7 @@ from vllm_omni.utils.checks import brief
 from vllm_omni.worker.ar.media_reading.parts import MediaContent, PlannedPart, VisionParts
 from vllm_omni.worker.ar.media_reading.reader import MediaPromptReader
 from vllm_omni.worker.ar.media_reading.spans import MediaSpan
-from vllm_omni.worker.ar.media_reading.vision import VisionSettings
+from vllm_omni.worker.ar.media_reading.vision import ImageArea, VisionSettings
 from vllm_omni.worker.ar.prompt_reader import Encode
 from vllm_omni.worker.background import Stop
 
@@ -36,8 +36,8 @@ class OmniPromptReader(MediaPromptReader):
     input_media = VisionParts.input_media | {"audio"}
     request_keys = frozenset({USE_AUDIO_IN_VIDEO})
 
-    def __init__(self, folder: Path, encode: Encode, limits: LimitsConfig) -> None:
-        super().__init__(encode, limits, read_media_tokens(folder), OmniParts(folder, limits))
+    def __init__(self, folder: Path, encode: Encode, limits: LimitsConfig, image_area: ImageArea | None = None) -> None:
+        super().__init__(encode, limits, read_media_tokens(folder), OmniParts(folder, limits, image_area))
 
     def check_request(self, request: OmniRequest) -> None:
         _use_audio_in_video(request)
@@ -46,9 +46,9 @@ class OmniPromptReader(MediaPromptReader):
 class OmniParts:
     """Pictures, videos with their sound where the request says so, and audio."""
 
-    def __init__(self, folder: Path, limits: LimitsConfig) -> None:
+    def __init__(self, folder: Path, limits: LimitsConfig, image_area: ImageArea | None) -> None:
         self._limits = limits
-        self._vision = VisionParts(VisionSettings.of(folder, VIDEO_TOKENS), limits)
+        self._vision = VisionParts(VisionSettings.of(folder, VIDEO_TOKENS), limits, image_area)
         self._audio = AudioFeatures(folder)
 
     def measure(self, part: MediaPart, request: OmniRequest) -> PlannedPart:

@@ -18,7 +18,7 @@ from vllm_omni.worker.ar.media_reading.parts import VisionParts
 from vllm_omni.worker.ar.media_reading.reader import MediaPromptReader
 from vllm_omni.worker.ar.media_reading.spans import MediaClock
 from vllm_omni.worker.ar.media_reading.tokens import MediaTokens
-from vllm_omni.worker.ar.media_reading.vision import PROCESSOR_FILES, VisionSettings, find_processor
+from vllm_omni.worker.ar.media_reading.vision import PROCESSOR_FILES, ImageArea, VisionSettings, find_processor
 from vllm_omni.worker.ar.prompt_reader import Encode
 
 PLACEHOLDERS = {"image": ("image_token_id", 151655), "video": ("video_token_id", 151656)}  # as published
@@ -30,7 +30,7 @@ class Qwen2_5_VLPromptReader(MediaPromptReader):
 
     input_media = VisionParts.input_media
 
-    def __init__(self, folder: Path, encode: Encode, limits: LimitsConfig) -> None:
+    def __init__(self, folder: Path, encode: Encode, limits: LimitsConfig, image_area: ImageArea | None = None) -> None:
         processor = find_processor(folder)
         if processor is None:
             raise ConfigError(
@@ -38,7 +38,7 @@ class Qwen2_5_VLPromptReader(MediaPromptReader):
                 "settings of its pictures"
             )
         tokens = _media_tokens(read_json(folder / "config.json"), str(folder / "config.json"))
-        super().__init__(encode, limits, tokens, VisionParts(VisionSettings.of(processor), limits))
+        super().__init__(encode, limits, tokens, VisionParts(VisionSettings.of(processor), limits, image_area))
 
     @classmethod
     def has_settings(cls, folder: Path) -> bool:

@@ -4,8 +4,6 @@ of placeholder tokens. A family says which tower that is, and who reads its prom
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from vllm_omni.layers.causal_lm import CausalLMConfig, TextPart
@@ -20,7 +18,7 @@ TOWER = ("visual.", "model.visual.")  # how published names of the tower begin, 
 class VisionLanguageModel(TextPart):
     """Both parts of one folder."""
 
-    other_parts: ClassVar[tuple[str, ...]] = ()
+    other_parts = ()
 
     def __init__(self, config: CausalLMConfig, tower: VisionTower) -> None:
         super().__init__(config)

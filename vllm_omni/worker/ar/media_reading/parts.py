@@ -13,12 +13,12 @@ from torch import Tensor
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.media.image_input import image_size, read_image, resized
+from vllm_omni.media.image_input import fitted, image_size, read_image, resized
 from vllm_omni.media.messages import MediaPart
 from vllm_omni.media.video_input import ReadVideo, VideoInput, VideoPlan
 from vllm_omni.request import OmniRequest
 from vllm_omni.worker.ar.media_reading.spans import MediaSpan
-from vllm_omni.worker.ar.media_reading.vision import VisionGrid, VisionSettings
+from vllm_omni.worker.ar.media_reading.vision import ImageArea, VisionGrid, VisionSettings
 from vllm_omni.worker.background import Stop
 
 
@@ -54,8 +54,10 @@ class VisionParts:
 
     input_media: ClassVar[frozenset[str]] = frozenset({"image", "video"})
 
-    def __init__(self, settings: VisionSettings, limits: LimitsConfig) -> None:
+    def __init__(self, settings: VisionSettings, limits: LimitsConfig, image_area: ImageArea | None = None) -> None:
+        """image_area: what pictures are resized to first."""
         self._settings = settings
+        self._area = image_area
         self._limits = limits
         self._videos = VideoInput(settings.frames, limits)
 
@@ -96,15 +98,19 @@ class VisionParts:
 
     def _measure_image(self, part: MediaPart) -> PlannedPart:
         grid = self._settings.image
-        size = grid.fit(*image_size(part.source, self._limits, part.name), part.name)
-        return PlannedPart(part, MediaSpan("image", grid.tokens(1, size)))
+        size = self._first_size(*image_size(part.source, self._limits, part.name))
+        return PlannedPart(part, MediaSpan("image", grid.tokens(1, grid.fit(*size, part.name))))
 
     def _read_image(self, part: MediaPart) -> MediaContent:
         grid = self._settings.image
         pixels = read_image(part.source, self._limits, part.name)
+        pixels = fitted(pixels, self._first_size(pixels.shape[0], pixels.shape[1]))
         size = grid.fit(pixels.shape[0], pixels.shape[1], part.name)
         inputs = _grid_inputs(grid, resized(pixels, size)[None], size)
         return MediaContent(MediaSpan("image", grid.tokens(1, size)), {"image": inputs})
+
+    def _first_size(self, height: int, width: int) -> tuple[int, int]:
+        return (height, width) if self._area is None else self._area.fit(height, width)
 
     def _video_span(self, plan: VideoPlan, size: tuple[int, int]) -> MediaSpan:
         grid = self._settings.video

@@ -11,8 +11,8 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.media.messages import media_parts, without_sources
-from vllm_omni.request import Messages, OmniRequest
+from vllm_omni.media.messages import MediaPart
+from vllm_omni.request import OmniRequest
 from vllm_omni.worker.ar.chat import Chat
 from vllm_omni.worker.ar.media_prompt import MediaItem, MediaPrompt, content_ids_of
 from vllm_omni.worker.ar.media_reading.parts import MediaContent, PartReader, PlannedPart
@@ -43,16 +43,17 @@ class MediaPromptReader(PromptReader[MediaPromptPlan]):
         self._tokens = tokens
         self._parts = parts
 
-    def plan(self, messages: Messages, request: OmniRequest) -> MediaPromptPlan:
-        parts = media_parts(messages)
+    def plan(self, chat: Chat, parts: Sequence[MediaPart], request: OmniRequest) -> MediaPromptPlan:
         num_images = sum(part.kind == "image" for part in parts)
         if num_images > self._limits.max_images:
             raise InvalidRequestError(
-                f"messages: got {num_images} images, expected at most {self._limits.max_images} (limits.max_images)"
+                f"{parts[0].name.partition('[')[0]}: got {num_images} images, expected at most "
+                f"{self._limits.max_images} (limits.max_images)"
             )
         planned = [self._parts.measure(part, request) for part in parts]
-        token_ids = self._encode(Chat.of(without_sources(messages), request.fields))
-        return self._planned(token_ids, planned)
+        token_ids = self._encode(chat)
+        self._tokens.check_kinds(token_ids, [part.kind for part in parts])
+        return MediaPromptPlan(token_ids, planned)
 
     def read(self, plan: MediaPromptPlan, stop: Stop) -> MediaPrompt:
         contents = [self._parts.read(planned, stop) for planned in plan.parts]
@@ -71,10 +72,6 @@ class MediaPromptReader(PromptReader[MediaPromptPlan]):
 
     def check_token_ids(self, token_ids: Sequence[int]) -> None:
         self._tokens.check_absent(token_ids)
-
-    def _planned(self, token_ids: Sequence[int], planned: Sequence[PlannedPart]) -> MediaPromptPlan:
-        self._tokens.check_kinds(token_ids, [each.part.kind for each in planned])
-        return MediaPromptPlan(token_ids, planned)
 
     def _items(self, start: int, span: MediaSpan, content: MediaContent) -> Iterator[MediaItem]:
         kinds = self._tokens.kinds_of_span(span)

@@ -29,6 +29,23 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True, slots=True)
+class ImageArea:
+    """A size that pictures are brought to before the checkpoint's own processor resizes them: about as many pixels in
+    all, in about the shape that they had. The rule is that of diffusers' QwenImageEditPlusPipeline.
+    """
+
+    area: int  # pixels
+    multiple: int  # of which both sides are
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        ratio = width / height
+        new_width = math.sqrt(self.area * ratio)
+        new_height = new_width / ratio
+        sides = [max(1, round(side / self.multiple)) * self.multiple for side in (new_height, new_width)]
+        return sides[0], sides[1]
+
+
+@dataclass(frozen=True, slots=True)
 class VisionGrid:
     """Sizes and colours of one kind of picture."""
 
