@@ -29,7 +29,8 @@ RATE = 16_000
 def plan_media(reader: OmniPromptReader, messages: Any, use_audio_in_video: bool = False) -> MediaPromptPlan:
     """What headers say of the messages."""
     request = OmniRequest(prompt="unread", fields={"use_audio_in_video": use_audio_in_video})
-    return reader.plan(Chat(without_sources(messages)), media_parts(messages), request)
+    parts = media_parts(messages)
+    return reader.plan(Chat(without_sources(messages)), parts, request)
 
 
 def read_media(reader: OmniPromptReader, messages: Any, use_audio_in_video: bool = False) -> MediaPrompt:
