@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.ar import edit_json, make_spec, make_stage, make_task, states_of
+from support.ar import edit_json, make_model_folder, make_spec, make_stage, make_task, states_of
 from support.ar import load as load_engine
 from support.ar import run as run_engine
 from support.media import picture
@@ -29,8 +29,8 @@ from vllm_omni.worker.ar.language_model import LanguageModelFolder
 
 CPU = torch.device("cpu")
 LAYERS = {"h": {"layers": [1, 2, 3], "tokens": "prompt"}}
-# what shapes the model in config.json of Qwen/Qwen2.5-VL-7B-Instruct, early files being flat, and of the text encoder of
-# Qwen/Qwen-Image; compared with transformers' defaults and with public copies of the files
+# what shapes the model in config.json of Qwen/Qwen2.5-VL-7B-Instruct, a flat early file; compared with the copy
+# of the text encoder's of Qwen/Qwen-Image in public training tools (QWEN2_5_VL_CONFIG_JSON)
 PUBLISHED: dict[str, Any] = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     "model_type": "qwen2_5_vl",
@@ -143,7 +143,7 @@ def test_a_folder_that_says_nothing_of_pictures_is_for_text_alone(folder: Path) 
     assert model.model_class is Qwen2_5_VLText
     spec = make_spec(make_stage(folder, chat_template=True))
     assert not spec.input_media and "prompt_positions" not in spec.signature.outputs
-    with pytest.raises(ConfigError, match="reads_media: got True, but .* no settings of its processors"):
+    with pytest.raises(ConfigError, match=r"reads_media: got True, but .* no settings of its processors"):
         LanguageModelFolder.open(folder, reads_media=True)
 
 
@@ -161,16 +161,12 @@ def test_the_tower_is_counted_and_loaded_only_where_it_is_used(folder: Path) -> 
     assert seeing.weights_bytes(4) - blind.weights_bytes(4) == 4 * tower > 0
     loaded: Any = blind.load(CPU, torch.float32)
     assert sum(p.numel() for p in loaded.parameters()) * 4 == blind.weights_bytes(4)
-    plans = [
-        make_spec(make_stage(folder, chat_template=True, reads_media=reads)).plan_memory() for reads in (None, False)
-    ]
+    plans = [make_spec(make_stage(folder, chat_template=True, reads_media=it)).plan_memory() for it in (None, False)]
     assert plans[0].weights_bytes - plans[1].weights_bytes == 4 * tower
     assert seeing.key != blind.key, "they share no weights"
 
 
 def test_a_model_of_text_alone_refuses_to_read_media(tmp_path: Path) -> None:
-    from support.ar import make_model_folder
-
     folder = make_model_folder(tmp_path / "words")
     with pytest.raises(ConfigError, match="reads_media: got True, but Qwen3ForCausalLM reads text alone"):
         make_spec(make_stage(folder, reads_media=True))
