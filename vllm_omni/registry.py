@@ -34,7 +34,7 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen2ForCausalLM": "vllm_omni.models.qwen2.model:Qwen2",
         "Qwen2Model": "vllm_omni.models.qwen2.model:Qwen2",
         "Qwen2VLForConditionalGeneration": "vllm_omni.models.qwen2_5_vl.model:Qwen2_5_VLText",
-        "Qwen2_5_VLForConditionalGeneration": "vllm_omni.models.qwen2_5_vl.model:Qwen2_5_VLText",
+        "Qwen2_5_VLForConditionalGeneration": "vllm_omni.models.qwen2_5_vl.model:Qwen2_5_VL",
         "Qwen3ForCausalLM": "vllm_omni.models.qwen3.model:Qwen3",
         "Qwen3MoeForCausalLM": "vllm_omni.models.qwen3_moe.model:Qwen3Moe",
         "Qwen3MoeModel": "vllm_omni.models.qwen3_moe.model:Qwen3Moe",

@@ -114,6 +114,16 @@ class OmniRequest:
             return given if given is not None else params_type()
         return self.params if isinstance(self.params, params_type) else params_type()
 
+    def source_image(self) -> Any:
+        """The picture, or the list of them, that is to be edited or looked at: the field `image`, else that of the
+        first diffusion parameters that say it; None where nothing does.
+        """
+        if self.fields.get("image") is not None:
+            return self.fields["image"]
+        given = self.params.values() if isinstance(self.params, Mapping) else [self.params]
+        said = (params.image for params in given if isinstance(params, DiffusionParams))
+        return next((image for image in said if image is not None), None)
+
     def negative_prompt_text(self) -> str:
         """What a picture or a sound is not to be: the first diffusion parameters that say it, else `negative_prompt`,
         else nothing.

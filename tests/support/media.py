@@ -16,17 +16,21 @@ from transformers import AutoProcessor, AutoTokenizer, Qwen2_5OmniProcessor, Whi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
-from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptPlan, OmniPromptReader
+from vllm_omni.media.messages import media_parts, without_sources
+from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptReader
 from vllm_omni.request import OmniRequest
+from vllm_omni.worker.ar.chat import Chat
 from vllm_omni.worker.ar.media_prompt import MediaPrompt
+from vllm_omni.worker.ar.media_reading.reader import MediaPromptPlan
 
 RATE = 16_000
 
 
-def plan_media(reader: OmniPromptReader, messages: Any, use_audio_in_video: bool = False) -> OmniPromptPlan:
+def plan_media(reader: OmniPromptReader, messages: Any, use_audio_in_video: bool = False) -> MediaPromptPlan:
     """What headers say of the messages."""
     request = OmniRequest(prompt="unread", fields={"use_audio_in_video": use_audio_in_video})
-    return reader.plan(messages, request)
+    parts = media_parts(messages)
+    return reader.plan(Chat(without_sources(messages)), parts, request)
 
 
 def read_media(reader: OmniPromptReader, messages: Any, use_audio_in_video: bool = False) -> MediaPrompt:
@@ -138,11 +142,15 @@ class FramesOneByOne:
         return {"pixel_values_videos": torch.cat(values), "video_grid_thw": torch.tensor(grids)}
 
 
-class OmniProcessorWithoutTorchvision(Qwen2_5OmniProcessor):
-    """The library's class and call, without its check that every part is of the library's own class."""
+class AnyParts:
+    """Of a processor of the library: without its check that every part is of the library's own class."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
         return type(argument)
+
+
+class OmniProcessorWithoutTorchvision(AnyParts, Qwen2_5OmniProcessor):
+    """The library's class and call."""
 
 
 def reference_processor(folder: Path) -> Any:

@@ -206,23 +206,27 @@ PROCESSOR = dict(  # one file for images, videos and sounds, as published
 )
 
 
-def save_processor(folder: Path) -> Path:
-    """Tokenizer (one token a character of ASCII), chat template and the settings of images, videos and sounds."""
+def character_tokenizer(words: dict[str, int], **keys: Any) -> PreTrainedTokenizerFast:
+    """128 tokens: one for each character of ASCII, and special words beyond them."""
     characters = ["\n", *map(chr, range(32, 127))]
-    vocabulary = {character: index for index, character in enumerate(characters)} | WORDS
+    vocabulary = {character: index for index, character in enumerate(characters)} | words
     vocabulary |= {f"<|spare_{index}|>": index for index in range(128) if index not in vocabulary.values()}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens(list(WORDS))
-    tokenizer = PreTrainedTokenizerFast(
+    backend.add_special_tokens(list(words))
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        extra_special_tokens=NAMED,
+        **keys,
     )
-    tokenizer.save_pretrained(folder)
+
+
+def save_processor(folder: Path) -> Path:
+    """Tokenizer, chat template and the settings of images, videos and sounds."""
+    character_tokenizer(WORDS, extra_special_tokens=NAMED).save_pretrained(folder)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     return folder

@@ -41,7 +41,8 @@ class CausalLMConfig(DecoderConfig):
 class CausalLM(nn.Module):
     """The model of one folder."""
 
-    prompt_reader = None  # text alone
+    prompt_reader: ClassVar[type[Any] | None] = None  # text alone
+    text_only: ClassVar[type[CausalLM] | None] = None
     other_parts: ClassVar[tuple[str, ...]] = ()  # how published names begin that belong to other models of the folder
     is_capturable: ClassVar[bool] = True
 
@@ -83,21 +84,21 @@ class TextPart(CausalLM):
     of a plain model, since text advances all axes together.
     """
 
-    other_parts = ("visual.", "model.visual.")
+    other_parts: ClassVar[tuple[str, ...]] = ("visual.", "model.visual.")
 
     def locate(self, name: str) -> Target | None:
         """The parameter for a published name, old (`model.`) or new (`model.language_model.`)."""
         return super().locate(name.removeprefix("model.").removeprefix("language_model."))
 
     @staticmethod
-    def text_config(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str]:
+    def text_config(raw: Mapping[str, Any], where: str, has_axes: bool = False) -> tuple[dict[str, Any], str]:
         """What a config.json says of the language model, and where: early files have no `text_config`. Whether the
-        embeddings are the head stands in either place.
+        embeddings are the head stands in either place. has_axes: whether its positions have three axes.
         """
         inner = raw if raw.get("text_config") is None else sub_config(raw, "text_config", where)
         is_tied = bool(raw.get("tie_word_embeddings") or inner.get("tie_word_embeddings"))
         text = {**inner, "architectures": raw.get("architectures"), "tie_word_embeddings": is_tied}
-        for key in ("rope_parameters", "rope_scaling"):
+        for key in () if has_axes else ("rope_parameters", "rope_scaling"):
             if isinstance(text.get(key), Mapping):
                 text[key] = {k: v for k, v in text[key].items() if not k.startswith("mrope_")}
         return text, where if inner is raw else f"{where}: text_config"

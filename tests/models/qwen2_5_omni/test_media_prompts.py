@@ -22,9 +22,9 @@ from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.errors import ConfigError
 from vllm_omni.media.video_input import picked_frames
-from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptReader
-from vllm_omni.models.qwen2_5_omni.vision import VisionSettings
+from vllm_omni.models.qwen2_5_omni.prompt_reader import VIDEO_TOKENS, OmniPromptReader
 from vllm_omni.worker.ar.media_prompt import MediaPrompt
+from vllm_omni.worker.ar.media_reading.vision import VisionSettings
 
 FACTOR = 8
 VIDEO_SIZE = {"shortest_edge": 128 * FACTOR**2, "longest_edge": 768 * FACTOR**2}  # tokens, as published for factor 28
@@ -326,7 +326,7 @@ def test_frames_are_picked_as_the_reference_does(num_frames: int, source_fps: fl
 @needs("transformers", "5.23", "it states the published size")
 def test_a_video_keeps_the_published_size_of_frames(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "patch_size": 14}))
-    video = VisionSettings.of(tmp_path).video
+    video = VisionSettings.of(tmp_path, VIDEO_TOKENS).video
     size = Qwen2_5OmniProcessor.videos_kwargs["size"]
     assert (video.min_pixels, video.max_pixels) == (size["shortest_edge"], size["longest_edge"])
 

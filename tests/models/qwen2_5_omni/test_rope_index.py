@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.speech import SPECIAL, meta_thinker
 
-from vllm_omni.models.qwen2_5_omni.positions import MediaClock, MediaSpan, rope_index
+from vllm_omni.worker.ar.media_reading.spans import MediaClock, MediaSpan, rope_index
 
 CLOCK = MediaClock(25, 2.0)
 MERGE = 2

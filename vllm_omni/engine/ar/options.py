@@ -80,6 +80,8 @@ class AROptions:
 
     part: str | None = None  # which model of a checkpoint that holds several; None where it is one model
     task: Literal["generate", "encode"] = "generate"  # write tokens, or only compute states
+    # whether pictures and other media are read; None: where the folder holds what its model needs for that
+    reads_media: bool | None = None
     prompt: Literal["prompt", "negative_prompt"] = "prompt"  # what is read of the request where no edge brings it
     tokenizer: str | None = None  # its folder; None: the model's own, else `tokenizer` beside it
     chat_template: bool = True  # whether strings become a user message in the tokenizer's template, where it has one

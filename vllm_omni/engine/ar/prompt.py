@@ -11,9 +11,18 @@ from typing import Any, cast
 from vllm_omni.engine.ar.chat.truncation import ChatCutter, Side, cut_tokens
 from vllm_omni.engine.ar.options import SIDES, AROptions
 from vllm_omni.engine.ar.prompt_rows import check_not_dropped
+from vllm_omni.engine.ar.source_images import source_images, with_images
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.errors import InvalidRequestError, ResourceError
-from vllm_omni.media.messages import as_texts, has_media, is_messages, num_chars
+from vllm_omni.media.messages import (
+    MediaPart,
+    as_texts,
+    has_media,
+    is_messages,
+    media_parts,
+    num_chars,
+    without_sources,
+)
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.request import Messages, OmniRequest, Prompt
 from vllm_omni.utils.checks import brief
@@ -152,8 +161,11 @@ class ARInput:
         side = _side(fields)
         if self._reader is not None:
             self._reader.check_request(request)
+            images = source_images(self._options, request)
+            if images:
+                return self._planned(*with_images(prompt, images), request, fields)
             if is_messages(prompt) and has_media(prompt):
-                return self._planned(prompt, request, fields)
+                return self._planned(prompt, media_parts(prompt), request, fields)
         if is_messages(prompt):
             self._check_chars(prompt)
             prompt = as_texts(prompt)
@@ -178,14 +190,16 @@ class ARInput:
         room, limit = self._room(len(media.token_ids), params)
         return PreparedPrompt(list(media.token_ids), 0, room, limit, media)
 
-    def _planned(self, messages: Messages, request: OmniRequest, fields: Mapping[str, Any]) -> PlannedPrompt:
+    def _planned(
+        self, messages: Messages, parts: Sequence[MediaPart], request: OmniRequest, fields: Mapping[str, Any]
+    ) -> PlannedPrompt:
         assert self._reader is not None
         if self._options.pad_prompt_to is not None:
             raise InvalidRequestError("messages: got media, expected text: the stage pads prompts (pad_prompt_to)")
         self._check_chars(messages, Chat.of(messages, fields))
         if TRUNCATES in fields:
             raise InvalidRequestError(f"{TRUNCATES}: got it with media, which are never cut; leave it out")
-        plan = self._reader.plan(messages, request)
+        plan = self._reader.plan(Chat.of(without_sources(messages), fields), parts, request)
         self._check_length(plan.num_tokens)
         return PlannedPrompt(plan)
 

@@ -15,6 +15,8 @@ def describe_prompt_rows(options: AROptions) -> list[str]:
     said: list[str] = []
     if options.prompt_template is not None:
         said.append(f"prompts in prompt_template, the states of its first {options.num_dropped_tokens} tokens dropped")
+    if options.prompt_template is not None and options.prompt_template.images is not None:
+        said.append("the request's pictures before their words")
     if options.pad_prompt_to is not None:
         said.append(f"prompts padded to {options.pad_prompt_to} rows, pads have states")
     return said

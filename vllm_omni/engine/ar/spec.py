@@ -48,7 +48,7 @@ class ARSpec(StageSpec):
     def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> ARSpec:
         options: AROptions = stage.options
         folder = model_folder(stage, folders, "the folder of a language model")
-        model = LanguageModelFolder.open(folder, options.part, options.rope_scaling, stage.variant)
+        model = LanguageModelFolder.open(folder, options.part, options.rope_scaling, stage.variant, options.reads_media)
         row = model.name if model.name in registry.names(TABLE) else DEFAULT_ROW
         spec: type[ARSpec] = registry.resolve(TABLE, row)
         described = spec(stage, config, folders, model)

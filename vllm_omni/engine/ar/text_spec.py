@@ -14,6 +14,7 @@ from vllm_omni.engine.ar.generation_defaults import FILE, generation_defaults
 from vllm_omni.engine.ar.no_tokenizer import NoTokenizer
 from vllm_omni.engine.ar.prompt import ARInput, PlannedPrompt, Prepared, PreparedPrompt, prompt_keys, read_prompt
 from vllm_omni.engine.ar.prompt_rows import check_prompt_rows, describe_prompt_rows
+from vllm_omni.engine.ar.source_images import IMAGE, source_images
 from vllm_omni.engine.ar.spec import ARSpec
 from vllm_omni.engine.ar.tapped_states import POSITIONS
 from vllm_omni.engine.ar.text_stage import TextStage
@@ -21,11 +22,12 @@ from vllm_omni.engine.ar.tokenizer import TextProcessor, find_tokenizer
 from vllm_omni.engine.base import EngineContext, ReadPorts
 from vllm_omni.engine.lora import LoRASource, loras_of
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.media.messages import has_media, is_messages
 from vllm_omni.messages import StageTask
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.payload import PortSpec, StageSignature, TensorSpec
 from vllm_omni.payload import TextSpec as TextPort
-from vllm_omni.request import OmniRequest
+from vllm_omni.request import OmniRequest, Prompt
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
 from vllm_omni.worker.ar.model_runner import ModelRunner
@@ -55,6 +57,10 @@ class TextSpec(ARSpec):
         if self._reader_class is not None:
             self.request_keys = self._reader_class.request_keys
             self.input_media = self._reader_class.input_media
+        template = self.options.prompt_template
+        self._images = None if template is None else template.images
+        if self._images is not None:
+            self.request_keys, self.media_keys = self.request_keys | {IMAGE}, self.media_keys | {IMAGE}
         self._reads_request = self.options.prompt == "prompt" and "prompt" not in stage.inputs
         if self._reads_request:
             self.request_keys |= prompt_keys(self.options)
@@ -111,9 +117,9 @@ class TextSpec(ARSpec):
                 self._processor.close()
 
     def cache_key(self, task: StageTask) -> str | None:
-        if self.can_write or self._reader_class is not None:  # media have no content that could be compared here
-            return None
         prompt = read_prompt(self.options, task.request, task.inputs)
+        if self.can_write or self._holds_media(prompt, task.request):  # media have no content that is compared here
+            return None
         content = prompt if isinstance(prompt, str) else [dict(x) if isinstance(x, Mapping) else int(x) for x in prompt]
         stage, folder = self.stage, str(self.model.folder.resolve())
         said = {key: task.request.fields.get(key) for key in sorted(self.request_keys)}
@@ -170,8 +176,13 @@ class TextSpec(ARSpec):
     def _input(self) -> ARInput:
         make, limits = self._reader_class, self.limits
         self._processor.start()
-        reader = None if make is None else make(self.model.folder, self._processor.encode, limits)
+        area = None if self._images is None else self._images.image_area
+        reader = None if make is None else make(self.model.folder, self._processor.encode, limits, area)
         return ARInput(self.options, self._processor, self.ar_limits, reader, self._reads_request)
+
+    def _holds_media(self, prompt: Prompt, request: OmniRequest) -> bool:
+        """Whether it is about more than words."""
+        return bool(source_images(self.options, request)) or (is_messages(prompt) and has_media(prompt))
 
     def _checked_params(self, params: StageParams, reads: ReadPorts) -> SamplingParams:
         if not self.can_write:  # it samples nothing; the other parameters are meant for other stages
@@ -204,6 +215,12 @@ class TextSpec(ARSpec):
             raise ConfigError(f"defaults: got {list(stage.defaults)}, but task encode samples nothing; remove it")
         if options.generation_config != "read" and not options.can_write:
             raise ConfigError("generation_config: task encode samples nothing; remove it")
+        if self._images is not None and "image" not in self.input_media:
+            raise ConfigError(
+                f"prompt_template.images: got it, but the model in {self.model.folder} reads text alone, expected one "
+                "with the weights of its vision encoder and the settings of its processor; remove the key, or set "
+                "reads_media: true to see what is missing"
+            )
         if self._reader_class is not None and POSITIONS in (*options.outputs, *options.sections):
             raise ConfigError(f"outputs: got {POSITIONS}, which the stage gives by itself; choose another name")
 

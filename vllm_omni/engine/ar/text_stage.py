@@ -43,7 +43,7 @@ class TextStage(ARStage):
 
     def preparation(self, task: StageTask) -> Callable[[Stop], Prepared] | None:
         if task.prepared is None:  # chat templates are foreign code, and long texts take long
-            return lambda stop: self._brought(task)
+            return partial(self._brought, task)
         if isinstance(task.prepared, PlannedPrompt):
             return partial(self._input.read, task.prepared, _params(task))
         return None
@@ -76,13 +76,17 @@ class TextStage(ARStage):
         states = TappedStates(sequences[0], self._ports, self._reads, self._runner, media, dropped)
         return TextJob(task, prompt, sequences, samples, states, media, options.sections)
 
-    def _brought(self, task: StageTask) -> Prepared:
-        """What an edge brings, as tokens; StageError, with the name of the stage whose words they are."""
+    def _brought(self, task: StageTask, stop: Stop) -> Prepared:
+        """What an edge brings, as tokens; StageError, with the name of the stage whose words they are. Pictures of the
+        request are read with it.
+        """
+        params = _params(task)
         try:
-            return self._input.prepare(task.inputs["prompt"], task.request, _params(task))
+            prepared = self._input.prepare(task.inputs["prompt"], task.request, params)
         except InvalidRequestError as error:
             source = self._spec.stage.edges["prompt"].source
             raise StageError(f"cannot read what {source} gave: {error}") from error
+        return self._input.read(prepared, params, stop) if isinstance(prepared, PlannedPrompt) else prepared
 
     def _make_sample(
         self, sequence: Sequence, params: SamplingParams, stop: StopRules, index: int, prompt: PreparedPrompt

@@ -77,6 +77,7 @@ class Talker(nn.Module):
     """
 
     prompt_reader = None  # it reads no prompt: states alone
+    text_only = None
     other_parts = ()
     is_capturable = False  # it is fed rows in every step
 

@@ -56,6 +56,7 @@ class Thinker(nn.Module):
     """The thinker of one folder."""
 
     prompt_reader = OmniPromptReader
+    text_only = None
     other_parts = ()
     is_capturable = True
 
@@ -94,7 +95,9 @@ class Thinker(nn.Module):
     def locate(self, name: str) -> Target | None:
         """The parameter for a published name."""
         name = name.removeprefix("thinker.")
-        if name.startswith(("visual.", "audio_tower.")):
+        if name.startswith("visual."):
+            return Target(f"encoders.visual.encoder.{name.removeprefix('visual.')}")
+        if name.startswith("audio_tower."):
             return Target(f"encoders.{name}")
         if name.startswith("lm_head."):
             return Target(name)

@@ -76,6 +76,7 @@ class LanguageModel(Protocol):
     """A decoder-only model over a paged KV cache, loadable by `layers.weights`."""
 
     prompt_reader: ClassVar[type[PromptReader[Any]] | None]  # None for a model that reads text alone
+    text_only: ClassVar[type | None]  # the same model without what reads media; None where there is none
     other_parts: ClassVar[tuple[str, ...]]  # how published names begin that belong to other models of the folder
     # Whether a step of single tokens that are ids alone computes by the shapes of its tensors, whatever stands in them,
     # so that it may be captured in a graph.
@@ -127,9 +128,11 @@ class LanguageModelFolder:
         part: str | None = None,
         rope_scaling: Mapping[str, Any] | None = None,
         weights_variant: str | None = None,
+        reads_media: bool | None = None,
     ) -> LanguageModelFolder:
         """ConfigError for anything that the model class does not support, and for weights that are not there in the
-        variant; CheckpointError for a missing file. rope_scaling: in the place of the file's own.
+        variant; CheckpointError for a missing file. rope_scaling: in the place of the file's own. reads_media: None for
+        what the folder holds the weights and settings for.
         """
         if weights_variant is not None:
             check_variant(weights_variant, {folder.name: variants_in(folder)}, folder)
@@ -137,7 +140,7 @@ class LanguageModelFolder:
         raw = read_json(where)
         name = registered_name(raw, str(where), part, folder)
         raw["architectures"] = [name.partition(".")[0]]
-        found = registry.resolve("language model", name)
+        found = _model_class(name, folder, weights_variant, reads_media)
         with reading(str(where)):
             config: LanguageModelConfig = found.read_config(raw, str(where))
             if rope_scaling is not None:
@@ -196,6 +199,36 @@ class LanguageModelFolder:
     def _tensor_prefix(self) -> str:
         """How the published names of the part's tensors begin."""
         return f"{self.part}." if self.part else ""
+
+
+def _model_class(name: str, folder: Path, variant: str | None, reads_media: bool | None) -> Any:
+    """The registered class, or the one for text alone where no media are to be read, or could be."""
+    found = registry.resolve("language model", name)
+    if found.text_only is None:
+        can_read = found.prompt_reader is not None
+        if reads_media not in (None, can_read):
+            raise ConfigError(f"reads_media: got {reads_media}, but {name} reads {_read(can_read)}; remove the key")
+        return found
+    if reads_media is False:
+        return found.text_only
+    lacking = _lacking(found, folder, variant)
+    if lacking is not None and reads_media:
+        raise ConfigError(f"reads_media: got True, but {folder} has {lacking}; complete the folder, or remove the key")
+    return found if lacking is None else found.text_only
+
+
+def _read(can_read: bool) -> str:
+    return "media in any case" if can_read else "text alone"
+
+
+def _lacking(found: Any, folder: Path, variant: str | None) -> str | None:
+    """What of a checkpoint is not there that reading media needs."""
+    if not found.prompt_reader.has_settings(folder):
+        return "no settings of its processors (preprocessor_config.json), also not in `processor` beside it"
+    encoders = found.text_only.other_parts
+    if not any(name.startswith(encoders) for name in tensor_files(folder, variant=variant)):
+        return f"no weights whose names begin with {' or '.join(encoders)}"
+    return None
 
 
 def model_class(raw_config: Mapping[str, Any], where: str, part: str | None = None) -> Any:

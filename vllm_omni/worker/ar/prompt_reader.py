@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 from vllm_omni.config.schema import LimitsConfig
-from vllm_omni.request import Messages, OmniRequest
+from vllm_omni.media.messages import MediaPart
+from vllm_omni.request import OmniRequest
 from vllm_omni.worker.ar.chat import Chat
 from vllm_omni.worker.ar.media_prompt import MediaPrompt
+from vllm_omni.worker.ar.media_reading.vision import ImageArea
 from vllm_omni.worker.background import Stop
 
 Encode = Callable[[Chat], list[int]]  # the tokenizer of the checkpoint, with its chat template
@@ -37,12 +39,21 @@ class PromptReader(ABC, Generic[Plan]):
     request_keys: ClassVar[frozenset[str]] = frozenset()  # the keys of `OmniRequest.fields` that it reads
 
     @abstractmethod
-    def __init__(self, folder: Path, encode: Encode, limits: LimitsConfig) -> None:
-        """Reads the configuration of the checkpoint in `folder`; ConfigError, CheckpointError."""
+    def __init__(self, folder: Path, encode: Encode, limits: LimitsConfig, image_area: ImageArea | None = None) -> None:
+        """Reads the configuration of the checkpoint in `folder`; ConfigError, CheckpointError. image_area: what
+        pictures are resized to before the checkpoint's own way of resizing them.
+        """
+
+    @classmethod
+    def has_settings(cls, folder: Path) -> bool:
+        """Whether the checkpoint says how its media are prepared; without that its model reads text alone."""
+        return True
 
     @abstractmethod
-    def plan(self, messages: Messages, request: OmniRequest) -> Plan:
-        """Tokenises and measures, from headers alone; InvalidRequestError for what they show to be wrong."""
+    def plan(self, chat: Chat, parts: Sequence[MediaPart], request: OmniRequest) -> Plan:
+        """Tokenises and measures, from headers alone; InvalidRequestError for what they show to be wrong. chat: with
+        media as bare parts (`without_sources`), which `parts` are, in order.
+        """
 
     @abstractmethod
     def read(self, plan: Plan, stop: Stop) -> MediaPrompt:

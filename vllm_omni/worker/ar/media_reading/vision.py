@@ -23,7 +23,26 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3
 MAX_ASPECT_RATIO = 200
-VIDEO_TOKENS = (128, 768)  # of a frame; of Qwen2.5-Omni's processor, which reads them from no file
+IMAGE_PIXELS = (56 * 56, 28 * 28 * 1280)  # of a picture, where no file says it: transformers'
+VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)  # of a frame
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageArea:
+    """A size that pictures are brought to before the checkpoint's own processor resizes them: about as many pixels in
+    all, in about the shape that they had. The rule is that of diffusers' QwenImageEditPlusPipeline.
+    """
+
+    area: int  # pixels
+    multiple: int  # of which both sides are
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        ratio = width / height
+        new_width = math.sqrt(self.area * ratio)
+        new_height = new_width / ratio
+        sides = [max(1, round(side / self.multiple)) * self.multiple for side in (new_height, new_width)]
+        return sides[0], sides[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,24 +115,30 @@ class VisionSettings:
         return FrameSettings(self.video.temporal_patch_size, self.min_frames, self.max_frames, self.video.fit)
 
     @classmethod
-    def of(cls, folder: Path) -> VisionSettings:
+    def of(cls, folder: Path, video_tokens: tuple[int, int] | None = None) -> VisionSettings:
         """ConfigError for a way of processing that is not known here, CheckpointError for a file that is missing or
-        holds something else.
+        holds something else. video_tokens: the fewest and the most of a frame, of a processor that reads them from no
+        file.
         """
         with reading(f"{folder}: the settings of its image and video processors"):
-            return cls._of(folder)
+            image = _section(folder, "image_processor", ("preprocessor_config.json",))
+            video = _section(folder, "video_processor", ("video_preprocessor_config.json", "preprocessor_config.json"))
+            token_pixels = _grid(video, folder).factor ** 2
+            pixels = None if video_tokens is None else (video_tokens[0] * token_pixels, video_tokens[1] * token_pixels)
+            return cls(
+                image=_grid(image, folder, _pixels(image, IMAGE_PIXELS)),
+                video=_grid(video, folder, pixels or _pixels(video, VIDEO_PIXELS)),
+                min_frames=int(video.get("min_frames", 4)),
+                max_frames=int(video.get("max_frames", 768)),
+            )
 
-    @classmethod
-    def _of(cls, folder: Path) -> VisionSettings:
-        image = _section(folder, "image_processor", ("preprocessor_config.json",))
-        video = _section(folder, "video_processor", ("video_preprocessor_config.json", "preprocessor_config.json"))
-        token_pixels = _grid(video, folder).factor ** 2
-        return cls(
-            image=_grid(image, folder, _pixels(image)),
-            video=_grid(video, folder, (VIDEO_TOKENS[0] * token_pixels, VIDEO_TOKENS[1] * token_pixels)),
-            min_frames=int(video.get("min_frames", 4)),
-            max_frames=int(video.get("max_frames", 768)),
-        )
+
+def find_processor(model_folder: Path) -> Path | None:
+    """The folder with the settings of a checkpoint's processors: its own, else `processor` beside it (as diffusers lays
+    it out); None where neither has any.
+    """
+    folders = (model_folder, model_folder.parent / "processor")
+    return next((folder for folder in folders if any((folder / name).is_file() for name in PROCESSOR_FILES)), None)
 
 
 def _section(folder: Path, name: str, files: tuple[str, ...]) -> Mapping[str, Any]:
@@ -145,8 +170,8 @@ def _grid(section: Mapping[str, Any], folder: Path, pixels: tuple[int, int] = (1
     )
 
 
-def _pixels(section: Mapping[str, Any]) -> tuple[int, int]:
+def _pixels(section: Mapping[str, Any], usual: tuple[int, int]) -> tuple[int, int]:
     size = section.get("size") or {}
-    least = section.get("min_pixels") or size.get("shortest_edge") or 56 * 56
-    most = section.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+    least = section.get("min_pixels") or size.get("shortest_edge") or usual[0]
+    most = section.get("max_pixels") or size.get("longest_edge") or usual[1]
     return int(least), int(most)

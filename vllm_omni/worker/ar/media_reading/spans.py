@@ -1,6 +1,7 @@
 """How one image, audio or video lies among the tokens, and the positions (time, height, width) of a whole prompt.
 
-The layout and the numbers are those of Qwen2.5-Omni (arXiv:2503.20215, section 2.2, "TMRoPE").
+The layout and the numbers are those of Qwen2-VL (arXiv:2409.12191, section 2.1, "M-RoPE"), with a clock as Qwen2.5-VL
+has it, and with sounds as Qwen2.5-Omni has them (arXiv:2503.20215, section 2.2, "TMRoPE"). Knows no checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class MediaClock:
     """How time becomes positions."""
 
     positions_per_second: int  # steps of the time axis
-    seconds_per_chunk: float  # how much of a video stands before the sound track of the same seconds
+    seconds_per_chunk: float = 1.0  # how much of a video stands before the sound track of the same seconds
 
     @property
     def positions_per_chunk(self) -> int:

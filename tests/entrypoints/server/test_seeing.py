@@ -1,0 +1,91 @@
+"""A server of a model that sees: a chat with a picture in it, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+from openai import OpenAI
+from support.media import image_bytes, picture
+from support.seeing import Reference, save_tiny_vl, user
+from support.server import ServerProcess
+
+PIXELS = picture(24, 40)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_vl(tmp_path_factory.mktemp("seeing") / "model")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServerProcess]:
+    stage = {"kind": "ar", "model": str(folder), "task": "generate", "dtype": "float32"}
+    config = folder.parent / "seeing.yaml"
+    config.write_text(
+        yaml.safe_dump({"name": "seeing", "stages": {"text": stage}, "outputs": ["text"], "limits": {"max_images": 1}})
+    )
+    with ServerProcess([f"seeing={config}"]) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> OpenAI:
+    return OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=120)
+
+
+def image_part(content: bytes) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(content).decode()}"}}
+
+
+def messages(*parts: Any) -> Any:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+def test_a_chat_with_a_picture_is_answered_as_by_the_reference(client: OpenAI, folder: Path) -> None:
+    reference = Reference(folder)
+    expected, _ = reference.write(user("See ", PIXELS, " what?"), 6)
+    answer = client.chat.completions.create(
+        model="seeing",
+        messages=messages("See ", image_part(image_bytes(PIXELS)), " what?"),
+        max_tokens=6,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    assert answer.choices[0].message.content == reference.processor.tokenizer.decode(expected, skip_special_tokens=True)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == reference.inputs(user("See ", PIXELS, " what?"))["input_ids"].shape[1]
+
+
+def test_the_list_of_models_says_that_it_sees(server: ServerProcess) -> None:
+    (model,) = server.get("/v1/models").json()["data"]
+    assert set(model["input_modalities"]) == {"text", "image", "video"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "complaint"),
+    [
+        ([image_part(image_bytes(PIXELS))] * 2, "got 2 images, expected at most 1"),
+        ([image_part(b"none")], "no whole image"),
+        ([{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}], "got audio, which this model"),
+    ],
+)
+def test_what_it_cannot_read_is_refused(parts: Any, complaint: str, client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=complaint):
+        client.chat.completions.create(model="seeing", messages=messages(*parts))
+
+
+def test_a_damaged_picture_ends_its_own_request(client: OpenAI, server: ServerProcess) -> None:
+    body = {"model": "seeing", "messages": messages(image_part(image_bytes(PIXELS)[:-60]), "?"), "max_tokens": 2}
+    answer = httpx.post(f"{server.base_url}/chat/completions", json=body, timeout=60)
+    assert answer.is_error
+    assert "damaged or truncated" in answer.text
+    server.wait_until_idle()
+    client.chat.completions.create(model="seeing", messages=messages("Hello"), max_tokens=2)

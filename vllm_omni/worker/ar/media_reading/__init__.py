@@ -1,0 +1,1 @@
+"""Messages with pictures, videos and sounds -> a MediaPrompt, as Qwen2-VL and its kin read them."""
