@@ -96,8 +96,8 @@ class DiffusionParams(StageParams):
     seed: int | None = None  # (one that is drawn for the request, see OmniOutput.seed)
     num_outputs: int | None = None  # (1) samples
     num_previews: int | None = None  # (0) pictures of each running sample, for who streams
-    # how far a picture may leave `image`: 1 ignores it, and where it leaves no step to compute it is refused (0.6, with
-    # a mask 1)
+    # how far a picture may leave `image`: 1 ignores it, and where it leaves no step to compute it is refused (the
+    # model's own: mostly 0.6, with a mask 1)
     strength: float | None = None
     # what a picture starts from, or edits: a PIL image, a path, bytes, an array, or a list of them
     image: Image | Sequence[Image] | None = None

@@ -1,4 +1,4 @@
-"""A FLUX.2 [klein] checkpoint with every part, run by its path alone, against diffusers' pipeline on the same folder."""
+"""A FLUX.2 [klein] checkpoint with every part, run by its path alone, against the pipeline of diffusers on the same."""
 
 from __future__ import annotations
 
