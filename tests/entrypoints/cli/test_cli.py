@@ -33,7 +33,9 @@ from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
 
 register_toys()
 
-NO_FLAGS = dict.fromkeys(["seed", "steps", "height", "width", "guidance", "max_tokens", "temperature", "n", "lora"])
+NO_FLAGS = dict.fromkeys(
+    ["seed", "steps", "height", "width", "guidance", "num_frames", "fps", "max_tokens", "temperature", "n", "lora"]
+)
 STATES = TensorSpec(("T", 8))
 RELAY = StageSignature(inputs=dict.fromkeys("abcd", STATES), outputs={"out": STATES}, results=frozenset({"out"}))
 
@@ -397,8 +399,8 @@ def test_tensors_go_to_safetensors_in_a_folder(tmp_path: Path) -> None:
 def test_an_output_name_that_cannot_hold_the_answer_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"-o: got 'x\.gif', expected a folder or a file"):
-        OutputFiles("x.gif")
+    with pytest.raises(ConfigError, match=r"-o: got 'x\.bmp', expected a folder or a file"):
+        OutputFiles("x.bmp")
     for kind, name in (("an image", "x.png"), ("audio", "x.wav")):
         with pytest.raises(ConfigError, match=f"{name}', but no answer holds {kind}; give a folder for all kinds"):
             OutputFiles(str(tmp_path / name)).write([output(0, "words")])
