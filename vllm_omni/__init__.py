@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_omni.entrypoints.async_omni import AsyncOmni
     from vllm_omni.entrypoints.omni import Omni
+    from vllm_omni.entrypoints.state_file import read_state
     from vllm_omni.media.audio import Audio
     from vllm_omni.params import DiffusionParams, SamplingParams
     from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus, create_text_request
@@ -24,6 +25,7 @@ _HOMES = {
     "RequestStatus": "vllm_omni.request",
     "SamplingParams": "vllm_omni.params",
     "create_text_request": "vllm_omni.request",
+    "read_state": "vllm_omni.entrypoints.state_file",
 }
 __all__ = [
     "AsyncOmni",
@@ -35,6 +37,7 @@ __all__ = [
     "RequestStatus",
     "SamplingParams",
     "create_text_request",
+    "read_state",
 ]
 
 

@@ -6,8 +6,9 @@ stage's `part`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,10 +18,12 @@ from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpe
 from vllm_omni.engine.diffusion.checks import check_counts, check_previews, check_readers, diffusion_params, with_fields
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.weights_digest import weights_digest
 from vllm_omni.params import DiffusionParams, StageParams, layered
 from vllm_omni.registry import names, resolve
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import did_you_mean
+from vllm_omni.utils.device import resolve_device
 from vllm_omni.utils.files import ModelFolders, read_json
 from vllm_omni.utils.precision import Precision
 from vllm_omni.utils.variants import check_variant, variants_in
@@ -114,6 +117,17 @@ class DiffusionSpec(StageSpec):
             if name in self.defaults and name not in self.stage.defaults
         ]
         return "; ".join(filter(None, [self.model.note(), f"defaults: {', '.join(said)}" if said else ""]))
+
+    def fingerprint(self) -> Mapping[str, Any] | None:
+        """Not of a model that reads an input chunk by chunk."""
+        if self.signature.streamed_inputs:
+            return None
+        return {
+            "weights": weights_digest(self.folder, self.model.weight_folders, self.stage.variant),
+            "precision": self.precision.name,
+            "device": resolve_device(self.stage.device).type,
+            "cache": {"policy": "none", **self.options.cache},
+        }
 
     def load(self, context: EngineContext) -> DiffusionEngine:
         from vllm_omni.engine.diffusion.engine import DiffusionEngine

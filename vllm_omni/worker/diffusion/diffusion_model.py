@@ -24,6 +24,7 @@ from vllm_omni.payload import StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import check_number
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
+from vllm_omni.worker.diffusion.sampler_state import restore_sampler, sampler_state
 from vllm_omni.worker.published_dtype import dtype_of_folders
 
 
@@ -93,6 +94,19 @@ class Trajectory(ABC):
         some of it is known beforehand, as what a mask keeps.
         """
         return latents
+
+    def state(self) -> Mapping[str, Any]:
+        """All that changes on it from step to step: tensors, numbers and lists of them by name. Of its sampler alone by
+        default; one that keeps more (an average over steps) adds that here and in `restore`. StageError where it cannot
+        be said.
+        """
+        return sampler_state(self.sampler)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Makes a fresh trajectory what another of the same request was at `state`; InvalidRequestError where that does
+        not fit it.
+        """
+        restore_sampler(self.sampler, state, self.latent_shape, len(self.sampler.timesteps))
 
     def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
         """What the latents will be at the end, judged by this step (counted from `start`) alone: `latents` before it,

@@ -37,6 +37,7 @@ class DiffusionState:
     num_reused: int = 0  # rows of steps that a step cache served
     pieces: list[Tensor] = field(default_factory=list)  # decoded so far; `decoder` gives the rest
     decoder: Iterator[Tensor] | None = None
+    kept_caches: dict[str, RowCache] = field(default_factory=dict)  # of a resumed sample, by branch, until it runs
 
     @property
     def key(self) -> str:
@@ -155,6 +156,12 @@ class DiffusionRunner:
         """The most that the step cache of one sample may ever hold."""
         return 0 if self.policy.computes_all else self.policy.row_bytes(trajectory.num_tokens, self.model.token_bytes)
 
+    def caches_of(self, state: DiffusionState) -> dict[str, RowCache]:
+        """The step caches of a sample by branch, as they are between two steps."""
+        rows = {branch: Row(state, branch) for branch in state.trajectory.conditions}
+        found = {branch: self.caches.peek(row.cache_key) for branch, row in rows.items()}
+        return {**state.kept_caches, **{branch: cache for branch, cache in found.items() if cache is not None}}
+
     def _through_blocks(self, tokens: TokenBatch, rows: Sequence[Row]) -> tuple[TokenBatch, list[CachedStep]]:
         """The batch behind the last block, and what the step caches saw of it, in packed order."""
         if self.policy.computes_all:
@@ -196,8 +203,10 @@ class DiffusionRunner:
         return tokens, signals
 
     def _cache_of(self, row: Row) -> RowCache:
-        """The row's step cache; a fresh one at its first step."""
+        """The row's step cache; at its first step here the one that it was resumed with, or a fresh one."""
         cache: RowCache | None = self.caches.get_cache(row.cache_key)
+        if cache is None:
+            cache = row.state.kept_caches.get(row.branch)
         return self.policy.new_row(row.state.num_steps) if cache is None else cache
 
 
