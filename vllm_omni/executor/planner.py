@@ -30,8 +30,8 @@ class RequestPlanner:
 
     def plan(self, request: OmniRequest) -> RequestPlan:
         """Resolves parameters, asks every stage that the request needs, and sums the job's size."""
-        self._check_params(request)
         check_saved(request, self._pipeline)
+        self._check_params(request)
         outputs = self._outputs_of(request)
         params = {name: _resolve(request, spec) for name, spec in self._specs.items()}
         demand = self._graph.demand(lambda stage: self._needed_inputs(stage, request, params[stage]), outputs)

@@ -70,9 +70,9 @@ def run_or_save(
             if part.finished:
                 return part
             steps = {stage: part.progress[stage] for stage in able if stage in part.progress}
-            num_done = max((progress.step for progress in steps.values()), default=0)
-            is_due = args.stop_after_steps is not None and num_done >= args.stop_after_steps
-            if num_done and (is_due or interrupted.is_set()):
+            unfinished = [progress.step for progress in steps.values() if progress.step < progress.num_steps]
+            is_due = args.stop_after_steps is not None and max(unfinished, default=0) >= args.stop_after_steps
+            if unfinished and (is_due or interrupted.is_set()):
                 omni.save_state(part.request_id, args.save_state)
                 where = ", ".join(f"{stage} {each.step}/{each.num_steps}" for stage, each in steps.items())
                 say(f"saved {args.save_state} ({where}); go on with: vllm-omni resume {args.save_state}", args.quiet)
