@@ -1,4 +1,4 @@
-"""A picture that is stopped after any step and goes on in another process is, to the bit, the one that was not stopped."""
+"""A picture that is stopped after any step and goes on in another process is, to the bit, what it would have been."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -334,7 +335,7 @@ def test_a_state_that_fits_nothing_fails_alone(omni: Omni, state: Path, change: 
     request = read_state(edited(state, change))
     spoilt, good = omni.generate([request, "a large pink star"], [None, PLAIN])
     assert spoilt.error is not None and good.error is None
-    pytest.raises(type(spoilt.error), lambda: (_ for _ in ()).throw(spoilt.error)).match(words)
+    assert re.search(words, str(spoilt.error))
 
 
 def test_pictures_of_a_request_are_in_its_file_as_pixels(omni: Omni, state: Path, tmp_path: Path) -> None:

@@ -27,14 +27,13 @@ HISTORIES: Mapping[str, tuple[str, ...]] = {
         "this_order",
     ),
 }
-UNSET = {"this_order": None}  # attributes that the first step makes
 
 
 def sampler_state(sampler: object) -> dict[str, Any]:
     """StageError for a sampler of which it is not known what it keeps."""
     names = _history(sampler)
-    missing = {name: value for name, value in UNSET.items() if name in names and name not in vars(sampler)}
-    return {**missing, **take_kept(sampler, [name for name in names if name not in missing])}
+    made = [name for name in names if name in vars(sampler)]  # some are made by the first step
+    return {**dict.fromkeys(names), **take_kept(sampler, made)}
 
 
 def restore_sampler(sampler: object, state: Mapping[str, Any], latent_shape: tuple[int, ...], num_steps: int) -> None:
