@@ -233,6 +233,24 @@ def test_texts_that_are_asked_for_as_well_are_written_again(tmp_path: Path) -> N
     assert np.array_equal(pixels(again), pixels(whole))
 
 
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_a_picture_that_starts_from_another_goes_on_without_its_file(tmp_path: Path, has_mask: bool) -> None:
+    """What a request draws of the source before its noise, and what a mask keeps, are the same again."""
+    path, params = tmp_path / "state.safetensors", dataclasses.replace(PLAIN, num_outputs=2)
+    source = Image.effect_noise((128, 128), 80).convert("RGB")
+    source.save(tmp_path / "source.png")
+    prompt: dict[str, Any] = {"prompt": PROMPT, "image": tmp_path / "source.png", "strength": 0.7}
+    if has_mask:
+        prompt["mask"] = Image.linear_gradient("L").resize((128, 128))
+    with Omni("tiny_image", overrides=["image.defaults={strength: 0.9}"], progress=False) as omni:
+        (whole,) = omni.generate(prompt, params)
+        save_after(omni, path, params, 3, prompt)
+        (tmp_path / "source.png").unlink()
+        again = omni.resume(path)
+    assert np.array_equal(pixels(again), pixels(whole))
+    assert whole.metrics["image"]["steps"] == again.metrics["image"]["steps"] < 2 * STEPS
+
+
 def test_what_cannot_be_saved_is_said(omni: Omni, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match=r"got 'x\.pt', expected a name that ends in \.safetensors"):
         omni.save_state("any", "x.pt")

@@ -76,14 +76,15 @@ def test_ctrl_c_leaves_a_state() -> None:
     [
         (["--stop-after-steps", "2"], "--stop-after-steps: give --save-state FILE too"),
         (["--save-state", "x.png"], "expected a name that ends in .safetensors"),
-        (["another", "--save-state", "x.safetensors"], "--save-state: got 2 prompts, expected one"),
+        (["--prompts", "two.txt", "--save-state", "x.safetensors"], "--save-state: got 3 prompts, expected one"),
         (["--save-state", "x.safetensors", "--stop-after-steps", "0"], "--stop-after-steps: got 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_in_words(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["generate", *arguments, *PICTURE[1:]]) == 1
+    Path("two.txt").write_text("a star\na circle\n")
+    assert main([*PICTURE, *arguments]) == 1
     assert words in capsys.readouterr().err
 
 

@@ -95,7 +95,8 @@ class DiffusionSpec(StageSpec):
 
     def with_fields(self, request: OmniRequest, params: DiffusionParams) -> DiffusionParams:
         """The parameters with what the prompt's dict says beside them."""
-        given = request.params_for(self.stage.name, DiffusionParams)
+        # those of a request that was saved have their defaults filled in
+        given = DiffusionParams() if request.saved else request.params_for(self.stage.name, DiffusionParams)
         return with_fields(request, params, given, self.request_keys)
 
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
