@@ -40,12 +40,14 @@ class MemoryPlan:
     kv_pool_bytes: int = 0
     activation_bytes: int = 0
     step_cache_bytes: int = 0
+    decoding_bytes: int = 0  # of one picture at a time
     wanted_bytes: int = 0  # what it could use besides, where memory is left over; not among the total
     remark: str = ""  # what it means, for `vllm-omni check`
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_pool_bytes + self.activation_bytes + self.step_cache_bytes
+        caches = self.kv_pool_bytes + self.step_cache_bytes
+        return self.weights_bytes + caches + self.activation_bytes + self.decoding_bytes
 
 
 @dataclass(frozen=True, slots=True)

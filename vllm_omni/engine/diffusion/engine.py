@@ -55,7 +55,7 @@ class DiffusionEngine(StageEngine):
         self._kernels = kernels_of(part for part in vars(self.model).values() if isinstance(part, torch.nn.Module))
         self._caches = DiTCacheManager(context.dit_cache)
         self._encoded = EncodedImages(DiTCacheManager(max_bytes=spec.encoded_bytes), context.limits)
-        self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches)
+        self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches, spec.tiling())
         self._scheduler: StepScheduler[DiffusionState] = StepScheduler(
             spec.options.max_batch_tokens, spec.options.max_batch_size, self._caches
         )
@@ -183,6 +183,7 @@ class DiffusionEngine(StageEngine):
             generator = torch.Generator().manual_seed(sample_seed(job.seed, output))
             noise = trajectory.noise(generator).to(self._device)
             state = DiffusionState(job.request_id, job.num_parts, job.params, trajectory, noise, generator)
+            state.tile = self.runner.tile_of(noise)
             if job.saved is not None:
                 restore_sample(state, job.saved.running[output], self.runner.policy)
             if not state.is_done:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vllm_omni.config.builder import build
 from vllm_omni.core.diffusion.caches.base import StepCachePolicy
 from vllm_omni.errors import ConfigError
 from vllm_omni.registry import names, resolve
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
+
+VAETiling = Literal["auto", "never", "always"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class DiTOptions:
     cache: Mapping[str, Any] = field(default_factory=dict)  # policy ("none") and the policy's own keys
     max_batch_tokens: int = 4096
     max_batch_size: int = 64
+    vae_tiling: VAETiling = "auto"  # whether pictures are decoded in tiles: auto: those that memory asks it of
 
     def __post_init__(self) -> None:
         if self.part is not None and not isinstance(self.part, str):

@@ -7,6 +7,7 @@ stage's `part`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.core.diffusion.dit_cache_manager import MEGABYTE, budget_bytes
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.engine.diffusion.checks import check_counts, check_previews, check_readers, diffusion_params, with_fields
+from vllm_omni.engine.diffusion.decoding_memory import DecodingMemory
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.weights_digest import weights_digest
@@ -29,6 +31,7 @@ from vllm_omni.utils.precision import Precision
 from vllm_omni.utils.variants import check_variant, variants_in
 from vllm_omni.worker.architecture import named_architectures
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec
+from vllm_omni.worker.diffusion.tiling import Tiling
 
 if TYPE_CHECKING:
     from vllm_omni.engine.diffusion.engine import DiffusionEngine
@@ -54,6 +57,8 @@ class DiffusionSpec(StageSpec):
         if stage.variant is not None:
             parts = {part.name: variants_in(part) for part in self.model.weight_folders}
             check_variant(stage.variant, parts, self.folder)
+        if self.options.vae_tiling == "always" and self.model.decoding_size(torch.float32) is None:
+            raise ConfigError("vae_tiling: got 'always', but this model decodes nothing in tiles; leave it out")
         self.signature = self.model.signature
         self.request_keys, self.media_keys = self.model.request_keys, self.model.media_keys
         self.defaults = layered(stage.defaults, self.model.defaults)
@@ -78,13 +83,28 @@ class DiffusionSpec(StageSpec):
         return True
 
     def plan_memory(self) -> MemoryPlan:
-        dtype = self.precision.dtype
+        dtype, decoding = self.precision.dtype, self._decoding
         return MemoryPlan(
             weights_bytes=self.model.weights_bytes(dtype, self.precision.quantization),
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
             step_cache_bytes=self.encoded_bytes
             + (0 if self.options.policy == "none" else budget_bytes(self._dit_cache)),
+            decoding_bytes=decoding.num_bytes,
+            wanted_bytes=decoding.wanted_bytes,
+            remark=decoding.remark(),
         )
+
+    def grant_memory(self, num_bytes: int) -> None:
+        self._decoding.grant(num_bytes)
+
+    def tiling(self) -> Tiling | None:
+        """How it decodes pictures; None for a model whose decoder bounds its memory itself."""
+        return self._decoding.tiling()
+
+    @cached_property
+    def _decoding(self) -> DecodingMemory:
+        size = self.model.decoding_size(self.precision.dtype)
+        return DecodingMemory(self.options.vae_tiling, size, self.limits.max_pixels)
 
     def weights_key(self) -> tuple[str, ...]:
         return (self.stage.kind, str(self.folder.resolve()), self.options.part or "", self.stage.variant or "")

@@ -25,6 +25,7 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import check_number
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 from vllm_omni.worker.diffusion.sampler_state import restore_sampler, sampler_state
+from vllm_omni.worker.diffusion.tiling import DecodingSize
 from vllm_omni.worker.published_dtype import dtype_of_folders
 
 
@@ -159,6 +160,12 @@ class DiffusionModelSpec(ABC):
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Activation bytes of one token at the widest moment of a block."""
 
+    def decoding_size(self, dtype: torch.dtype) -> DecodingSize | None:
+        """What decoding a picture takes, so that large ones can be decoded in tiles (`DiffusionModel.decode_pixels`).
+        None for a model that cannot, and for one whose decoder bounds its memory itself.
+        """
+        return None
+
     @abstractmethod
     def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> DiffusionModel:
         """The model, its checkpoint read. quantization: "int8", where it can be."""
@@ -245,6 +252,12 @@ class DiffusionModel(ABC):
         """The result piece by piece, in order; each is computed when it is asked for. A picture is one piece. kept: the
         trajectory's; where it is not everything, only chunks make it so (see `streamed_input`).
         """
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """[C, h, w], of a picture or of a part of one -> [3, H, W] float32, 0 to 1 being what can be shown. Only where
+        the spec has a `decoding_size`.
+        """
+        raise StageError(f"{type(self).__name__} decodes nothing in tiles")
 
     def preview(self, latents: Tensor) -> Tensor:
         """A picture [H, W, 3] uint8 of what a trajectory's `estimate` gave, at a fraction of what `decode` costs and as

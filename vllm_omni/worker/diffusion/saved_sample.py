@@ -16,8 +16,9 @@ from vllm_omni.errors import InvalidRequestError
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.utils.kept import on_device
 from vllm_omni.worker.diffusion.diffusion_runner import DiffusionState
+from vllm_omni.worker.diffusion.tiling import MIN_TILE, OVERLAP
 
-KEYS = frozenset({"step", "num_reused", "latents", "generator", "trajectory", "caches"})
+KEYS = frozenset({"step", "num_reused", "latents", "generator", "trajectory", "caches", "tile"})
 
 
 def sample_content(state: DiffusionState, caches: Mapping[str, RowCache]) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def sample_content(state: DiffusionState, caches: Mapping[str, RowCache]) -> dic
         "generator": state.generator.get_state(),
         "trajectory": dict(state.trajectory.state()),
         "caches": {branch: cache.state() for branch, cache in caches.items()},
+        "tile": state.tile,
     }
 
 
@@ -44,6 +46,7 @@ def restore_sample(state: DiffusionState, content: object, policy: StepCachePoli
     state.latents = _latents(content["latents"], state.latents).to(device)
     _set_generator(state.generator, content["generator"])
     state.trajectory.restore(_mapping("trajectory", content["trajectory"], device))
+    state.tile = _tile(content["tile"], state.tile)
     state.step, state.num_reused = step, content["num_reused"]
     for branch, kept in _mapping("caches", content["caches"], device).items():
         if branch not in state.trajectory.conditions or policy.computes_all:
@@ -59,6 +62,19 @@ def _latents(saved: object, fresh: Tensor) -> Tensor:
     if not isinstance(saved, Tensor) or saved.shape != fresh.shape or saved.dtype != fresh.dtype:
         got = f"{saved.dtype} {list(saved.shape)}" if isinstance(saved, Tensor) else brief(saved)
         raise InvalidRequestError(f"latents: got {got}, expected {fresh.dtype} {list(fresh.shape)}")
+    return saved
+
+
+def _tile(saved: object, planned: int | None) -> int | None:
+    """The saved one, where it takes no more memory than what is planned here."""
+    if saved is None and planned is None:
+        return None
+    if type(saved) is not int or saved < MIN_TILE or saved % OVERLAP or (planned is not None and saved > planned):
+        tiles = "whole" if planned is None else f"in tiles of at most {planned} latents"
+        raise InvalidRequestError(
+            f"tile: got {brief(saved)}, but such pictures are decoded {tiles} here; give the stage as much memory "
+            "as it had (resources.max_memory_gb), and the same vae_tiling"
+        )
     return saved
 
 
