@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from math import isqrt
 
-from vllm_omni.engine.diffusion.options import VAETiling
 from vllm_omni.worker.diffusion.tiling import DecodingSize, Tiling
 
 MANY = 2**15  # latents of a side
 
 
 class DecodingMemory:
-    """Of one stage. size: of its decoder; None for one that bounds its memory itself. max_pixels: of a picture."""
+    """Of one stage. size: of its decoder; None for one that bounds its memory itself. max_pixels: of a picture.
+    mode: the stage's `vae_tiling`.
+    """
 
-    def __init__(self, mode: VAETiling, size: DecodingSize | None, max_pixels: int) -> None:
+    def __init__(self, mode: str, size: DecodingSize | None, max_pixels: int) -> None:
         self._mode = mode
         self._size = size
         self._whole_bytes = 0 if size is None else max_pixels * size.pixel_bytes

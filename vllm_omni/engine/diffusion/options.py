@@ -12,8 +12,6 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.registry import names, resolve
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
 
-VAETiling = Literal["auto", "never", "always"]
-
 
 @dataclass(frozen=True, slots=True)
 class DiTOptions:
@@ -23,7 +21,9 @@ class DiTOptions:
     cache: Mapping[str, Any] = field(default_factory=dict)  # policy ("none") and the policy's own keys
     max_batch_tokens: int = 4096
     max_batch_size: int = 64
-    vae_tiling: VAETiling = "auto"  # whether pictures are decoded in tiles: auto: those that memory asks it of
+    vae_tiling: Literal["auto", "never", "always"] = (
+        "auto"  # whether pictures are decoded in tiles: auto: those that memory asks it of
+    )
 
     def __post_init__(self) -> None:
         if self.part is not None and not isinstance(self.part, str):
