@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_omni import AsyncOmni, DiffusionParams, Omni, OmniOutput, SamplingParams, read_state, registry
+from vllm_omni import AsyncOmni, DiffusionParams, Omni, OmniOutput, SamplingParams, read_state
 from vllm_omni.entrypoints.state_file import KIND
 from vllm_omni.errors import InvalidRequestError, SchedulerError
 from vllm_omni.request import RequestStatus
@@ -28,17 +28,13 @@ ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle left of a blue square"
 STEPS = 8
 PLAIN = DiffusionParams(seed=7, num_inference_steps=STEPS)
-# what a policy needs to reuse steps of a picture of eight; the other registered ones run with their defaults
+# step caches with what each needs to reuse steps of a picture of eight
 KEYS: Mapping[str, Mapping[str, Any]] = {"first_block": {"threshold": 0.3}, "taylorseer": {"interval": 3}}
 CASES: dict[str, tuple[str, DiffusionParams]] = {
     "plain": ("none", PLAIN),
     "guided": ("none", dataclasses.replace(PLAIN, guidance_scale=3.0, negative_prompt="blue")),
     "three": ("none", dataclasses.replace(PLAIN, num_outputs=3, height=64, width=96)),
-    **{
-        policy: (policy, dataclasses.replace(PLAIN, guidance_scale=2.0))
-        for policy in registry.names("step cache")
-        if policy != "none"
-    },
+    **{policy: (policy, dataclasses.replace(PLAIN, guidance_scale=2.0)) for policy in KEYS},
 }
 RESUME = """
 import json, sys
@@ -56,7 +52,7 @@ for folder, overrides in json.loads(sys.argv[1]):
 
 
 def overrides(policy: str) -> list[str]:
-    return [f"image.cache={json.dumps({'policy': policy, **KEYS.get(policy, {})})}"] if policy != "none" else []
+    return [f"image.cache={json.dumps({'policy': policy, **KEYS[policy]})}"] if policy != "none" else []
 
 
 def steps_of(params: DiffusionParams) -> range:

@@ -21,9 +21,8 @@ class DiTOptions:
     cache: Mapping[str, Any] = field(default_factory=dict)  # policy ("none") and the policy's own keys
     max_batch_tokens: int = 4096
     max_batch_size: int = 64
-    vae_tiling: Literal["auto", "never", "always"] = (
-        "auto"  # whether pictures are decoded in tiles: auto: those that memory asks it of
-    )
+    # which pictures are decoded in tiles; auto: those that memory does not suffice for
+    vae_tiling: Literal["auto", "never", "always"] = "auto"
 
     def __post_init__(self) -> None:
         if self.part is not None and not isinstance(self.part, str):

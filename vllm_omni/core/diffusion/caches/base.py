@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from vllm_omni.errors import CacheError
 from vllm_omni.utils.kept import put_kept, take_kept
 
 Signal = Literal["none", "lead_residual", "modulated_input"]
@@ -25,10 +26,15 @@ class RowCache(ABC):
     once per step, after the whole step has succeeded. signal: [L, D], or None where the policy asks for none.
     """
 
-    kept: ClassVar[tuple[str, ...]]  # all attributes that change from step to step: tensors, numbers and lists of them
+    # all attributes that change from step to step: tensors, numbers and lists of them; empty: its state is not saved
+    kept: ClassVar[tuple[str, ...]] = ()
 
     def state(self) -> dict[str, Any]:
-        """What a row of the same policy must be given to go on from here, in this process or another."""
+        """What a row of the same policy must be given to go on from here, in this process or another. CacheError where
+        that cannot be said.
+        """
+        if not self.kept:
+            raise CacheError(f"the state of a {type(self).__name__} cannot be saved; choose another cache.policy")
         return take_kept(self, self.kept)
 
     def restore(self, state: Mapping[str, Any]) -> None:
