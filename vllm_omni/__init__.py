@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_omni.entrypoints.async_omni import AsyncOmni
     from vllm_omni.entrypoints.omni import Omni
+    from vllm_omni.entrypoints.state_file import read_state
     from vllm_omni.lora import LoRA
     from vllm_omni.media.audio import Audio
     from vllm_omni.media.video import Video
@@ -28,6 +29,7 @@ _HOMES = {
     "SamplingParams": "vllm_omni.params",
     "Video": "vllm_omni.media.video",
     "create_text_request": "vllm_omni.request",
+    "read_state": "vllm_omni.entrypoints.state_file",
 }
 __all__ = [
     "AsyncOmni",
@@ -41,6 +43,7 @@ __all__ = [
     "SamplingParams",
     "Video",
     "create_text_request",
+    "read_state",
 ]
 
 

@@ -29,6 +29,7 @@ class StageTask:
     inputs: Mapping[str, Any] = field(default_factory=dict)  # complete, but of a streamed port its first chunk alone:
     # from the scheduler a RowRange, to the engine the StreamChunk that its host has cut
     prepared: Any = None  # what the stage's `StageSpec.check` made of the request
+    saved: Mapping[str, Any] | None = None  # what `StageEngine.save_state` gave of this task: it goes on from there
 
     @property
     def request_id(self) -> str:

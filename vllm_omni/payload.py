@@ -107,6 +107,14 @@ class StreamChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedStage:
+    """A stage's task on its way, enough for the same stage to go on with it in another process."""
+
+    fingerprint: Mapping[str, Any]  # of `StageSpec.fingerprint`
+    content: Mapping[str, Any]  # of `StageEngine.save_state`; of a file not checked yet
+
+
+@dataclass(frozen=True, slots=True)
 class StagePayload:
     """What a stage made of one request; its tensors pass by reference in one process, so nobody may write into them."""
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.output import Completion, OmniOutput, Progress, RequestStatus, StageResult
 from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
+from vllm_omni.payload import SavedStage
 from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.plain import as_dict, as_json, as_list, as_number, is_array
 
@@ -63,6 +64,7 @@ class OmniRequest:
     # further inputs by name (`lyrics`, `audio`, ...), each checked by a stage that reads it (StageSpec.request_keys);
     # None is as if it were not there
     fields: Mapping[str, Any] = field(default_factory=dict)
+    saved: Mapping[str, SavedStage] = field(default_factory=dict)  # stages that go on from where they were saved
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not 0 < len(self.request_id) <= MAX_ID_LENGTH:

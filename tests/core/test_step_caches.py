@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
@@ -10,10 +12,10 @@ from hypothesis import strategies as st
 
 from vllm_omni import registry
 from vllm_omni.core.diffusion.caches.base import RowCache, StepCachePolicy
-from vllm_omni.core.diffusion.caches.first_block import FirstBlockCache, FirstBlockOptions
+from vllm_omni.core.diffusion.caches.first_block import FirstBlockCache, FirstBlockOptions, FirstBlockRow
 from vllm_omni.core.diffusion.caches.none import NoCache, NoCacheOptions
 from vllm_omni.core.diffusion.caches.taylorseer import TaylorSeer, TaylorSeerOptions
-from vllm_omni.errors import CacheError, ConfigError
+from vllm_omni.errors import CacheError, ConfigError, InvalidRequestError
 
 
 def first_block(threshold: float = 0.08) -> RowCache:
@@ -149,3 +151,50 @@ def test_every_policy_names_its_reference_and_has_defaults(name: str) -> None:
 def test_options_out_of_bounds_are_refused(options: object, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         options()  # type: ignore[operator]
+
+
+ROWS = (
+    lambda: first_block(0.3),
+    lambda: TaylorSeer(TaylorSeerOptions(interval=3, warmup_steps=2, order=2)).new_row(10),
+)
+
+
+@pytest.mark.parametrize("new_row", ROWS)
+def test_a_row_that_is_given_the_state_of_another_goes_on_as_that(new_row: Callable[[], RowCache]) -> None:
+    """From every step on: the same decisions and predictions."""
+    tensors = [torch.randn(4, 3, generator=torch.Generator().manual_seed(step)) for step in range(10)]
+    signals = [1 + 0.01 * tensor for tensor in tensors]
+    for start in range(10):
+        rows = [new_row(), new_row()]
+        for step in range(10):
+            if step == start:
+                rows[1].restore(rows[0].state())
+            decisions = [decision(row, step, signals[step]) for row in rows if step >= start or row is rows[0]]
+            assert all(each == decisions[0] for each in decisions)
+            for row in rows[: len(decisions)]:
+                is_reused, measured = decisions[0]
+                if is_reused:
+                    assert torch.equal(row.predict(step), rows[0].predict(step))
+                    row.note_reuse(step, signals[step], measured)
+                else:
+                    row.update(step, signals[step], measured, tensors[step])
+
+
+def test_a_state_that_is_of_no_such_row_is_refused() -> None:
+    row = first_block()
+    for state in (
+        {},
+        {"_lead": None},
+        {"_lead": "x", "_rest": None, "_scale": 0.0},
+        {**row.state(), "_threshold": 9.0},
+    ):
+        with pytest.raises(InvalidRequestError):
+            row.restore(state)
+
+
+def test_a_row_that_does_not_say_what_it_keeps_cannot_be_saved() -> None:
+    class Silent(FirstBlockRow):
+        kept = ()
+
+    with pytest.raises(CacheError, match="the state of a Silent cannot be saved"):
+        Silent(0.1).state()

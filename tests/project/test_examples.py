@@ -49,6 +49,14 @@ def test_previews_stand_in_a_row_before_the_picture_and_progress_ends_at_all(tmp
     assert picture(tmp_path / "row.png").size == (4 * (PICTURE[0] + 4) - 4, PICTURE[1])
 
 
+def test_a_picture_goes_on_later_to_what_it_would_have_been(tmp_path: Path) -> None:
+    succeed("text_to_image.py", "a large pink star", "--steps", "6", "--seed", "0", "-o", "whole.png", folder=tmp_path)
+    begun = succeed("resume.py", "a large pink star", "--steps", "6", "-o", "star.png", folder=tmp_path)
+    assert "star.safetensors: stopped after 3 of 6 steps" in begun and not (tmp_path / "star.png").exists()
+    assert "star.png: 3 of 6 steps were left" in succeed("resume.py", "-o", "star.png", folder=tmp_path)
+    assert picture(tmp_path / "star.png").tobytes() == picture(tmp_path / "whole.png").tobytes()
+
+
 def test_loose_words_are_shown_token_by_token_before_the_picture(tmp_path: Path) -> None:
     shown = succeed("loose_words_to_image.py", "-o", "out.png", folder=tmp_path)
     words = re.findall(r"writer  step \d+ of at most 48  (.*)", shown)

@@ -41,13 +41,14 @@ class MemoryPlan:
     activation_bytes: int = 0
     step_cache_bytes: int = 0
     adapter_bytes: int = 0  # of LoRA adapters
+    decoding_bytes: int = 0  # of one picture at a time
     wanted_bytes: int = 0  # what it could use besides, where memory is left over; not among the total
     remark: str = ""  # what it means, for `vllm-omni check`
 
     @property
     def total_bytes(self) -> int:
         caches = self.kv_pool_bytes + self.step_cache_bytes + self.adapter_bytes
-        return self.weights_bytes + self.activation_bytes + caches
+        return self.weights_bytes + caches + self.activation_bytes + self.decoding_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,12 @@ class StageSpec(ABC):
         """Rough seconds-like size of the task for shortest-job-first; only the order matters. prepared: of `check`."""
         return 1.0
 
+    def fingerprint(self) -> Mapping[str, Any] | None:
+        """What a saved task of this stage must find the same to go on to the same result: plain values by name. None
+        where its tasks cannot be saved.
+        """
+        return None
+
     def close(self) -> None:
         """Ends what the spec has started beside itself, as the pipeline is shut down; it could be started again."""
 
@@ -221,6 +228,12 @@ class StageEngine(ABC):
     def partial_result(self, request_id: str) -> StagePayload | None:
         """What a task has made so far of what a caller gets, as its payload would hold it: texts without a finish
         reason, finished pictures, the beginning of audio. None where that is nothing. Changes nothing.
+        """
+        return None
+
+    def save_state(self, request_id: str) -> Mapping[str, Any] | None:
+        """What of a task on its way is needed to go on with it in another process (`StageTask.saved`): plain values and
+        tensors, which nobody writes into. None where that is nothing yet, or where the stage cannot. Changes nothing.
         """
         return None
 

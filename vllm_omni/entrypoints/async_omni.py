@@ -7,6 +7,7 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm_omni.core.routing.request_state import RequestPosition
 from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeline
 from vllm_omni.entrypoints.loop_thread import LoopThread
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request
+from vllm_omni.entrypoints.state_file import read_state, state_path, write_state
 from vllm_omni.errors import RequestTimeoutError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
@@ -87,6 +89,18 @@ class AsyncOmni:
     def abort(self, request_id: str) -> None:
         """Ends a request ABORTED, between two steps; an unknown or finished one is left alone. From any thread."""
         self._loop.abort(request_id)
+
+    async def save_state(self, request_id: str, path: str | Path) -> None:
+        """As `Omni.save_state`, between two steps and while the request goes on; `abort` it then to stop it. Of
+        `generate` as of `stream`.
+        """
+        target = state_path(path)
+        request = await asyncio.wrap_future(self._loop.run(lambda executor: executor.save_state(request_id)))
+        await asyncio.to_thread(write_state, target, request, self._config.name, self._config.limits)
+
+    async def resume(self, path: str | Path) -> OmniOutput:
+        """As `Omni.resume`; `stream(read_state(path))` gives partial outputs too."""
+        return await self.generate(await asyncio.to_thread(read_state, path))
 
     async def shutdown(self, drain: bool = True) -> None:
         """Takes no more requests, lets the admitted ones finish (or aborts them without `drain`), frees all stages."""

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm_omni.config.schema import OmniConfig
 from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeline
 from vllm_omni.entrypoints.progress import LoadingBar, ProgressBar
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, pair, rejected
+from vllm_omni.entrypoints.state_file import read_state, state_path, write_state
 from vllm_omni.entrypoints.turn import Turn
 from vllm_omni.errors import QueueFullError, SchedulerError
 from vllm_omni.executor.omni_executor import OmniExecutor
@@ -109,6 +111,24 @@ class Omni:
             yield request
             return
         yield from self._run([request], stream=True)
+
+    def save_state(self, request_id: str, path: str | Path) -> None:
+        """Writes a request that denoises to a `.safetensors` file from which `resume` goes on, in another process too,
+        to the bit as if it had never stopped. Between two outputs of `stream`; the request itself goes on, until its
+        stream is closed. InvalidRequestError for a request of which nothing can be saved now, and where the file cannot
+        be written.
+        """
+        target = state_path(path)
+        with self._turn.take():
+            request = self._executor.save_state(request_id)
+        write_state(target, request, self._config.name, self._config.limits)
+
+    def resume(self, path: str | Path) -> OmniOutput:
+        """The final output of a request that `save_state` wrote, on the same config. `stream(read_state(path))` gives
+        its partial outputs too. InvalidRequestError for a file that is none; what is wrong otherwise, as that it was
+        saved on another config, stands in the output's `error`.
+        """
+        return self.generate(read_state(path))[0]
 
     def get_status(self) -> dict[str, Any]:
         """Gauges: requests that wait and run, tasks by stage."""

@@ -59,6 +59,10 @@ class StageExecutor(ABC):
         """As StageEngine.partial_result; None where the engine does not answer in time."""
 
     @abstractmethod
+    def save_state(self, request_id: str) -> Mapping[str, Any] | None:
+        """As StageEngine.save_state; StageError where the engine does not answer in time."""
+
+    @abstractmethod
     def poll(self) -> list[StageEvent]:
         """Events since the last poll; an inline executor runs one engine step here."""
 

@@ -50,6 +50,9 @@ class InlineExecutor(StageExecutor):
     def partial_result(self, request_id: str) -> StagePayload | None:
         return self._started.partial_result(request_id)
 
+    def save_state(self, request_id: str) -> Mapping[str, Any] | None:
+        return self._started.save_state(request_id)
+
     def poll(self) -> list[StageEvent]:
         engine = self._started
         return engine.step() if engine.activity() is Activity.BUSY else []

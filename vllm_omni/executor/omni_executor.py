@@ -19,12 +19,13 @@ from vllm_omni.core.routing.request_state import RequestEnd, RequestPosition
 from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.engine.boundary import as_stage_error, clear_frames, describe, stage_boundary
 from vllm_omni.engine.output import PartialOutputs, make_output, unfinished_result
-from vllm_omni.errors import OmniError, SchedulerError, StageError
+from vllm_omni.errors import InvalidRequestError, OmniError, SchedulerError, StageError
 from vllm_omni.executor.edge_traffic import EdgeTraffic
 from vllm_omni.executor.loading_step import LoadingStep, OnLoading, announce
 from vllm_omni.executor.memory import plan_memory, reserve_memory
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.planner import RequestPlanner
+from vllm_omni.executor.saving import resumable
 from vllm_omni.executor.stage_builder import StageBuilder
 from vllm_omni.executor.stage_host import StageHost
 from vllm_omni.executor.wake import Wake
@@ -42,7 +43,7 @@ from vllm_omni.messages import (
     StageTask,
 )
 from vllm_omni.request import OmniOutput, OmniRequest, StageResult
-from vllm_omni.utils.checks import check_number
+from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.device import set_threads
 from vllm_omni.worker.background import Background
 
@@ -136,6 +137,17 @@ class OmniExecutor:
         """Ends a request at once; its final output is the next `take_outputs`'. Unknown or finished ones are fine."""
         self._scheduler.abort(request_id)
         self._finish_ended()
+
+    def save_state(self, request_id: str) -> OmniRequest:
+        """A request that goes on from where this one is, in this process or another; this one goes on as well.
+        InvalidRequestError where it does not run, or nothing of it can be saved now.
+        """
+        found = self._scheduler.running_plan(request_id)
+        if found is None:
+            raise InvalidRequestError(f"request_id: got {brief(request_id)}, expected that of a request that runs")
+        saved = resumable(*found, self._pipeline, self._hosts)
+        self._planner.plan(saved)  # which says now what could not go on later
+        return saved
 
     def set_caller_behind(self, request_id: str, is_behind: bool) -> None:
         """Holds the writers of a stream back while its partial outputs pile up unread."""

@@ -11,6 +11,7 @@ from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.engine.lora import loras_of
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.executor.saving import check_saved
 from vllm_omni.messages import StageTask
 from vllm_omni.params import DiffusionParams, SamplingParams, StageParams, draw_seed
 from vllm_omni.request import PROMPT_KEYS, OmniRequest
@@ -23,18 +24,21 @@ class RequestPlanner:
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
         self._graph = pipeline.graph
         self._specs = pipeline.specs
         self._reads = pipeline.reads
 
     def plan(self, request: OmniRequest) -> RequestPlan:
         """Resolves parameters, asks every stage that the request needs, and sums the job's size."""
+        check_saved(request, self._pipeline)
         self._check_params(request)
         outputs = self._outputs_of(request)
         params = {name: _resolve(request, spec) for name, spec in self._specs.items()}
         demand = self._graph.demand(lambda stage: self._needed_inputs(stage, request, params[stage]), outputs)
-        self._check_fields(request, demand)
-        self._check_params_are_read(request, demand)
+        if not request.saved:  # else some of what it was given has been read
+            self._check_fields(request, demand)
+            self._check_params_are_read(request, demand)
         words = _with_negative_defaults(request, {name: params[name] for name in demand})
         stages: dict[str, StagePlan] = {}
         job_size, request_seed = 0.0, _request_seed(request)
@@ -46,12 +50,14 @@ class RequestPlanner:
                 asked = request if isinstance(params[name], DiffusionParams) else words
                 prepared = spec.check(asked, params[name], self._reads[name])
                 job_size += _checked_size(name, spec.job_size(request, params[name], prepared))
+            saved = request.saved.get(name)
             stages[name] = StagePlan(
                 params[name],
                 tuple(edge for edge in self._graph.edges_into(name) if edge.target_port in ports),
-                self._graph.signatures[name].required_inputs,
+                frozenset() if saved else self._graph.signatures[name].required_inputs,
                 prepared,
                 seed,
+                saved.content if saved else None,
                 _guarded_cache_key(spec, asked),
             )
         return RequestPlan(stages, kept_ports(self._graph, outputs), outputs, job_size)
@@ -116,6 +122,9 @@ class RequestPlanner:
                 )
 
     def _needed_inputs(self, name: str, request: OmniRequest, params: StageParams) -> frozenset[str]:
+        """Of a stage that goes on none: what it was given is saved with it."""
+        if name in request.saved:
+            return frozenset()
         with stage_boundary(name):
             return self._specs[name].needed_inputs(request, params)
 

@@ -194,6 +194,13 @@ class StageHost:
         except Exception:
             return None
 
+    def save_state(self, request_id: str) -> Mapping[str, Any] | None:
+        """What of a task is needed to go on with it later; None where it is not here, or that is nothing. StageError
+        where the engine cannot say.
+        """
+        with stage_boundary(self.name):
+            return self.executor.save_state(request_id) if request_id in self.tasks else None
+
     def abort(self, request_id: str) -> None:
         """Drops a task and the rows that are kept for it; unknown ones are fine."""
         if self._end(request_id):

@@ -24,6 +24,7 @@ from vllm_omni.worker.background import Background
 T = TypeVar("T")
 ANSWER_S = 0.1  # the most that the loop waits for the end of a step, to be told something
 CHECK_S = 2.0  # ... to be told whether all is well
+SAVE_S = 30.0  # ... to be told what a task has come to, which a step of a large model keeps waiting
 SHUTDOWN_S = 10.0  # ... to leave no thread behind
 
 
@@ -94,6 +95,12 @@ class ThreadExecutor(StageExecutor):
             return self._ask(lambda engine: engine.partial_result(request_id))
         except TimeoutError:
             return None
+
+    def save_state(self, request_id: str) -> Mapping[str, Any] | None:
+        try:
+            return self._ask(lambda engine: engine.save_state(request_id), SAVE_S)
+        except TimeoutError as error:
+            raise StageError(f"{error}; save again after the next step") from error
 
     def poll(self) -> list[StageEvent]:
         with self._changed:

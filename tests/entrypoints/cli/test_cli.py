@@ -104,7 +104,7 @@ def test_check_shows_graph_ports_and_memory(toy_file: str, capsys: pytest.Captur
         "source out states [T, 4] -> loud.states, => tensor",
         "loud in text text <- source.text",
         "loud out text text => result",
-        "source 3.0 MiB 1.0 MiB 0.5 MiB - 4.5 MiB",
+        "source 3.0 MiB 1.0 MiB 0.5 MiB - - 4.5 MiB",
         "prompt embeddings 64.0 MiB",
         "all 73.0 MiB",
     ):

@@ -60,6 +60,11 @@ class DiTCacheManager:
         self._entries.move_to_end(key)
         return entry.value
 
+    def peek(self, key: Hashable) -> Any | None:
+        """As `get_cache`, but a look that counts as none."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry.value
+
     def set_cache(
         self, key: Hashable, value: Any, num_bytes: int | None = None, *, owner: Hashable | None = None
     ) -> bool:

@@ -232,6 +232,11 @@ class OmniScheduler:
             return RequestPosition(RequestStatus.WAITING, num_ahead=waiting.index(request_id))
         return None
 
+    def running_plan(self, request_id: str) -> tuple[OmniRequest, RequestPlan] | None:
+        """A request that runs, and how it uses the stages; None for any other."""
+        state = self._requests.running.get(request_id)
+        return None if state is None else (state.request, state.plan)
+
     def get_status(self) -> dict[str, Any]:
         """Gauges; safe to call from another thread."""
         return {
@@ -310,7 +315,8 @@ class OmniScheduler:
         cached: its inputs are not complete yet, or its rows are not kept.
         """
         plan = state.plan.stages[stage]
-        task = StageTask(state.request, stage, plan.seeded_params, state.launch(stage, now), plan.prepared)
+        inputs = state.launch(stage, now)
+        task = StageTask(state.request, stage, plan.seeded_params, inputs, plan.prepared, plan.saved)
         try:
             key = None if state.streams.touches(stage) else plan.cache_key(task)
         except OmniError as error:

@@ -5,6 +5,7 @@ one. Where a model takes an input chunk by chunk, every chunk is a state of its 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vllm_omni.engine.boundary import as_stage_error, clear_frames, made_so_far
 from vllm_omni.engine.diffusion.arrivals import Arrival, ArrivalQueue
 from vllm_omni.engine.diffusion.checks import PARAM_KEYS, diffusion_params
 from vllm_omni.engine.diffusion.job import DiffusionJob
+from vllm_omni.engine.diffusion.saved_job import SavedJob, job_content
 from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.engine.lora import AdapterDesk, loras_of
 from vllm_omni.errors import StageError
@@ -38,6 +40,7 @@ from vllm_omni.utils.device import is_out_of_memory, release_memory
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
 from vllm_omni.worker.diffusion.diffusion_runner import DiffusionRunner, DiffusionState
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
+from vllm_omni.worker.diffusion.saved_sample import restore_sample
 
 
 class DiffusionEngine(StageEngine):
@@ -56,7 +59,7 @@ class DiffusionEngine(StageEngine):
         self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, key, self.model.adapted())
         self._caches = DiTCacheManager(context.dit_cache)
         self._encoded = EncodedImages(DiTCacheManager(max_bytes=spec.encoded_bytes), context.limits)
-        self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches)
+        self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches, spec.tiling())
         self._scheduler: StepScheduler[DiffusionState] = StepScheduler(
             spec.options.max_batch_tokens, spec.options.max_batch_size, self._caches
         )
@@ -69,7 +72,11 @@ class DiffusionEngine(StageEngine):
     def submit(self, task: StageTask) -> None:
         params, port = self.spec.with_fields(task.request, diffusion_params(task.params)), self.model.streamed_input
         fields = {key: task.request.fields.get(key) for key in self.spec.request_keys - PARAM_KEYS}
-        inputs = {**{name: value for name, value in task.inputs.items() if name != port}, **fields}
+        saved = None
+        if task.saved is not None:
+            saved = SavedJob.read(task.saved, self.spec.signature, params.num_outputs or 1, self._device)
+        given = task.inputs if saved is None else saved.inputs
+        inputs = {**{name: value for name, value in given.items() if name != port}, **fields}
         job = self._jobs[task.request_id] = DiffusionJob(
             task=task,
             params=params,
@@ -77,12 +84,21 @@ class DiffusionEngine(StageEngine):
             inputs=inputs,
             is_heavy=self.model.is_heavy(inputs, params),
             is_complete=port is None,
+            saved=saved,
         )
         loras = loras_of(params)
         if self._desk is not None and loras:
             self._desk.queue(task.request_id, loras)
             job.lacks_adapters = True
+        if saved is not None:
+            saved.begin(job)
         self._arrivals.add(Arrival(job, None if port is None else task.inputs.get(port)))
+
+    def save_state(self, request_id: str) -> Mapping[str, Any] | None:
+        job = self._jobs.get(request_id)
+        if job is None or not job.running:
+            return None
+        return job_content(job, self.spec.signature, self.runner)
 
     def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
         """Chunks for a task that is no longer here are dropped: it may have failed while they were on their way."""
@@ -182,15 +198,28 @@ class DiffusionEngine(StageEngine):
             self._fail(job.request_id, error)
 
     def _begin_parts(self, job: DiffusionJob, prepared: Any) -> None:
-        """A state per output; a chunk goes on with the noise of the one output there is."""
+        """A state per output; a chunk goes on with the noise of the one output there is. Of a task that was saved, a
+        state per output that was on its way, as it was.
+        """
         for output in range(job.num_outputs):
+            if job.saved is not None and output not in job.saved.running:
+                job.num_parts += 1
+                continue
             trajectory = self.model.trajectory(prepared, job.params)
             generator = torch.Generator().manual_seed(sample_seed(job.seed, output))
             noise = trajectory.noise(generator).to(self._device)
             state = DiffusionState(job.request_id, job.num_parts, job.params, trajectory, noise, generator)
             state.adapters = self._adapters(job.request_id)
-            self._scheduler.add(state.key, state, trajectory.num_tokens, self.runner.cache_bytes(trajectory))
+            state.tile = self.runner.tile_of(noise)
+            if job.saved is not None:
+                restore_sample(state, job.saved.running[output], self.runner.policy)
+            if not state.is_done:
+                self._scheduler.add(state.key, state, trajectory.num_tokens, self.runner.cache_bytes(trajectory))
             job.begin(state)
+        if job.saved is not None:
+            job.num_resumed = job.progress()[0]
+            for state in [state for state in job.running.values() if state.is_done]:
+                self._leave_denoising(job, state)
 
     def _predict(self, states: list[DiffusionState]) -> list[tuple[DiffusionState, list[Tensor]]]:
         """Model outputs; when the batch fails, state by state, so that only the guilty ones fail."""
@@ -217,10 +246,13 @@ class DiffusionEngine(StageEngine):
         self._report(job, None if preview is None else job.collect(state, preview))
         if state.is_done:
             self._scheduler.remove(state.key)
-            if self.model.output_port in self._reads and job.params.output_type != "latent":
-                self._decoding.append(state)
-            else:
-                self._end_part(job, state, None)
+            self._leave_denoising(job, state)
+
+    def _leave_denoising(self, job: DiffusionJob, state: DiffusionState) -> None:
+        if self.model.output_port in self._reads and job.params.output_type != "latent":
+            self._decoding.append(state)
+        else:
+            self._end_part(job, state, None)
 
     def _decode(self, state: DiffusionState) -> None:
         """One piece, so that other requests go on and an abort is prompt."""
@@ -259,7 +291,7 @@ class DiffusionEngine(StageEngine):
         tensors = job.tensors(self.model.output_port, self._reads, self.spec.signature)
         self._drop(job.request_id)
         payload = StagePayload(job.request_id, self.spec.stage.name, tensors, self.model.meta())
-        self._events.append(StageDone(payload, {"steps": job.num_steps, "cache_hits": job.num_reused}))
+        self._events.append(StageDone(payload, job.counts()))
 
     def _drop(self, request_id: str) -> None:
         """Frees all that a task holds; unknown ones are fine."""

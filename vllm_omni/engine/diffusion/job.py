@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from vllm_omni.messages import StageTask
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, StreamChunk, TensorSpec
 from vllm_omni.worker.diffusion.diffusion_runner import DiffusionState
+
+if TYPE_CHECKING:
+    from vllm_omni.engine.diffusion.saved_job import SavedJob
 
 
 @dataclass(slots=True)
@@ -39,6 +42,8 @@ class DiffusionJob:
     outputs: dict[int, Tensor] = field(default_factory=dict)  # what is kept of finished parts
     latents: dict[int, Tensor] = field(default_factory=dict)
     previews: dict[int, dict[int, Tensor]] = field(default_factory=dict)  # by step and part, until all parts are there
+    saved: SavedJob | None = None  # where it goes on from; None for one that begins
+    num_resumed: int = 0  # steps that were done before it was saved
 
     @property
     def request_id(self) -> str:
@@ -108,6 +113,11 @@ class DiffusionJob:
             return None
         del self.previews[state.step]
         return torch.stack([found[index] for index in range(self.num_outputs)])
+
+    def counts(self) -> dict[str, int]:
+        """What a caller is told of the work, of all outputs; `resumed_steps` of these were done before it was saved."""
+        resumed = {} if self.saved is None else {"resumed_steps": self.num_resumed}
+        return {"steps": self.num_steps, "cache_hits": self.num_reused, **resumed}
 
     def tensors(self, output_port: str, reads: ReadPorts, signature: StageSignature) -> dict[str, Tensor]:
         """[outputs, ...] by port, of those that somebody reads; chunks are put together along a dimension of the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vllm_omni.config.builder import build
 from vllm_omni.config.schema import LoRAConfig
@@ -23,6 +23,8 @@ class DiTOptions:
     max_batch_tokens: int = 4096
     max_batch_size: int = 64
     lora: LoRAConfig | None = None  # the adapters that requests may use; None: none
+    # which pictures are decoded in tiles; auto: those that memory does not suffice for
+    vae_tiling: Literal["auto", "never", "always"] = "auto"
 
     def __post_init__(self) -> None:
         if self.part is not None and not isinstance(self.part, str):

@@ -6,8 +6,10 @@ stage's `part`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,19 +24,23 @@ from vllm_omni.engine.diffusion.checks import (
     diffusion_params,
     with_fields,
 )
+from vllm_omni.engine.diffusion.decoding_memory import DecodingMemory
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.engine.lora import LoRASource, loras_of
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.weights import tensor_shapes
+from vllm_omni.layers.weights_digest import weights_digest
 from vllm_omni.params import DiffusionParams, StageParams, layered
 from vllm_omni.registry import names, resolve
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import did_you_mean
+from vllm_omni.utils.device import resolve_device
 from vllm_omni.utils.files import ModelFolders, read_json
 from vllm_omni.utils.precision import Precision
 from vllm_omni.utils.variants import check_variant, variants_in
 from vllm_omni.worker.architecture import named_architectures
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec
+from vllm_omni.worker.diffusion.tiling import Tiling
 from vllm_omni.worker.lora.target import LoRATarget
 
 if TYPE_CHECKING:
@@ -61,6 +67,8 @@ class DiffusionSpec(StageSpec):
         if stage.variant is not None:
             parts = {part.name: variants_in(part) for part in self.model.weight_folders}
             check_variant(stage.variant, parts, self.folder)
+        if self.options.vae_tiling == "always" and self.model.decoding_size(torch.float32) is None:
+            raise ConfigError("vae_tiling: got 'always', but this model decodes nothing in tiles; leave it out")
         self.signature = self.model.signature
         self.request_keys, self.media_keys = self.model.request_keys, self.model.media_keys
         self.defaults = layered(stage.defaults, self.model.defaults)
@@ -87,14 +95,29 @@ class DiffusionSpec(StageSpec):
         return True
 
     def plan_memory(self) -> MemoryPlan:
-        dtype = self.precision.dtype
+        dtype, decoding = self.precision.dtype, self._decoding
         return MemoryPlan(
             weights_bytes=self.model.weights_bytes(dtype, self.precision.quantization),
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
             step_cache_bytes=self.encoded_bytes
             + (0 if self.options.policy == "none" else budget_bytes(self._dit_cache)),
             adapter_bytes=0 if self.lora is None else self.lora.max_bytes,
+            decoding_bytes=decoding.num_bytes,
+            wanted_bytes=decoding.wanted_bytes,
+            remark=decoding.remark(),
         )
+
+    def grant_memory(self, num_bytes: int) -> None:
+        self._decoding.grant(num_bytes)
+
+    def tiling(self) -> Tiling | None:
+        """How it decodes pictures; None for a model whose decoder bounds its memory itself."""
+        return self._decoding.tiling()
+
+    @cached_property
+    def _decoding(self) -> DecodingMemory:
+        size = self.model.decoding_size(self.precision.dtype)
+        return DecodingMemory(self.options.vae_tiling, size, self.limits.max_pixels)
 
     def weights_key(self) -> tuple[str, ...]:
         return (self.stage.kind, str(self.folder.resolve()), self.options.part or "", self.stage.variant or "")
@@ -105,7 +128,8 @@ class DiffusionSpec(StageSpec):
 
     def with_fields(self, request: OmniRequest, params: DiffusionParams) -> DiffusionParams:
         """The parameters with what the prompt's dict says beside them."""
-        given = request.params_for(self.stage.name, DiffusionParams)
+        # those of a request that was saved have their defaults filled in
+        given = DiffusionParams() if request.saved else request.params_for(self.stage.name, DiffusionParams)
         return with_fields(request, params, given, self.request_keys)
 
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
@@ -140,6 +164,17 @@ class DiffusionSpec(StageSpec):
     def _lora_target(self, part: str) -> LoRATarget:
         published = tensor_shapes(self.folder / part, variant=self.stage.variant)
         return LoRATarget(self.model.build_transformer(), published, self.model.lora_aliases())
+
+    def fingerprint(self) -> Mapping[str, Any] | None:
+        """Not of a model that reads an input chunk by chunk."""
+        if self.signature.streamed_inputs:
+            return None
+        return {
+            "weights": weights_digest(self.folder, self.model.weight_folders, self.stage.variant),
+            "precision": self.precision.name,
+            "device": resolve_device(self.stage.device).type,
+            "cache": {"policy": "none", **self.options.cache},
+        }
 
     def load(self, context: EngineContext) -> DiffusionEngine:
         from vllm_omni.engine.diffusion.engine import DiffusionEngine

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_omni import __version__
-from vllm_omni.entrypoints.cli import bench, check, completion, generate, info, models, serve
+from vllm_omni.entrypoints.cli import bench, check, completion, generate, info, models, resume, serve
 from vllm_omni.entrypoints.cli.console import complain
 from vllm_omni.entrypoints.cli.logs import add_verbose_option, set_up_logging
 from vllm_omni.errors import OmniError
@@ -23,6 +23,8 @@ examples:
   vllm-omni generate "a lighthouse at dusk" --model path/to/Z-Image-Turbo --steps 9 --height 1024 --width 1024
   vllm-omni generate "Why is the sky blue?" --model path/to/Qwen3-0.6B --max-tokens 200
   vllm-omni generate "a large pink star" --set image.cache.policy=first_block --set image.cache.threshold=0.1
+  vllm-omni generate "a lighthouse at dusk" --model path/to/Z-Image-Turbo --save-state dusk.safetensors
+  vllm-omni resume dusk.safetensors --model path/to/Z-Image-Turbo -o dusk.png
   vllm-omni serve --config tiny_omni --ui
   vllm-omni bench serve --mix benchmarks/mixes/omni.yaml --concurrency 32
   vllm-omni check tiny_omni
@@ -71,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     generate.add_arguments(run_prompts)
+    resume.add_arguments(commands.add_parser("resume", help="go on with a picture or a sound whose state was saved"))
     serve.add_arguments(commands.add_parser("serve", help="serve configs over HTTP, as OpenAI's API"))
     bench.add_arguments(commands.add_parser("bench", help="measure a server under load, or a config without HTTP"))
     check.add_arguments(

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_omni.entrypoints.cli.as_json import answers_as_json, print_json
+from vllm_omni.entrypoints.cli.answers import add_answer_options, hand_out
 from vllm_omni.entrypoints.cli.config_options import add_config_options
-from vllm_omni.entrypoints.cli.console import complain, say
-from vllm_omni.entrypoints.cli.interrupts import interrupts_raise
+from vllm_omni.entrypoints.cli.stopping import add_state_options, check_state_options, run_or_save
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.lora import LoRA
 from vllm_omni.params import VIDEO_FIELDS
@@ -50,13 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="X", help=f"a stage config (default: the model's, else {DEFAULT_CONFIG})")
     add_config_options(parser)
     parser.add_argument(
-        "-o",
-        "--output",
-        metavar="PATH",
-        help="image (.png .jpg .webp .avif .tiff), audio (.wav .flac .ogg .opus .mp3 .aac .pcm), video (.mp4 .webm "
-        ".gif .webp), text (.txt .json .jsonl) or folder (default: out.png, out.wav, out.mp4)",
-    )
-    parser.add_argument(
         "--input",
         action="append",
         default=[],
@@ -73,14 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mask", metavar="PATH", help="what of the picture is drawn anew: where it is white, or transparent"
     )
     parser.add_argument("--strength", type=float, help="how far the picture may be left, 0 to 1")
-    parser.add_argument(
-        "--no-prompt-metadata", action="store_true", help="files say seed, parameters and model, but not what was asked"
-    )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
     _add_param_options(parser)
-    parser.add_argument("--metrics", action="store_true", help="print what every stage did for every prompt")
-    parser.add_argument("--json", action="store_true", help="print one JSON document of answers, metrics and files")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no names of written files")
+    add_state_options(parser)
+    add_answer_options(parser)
 
 
 def _add_param_options(parser: argparse.ArgumentParser) -> None:
@@ -122,22 +110,23 @@ def run(args: argparse.Namespace) -> int:
     files.expect({name: pipeline.graph.signatures[name].results for name in pipeline.graph.result_stages})
     params = stage_params(pipeline, vars(args))
     prompts = [{"prompt": text, **inputs} for text in texts]
+    check_state_options(args, pipeline, len(prompts))
     with Omni(pipeline, progress=not args.quiet) as omni:
-        if len(prompts) == 1 and not args.json and writes_text_alone(pipeline) and sys.stdout.isatty():
+        if args.save_state is not None:
+            ended = run_or_save(omni, pipeline, prompts[0], params, args)
+            if isinstance(ended, int):
+                return ended
+            outputs = [ended]
+        elif len(prompts) == 1 and not args.json and writes_text_alone(pipeline) and sys.stdout.isatty():
             outputs = [_write_out(omni.stream(prompts[0], params))]
         else:
             outputs = omni.generate(prompts, params)
             for completion in (item for output in outputs for item in output.completions):
                 if not args.json:
                     print(completion.text)
-    _report(outputs, args)
     models = {name: stage.model for name, stage in pipeline.config.stages.items()}
     provenance = Provenance(models, inputs, says_prompt=not args.no_prompt_metadata)
-    with interrupts_raise():
-        written = files.write(outputs, texts, provenance, lambda path: say(f"wrote {path}", args.quiet))
-    if args.json:
-        print_json(answers_as_json(texts, outputs, written))
-    return int(any(output.error is not None for output in outputs))
+    return hand_out(outputs, texts, files, provenance, args)
 
 
 def prompt_texts(given: Sequence[str], file: str | None) -> list[str]:
@@ -250,14 +239,3 @@ def named_lora(text: str) -> LoRA:
         colon, number = "", 1.0
     name = name if colon else text
     return LoRA(path=name, scale=number) if "/" in name or name.endswith(".safetensors") else LoRA(name, scale=number)
-
-
-def _report(outputs: Sequence[OmniOutput], args: argparse.Namespace) -> None:
-    for index, output in enumerate(outputs):
-        if output.error is not None:
-            complain(output.error, f"prompt {index}: ")
-        if args.seed is None and output.seed is not None:
-            say(f"prompt {index}: seed {output.seed}" if len(outputs) > 1 else f"seed {output.seed}", args.quiet)
-        for stage, metrics in output.metrics.items() if args.metrics else ():
-            words = (f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in metrics.items())
-            say(f"prompt {index}  {stage}  {'  '.join(words)}")

@@ -203,12 +203,13 @@ def _notes(pipeline: Pipeline) -> list[str]:
 def _memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> list[str]:
     embeds_bytes = int(config.dit_cache.prompt_embeds_mb * MIB)
     total = sum(plan.total_bytes for plan in plans.values()) + embeds_bytes
-    rows = [("", "weights", "KV pool", "activations", "step cache", "total")]
+    rows = [("", "weights", "KV pool", "activations", "step cache", "decoding", "total")]
     for stage, plan in plans.items():
-        sizes = (plan.weights_bytes, plan.kv_pool_bytes, plan.activation_bytes, plan.step_cache_bytes, plan.total_bytes)
+        caches = (plan.activation_bytes, plan.step_cache_bytes, plan.decoding_bytes)
+        sizes = (plan.weights_bytes, plan.kv_pool_bytes, *caches, plan.total_bytes)
         rows.append((stage, *(format_bytes(size) if size else "-" for size in sizes)))  # type: ignore[arg-type]
-    rows.append(("prompt embeddings", "", "", "", "", format_bytes(embeds_bytes) if embeds_bytes else "-"))
-    rows.append(("all", "", "", "", "", format_bytes(total)))
+    rows.append(("prompt embeddings", "", "", "", "", "", format_bytes(embeds_bytes) if embeds_bytes else "-"))
+    rows.append(("all", "", "", "", "", "", format_bytes(total)))
     budget = format_bytes(int(config.max_memory_gb * GIB))
     remarks = [(stage, plan.remark) for stage, plan in plans.items() if plan.remark]
     return [

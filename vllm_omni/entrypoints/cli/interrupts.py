@@ -35,6 +35,27 @@ def interrupts_raise() -> Iterator[None]:
         signal.signal(signal.SIGINT, _exit)
 
 
+@contextmanager
+def interrupts_noted() -> Iterator[threading.Event]:
+    """Within, the first Ctrl-C sets the event, for who stops at the next step; a second one ends the process."""
+    noted = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if noted.is_set():
+            _exit(number, frame)
+        noted.set()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _exit(_number: int, _frame: FrameType | None) -> None:
     if os.isatty(2):
         os.write(2, b"\n")  # behind a progress bar

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_omni.errors import ConfigError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.models.ace_step.frames import RowCondition
+from vllm_omni.utils.checks import brief
 from vllm_omni.worker.diffusion.diffusion_model import Sampler, Trajectory
 
 MAIN, NULL, PLAIN = "main", "null", "plain"
@@ -30,16 +31,16 @@ class ProjectedGuidance:
 
     def __init__(self, scale: float) -> None:
         self._scale = scale
-        self._average: Tensor | None = None
+        self.average: Tensor | None = None  # [T, C], of the differences so far
 
     def __call__(self, main: Tensor, null: Tensor) -> Tensor:
         """[T, C] each -> main + (scale - 1) times the part of the (averaged, shortened) difference that is orthogonal
         to main.
         """
         difference = main - null
-        self._average = difference if self._average is None else difference + self.momentum * self._average
-        norm = torch.linalg.vector_norm(self._average, dim=0, keepdim=True)
-        shortened = self._average * (self.max_norm / norm).clamp(max=1.0)
+        self.average = difference if self.average is None else difference + self.momentum * self.average
+        norm = torch.linalg.vector_norm(self.average, dim=0, keepdim=True)
+        shortened = self.average * (self.max_norm / norm).clamp(max=1.0)
         direction = F.normalize(main, dim=0)
         orthogonal = shortened - (shortened * direction).sum(dim=0, keepdim=True) * direction
         return main + (self._scale - 1) * orthogonal
@@ -71,6 +72,16 @@ class AceStepTrajectory(Trajectory):
         start, end = self._interval
         is_guided = NULL in self.conditions and start <= 1.0 - timestep <= end
         return tuple(name for name in (MAIN, NULL, PLAIN) if name in self.conditions and (name != NULL or is_guided))
+
+    def state(self) -> Mapping[str, Any]:
+        return {**super().state(), "average": self._guidance.average}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        average = state.get("average")
+        if average is not None and (not isinstance(average, Tensor) or average.shape != self.latent_shape):
+            raise InvalidRequestError(f"average: got {brief(average)}, expected a tensor {list(self.latent_shape)}")
+        super().restore({name: value for name, value in state.items() if name != "average"})
+        self._guidance.average = average
 
     def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
         found = dict(zip(self.branches(timestep), outputs, strict=True))

@@ -148,9 +148,12 @@ class KleinPipeline(DiffusionModel):
         return [velocity.float() for velocity in self.transformer.unembed(tokens)]
 
     def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
-        decoded = self._autoencoder.decode(latents)
+        decoded = self.decode_pixels(latents)
         check_finite(decoded, "the pixels")
         yield to_pixels(decoded)
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        return self._autoencoder.decode(latents)
 
     def preview(self, latents: Tensor) -> Tensor:
         return self._previewer(self._autoencoder.unfold(latents))

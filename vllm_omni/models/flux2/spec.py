@@ -37,6 +37,7 @@ from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
+from vllm_omni.worker.diffusion.tiling import DecodingSize
 
 DISTILLED_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0}
 BASE_DEFAULTS = {"num_inference_steps": DEFAULT_STEPS, "guidance_scale": DEFAULT_GUIDANCE}
@@ -92,6 +93,9 @@ class KleinSpec(DiffusionModelSpec):
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         return self.config.dim * dtype.itemsize * self.config.activation_widths
+
+    def decoding_size(self, dtype: torch.dtype) -> DecodingSize:
+        return DecodingSize.of_folder(self.folder / "vae", self.geometry.multiple, dtype)
 
     def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> KleinPipeline:
         from diffusers import AutoencoderKLFlux2

@@ -90,7 +90,7 @@ class ZImagePipeline(DiffusionModel):
         self.token_bytes = transformer.config.dim * transformer.x_pad_token.element_size()
         self._sampler_config = sampler_config
         self._device = transformer.x_pad_token.device
-        self._previewer = Previewer(preview_map, self._decode, geometry.vae_scale, self._device)
+        self._previewer = Previewer(preview_map, self.decode_pixels, geometry.vae_scale, self._device)
 
     def prepare(
         self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int, encoded: EncodedImages
@@ -141,19 +141,18 @@ class ZImagePipeline(DiffusionModel):
         return [-velocity.float() for velocity in self.transformer.unembed(tokens)]
 
     def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
-        decoded = self._decode(latents)
+        decoded = self.decode_pixels(latents)
         check_finite(decoded, "the pixels")
         yield to_pixels(decoded)
 
-    def preview(self, latents: Tensor) -> Tensor:
-        return self._previewer(latents)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        """[C, h, w] -> [3, H, W] float32, 0 to 1 being what can be shown."""
+    def decode_pixels(self, latents: Tensor) -> Tensor:
         config = self.vae.config
         scaled = (latents[None] / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
         decoded = self.vae.decode(scaled.contiguous(memory_format=torch.channels_last)).sample[0]
         return decoded.float() / 2 + 0.5
+
+    def preview(self, latents: Tensor) -> Tensor:
+        return self._previewer(latents)
 
     def _read_source(self, params: DiffusionParams, encoded: EncodedImages) -> SourceImage:
         pixels = encoded.pixels(params.image, "image")

@@ -29,6 +29,7 @@ from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
 from vllm_omni.worker.diffusion.source_image import check_source, first_step
+from vllm_omni.worker.diffusion.tiling import DecodingSize
 
 EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
 UNUSED_FIELDS = ("duration_s",)
@@ -78,6 +79,10 @@ class ZImageSpec(DiffusionModelSpec):
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         return self.config.dim * dtype.itemsize * ACTIVATION_WIDTHS
+
+    def decoding_size(self, dtype: torch.dtype) -> DecodingSize:
+        vae = self.folder / "vae"
+        return DecodingSize.of_folder(vae, self.geometry.vae_scale, self.part_dtype(vae, dtype))
 
     def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> ZImagePipeline:
         from diffusers import AutoencoderKL

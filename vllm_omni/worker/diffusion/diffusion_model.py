@@ -24,6 +24,8 @@ from vllm_omni.payload import StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import check_number
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
+from vllm_omni.worker.diffusion.sampler_state import restore_sampler, sampler_state
+from vllm_omni.worker.diffusion.tiling import DecodingSize
 from vllm_omni.worker.published_dtype import dtype_of_folders
 
 
@@ -101,6 +103,19 @@ class Trajectory(ABC):
         """
         return latents
 
+    def state(self) -> Mapping[str, Any]:
+        """All that changes on it from step to step: tensors, numbers and lists of them by name. Of its sampler alone by
+        default; one that keeps more (an average over steps) adds that here and in `restore`. StageError where it cannot
+        be said.
+        """
+        return sampler_state(self.sampler)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Makes a fresh trajectory what another of the same request was at `state`; InvalidRequestError where that does
+        not fit it.
+        """
+        restore_sampler(self.sampler, state, self.latent_shape, len(self.sampler.timesteps))
+
     def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
         """What the latents will be at the end, judged by this step (counted from `start`) alone: `latents` before it,
         and the output that its sampler takes. Only where the spec `gives_previews`.
@@ -163,6 +178,12 @@ class DiffusionModelSpec(ABC):
     @abstractmethod
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Activation bytes of one token at the widest moment of a block."""
+
+    def decoding_size(self, dtype: torch.dtype) -> DecodingSize | None:
+        """What decoding a picture takes, so that large ones can be decoded in tiles (`DiffusionModel.decode_pixels`).
+        None for a model that cannot, and for one whose decoder bounds its memory itself.
+        """
+        return None
 
     @abstractmethod
     def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> DiffusionModel:
@@ -254,6 +275,12 @@ class DiffusionModel(ABC):
         """The result piece by piece, in order; each is computed when it is asked for. A picture is one piece. kept: the
         trajectory's; where it is not everything, only chunks make it so (see `streamed_input`).
         """
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """[C, h, w], of a picture or of a part of one -> [3, H, W] float32, 0 to 1 being what can be shown. Only where
+        the spec has a `decoding_size`.
+        """
+        raise StageError(f"{type(self).__name__} decodes nothing in tiles")
 
     def preview(self, latents: Tensor) -> Tensor:
         """A picture [H, W, 3] uint8 of what a trajectory's `estimate` gave, at a fraction of what `decode` costs and as

@@ -21,6 +21,7 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, TokenBatch, Trajectory, check_finite
 from vllm_omni.worker.diffusion.previewer import preview_steps
 from vllm_omni.worker.diffusion.request_noise import RequestNoise
+from vllm_omni.worker.diffusion.tiling import Tiling, decode_tiles, num_tiles
 
 
 @dataclass(slots=True)
@@ -34,10 +35,12 @@ class DiffusionState:
     latents: Tensor
     generator: torch.Generator  # what the noise came from; a sampler that draws goes on with it
     adapters: AdapterMix | None = None  # that act on its rows
+    tile: int | None = None  # latents along each side of the tiles that it is decoded in; None: whole
     step: int = 0  # how many are done
     num_reused: int = 0  # rows of steps that a step cache served
     pieces: list[Tensor] = field(default_factory=list)  # decoded so far; `decoder` gives the rest
     decoder: Iterator[Tensor] | None = None
+    kept_caches: dict[str, RowCache] = field(default_factory=dict)  # of a resumed sample, by branch, until it runs
 
     @property
     def key(self) -> str:
@@ -92,10 +95,15 @@ class CachedStep:
 
 
 class DiffusionRunner:
-    """`policy` makes the step cache of every row; `caches` holds them, in what each sample has reserved."""
+    """`policy` makes the step cache of every row; `caches` holds them, in what each sample has reserved. tiling: of
+    a model that can decode in tiles.
+    """
 
-    def __init__(self, model: DiffusionModel, policy: StepCachePolicy, caches: DiTCacheManager) -> None:
+    def __init__(
+        self, model: DiffusionModel, policy: StepCachePolicy, caches: DiTCacheManager, tiling: Tiling | None = None
+    ) -> None:
         self.model = model
+        self.tiling = tiling
         self.policy = policy
         self.caches = caches
         if policy.num_lead_blocks + policy.num_tail_blocks > model.num_blocks:
@@ -158,18 +166,41 @@ class DiffusionRunner:
     @torch.inference_mode()
     def decode(self, state: DiffusionState) -> Tensor | None:
         """Decodes one more piece of a denoised state; the finished output with the last one, None before it."""
+        latents, kept, tile = state.latents, state.trajectory.kept, state.tile
         if state.decoder is None:
-            state.decoder = self.model.decode(state.latents, state.trajectory.kept)
-        num_pieces = self.model.num_pieces(state.latents, state.trajectory.kept)
+            state.decoder = self.model.decode(latents, kept) if tile is None else self._decode_tiles(latents, tile)
+        num_pieces = self.model.num_pieces(latents, kept) if tile is None else num_tiles(latents, tile)
         piece = next(state.decoder, None)
         if piece is None:
             raise StageError(f"the decoder ended after {len(state.pieces)} of {num_pieces} pieces")
         state.pieces.append(piece)
-        return self.model.assemble(state.pieces, state.params) if len(state.pieces) == num_pieces else None
+        if len(state.pieces) < num_pieces:
+            return None
+        return self.model.assemble(state.pieces, state.params) if tile is None else torch.cat(state.pieces)
+
+    def tile_of(self, latents: Tensor) -> int | None:
+        """The side of the tiles in which such latents are decoded; None where they are decoded whole."""
+        return None if self.tiling is None else self.tiling.tile_of(*latents.shape[1:])
 
     def cache_bytes(self, trajectory: Trajectory) -> int:
         """The most that the step cache of one sample may ever hold."""
         return 0 if self.policy.computes_all else self.policy.row_bytes(trajectory.num_tokens, self.model.token_bytes)
+
+    def caches_of(self, state: DiffusionState) -> dict[str, RowCache]:
+        """The step caches of a sample by branch, as they are between two steps."""
+        rows = {branch: Row(state, branch) for branch in state.trajectory.conditions}
+        found = {branch: self.caches.peek(row.cache_key) for branch, row in rows.items()}
+        return {**state.kept_caches, **{branch: cache for branch, cache in found.items() if cache is not None}}
+
+    def _decode_tiles(self, latents: Tensor, tile: int) -> Iterator[Tensor]:
+        assert self.tiling is not None
+
+        def decode(part: Tensor) -> Tensor:
+            pixels = self.model.decode_pixels(part)
+            check_finite(pixels, "the pixels")
+            return pixels
+
+        return decode_tiles(decode, latents, tile, self.tiling.size.scale)
 
     def _through_blocks(self, tokens: TokenBatch, rows: Sequence[Row]) -> tuple[TokenBatch, list[CachedStep]]:
         """The batch behind the last block, and what the step caches saw of it, in packed order."""
@@ -217,8 +248,10 @@ class DiffusionRunner:
         return tokens, signals
 
     def _cache_of(self, row: Row) -> RowCache:
-        """The row's step cache; a fresh one at its first step."""
+        """The row's step cache; at its first step here the one that it was resumed with, or a fresh one."""
         cache: RowCache | None = self.caches.get_cache(row.cache_key)
+        if cache is None:
+            cache = row.state.kept_caches.get(row.branch)
         return self.policy.new_row(row.state.num_steps) if cache is None else cache
 
 

@@ -10,10 +10,13 @@ Legend: L tokens of a row, D width, k numbers that a decision needs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+
+from vllm_omni.errors import CacheError
+from vllm_omni.utils.kept import put_kept, take_kept
 
 Signal = Literal["none", "lead_residual", "modulated_input"]
 
@@ -22,6 +25,21 @@ class RowCache(ABC):
     """What one row keeps from step to step. Only `update` and `note_reuse` change it, and the runner calls one of them
     once per step, after the whole step has succeeded. signal: [L, D], or None where the policy asks for none.
     """
+
+    # all attributes that change from step to step: tensors, numbers and lists of them; empty: its state is not saved
+    kept: ClassVar[tuple[str, ...]] = ()
+
+    def state(self) -> dict[str, Any]:
+        """What a row of the same policy must be given to go on from here, in this process or another. CacheError where
+        that cannot be said.
+        """
+        if not self.kept:
+            raise CacheError(f"the state of a {type(self).__name__} cannot be saved; choose another cache.policy")
+        return take_kept(self, self.kept)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Makes a fresh row what another was at `state`; InvalidRequestError where that is not of such a row."""
+        put_kept(self, self.kept, state)
 
     def measure(self, step: int, signal: Tensor | None) -> Tensor | None:
         """[k] on the device: what the decision needs of the signal. None where it needs nothing."""

@@ -51,6 +51,8 @@ class FirstBlockCache(StepCachePolicy):
 class FirstBlockRow(RowCache):
     """The two residuals of the last computed step."""
 
+    kept = ("_lead", "_rest", "_scale")
+
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
         self._lead: Tensor | None = None

@@ -46,6 +46,8 @@ class TaylorSeerRow(RowCache):
     p(s) = d0 + d1 (s - s0) + d2 (s - s0)(s - s1) + .., with dj the divided difference over s0 .. sj.
     """
 
+    kept = ("_steps", "_differences")
+
     def __init__(self, options: TaylorSeerOptions) -> None:
         self._options = options
         self._steps: list[int] = []  # s0, s1, ..
