@@ -277,4 +277,4 @@ def test_a_policy_s_own_keys_reach_it() -> None:
     config = load_config(YAML, ["image.cache={policy: taylorseer, interval: 2}", "image.cache.order=2"])
     policy = config.stages["image"].options.make_policy()
     assert policy.row_bytes(10, 4) == 3 * 10 * 4 and policy.new_row(9).decides_to_reuse(5, ())
-    assert load_config(YAML).stages["image"].options.policy == "none"
+    assert load_config(YAML).stages["image"].options.make_policy().computes_all

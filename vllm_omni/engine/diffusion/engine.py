@@ -52,7 +52,7 @@ class DiffusionEngine(StageEngine):
         self._kernels = kernels_of(part for part in vars(self.model).values() if isinstance(part, torch.nn.Module))
         self._caches = DiTCacheManager(context.dit_cache)
         self._encoded = EncodedImages(DiTCacheManager(max_bytes=spec.encoded_bytes), context.limits)
-        self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches)
+        self.runner = DiffusionRunner(self.model, spec.policy, self._caches)
         self._scheduler: StepScheduler[DiffusionState] = StepScheduler(
             spec.options.max_batch_tokens, spec.options.max_batch_size, self._caches
         )

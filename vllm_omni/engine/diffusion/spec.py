@@ -14,7 +14,15 @@ import torch
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.core.diffusion.dit_cache_manager import MEGABYTE, budget_bytes
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
-from vllm_omni.engine.diffusion.checks import check_counts, check_previews, check_readers, diffusion_params, with_fields
+from vllm_omni.engine.diffusion.checks import (
+    check_counts,
+    check_fitted_model,
+    check_fitted_steps,
+    check_previews,
+    check_readers,
+    diffusion_params,
+    with_fields,
+)
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.errors import ConfigError
 from vllm_omni.params import DiffusionParams, StageParams, layered
@@ -44,6 +52,7 @@ class DiffusionSpec(StageSpec):
     def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
         super().__init__(stage, config, folders)
         self.options: DiTOptions = DiTOptions() if stage.options is None else stage.options
+        self.policy = self.options.make_policy()
         self.folder = model_folder(stage, folders, EXPECTED)
         self.model: DiffusionModelSpec = resolve("diffusion model", model_name(self.folder, self.options.part))(
             self.folder, stage.variant
@@ -80,7 +89,7 @@ class DiffusionSpec(StageSpec):
             weights_bytes=self.model.weights_bytes(dtype, self.precision.quantization),
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
             step_cache_bytes=self.encoded_bytes
-            + (0 if self.options.policy == "none" else budget_bytes(self._dit_cache)),
+            + (0 if self.policy.computes_all else budget_bytes(self._dit_cache)),
         )
 
     def weights_key(self) -> tuple[str, ...]:
@@ -99,6 +108,7 @@ class DiffusionSpec(StageSpec):
         params = self.with_fields(request, diffusion_params(params))
         self.model.check(request, params, frozenset(self.stage.inputs), self.limits)
         check_counts(params, self.model.num_steps(params), self.limits)
+        check_fitted_steps(self.policy.fit, self.model.num_steps(params))
         check_readers(params, self.stage.name, reads)
         check_previews(params, self.model.gives_previews)
 
@@ -118,6 +128,8 @@ class DiffusionSpec(StageSpec):
     def load(self, context: EngineContext) -> DiffusionEngine:
         from vllm_omni.engine.diffusion.engine import DiffusionEngine
 
+        if self.policy.fit is not None:
+            check_fitted_model(self.policy.fit, self.model.fingerprint(), str(self.folder))
         return DiffusionEngine(self, context)
 
 

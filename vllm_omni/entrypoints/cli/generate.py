@@ -31,6 +31,7 @@ PARAM_FLAGS: Mapping[str, tuple[str, ...]] = {
     "height": ("height",),
     "width": ("width",),
     "guidance": ("guidance_scale",),
+    "guidance_interval": ("guidance_interval",),
     "max_tokens": ("max_tokens",),
     "temperature": ("temperature",),
     "n": ("num_outputs", "n"),
@@ -85,6 +86,13 @@ def _add_param_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--height", type=int, help="pixels")
     group.add_argument("--width", type=int, help="pixels")
     group.add_argument("--guidance", type=float, help="guidance scale")
+    group.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="shares of the steps between which guidance acts (0 1)",
+    )
     group.add_argument("--max-tokens", type=int, help="most tokens that a stage writes")
     group.add_argument("--temperature", type=float, help="0 is greedy")
     group.add_argument("--n", type=int, help="pictures or sounds per prompt (texts, where the config makes none)")
