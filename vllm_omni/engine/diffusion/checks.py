@@ -71,7 +71,7 @@ def check_fitted_steps(fit: Fit | None, num_steps: int) -> None:
     """InvalidRequestError for a number of steps that the step cache's numbers say nothing about."""
     if fit is not None and fit.num_steps not in (None, num_steps):
         raise InvalidRequestError(
-            f"num_inference_steps: got {num_steps}, expected {fit.num_steps}, on which the stage's step cache was fitted;"
+            f"num_inference_steps: got {num_steps}, expected {fit.num_steps}, as this stage's step cache was fitted on;"
             " ask for as many, or run `vllm-omni calibrate` with --steps"
         )
 

@@ -88,8 +88,7 @@ class DiffusionSpec(StageSpec):
         return MemoryPlan(
             weights_bytes=self.model.weights_bytes(dtype, self.precision.quantization),
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
-            step_cache_bytes=self.encoded_bytes
-            + (0 if self.policy.computes_all else budget_bytes(self._dit_cache)),
+            step_cache_bytes=self.encoded_bytes + (0 if self.policy.computes_all else budget_bytes(self._dit_cache)),
         )
 
     def weights_key(self) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-"""DBCache: the first blocks decide, as the first one does in the first-block cache; the last blocks are always computed,
-so that they mend what the replayed ones in between leave out.
+"""DBCache: the first blocks decide, as the first one does in the first-block cache; the last blocks are always
+computed, so that they mend what the replayed ones in between leave out.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class DBCacheOptions:
 
 
 class DBCache(StepCachePolicy):
-    """Replays the blocks between lead and tail when mean|r - r_last| / mean|r_last| of the lead blocks' residual r is at
-    most the threshold; r_last is of the last computed step. With one lead block and no tail it is `first_block`.
+    """Replays the blocks between lead and tail when mean|r - r_last| / mean|r_last| of the lead blocks' residual r is
+    at most the threshold; r_last is of the last computed step. With one lead block and no tail it is `first_block`.
     """
 
     reference = "cache-dit's DBCache (8 lead blocks of 57 and 0.08 there; here the same share of 30)"
