@@ -6,6 +6,7 @@ helpers have moved, nothing can be compared.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformerB
 from support.dit import engine, random_pipeline, run, spec, states, task
 from torch import nn
 
+from vllm_omni.core.diffusion.caches.recording import Recording
+from vllm_omni.entrypoints.calibration.fit import fit
 from vllm_omni.messages import StageDone
 from vllm_omni.params import DiffusionParams
 
@@ -178,3 +181,17 @@ def saved_fingerprint(folder: Path) -> str:
     """Of the random weights, which are always the same."""
     random_pipeline(folder)
     return spec(folder).model.fingerprint()
+
+
+def test_the_calibrated_ratios_are_the_reference_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = reference_pipeline(tmp_path)
+    num_steps = SETTINGS["num_inference_steps"]
+    apply_mag_cache(pipeline.transformer, MagCacheConfig(num_inference_steps=num_steps, calibrate=True))
+    draw(pipeline, seed=0)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[1.0, ")]
+    stage = engine(tmp_path, cache={"policy": "recording"})
+    stage.submit(task("x", DiffusionParams(seed=0, **SETTINGS), 7, 0))
+    run(stage)
+    assert isinstance(stage.spec.policy, Recording)
+    found = fit("magcache", stage.spec.policy.records, num_steps, degree=4).keys["ratios"]
+    assert found == pytest.approx(json.loads(printed[0]), rel=1e-4) and len(found) == num_steps
