@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_omni.config.parsing import parse_mapping
@@ -46,7 +46,8 @@ def test_one_key_of_one_stage_changes(text: str, stage: str) -> None:
     assert with_cache(changed, stage, CACHE) == changed, "again, and nothing moves"
 
 
-@pytest.mark.parametrize("name", ["tiny_image", "tiny_audio", "z_image", "ace_step", "tiny_omni"])
+@pytest.mark.parametrize("name", ["tiny_image", "ace_step", "tiny_omni"])
+@settings(max_examples=15, deadline=None)
 @given(numbers=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=40))
 def test_shipped_configs_keep_every_line(name: str, numbers: list[float]) -> None:
     text = shipped_configs()[name].read_text(encoding="utf-8")
@@ -58,7 +59,7 @@ def test_shipped_configs_keep_every_line(name: str, numbers: list[float]) -> Non
 
 def test_a_stage_that_another_one_is_an_alias_of_is_refused_with_the_line_to_write() -> None:
     shared = "stages:\n  image: &a\n    kind: dit\n  other: *a\noutputs: [image]\n"
-    with pytest.raises(ConfigError, match="put this line there by hand: cache: {policy: teacache"):
+    with pytest.raises(ConfigError, match=r"put this line there by hand: cache: {policy: teacache"):
         with_cache(shared, "image", CACHE)
 
 

@@ -85,7 +85,6 @@ def test_a_shipped_config_stays_as_it_is_and_a_copy_is_written(
         (["tiny_image", "-o", "copy.txt"], "expected a name that ends in .yaml or .yml"),
         (["tiny_image", "--prompts", "none.txt"], "--prompts: got 'none.txt'"),
         (["tiny_image", "--steps", "2"], "expected more than 4, the degree of the polynomial"),
-        (["tiny_audio", "--policy", "teacache"], "judges by the modulated input"),
     ],
 )
 def test_what_cannot_be_calibrated_says_why(

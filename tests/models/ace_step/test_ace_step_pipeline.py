@@ -300,6 +300,20 @@ def test_the_ports_and_who_reads_them(guided: tuple[AceStepPipeline, Path]) -> N
         assert ours.needed_inputs(frozenset(always), request, DiffusionParams()) == always
 
 
+def test_the_modulated_input_is_what_the_first_block_attends_with(guided: tuple[AceStepPipeline, Path]) -> None:
+    stage, seen = engine(guided[1], cache={"policy": "recording", "signal": "modulated_input"}), []
+    given = stage.model.modulated_input
+    stage.model.modulated_input = lambda tokens: seen.append(given(tokens)) or seen[-1]  # type: ignore[method-assign]
+    attended: list[Tensor] = []
+    block = stage.model.transformer.blocks[0]  # type: ignore[attr-defined]
+    handle = block.self_attn.register_forward_pre_hook(lambda _, arguments: attended.append(arguments[0]))
+    for case in GUIDED[:2]:
+        stage.submit(case.task(guided[0]))
+    run(stage)
+    handle.remove()
+    assert attended and all(torch.equal(torch.cat(a), b) for a, b in zip(seen, attended, strict=True))
+
+
 def check(stage: DiffusionSpec, params: dict[str, Any], fields: dict[str, Any] | None = None, **request: Any) -> None:
     stage.check(OmniRequest(prompt="x", fields=fields or {}, **request), DiffusionParams(**params), READS)
 

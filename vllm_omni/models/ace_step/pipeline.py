@@ -53,6 +53,7 @@ class AceStepPipeline(DiffusionModel):
     """
 
     output_port = "audio"
+    gives_modulated_input = True
 
     def __init__(
         self,
@@ -119,6 +120,9 @@ class AceStepPipeline(DiffusionModel):
 
     def run_blocks(self, tokens: Frames, start: int, stop: int) -> Frames:
         return self.transformer.run_blocks(tokens, start, stop)
+
+    def modulated_input(self, tokens: Frames) -> list[Tensor]:
+        return self.transformer.modulated_input(tokens)
 
     def unembed(self, tokens: Frames) -> list[Tensor]:
         return [velocity.float() for velocity in self.transformer.unembed(tokens)]
