@@ -32,7 +32,7 @@ def test_ratios_are_the_mean_of_every_step_and_the_first_is_1() -> None:
         (
             "teacache",
             [StepRecord(1, 0.1 * n, 0.2, 1.0) for n in range(4)],
-            "got 4 measured steps, expected more than 4",
+            "got 4 measured steps, expected more",
         ),
         ("teacache", [StepRecord(1, 0.1, 0.2, 1.0)] * 9, "got 9 measured steps, expected more than 4"),
         ("teacache", [], "got 0 measured steps"),

@@ -21,7 +21,7 @@ def draw_fit(points: Points, line: Points, axes: tuple[str, str], title: str, pa
     plot.plot([x for x, _ in line], [y for _, y in line], color=FITTED, label="fitted")
     plot.set_xlabel(axes[0])
     plot.set_ylabel(axes[1])
-    plot.set_title(title, fontsize=10)
+    plot.set_title(title, fontsize=8)
     plot.grid(color="#e6e8ec")
     plot.set_axisbelow(True)
     plot.legend(loc="best", frameon=False)
