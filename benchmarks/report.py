@@ -26,6 +26,7 @@ ORDER = (
     "startup",
     "cache",
     "audio_cache",
+    "random_cache",
     "serving",
     "limits",
 )

@@ -26,6 +26,7 @@ from benchmarks import (
     images,
     limits,
     quantization,
+    random_cache,
     report,
     serving,
     speculation,
@@ -53,6 +54,7 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "startup": startup.run,
     "cache": cache.run,
     "audio_cache": audio_cache.run,
+    "random_cache": random_cache.run,
     "serving": serving.run,
 }
 
