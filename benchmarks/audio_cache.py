@@ -36,5 +36,5 @@ JUDGE = "Judged by the detector of tools/tiny/audio: notes, timbre, loudness and
 
 
 def run(options: Options, limits: Limits | None = None) -> Report:
-    found = run_subject(SUBJECT, options, 3 if options.is_quick else 24, PICTURE)
+    found = run_subject(SUBJECT, options, 3 if options.is_quick else 12, PICTURE)
     return dataclasses.replace(found, notes=[*found.notes, JUDGE])

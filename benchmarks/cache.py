@@ -57,7 +57,7 @@ class Asked:
 
 
 def run(options: Options, limits: Limits | None = None) -> Report:
-    found = run_subject(SUBJECT, options, 2 if options.is_quick else 32, PICTURE)
+    found = run_subject(SUBJECT, options, 2 if options.is_quick else 16, PICTURE)
     with SideProcess("vllm_omni", options.threads, Asked) as us:
         embeds = prompt_embeds(us, options)
     return dataclasses.replace(

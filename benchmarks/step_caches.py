@@ -78,6 +78,7 @@ class Subject:
     is_right: Callable[[Any, Any], bool] | None = None
     params: dict[str, Any] = field(default_factory=dict)
     model: str | None = None  # the config's own
+    looser: float = 1.0  # what thresholds of relative changes are multiplied by, where steps change more
 
 
 class Measured:
@@ -191,11 +192,15 @@ def grid(subject: Subject, options: Options) -> list[Variant]:
     fewer = [steps for steps in subject.fewer_steps if not options.is_quick or steps in QUICK_STEPS]
     tuned = {name: keys for name, keys in TUNED.items() if not options.is_quick or name in QUICK_POLICIES}
     cached = [
-        Variant(subject.steps, policy, dict(keys))
+        Variant(subject.steps, policy, keys if policy == "magcache" else loosened(keys, subject.looser))
         for policy, settings in tuned.items()
         for keys in (settings[-1:] if options.is_quick else settings)
     ]
     return [Variant(subject.steps), *map(Variant, sorted(fewer, reverse=True)), *cached]
+
+
+def loosened(keys: dict[str, Any], factor: float) -> dict[str, Any]:
+    return {key: value * factor if key == "threshold" else value for key, value in keys.items()}
 
 
 def cells(variant: Variant, variants: Sequence[Variant], whole: Variant, subject: Subject) -> list[str]:
