@@ -68,7 +68,7 @@ def _ratios(records: Sequence[StepRecord], num_steps: int) -> Fit:
         raise ConfigError(
             f"calibrate: nothing was measured of step {missing[0]} of {num_steps}; give whole trajectories"
         )
-    ratios = [1.0, *(_rounded(np.mean(by_step[step])) for step in range(1, num_steps))]
+    ratios = [1.0, *(_rounded(float(np.mean(by_step[step]))) for step in range(1, num_steps))]
     spread = max((float(np.std(values)) for values in by_step.values()), default=0.0)
     return Fit(
         "magcache",
