@@ -1,19 +1,21 @@
-"""Step caches on the shipped sound model: sounds per second and the share judged right, against fewer steps without.
+"""Step caches on the shipped sound model: the blocks that they compute, the distance of their latents and the share
+judged right, against fewer steps without one.
 
 The detector of tools/tiny/audio is the judge.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from benchmarks.limits import Limits
-from benchmarks.measure import Options, Report, Table
-from benchmarks.sides import SideProcess
-from benchmarks.step_caches import COLUMNS, JudgedModel, Subject, cells, grid, in_turn, measure
+from benchmarks.measure import ROOT, Options, Report
+from benchmarks.step_caches import Subject, in_turn, run_subject
 
-STEPS = (1, 2, 4, 8, 16, 24)
-CACHED_STEPS = (8, 24)
+PICTURE = ROOT / "benchmarks" / "results" / "audio_cache.png"
+STEPS, FEWER_STEPS = 24, (2, 4, 6, 8, 12, 16, 20)
+FITTED_ON = ("C4", "E4 then G4, square, fast", "A4 and C5 together, sine, soft", "C4 then E4 then G4")
 
 
 def prompts(count: int) -> list[tuple[str, Any]]:
@@ -29,20 +31,10 @@ def is_right(output: Any, sound: Any) -> bool:
     return judge(sound, samples_of(output)).is_right
 
 
-SUBJECT = Subject("tiny_audio.yaml", "sound", "C4", prompts, is_right)
+SUBJECT = Subject("audio_cache", "tiny_audio", "sound", STEPS, FEWER_STEPS, 6, FITTED_ON, prompts, is_right)
+JUDGE = "Judged by the detector of tools/tiny/audio: notes, timbre, loudness and speed; single notes, rows, chords."
 
 
 def run(options: Options, limits: Limits | None = None) -> Report:
-    count, part = (2, 2) if options.is_quick else (48, 16)
-    variants = grid(options, STEPS, CACHED_STEPS)
-    with SideProcess("vllm_omni", options.threads, JudgedModel, SUBJECT, count) as us:
-        measure(us, variants, count, part)
-    columns = ("variant", "sounds/s", *COLUMNS)
-    return Report(
-        "audio_cache",
-        [Table(f"Step caches, {count} sounds of two seconds each", columns, [cells(v, variants) for v in variants])],
-        notes=[
-            "Judged by the detector of tools/tiny/audio: notes, timbre, loudness and speed; single notes, rows, chords."
-        ],
-        figures={"variants": [variant.figures() for variant in variants]},
-    )
+    found = run_subject(SUBJECT, options, 3 if options.is_quick else 12, PICTURE)
+    return dataclasses.replace(found, notes=[*found.notes, JUDGE])

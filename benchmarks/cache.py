@@ -1,21 +1,23 @@
-"""Step caches on the shipped picture model: pictures per second and the share judged right, against fewer steps without
-one.
+"""Step caches on the shipped picture model: the blocks that they compute, the distance of their latents and the share
+judged right, against fewer steps without one.
 
 The detector of tools/tiny/image is the judge. A second table shows what a known prompt with a new seed saves.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
 from benchmarks.limits import Limits
-from benchmarks.measure import Options, Report, Table, median, with_spread
+from benchmarks.measure import ROOT, Options, Report, Table, median, with_spread
 from benchmarks.sides import SideProcess
-from benchmarks.step_caches import COLUMNS, JudgedModel, Subject, cells, grid, in_turn, measure
+from benchmarks.step_caches import Subject, in_turn, run_subject
 
-STEPS = (3, 4, 6, 9, 12, 16, 20, 30)
-CACHED_STEPS = (9, 20, 30)
+PICTURE = ROOT / "benchmarks" / "results" / "cache.png"
+STEPS, FEWER_STEPS = 20, (2, 4, 6, 8, 10, 13, 16)
+FITTED_ON = ("a large pink star", "a red circle left of a blue square", "a small green ring", "a cyan diamond")
 
 
 def prompts(count: int) -> list[tuple[str, Any]]:
@@ -33,36 +35,36 @@ def is_right(output: Any, scene: Any) -> bool:
     return judge.is_right(np.asarray(output.images[0]), scene)
 
 
-SUBJECT = Subject("tiny_image.yaml", "image", "warm up", prompts, is_right)
+SUBJECT = Subject("cache", "tiny_image", "image", STEPS, FEWER_STEPS, 6, FITTED_ON, prompts, is_right)
 
 
-class Pictures(JudgedModel):
+class Asked:
+    """One picture at a time."""
+
+    def __init__(self) -> None:
+        from vllm_omni import Omni
+
+        self._omni = Omni("tiny_image", device="cpu", progress=False)
+
     def ask(self, prompt: str, seed: int) -> tuple[float, bool]:
         """(seconds, whether the text stage was skipped) of one picture."""
         from vllm_omni import DiffusionParams
 
-        omni = self.omni(None)
         started = time.perf_counter()
-        output = omni.generate(prompt, DiffusionParams(seed=seed))[0]
+        output = self._omni.generate(prompt, DiffusionParams(seed=seed))[0]
         seconds = time.perf_counter() - started
         return seconds, output.metrics["text"].get("steps", 0) == 0
 
 
 def run(options: Options, limits: Limits | None = None) -> Report:
-    count, part = (4, 2) if options.is_quick else (64, 16)
-    variants = grid(options, STEPS, CACHED_STEPS)
-    with SideProcess("vllm_omni", options.threads, Pictures, SUBJECT, count) as us:
-        measure(us, variants, count, part)
+    found = run_subject(SUBJECT, options, 2 if options.is_quick else 16, PICTURE)
+    with SideProcess("vllm_omni", options.threads, Asked) as us:
         embeds = prompt_embeds(us, options)
-    columns = ("variant", "pictures/s", *COLUMNS)
-    return Report(
-        "cache",
-        [
-            Table(f"Step caches, {count} pictures each", columns, [cells(variant, variants) for variant in variants]),
-            Table("One picture, s", ("prompt", "wall time", "text stage skipped"), embeds),
-        ],
-        notes=["Judged by the detector of tools/tiny/image: single objects, pairs, three objects, unseen pairs."],
-        figures={"variants": [variant.figures() for variant in variants], "prompt_embeds": embeds},
+    return dataclasses.replace(
+        found,
+        tables=[*found.tables, Table("One picture, s", ("prompt", "wall time", "text stage skipped"), embeds)],
+        notes=[*found.notes, "Judged by the detector of tools/tiny/image: single objects, pairs, three, unseen pairs."],
+        figures={**found.figures, "prompt_embeds": embeds},
     )
 
 

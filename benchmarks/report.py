@@ -27,6 +27,7 @@ ORDER = (
     "startup",
     "cache",
     "audio_cache",
+    "random_cache",
     "serving",
     "limits",
 )

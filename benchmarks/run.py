@@ -28,6 +28,7 @@ from benchmarks import (
     limits,
     lora,
     quantization,
+    random_cache,
     report,
     serving,
     speculation,
@@ -57,6 +58,7 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "startup": startup.run,
     "cache": cache.run,
     "audio_cache": audio_cache.run,
+    "random_cache": random_cache.run,
     "serving": serving.run,
 }
 

@@ -92,6 +92,8 @@ class DiffusionParams(StageParams):
     width: int | None = None  # pixels (the model's own size)
     num_inference_steps: int | None = None  # (50)
     guidance_scale: float | None = None  # the model's formula decides which value is neutral: 0 for Z-Image, else 1
+    # (0, 1) from which share of the steps to which guidance acts; outside of it one branch runs
+    guidance_interval: Sequence[float] | None = None
     negative_prompt: str | None = None  # ("")
     seed: int | None = None  # (one that is drawn for the request, see OmniOutput.seed)
     num_outputs: int | None = None  # (1) samples
@@ -124,6 +126,8 @@ class DiffusionParams(StageParams):
             raise InvalidRequestError(f"output_type: got {brief(self.output_type)}, expected 'pil' or 'latent'")
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", _checked_sigmas(self.sigmas))
+        if self.guidance_interval is not None:
+            object.__setattr__(self, "guidance_interval", _checked_interval(self.guidance_interval))
         if self.extra is not None:
             object.__setattr__(self, "extra", _checked_extra(self.extra))
 
@@ -262,6 +266,20 @@ def _checked_sigmas(sigmas: object) -> tuple[float, ...]:
     if not numbers or any(a <= b for a, b in zip(numbers, numbers[1:], strict=False)):
         raise InvalidRequestError(f"sigmas: got {brief(numbers)}, expected {expected}")
     return tuple(numbers)
+
+
+def _checked_interval(interval: object) -> tuple[float, float]:
+    name, expected = "guidance_interval", "two numbers, 0 <= start < end <= 1"
+    given = as_list(name, interval, MAX_ITEMS, raises=InvalidRequestError, expected=expected)
+    if len(given) != 2:
+        raise InvalidRequestError(f"{name}: got {brief(given)}, expected {expected}")
+    start, end = (
+        float(as_number(f"{name}[{index}]", share, 0, 1, raises=InvalidRequestError))
+        for index, share in enumerate(given)
+    )
+    if start >= end:
+        raise InvalidRequestError(f"{name}: got {brief([start, end])}, expected {expected}")
+    return start, end
 
 
 def _checked_extra(extra: object) -> dict[str, Any]:

@@ -68,8 +68,12 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "step cache": {
         "none": "vllm_omni.core.diffusion.caches.none:NoCache",
+        "dbcache": "vllm_omni.core.diffusion.caches.dbcache:DBCache",
         "first_block": "vllm_omni.core.diffusion.caches.first_block:FirstBlockCache",
+        "magcache": "vllm_omni.core.diffusion.caches.magcache:MagCache",
+        "recording": "vllm_omni.core.diffusion.caches.recording:Recording",
         "taylorseer": "vllm_omni.core.diffusion.caches.taylorseer:TaylorSeer",
+        "teacache": "vllm_omni.core.diffusion.caches.teacache:TeaCache",
     },
     "scheduling policy": {
         "fifo": "vllm_omni.core.routing.policies:FIFOPolicy",

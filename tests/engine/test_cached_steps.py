@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.dit import encoded_images, engine, pictures, random_pipeline, run, spec, task
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.dit import BOTH, encoded_images, engine, pictures, random_pipeline, run, spec, task
 from support.speech import save_tiny_omni
 from support.token2wav import engine as speech_engine
 from support.toy_caches import TOYS, SumRow, add_toys
 
 from vllm_omni.config.loader import load_config
+from vllm_omni.core.diffusion.caches.recording import Recording
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
-from vllm_omni.errors import ConfigError, ResourceError
+from vllm_omni.errors import ConfigError, InvalidRequestError, ResourceError
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageProgress
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_runner import CachedStep, measure
@@ -262,8 +266,12 @@ YAML = {"stages": {"image": {"kind": "dit", "model": "image"}}, "outputs": ["ima
         ("{policy: taylorseer, order: -1}", r"image\.cache\.order: got -1"),
         ("{policy: first_block, threshold: -1}", r"image\.cache\.threshold: got -1"),
         ("{policy: first_blok}", r"image\.cache\.policy: got 'first_blok' \(did you mean 'first_block'\?\)"),
-        ("{policy: 3}", r"image\.cache\.policy: got 3 \(known: first_block"),
+        ("{policy: 3}", r"image\.cache\.policy: got 3 \(known: dbcache, first_block"),
         ("{policy: none, threshold: 0.1}", r"image\.cache\.threshold: policy 'none' reads no keys"),
+        ("{policy: teacache}", r"image\.cache\.coefficients: missing; .*vllm-omni calibrate CONFIG --policy teacache"),
+        ("{policy: magcache, ratios: [1.0]}", r"image\.cache\.fitted_on: missing; .*vllm-omni calibrate CONFIG"),
+        ("{policy: magcache, ratios: [.nan], fitted_on: x}", r"image\.cache\.ratios\[0\]: got nan"),
+        ("{policy: dbcache, lead_blocks: 0}", r"image\.cache\.lead_blocks: got 0"),
         ("{threshold: 0.1}", r"image\.cache\.threshold: policy 'none' reads no keys"),
         ("fast", r"image\.cache: got 'fast', expected a mapping"),
     ],
@@ -276,5 +284,127 @@ def test_a_wrong_key_of_a_policy_is_named_at_load(override: str, words: str) -> 
 def test_a_policy_s_own_keys_reach_it() -> None:
     config = load_config(YAML, ["image.cache={policy: taylorseer, interval: 2}", "image.cache.order=2"])
     policy = config.stages["image"].options.make_policy()
-    assert policy.row_bytes(10, 4) == 3 * 10 * 4 and policy.new_row(9).decides_to_reuse(5, ())
-    assert load_config(YAML).stages["image"].options.policy == "none"
+    row = policy.new_row(9)
+    row.update(4, None, (), torch.ones(1, 1))
+    assert policy.row_bytes(10, 4) == 3 * 10 * 4 and row.decides_to_reuse(5, ()) and not row.decides_to_reuse(6, ())
+    assert load_config(YAML).stages["image"].options.make_policy().computes_all
+
+
+# What was fitted on one model
+
+
+def teacache(folder: Path, threshold: float, **keys: Any) -> dict[str, Any]:
+    """A polynomial that takes the input's change for the residual's."""
+    fitted = {"coefficients": [1.0, 0.0], "fitted_on": spec(folder).model.fingerprint(), "fitted_steps": 10}
+    return {"policy": "teacache", "threshold": threshold, **fitted, **keys}
+
+
+def magcache(folder: Path, threshold: float, **keys: Any) -> dict[str, Any]:
+    fitted = {"ratios": [1.0, 1.02, 0.97, 1.01], "fitted_on": spec(folder).model.fingerprint()}
+    return {"policy": "magcache", "threshold": threshold, **fitted, **keys}
+
+
+@pytest.mark.parametrize("policy", ["teacache", "magcache", "dbcache", "dbcache_tail", "taylorseer"])
+def test_a_crowd_changes_no_decision_and_a_threshold_of_0_changes_no_bit(folder: Path, policy: str) -> None:
+    """Alone, in a crowd of other sizes and branches, and against no cache."""
+    crowd = {key: dataclasses.replace(value, num_inference_steps=10) for key, value in CROWD.items()}
+    loose, strict = {
+        "teacache": (teacache(folder, 2.0), teacache(folder, 0.0)),
+        "magcache": (magcache(folder, 0.1), magcache(folder, 0.0)),
+        "dbcache": ({"policy": "dbcache", "lead_blocks": 1, "threshold": 1.3, "max_skips": 2}, None),
+        "dbcache_tail": (
+            {"policy": "dbcache", "lead_blocks": 1, "tail_blocks": 1, "threshold": 1.3},
+            {"policy": "dbcache", "lead_blocks": 1, "tail_blocks": 1, "threshold": 0.0},
+        ),
+        "taylorseer": ({"policy": "taylorseer"}, {"policy": "taylorseer", "interval": 1}),
+    }[policy]
+    alone = {key: done(engine(folder, cache=loose), key, value, i) for i, (key, value) in enumerate(crowd.items())}
+    hits = {key: event.metrics["cache_hits"] for key, event in alone.items()}
+    assert all(0 < hits[key] < 10 * 4 for key in crowd)
+    stage = engine(folder, cache=loose)
+    for index, (key, value) in enumerate(crowd.items()):
+        stage.submit(task(key, value, seed=index))
+    for key, event in run(stage).items():
+        assert isinstance(event, StageDone) and event.metrics["cache_hits"] == hits[key]
+        difference = event.payload.tensors["image"].int() - alone[key].payload.tensors["image"].int()
+        assert difference.abs().max() <= 1, key
+    assert stage.get_stats()["step_cache_used_bytes"] == 0
+    exact = done(engine(folder), "c", crowd["c"], 2)
+    assert not torch.equal(alone["c"].payload.tensors["latents"], exact.payload.tensors["latents"])
+    if strict is not None:
+        event = done(engine(folder, cache=strict), "c", crowd["c"], 2)
+        assert event.metrics["cache_hits"] == 0
+        assert torch.equal(event.payload.tensors["latents"], exact.payload.tensors["latents"])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    order=st.permutations(range(4)),
+    delays=st.lists(st.integers(0, 6), min_size=4, max_size=4),
+    aborted=st.sets(st.integers(0, 3), max_size=2),
+    cache_rows=st.integers(2, 8),
+    policy=st.sampled_from(["teacache", "magcache", "dbcache", "first_block"]),
+)
+def test_no_decision_depends_on_who_comes_who_goes_and_how_much_memory_there_is(
+    folder: Path, order: list[int], delays: list[int], aborted: set[int], cache_rows: int, policy: str
+) -> None:
+    cache = {
+        "teacache": teacache(folder, 2.0),
+        "magcache": magcache(folder, 0.1),
+        "dbcache": {"policy": "dbcache", "lead_blocks": 1, "tail_blocks": 1, "threshold": 1.3},
+        "first_block": {"policy": "first_block", "threshold": 1.3},
+    }[policy]
+    values = [params(index, 10, float(index % 2)) for index in range(4)]
+    if policy not in _ALONE:
+        _ALONE[policy] = [
+            done(engine(folder, cache=cache), "x", value, index).metrics["cache_hits"]
+            for index, value in enumerate(values)
+        ]
+    stage = engine(folder, cache=cache, cache_mb=cache_rows * ROW_BYTES / 2**20)
+    found = {}
+    for turn, index in enumerate(order):
+        stage.submit(task(str(index), values[index], seed=index))
+        for _ in range(delays[turn]):
+            found |= {event.request_id: event for event in stage.step()}
+    for index in aborted:
+        stage.abort(str(index))
+    found |= run(stage)
+    for key, event in found.items():
+        if isinstance(event, StageDone):
+            assert event.metrics["cache_hits"] == _ALONE[policy][int(key)]
+        else:
+            assert int(key) in aborted
+    assert stage.get_stats()["step_cache_used_bytes"] == 0
+
+
+_ALONE: dict[str, list[int]] = {}  # policy -> replayed rows of each request by itself
+
+
+def test_numbers_of_another_model_are_refused_when_the_stage_is_loaded(folder: Path, tmp_path: Path) -> None:
+    """Also of one with the same configuration and other weights."""
+    cache = magcache(folder, 0.1)
+    random_pipeline(tmp_path, seed=5)
+    assert (tmp_path / "transformer" / "config.json").read_text() == (folder / "transformer/config.json").read_text()
+    with pytest.raises(ConfigError, match=r"cache\.fitted_on: got '\w{16}', but .* is '\w{16}': .*another model"):
+        engine(tmp_path, cache=cache)
+    assert done(engine(folder, cache=cache), "x", params(steps=8)).metrics["cache_hits"] > 0
+
+
+def test_a_polynomial_is_refused_for_steps_that_it_was_not_fitted_on_and_ratios_are_not(folder: Path) -> None:
+    ten, nine = params(steps=10), params(steps=9)
+    fitted = spec(folder, cache=teacache(folder, 0.2))
+    fitted.check(task("x", ten).request, ten, BOTH)
+    with pytest.raises(InvalidRequestError, match=r"num_inference_steps: got 9, expected 10, .*vllm-omni calibrate"):
+        fitted.check(task("x", nine).request, nine, BOTH)
+    spec(folder, cache=magcache(folder, 0.2)).check(task("x", nine).request, nine, BOTH)
+
+
+def test_recording_changes_nothing_and_notes_every_row(folder: Path) -> None:
+    value = params(steps=4, guidance=2.0)
+    exact = done(engine(folder), "x", value)
+    stage = engine(folder, cache={"policy": "recording", "signal": "modulated_input"})
+    event = done(stage, "x", value)
+    assert torch.equal(event.payload.tensors["latents"], exact.payload.tensors["latents"])
+    assert isinstance(stage.spec.policy, Recording)
+    assert sorted(record.step for record in stage.spec.policy.records) == [1, 1, 2, 2, 3, 3], "two branches"
+    assert all(record.input_change is not None for record in stage.spec.policy.records)

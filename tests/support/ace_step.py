@@ -238,16 +238,17 @@ def spec(
     *,
     policy: str = "none",
     threshold: float | None = None,
+    cache: Mapping[str, Any] | None = None,
     ports: tuple[str, ...] = PORTS,
     **options: Any,
 ) -> DiffusionSpec:
-    cache = {"policy": policy} if threshold is None else {"policy": policy, "threshold": threshold}
+    keys = {"policy": policy} if threshold is None else {"policy": policy, "threshold": threshold}
     stage = StageConfig(
         name="music",
         kind="dit",
         model=str(folder),
         inputs={port: f"prompt.{port}" for port in ports},
-        options=DiTOptions(cache=cache, **options),
+        options=DiTOptions(cache=keys if cache is None else cache, **options),
     )
     return DiffusionSpec(stage, OmniConfig(dit_cache=DIT_CACHE), ModelFolders())
 

@@ -300,6 +300,20 @@ def test_the_ports_and_who_reads_them(guided: tuple[AceStepPipeline, Path]) -> N
         assert ours.needed_inputs(frozenset(always), request, DiffusionParams()) == always
 
 
+def test_the_modulated_input_is_what_the_first_block_attends_with(guided: tuple[AceStepPipeline, Path]) -> None:
+    stage, seen = engine(guided[1], cache={"policy": "recording", "signal": "modulated_input"}), []
+    given = stage.model.modulated_input
+    stage.model.modulated_input = lambda tokens: seen.append(given(tokens)) or seen[-1]  # type: ignore[method-assign]
+    attended: list[Tensor] = []
+    block = stage.model.transformer.blocks[0]  # type: ignore[attr-defined]
+    handle = block.self_attn.register_forward_pre_hook(lambda _, arguments: attended.append(arguments[0]))
+    for case in GUIDED[:2]:
+        stage.submit(case.task(guided[0]))
+    run(stage)
+    handle.remove()
+    assert attended and all(torch.equal(torch.cat(a), b) for a, b in zip(seen, attended, strict=True))
+
+
 def check(stage: DiffusionSpec, params: dict[str, Any], fields: dict[str, Any] | None = None, **request: Any) -> None:
     stage.check(OmniRequest(prompt="x", fields=fields or {}, **request), DiffusionParams(**params), READS)
 
@@ -320,6 +334,8 @@ def check(stage: DiffusionSpec, params: dict[str, Any], fields: dict[str, Any] |
         ({"extra": {"cfg_interval_end": 1.5}}, r"extra\.cfg_interval_end: got 1\.5"),
         ({"extra": {"cfg_interval_start": 0.6, "cfg_interval_end": 0.5}}, "cfg_interval_start: got 0.6"),
         ({"extra": {"cfg_interval_start": 0.6}, "guidance_scale": 1.0}, "nothing reads it without guidance"),
+        ({"extra": {"cfg_interval_end": 0.6}, "guidance_interval": [0, 0.5]}, "got it beside guidance_interval"),
+        ({"num_inference_steps": 2, "guidance_interval": [0.4, 0.6]}, "which holds none of 2 steps"),
     ],
 )
 def test_parameters_that_cannot_act_are_refused(
@@ -338,6 +354,24 @@ def test_a_turbo_model_refuses_guidance_and_is_content_with_1(turbo: tuple[AceSt
         check(stage, {"guidance_scale": 7.0})
     with pytest.raises(InvalidRequestError, match="nothing reads it without guidance"):
         check(stage, {"extra": {"cfg_interval_end": 0.5}})
+    with pytest.raises(InvalidRequestError, match="guidance_interval: guidance is distilled"):
+        check(stage, {"guidance_interval": [0, 0.5]})
+
+
+def test_an_interval_of_the_steps_is_the_interval_of_noise_levels_that_holds_the_same_steps(
+    guided: tuple[AceStepPipeline, Path],
+) -> None:
+    """Without a shift the noise levels of six steps are 1, 5/6, .. 1/6."""
+    settings = {"num_inference_steps": 6, "guidance_scale": 3.0}
+    by_steps = Case("steps", 0.8, params={**settings, "extra": {"shift": 1.0}, "guidance_interval": [1 / 3, 2 / 3]})
+    levels = {"shift": 1.0, "cfg_interval_start": 0.3, "cfg_interval_end": 0.6}
+    by_levels = Case("levels", 0.8, params={**settings, "extra": levels})
+    everywhere = Case("everywhere", 0.8, params={**settings, "extra": {"shift": 1.0}})
+    stage = engine(guided[1])
+    for case in (by_steps, by_levels, everywhere):
+        stage.submit(case.task(guided[0]))
+    got = sounds(run(stage))
+    assert torch.equal(got["steps"], got["levels"]) and not torch.equal(got["steps"], got["everywhere"])
 
 
 def test_a_weak_cover_needs_the_plain_words(guided: tuple[AceStepPipeline, Path]) -> None:

@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
-from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, apply_first_block_cache
-from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from support.dit import BOTH, engine, pictures, random_pipeline, random_transformer, run, states, task
 
 from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.layers.weights import load_weights, plan_loading
-from vllm_omni.messages import StageDone
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import padded
 from vllm_omni.models.z_image.transformer import ZImageTransformer
@@ -97,47 +94,6 @@ def test_pictures_of_one_batch_equal_the_reference_pipeline(tmp_path: Path) -> N
     for key, picture in expected.items():
         assert np.abs(got[key][0].numpy().astype(int) - picture).max() <= 2, key
         assert picture.std() > 10, "a flat picture would prove nothing"
-
-
-class NamedBlock(ZImageTransformerBlock):
-    """The reference's block with the argument name that diffusers' cache hooks look for (it calls it `x`)."""
-
-    def forward(self, hidden_states: torch.Tensor, *rest: object) -> torch.Tensor:
-        return super().forward(hidden_states, *rest)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_first_block_skips_the_steps_that_the_reference_skips(tmp_path: Path, seed: int) -> None:
-    """diffusers' own FirstBlockCache on one picture, over thresholds from no reuse to reuse of every step.
-
-    diffusers has no public way to use it with this transformer: where its helpers have moved, nothing can be compared.
-    """
-    helpers = pytest.importorskip("diffusers.hooks._helpers")
-    hooks = pytest.importorskip("diffusers.hooks.hooks")
-    pipeline, partly = random_pipeline(tmp_path), 0
-    metadata = helpers.TransformerBlockMetadata(return_hidden_states_index=0)
-    helpers.TransformerBlockRegistry.register(NamedBlock, metadata)
-    for block in pipeline.transformer.layers:
-        block.__class__ = NamedBlock
-    settings = dict(height=64, width=64, guidance_scale=0.0, num_inference_steps=10)
-    for threshold in (0.5, 1.1, 1.2, 1.3, 1.5, 5.0):
-        apply_first_block_cache(pipeline.transformer, FirstBlockCacheConfig(threshold=threshold))
-        hooks._set_cache_context(pipeline.transformer, hooks.CacheContext("one picture"))
-        embeds = {"prompt_embeds": [states(7, seed)], "negative_prompt_embeds": []}
-        generator = torch.Generator().manual_seed(seed)
-        picture = pipeline(**embeds, **settings, generator=generator, output_type="np").images[0]
-        stage = engine(tmp_path, policy="first_block", threshold=threshold)
-        stage.submit(task("x", DiffusionParams(seed=seed, **settings), 7, seed))
-        event = run(stage)["x"]
-        assert isinstance(event, StageDone)
-        got = event.payload.tensors["image"][0].numpy().astype(int)
-        assert np.abs(got - (picture * 255).round().astype(int)).max() <= 2, threshold
-        partly += 0 < event.metrics["cache_hits"] < settings["num_inference_steps"] - 1
-        for block in pipeline.transformer.layers:
-            registry = HookRegistry.check_if_exists_or_initialize(block)
-            for name in list(registry.hooks):
-                registry.remove_hook(name, recurse=False)
-    assert partly, "a threshold between all and nothing must have been tried"
 
 
 def test_published_names_and_shapes_load_with_nothing_missing_and_nothing_left_over() -> None:

@@ -39,6 +39,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "width": ("width",),
     "num_inference_steps": ("num_inference_steps",),
     "guidance_scale": ("guidance_scale",),
+    "guidance_interval": ("guidance_interval",),
     "negative_prompt": ("negative_prompt",),
     "seed": ("generator",),
     "num_outputs": ("num_images_per_prompt", "num_waveforms_per_prompt", "num_videos_per_prompt", "batch_size"),

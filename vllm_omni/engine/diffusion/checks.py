@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from vllm_omni.config.schema import LimitsConfig
+from vllm_omni.core.diffusion.caches.base import Fit
 from vllm_omni.engine.base import ReadPorts
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.params import VIDEO_FIELDS, DiffusionParams, StageParams
 from vllm_omni.request import OmniRequest
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
@@ -72,4 +73,22 @@ def check_readers(params: DiffusionParams, stage: str, reads: ReadPorts) -> None
     if reads.streamed and (params.num_outputs or 1) > 1:
         raise InvalidRequestError(
             f"num_outputs: got {params.num_outputs}, expected 1 where the result is handed on while it is made"
+        )
+
+
+def check_fitted_steps(fit: Fit | None, num_steps: int) -> None:
+    """InvalidRequestError for a number of steps that the step cache's numbers say nothing about."""
+    if fit is not None and fit.num_steps not in (None, num_steps):
+        raise InvalidRequestError(
+            f"num_inference_steps: got {num_steps}, expected {fit.num_steps}, as this stage's step cache was fitted on;"
+            " ask for as many, or run `vllm-omni calibrate` with --steps"
+        )
+
+
+def check_fitted_model(fit: Fit, model: str, where: str) -> None:
+    """ConfigError where the step cache's numbers are another model's. model: its fingerprint. where: its folder."""
+    if fit.model != model:
+        raise ConfigError(
+            f"cache.fitted_on: got {fit.model!r}, but {where} is {model!r}: the numbers of this step cache belong to"
+            " another model; `vllm-omni calibrate` fits them to this one"
         )

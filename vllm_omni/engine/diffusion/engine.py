@@ -59,7 +59,7 @@ class DiffusionEngine(StageEngine):
         self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, key, self.model.adapted())
         self._caches = DiTCacheManager(context.dit_cache)
         self._encoded = EncodedImages(DiTCacheManager(max_bytes=spec.encoded_bytes), context.limits)
-        self.runner = DiffusionRunner(self.model, spec.options.make_policy(), self._caches, spec.tiling())
+        self.runner = DiffusionRunner(self.model, spec.policy, self._caches, spec.tiling())
         self._scheduler: StepScheduler[DiffusionState] = StepScheduler(
             spec.options.max_batch_tokens, spec.options.max_batch_size, self._caches
         )

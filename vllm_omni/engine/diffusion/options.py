@@ -33,11 +33,6 @@ class DiTOptions:
             check_number(name, getattr(self, name), 1, integer=True, raises=ConfigError)
         self.make_policy()
 
-    @property
-    def policy(self) -> str:
-        """The name of the step cache's policy."""
-        return str(self.cache.get("policy", "none"))
-
     def make_policy(self) -> StepCachePolicy:
         """The step cache's policy with its options; ConfigError for what is wrong with them."""
         policy, known = self.cache.get("policy", "none"), names("step cache")

@@ -18,6 +18,8 @@ from vllm_omni.core.diffusion.dit_cache_manager import MEGABYTE, budget_bytes
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.engine.diffusion.checks import (
     check_counts,
+    check_fitted_model,
+    check_fitted_steps,
     check_no_video,
     check_previews,
     check_readers,
@@ -60,6 +62,7 @@ class DiffusionSpec(StageSpec):
     def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
         super().__init__(stage, config, folders)
         self.options: DiTOptions = DiTOptions() if stage.options is None else stage.options
+        self.policy = self.options.make_policy()
         self.folder = model_folder(stage, folders, EXPECTED)
         self.model: DiffusionModelSpec = resolve("diffusion model", model_name(self.folder, self.options.part))(
             self.folder, stage.variant
@@ -99,8 +102,7 @@ class DiffusionSpec(StageSpec):
         return MemoryPlan(
             weights_bytes=self.model.weights_bytes(dtype, self.precision.quantization),
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
-            step_cache_bytes=self.encoded_bytes
-            + (0 if self.options.policy == "none" else budget_bytes(self._dit_cache)),
+            step_cache_bytes=self.encoded_bytes + (0 if self.policy.computes_all else budget_bytes(self._dit_cache)),
             adapter_bytes=0 if self.lora is None else self.lora.max_bytes,
             decoding_bytes=decoding.num_bytes,
             wanted_bytes=decoding.wanted_bytes,
@@ -137,6 +139,7 @@ class DiffusionSpec(StageSpec):
         self.model.check(request, params, frozenset(self.stage.inputs), self.limits)
         check_no_video(params)
         check_counts(params, self.model.num_steps(params), self.limits)
+        check_fitted_steps(self.policy.fit, self.model.num_steps(params))
         check_readers(params, self.stage.name, reads)
         check_previews(params, self.model.gives_previews)
         if self.lora is not None:
@@ -179,6 +182,8 @@ class DiffusionSpec(StageSpec):
     def load(self, context: EngineContext) -> DiffusionEngine:
         from vllm_omni.engine.diffusion.engine import DiffusionEngine
 
+        if self.policy.fit is not None:
+            check_fitted_model(self.policy.fit, self.model.fingerprint(), str(self.folder))
         return DiffusionEngine(self, context)
 
 

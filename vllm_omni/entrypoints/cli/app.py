@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_omni import __version__
-from vllm_omni.entrypoints.cli import bench, check, completion, generate, info, models, resume, serve
+from vllm_omni.entrypoints.cli import bench, calibrate, check, completion, generate, info, models, resume, serve
 from vllm_omni.entrypoints.cli.console import complain
 from vllm_omni.entrypoints.cli.logs import add_verbose_option, set_up_logging
 from vllm_omni.errors import OmniError
@@ -28,6 +28,7 @@ examples:
   vllm-omni serve --config tiny_omni --ui
   vllm-omni bench serve --mix benchmarks/mixes/omni.yaml --concurrency 32
   vllm-omni check tiny_omni
+  vllm-omni calibrate my_config.yaml --policy teacache --write
   vllm-omni info out.png
   vllm-omni models
 """
@@ -78,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_arguments(commands.add_parser("bench", help="measure a server under load, or a config without HTTP"))
     check.add_arguments(
         commands.add_parser("check", help="validate a config, draw its graph, plan its memory; loads no weights")
+    )
+    calibrate.add_arguments(
+        commands.add_parser("calibrate", help="fit a step cache to a config's model, from a few prompts")
     )
     info.add_arguments(commands.add_parser("info", help="what a picture or a sound says of how it was made"))
     models.add_arguments(commands.add_parser("models", help="list shipped configs and models, and what is supported"))

@@ -34,6 +34,7 @@ PARAM_FLAGS: Mapping[str, tuple[str, ...]] = {
     "num_frames": ("num_frames",),
     "fps": ("fps",),
     "guidance": ("guidance_scale",),
+    "guidance_interval": ("guidance_interval",),
     "max_tokens": ("max_tokens",),
     "temperature": ("temperature",),
     "n": ("num_outputs", "n"),
@@ -80,6 +81,13 @@ def _add_param_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-frames", type=int, help="of a video")
     group.add_argument("--fps", type=float, help="frames per second of a video")
     group.add_argument("--guidance", type=float, help="guidance scale")
+    group.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="shares of the steps between which guidance acts (0 1)",
+    )
     group.add_argument("--max-tokens", type=int, help="most tokens that a stage writes")
     group.add_argument("--temperature", type=float, help="0 is greedy")
     group.add_argument(

@@ -136,7 +136,7 @@ class Block(nn.Module):
     ) -> Tensor:
         rows = self.scale_shift_table + modulation  # [R, 6, D]: shift, scale, gate of attention, then of feed-forward
         # 1 self-attention
-        normed = modulated_rows(x, self.self_attn_norm, spans, rows[:, 1], rows[:, 0])
+        normed = self.modulated_input(x, spans, modulation)
         x = gated_rows(x, self.self_attn(normed, spans), spans, rows[:, 2])
         # 2 cross-attention, which the timestep does not touch
         normed = modulated_rows(x, self.cross_attn_norm, spans, None)
@@ -144,3 +144,8 @@ class Block(nn.Module):
         # 3 feed-forward
         normed = modulated_rows(x, self.mlp_norm, spans, rows[:, 4], rows[:, 3])
         return gated_rows(x, self.mlp(normed), spans, rows[:, 5])
+
+    def modulated_input(self, x: Tensor, spans: Sequence[Span], modulation: Tensor) -> Tensor:
+        """What self-attention reads: [N, D] normed, scaled and shifted by the timestep's [R, 6, D]."""
+        rows = self.scale_shift_table + modulation
+        return modulated_rows(x, self.self_attn_norm, spans, rows[:, 1], rows[:, 0])

@@ -7,6 +7,7 @@ from vllm_omni.errors import InvalidRequestError
 from vllm_omni.params import DiffusionParams
 from vllm_omni.utils.checks import check_number, did_you_mean
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
+from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 
 DEFAULT_STEPS = 8  # of diffusers' pipeline, which is made for turbo models
 DEFAULT_GUIDANCE = 7.0
@@ -32,8 +33,8 @@ def guidance_scale(params: DiffusionParams, is_turbo: bool) -> float:
     return DEFAULT_GUIDANCE if params.guidance_scale is None else params.guidance_scale
 
 
-def guidance_interval(params: DiffusionParams) -> tuple[float, float]:
-    """Guidance acts while 1 - timestep is within it."""
+def noise_interval(params: DiffusionParams) -> tuple[float, float]:
+    """Guidance acts while 1 - timestep is within it: shares of the way from noise, not of the steps."""
     extra = params.extra or {}
     return float(extra.get("cfg_interval_start", 0.0)), float(extra.get("cfg_interval_end", 1.0))
 
@@ -68,6 +69,11 @@ def _check_guidance(params: DiffusionParams, limits: LimitsConfig, is_turbo: boo
             " model; leave it out or set it to 1"
         )
     check_limit("guidance_scale", guidance_scale(params, is_turbo), 0, limits.max_guidance_scale)
+    if is_turbo and params.guidance_interval is not None:
+        raise InvalidRequestError(
+            "guidance_interval: guidance is distilled into the weights of a turbo model; leave it out"
+        )
+    check_guidance_interval(params, num_steps(params))
 
 
 def _check_extra(params: DiffusionParams, is_turbo: bool) -> None:
@@ -76,7 +82,7 @@ def _check_extra(params: DiffusionParams, is_turbo: bool) -> None:
         if name not in EXTRA_KEYS:
             raise InvalidRequestError(f"extra.{name}: unknown key{did_you_mean(str(name), EXTRA_KEYS)}")
         _check_extra_value(name, value)
-    start, end = guidance_interval(params)
+    start, end = noise_interval(params)
     if start > end:
         raise InvalidRequestError(
             f"extra.cfg_interval_start: got {start:g}, expected at most cfg_interval_end, {end:g}"
@@ -85,6 +91,8 @@ def _check_extra(params: DiffusionParams, is_turbo: bool) -> None:
     for name in ("cfg_interval_start", "cfg_interval_end"):
         if name in extra and unguided:
             raise InvalidRequestError(f"extra.{name}: nothing reads it without guidance; leave it out")
+        if name in extra and params.guidance_interval is not None:
+            raise InvalidRequestError(f"extra.{name}: got it beside guidance_interval; leave one of the two out")
     if "shift" in extra and params.sigmas is not None:
         raise InvalidRequestError(
             "extra.shift: got it beside sigmas, which it does not change; leave one of the two out"

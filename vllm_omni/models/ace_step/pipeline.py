@@ -20,9 +20,9 @@ from vllm_omni.models.ace_step.frames import Frames, RowCondition
 from vllm_omni.models.ace_step.geometry import MusicGeometry
 from vllm_omni.models.ace_step.oobleck import Oobleck
 from vllm_omni.models.ace_step.parameters import (
-    guidance_interval,
     guidance_scale,
     is_normalized,
+    noise_interval,
     num_steps,
     shift_of,
 )
@@ -32,6 +32,7 @@ from vllm_omni.models.ace_step.transformer import AceStepTransformer
 from vllm_omni.params import MAX_SEED, DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
+from vllm_omni.worker.diffusion.guidance import guided_timesteps
 
 PEAK = 10 ** (-1 / 20)  # -1 dBFS
 QUIETEST = 1e-6
@@ -52,6 +53,7 @@ class AceStepPipeline(DiffusionModel):
     """
 
     output_port = "audio"
+    gives_modulated_input = True
 
     def __init__(
         self,
@@ -98,14 +100,15 @@ class AceStepPipeline(DiffusionModel):
         return Prepared(len(source), conditions, outline.cover_strength)
 
     def trajectory(self, prepared: Prepared, params: DiffusionParams) -> AceStepTrajectory:
+        shift, sigmas = shift_of(params), params.sigmas
+        sampler = fresh_sampler(self._sampler_config, num_steps(params), shift, sigmas, self._device)
         return AceStepTrajectory(
             latent_shape=(prepared.num_frames, self.vae.latent_channels),
-            sampler=fresh_sampler(
-                self._sampler_config, num_steps(params), shift_of(params), params.sigmas, self._device
-            ),
+            sampler=sampler,
             conditions=prepared.conditions,
             guidance_scale=guidance_scale(params, self.is_turbo),
-            interval=guidance_interval(params),
+            interval=noise_interval(params),
+            guided=guided_timesteps(sampler.timesteps, params),
             cover_strength=prepared.cover_strength,
         )
 
@@ -117,6 +120,9 @@ class AceStepPipeline(DiffusionModel):
 
     def run_blocks(self, tokens: Frames, start: int, stop: int) -> Frames:
         return self.transformer.run_blocks(tokens, start, stop)
+
+    def modulated_input(self, tokens: Frames) -> list[Tensor]:
+        return self.transformer.modulated_input(tokens)
 
     def unembed(self, tokens: Frames) -> list[Tensor]:
         return [velocity.float() for velocity in self.transformer.unembed(tokens)]

@@ -5,7 +5,7 @@ Formulas are those of diffusers' pipeline_ace_step; adaptive projected guidance 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
@@ -48,7 +48,8 @@ class ProjectedGuidance:
 
 class AceStepTrajectory(Trajectory):
     """Branches: the prompt's, the null condition's while guidance acts, and for a cover of strength below 1 the one
-    that does not know of the cover. interval: guidance acts while 1 - timestep is within it.
+    that does not know of the cover. interval: guidance acts while 1 - timestep is within it, at timesteps that are
+    `guided`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class AceStepTrajectory(Trajectory):
         conditions: Mapping[str, RowCondition],
         guidance_scale: float,
         interval: tuple[float, float],
+        guided: Set[float],
         cover_strength: float,
     ) -> None:
         self.latent_shape = latent_shape
@@ -66,11 +68,12 @@ class AceStepTrajectory(Trajectory):
         self.num_tokens = sum(len(condition.context) for condition in conditions.values())
         self._guidance = ProjectedGuidance(guidance_scale)
         self._interval = interval
+        self._guided = guided
         self._cover_strength = cover_strength
 
     def branches(self, timestep: float) -> tuple[str, ...]:
         start, end = self._interval
-        is_guided = NULL in self.conditions and start <= 1.0 - timestep <= end
+        is_guided = NULL in self.conditions and start <= 1.0 - timestep <= end and timestep in self._guided
         return tuple(name for name in (MAIN, NULL, PLAIN) if name in self.conditions and (name != NULL or is_guided))
 
     def state(self) -> Mapping[str, Any]:

@@ -146,6 +146,11 @@ class AceStepTransformer(nn.Module):
             hidden = block(hidden, spans, reads, frames.modulation)
         return replace(frames, hidden=hidden)
 
+    def modulated_input(self, frames: Frames) -> list[Tensor]:
+        """[L, D] per packed row: what the first block's self-attention reads."""
+        spans = frames.spans(self._rope_table(frames))
+        return replace(frames, hidden=self.blocks[0].modulated_input(frames.hidden, spans, frames.modulation)).per_row()
+
     def unembed(self, frames: Frames) -> list[Tensor]:
         """Velocities [T, C], in the order of the rows that `embed` was given."""
         # 1 patches of the packed rows

@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import Trajectory
 from vllm_omni.worker.diffusion.flow_sampler import FlowSampler, even_sigmas
+from vllm_omni.worker.diffusion.guidance import guided_timesteps
 from vllm_omni.worker.diffusion.previewer import flow_estimate
 from vllm_omni.worker.diffusion.source_image import SourceImage, StartedImage, first_step
 
@@ -45,6 +46,7 @@ class ZImageTrajectory(Trajectory):
         self.conditions = texts
         extra = params.extra or {}
         self._scale = guidance_scale(params)
+        self._guided = guided_timesteps(sampler.timesteps, params)
         self._truncation = float(extra.get("cfg_truncation", 1.0))
         self._norm_limit = float(extra.get("cfg_normalization", 0.0))
 
@@ -61,7 +63,8 @@ class ZImageTrajectory(Trajectory):
 
     def branches(self, timestep: float) -> tuple[str, ...]:
         is_truncated = self._truncation <= 1 and cleanness(timestep) > self._truncation
-        return (POSITIVE, NEGATIVE) if self._scale > 0 and not is_truncated else (POSITIVE,)
+        is_guided = self._scale > 0 and timestep in self._guided and not is_truncated
+        return (POSITIVE, NEGATIVE) if is_guided else (POSITIVE,)
 
     def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
         if len(outputs) == 1:

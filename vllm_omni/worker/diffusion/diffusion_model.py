@@ -24,6 +24,7 @@ from vllm_omni.payload import StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import check_number
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
+from vllm_omni.worker.diffusion.fingerprint import fingerprint
 from vllm_omni.worker.diffusion.sampler_state import restore_sampler, sampler_state
 from vllm_omni.worker.diffusion.tiling import DecodingSize
 from vllm_omni.worker.published_dtype import dtype_of_folders
@@ -129,7 +130,7 @@ class DiffusionModelSpec(ABC):
     """
 
     signature: StageSignature  # outputs are `output_port` [N, ...] and "latents" [N, ...]; the result is `output_port`
-    weight_folders: Sequence[Path]  # of the parts that are loaded
+    weight_folders: Sequence[Path]  # of the parts that are loaded, the transformer's first
     # keys of `OmniRequest.fields` that it reads: `prepare` is given them, those that DiffusionParams has as well
     # (`image`, `mask`, `strength`) in the parameters
     request_keys: frozenset[str] = frozenset()
@@ -208,6 +209,10 @@ class DiffusionModelSpec(ABC):
     def needed_inputs(self, connected: frozenset[str], request: OmniRequest, params: DiffusionParams) -> frozenset[str]:
         """Of the connected input ports, those that this request makes the model read."""
         return connected
+
+    def fingerprint(self) -> str:
+        """Tells the transformer's weights from all others. Reads some of them."""
+        return fingerprint(self.weight_folders[0], self.weights_variant)
 
     def note(self) -> str:
         """What `vllm-omni check` should say of the model; empty for nothing."""

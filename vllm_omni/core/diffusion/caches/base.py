@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from vllm_omni.errors import CacheError
+from vllm_omni.errors import CacheError, ConfigError
 from vllm_omni.utils.kept import put_kept, take_kept
 
 Signal = Literal["none", "lead_residual", "modulated_input"]
@@ -67,12 +69,21 @@ class RowCache(ABC):
         """Bytes of the kept tensors."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a policy's numbers were fitted on, and hold for."""
+
+    model: str  # the fingerprint of its weights
+    num_steps: int | None = None  # of the trajectories; None: they hold for any number
+
+
 class StepCachePolicy(ABC):
     """One rule, with its options. Made once per stage; holds nothing of any request."""
 
     reference: ClassVar[str]  # where the rule and its defaults come from
     options_type: ClassVar[type]  # frozen dataclass of the policy's own YAML keys
-    signal: ClassVar[Signal] = "none"  # what `RowCache.measure` is given
+    signal: Signal = "none"  # what `RowCache.measure` is given
+    fit: Fit | None = None  # of numbers that belong to one model; None where there are none
     computes_all: ClassVar[bool] = False  # every step is computed whole: no rows are made
 
     num_lead_blocks: int = 0  # 0: the decision falls before any block
@@ -91,6 +102,21 @@ class StepCachePolicy(ABC):
         """The most that the rows of a sample may ever hold. num_tokens: of all these rows together. token_bytes: of
         one token's hidden state.
         """
+
+
+def check_fitted(policy: str, key: str, numbers: Sequence[float], fitted_on: str) -> None:
+    """ConfigError unless there are numbers under `key` and it is said which model they were fitted on."""
+    missing = key if not numbers else "fitted_on" if not fitted_on else None
+    if missing is not None:
+        raise ConfigError(
+            f"{missing}: missing; the numbers of {policy!r} belong to one model alone,"
+            f" `vllm-omni calibrate CONFIG --policy {policy}` fits them to yours"
+        )
+
+
+def relative_change(new: Tensor, old: Tensor) -> Tensor:
+    """mean|new - old| / mean|old|, [] float32. Not finite where `old` is zero."""
+    return (new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
 
 
 def tensor_bytes(*tensors: Tensor | None) -> int:

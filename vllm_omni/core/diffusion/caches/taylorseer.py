@@ -54,6 +54,8 @@ class TaylorSeerRow(RowCache):
         self._differences: list[Tensor] = []  # d0, d1, .., [L, D] each
 
     def decides_to_reuse(self, step: int, measured: Sequence[float]) -> bool:
+        if not self._steps:  # a branch that begins late
+            return False
         since_warmup = step - self._options.warmup_steps
         return since_warmup >= 0 and (since_warmup - 1) % self._options.interval != 0
 

@@ -19,7 +19,10 @@ from vllm_omni.params import DiffusionParams, SamplingParams, StageParams
 from vllm_omni.request import PROMPT_KEYS, OmniRequest
 from vllm_omni.utils.checks import brief, did_you_mean
 
-OF_PICTURES = ("width", "height", "image", "mask", "strength", "num_previews", "negative_prompt", "guidance_scale")
+OF_PICTURES = (
+    *("width", "height", "image", "mask", "strength", "num_previews", "negative_prompt"),
+    *("guidance_scale", "guidance_interval"),
+)
 
 
 def build_request(

@@ -37,6 +37,7 @@ async def generate_audio(body: GenerateBody, call: CallOf, request: Request) -> 
         seed=body.seed,
         num_inference_steps=body.num_inference_steps,
         guidance_scale=body.guidance_scale,
+        guidance_interval=body.guidance_interval,
         negative_prompt=body.negative_prompt,
         duration_s=None if reads_duration else duration_s,
     )

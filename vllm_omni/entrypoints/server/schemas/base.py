@@ -14,6 +14,7 @@ from vllm_omni.params import MAX_SEED, DiffusionParams, SamplingParams
 MAX_TEXT = 10_000_000
 Label = Annotated[str, Field(max_length=512)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+GuidanceInterval = Annotated[list[float], Field(min_length=2, max_length=2, description="shares of the steps, 0 to 1")]
 
 
 class Fields(BaseModel):
@@ -105,6 +106,7 @@ class DiffusionFields(LoRAFields):
     height: int | None = Field(None, ge=1)
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0)
+    guidance_interval: GuidanceInterval | None = None
     negative_prompt: Annotated[str, Field(max_length=MAX_TEXT)] | None = None
     strength: float | None = Field(None, ge=0, le=1)
     extra_params: dict[str, Any] | None = Field(
@@ -133,6 +135,7 @@ def diffusion(fields: DiffusionFields, **more: Any) -> DiffusionParams:
         height=height or fields.height,
         num_inference_steps=fields.num_inference_steps,
         guidance_scale=fields.guidance_scale,
+        guidance_interval=fields.guidance_interval,
         negative_prompt=fields.negative_prompt,
         strength=fields.strength,
         lora=fields.loras(),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from vllm_omni.entrypoints.server.schemas.base import MAX_TEXT, Body, Fields, Label, Seed
+from vllm_omni.entrypoints.server.schemas.base import MAX_TEXT, Body, Fields, GuidanceInterval, Label, Seed
 from vllm_omni.media.time_stretch import MAX_SPEED, MIN_SPEED
 
 SpeechFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
@@ -92,6 +92,7 @@ class GenerateBody(Body, OpenFields):
     negative_prompt: Text | None = None
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0)
+    guidance_interval: GuidanceInterval | None = None
     seed: Seed | None = None
     response_format: SpeechFormat = "wav"
     extra_params: dict[str, Any] | None = Field(None, max_length=1_000, description="what this model alone knows")

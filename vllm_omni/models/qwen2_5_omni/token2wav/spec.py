@@ -26,7 +26,9 @@ from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check
 
 MIN_POINTS = 2
 TYPICAL_SECONDS = 10.0
-UNUSED_FIELDS = ("height", "width", "strength", "image", "sigmas", "negative_prompt", "duration_s", "extra")
+UNUSED_FIELDS = (
+    *("height", "width", "strength", "image", "sigmas", "negative_prompt", "guidance_interval", "duration_s", "extra"),
+)
 
 
 class Token2WavSpec(DiffusionModelSpec):
