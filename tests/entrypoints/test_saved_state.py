@@ -29,7 +29,11 @@ PROMPT = "a red circle left of a blue square"
 STEPS = 8
 PLAIN = DiffusionParams(seed=7, num_inference_steps=STEPS)
 # step caches with what each needs to reuse steps of a picture of eight
-KEYS: Mapping[str, Mapping[str, Any]] = {"first_block": {"threshold": 0.3}, "taylorseer": {"interval": 3}}
+KEYS: Mapping[str, Mapping[str, Any]] = {
+    "first_block": {"threshold": 0.3},
+    "dbcache": {"threshold": 0.3, "max_skips": 2},
+    "taylorseer": {"interval": 3},
+}
 CASES: dict[str, tuple[str, DiffusionParams]] = {
     "plain": ("none", PLAIN),
     "guided": ("none", dataclasses.replace(PLAIN, guidance_scale=3.0, negative_prompt="blue")),

@@ -35,6 +35,7 @@ from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
+from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
 from vllm_omni.worker.diffusion.tiling import DecodingSize
@@ -118,6 +119,7 @@ class KleinSpec(DiffusionModelSpec):
             raise InvalidRequestError(f"extra.{name}: unknown key{did_you_mean(str(name), ())}")
         self._check_pictures(params, limits)
         check_limit("guidance_scale", guidance_scale(params), 0, limits.max_guidance_scale)
+        check_guidance_interval(params, num_steps(params))
         self._check_guidance(request, params, connected)
 
     def num_steps(self, params: DiffusionParams) -> int:

@@ -15,6 +15,7 @@ from vllm_omni.models.flux2.transformer import Condition
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import Trajectory
 from vllm_omni.worker.diffusion.flow_sampler import FlowSampler
+from vllm_omni.worker.diffusion.guidance import guided_timesteps
 from vllm_omni.worker.diffusion.previewer import flow_estimate
 from vllm_omni.worker.diffusion.source_image import StartedImage
 
@@ -46,6 +47,7 @@ class KleinTrajectory(Trajectory):
         self.conditions = conditions
         self.start = first_step(params)
         self._scale = guidance_scale(params)
+        self._guided = guided_timesteps(sampler.timesteps, params)
         self._source = source
         self._started: StartedImage | None = None
 
@@ -63,7 +65,8 @@ class KleinTrajectory(Trajectory):
         return self._started.constrain(latents, self.sampler.sigmas[self.start + step + 1])
 
     def branches(self, timestep: float) -> tuple[str, ...]:
-        return (POSITIVE, NEGATIVE) if NEGATIVE in self.conditions else (POSITIVE,)
+        is_guided = NEGATIVE in self.conditions and timestep in self._guided
+        return (POSITIVE, NEGATIVE) if is_guided else (POSITIVE,)
 
     def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
         if len(outputs) == 1:

@@ -19,7 +19,6 @@ from vllm_omni.models.qwen_image.trajectory import (
     NEGATIVE,
     POSITIVE,
     QwenImageTrajectory,
-    guidance_scale,
     is_guided,
     num_steps,
     sigmas,
@@ -105,7 +104,7 @@ class QwenImagePipeline(DiffusionModel):
                 num_picture + len(context.references) + len(context.text) for context in prepared.contexts.values()
             ),
             contexts=prepared.contexts,
-            scale=guidance_scale(params),
+            params=params,
             start=start,
             source=prepared.source,
         )

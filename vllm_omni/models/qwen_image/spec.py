@@ -34,6 +34,7 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
+from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.source_image import check_source, first_step
 
@@ -111,6 +112,7 @@ class QwenImageSpec(DiffusionModelSpec):
         self._check_size(params, self._check_pictures(params, limits), limits)
         self._check_steps(params)
         check_limit("guidance_scale", guidance_scale(params), 0, limits.max_guidance_scale)
+        check_guidance_interval(params, num_steps(params))
         _check_guidance(request, params, connected)
 
     def num_steps(self, params: DiffusionParams) -> int:

@@ -13,6 +13,7 @@ from vllm_omni.models.qwen_image.transformer import Context
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import Trajectory
 from vllm_omni.worker.diffusion.flow_sampler import FlowSampler, even_sigmas
+from vllm_omni.worker.diffusion.guidance import guided_timesteps
 from vllm_omni.worker.diffusion.patches import patchified, unpatchified
 from vllm_omni.worker.diffusion.previewer import flow_estimate
 from vllm_omni.worker.diffusion.source_image import SourceImage, StartedImage
@@ -34,7 +35,7 @@ class QwenImageTrajectory(Trajectory):
         sampler: FlowSampler,
         num_tokens: int,
         contexts: Mapping[str, Context],
-        scale: float,
+        params: DiffusionParams,
         start: int,
         source: SourceImage | None,
     ) -> None:
@@ -43,7 +44,8 @@ class QwenImageTrajectory(Trajectory):
         self.num_tokens = num_tokens
         self.conditions = contexts
         self.start = start
-        self._scale = scale
+        self._scale = guidance_scale(params)
+        self._guided = guided_timesteps(sampler.timesteps, params)
         self._source = source
         self._started: StartedImage | None = None
 
@@ -59,7 +61,8 @@ class QwenImageTrajectory(Trajectory):
         return self._started.constrain(latents, self.sampler.sigmas[self.start + step + 1])
 
     def branches(self, timestep: float) -> tuple[str, ...]:
-        return tuple(self.conditions)
+        is_guided = NEGATIVE in self.conditions and timestep in self._guided
+        return (POSITIVE, NEGATIVE) if is_guided else (POSITIVE,)
 
     def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
         return outputs[0] if len(outputs) == 1 else guided(outputs[0], outputs[1], self._scale)

@@ -56,6 +56,8 @@ class DBCache(StepCachePolicy):
 class DBCacheRow(FirstBlockRow):
     """Also counts the steps that were replayed since the last computed one."""
 
+    kept = (*FirstBlockRow.kept, "_num_skips")
+
     def __init__(self, options: DBCacheOptions) -> None:
         super().__init__(options.threshold)
         self._max_skips = options.max_skips

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class FirstBlockCache(StepCachePolicy):
 class FirstBlockRow(RowCache):
     """The two residuals of the last computed step."""
 
-    kept = ("_lead", "_rest", "_scale")
+    kept: ClassVar[tuple[str, ...]] = ("_lead", "_rest", "_scale")
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold

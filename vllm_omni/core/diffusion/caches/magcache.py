@@ -58,6 +58,8 @@ class MagCache(StepCachePolicy):
 class MagCacheRow(RowCache):
     """The residual of the last computed step, and how the ratios have added up since."""
 
+    kept = ("_rest", "_product", "_error", "_num_skips")
+
     def __init__(self, options: MagCacheOptions, ratios: Sequence[float], num_first: int) -> None:
         self._options = options
         self._ratios = ratios

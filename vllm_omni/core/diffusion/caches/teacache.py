@@ -65,6 +65,8 @@ class TeaCache(StepCachePolicy):
 class TeaCacheRow(RowCache):
     """The modulated input of the last step, the residual of the last computed one, the estimates since."""
 
+    kept = ("_input", "_rest", "_total")
+
     def __init__(self, options: TeaCacheOptions, num_steps: int) -> None:
         self._options = options
         self._last_step = num_steps - 1
