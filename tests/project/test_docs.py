@@ -38,7 +38,7 @@ from vllm_omni.config.schema import (
 from vllm_omni.config.shipped import supported_checkpoints
 from vllm_omni.engine.ar.options import AROptions, Speculation, Tap
 from vllm_omni.engine.ar.prompt import DEFAULT_MAX_TOKENS
-from vllm_omni.engine.ar.prompt_template import PromptTemplate
+from vllm_omni.engine.ar.prompt_template import PromptTemplate, TemplateImages
 from vllm_omni.engine.diffusers.options import DiffusersOptions
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.entrypoints.cli import build_parser
@@ -294,6 +294,7 @@ def type_words(annotation: Any) -> str:
     words = {"int": "integer", "float": "number", "str": "string", "bool": "boolean", "Any": "any"}
     words |= {"Mapping": "mapping", "Sequence": "list", "tuple": "list", "Image": "image", "DType": "string"}
     words |= {"SchedulerType": "string", "Literal": "string", "Speculation": "mapping", "PromptTemplate": "mapping"}
+    words |= {"TemplateImages": "mapping"}
     found: list[str] = []
     for part in re.sub(r"\[[^|]*\]", "", str(annotation)).split(" | "):
         word = words.get(part, "mapping" if part.endswith(("Group", "Config")) else part)
@@ -312,14 +313,14 @@ def test_every_config_key_stands_in_its_table_with_its_type_and_default(title: s
         check_config_row(row, fields[row[0].strip("`")])
 
 
-@pytest.mark.parametrize(("index", "found"), [(1, Speculation), (2, PromptTemplate)])
+@pytest.mark.parametrize(("index", "found"), [(1, Speculation), (2, PromptTemplate), (3, TemplateImages)])
 def test_the_keys_of_a_mapping_of_an_ar_stage_stand_in_their_table(index: int, found: type) -> None:
     for row, field in zip(config_tables("Keys of an `ar` stage")[index], dataclasses.fields(found), strict=True):
         check_config_row(row, field)
 
 
 def test_the_keys_of_a_port_of_an_ar_stage_stand_in_their_table() -> None:
-    rows, fields = config_tables("Keys of an `ar` stage")[3], dataclasses.fields(Tap)
+    rows, fields = config_tables("Keys of an `ar` stage")[4], dataclasses.fields(Tap)
     assert [choices_of(field.type) for field in fields] == [[], ["prompt", "completion", "followed"]]
     for row, field in zip(rows, fields, strict=True):
         check_config_row(row, field)

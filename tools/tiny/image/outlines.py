@@ -19,6 +19,8 @@ WOBBLE = 0.05  # of the radius, at most
 POINTS = 96  # of an outline
 LEAST_HOLLOW = 0.88  # a blob that fills less of its outline is a line
 CIRCLE_CORNERS = 48
+GAP = 2  # pixels on each side of a break in a line, which is closed before what is inside is measured
+MIN_SATURATION = 45  # of a line, as of a filled shape
 
 
 def draw_outlines(scene: Scene, rng: random.Random, size: int = SIZE) -> np.ndarray:
@@ -79,15 +81,16 @@ def complaint(image: np.ndarray, scene: Scene) -> str | None:
 
 
 def filled(found: Found, pixels: np.ndarray) -> Found | None:
-    """What the outline is an outline of; None where it is none."""
+    """What the outline is an outline of, as large as the middle of its line; None where it is none."""
     side = len(pixels)
-    colourful = pixels.max(2) - pixels.min(2) > 45
-    blobs, _ = ndimage.label(colourful, structure=np.ones((3, 3)))
-    whole = ndimage.binary_fill_holes(blobs > 0)
+    colourful = pixels.max(2) - pixels.min(2) > MIN_SATURATION
+    padded = np.pad(colourful, GAP)
+    whole = ndimage.binary_fill_holes(ndimage.binary_closing(padded, np.ones((3, 3)), iterations=GAP))
+    whole = whole[GAP:-GAP, GAP:-GAP]
     inside, _ = ndimage.label(whole)
     number = inside[min(int(found.y * side), side - 1), min(int(found.x * side), side - 1)]
     mask = inside == number
     if number == 0 or (mask & colourful).sum() > LEAST_HOLLOW * mask.sum():
         return None
     shape = describe(mask, np.where(mask[..., None], pixels, 0)).shape
-    return Found(found.colour, shape, found.x, found.y, found.radius)
+    return Found(found.colour, shape, found.x, found.y, found.radius - LINE / 2)

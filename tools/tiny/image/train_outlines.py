@@ -1,6 +1,6 @@
 """Trains the LoRA that ships beside the tiny image model: it draws outlines by hand instead of filled shapes.
 
-    python -m tools.tiny.image.train_outlines      # about fifteen minutes on one core
+    python -m tools.tiny.image.train_outlines      # about half an hour on one core
 
 The model stays as it is; what is trained are two thin matrices beside every projection within its blocks, written in
 diffusers' naming.
@@ -153,10 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("vllm_omni/assets/tiny-image/lora/outlines.safetensors")
     )
-    parser.add_argument("--pictures", type=int, default=6400)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--pictures", type=int, default=12800)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch-size", type=int, default=24)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     torch.manual_seed(args.seed)
