@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vllm_omni import AsyncOmni, DiffusionParams, Omni, OmniOutput, SamplingParams, read_state
@@ -93,7 +94,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for step in steps_of(params):
                 save_after(omni, root / case / f"{step}.safetensors", params, step)
     work = json.dumps([(str(root / case), overrides(policy)) for case, (policy, _) in CASES.items()])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    threads = str(torch.get_num_threads())  # with another number sums round otherwise
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
     done = subprocess.run(
         [sys.executable, "-c", RESUME, work], env=environment, capture_output=True, text=True, check=False, timeout=160
     )

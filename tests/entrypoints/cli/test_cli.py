@@ -34,7 +34,20 @@ from vllm_omni.request import Completion, OmniOutput, RequestStatus, StageResult
 register_toys()
 
 NO_FLAGS = dict.fromkeys(
-    ["seed", "steps", "height", "width", "guidance", "num_frames", "fps", "max_tokens", "temperature", "n", "lora"]
+    [
+        "seed",
+        "steps",
+        "height",
+        "width",
+        "guidance",
+        "num_frames",
+        "fps",
+        "max_tokens",
+        "temperature",
+        "n",
+        "lora",
+        "guidance_interval",
+    ]
 )
 STATES = TensorSpec(("T", 8))
 RELAY = StageSignature(inputs=dict.fromkeys("abcd", STATES), outputs={"out": STATES}, results=frozenset({"out"}))
