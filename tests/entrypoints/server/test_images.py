@@ -96,7 +96,7 @@ def test_a_prompt_of_which_no_picture_is_made_says_what_was_made(client: OpenAI)
         ({"extra_body": {"guidance_scale": 1e9}}, "guidance_scale"),
         ({"extra_body": {"num_inference_steps": 10**6}}, "num_inference_steps"),
         ({"extra_body": {"extra_params": {"lyrics": "la"}}}, "extra.lyrics"),
-        ({"extra_body": {"lora": {"name": "x"}}}, "lora"),
+        ({"extra_body": {"lora": {"name": "x"}}}, "lora.name"),
         ({"model": "tiny-audio"}, "model"),
     ],
 )
