@@ -15,8 +15,6 @@ from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.models.flux2.autoencoder import Flux2Autoencoder
 from vllm_omni.models.flux2.pictures import Size, cropped, pictures_of, soft_mask, stretched, whole_size
 from vllm_omni.models.flux2.trajectory import (
-    NEGATIVE,
-    POSITIVE,
     KleinTrajectory,
     first_step,
     guidance_scale,
@@ -29,9 +27,11 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 from vllm_omni.worker.diffusion.flow_sampler import even_sigmas, fresh_sampler
+from vllm_omni.worker.diffusion.flow_trajectory import NEGATIVE, POSITIVE
 from vllm_omni.worker.diffusion.joint import JointTokens
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.previewer import Previewer, to_pixels
+from vllm_omni.worker.diffusion.source_image import SourceImage
 
 NEGATIVE_PORT = "negative_prompt_embeds"
 NATIVE_SIDE = 1024  # pixels of both sides where nothing says more
@@ -63,7 +63,7 @@ class Prepared:
 
     size: Size
     conditions: Mapping[str, Condition]  # by branch
-    source: tuple[Tensor, Tensor] | None  # latents of a picture that is drawn anew in part, and its mask
+    source: SourceImage | None  # a picture that is drawn anew in part
 
 
 class KleinPipeline(DiffusionModel):
@@ -110,7 +110,7 @@ class KleinPipeline(DiffusionModel):
         source = None
         if params.mask is not None:
             mask = soft_mask(encoded.mask(params.mask, "mask"), size, (latents[0].shape[1], latents[0].shape[2]))
-            source = (latents[0], mask.to(self._device))
+            source = SourceImage(size, latents[0], None, mask.to(self._device))
         references = tuple(self.transformer.embed_reference(one) for one in latents)
         return Prepared(size, self._conditions(texts, references), source)
 
@@ -126,6 +126,8 @@ class KleinPipeline(DiffusionModel):
             num_tokens=sum(height * width + self._num_tokens(row) for row in prepared.conditions.values()),
             conditions=prepared.conditions,
             params=params,
+            scale=guidance_scale(params),
+            start=first_step(params),
             source=prepared.source,
         )
 

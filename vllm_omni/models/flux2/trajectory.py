@@ -5,77 +5,28 @@ Formulas are those of diffusers' pipeline_flux2_klein and pipeline_flux2_klein_i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vllm_omni.models.flux2.pictures import STRENGTH
-from vllm_omni.models.flux2.transformer import Condition
 from vllm_omni.params import DiffusionParams
-from vllm_omni.worker.diffusion.diffusion_model import Trajectory
-from vllm_omni.worker.diffusion.flow_sampler import FlowSampler
-from vllm_omni.worker.diffusion.guidance import guided_timesteps
-from vllm_omni.worker.diffusion.previewer import flow_estimate
-from vllm_omni.worker.diffusion.source_image import StartedImage
+from vllm_omni.worker.diffusion.flow_trajectory import FlowTrajectory
 
-POSITIVE, NEGATIVE = "positive", "negative"
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 50, 4.0  # the published pipeline's own
 LONG = 4300  # tokens of a picture from which on the shift does not depend on the number of steps
 SLOPE_OF_10, BASE_OF_10 = 8.73809524e-05, 1.89833333  # of the shift by tokens, fitted for 10 steps
 SLOPE_OF_200, BASE_OF_200 = 0.00016927, 0.45666666  # and for 200
 
 
-class KleinTrajectory(Trajectory):
-    """The way of one image. Guidance is `negative + scale * (positive - negative)`, so 1 is neutral."""
-
-    sampler: FlowSampler
-
-    def __init__(
-        self,
-        latent_shape: tuple[int, int, int],
-        sampler: FlowSampler,
-        num_tokens: int,
-        conditions: Mapping[str, Condition],
-        params: DiffusionParams,
-        source: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """source: latents [C, h, w] of a picture that is drawn anew in part, and its mask [h, w]."""
-        self.latent_shape = latent_shape
-        self.sampler = sampler
-        self.num_tokens = num_tokens
-        self.conditions = conditions
-        self.start = first_step(params)
-        self._scale = guidance_scale(params)
-        self._guided = guided_timesteps(sampler.timesteps, params)
-        self._source = source
-        self._started: StartedImage | None = None
-
-    def noise(self, generator: torch.Generator) -> Tensor:
-        noise = super().noise(generator)
-        if self._source is None:
-            return noise
-        latents, mask = self._source
-        self._started = StartedImage(latents, noise.to(latents.device), mask)
-        return self._started.at(self.sampler.sigmas[self.start])
-
-    def constrain(self, latents: Tensor, step: int) -> Tensor:
-        if self._started is None:
-            return latents
-        return self._started.constrain(latents, self.sampler.sigmas[self.start + step + 1])
-
-    def branches(self, timestep: float) -> tuple[str, ...]:
-        is_guided = NEGATIVE in self.conditions and timestep in self._guided
-        return (POSITIVE, NEGATIVE) if is_guided else (POSITIVE,)
+class KleinTrajectory(FlowTrajectory):
+    """Guidance is `negative + scale * (positive - negative)`, so 1 is neutral."""
 
     def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
         if len(outputs) == 1:
             return outputs[0]
         positive, negative = outputs
         return negative + self._scale * (positive - negative)
-
-    def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
-        return flow_estimate(self.sampler.sigmas, self.start + step, latents, output)
 
 
 def num_steps(params: DiffusionParams) -> int:

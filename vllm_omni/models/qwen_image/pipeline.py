@@ -16,9 +16,8 @@ from vllm_omni.media.image_input import fitted
 from vllm_omni.models.qwen_image.geometry import ImageGeometry
 from vllm_omni.models.qwen_image.positions import MAX_POSITION, first_text_position
 from vllm_omni.models.qwen_image.trajectory import (
-    NEGATIVE,
-    POSITIVE,
     QwenImageTrajectory,
+    guidance_scale,
     is_guided,
     num_steps,
     sigmas,
@@ -29,6 +28,7 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 from vllm_omni.worker.diffusion.flow_sampler import fresh_sampler, linear_shift
+from vllm_omni.worker.diffusion.flow_trajectory import NEGATIVE, POSITIVE
 from vllm_omni.worker.diffusion.joint import JointTokens
 from vllm_omni.worker.diffusion.patches import PATCH
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
@@ -103,8 +103,9 @@ class QwenImagePipeline(DiffusionModel):
             num_tokens=sum(
                 num_picture + len(context.references) + len(context.text) for context in prepared.contexts.values()
             ),
-            contexts=prepared.contexts,
+            conditions=prepared.contexts,
             params=params,
+            scale=guidance_scale(params),
             start=start,
             source=prepared.source,
         )

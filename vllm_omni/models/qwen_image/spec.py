@@ -20,8 +20,6 @@ from vllm_omni.models.qwen_image.pipeline import PORTS, QwenImagePipeline, sourc
 from vllm_omni.models.qwen_image.trajectory import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
-    NEGATIVE,
-    POSITIVE,
     guidance_scale,
     is_guided,
     num_steps,
@@ -34,6 +32,7 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
+from vllm_omni.worker.diffusion.flow_trajectory import NEGATIVE, POSITIVE
 from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.source_image import check_source, first_step

@@ -4,71 +4,26 @@ Formulas are those of diffusers' pipeline_qwenimage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vllm_omni.models.qwen_image.transformer import Context
 from vllm_omni.params import DiffusionParams
-from vllm_omni.worker.diffusion.diffusion_model import Trajectory
-from vllm_omni.worker.diffusion.flow_sampler import FlowSampler, even_sigmas
-from vllm_omni.worker.diffusion.guidance import guided_timesteps
+from vllm_omni.worker.diffusion.flow_sampler import even_sigmas
+from vllm_omni.worker.diffusion.flow_trajectory import FlowTrajectory
 from vllm_omni.worker.diffusion.patches import patchified, unpatchified
-from vllm_omni.worker.diffusion.previewer import flow_estimate
-from vllm_omni.worker.diffusion.source_image import SourceImage, StartedImage
 
-POSITIVE, NEGATIVE = "positive", "negative"
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = 4.0
 NEUTRAL_GUIDANCE = 1.0
 
 
-class QwenImageTrajectory(Trajectory):
-    """The way of one image. Guidance at 1 is neutral."""
-
-    sampler: FlowSampler
-
-    def __init__(
-        self,
-        latent_shape: tuple[int, int, int],
-        sampler: FlowSampler,
-        num_tokens: int,
-        contexts: Mapping[str, Context],
-        params: DiffusionParams,
-        start: int,
-        source: SourceImage | None,
-    ) -> None:
-        self.latent_shape = latent_shape
-        self.sampler = sampler
-        self.num_tokens = num_tokens
-        self.conditions = contexts
-        self.start = start
-        self._scale = guidance_scale(params)
-        self._guided = guided_timesteps(sampler.timesteps, params)
-        self._source = source
-        self._started: StartedImage | None = None
-
-    def noise(self, generator: torch.Generator) -> Tensor:
-        if self._source is None:
-            return super().noise(generator)
-        self._started = self._source.begin(generator)
-        return self._started.at(self.sampler.sigmas[self.start])
-
-    def constrain(self, latents: Tensor, step: int) -> Tensor:
-        if self._started is None:
-            return latents
-        return self._started.constrain(latents, self.sampler.sigmas[self.start + step + 1])
-
-    def branches(self, timestep: float) -> tuple[str, ...]:
-        is_guided = NEGATIVE in self.conditions and timestep in self._guided
-        return (POSITIVE, NEGATIVE) if is_guided else (POSITIVE,)
+class QwenImageTrajectory(FlowTrajectory):
+    """Guidance at 1 is neutral."""
 
     def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
         return outputs[0] if len(outputs) == 1 else guided(outputs[0], outputs[1], self._scale)
-
-    def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
-        return flow_estimate(self.sampler.sigmas, self.start + step, latents, output)
 
 
 def guided(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

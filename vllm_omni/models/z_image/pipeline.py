@@ -15,8 +15,6 @@ from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.media.image_input import fitted
 from vllm_omni.models.z_image.packing import Tokens, padded
 from vllm_omni.models.z_image.trajectory import (
-    NEGATIVE,
-    POSITIVE,
     ZImageTrajectory,
     cleanness,
     guidance_scale,
@@ -28,6 +26,7 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, check_finite
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 from vllm_omni.worker.diffusion.flow_sampler import fresh_sampler, linear_shift
+from vllm_omni.worker.diffusion.flow_trajectory import NEGATIVE, POSITIVE
 from vllm_omni.worker.diffusion.patches import PATCH
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.previewer import Previewer, to_pixels
@@ -118,8 +117,10 @@ class ZImagePipeline(DiffusionModel):
                 first_step(params, num_steps(params)),
             ),
             num_tokens=sum(padded(num_image_tokens) + len(text) for text in prepared.texts.values()),
-            texts=prepared.texts,
+            conditions=prepared.texts,
             params=params,
+            scale=guidance_scale(params),
+            start=first_step(params, num_steps(params)),
             source=prepared.source,
         )
 

@@ -5,66 +5,34 @@ Formulas (shift, guidance, normalisation, truncation) are those of diffusers' pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_omni.params import DiffusionParams
-from vllm_omni.worker.diffusion.diffusion_model import Trajectory
-from vllm_omni.worker.diffusion.flow_sampler import FlowSampler, even_sigmas
-from vllm_omni.worker.diffusion.guidance import guided_timesteps
-from vllm_omni.worker.diffusion.previewer import flow_estimate
-from vllm_omni.worker.diffusion.source_image import SourceImage, StartedImage, first_step
+from vllm_omni.worker.diffusion.flow_sampler import even_sigmas
+from vllm_omni.worker.diffusion.flow_trajectory import POSITIVE, FlowTrajectory
 
-POSITIVE, NEGATIVE = "positive", "negative"
 DEFAULT_STEPS = 50  # the published pipeline's own
 DEFAULT_GUIDANCE = 5.0
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-class ZImageTrajectory(Trajectory):
-    """The way of one image. Guidance adds `scale * (positive - negative)`, so 0 is neutral."""
+class ZImageTrajectory(FlowTrajectory):
+    """Guidance adds `scale * (positive - negative)`, so 0 is neutral."""
 
-    sampler: FlowSampler
-
-    def __init__(
-        self,
-        latent_shape: tuple[int, int, int],
-        sampler: FlowSampler,
-        num_tokens: int,
-        texts: Mapping[str, Tensor],
-        params: DiffusionParams,
-        source: SourceImage | None,
-    ) -> None:
-        self.latent_shape = latent_shape
-        self.sampler = sampler
-        self.start = first_step(params, num_steps(params))
-        self._source = source
-        self._started: StartedImage | None = None
-        self.num_tokens = num_tokens
-        self.conditions = texts
+    def __init__(self, *, params: DiffusionParams, **named: Any) -> None:
+        """named: as of a FlowTrajectory."""
+        super().__init__(params=params, **named)
         extra = params.extra or {}
-        self._scale = guidance_scale(params)
-        self._guided = guided_timesteps(sampler.timesteps, params)
         self._truncation = float(extra.get("cfg_truncation", 1.0))
         self._norm_limit = float(extra.get("cfg_normalization", 0.0))
 
-    def noise(self, generator: torch.Generator) -> Tensor:
-        if self._source is None:
-            return super().noise(generator)
-        self._started = self._source.begin(generator)
-        return self._started.at(self.sampler.sigmas[self.start])
-
-    def constrain(self, latents: Tensor, step: int) -> Tensor:
-        if self._started is None:
-            return latents
-        return self._started.constrain(latents, self.sampler.sigmas[self.start + step + 1])
-
     def branches(self, timestep: float) -> tuple[str, ...]:
         is_truncated = self._truncation <= 1 and cleanness(timestep) > self._truncation
-        is_guided = self._scale > 0 and timestep in self._guided and not is_truncated
-        return (POSITIVE, NEGATIVE) if is_guided else (POSITIVE,)
+        return (POSITIVE,) if is_truncated else super().branches(timestep)
 
     def combine(self, outputs: Sequence[Tensor], timestep: float) -> Tensor:
         if len(outputs) == 1:
@@ -76,9 +44,6 @@ class ZImageTrajectory(Trajectory):
             norm = torch.linalg.vector_norm(guided)
             guided = torch.where(norm > most, guided * (most / norm), guided)
         return guided
-
-    def estimate(self, latents: Tensor, output: Tensor, step: int) -> Tensor:
-        return flow_estimate(self.sampler.sigmas, self.start + step, latents, output)
 
 
 def num_steps(params: DiffusionParams) -> int:

@@ -28,12 +28,14 @@ class SourceImage:
 
     pixel_size: tuple[int, int]  # height and width as it is encoded
     mean: Tensor  # [C, h, w] float32
-    deviation: Tensor  # the same; 0 for an autoencoder that draws nothing
+    deviation: Tensor | None  # the same; None where the mean is taken and nothing drawn
     mask: Tensor | None  # [h, w] float32: 1 where the picture is drawn anew, 0 where it is kept
 
     def begin(self, generator: torch.Generator) -> StartedImage:
         """One output's own, drawn on the CPU."""
-        latents = self.mean + self.deviation * self._drawn(generator)
+        latents = self.mean
+        if self.deviation is not None:
+            latents = latents + self.deviation * self._drawn(generator)
         return StartedImage(latents, self._drawn(generator), self.mask)
 
     def _drawn(self, generator: torch.Generator) -> Tensor:
