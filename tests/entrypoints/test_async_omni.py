@@ -182,6 +182,23 @@ def test_giving_up_a_refused_duplicate_does_not_abort_the_request_that_has_the_i
     run(main())
 
 
+def test_an_id_may_be_used_again_at_once_after_an_abort() -> None:
+    """Both commands come while the loop is between the same two steps."""
+
+    async def main() -> tuple[OmniOutput, OmniOutput]:
+        async with text_omni() as omni:
+            first = asyncio.create_task(omni.generate({"prompt": "a", "request_id": "same"}, HANG))
+            await until(busy(omni))
+            omni._loop.run(lambda executor: time.sleep(0.3))
+            omni.abort("same")
+            second = asyncio.create_task(omni.generate({"prompt": "b", "request_id": "same"}, TextParams(steps=2)))
+            return await first, await second
+
+    aborted, answered = run(main())
+    assert aborted.status is RequestStatus.ABORTED
+    assert answered.error is None and answered.text == "bb"
+
+
 def test_shutdown_drains() -> None:
     async def main() -> list[OmniOutput]:
         omni = text_omni(scheduler=SchedulerConfig(max_running=1))

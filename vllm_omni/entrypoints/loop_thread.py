@@ -198,6 +198,7 @@ class LoopThread:
     def _abort(self, request_id: str, deliver: Deliver | None) -> None:
         if deliver is None or self._delivers.get(request_id) == deliver:
             self._executor.abort(request_id)
+            self._deliver(self._executor.take_outputs())  # before its id can be another request's
 
     def _stop(self, drain: bool) -> None:
         self._is_stopping = True
