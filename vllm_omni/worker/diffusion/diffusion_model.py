@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.layers.weights import saved_bytes, weights_bytes
+from vllm_omni.layers.weights_digest import weights_digest
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import check_number
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
-from vllm_omni.worker.diffusion.fingerprint import fingerprint
 from vllm_omni.worker.diffusion.sampler_state import restore_sampler, sampler_state
 from vllm_omni.worker.diffusion.tiling import DecodingSize
 from vllm_omni.worker.published_dtype import dtype_of_folders
+
+FINGERPRINT_DIGITS = 16  # hexadecimal
 
 
 class Sampler(Protocol):
@@ -212,7 +214,8 @@ class DiffusionModelSpec(ABC):
 
     def fingerprint(self) -> str:
         """Tells the transformer's weights from all others. Reads some of them."""
-        return fingerprint(self.weight_folders[0], self.weights_variant)
+        transformer = self.weight_folders[0]
+        return weights_digest(transformer, [transformer], self.weights_variant)[:FINGERPRINT_DIGITS]
 
     def note(self) -> str:
         """What `vllm-omni check` should say of the model; empty for nothing."""
