@@ -111,6 +111,23 @@ class CopyFence:
             self._event.synchronize()
 
 
+class Readout:
+    """Numbers on their way to the host, while the device goes on and overwrites where they stood."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = torch.cuda.Event() if is_cuda(values.device) else None
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=self._event is not None)
+        self._values.copy_(values, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def tolist(self) -> list[int]:
+        """The numbers, as soon as they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
+
+
 class StepGraphs(Protocol):
     """Makes work on fixed tensors repeatable at the cost of one launch."""
 

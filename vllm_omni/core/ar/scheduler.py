@@ -119,6 +119,22 @@ class ARScheduler:
         self._admit(chunks)  # what was preempted just now finds no room: it lost at least one of the blocks it needs
         return chunks
 
+    def grow_ahead(self, chunks: list[Chunk]) -> list[bool]:
+        """Which sequences of a step of single tokens go on in the next, whose blocks are taken then; none where the
+        next step would most likely hold others, or drafts, or there are too few blocks.
+        """
+        has_room = len(self._running) < self._max_num_seqs
+        is_joined = has_room and any(sequence.num_computable_tokens for sequence in self._waiting)
+        if self._lookup is not None or is_joined or len(chunks) < len(self._running):
+            return []
+        goes_on = [chunk.end + 1 < chunk.sequence.max_tokens for chunk in chunks]
+        for chunk, does in zip(chunks, goes_on, strict=True):
+            if does and chunk.end % self.blocks.block_size == 0:
+                if not self.blocks.can_grow(chunk.sequence, chunk.end + 1):
+                    return []
+                self.blocks.grow(chunk.sequence, chunk.end + 1)
+        return goes_on if any(goes_on) else []
+
     def learn(self, chunks: list[Chunk], step_s: float) -> None:
         """What the step of these chunks has taken."""
         if self._pace is not None and any(not chunk.sequence.is_one_behind for chunk in chunks):
