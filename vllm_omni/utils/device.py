@@ -126,11 +126,14 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all captures: what a graph frees serves only graphs of the same stream, and each stream has a
+        # workspace of its own for products.
+        self._beside = torch.cuda.Stream(device)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Runs `work` once before: kernels are compiled and libraries take their workspaces at their first use."""
         with torch.cuda.device(self._device):
-            current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+            current, beside = torch.cuda.current_stream(), self._beside
             beside.wait_stream(current)
             with torch.cuda.stream(beside):
                 work()
