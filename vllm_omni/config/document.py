@@ -24,6 +24,7 @@ from vllm_omni.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["auto", "none", "int8"]
+Offload = Literal["none", "weights"]
 
 _DEFAULTS = OmniConfig()
 

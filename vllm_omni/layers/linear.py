@@ -29,6 +29,7 @@ class PackedLayer(nn.Module):
     scales: Tensor | None  # [out] float32, of a weight in int8
     packing: Packing | None = None
     can_quantize: bool  # whether what it computes stands int8
+    is_streamed: bool = False  # whether its weight comes and goes, and is multiplied where it does not lie now
 
     def quantize(self) -> None:
         """The weight will be held in int8. On the meta device, before there are numbers in it."""
@@ -48,10 +49,10 @@ class PackedLayer(nn.Module):
         """Lays the weight out as it is multiplied, where that helps; the published layout is gone."""
         if self.packing is None:
             weight = self.weight.detach()
-            if self.scales is None:
-                self.packing = self._find_packing(weight)
-            else:
+            if self.scales is not None:
                 self.packing = find_quantized_packing(weight, self.scales, self.activations)
+            elif not self.is_streamed:
+                self.packing = self._find_packing(weight)
             if self.packing is not None:
                 self.weight = nn.Parameter(self.packing.pack(weight), requires_grad=False)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vllm_omni.errors import CheckpointError
+from vllm_omni.layers.blocks import WeightStream, lists_of
 from vllm_omni.layers.linear import PackedLayer, pack_linears, quantize_linears
 from vllm_omni.layers.published_quantization import restored, scale_names, scales_of_rows
 from vllm_omni.utils.checkpoint_files import check_file
 from vllm_omni.utils.checks import brief
+from vllm_omni.utils.device import Copies
 from vllm_omni.utils.files import read_json
 from vllm_omni.utils.mapped_files import give_back
 from vllm_omni.utils.variants import is_weights, of_one_variant, variant_of, variants_in
 
+MakeCopies = Callable[[torch.device], Copies]  # for a device
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_FILE, WHOLE_PIPELINE_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
 ADAPTER_PREFIX = "adapter_"
@@ -175,14 +178,34 @@ def plan_loading(model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: 
     return plan
 
 
-def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> None:
+def allocate(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    make_copies: MakeCopies | None = None,
+) -> None:
     """Gives a model that was built on the meta device its memory, not filled. quantization: "int8" for the weights that
-    can be.
+    can be. make_copies: where the weights of its blocks are to wait in the host's memory, what brings them to a device.
     """
+    choose_numbers(model, dtype, quantization)
+    lists = lists_of(model) if make_copies is not None else []
+    if make_copies is not None and lists:
+        WeightStream(lists, device, make_copies(device))
+    streamed = {id(part) for blocks in lists for part in blocks.modules() if part is not blocks}
+    for part in model.modules():
+        if id(part) not in streamed:
+            part.to_empty(device=device, recurse=False)
+        elif isinstance(part, PackedLayer):
+            part.is_streamed = True
+    model.eval().requires_grad_(False)
+
+
+def choose_numbers(model: nn.Module, dtype: torch.dtype, quantization: str | None) -> None:
+    """What the weights of a model on the meta device are held in."""
     model.to(dtype)
     if quantization is not None:
         quantize_linears(model)
-    model.to_empty(device=device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
