@@ -66,8 +66,8 @@ def test_pictures_are_the_same_to_the_last_bit(
     assert kept.keys() == streamed.keys() == {"plain", "guided"}
     assert all(torch.equal(kept[name], streamed[name]) for name in kept)
     (made,) = copies
-    if policy == "none":  # the first step learns what follows what
-        assert sum(made.ahead) > 0.7 * len(made.ahead) and len(made.ahead) > 8
+    if policy == "none":  # the first step, and what encodes a request, learn what follows what
+        assert sum(made.ahead) > 0.6 * len(made.ahead) and len(made.ahead) > 8
 
 
 def test_audio_is_the_same_to_the_last_bit(
@@ -92,10 +92,11 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> LanguageModelFolder:
     return LanguageModelFolder.open(save_random_model(Qwen3ForCausalLM, config, tmp_path_factory.mktemp("words")))
 
 
+@pytest.mark.parametrize("quantization", [None, "fp8"])
 def test_words_and_hidden_states_are_the_same_to_the_last_bit(
-    words: LanguageModelFolder, copies: list[LateCopies]
+    quantization: str | None, words: LanguageModelFolder, copies: list[LateCopies]
 ) -> None:
-    models = [words.load(CPU, torch.float32), words.load(CPU, torch.float32, None, LateCopies)]
+    models = [words.load(CPU, torch.float32, quantization, make) for make in (None, LateCopies)]
     kept, streamed = (write(model, [[5, 6, 7], [9] * 11], 6, tapped_layers=[0, 2, 3]) for model in models)
     for ours, theirs in zip(streamed, kept, strict=True):
         assert ours.token_ids == theirs.token_ids and ours.states is not None and theirs.states is not None
@@ -103,7 +104,7 @@ def test_words_and_hidden_states_are_the_same_to_the_last_bit(
         assert torch.equal(ours.states, theirs.states)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("quantization", [None, "fp8"])
 def test_the_plan_counts_what_waits_and_what_stays(words: LanguageModelFolder, quantization: str | None) -> None:
     loaded: Any = words.load(CPU, torch.float32, quantization, LateCopies)
     planned = words.streamed_bytes(torch.float32, quantization)

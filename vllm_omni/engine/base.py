@@ -97,7 +97,7 @@ class StageSpec(ABC):
     )  # the values that one of `request_keys` may have
     reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
     takes_loras: bool = False  # whether its requests may name LoRA adapters
-    can_quantize: bool = False  # whether some of its weights may be held in int8
+    can_quantize: bool = False  # whether some of its weights may be held in 8 bits
     can_offload: bool = False  # whether its weights may wait in the host's memory
 
     @classmethod

@@ -35,7 +35,7 @@ MakeCopies = Callable[[torch.device], Copies]  # for a device
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_FILE, WHOLE_PIPELINE_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
 ADAPTER_PREFIX = "adapter_"
-SCALE_BYTES = 4  # of an output of a weight in int8
+SCALE_BYTES = 4  # of an output of a quantised weight
 SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}(\.\w+)?\.safetensors$")
 
 
@@ -185,8 +185,9 @@ def allocate(
     quantization: str | None = None,
     make_copies: MakeCopies | None = None,
 ) -> None:
-    """Gives a model that was built on the meta device its memory, not filled. quantization: "int8" for the weights that
-    can be. make_copies: where the weights of its blocks are to wait in the host's memory, what brings them to a device.
+    """Gives a model that was built on the meta device its memory, not filled. quantization: "int8" or "fp8" for the
+    weights that can be. make_copies: where those of its blocks are to wait in the host's memory, what brings them to a
+    device.
     """
     choose_numbers(model, dtype, quantization)
     lists = lists_of(model) if make_copies is not None else []
@@ -205,7 +206,7 @@ def choose_numbers(model: nn.Module, dtype: torch.dtype, quantization: str | Non
     """What the weights of a model on the meta device are held in."""
     model.to(dtype)
     if quantization is not None:
-        quantize_linears(model)
+        quantize_linears(model, quantization)
 
 
 @torch.no_grad()
@@ -228,13 +229,13 @@ def load_weights(model: nn.Module, folder: Path, prefix: str = "", variant: str 
 
 
 def _fill(model: nn.Module, target: Target, published: Tensor, scale: Tensor | None, where: str) -> None:
-    """Puts one published tensor in its place; numbers in int8 stay as they are where the weight is held so."""
+    """Puts one published tensor in its place; numbers in 8 bits stay as they are where the weight is held in such."""
     owner, _, kind = target.parameter.rpartition(".")
     layer = model.get_submodule(owner)
     rows = slice(None) if target.rows is None else target.rows
     scales = None if scale is None else scales_of_rows(scale, len(published), where)
     if isinstance(layer, PackedLayer) and layer.scales is not None and kind == "weight":
-        is_kept = published.dtype == torch.int8 and scales is not None
+        is_kept = published.dtype == layer.weight.dtype and scales is not None
         layer.fill(rows, published if is_kept else restored(published, scales, where), scales if is_kept else None)
     else:
         destination: Tensor = getattr(layer, kind).data
@@ -282,9 +283,9 @@ def weights_bytes(
     return total
 
 
-def saved_bytes(model: nn.Module, itemsize: int) -> int:
-    """Bytes by which a model, on the meta device, is smaller in int8 than with this item size."""
-    layers = [part for part in model.modules() if isinstance(part, PackedLayer) and part.can_quantize]
+def saved_bytes(model: nn.Module, itemsize: int, quantization: str) -> int:
+    """Bytes by which a model, on the meta device, is smaller quantised than with this item size."""
+    layers = [part for part in model.modules() if isinstance(part, PackedLayer) and part.takes(quantization)]
     return sum(layer.weight.numel() * (itemsize - 1) - SCALE_BYTES * len(layer.weight) for layer in layers)
 
 

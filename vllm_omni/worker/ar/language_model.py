@@ -174,7 +174,7 @@ class LanguageModelFolder:
         """Of the model's parameters, itemsize bytes each but for what is quantised."""
         left_out, variant = self.model_class.other_parts, self.weights_variant
         total = weights_bytes(self.folder, itemsize, self._tensor_prefix, left_out, variant)
-        return total if quantization is None else total - saved_bytes(self.build(), itemsize)
+        return total if quantization is None else total - saved_bytes(self.build(), itemsize, quantization)
 
     def streamed_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> StreamedBytes:
         """Of its layers, where they are streamed."""

@@ -140,7 +140,7 @@ class DiffusionModelSpec(ABC):
     media_keys: frozenset[str] = frozenset()  # of them those that hold pictures or sounds
     gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
     only_dtype: ClassVar[torch.dtype | None] = None  # that it computes in, whatever its stage's `dtype` says
-    can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in int8
+    can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in 8 bits
     can_offload: ClassVar[bool] = False  # whether weights of its blocks may wait in the host's memory
     adapted_part: ClassVar[str | None] = None  # the folder of the transformer, where LoRA may adapt it
     defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
@@ -151,12 +151,16 @@ class DiffusionModelSpec(ABC):
         self.weights_variant = weights_variant
 
     def weights_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
-        """Bytes of all weights, from the safetensors headers. quantization: "int8", where it can be."""
+        """Bytes of all weights, from the safetensors headers. quantization: "int8" or "fp8", where it can be."""
         total = sum(
             weights_bytes(folder, self.part_dtype(folder, dtype).itemsize, variant=self.weights_variant)
             for folder in self.weight_folders
         )
-        return total if quantization is None else total - saved_bytes(self.build_transformer(), dtype.itemsize)
+        return (
+            total
+            if quantization is None
+            else total - saved_bytes(self.build_transformer(), dtype.itemsize, quantization)
+        )
 
     def streamed_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> StreamedBytes:
         """Of its blocks, where they are streamed."""
@@ -204,8 +208,8 @@ class DiffusionModelSpec(ABC):
         quantization: str | None = None,
         make_copies: MakeCopies | None = None,
     ) -> DiffusionModel:
-        """The model, its checkpoint read. quantization: "int8", where it can be. make_copies: what brings the weights
-        of its blocks to the device, where they wait elsewhere and it `can_offload`.
+        """The model, its checkpoint read. quantization: "int8" or "fp8", where it can be. make_copies: what brings the
+        weights of its blocks to the device, where they wait elsewhere and it `can_offload`.
         """
 
     @abstractmethod
