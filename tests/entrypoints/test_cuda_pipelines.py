@@ -1,5 +1,5 @@
-"""On a GPU every pipeline gives in float32 what it gives on a CPU: the words, nearly the pictures and audio. In bfloat16
-a request's result is nearly the same alone and in a crowd; weights that wait in the host's memory change no bit.
+"""On a GPU every pipeline gives in float32 what it gives on a CPU: the words, nearly the pictures and audio. In
+bfloat16 a request is nearly the same alone and in a crowd; weights that wait in the host's memory change no bit.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def test_weights_that_wait_in_the_hosts_memory_change_no_bit(
     if not is_cuda(gpu):
         pytest.skip("refused on a CPU")
     params = [DiffusionParams(seed=seed, guidance_scale=0.0, **PLAIN) for seed in range(2)]
-    offload = ["image.offload=weights", "text.offload=weights"]
+    offload = [f"{stage}.offload=weights" for stage in ("image", "text", "negative")]
     keys = {"dtype": "bfloat16", "model": folders[family]}
     kept, streamed = (made(gpu, PROMPTS, params, overrides=overrides, **keys) for overrides in ([], offload))
     for mine, other in zip(streamed, kept, strict=True):
