@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.heads import placed_rows
 from vllm_omni.layers.layer_windows import NO_WINDOWS, common_window
@@ -143,9 +144,7 @@ class Decoder(nn.Module):
         self.config = config
         mlps = [DecoderMLP(config) if make_mlp is None else make_mlp(index) for index in range(config.num_layers)]
         windows = config.windows or (None,) * config.num_layers
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, mlp, window) for mlp, window in zip(mlps, windows, strict=True)
-        )
+        self.layers = Blocks(DecoderLayer(config, mlp, window) for mlp, window in zip(mlps, windows, strict=True))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope)
         self._native_layers: NativeLayers | Literal[False] | None = False
@@ -163,8 +162,8 @@ class Decoder(nn.Module):
             if native is not None:
                 states = native.run(done, stop, states, cos, sin, context.attention.metadata, context.kv_cache)
             else:
-                for index in range(done, stop):
-                    states = self.layers[index](states, cos, sin, context, index)
+                for index, layer in enumerate(self.layers.present(done, stop), done):
+                    states = layer(states, cos, sin, context, index)
             done = stop
             if stop < self.config.num_layers:
                 context.tap(stop, states)

@@ -321,13 +321,13 @@ class AREngine(StageEngine):
 
 
 def _model_key(spec: ARSpec, context: EngineContext) -> tuple[str, ...]:
-    return (*spec.model.key, str(context.device), spec.precision.name)
+    return (*spec.model.key, str(context.device), spec.precision.name, spec.stage.offload)
 
 
 def _load_model(spec: ARSpec, context: EngineContext) -> LanguageModel:
     return context.models.get(
         _model_key(spec, context),
-        lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization),
+        lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization, spec.make_copies()),
     )
 
 
