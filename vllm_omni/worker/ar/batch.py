@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from vllm_omni.core.ar.scheduler import Chunk
-from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.layers.attention.base import AttentionMetadata
 from vllm_omni.layers.token_inputs import InputRows, TokenInputs
 from vllm_omni.utils.device import CopyFence, host_buffer
@@ -130,11 +129,6 @@ class DecodeBatch:
         columns, attention = self._placed(places, [0] * count, size)
         columns[0, :count] = chosen[columns[4, :count]].clamp_min(0)
         return StepBatch(columns[0, :size], columns[1, :size], attention, None, self._every_row[:count], True)
-
-    def slot(self, sequence: Sequence, position: int) -> int:
-        """Where a token of a sequence has its keys and values."""
-        size = self._pool.block_size
-        return sequence.block_table[position // size] * size + position % size
 
     def padding(self, size: int) -> StepBatch:
         """A batch of nothing but padding rows, in the places of a bucket's; all of them sample."""
