@@ -30,7 +30,7 @@ SHAPES = [
 ]
 
 # Of the kernels between the products: what they are compiled for. Their numbers by name, all else points to states.
-COUNTS = ("rows_per_sample", "num_places", "width")
+COUNTS = ("rows_per_sample", "num_places", "num_pixels", "width")
 GLUE: dict[str, dict[str, Any]] = {
     "norm_rows": {"WIDTH": 3840, "BLOCK": 4096, "IS_CENTRED": False, **dict.fromkeys(GIVEN[:3], True)},
     "gate_rows": {"WIDTH": 3840, "BLOCK": 4096, "IS_CENTRED": True, **dict.fromkeys(GIVEN[3:], True)},
@@ -40,6 +40,8 @@ GLUE: dict[str, dict[str, Any]] = {
         **{"ARE_NEIGHBOURS": True, "ROUNDS_PRODUCTS": False},
     },
     "store_rows": {"WIDTH": 1024, "BLOCK": 1024},
+    "group_moments": {"WIDTH": 512, "GROUPS": 32, "PIXELS": 16},
+    "scale_channels": {"WIDTH": 128, "PIXELS": 64},
 }
 
 
@@ -53,6 +55,8 @@ def shared_bytes(kernel: Any, states: str, constants: dict[str, Any], capability
 def glue_bytes(name: str, states: str, capability: int) -> int:
     kernel = getattr(glue, name)
     types = {"slots": "*i64", "cos": "*fp32", "sin": "*fp32"}
+    if name in ("group_moments", "scale_channels"):
+        types |= dict.fromkeys(("means", "squares", "scale", "shift"), "*fp32")
     for argument in kernel.arg_names:
         kind = "i32" if argument.endswith("stride") or argument in COUNTS else states
         types.setdefault(argument, "fp32" if argument.endswith("epsilon") else kind)
