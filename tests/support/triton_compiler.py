@@ -40,6 +40,7 @@ GLUE: dict[str, dict[str, Any]] = {
         **{"ARE_NEIGHBOURS": True, "ROUNDS_PRODUCTS": False},
     },
     "store_rows": {"WIDTH": 1024, "BLOCK": 1024},
+    "quantize_rows": {"WIDTH": 10240, "BLOCK": 16384},
 }
 
 
@@ -52,7 +53,9 @@ def shared_bytes(kernel: Any, states: str, constants: dict[str, Any], capability
 
 def glue_bytes(name: str, states: str, capability: int) -> int:
     kernel = getattr(glue, name)
-    types = {"slots": "*i64", "cos": "*fp32", "sin": "*fp32"}
+    types = {"slots": "*i64", **dict.fromkeys(("cos", "sin"), "*fp32")}
+    if name == "quantize_rows":
+        types |= {"out": "*fp8e4nv", "scales": "*fp32", "largest_number": "fp32", "most": "fp32"}
     for argument in kernel.arg_names:
         kind = "i32" if argument.endswith("stride") or argument in COUNTS else states
         types.setdefault(argument, "fp32" if argument.endswith("epsilon") else kind)
