@@ -130,10 +130,16 @@ def test_it_is_for_gpus_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.parametrize("where", ["interpreter", pytest.param("gpu", marks=pytest.mark.cuda)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("where", "dtype"),
+    [
+        ("interpreter", torch.float32),
+        pytest.param("gpu", torch.float32, marks=pytest.mark.cuda),
+        pytest.param("gpu", torch.bfloat16, marks=pytest.mark.cuda),
+    ],
+)
 def test_one_pass_of_triton_gives_the_same_numbers(
-    dtype: torch.dtype, where: str, request: pytest.FixtureRequest
+    where: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     if where == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton's interpreter is off where there is a GPU")

@@ -19,6 +19,7 @@ from vllm_omni.layers.triton import kernels as glue
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 NUMBERS = {"table_stride": "i32", "query_stride": "i32", "num_places": "i32", "scale": "fp32"}
+FLOAT8_CAPABILITY = 89
 GIVEN = ("HAS_UPDATE", "HAS_SCALE", "HAS_SHIFT", "HAS_NORM", "HAS_GATE")
 FLOATS = ("partial", "peaks", "totals")
 STATES = ("query", "output", "key_cache", "value_cache")
@@ -87,7 +88,8 @@ def main() -> None:
                 key = f"{name} {dtype} {head_dim} {window}"
                 found[key] = shared_bytes(getattr(kernels, name), TYPES[dtype], values, capability)
     for dtype, states in TYPES.items():
-        found |= {f"{name} {dtype}": glue_bytes(name, states, capability) for name in GLUE}
+        names = [name for name in GLUE if name != "quantize_rows" or capability >= FLOAT8_CAPABILITY]
+        found |= {f"{name} {dtype}": glue_bytes(name, states, capability) for name in names}
     print(json.dumps(found))
 
 
