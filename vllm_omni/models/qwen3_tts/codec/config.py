@@ -17,6 +17,7 @@ from vllm_omni.utils.checks import brief, check_number
 T = TypeVar("T")
 MAX_SIZE = 2**16  # of any width, count or rate
 MAX_THETA = 1e12
+HIDDEN_SIZE = 1024
 ACTIVATIONS = ("silu",)
 EDGE_KERNEL, RESIDUAL_KERNEL, NEXT_KERNEL, FIRST_KERNEL = 7, 7, 7, 3
 DILATIONS = (1, 3, 9)
@@ -30,7 +31,7 @@ class CodecDecoderConfig:
     num_quantizers: int = 16
     codebook_dim: int = 512  # twice the width of a codebook's row; of the residual layout alone
     latent_dim: int = 1024  # between the parts; of the other layout hidden_size
-    hidden_size: int = 1024
+    hidden_size: int = HIDDEN_SIZE
     intermediate_size: int = 3072
     num_hidden_layers: int = 8
     num_attention_heads: int = 16
@@ -55,7 +56,7 @@ class CodecDecoderConfig:
         """`code2wav_config` of a model that speaks: embeddings of all codes are averaged, and the transposed
         convolutions of the upsampling blocks drop as many samples at the beginning as at the end.
         """
-        given = {**raw, "latent_dim": raw.get("hidden_size", cls.hidden_size)}
+        given = {**raw, "latent_dim": raw.get("hidden_size", HIDDEN_SIZE)}
         return cls._of(given, where, has_residual_codes=False, trims_start=True)
 
     @property
@@ -72,16 +73,8 @@ class CodecDecoderConfig:
         """Samples of one frame."""
         return math.prod(self.upsampling_ratios) * math.prod(self.upsample_rates)
 
-    @property
-    def trimmed_samples(self) -> int:
-        """By how much the whole is shorter than its frames."""
-        lost = 0
-        for rate in self.upsample_rates if self.trims_start else ():
-            lost = (lost + 1) * rate
-        return lost
-
     @classmethod
-    def _of(cls, raw: Mapping[str, Any], where: str, **layout: bool) -> CodecDecoderConfig:
+    def _of(cls, raw: Mapping[str, Any], where: str, **layout: Any) -> CodecDecoderConfig:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
         if kind != "default":

@@ -25,7 +25,8 @@ FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
-UNUSED = ("input_proj.weight", "rotary_emb.inv_freq", "code_offset")  # of the quantiser's training; constants
+ENCODER_ONLY = tuple(f"quantizer.rvq_{half}.input_proj." for half in ("first", "rest"))
+CONSTANTS = ("rotary_emb.inv_freq", "code_offset")
 
 
 class CodecDecoder(nn.Module):
@@ -91,7 +92,7 @@ class CodecDecoder(nn.Module):
 
     def begin(self, num_rows: int) -> CodecState:
         """The state before the first frame."""
-        weight = self.decoder[-1].weight
+        weight = self.pre_transformer.norm.weight
         return fresh_state(self.carrying, num_rows, weight.device, weight.dtype)
 
     def locate(self, name: str) -> Target | None:
@@ -106,10 +107,10 @@ class CodecDecoder(nn.Module):
             return Target(f"{owner}.{kind}")
         fused = f"{parent}.{FUSED[last]}"
         layers = dict(self.named_modules())
-        return Target(f"{fused}.{kind}", layers[fused].rows(last)) if fused in layers else None  # type: ignore[operator]
+        return Target(f"{fused}.{kind}", layers[fused].rows(last)) if fused in layers else None
 
     def is_ignored(self, name: str) -> bool:
-        return name.endswith(UNUSED)
+        return name.startswith(ENCODER_ONLY) or name.endswith(CONSTANTS)
 
 
 class _Published(nn.Module):

@@ -32,13 +32,16 @@ class Carrying(nn.Module):
 class StatePool:
     """Slots for the states of up to `num_slots` requests. The owner of the slots takes and frees them."""
 
-    def __init__(self, layers: Mapping[str, Carrying], num_slots: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._tensors = {
-            key: torch.zeros(num_slots, *layer.carried_shape, device=device, dtype=layer.carried_dtype or dtype)
-            for key, layer in layers.items()
-        }
+    def __init__(
+        self, layers: Mapping[str, Carrying], num_slots: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._tensors = fresh_state(layers, num_slots, device, dtype)
         self._free = list(reversed(range(num_slots)))
         self._num_slots = num_slots
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     @property
     def num_free(self) -> int:

@@ -96,7 +96,7 @@ class FrameCounter(Carrying):
     """How many frames of each row came before."""
 
     carried_dtype = torch.int64
-    carried_shape = ()  # type: ignore[assignment]
+    carried_shape = ()
 
 
 class WindowTransformer(nn.Module):
