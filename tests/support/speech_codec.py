@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,8 @@ def chunks(codes: Tensor, sizes: Sequence[int]) -> list[StreamChunk]:
     for size in sizes:
         bounds.append(min(bounds[-1] + size, len(codes)))
     bounds.append(len(codes))
-    pairs = list(zip(bounds, bounds[1:], strict=False))
-    return [
-        StreamChunk(codes[low:high], low, is_last=place == len(pairs) - 1) for place, (low, high) in enumerate(pairs)
-    ]
+    parts = [StreamChunk(codes[low:high], low) for low, high in pairwise(bounds)]
+    return [*parts[:-1], replace(parts[-1], is_last=True)]
 
 
 def task(request_id: str, chunk: StreamChunk) -> StageTask:
