@@ -67,7 +67,7 @@ class Talkers:
         model = cast(Talker, stage_of(engine)._model)
         firsts, others = list[Tensor](), list[Tensor]()
         with Listening([model.codec_head], firsts), Listening(model.code_predictor.lm_head, others):
-            submit(engine, make_task(case, SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=frames)))
+            submit(engine, make_task(case, SamplingParams(temperature=0, max_tokens=frames)))
             done = drain(engine)[-1]
         assert isinstance(done, StageDone), done
         residual = torch.stack(others[: 2 * 15]).view(2, 15, -1)
