@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from vllm_omni.config.schema import StageConfig
 from vllm_omni.engine.ar.engine import AREngine
-from vllm_omni.engine.ar.options import AROptions
 from vllm_omni.engine.ar.talker.inputs import TalkerInputs
 from vllm_omni.messages import StageDone, StageEvent, StageRows, StageTask
 from vllm_omni.models.qwen3_tts.cloned_voice import ClonedVoice
+from vllm_omni.models.qwen3_tts.options import TalkerOptions
 from vllm_omni.models.qwen3_tts.talker import Talker
 from vllm_omni.models.qwen3_tts.talker_job import TalkerJob
 from vllm_omni.models.qwen3_tts.talker_stage import TalkerStage
@@ -98,7 +98,7 @@ def make_stage(folder: Path, **options: Any) -> StageConfig:
         model=str(folder),
         device="cpu",
         dtype="float32",
-        options=AROptions(**{"block_size": 4, "max_num_seqs": 8, **options}),
+        options=TalkerOptions(**{"block_size": 4, "max_num_seqs": 8, **options}),
     )
 
 

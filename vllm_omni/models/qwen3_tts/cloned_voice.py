@@ -1,44 +1,46 @@
-"""A voice that is taken from a recording: what the talker's prompt holds of it, and what makes that of samples."""
+"""A voice that is taken from a recording: what the talker's prompt holds of it, and the encoders that make that."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from vllm_omni.config.schema import LimitsConfig
-from vllm_omni.errors import InvalidRequestError
-from vllm_omni.media.audio_input import read_audio
-from vllm_omni.models.qwen3_tts.request import REF_AUDIO
-from vllm_omni.worker.background import Stop
+from vllm_omni.models.qwen3_tts.codec.speaker_encoder import SpeakerEncoder
+from vllm_omni.models.qwen3_tts.codec.speech_encoder import SpeechEncoder
 
-SAMPLE_RATE = 24000
-LEAST_LEVEL = 1e-4  # root mean square; 80 dB below full scale is no speech
+CODEC_FOLDER = "speech_tokenizer"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClonedVoice:
-    """On the device, in the dtype of the talker."""
+    """On the encoders' device."""
 
-    embedding: Tensor  # [D], D being the talker's hidden size
+    embedding: Tensor  # [D] float32, D being the talker's hidden size
     frames: Tensor | None = None  # [n, codebooks] int64, of a recording that stands in the prompt
 
 
-class VoiceCloner(Protocol):
-    """The encoders of a checkpoint."""
+class VoiceCloner:
+    """The two encoders of a checkpoint; samples are [n] float32 at 24 kHz."""
 
+    def __init__(self, speaker: SpeakerEncoder, speech: SpeechEncoder) -> None:
+        self._speaker = speaker
+        self._speech = speech
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, variant: str | None) -> VoiceCloner:
+        speech = SpeechEncoder.load(folder / CODEC_FOLDER, device, variant)
+        return cls(SpeakerEncoder.load(folder, device, variant), speech)
+
+    @staticmethod
+    def weights_bytes(folder: Path, variant: str | None) -> int:
+        """Once loaded, from the headers."""
+        speech = SpeechEncoder.weights_bytes(folder / CODEC_FOLDER, variant)
+        return SpeakerEncoder.weights_bytes(folder, variant) + speech
+
+    @torch.inference_mode()
     def clone(self, samples: Tensor, has_frames: bool) -> ClonedVoice:
-        """samples: [n] float32 at SAMPLE_RATE, on the CPU. has_frames: whether the frames are wanted, too."""
-
-
-def read_recording(source: object, limits: LimitsConfig, stop: Stop) -> Tensor:
-    """[n] float32 at SAMPLE_RATE; InvalidRequestError for what cannot be read, and for silence."""
-    from torch import from_numpy
-
-    samples = from_numpy(
-        read_audio(source, sample_rate=SAMPLE_RATE, channels=1, limits=limits, name=REF_AUDIO, stop=stop)
-    )[0]
-    if float(samples.square().mean().sqrt()) < LEAST_LEVEL:
-        raise InvalidRequestError(f"{REF_AUDIO}: got silence, expected a voice")
-    return samples
+        """has_frames: whether the recording is to stand in the prompt."""
+        return ClonedVoice(self._speaker.embed(samples), self._speech.codes(samples) if has_frames else None)

@@ -75,6 +75,11 @@ class TalkerConfig(DecoderConfig):
         return True
 
     @property
+    def clones(self) -> bool:
+        """Whether it speaks in the voice of a recording."""
+        return self.task_type == "base"
+
+    @property
     def first_unspoken(self) -> int:
         """From here on codes of the first codebook stand for no sound, and only the end is ever written."""
         return self.vocab_size - NUM_MARKS

@@ -17,6 +17,7 @@ from vllm_omni.models.qwen3_tts.prompt import NUM_REFERENCE_ENDS, NUM_ROLE_TOKEN
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.plain import as_number
+from vllm_omni.voices import SAMPLE_RATE, VoiceStore, check_reference
 
 SPEAKER, VOICE, LANGUAGE, INSTRUCTIONS, TASK_TYPE = "speaker", "voice", "language", "instructions", "task_type"
 REF_AUDIO, REF_TEXT, ALONE = "ref_audio", "ref_text", "x_vector_only_mode"
@@ -32,7 +33,6 @@ KEYS = frozenset(
 )
 AUTO = "auto"
 TASK_NAMES = {"customvoice": "custom_voice", "voicedesign": "voice_design"}  # as vllm-omni's clients write them
-MIN_REFERENCE_S, MAX_REFERENCE_S = 0.5, 60.0
 Encode = Callable[[str], list[int]]
 
 
@@ -47,14 +47,30 @@ class SpeechRequest:
     recording_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Voice:
+    speaker: str | None = None  # of the checkpoint's own, in lower case
+    recording: Any = None
+    recording_s: float = 0.0
+    words: str = ""  # of the recording, where it is to stand in the prompt
+
+
 class SpeechReader:
     """Reads the requests of one checkpoint. Safe to ask from any thread.
 
-    encode: its tokenizer. draw: what a request leaves unset.
+    encode: its tokenizer. draw: what a request leaves unset. voices: those that callers may add.
     """
 
-    def __init__(self, config: TalkerConfig, limits: LimitsConfig, encode: Encode, draw: DrawSettings) -> None:
+    def __init__(
+        self,
+        config: TalkerConfig,
+        limits: LimitsConfig,
+        encode: Encode,
+        draw: DrawSettings,
+        voices: VoiceStore | None = None,
+    ) -> None:
         self._config = config
+        self._voices = voices
         self._limits = limits
         self._encode = encode
         self._draw = draw
@@ -64,20 +80,19 @@ class SpeechReader:
         fields = {key: request.fields[key] for key in KEYS if request.fields.get(key) is not None}
         self._check_task(fields)
         ids = self._words(request)
-        recording, recording_s = self._recording(fields)
-        speaker = self._speaker(fields)
+        voice = self._voice(fields)
         script = Script(
             role=ids[:NUM_ROLE_TOKENS],
             words=ids[NUM_ROLE_TOKENS:-NUM_WORD_ENDS],
             instructions=self._instructions(fields),
-            language=self._language(fields, speaker),
-            speaker=None if speaker is None else self._config.speakers[speaker],
-            is_cloned=recording is not None,
-            reference=self._reference(fields),
-            is_whole=_flag(fields, WHOLE, self._config.task_type != "base"),
+            language=self._language(fields, voice.speaker),
+            speaker=None if voice.speaker is None else self._config.speakers[voice.speaker],
+            is_cloned=voice.recording is not None,
+            reference=self._reference(voice.words),
+            is_whole=_flag(fields, WHOLE, not self._config.clones),
         )
         max_tokens = None if MAX_TOKENS not in fields else _number(fields, MAX_TOKENS, 1, None, integer=True)
-        return SpeechRequest(script, self._drawn(fields), max_tokens, recording, recording_s)
+        return SpeechRequest(script, self._drawn(fields), max_tokens, voice.recording, voice.recording_s)
 
     def _check_task(self, fields: Mapping[str, Any]) -> None:
         given = fields.get(TASK_TYPE)
@@ -108,57 +123,60 @@ class SpeechReader:
             )
         return self._encode(f"<|im_start|>user\n{text}<|im_end|>\n")
 
-    def _reference(self, fields: Mapping[str, Any]) -> list[int]:
-        """The recording's words; none where it only lends its voice."""
-        text, is_alone = self._text(fields, REF_TEXT), _flag(fields, ALONE, False)
-        if REF_AUDIO not in fields:
-            for key in (REF_TEXT, ALONE):
-                if fields.get(key):
-                    raise InvalidRequestError(f"{key}: got it without {REF_AUDIO}, which it is about; leave it out")
-            return []
-        if is_alone:
-            return []
+    def _voice(self, fields: Mapping[str, Any]) -> _Voice:
+        """Who speaks: of a checkpoint's own voices the first, where nothing is said."""
+        name, source = _name(fields), fields.get(REF_AUDIO)
+        if source is not None and name is not None:
+            raise InvalidRequestError(f"{REF_AUDIO}: got a recording beside {VOICE} {brief(name)}; keep one of them")
+        if not self._config.clones:
+            return self._own_voice(name, fields)
+        if source is not None:
+            length_s = check_audio(source, channels=1, limits=self._limits, name=REF_AUDIO)
+            check_reference(length_s)
+            return _Voice(recording=source, recording_s=length_s, words=self._recorded_words(fields))
+        if name is None:
+            raise InvalidRequestError(f"{REF_AUDIO}: missing; this checkpoint speaks in the voice of a recording")
+        if self._voices is None:
+            raise InvalidRequestError(
+                f"{VOICE}: got {brief(name)}, but this checkpoint has no voices of its own, and none are kept; give "
+                f"{REF_AUDIO}, or set the stage's `voices`"
+            )
+        kept = self._voices.get(name)
+        words = "" if _flag(fields, ALONE, False) else kept.facts.text or ""
+        return _Voice(recording=(kept.sound, SAMPLE_RATE), recording_s=kept.facts.duration_s, words=words)
+
+    def _own_voice(self, name: object, fields: Mapping[str, Any]) -> _Voice:
+        task, known = self._config.task_type, self._config.speakers
+        for key in (REF_AUDIO, REF_TEXT):
+            if fields.get(key):
+                raise InvalidRequestError(
+                    f"{key}: got some, but this checkpoint ({task}) clones no voice; leave it out"
+                )
+        if name is None:
+            return _Voice(speaker=next(iter(known), None))
+        if not known:
+            raise InvalidRequestError(
+                f"{VOICE}: got {brief(name)}, but this checkpoint ({task}) has no named voices; leave it out"
+            )
+        if not isinstance(name, str) or name.lower() not in known:
+            raise InvalidRequestError(f"{VOICE}: got {brief(name)}{did_you_mean(str(name)[:80], known)}")
+        return _Voice(speaker=name.lower())
+
+    def _recorded_words(self, fields: Mapping[str, Any]) -> str:
+        """None where the recording lends its voice alone."""
+        text = self._text(fields, REF_TEXT)
+        if _flag(fields, ALONE, False):
+            return ""
         if not text.strip():
             raise InvalidRequestError(
                 f"{REF_TEXT}: missing; expected the words of {REF_AUDIO}, or {ALONE}: true, which lends its voice alone"
             )
-        ids = self._encode(f"<|im_start|>assistant\n{text}<|im_end|>\n")
-        return ids[NUM_ROLE_TOKENS:-NUM_REFERENCE_ENDS]
+        return text
 
-    def _recording(self, fields: Mapping[str, Any]) -> tuple[Any, float]:
-        source, clones = fields.get(REF_AUDIO), self._config.task_type == "base"
-        if source is None and clones:
-            raise InvalidRequestError(f"{REF_AUDIO}: missing; this checkpoint speaks in the voice of a recording")
-        if source is None:
-            return None, 0.0
-        if not clones:
-            raise InvalidRequestError(
-                f"{REF_AUDIO}: got a recording, but this checkpoint ({self._config.task_type}) clones none; "
-                "leave it out"
-            )
-        length_s = check_audio(source, channels=1, limits=self._limits, name=REF_AUDIO)
-        if not MIN_REFERENCE_S <= length_s <= MAX_REFERENCE_S:
-            raise InvalidRequestError(
-                f"{REF_AUDIO}: got {length_s:.2f} s, expected {MIN_REFERENCE_S:g} to {MAX_REFERENCE_S:g} s of speech; "
-                "five to fifteen serve best"
-            )
-        return source, length_s
-
-    def _speaker(self, fields: Mapping[str, Any]) -> str | None:
-        """In lower case; the first of the checkpoint for a request that names none."""
-        named = [fields[key] for key in (SPEAKER, VOICE) if key in fields]
-        known = self._config.speakers
-        for name in named:
-            if name != named[0]:
-                raise InvalidRequestError(f"{VOICE}: got {brief(name)} beside {SPEAKER} {brief(named[0])}; keep one")
-            if not known:
-                raise InvalidRequestError(
-                    f"{SPEAKER}: got {brief(name)}, but this checkpoint ({self._config.task_type}) has no named "
-                    "voices; leave it out"
-                )
-            if not isinstance(name, str) or name.lower() not in known:
-                raise InvalidRequestError(f"{SPEAKER}: got {brief(name)}{did_you_mean(str(name)[:80], known)}")
-        return str(named[0]).lower() if named else next(iter(known), None)
+    def _reference(self, words: str) -> list[int]:
+        if not words:
+            return []
+        return self._encode(f"<|im_start|>assistant\n{words}<|im_end|>\n")[NUM_ROLE_TOKENS:-NUM_REFERENCE_ENDS]
 
     def _language(self, fields: Mapping[str, Any], speaker: str | None) -> int | None:
         """Its code; None to leave it open. A speaker's dialect takes the place of Chinese."""
@@ -192,6 +210,14 @@ class SpeechReader:
                 f"{name}: got {len(text)} characters, expected at most {most}; shorten it, or raise "
                 "limits.max_prompt_chars"
             )
+
+
+def _name(fields: Mapping[str, Any]) -> object:
+    """Who is to speak; None where nothing says it."""
+    named = [fields[key] for key in (VOICE, SPEAKER) if key in fields]
+    if len(named) > 1 and named[0] != named[1]:
+        raise InvalidRequestError(f"{SPEAKER}: got {brief(named[1])} beside {VOICE} {brief(named[0])}; keep one")
+    return named[0] if named else None
 
 
 def _flag(fields: Mapping[str, Any], key: str, default: bool) -> bool:

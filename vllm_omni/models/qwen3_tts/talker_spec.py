@@ -8,25 +8,27 @@ import threading
 from functools import cached_property
 from pathlib import Path
 
-from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.config.schema import OmniConfig, StageConfig, VoicesConfig
 from vllm_omni.engine.ar.generation_defaults import FILE, generation_defaults
-from vllm_omni.engine.ar.options import AROptions
 from vllm_omni.engine.ar.spec import ARSpec
 from vllm_omni.engine.ar.talker.job import CODES
 from vllm_omni.engine.ar.talker.words import checked_params, refuse_keys
 from vllm_omni.engine.ar.tokenizer import TextProcessor, find_tokenizer
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, model_folder
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.models.qwen3_tts.cloned_voice import VoiceCloner
 from vllm_omni.models.qwen3_tts.config import TalkerConfig
 from vllm_omni.models.qwen3_tts.frame_writer import cache_bytes
+from vllm_omni.models.qwen3_tts.options import TalkerOptions
 from vllm_omni.models.qwen3_tts.prompt import num_rows
-from vllm_omni.models.qwen3_tts.request import AUTO, KEYS, LANGUAGE, REF_AUDIO, SPEAKER, SpeechReader, SpeechRequest
+from vllm_omni.models.qwen3_tts.request import AUTO, KEYS, LANGUAGE, REF_AUDIO, VOICE, SpeechReader, SpeechRequest
 from vllm_omni.models.qwen3_tts.sampling import FIRST_CODES, PUBLISHED, subtalker_settings
 from vllm_omni.models.qwen3_tts.talker_stage import TalkerStage
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.files import ModelFolders
+from vllm_omni.voices import VoiceStore
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
 from vllm_omni.worker.ar.model_runner import ModelRunner
 
@@ -38,7 +40,9 @@ READ_KEYS = ("tokenizer", "generation_config")  # of those about words
 class TalkerSpec(ARSpec):
     """One text is one speech."""
 
-    options_type = AROptions
+    options: TalkerOptions
+
+    options_type = TalkerOptions
     can_write = True
 
     def __init__(
@@ -56,10 +60,10 @@ class TalkerSpec(ARSpec):
         self._lock = threading.Lock()
         self.request_keys = KEYS
         self.media_keys = frozenset({REF_AUDIO})
-        choices = {LANGUAGE: (AUTO, *self.talker.spoken_languages)}
-        if self.talker.speakers:
-            choices[SPEAKER] = tuple(self.talker.speakers)
-        self.request_choices = choices
+        self.voices = self._kept_voices()
+        self.request_choices = {LANGUAGE: (AUTO, *self.talker.spoken_languages)}
+        if self.talker.speakers or self.voices is not None:
+            self.request_choices = {**self.request_choices, VOICE: tuple(self.talker.speakers)}
         self.signature = StageSignature(
             outputs={CODES: TensorSpec(("T", self.talker.num_codes))},
             meta=frozenset({"finish_reason", "prompt_tokens"}),
@@ -68,7 +72,7 @@ class TalkerSpec(ARSpec):
 
     @classmethod
     def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> TalkerSpec:
-        options: AROptions = stage.options
+        options: TalkerOptions = stage.options
         folder = model_folder(stage, folders, "the folder of a Qwen3-TTS checkpoint")
         model = LanguageModelFolder.open(folder, PART, options.rope_scaling, stage.variant)
         described = cls(stage, config, folders, model)
@@ -99,20 +103,28 @@ class TalkerSpec(ARSpec):
         return float(min(4 * len(prepared.script.words), most))
 
     def plan_memory(self) -> MemoryPlan:
-        """With the code predictor's own cache."""
+        """With the code predictor's own cache, and the encoders of a checkpoint that clones."""
         plan, own = super().plan_memory(), cache_bytes(self.talker.predictor, self.options.max_num_seqs, self._itemsize)
-        return dataclasses.replace(plan, activation_bytes=plan.activation_bytes + own)
+        variant = self.model.weights_variant
+        encoders = VoiceCloner.weights_bytes(self.model.folder, variant) if self.talker.clones else 0
+        return dataclasses.replace(
+            plan, weights_bytes=plan.weights_bytes + encoders, activation_bytes=plan.activation_bytes + own
+        )
 
     def tapped_layers(self, reads: ReadPorts) -> frozenset[int]:
         return frozenset()
 
     def make_stage(self, context: EngineContext, runner: ModelRunner) -> TalkerStage:
-        return TalkerStage(self, context, runner, None)
+        cloner = None
+        if self.talker.clones:
+            cloner = VoiceCloner.load(self.model.folder, context.device, self.model.weights_variant)
+        return TalkerStage(self, context, runner, cloner)
 
     def note(self) -> str:
         """Besides: for what the checkpoint is, and in which voices it speaks."""
         said = [self.talker.task_type.replace("_", " ")]
-        said += [f"{SPEAKER} {', '.join(self.talker.speakers)}"] if self.talker.speakers else []
+        said += [f"{VOICE} {', '.join(self.talker.speakers)}"] if self.talker.speakers else []
+        said += [f"{len(self.voices.names())} kept voices"] if self.voices is not None else []
         said.append(f"{LANGUAGE} {', '.join((AUTO, *self.talker.spoken_languages))}")
         said += [f"{name} {value} ({FILE})" for name, value in self.defaults.items() if name not in self.stage.defaults]
         return "; ".join([super().note(), *said])
@@ -126,7 +138,17 @@ class TalkerSpec(ARSpec):
     def _made_reader(self) -> SpeechReader:
         """The tokenizer is loaded when it is first needed."""
         encode = TextProcessor(self._tokenizer_folder, chat_template=False).encode
-        return SpeechReader(self.talker, self.limits, encode, self._draw)
+        return SpeechReader(self.talker, self.limits, encode, self._draw, self.voices)
+
+    def _kept_voices(self) -> VoiceStore | None:
+        config: VoicesConfig | None = self.options.voices
+        if config is None:
+            return None
+        if not self.talker.clones:
+            raise ConfigError(
+                f"voices: got some, but this checkpoint ({self.talker.task_type}) clones no voice; remove the key"
+            )
+        return VoiceStore(config)
 
     def _find_tokenizer(self, folders: ModelFolders) -> Path:
         named = self.options.tokenizer

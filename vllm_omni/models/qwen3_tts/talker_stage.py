@@ -17,12 +17,13 @@ from vllm_omni.engine.ar.talker.job import CODES
 from vllm_omni.engine.base import EngineContext
 from vllm_omni.errors import StageError
 from vllm_omni.layers.sampler import SamplingRow
+from vllm_omni.media.reference_sound import read_reference
 from vllm_omni.messages import StageTask
-from vllm_omni.models.qwen3_tts.cloned_voice import ClonedVoice, VoiceCloner, read_recording
+from vllm_omni.models.qwen3_tts.cloned_voice import ClonedVoice, VoiceCloner
 from vllm_omni.models.qwen3_tts.frame_writer import FrameDraw, FrameWriter
 from vllm_omni.models.qwen3_tts.prompt import Layout, content_id, lay_out
 from vllm_omni.models.qwen3_tts.prompt_rows import PromptRows
-from vllm_omni.models.qwen3_tts.request import SpeechRequest
+from vllm_omni.models.qwen3_tts.request import REF_AUDIO, SpeechRequest
 from vllm_omni.models.qwen3_tts.sampling import FIRST_CODES
 from vllm_omni.models.qwen3_tts.talker import Talker
 from vllm_omni.models.qwen3_tts.talker_job import TalkerJob
@@ -42,7 +43,7 @@ class RecordedSpeech:
     """A request whose recording has been read."""
 
     speech: SpeechRequest
-    samples: Tensor  # [n] float32
+    samples: Tensor  # [n] float32 at 24 kHz
 
 
 class TalkerStage(ARStage):
@@ -103,7 +104,8 @@ class TalkerStage(ARStage):
             job.add_frame(frame, row)
 
     def _read(self, speech: SpeechRequest, stop: Stop) -> RecordedSpeech:
-        return RecordedSpeech(speech, read_recording(speech.recording, self._request_limits, stop))
+        sound = read_reference(speech.recording, limits=self._request_limits, name=REF_AUDIO, stop=stop)
+        return RecordedSpeech(speech, torch.from_numpy(sound))
 
     def _generation(
         self,
