@@ -11,6 +11,7 @@ from support.ar import drain, load, make_spec, submit
 from support.qwen3_tts import Case, answers, sound
 from torch import Tensor, nn
 
+from vllm_omni.config.builder import build
 from vllm_omni.config.schema import StageConfig
 from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.engine.ar.talker.inputs import TalkerInputs
@@ -47,8 +48,12 @@ class Talkers:
         self.folders = folders
         self.models = ModelPool()
 
-    def engine(self, case: Case, wanted: Iterable[str] = ("codes",), **options: Any) -> AREngine:
-        engine = load(make_spec(make_stage(self.folders[case.task], **options)), whole=wanted, models=self.models)
+    def engine(
+        self, case: Case, wanted: Iterable[str] = ("codes",), streamed: Iterable[str] = (), **options: Any
+    ) -> AREngine:
+        """For the checkpoint of a case."""
+        spec = make_spec(make_stage(self.folders[case.task], **options))
+        engine = load(spec, whole=wanted, streamed=streamed, models=self.models)
         stage_of(engine)._cloner = StoredVoice(case)
         return engine
 
@@ -98,7 +103,7 @@ def make_stage(folder: Path, **options: Any) -> StageConfig:
         model=str(folder),
         device="cpu",
         dtype="float32",
-        options=TalkerOptions(**{"block_size": 4, "max_num_seqs": 8, **options}),
+        options=build(TalkerOptions, {"block_size": 4, "max_num_seqs": 8, **options}),
     )
 
 

@@ -30,6 +30,7 @@ _BY_ARCHITECTURE = {
     "Qwen2_5OmniModel": "qwen_omni",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "language_model",
+    "Qwen3TTSForConditionalGeneration": "qwen3_tts",
     "Qwen3VLForConditionalGeneration": "language_model",
 }
 _BY_MODEL_TYPE = {
@@ -42,6 +43,7 @@ _BY_MODEL_TYPE = {
     "qwen2_5_omni": "qwen_omni",
     "qwen3": "qwen3",
     "qwen3_moe": "language_model",
+    "qwen3_tts": "qwen3_tts",
     "qwen3_vl": "language_model",
 }
 

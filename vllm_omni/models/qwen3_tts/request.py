@@ -149,9 +149,7 @@ class SpeechReader:
         task, known = self._config.task_type, self._config.speakers
         for key in (REF_AUDIO, REF_TEXT):
             if fields.get(key):
-                raise InvalidRequestError(
-                    f"{key}: got some, but this checkpoint ({task}) clones no voice; leave it out"
-                )
+                raise InvalidRequestError(f"{key}: got it, but this checkpoint ({task}) clones no voice; leave it out")
         if name is None:
             return _Voice(speaker=next(iter(known), None))
         if not known:
