@@ -78,11 +78,6 @@ class ModelRunner:
         return self._model
 
     @property
-    def attention(self) -> type[PagedAttention]:
-        """The backend that it attends with."""
-        return self._attention
-
-    @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self._pool.device
@@ -139,8 +134,8 @@ class ModelRunner:
         """
         return self._pool.tapped_states(sequence, layers, start, stop)
 
-    def _compute(self, batch: StepBatch, lengths: Tensor | None = None, chunks: Many[Chunk | None] = ()) -> Tensor:
-        """The logits [R, V] of the rows that sample. lengths: as a ForwardContext's `rope_lengths`. chunks: where
+    def _compute(self, batch: StepBatch, lengths: Tensor | None = None, chunks: Many[Chunk | None] = ()) -> StepLogits:
+        """The logits of the rows that sample, and their states. lengths: as a ForwardContext's `rope_lengths`. chunks: where
         adapters act, those of the batch; None: a row of padding.
         """
         context = ForwardContext(
