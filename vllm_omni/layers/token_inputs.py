@@ -42,7 +42,7 @@ class InputRows:
 class TokenInputs:
     """What some consecutive tokens of a sequence are besides their ids."""
 
-    positions: Tensor  # [3, n] int64: time, height, width
+    positions: Tensor | None  # [3, n] int64: time, height, width; None: those of plain text
     rows: InputRows | None = None  # their indices count from the first of these tokens
 
 

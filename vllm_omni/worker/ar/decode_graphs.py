@@ -31,19 +31,19 @@ class DecodeGraphs:
         self,
         graphs: StepGraphs,
         batch: DecodeBatch,
-        compute_logits: Callable[[StepBatch], Tensor],
+        compute: Callable[[StepBatch], StepLogits],
         *,
         sizes: Many[int],
         vocab_size: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """compute_logits: of a batch, the logits [N, V] of all rows. sizes: the batch's buckets, ascending."""
+        """compute: of a batch, the logits [N, V] of all rows. sizes: the batch's buckets, ascending."""
         self._logits = torch.empty(sizes[-1], vocab_size, device=device, dtype=dtype)
         self._greedy = torch.empty(sizes[-1], device=device, dtype=torch.int64)
-        # compute_logits is the runner's, which holds these graphs: kept here it would keep the KV pool alive as well
+        # compute is the runner's, which holds these graphs: kept here it would keep the KV pool alive as well
         self._replay = {
-            size: graphs.capture(partial(self._step, compute_logits, batch.padding(size))) for size in reversed(sizes)
+            size: graphs.capture(partial(self._step, compute, batch.padding(size))) for size in reversed(sizes)
         }
 
     def run(self, batch: StepBatch) -> StepLogits:
@@ -51,12 +51,12 @@ class DecodeGraphs:
         self._replay[len(batch.token_ids)]()
         rows = batch.sampling_rows
         if batch.samples_first_rows:
-            return StepLogits(self._logits[: len(rows)], self._greedy[: len(rows)])
-        return StepLogits(self._logits[rows], self._greedy[rows])
+            return StepLogits(self._logits[: len(rows)], greedy=self._greedy[: len(rows)])
+        return StepLogits(self._logits[rows], greedy=self._greedy[rows])
 
-    def _step(self, compute_logits: Callable[[StepBatch], Tensor], batch: StepBatch) -> None:
+    def _step(self, compute: Callable[[StepBatch], StepLogits], batch: StepBatch) -> None:
         """Everything that is captured."""
-        logits = compute_logits(batch)
+        logits = compute(batch).logits
         is_sound = logits.isfinite().all(-1)
         self._logits[: len(logits)].copy_(logits)
         self._greedy[: len(logits)].copy_(logits.argmax(-1).masked_fill_(~is_sound, -1))

@@ -74,6 +74,15 @@ class ModelRunner:
         self._graphs = None if graphs is None else self._capture(graphs, decode_buckets)
 
     @property
+    def model(self) -> LanguageModel:
+        return self._model
+
+    @property
+    def attention(self) -> type[PagedAttention]:
+        """The backend that it attends with."""
+        return self._attention
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self._pool.device
@@ -114,10 +123,10 @@ class ModelRunner:
             return self._graphs.run(batch)
         lengths = rope_lengths(chunks, len(batch.token_ids), self.device) if self._scales_by_length else None
         if not is_adapted:
-            return StepLogits(self._compute(batch, lengths))
+            return self._compute(batch, lengths)
         num_padding = len(batch.token_ids) - sum(chunk.num_tokens for chunk in chunks)
         with adapted([*mixes, *[None] * num_padding]):
-            return StepLogits(self._compute(batch, lengths, [*chunks, *[None] * num_padding]))
+            return self._compute(batch, lengths, [*chunks, *[None] * num_padding])
 
     @torch.inference_mode()
     def encode(self, item: MediaItem) -> Tensor:
@@ -145,11 +154,12 @@ class ModelRunner:
         with packed(range(len(chunks)), [1 if chunk is None else chunk.num_tokens for chunk in chunks]):
             states = self._model(batch.token_ids, batch.positions, context)
         if not len(batch.sampling_rows):
-            return states.new_empty(0, self._model.config.vocab_size)
+            return StepLogits(states.new_empty(0, self._model.config.vocab_size), states[:0])
         is_every = batch.samples_first_rows and len(batch.sampling_rows) == len(states)
         sampling = [(row, 1 + len(chunk.draft)) for row, chunk in enumerate(chunks) if chunk and chunk.samples]
         with packed([row for row, _ in sampling], [count for _, count in sampling]):
-            return self._model.compute_logits(states if is_every else states[batch.sampling_rows])
+            sampled = states if is_every else states[batch.sampling_rows]
+            return StepLogits(self._model.compute_logits(sampled), sampled)
 
     @torch.inference_mode()
     def _capture(self, graphs: StepGraphs, sizes: Many[int]) -> DecodeGraphs:

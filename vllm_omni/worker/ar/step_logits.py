@@ -1,6 +1,6 @@
 """What a step of a language model gives the sampler. Knows no model.
 
-Legend: R tokens whose logits are sampled, V vocabulary.
+Legend: R tokens whose logits are sampled, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class StepLogits:
     """Logits, and where the step has chosen already, the greedy tokens: good until the next step."""
 
     logits: Tensor  # [R, V], the model's dtype
+    states: Tensor | None = None  # [R, D], what the logits were made of; None of a step that keeps none
     greedy: Tensor | None = None  # [R] int64, the token of the largest logit; -1 where a row is not finite
 
     def sample(
