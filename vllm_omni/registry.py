@@ -18,6 +18,7 @@ TABLES: dict[str, dict[str, str]] = {
         "dit": "vllm_omni.engine.diffusion.spec:DiffusionSpec",
         "music_prompt": "vllm_omni.models.ace_step.prompt.spec:MusicPromptSpec",
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
+        "qwen3_tts_talker": "vllm_omni.models.qwen3_tts.talker_spec:TalkerSpec",
     },
     "ar stage": {  # by row of "language model"; what has none here is about text
         "text": "vllm_omni.engine.ar.text_spec:TextSpec",
@@ -42,6 +43,7 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen3VLModel": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",
         "Qwen3VLTextModel": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",
         "Qwen3Model": "vllm_omni.models.qwen3.model:Qwen3",
+        "Qwen3TTSForConditionalGeneration.talker": "vllm_omni.models.qwen3_tts.talker:Talker",
         "Qwen2_5OmniForConditionalGeneration.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",
         "Qwen2_5OmniForConditionalGeneration.talker": "vllm_omni.models.qwen2_5_omni.talker:Talker",
         "Qwen2_5OmniModel.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",

@@ -27,7 +27,10 @@ class BatchedDraw:
 
     def __init__(self, rows: Sequence[DrawSettings], vocab_size: int, device: torch.device) -> None:
         kept = [min(row.top_k or vocab_size, vocab_size) for row in rows]
-        values = [[row.temperature or 1.0, row.top_p, row.temperature == 0, most - 1] for row, most in zip(rows, kept, strict=True)]
+        values = [
+            [row.temperature or 1.0, row.top_p, row.temperature == 0, most - 1]
+            for row, most in zip(rows, kept, strict=True)
+        ]
         table = torch.tensor(values, dtype=torch.float32, device=device)
         self._temperature, self._top_p, greedy, last = table.T[..., None].unbind()
         self._is_greedy, self._last_kept = greedy.squeeze(-1).bool(), last.long()

@@ -264,9 +264,7 @@ class AREngine(StageEngine):
             self._scheduler.advance(chunk)
         return dict(zip((chunk.sequence.sequence_id for chunk in writing), tokens, strict=True))
 
-    def _complete(
-        self, writing: list[Chunk], tokens: list[list[SampledToken | StageError]], states: Tensor
-    ) -> None:
+    def _complete(self, writing: list[Chunk], tokens: list[list[SampledToken | StageError]], states: Tensor) -> None:
         """Lets the stage compute what follows from the tokens of the step."""
         starts = [0, *itertools.accumulate(1 + len(chunk.draft) for chunk in writing)]
         written = [

@@ -44,8 +44,8 @@ class CodePredictor(nn.Module):
     def forward(self, rows: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """rows: [N, E]; positions: [N] int64 -> [N, D] after the final norm."""
         states = rows if self.small_to_mtp_projection is None else self.small_to_mtp_projection(rows)
-        states = self.decoder(states, positions, context)
-        return states
+        written: Tensor = self.decoder(states, positions, context)
+        return written
 
     def locate(self, name: str) -> Target | None:
         """The parameter for a published name, without the predictor's own beginning."""

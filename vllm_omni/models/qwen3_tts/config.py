@@ -104,9 +104,7 @@ class TalkerConfig(DecoderConfig):
             text_hidden_size=count_of(talker, "text_hidden_size", inside),
             codec=_codec_marks(talker, inside, last),
             text=_text_marks(raw, where),
-            predictor=PredictorConfig.from_json(
-                predictor, f"{inside}.code_predictor_config", fields["hidden_size"]
-            ),
+            predictor=PredictorConfig.from_json(predictor, f"{inside}.code_predictor_config", fields["hidden_size"]),
             task_type=task_type,
             speakers=_codes(talker, "spk_id", inside, last),
             dialects=_dialects(talker, inside, languages),

@@ -1,7 +1,7 @@
 """Runs a code predictor over the frames of one step: all rows at once, code after code.
 
-Its keys and values stand in a cache of its own, a block for each row, which the next step writes over. Legend: B frames,
-E width of the talker, C codes that are written.
+Its keys and values stand in a cache of its own, a block for each row, which the next step writes over.
+Legend: B frames, E width of the talker, C codes that are written.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from collections.abc import Sequence as Many
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from vllm_omni.layers.attention.base import PagedAttention
 from vllm_omni.utils.device import StepGraphs, is_cuda
