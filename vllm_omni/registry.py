@@ -19,6 +19,7 @@ TABLES: dict[str, dict[str, str]] = {
         "music_prompt": "vllm_omni.models.ace_step.prompt.spec:MusicPromptSpec",
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
         "qwen3_tts_talker": "vllm_omni.models.qwen3_tts.talker_spec:TalkerSpec",
+        "speech_codec": "vllm_omni.models.qwen3_tts.codec.spec:SpeechCodecSpec",
     },
     "ar stage": {  # by row of "language model"; what has none here is about text
         "text": "vllm_omni.engine.ar.text_spec:TextSpec",
@@ -67,6 +68,10 @@ TABLES: dict[str, dict[str, str]] = {
         "QwenImageEditPlusPipeline": "vllm_omni.models.qwen_image.spec:QwenImageEditPlusSpec",
         "QwenImagePipeline": "vllm_omni.models.qwen_image.spec:QwenImageSpec",
         "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",
+    },
+    "speech codec": {
+        "Qwen3OmniMoeForConditionalGeneration.code2wav": "vllm_omni.models.qwen3_tts.codec.published:code2wav",
+        "Qwen3TTSTokenizerV2Model": "vllm_omni.models.qwen3_tts.codec.published:speech_tokenizer",
     },
     "step cache": {
         "none": "vllm_omni.core.diffusion.caches.none:NoCache",
