@@ -41,6 +41,7 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen3MoeForCausalLM": "vllm_omni.models.qwen3_moe.model:Qwen3Moe",
         "Qwen3MoeModel": "vllm_omni.models.qwen3_moe.model:Qwen3Moe",
         "Qwen3VLForConditionalGeneration": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",
+        "Qwen3OmniMoeForConditionalGeneration.thinker": "vllm_omni.models.qwen3_omni.thinker:Thinker",
         "Qwen3VLModel": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",
         "Qwen3VLTextModel": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",
         "Qwen3Model": "vllm_omni.models.qwen3.model:Qwen3",
