@@ -25,6 +25,7 @@ TABLES: dict[str, dict[str, str]] = {
         "text": "vllm_omni.engine.ar.text_spec:TextSpec",
         "Qwen2_5OmniForConditionalGeneration.talker": "vllm_omni.models.qwen2_5_omni.talker_spec:TalkerSpec",
         "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker_spec:TalkerSpec",
+        "Qwen3OmniMoeForConditionalGeneration.talker": "vllm_omni.models.qwen3_omni.talker_spec:TalkerSpec",
     },
     "language model": {
         "LlamaForCausalLM": "vllm_omni.models.llama.model:Llama",
@@ -41,6 +42,7 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen3MoeForCausalLM": "vllm_omni.models.qwen3_moe.model:Qwen3Moe",
         "Qwen3MoeModel": "vllm_omni.models.qwen3_moe.model:Qwen3Moe",
         "Qwen3VLForConditionalGeneration": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",
+        "Qwen3OmniMoeForConditionalGeneration.talker": "vllm_omni.models.qwen3_omni.talker:Talker",
         "Qwen3OmniMoeForConditionalGeneration.thinker": "vllm_omni.models.qwen3_omni.thinker:Thinker",
         "Qwen3VLModel": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",
         "Qwen3VLTextModel": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",

@@ -18,7 +18,7 @@ from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.layers.weights import plan_loading, tensor_files
 from vllm_omni.worker.ar.language_model import LanguageModelFolder, model_class
 
-PARTS = ("thinker",)
+PARTS = ("thinker", "talker")
 CPU = torch.device("cpu")
 
 
