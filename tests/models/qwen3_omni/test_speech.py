@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.media import RATE, picture, read_media, tone
-from support.qwen3_omni import CODEC_EOS, save_tiny_qwen3_omni, tiny_reference
+from support.qwen3_omni import CODEC_EOS, NUM_CODES, save_tiny_qwen3_omni, tiny_reference
 
 from vllm_omni import Omni, OmniOutput, SamplingParams
 from vllm_omni.config.schema import LimitsConfig
@@ -155,3 +155,80 @@ def assert_equal(output: OmniOutput, expected: Spoken) -> None:
 @pytest.mark.parametrize("name", PROMPTS)
 def test_words_codes_and_waveform_equal_transformers(name: str, omni: Omni, references: dict[str, Spoken]) -> None:
     assert_equal(speak(omni, name)[name], references[name])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("thinker.max_num_batched_tokens=7", "talker.max_num_batched_tokens=5", "talker.max_num_seqs=2"),
+        tuple(f"{part}.{key}" for part in ("thinker", "talker") for key in ("kv_memory_mb=null", "block_size=4"))
+        + ("thinker.num_blocks=12", "talker.num_blocks=14"),
+    ],
+    ids=["plain", "pieces", "small pools"],
+)
+def test_a_crowd_in_pieces_and_in_small_pools_changes_nothing(
+    overrides: tuple[str, ...], folder: Path, references: dict[str, Spoken]
+) -> None:
+    is_small = any("num_blocks" in key for key in overrides)
+    names = [name for name in PROMPTS if not is_small or name != "media"]
+    with make(folder, *overrides) as omni:
+        for _ in range(2):  # the second time from the prefix cache
+            for name, output in speak(omni, *names).items():
+                assert_equal(output, references[name])
+        stages = omni.get_metrics()["stages"]
+        for part in ("thinker", "talker"):
+            assert stages[part]["num_free_blocks"] == stages[part]["num_blocks"]
+            assert stages[part]["num_preemptions"] > 0 or not is_small
+
+
+def test_sound_leaves_while_the_talker_speaks(omni: Omni, references: dict[str, Spoken]) -> None:
+    *partial, final = omni.stream({"prompt_token_ids": SHORT}, params())
+    pieces = [audio for part in partial for audio in part.audios]
+    assert len(pieces) > 2 and pieces[0].samples.shape[1] < 2 * references["short"].wave.numel() / NUM_FRAMES
+    wave = torch.from_numpy(np.concatenate([piece.samples[0] for piece in pieces]))
+    torch.testing.assert_close(wave, references["short"].wave, rtol=0, atol=1e-3)
+    talker, speech = final.metrics["talker"], final.metrics["speech"]
+    assert speech["started_s"] + speech["first_rows_s"] < talker["started_s"] + talker["ran_s"]
+
+
+def test_a_reply_that_ends_early_is_spoken_to_its_end(omni: Omni, references: dict[str, Spoken]) -> None:
+    end = references["short"].words[4]
+    expected = reference(tiny_reference(), SHORT, end)
+    chosen = {**params(), "thinker": SamplingParams(temperature=0.0, max_tokens=NUM_WORDS, stop_token_ids=[end])}
+    output = omni.generate({"prompt_token_ids": SHORT}, chosen)[0]
+    assert list(output.token_ids) == expected.words
+    assert output.tensors["talker.codes"].tolist() == expected.codes.tolist()
+    first = references["short"].words[0]
+    chosen["thinker"] = SamplingParams(temperature=0.0, stop_token_ids=[first])
+    silent = omni.generate({"prompt_token_ids": SHORT}, chosen)[0]
+    assert silent.error is None and len(silent.tensors["talker.codes"]) == 0
+
+
+def test_voices_differ_and_are_found_in_any_case(omni: Omni) -> None:
+    spoken = {name: speak(omni, "short", speaker=name)["short"] for name in ("Ethan", "ethan", "chelsie")}
+    codes = {name: output.tensors["talker.codes"].tolist() for name, output in spoken.items()}
+    assert codes["Ethan"] == codes["ethan"] != codes["chelsie"]
+
+
+def test_the_end_of_speech_ends_it_and_no_mark_is_spoken(omni: Omni) -> None:
+    """Drawn hot, any code comes, but no mark does, and the end ends."""
+    lengths: list[int] = []
+    for seed in range(3):
+        hot = SamplingParams(temperature=30.0, top_k=0, max_tokens=150, seed=seed)
+        output = omni.generate({"prompt_token_ids": SHORT}, {**params(), "talker": hot})[0]
+        codes = output.tensors["talker.codes"]
+        assert output.error is None and int(codes.max()) < NUM_CODES and CODEC_EOS not in codes[:, 0]
+        lengths.append(len(codes))
+    assert min(lengths) < 150 and len(set(lengths)) > 1
+    again = omni.generate({"prompt_token_ids": SHORT}, {**params(), "talker": hot})[0]
+    assert again.tensors["talker.codes"].tolist() == codes.tolist(), "a seed draws all codes of its frames"
+
+
+def test_what_cannot_be_spoken_is_refused(omni: Omni, folder: Path) -> None:
+    refused = omni.generate({"prompt_token_ids": SHORT, "speaker": "nobody"}, params())[0]
+    assert isinstance(refused.error, InvalidRequestError) and "known: chelsie, ethan" in str(refused.error)
+    unmarked = omni.generate({"prompt_token_ids": [10, 11, 12]}, params())[0]
+    assert "no turn of the assistant at its end" in str(unmarked.error)
+    with pytest.raises(ConfigError, match=r"inputs.prompt_states: got the layers \[0, 2\].*expected \[0, 3\]"):
+        make(folder, "thinker.outputs.prompt_states.layers=[0, 2]")
