@@ -14,6 +14,7 @@ from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.base import Generation
 from vllm_omni.engine.ar.talker.inputs import TalkerInputs, TextRows
 from vllm_omni.engine.ar.talker.job import CodesJob
+from vllm_omni.engine.ar.talker.ports import StreamedRows
 from vllm_omni.engine.ar.tapped_states import POSITIONS
 from vllm_omni.errors import StageError
 from vllm_omni.messages import ChunkConsumed, StageEvent, StageTask
@@ -21,30 +22,6 @@ from vllm_omni.payload import StreamChunk
 
 PROMPT, REPLY = "prompt_states", "reply_states"
 PORTS = frozenset({PROMPT, REPLY, POSITIONS})
-
-
-class _Port:
-    """One streamed input: rows so far, of the right shape. Their order is the sender's."""
-
-    def __init__(self, name: str, width: int) -> None:
-        self.parts: list[Tensor] = []
-        self.num_rows = 0
-        self.is_whole = False
-        self._name = name
-        self._width = width
-
-    def accept(self, chunk: StreamChunk) -> Tensor:
-        """The chunk's new rows."""
-        rows = chunk.new_rows
-        if rows.ndim != 2 or rows.shape[1] != self._width:
-            raise StageError(
-                f"stage input {self._name!r}: got rows {list(rows.shape)}, expected [n, {self._width}]; does the edge "
-                "come from a stage of the same checkpoint?"
-            )
-        self.num_rows += len(rows)
-        self.is_whole = chunk.is_last
-        self.parts.append(rows)
-        return rows
 
 
 class TalkerJob(CodesJob):
@@ -66,7 +43,11 @@ class TalkerJob(CodesJob):
         super().__init__(task, gives_rows, gives_codes)
         self._begin = begin
         self._text = text
-        self._ports = {PROMPT: _Port(PROMPT, 2 * width), POSITIONS: _Port(POSITIONS, 3), REPLY: _Port(REPLY, 2 * width)}
+        self._ports = {
+            PROMPT: StreamedRows(PROMPT, 2 * width),
+            POSITIONS: StreamedRows(POSITIONS, 3),
+            REPLY: StreamedRows(REPLY, 2 * width),
+        }
         self._unused: deque[int] = deque()  # reply rows up to which each chunk goes that is not consumed
 
     def feed(self, port: str, chunk: StreamChunk) -> list[StageEvent]:

@@ -9,27 +9,14 @@ from typing import Any, Literal, cast
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.decoder import DecoderConfig, count_of, sub_config
 from vllm_omni.utils.checks import brief, check_number
+from vllm_omni.worker.ar.frames.code_predictor import PredictorConfig, num_groups
 
 TaskType = Literal["custom_voice", "voice_design", "base"]
 TASK_TYPES = ("custom_voice", "voice_design", "base")
 AXES = ("mrope_section", "interleaved", "mrope_interleaved")  # of positions whose axes are always equal here
 NO_INSTRUCTIONS = "0b6"  # the size whose named voices follow none
 DIALECT = "dialect"  # in the names of languages that nobody asks for: a speaker has one
-MAX_GROUPS = 64
 NUM_MARKS = 1024  # of the first codebook: its last ones, most of them unused
-
-
-@dataclass(frozen=True, slots=True)
-class PredictorConfig(DecoderConfig):
-    """The decoder that writes all codes of a frame but the first."""
-
-    num_codes: int  # that it writes
-    embedding_size: int  # of the codes that it is fed: the talker's hidden size
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any], where: str, embedding_size: int) -> PredictorConfig:
-        num_groups = _num_groups(raw, where)
-        return cls(**_decoder_fields(cls, raw, where), num_codes=num_groups - 1, embedding_size=embedding_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +91,7 @@ class TalkerConfig(DecoderConfig):
         languages = _codes(talker, "codec_language_id", inside, last)
         found = cls(
             **fields,
-            num_codes=_num_groups(talker, inside),
+            num_codes=num_groups(talker, inside),
             text_vocab_size=count_of(talker, "text_vocab_size", inside),
             text_hidden_size=count_of(talker, "text_hidden_size", inside),
             codec=_codec_marks(talker, inside, last),
@@ -132,12 +119,6 @@ def _decoder_fields(cls: type[DecoderConfig], raw: Mapping[str, Any], where: str
         raw = {**raw, "rope_scaling": {key: value for key, value in scaling.items() if key not in AXES}}
     has_bias = bool(raw.get("attention_bias", False))
     return {**cls.fields_from(raw, where, None), "qkv_bias": has_bias, "output_bias": has_bias, "head_norms": True}
-
-
-def _num_groups(raw: Mapping[str, Any], where: str) -> int:
-    groups = raw.get("num_code_groups")
-    check_number(f"{where}: num_code_groups", groups, 2, MAX_GROUPS, integer=True, raises=ConfigError)
-    return int(cast(int, groups))
 
 
 def _task_type(raw: Mapping[str, Any], where: str) -> TaskType:

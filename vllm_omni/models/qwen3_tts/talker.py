@@ -16,8 +16,8 @@ from vllm_omni.layers.decoder import Decoder, locate_fused
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.weights import Target
-from vllm_omni.models.qwen3_tts.code_predictor import CodePredictor
 from vllm_omni.models.qwen3_tts.config import TalkerConfig
+from vllm_omni.worker.ar.frames.code_predictor import CodePredictor
 
 PREDICTOR = "code_predictor"
 

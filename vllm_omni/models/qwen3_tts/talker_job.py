@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
 from vllm_omni.core.ar.scheduler import Chunk
 from vllm_omni.core.ar.sequence import Sequence as TokenSequence
 from vllm_omni.engine.ar.base import Generation
+from vllm_omni.engine.ar.talker.frames import FramesJob
 from vllm_omni.engine.ar.talker.inputs import TalkerInputs
-from vllm_omni.engine.ar.talker.job import CodesJob
-from vllm_omni.errors import StageError
 from vllm_omni.layers.sampler import SampledToken
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageEvent, StageTask
-from vllm_omni.models.qwen3_tts.frame_writer import FrameDraw
 from vllm_omni.models.qwen3_tts.prompt import content_id
+from vllm_omni.worker.ar.frames.frame_writer import FrameDraw
 
 
-class TalkerJob(CodesJob):
+class TalkerJob(FramesJob):
     """make_inputs: computes the rows of prompt and text, in the step that first needs them. trailing: the text tokens
-    that join the frames. draw: of all codes of a frame but the first. num_codes: of a frame.
+    that join the frames.
     """
 
     def __init__(
@@ -37,24 +33,11 @@ class TalkerJob(CodesJob):
         gives_rows: bool,
         gives_codes: bool,
     ) -> None:
-        super().__init__(task, gives_rows, gives_codes)
-        self.draw = draw
+        super().__init__(task, draw, num_codes=num_codes, gives_rows=gives_rows, gives_codes=gives_codes)
         self._generation = generation
         self._make_inputs = make_inputs
         self._trailing = trailing
-        self._num_codes = num_codes
-        self._frames: list[list[int]] = []
         self.sequences.append(generation.sequence)
-
-    def ends_with(self, code: int) -> bool:
-        """Whether nothing is spoken of a first code, and nothing follows it."""
-        return code in self._started.ending_ids
-
-    def add_frame(self, codes: list[int], row: Tensor) -> None:
-        """All codes of the next frame, and the sum [D] of the embeddings of all but the first."""
-        self._frames.append(codes)
-        assert self._inputs is not None, "a frame was written before its prompt was computed"
-        self._inputs.join(row)
 
     def inputs_of(self, chunk: Chunk) -> TokenInputs | None:
         if self._inputs is None:
@@ -66,14 +49,8 @@ class TalkerJob(CodesJob):
             return super().record(sequence, token)
         place = self._started.num_written
         frame = self._frames[place]
-        if min(frame) < 0:
-            raise StageError("codes: got NaN or infinity, expected finite numbers; try dtype float32")
         events = super().record(sequence, token)
         assert sequence.content_ids is not None
         text = self._trailing[place] if place < len(self._trailing) else None
         sequence.content_ids[-1] = content_id(text, frame)
         return events
-
-    def codes(self, start: int, stop: int) -> Tensor:
-        """[n, codes of a frame], on the CPU: they were read there."""
-        return torch.tensor(self._frames[start:stop], dtype=torch.int64).view(-1, self._num_codes)

@@ -18,7 +18,6 @@ from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, model_fo
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.models.qwen3_tts.cloned_voice import VoiceCloner
 from vllm_omni.models.qwen3_tts.config import TalkerConfig
-from vllm_omni.models.qwen3_tts.frame_writer import cache_bytes
 from vllm_omni.models.qwen3_tts.options import TalkerOptions
 from vllm_omni.models.qwen3_tts.prompt import num_rows
 from vllm_omni.models.qwen3_tts.request import AUTO, KEYS, LANGUAGE, REF_AUDIO, VOICE, SpeechReader, SpeechRequest
@@ -29,6 +28,7 @@ from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.voices import VoiceStore
+from vllm_omni.worker.ar.frames.frame_writer import cache_bytes
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
 from vllm_omni.worker.ar.model_runner import ModelRunner
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vllm_omni.core.ar.sequence import Sequence as TokenSequence
 from vllm_omni.engine.ar.base import ARStage, Generation, Written
+from vllm_omni.engine.ar.talker.frames import complete_frames, frame_draw
 from vllm_omni.engine.ar.talker.job import CODES
 from vllm_omni.engine.base import EngineContext
 from vllm_omni.errors import StageError
@@ -20,14 +21,14 @@ from vllm_omni.layers.sampler import SamplingRow
 from vllm_omni.media.reference_sound import read_reference
 from vllm_omni.messages import StageTask
 from vllm_omni.models.qwen3_tts.cloned_voice import ClonedVoice, VoiceCloner
-from vllm_omni.models.qwen3_tts.frame_writer import FrameDraw, FrameWriter
 from vllm_omni.models.qwen3_tts.prompt import Layout, content_id, lay_out
 from vllm_omni.models.qwen3_tts.prompt_rows import PromptRows
 from vllm_omni.models.qwen3_tts.request import REF_AUDIO, SpeechRequest
 from vllm_omni.models.qwen3_tts.sampling import FIRST_CODES
 from vllm_omni.models.qwen3_tts.talker import Talker
 from vllm_omni.models.qwen3_tts.talker_job import TalkerJob
-from vllm_omni.params import SamplingParams, sample_seed
+from vllm_omni.params import SamplingParams
+from vllm_omni.worker.ar.frames.frame_writer import FrameWriter
 from vllm_omni.worker.ar.model_runner import ModelRunner
 from vllm_omni.worker.background import Stop
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from vllm_omni.models.qwen3_tts.talker_spec import TalkerSpec
 
 NEVER = -1e9
-OTHER_STREAM = 0x51B7A1CE  # from the seed of the first codes to that of all others
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,26 +82,14 @@ class TalkerStage(ARStage):
             self._generation(task.request_id, next(sequence_ids), params, speech.max_tokens, layout, voice),
             partial(self._rows.inputs, layout, voice),
             layout.trailing,
-            _frame_draw(speech, params),
+            frame_draw(speech.draw, params),
             num_codes=self._config.num_codes,
             gives_rows=self._gives_rows,
             gives_codes=self._gives_codes,
         )
 
-    @torch.inference_mode()
     def complete(self, written: Sequence[Written], states: Tensor) -> None:
-        """Writes the frames that the step's first codes begin."""
-        speaking = [(cast(TalkerJob, each.job), each) for each in written]
-        speaking = [(job, each) for job, each in speaking if not job.ends_with(each.token_id)]
-        if not speaking:
-            return
-        first = torch.tensor([each.token_id for _, each in speaking], device=self._device)
-        picked = states[[each.row for _, each in speaking]] if len(speaking) < len(states) else states
-        codes = self._writer.write(picked, self._model.codec_embedding(first), [job.draw for job, _ in speaking])
-        rows = self._model.code_predictor.summed_rows(codes.clamp_min(0))
-        frames = torch.cat((first[:, None], codes), 1).tolist()
-        for (job, _), frame, row in zip(speaking, frames, rows, strict=True):
-            job.add_frame(frame, row)
+        complete_frames(self._model, self._writer, written, states)
 
     def _read(self, speech: SpeechRequest, stop: Stop) -> RecordedSpeech:
         sound = read_reference(speech.recording, limits=self._request_limits, name=REF_AUDIO, stop=stop)
@@ -143,12 +131,3 @@ class TalkerStage(ARStage):
 def _content_ids(layout: Layout, voice: ClonedVoice | None) -> list[int]:
     spoken = "" if voice is None else voice.embedding.float().cpu().numpy().tobytes().hex()
     return [content_id(row.text, (row.code, row.frame, spoken if row.is_voice else "")) for row in layout.rows]
-
-
-def _frame_draw(speech: SpeechRequest, params: SamplingParams) -> FrameDraw:
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sample_seed(params.seed, OTHER_STREAM))
-    return FrameDraw(speech.draw, generator)

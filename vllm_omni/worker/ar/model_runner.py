@@ -135,8 +135,8 @@ class ModelRunner:
         return self._pool.tapped_states(sequence, layers, start, stop)
 
     def _compute(self, batch: StepBatch, lengths: Tensor | None = None, chunks: Many[Chunk | None] = ()) -> StepLogits:
-        """The logits of the rows that sample, and their states. lengths: as a ForwardContext's `rope_lengths`. chunks: where
-        adapters act, those of the batch; None: a row of padding.
+        """The logits of the rows that sample, and their states. lengths: as a ForwardContext's `rope_lengths`. chunks:
+        where adapters act, those of the batch; None: a row of padding.
         """
         context = ForwardContext(
             self._attention(batch.attention),

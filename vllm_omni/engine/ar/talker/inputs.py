@@ -27,13 +27,13 @@ class TextRows:
 class TalkerInputs:
     """The inputs of one sequence whose text may still be written, the same whenever they are asked for.
 
-    prompt: [T, E]; positions: [3, T] int64, where tokens have positions of their own; all on the device.
+    prompt: [T, E]; positions: [3, T], where tokens have positions of their own; all on the device.
     """
 
     def __init__(self, prompt: Tensor, text: TextRows, positions: Tensor | None = None) -> None:
         self._prompt = prompt
         self._positions = positions
-        self._delta = 0 if positions is None else int(positions.max()) + 1 - len(prompt)
+        self._delta = 0 if positions is None else positions.max().item() + 1 - len(prompt)
         self._text = text
         self._rows: list[Tensor] = list(text.before)
         self._joined: list[Tensor] = []  # what further codes of each place add

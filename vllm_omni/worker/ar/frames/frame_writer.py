@@ -17,8 +17,7 @@ from vllm_omni.layers.attention.base import AttentionMetadata, AttentionUse, Pag
 from vllm_omni.layers.attention.choice import AUTO, choose_attention
 from vllm_omni.layers.batched_draw import BatchedDraw, DrawSettings
 from vllm_omni.layers.forward_context import ForwardContext
-from vllm_omni.models.qwen3_tts.code_predictor import CodePredictor
-from vllm_omni.models.qwen3_tts.config import PredictorConfig
+from vllm_omni.worker.ar.frames.code_predictor import CodePredictor, PredictorConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,14 +6,42 @@ Legend: B frames, E width of the talker, D hidden size, V codes of a codebook, C
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from vllm_omni.layers.decoder import Decoder, locate_fused
+from vllm_omni.errors import ConfigError
+from vllm_omni.layers.decoder import Decoder, DecoderConfig, locate_fused
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.weights import Target
-from vllm_omni.models.qwen3_tts.config import PredictorConfig
+from vllm_omni.utils.checks import check_number
+
+MAX_GROUPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorConfig(DecoderConfig):
+    """The decoder that writes all codes of a frame but the first."""
+
+    num_codes: int  # that it writes
+    embedding_size: int  # of the codes that it is fed: the talker's hidden size
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], where: str, embedding_size: int) -> PredictorConfig:
+        """raw: the code_predictor_config of a config.json, which stands at `where`; ConfigError."""
+        has_bias = bool(raw.get("attention_bias", False))
+        return cls(
+            **cls.fields_from(raw, where, None),
+            qkv_bias=has_bias,
+            output_bias=has_bias,
+            head_norms=True,
+            num_codes=num_groups(raw, where) - 1,
+            embedding_size=embedding_size,
+        )
 
 
 class CodePredictor(nn.Module):
@@ -56,3 +84,10 @@ class CodePredictor(nn.Module):
         if name.startswith("model."):
             return locate_fused(self, f"decoder.{name.removeprefix('model.')}")
         return Target(name)
+
+
+def num_groups(raw: Mapping[str, Any], where: str) -> int:
+    """How many codes a frame has, from a config.json; ConfigError."""
+    groups = raw.get("num_code_groups")
+    check_number(f"{where}: num_code_groups", groups, 2, MAX_GROUPS, integer=True, raises=ConfigError)
+    return int(raw["num_code_groups"])
