@@ -30,7 +30,7 @@ DECODING_PARTS = ("decoder", "decoder_transformer", "upsample")
 class SpeechEncoder:
     """Made by `load`. Not for several threads at once."""
 
-    def __init__(self, model: nn.Module, frame_samples: int, num_codes: int) -> None:
+    def __init__(self, model: Any, frame_samples: int, num_codes: int) -> None:
         self._model = model
         self.frame_samples, self.num_codes = frame_samples, num_codes
 
@@ -56,8 +56,8 @@ class SpeechEncoder:
 
     @torch.inference_mode()
     def codes(self, audio: Tensor) -> Tensor:
-        """[n] float32 at 24 kHz, of a length that is checked -> [frames, codebooks] int64 on the encoder's device; the last
-        frame may be begun only.
+        """[n] float32 at 24 kHz, of a length that is checked -> [frames, codebooks] int64 on the encoder's device; the
+        last frame may be begun only.
         """
         device = next(self._model.parameters()).device
         made = self._model.encode(audio.to(device)[None, None], num_quantizers=self.num_codes)
@@ -66,7 +66,7 @@ class SpeechEncoder:
         return codes
 
 
-def _empty_model(section: object, where: str) -> nn.Module:
+def _empty_model(section: object, where: str) -> Any:
     """Without the half that decodes; CheckpointError for a configuration that the library refuses."""
     from transformers import MimiConfig, MimiModel
 
@@ -74,7 +74,7 @@ def _empty_model(section: object, where: str) -> nn.Module:
         raise ConfigError(f"{where}: got {brief(section)}, expected an object; the checkpoint cannot clone voices")
     _check_sizes(section, where)
     try:
-        model: nn.Module = MimiModel(MimiConfig(**{**section, **NO_WINDOW}))
+        model = MimiModel(MimiConfig(**{**section, **NO_WINDOW}))
     except Exception as error:  # the library raises whatever its layers raise
         raise CheckpointError(f"{where}: the encoder cannot be made ({error})") from error
     for part in DECODING_PARTS:
@@ -102,7 +102,7 @@ class _Published(nn.Module):
 
     def named_parameters(self, *args: Any, **rest: Any) -> Iterator[tuple[str, nn.Parameter]]:
         for name, tensor in self.model.state_dict().items():
-            yield f"model.{name}", tensor  # type: ignore[misc]
+            yield f"model.{name}", tensor
 
     def locate(self, name: str) -> Target | None:
         """The library has moved these parts into one since the names were published."""
