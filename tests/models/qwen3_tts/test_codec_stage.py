@@ -22,7 +22,6 @@ from vllm_omni.payload import StreamChunk
 from vllm_omni.worker.model_pool import ModelPool
 
 FRAME = 192
-EXACT = {"atol": 1e-5, "rtol": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +39,10 @@ def stage(folder: Path, pool: ModelPool) -> CodecEngine:
     return engine(folder, pool=pool)
 
 
+def assert_same(made: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
+
+
 def codes(num_frames: int, seed: int = 0) -> Tensor:
     return torch.randint(64, (num_frames, 16), generator=torch.Generator().manual_seed(seed))
 
@@ -47,7 +50,7 @@ def codes(num_frames: int, seed: int = 0) -> Tensor:
 def test_the_stage_gives_the_packages_samples(stage: CodecEngine) -> None:
     given = answers()
     made = sound(stage, torch.from_numpy(given["codec.codes"]))
-    torch.testing.assert_close(made, torch.from_numpy(given["codec.waveform"]), **EXACT)
+    assert_same(made, torch.from_numpy(given["codec.waveform"]))
 
 
 def test_the_first_frame_sounds_at_once_and_the_stream_is_the_whole(stage: CodecEngine) -> None:
@@ -62,8 +65,8 @@ def test_the_first_frame_sounds_at_once_and_the_stream_is_the_whole(stage: Codec
     for chunk in others:
         stage.feed("a", "codes", chunk)
     run(stage, ran)
-    torch.testing.assert_close(ran.streamed("a"), expected, **EXACT)
-    torch.testing.assert_close(ran.whole("a"), expected, **EXACT)
+    assert_same(ran.streamed("a"), expected)
+    assert_same(ran.whole("a"), expected)
     assert ran.consumed == {"a": 4}
 
 
@@ -75,7 +78,9 @@ def test_a_requests_samples_do_not_depend_on_its_batch(folder: Path, pool: Model
     alone = {name: sound(engine(folder, pool=pool), given) for name, given in rows.items()}
     waiting = {name: chunks(given, [chance.randint(0, 5) for _ in range(3)]) for name, given in rows.items()}
     fed: dict[str, int] = {}
-    ran, aborted, paused = Ran(), set(), set()
+    ran = Ran()
+    aborted: set[str] = set()
+    paused: set[str] = set()
     while any(fed.get(name, 0) < len(parts) for name, parts in waiting.items()):
         name = chance.choice(sorted(name for name, parts in waiting.items() if fed.get(name, 0) < len(parts)))
         if name not in fed:
@@ -96,8 +101,8 @@ def test_a_requests_samples_do_not_depend_on_its_batch(folder: Path, pool: Model
     run(stage, ran)
     assert len(aborted) == 2
     for name in rows.keys() - aborted:
-        torch.testing.assert_close(ran.whole(name), alone[name], **EXACT)
-        torch.testing.assert_close(ran.streamed(name), alone[name], **EXACT)
+        assert_same(ran.whole(name), alone[name])
+        assert_same(ran.streamed(name), alone[name])
         assert ran.consumed[name] == len(waiting[name])
     assert not stage.get_stats()["running"]
     assert stage.get_stats()["free_states"] == 3
@@ -144,7 +149,7 @@ def test_a_request_beyond_the_pool_waits_for_a_state(folder: Path, pool: ModelPo
     assert set(ran.pieces) == {"a"}
     assert ran.whole("nothing").shape == (0,)
     stage.abort("a")
-    torch.testing.assert_close(run(stage, ran).whole("b"), sound(engine(folder, pool=pool), codes(2, 1)), **EXACT)
+    assert_same(run(stage, ran).whole("b"), sound(engine(folder, pool=pool), codes(2, 1)))
 
 
 def test_a_paused_request_makes_nothing_and_goes_on_where_it_was(stage: CodecEngine) -> None:
@@ -157,7 +162,7 @@ def test_a_paused_request_makes_nothing_and_goes_on_where_it_was(stage: CodecEng
     stage.resume("a")
     stage.feed("a", "codes", last)
     expected = sound(engine(stage.spec.folder), rows)
-    torch.testing.assert_close(run(stage).whole("a"), expected, **EXACT)
+    assert_same(run(stage).whole("a"), expected)
 
 
 def test_what_nobody_reads_is_not_kept(folder: Path, pool: ModelPool) -> None:
@@ -189,7 +194,7 @@ def test_broken_codes_fail_their_request_alone(stage: CodecEngine, rows: Tensor,
     for name in ("first", "later"):
         assert ran.error(name).startswith("codes: got ")
     assert re.search(complaint, ran.error("first"))
-    torch.testing.assert_close(ran.whole("good"), sound(stage, codes(3)), **EXACT)
+    assert_same(ran.whole("good"), sound(stage, codes(3)))
     assert stage.get_stats()["free_states"] == 32
 
 
@@ -207,7 +212,7 @@ def test_a_failing_batch_fails_the_guilty_alone(stage: CodecEngine, monkeypatch:
     stage.submit(task("good", StreamChunk(codes(1, seed=1), is_last=True)))
     ran = run(stage)
     assert "it cannot be said" in ran.error("bad")
-    torch.testing.assert_close(ran.whole("good"), expected, **EXACT)
+    assert_same(ran.whole("good"), expected)
 
 
 def test_rows_carry_the_rate_and_say_which_is_the_last(stage: CodecEngine) -> None:

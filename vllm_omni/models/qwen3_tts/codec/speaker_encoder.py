@@ -1,5 +1,5 @@
-"""Reference audio to the vector of its speaker: a log mel spectrogram, then ECAPA-TDNN. In float32: it is small, and runs
-once for a voice.
+"""Reference audio to the vector of its speaker: a log mel spectrogram, then ECAPA-TDNN. In float32: it is small, and
+runs once for a voice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.layers.ecapa import EcapaEncoder, check_ecapa
 from vllm_omni.layers.weights import Target, allocate, load_weights, weights_bytes
 from vllm_omni.models.qwen3_tts.codec.config import published_values
-from vllm_omni.models.qwen3_tts.codec.reference_audio import SAMPLE_RATE
+from vllm_omni.models.qwen3_tts.codec.published import SAMPLE_RATE
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.files import read_json
 
@@ -82,7 +82,7 @@ class SpeakerEncoder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, audio: Tensor) -> Tensor:
-        """[n] float32 at 24 kHz, as of `read_reference` -> [dim] float32 on the encoder's device."""
+        """[n] float32 at 24 kHz, of a length that is checked -> [dim] float32 on the encoder's device."""
         vector: Tensor = self.encoder(mel_spectrogram(audio.to(self.encoder.fc.weight.device), self._mel_dim))
         return vector
 

@@ -1,5 +1,5 @@
-"""Reference audio to codes: the encoder half of the speech tokenizer, which is Mimi's (arXiv 2410.00037), as transformers
-computes it.
+"""Reference audio to codes: the encoder half of the speech tokenizer, which is Mimi's (arXiv 2410.00037), as
+transformers computes it.
 
 In float32 whatever the talker computes in: a code is the nearest of many rows, and rounding would choose others.
 """
@@ -16,18 +16,21 @@ from torch import Tensor, nn
 from vllm_omni.errors import CheckpointError, ConfigError
 from vllm_omni.layers.weights import Target, load_weights, weights_bytes
 from vllm_omni.models.qwen3_tts.codec.config import MAX_SIZE
-from vllm_omni.models.qwen3_tts.codec.reference_audio import SAMPLE_RATE
+from vllm_omni.models.qwen3_tts.codec.published import SAMPLE_RATE
 from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.files import read_json
 
 PREFIX = "encoder."
+# The published package attends to all of a reference, whatever its config's window says; newer transformers would not.
+# Up to ten seconds of the published models it is the same.
+NO_WINDOW = {"sliding_window": 2**20}
 DECODING_PARTS = ("decoder", "decoder_transformer", "upsample")
 
 
 class SpeechEncoder:
     """Made by `load`. Not for several threads at once."""
 
-    def __init__(self, model: nn.Module, frame_samples: int, num_codes: int) -> None:
+    def __init__(self, model: Any, frame_samples: int, num_codes: int) -> None:
         self._model = model
         self.frame_samples, self.num_codes = frame_samples, num_codes
 
@@ -39,10 +42,9 @@ class SpeechEncoder:
         counts = [raw.get("encode_downsample_rate", 1920), raw.get("encoder_valid_num_quantizers", 16)]
         for name, count in zip(("encode_downsample_rate", "encoder_valid_num_quantizers"), counts, strict=True):
             check_number(f"{where}: {name}", count, 1, MAX_SIZE, integer=True, raises=ConfigError)
-        if raw.get("input_sample_rate", SAMPLE_RATE) != SAMPLE_RATE:
-            raise ConfigError(
-                f"{where}: input_sample_rate: got {brief(raw['input_sample_rate'])}, expected {SAMPLE_RATE}"
-            )
+        rate = raw.get("input_sample_rate", SAMPLE_RATE)
+        if rate != SAMPLE_RATE:
+            raise ConfigError(f"{where}: input_sample_rate: got {brief(rate)}, expected {SAMPLE_RATE}")
         model = _empty_model(raw.get("encoder_config"), f"{where}: encoder_config")
         load_weights(_Published(model), folder, PREFIX, variant)
         return cls(model.to(device), *counts)
@@ -54,17 +56,17 @@ class SpeechEncoder:
 
     @torch.inference_mode()
     def codes(self, audio: Tensor) -> Tensor:
-        """[n] float32 at 24 kHz, as of `read_reference` -> [frames, codebooks] int64 on the encoder's device; the last
-        frame may be begun only.
+        """[n] float32 at 24 kHz, of a length that is checked -> [frames, codebooks] int64 on the encoder's device; the
+        last frame may be begun only.
         """
         device = next(self._model.parameters()).device
-        made = self._model.encode(audio.to(device)[None, None], num_quantizers=self.num_codes)  # type: ignore[operator]
+        made = self._model.encode(audio.to(device)[None, None], num_quantizers=self.num_codes)
         num_frames = -(-len(audio) // self.frame_samples)
         codes: Tensor = made.audio_codes[0, :, :num_frames].T.contiguous()
         return codes
 
 
-def _empty_model(section: object, where: str) -> nn.Module:
+def _empty_model(section: object, where: str) -> Any:
     """Without the half that decodes; CheckpointError for a configuration that the library refuses."""
     from transformers import MimiConfig, MimiModel
 
@@ -72,7 +74,7 @@ def _empty_model(section: object, where: str) -> nn.Module:
         raise ConfigError(f"{where}: got {brief(section)}, expected an object; the checkpoint cannot clone voices")
     _check_sizes(section, where)
     try:
-        model: nn.Module = MimiModel(MimiConfig(**section))
+        model = MimiModel(MimiConfig(**{**section, **NO_WINDOW}))
     except Exception as error:  # the library raises whatever its layers raise
         raise CheckpointError(f"{where}: the encoder cannot be made ({error})") from error
     for part in DECODING_PARTS:
@@ -100,7 +102,7 @@ class _Published(nn.Module):
 
     def named_parameters(self, *args: Any, **rest: Any) -> Iterator[tuple[str, nn.Parameter]]:
         for name, tensor in self.model.state_dict().items():
-            yield f"model.{name}", tensor  # type: ignore[misc]
+            yield f"model.{name}", tensor
 
     def locate(self, name: str) -> Target | None:
         """The library has moved these parts into one since the names were published."""
