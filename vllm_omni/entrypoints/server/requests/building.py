@@ -11,7 +11,7 @@ from vllm_omni.engine.lora import loras_of, without_loras
 from vllm_omni.entrypoints.server.context import Call
 from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.models import ServedModel
-from vllm_omni.entrypoints.server.requests.abilities import VOICE_KEY, Abilities
+from vllm_omni.entrypoints.server.requests.abilities import Abilities
 from vllm_omni.entrypoints.server.requests.media_fetch import read_source
 from vllm_omni.entrypoints.server.schemas.base import Body
 from vllm_omni.entrypoints.server.settings import ServerSettings
@@ -77,14 +77,14 @@ def voice_key(model: ServedModel, voice: str | None) -> dict[str, str]:
     voices = model.abilities.voices
     if voice is None or (voice in ("default", "alloy") and voice not in voices):
         return {}
-    if not voices:
-        raise unsupported("voice", f"got {voice!r:.80}, but this model has one voice alone; leave it out")
+    if not voices or model.abilities.voice_key is None:
+        raise unsupported("voice", f"got {voice!r:.80}, but this model has no voices to choose from; leave it out")
     found = {name.lower(): name for name in voices}.get(voice.lower())
     if found is None:
         raise ApiError(
             400, f"voice: got {voice!r:.80}{did_you_mean(voice[:80], voices)}", code="invalid_value", param="voice"
         )
-    return {VOICE_KEY: found}
+    return {model.abilities.voice_key: found}
 
 
 async def graph_keys(model: ServedModel, given: Mapping[str, Any], settings: ServerSettings) -> dict[str, Any]:
