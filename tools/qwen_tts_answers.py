@@ -75,6 +75,7 @@ def main() -> int:
         folder = write_speech_tokenizer(Path(temporary) / "speech_tokenizer")
         found |= agreed(lambda dtype: codec_answers(folder, dtype))
     made_by = {"qwen-tts": "0.1.1", "transformers": transformers.__version__, "torch": torch.__version__}
+    found = {name: np.ascontiguousarray(array) for name, array in found.items()}  # a view would be written as it lies
     safetensors.numpy.save_file(found, DATA / "answers.safetensors", made_by)
     (DATA / "answers.safetensors").chmod(0o644)
     for name, array in found.items():
