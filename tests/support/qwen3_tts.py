@@ -19,27 +19,15 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support.qwen3_tts_configs import tiny_config, tiny_tokenizer_config
-from tokenizers import pre_tokenizers
+
+from benchmarks.qwen3_tts.published import GENERATION
+from benchmarks.qwen3_tts.tokenizer import vocabulary_and_merges, write_text_tokenizer
 
 Floats = npt.NDArray[np.float32]
 Layout = Mapping[str, list[int]]  # shape by name
 
 DATA = Path(__file__).parents[1] / "models" / "qwen3_tts" / "data"
 SAMPLE_RATE = 24000
-WORDS = ("assistant", "user", "hello", "Ġworld")  # one token each
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>")
-GENERATION = {
-    "do_sample": True,
-    "temperature": 0.9,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.05,
-    "subtalker_dosample": True,
-    "subtalker_temperature": 0.9,
-    "subtalker_top_k": 50,
-    "subtalker_top_p": 1.0,
-    "max_new_tokens": 8192,
-}
 
 
 @dataclass(frozen=True)
@@ -103,31 +91,9 @@ def write_speech_tokenizer(folder: Path) -> Path:
 
 def config(task: str) -> dict[str, Any]:
     names = ("im_start", "im_end", "tts_pad", "tts_bos", "tts_eos")
-    first = len(_vocabulary()[0]) + 1
+    first = len(vocabulary_and_merges()[0]) + 1
     tokens = {f"{name}_token_id": first + place for place, name in enumerate(names)}
     return tiny_config(task, tokens, text_vocab_size=first + len(names))
-
-
-def write_text_tokenizer(folder: Path) -> None:
-    """A Qwen2 tokenizer of all bytes and a few words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, merges = _vocabulary()
-    _write_json(folder / "vocab.json", vocabulary)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    marks = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    added = {str(len(vocabulary) + place): {"content": token, **marks} for place, token in enumerate(SPECIAL_TOKENS)}
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "processor_class": "Qwen3TTSProcessor",
-            "added_tokens_decoder": added,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "errors": "replace",
-            "model_max_length": 131072,
-        },
-    )
 
 
 def write_weights(file: Path, layout: Layout) -> None:
@@ -173,17 +139,6 @@ def sound(seconds: float) -> Floats:
 def codes(frames: int) -> npt.NDArray[np.int64]:
     """[frames, 16]"""
     return ((spread("codes", [frames, 16]) + 1) * 32).astype(np.int64)
-
-
-def _vocabulary() -> tuple[dict[str, int], list[str]]:
-    """(ids, merges), where every word is built letter by letter."""
-    tokens, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), []
-    for word in WORDS:
-        for stop in range(2, len(word) + 1):
-            if word[:stop] not in tokens:
-                tokens.append(word[:stop])
-                merges.append(f"{word[: stop - 1]} {word[stop - 1]}")
-    return {token: place for place, token in enumerate(tokens)}, merges
 
 
 def _write_json(file: Path, value: Any) -> None:
