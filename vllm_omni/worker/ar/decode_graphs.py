@@ -56,6 +56,7 @@ class DecodeGraphs:
     def _step(self, compute: Callable[[StepBatch], StepLogits], batch: StepBatch) -> None:
         """Everything that is captured."""
         logits = compute(batch).logits
+        assert logits is not None
         is_sound = logits.isfinite().all(-1)
         self._logits[: len(logits)].copy_(logits)
         self.chosen[: len(logits)].copy_(logits.argmax(-1).masked_fill_(~is_sound, -1))
