@@ -1,9 +1,9 @@
 """A sparse mixture of experts (Switch Transformers, arXiv 2101.03961) in the place of an MLP: each token is computed by
 the few experts that its router chooses, and perhaps by one that all share. Knows no model.
 
-Tokens are sorted by expert, and each expert that has any computes them in one product (on CPUs all of them in one call
-of the kernels); nothing is computed for the others. A row's result depends on that row alone, as far as that of a `Linear` does: its experts' parts are added in the
-order of the experts, whoever else they compute.
+Tokens are sorted by expert, and each expert that has any computes them in one product (on CPUs all experts in one call
+of the kernels); nothing is computed for the others. A row's result depends on that row alone, as far as that of a
+`Linear` does: its experts' parts are added in the order of the experts, whoever else they compute.
 
 Legend: N tokens of a step, D hidden size, E experts, k of them for each token.
 """
