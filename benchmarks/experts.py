@@ -63,7 +63,8 @@ def make_sides(args: argparse.Namespace) -> tuple[SparseMLP, Any]:
     ours = config.experts.make_mlp(config, 0).bfloat16().eval()
     assert isinstance(ours, SparseMLP)
     ours.gate.weight.copy_(theirs.gate.weight)
-    for expert, gate_up, down in zip(ours.experts, theirs.experts.gate_up_proj, theirs.experts.down_proj, strict=True):
+    experts: Any = ours.experts
+    for expert, gate_up, down in zip(experts, theirs.experts.gate_up_proj, theirs.experts.down_proj, strict=True):
         expert.gate_up_proj.weight.copy_(gate_up)
         expert.down_proj.weight.copy_(down)
     pack_linears(ours)
