@@ -33,6 +33,7 @@ from benchmarks import (
     serving,
     speculation,
     speech,
+    speech_peers,
     startup,
     text,
     text_peers,
@@ -50,6 +51,7 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "edits": edits.run,
     "audio": audio.run,
     "speech": speech.run,
+    "speech_peers": speech_peers.run,
     "decode_memory": decode_memory.run,
     "text": text.run,
     "text_peers": text_peers.run,
@@ -106,7 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `images` and `audio`")
     parser.add_argument(
-        "--peers", metavar="FOLDER", help=f"of `text_peers`: where tools/peers.py made them (default {DEFAULT_FOLDER})"
+        "--peers",
+        metavar="FOLDER",
+        help=f"of `text_peers` and `speech_peers`: where tools/peers.py made them (default {DEFAULT_FOLDER})",
     )
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     parser.add_argument("--threads", type=int, default=threads, help=f"of both sides (default {threads})")

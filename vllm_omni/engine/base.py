@@ -25,6 +25,7 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.device import Copies, CudaCopies, is_cpu, is_cuda, resolve_device
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.utils.precision import Precision, choose_precision, choose_quantization
+from vllm_omni.voices import VoiceStore
 
 if TYPE_CHECKING:
     from torch import device, dtype
@@ -96,6 +97,7 @@ class StageSpec(ABC):
     request_choices: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {}
     )  # the values that one of `request_keys` may have
+    voices: VoiceStore | None = None  # those that callers may add, and name as they do the checkpoint's own
     reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
     takes_loras: bool = False  # whether its requests may name LoRA adapters
     can_quantize: bool = False  # whether some of its weights may be held in 8 bits
