@@ -1,5 +1,5 @@
 """A sparse mixture of experts (Switch Transformers, arXiv 2101.03961) in the place of an MLP: each token is computed by
-the few experts that its router chooses. Knows no model.
+the few experts that its router chooses, and perhaps by one that all share. Knows no model.
 
 Tokens are sorted by expert, and each expert that has any computes them in one product; nothing is computed for the
 others. A row's result depends on that row alone, as far as that of a `Linear` does: its experts' parts are added in the
@@ -19,7 +19,9 @@ from vllm_omni.layers.linear import Linear
 
 
 class SparseMLP(nn.Module):
-    """E experts behind a router. Parameters are named as transformers publishes them: `gate`, `experts.0`, ..."""
+    """E experts behind a router. Parameters are named as transformers publishes them: `gate`, `experts.0`, ...,
+    `shared_expert`, `shared_expert_gate`.
+    """
 
     def __init__(
         self,
@@ -29,13 +31,18 @@ class SparseMLP(nn.Module):
         num_experts: int,
         num_chosen: int,
         normalises: bool,
+        shared: nn.Module | None = None,
     ) -> None:
-        """num_chosen: k. normalises: whether the weights of the chosen ones are scaled to sum to one."""
+        """num_chosen: k. normalises: whether the weights of the chosen ones are scaled to sum to one. shared: an expert
+        for every token, whose part a gate of its own weighs.
+        """
         super().__init__()
         self.num_chosen = num_chosen
         self.normalises = normalises
         self.gate = Linear(hidden_size, num_experts, bias=False)
         self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))
+        self.shared_expert = shared
+        self.shared_expert_gate = None if shared is None else Linear(hidden_size, 1, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """states: [N, D] -> [N, D]."""
@@ -53,6 +60,8 @@ class SparseMLP(nn.Module):
         total = placed[:, 0] * weights[:, :1]
         for index in range(1, self.num_chosen):
             total = total + placed[:, index] * weights[:, index : index + 1]
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            total = total + self.shared_expert_gate(states).sigmoid() * self.shared_expert(states)
         return total
 
     def route(self, states: Tensor) -> tuple[Tensor, Tensor]:

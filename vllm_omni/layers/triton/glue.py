@@ -17,6 +17,7 @@ from vllm_omni.utils.device import current_device
 WIDE_ROW = 2048  # numbers, from which on a program has more warps
 HEADS_OF_PROGRAM = 8
 COLUMNS_OF_PROGRAM = 1024
+AS_ROUNDED = {"enable_fp_fusion": False}  # else a product is not rounded before it is added to something
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ def norm_rows(
                 HAS_SCALE=scale is not None,
                 HAS_SHIFT=shift is not None,
                 num_warps=_warps(width),
+                **AS_ROUNDED,
             )
     return out, x if update is None else total
 
@@ -94,6 +96,7 @@ def gate_rows(x: Tensor, update: Tensor, gate: Tensor | None, norm: RowNorm | No
                 HAS_NORM=norm is not None,
                 HAS_GATE=gate is not None,
                 num_warps=_warps(width),
+                **AS_ROUNDED,
             )
     return out
 
@@ -109,7 +112,7 @@ def swiglu_rows(gate_up: Tensor) -> Tensor:
     if num_rows:
         with current_device(out.device):
             kernels.swiglu_rows[(num_rows, -(-width // COLUMNS_OF_PROGRAM))](
-                out, gate_up, width, BLOCK=COLUMNS_OF_PROGRAM
+                out, gate_up, width, BLOCK=COLUMNS_OF_PROGRAM, **AS_ROUNDED
             )
     return out
 
@@ -137,6 +140,7 @@ def place_heads(heads: Tensor, num_heads: int, num_kv_heads: int, norms: HeadNor
                 HAS_NORMS=norms is not None,
                 ARE_NEIGHBOURS=turns.are_neighbours,
                 ROUNDS_PRODUCTS=turns.rounds_products,
+                **AS_ROUNDED,
             )
 
 

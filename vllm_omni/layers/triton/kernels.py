@@ -154,13 +154,17 @@ def place_heads(
     half = tl.arange(0, BLOCK_D)
     is_inside = (head[:, None] < NUM_HEADS + NUM_KV_HEADS) & (half[None, :] < HALF)
     dtype = heads.dtype.element_ty
+    start = heads + row * row_stride + head[:, None] * (2 * HALF)
     if ARE_NEIGHBOURS:
         first, second = 2 * half, 2 * half + 1
+        dims = tl.arange(0, 2 * BLOCK_D)
+        is_pair = (head[:, None] < NUM_HEADS + NUM_KV_HEADS) & (dims[None, :] < 2 * HALF)
+        pairs = tl.load(start + dims[None, :], mask=is_pair, other=0.0).to(tl.float32)
+        real, imaginary = tl.split(tl.reshape(pairs, [BLOCK_H, BLOCK_D, 2]))
     else:
         first, second = half, half + HALF
-    start = heads + row * row_stride + head[:, None] * (2 * HALF)
-    real = tl.load(start + first[None, :], mask=is_inside, other=0.0).to(tl.float32)
-    imaginary = tl.load(start + second[None, :], mask=is_inside, other=0.0).to(tl.float32)
+        real = tl.load(start + first[None, :], mask=is_inside, other=0.0).to(tl.float32)
+        imaginary = tl.load(start + second[None, :], mask=is_inside, other=0.0).to(tl.float32)
     if HAS_NORMS:
         is_query = head[:, None] < NUM_HEADS
         square = tl.sum(real * real + imaginary * imaginary, 1, keep_dims=True) / (2 * HALF)
@@ -184,8 +188,12 @@ def place_heads(
     else:
         new_real = real * cosine - imaginary * sine
         new_imaginary = real * sine + imaginary * cosine
-    tl.store(start + first[None, :], new_real.to(dtype), mask=is_inside)
-    tl.store(start + second[None, :], new_imaginary.to(dtype), mask=is_inside)
+    if ARE_NEIGHBOURS:
+        pairs = tl.reshape(tl.join(new_real, new_imaginary), [BLOCK_H, 2 * BLOCK_D])
+        tl.store(start + dims[None, :], pairs.to(dtype), mask=is_pair)
+    else:
+        tl.store(start + first[None, :], new_real.to(dtype), mask=is_inside)
+        tl.store(start + second[None, :], new_imaginary.to(dtype), mask=is_inside)
 
 
 @triton.jit

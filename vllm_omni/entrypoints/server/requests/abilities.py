@@ -27,6 +27,7 @@ class Abilities:
     frame_rate: float | None  # frames per second of the first of these, where a request says none
     embeddings: str | None  # "stage.port" of hidden states, [T, D]
     writer: str | None  # the stage that samples words, whether the caller gets them or not
+    sampler: str | None  # the writer, else the stage that samples codes of speech
     input_media: frozenset[str]  # kinds of message parts that some stage reads besides text
     request_keys: frozenset[str]  # what a prompt may hold besides the words
     media_keys: frozenset[str]  # of these keys those that hold pictures or sounds
@@ -42,6 +43,7 @@ class Abilities:
         tensors = [f"{stage}.{port}" for stage, port in graph.output_tensors if _is_rows(specs[stage], port)]
         speaking = [(key, spec) for key in VOICE_KEYS for spec in specs.values() if key in spec.request_choices]
         written = [name for name, spec in specs.items() if _writes(spec)]
+        sampling = [name for name, spec in specs.items() if _samples(spec)]
         texts, images = _with_result(pipeline, "text"), _with_result(pipeline, "image")
         videos = _with_result(pipeline, "video")
         readers = [spec for spec in specs.values() if not issubclass(spec.params_type, DiffusionParams)]
@@ -54,6 +56,7 @@ class Abilities:
             frame_rate=specs[videos[0]].frame_rate if videos else None,
             embeddings=tensors[0] if tensors else None,
             writer=next(iter((*texts, *written)), None),
+            sampler=next(iter((*texts, *written, *sampling)), None),
             input_media=frozenset().union(*(spec.input_media for spec in readers)),
             request_keys=frozenset().union(*(spec.request_keys for spec in specs.values())),
             media_keys=frozenset().union(*(spec.media_keys for spec in specs.values())),
@@ -98,6 +101,10 @@ def _with_result(pipeline: Pipeline, port: str) -> tuple[str, ...]:
 def _is_rows(spec: StageSpec, port: str) -> bool:
     given = spec.signature.outputs[port]
     return isinstance(given, TensorSpec) and len(given.dims) == 2
+
+
+def _samples(spec: StageSpec) -> bool:
+    return spec.params_type is SamplingParams and spec.reads_params and spec.draws(SamplingParams())
 
 
 def _writes(spec: StageSpec) -> bool:

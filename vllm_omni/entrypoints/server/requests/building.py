@@ -36,14 +36,14 @@ def build_request(
     diffusion: DiffusionParams | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> OmniRequest:
-    """outputs: the stages that are wanted. diffusion goes to those of them that diffuse, sampling to the writer. extra:
-    the body's `extra_params`. ApiError 400 for what no stage takes.
+    """outputs: the stages that are wanted. diffusion goes to those of them that diffuse, sampling to the sampler.
+    extra: the body's `extra_params`. ApiError 400 for what no stage takes.
     """
     keys, rest = _sorted_extra(model.abilities, extra or {})
     if diffusion is not None and rest:
         diffusion = dataclasses.replace(diffusion, extra=rest)
     params = {
-        **_for_stages(_writer(model.abilities), sampling),
+        **_for_stages(_sampler(model.abilities), sampling),
         **_for_diffusers(model.abilities, outputs, diffusion),
     }
     params = _with_loras_where_taken(model.abilities, params)
@@ -126,8 +126,8 @@ def _for_diffusers(
     """As `_for_stages`; what says something of pictures goes to the stages alone that make them."""
     stages = [stage for stage in outputs if issubclass(abilities.params_types.get(stage, StageParams), DiffusionParams)]
     pictures = [stage for stage in stages if stage in abilities.images]
-    if params is not None and not stages and abilities.writer is not None:
-        params = dataclasses.replace(params, seed=None)  # it is the writer's, too
+    if params is not None and not stages and abilities.sampler is not None:
+        params = dataclasses.replace(params, seed=None)  # it is the sampler's, too
     if params is None or len(pictures) in (0, len(stages)):
         return _for_stages(stages, params)
     bare = dataclasses.replace(params, **dict.fromkeys(OF_PICTURES, None))
@@ -143,8 +143,8 @@ def _with_loras_where_taken(abilities: Abilities, params: Mapping[str, StagePara
     return {stage: without_loras(each) if stage in bare else each for stage, each in params.items()}
 
 
-def _writer(abilities: Abilities) -> tuple[str, ...]:
-    return () if abilities.writer is None else (abilities.writer,)
+def _sampler(abilities: Abilities) -> tuple[str, ...]:
+    return () if abilities.sampler is None else (abilities.sampler,)
 
 
 def _sorted_extra(abilities: Abilities, extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -52,7 +52,7 @@ class Speaker:
         return Speech(parts, AudioPieces(self.fields.response_format, self.fields.speed))
 
     def _seeded(self, seed: int) -> dict[str, Any]:
-        if self.model.abilities.writer is not None:
+        if self.model.abilities.sampler is not None:
             return {"sampling": SamplingParams(seed=seed)}
         return {"diffusion": DiffusionParams(seed=seed)}
 
