@@ -2,8 +2,9 @@
 `tools/gpu_check.sh`, which runs the tests on the GPU first.
 
 Language model: the workload of nano-vllm's bench.py (256 sequences, 100 to 1024 tokens in, as many out) at Qwen3-0.6B's
-shape, here greedy; and single decode speeds by attention backend, with and without graphs. Pictures: Z-Image at 1024
-pixels, nine steps. The file is written anew after every case, so that a run that is cut short leaves what it had.
+shape, here greedy; single decode speeds by attention backend, with and without graphs, in fp8, and of transformers.
+Pictures at 1024 pixels: Z-Image in nine steps, also in fp8, with weights in the host's memory, and of diffusers; FLUX.2
+[klein] 4B in four. The file is written anew after every case, so that a run that is cut short leaves what it had.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_peers import DiffusersPainter, TransformersWriter, forget
 from benchmarks.gpu_shapes import DRY, PROMPT, PUBLISHED, Size
 from benchmarks.measure import machine, median
-from benchmarks.random_weights import qwen3_folder, z_image_folder
+from benchmarks.random_weights import klein_folder, qwen3_folder, z_image_folder
 from benchmarks.report import write_json
 from vllm_omni import DiffusionParams, Omni, SamplingParams
 from vllm_omni.errors import OmniError
@@ -41,8 +43,19 @@ class Bench:
 
     def cases(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         """(name, what measures it), the most telling first."""
+        is_cuda = self.device.type == "cuda"
         yield "nano-vllm's workload, attention auto", self.mixed
-        yield "pictures", self.pictures
+        yield "pictures", lambda: self.pictures("z_image", self._z_image, (1, 4))
+        yield "pictures, diffusers", lambda: self.pictures_of_diffusers(self._z_image, (1, 4))
+        yield "decode, auto", lambda: self.decode({})
+        yield "decode, transformers", self.decode_of_transformers
+        if is_cuda:
+            yield "pictures, fp8", lambda: self.pictures("z_image", self._z_image, (1, 4), "image.quantization=fp8")
+            offload = [f"{stage}.offload=weights" for stage in ("image", "text", "negative")]
+            yield "pictures, offload", lambda: self.pictures("z_image", self._z_image, (1,), *offload)
+        yield "FLUX.2 [klein] 4B", lambda: self.pictures("flux2_klein", self._klein, (1, 4), steps=4)
+        if is_cuda:
+            yield "decode, fp8", lambda: self.decode({"quantization": "fp8"})
         for name, keys in self._variants():
             yield f"decode, {name}", lambda keys=keys: self.decode(keys)  # type: ignore[misc]
 
@@ -72,56 +85,81 @@ class Bench:
                     short_s, _ = self._timed(lambda p=prompts, few=few: omni.generate(p, few))  # type: ignore[misc]
                     long_s, _ = self._timed(lambda p=prompts, many=many: omni.generate(p, many))  # type: ignore[misc]
                     differences.append(max(long_s - short_s, 1e-9))
-                found[f"{count} sequences, tokens/s"] = count * size.decode_tokens / median(differences)
+                found[tokens_per_s(count)] = count * size.decode_tokens / median(differences)
         return found
 
-    def pictures(self) -> dict[str, Any]:
-        """Seconds of one picture and of four, by stage."""
+    def decode_of_transformers(self) -> dict[str, Any]:
+        """The same by `generate`."""
+        size, writer = self.size, TransformersWriter(self._language_model_folder(), self.device)
+        found = {}
+        for count in size.decode_batches[1:]:
+            prompts = [self._prompt(size.lengths[0], index)["prompt_token_ids"] for index in range(count)]
+            found[tokens_per_s(count)] = writer.decode_rate(prompts, size.peer_tokens, size.repeats)
+        return found
+
+    def pictures(
+        self, config: str, folder: Callable[[], Path], counts: Sequence[int], *keys: str, steps: int | None = None
+    ) -> dict[str, Any]:
+        """Seconds of one picture and of several, by stage, and the most memory that they took."""
         size = self.size
         found: dict[str, Any] = {}
-        folder = z_image_folder(self._temporary / "z-image", **size.z_image)
-        keys = [f"resources.max_memory_gb={self._memory_gb}"]
-        with Omni("z_image", model=str(folder), device=str(self.device), overrides=keys, progress=False) as omni:
+        pools = ("text.kv_memory_mb=512", "negative.kv_memory_mb=512")
+        overrides = [f"resources.max_memory_gb={self._memory_gb}", *pools, *keys]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with Omni(config, model=str(folder()), device=str(self.device), overrides=overrides, progress=False) as omni:
             params = DiffusionParams(
-                height=size.pixels, width=size.pixels, num_inference_steps=size.steps, guidance_scale=0.0, seed=1
+                height=size.pixels,
+                width=size.pixels,
+                num_inference_steps=min(steps or size.steps, size.steps),
+                guidance_scale=0.0,
+                seed=1,
             )
-            omni.generate(PROMPT, params)
-            for count in (1, 4):
+            self._timed(lambda: omni.generate(PROMPT, params))
+            for count in counts:
                 times = []
                 for repeat in range(size.repeats):
                     prompts = [f"{PROMPT} {count} {repeat} {index}" for index in range(count)]
                     took_s, outputs = self._timed(lambda prompts=prompts: omni.generate(prompts, params))  # type: ignore[misc]
                     times.append(took_s)
-                found[f"{count} pictures, s"] = median(times)
+                found[pictures_s(count)] = median(times)
                 stages = {stage: metrics["ran_s"] for stage, metrics in outputs[0].metrics.items()}
                 found[f"{count} pictures, the last by stage, s"] = stages
+            if self.device.type == "cuda":
+                found["most memory, GiB"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return found
+
+    def pictures_of_diffusers(self, folder: Callable[[], Path], counts: Sequence[int]) -> dict[str, Any]:
+        """The same by diffusers' ZImagePipeline."""
+        size, painter = self.size, DiffusersPainter(folder(), self.device)
+        sides = {"height": size.pixels, "width": size.pixels}
+        return {
+            pictures_s(count): painter.seconds(
+                [f"{PROMPT} {count} {index}" for index in range(count)],
+                1,
+                num_inference_steps=size.steps,
+                guidance_scale=0.0,
+                **sides,
+            )
+            for count in counts
+        }
 
     def _variants(self) -> Iterator[tuple[str, dict[str, Any]]]:
         head_dim = int(self.size.language_model["head_dim"])
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        for attention in ("sdpa", "triton", "flash"):
+        for attention in ("flash", "triton", "sdpa"):
             block_size = 256 if attention == "flash" else 16
             try:
                 choose_attention(attention, AttentionUse(self.device, dtype, block_size, head_dim))
             except OmniError as error:
                 print(f"left out: {error}")
                 continue
-            yield attention, {"attention": attention, "block_size": block_size}
+            keys = {"attention": attention, "block_size": block_size}
+            yield attention, keys
             if attention != "sdpa" and self.device.type == "cuda":
-                yield (
-                    f"{attention}, no graphs",
-                    {
-                        "attention": attention,
-                        "block_size": block_size,
-                        "cuda_graphs": "false",
-                    },
-                )
+                yield f"{attention}, no graphs", {**keys, "cuda_graphs": "false"}
 
     def _language_model(self, keys: dict[str, Any]) -> Omni:
-        folder = self._temporary / "language-model"
-        if not folder.exists():
-            qwen3_folder(folder, self.size.language_model)
         overrides = [
             f"resources.max_memory_gb={self._memory_gb}",
             "scheduler.max_queue_size=1024",
@@ -130,7 +168,20 @@ class Bench:
             "text.prefix_caching=false",
             *(f"text.{key}={value}" for key, value in keys.items()),
         ]
-        return Omni(model=str(folder), device=str(self.device), overrides=overrides, progress=False)
+        folder = str(self._language_model_folder())
+        return Omni(model=folder, device=str(self.device), overrides=overrides, progress=False)
+
+    def _language_model_folder(self) -> Path:
+        folder = self._temporary / "language-model"
+        return folder if folder.exists() else qwen3_folder(folder, self.size.language_model)
+
+    def _z_image(self) -> Path:
+        folder = self._temporary / "z-image"
+        return folder if folder.exists() else z_image_folder(folder, **self.size.z_image)
+
+    def _klein(self) -> Path:
+        text_encoder = self._z_image() / "text_encoder"
+        return klein_folder(self._temporary / "klein", **self.size.klein, text_encoder=text_encoder)
 
     def _prompt(self, length: int, seed: int) -> dict[str, Any]:
         rng = random.Random(seed)
@@ -151,6 +202,33 @@ class Bench:
         return took_s, outputs
 
 
+def tokens_per_s(count: int) -> str:
+    return f"{count} sequences, tokens/s"
+
+
+def pictures_s(count: int) -> str:
+    return f"{count} pictures, s"
+
+
+def ratios(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What was measured on two sides, or in two ways -> how many times as fast the first is."""
+    pairs = {
+        "transformers": ("decode, auto", "decode, transformers"),
+        "diffusers": ("pictures", "pictures, diffusers"),
+        "bfloat16, pictures in fp8": ("pictures, fp8", "pictures"),
+        "bfloat16, decode in fp8": ("decode, fp8", "decode, auto"),
+        "kept weights, pictures with offload": ("pictures, offload", "pictures"),
+    }
+    found = {}
+    for words, names in pairs.items():
+        ours, theirs = (cases.get(name, {}) for name in names)
+        for key in ours.keys() & theirs.keys():
+            if key.endswith(("tokens/s", "pictures, s")):
+                ratio = ours[key] / theirs[key]
+                found[f"as fast as {words}: {key.rpartition(', ')[0]}"] = 1 / ratio if key.endswith(", s") else ratio
+    return dict(sorted(found.items()))
+
+
 def run_cases(bench: Bench, content: dict[str, Any], path: Path, budget_s: float) -> None:
     """One after the other, while there is time; a case that fails leaves its error."""
     start = time.perf_counter()
@@ -159,12 +237,17 @@ def run_cases(bench: Bench, content: dict[str, Any], path: Path, budget_s: float
             content["cases"][name] = {"left_out": f"the budget of {budget_s:g} s was spent"}
         else:
             print(f"{name} ...", flush=True)
+            begun = time.perf_counter()
             try:
                 content["cases"][name] = measure()
             except Exception as error:
                 content["cases"][name] = {"error": f"{type(error).__name__}: {error}"}
+            content["cases"][name]["whole case, s"] = time.perf_counter() - begun
+            forget()
             print(f"  {content['cases'][name]}", flush=True)
+        content["ratios"] = ratios(content["cases"])
         write_json(path, content)
+    print(*(f"{ratio:6.2f} times {words}" for words, ratio in content.get("ratios", {}).items()), sep="\n")
 
 
 def tests_found(path: Path | None) -> dict[str, Any] | None:

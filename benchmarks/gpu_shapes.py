@@ -31,6 +31,7 @@ TINY_QWEN3 = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+DEEP_QWEN3 = {**TINY_QWEN3, "num_hidden_layers": 28}  # whose layers up to the 27th are read
 Z_IMAGE = {
     "dim": 3840,
     "n_layers": 30,
@@ -63,6 +64,32 @@ VAE = {
     "shift_factor": 0.1159,
 }
 TINY_VAE = {**VAE, "block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
+KLEIN_4B = {
+    "in_channels": 128,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+TINY_KLEIN = {
+    **KLEIN_4B,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "joint_attention_dim": 96,
+    "axes_dims_rope": (8, 8, 8, 8),
+}
+KLEIN_VAE: dict[str, Any] = {}  # the published one is the class's own
+TINY_KLEIN_VAE = {
+    "block_out_channels": (8, 8, 16, 16),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
 PROMPT = "a red circle left of a blue square, a yellow ring below a green triangle"
 
 
@@ -80,6 +107,8 @@ class Size:
     repeats: int
     language_model: dict[str, Any] = field(repr=False)
     z_image: dict[str, dict[str, Any]] = field(repr=False)
+    klein: dict[str, dict[str, Any]] = field(repr=False)
+    peer_tokens: int  # that transformers writes, which takes a while
 
 
 PUBLISHED = Size(
@@ -90,9 +119,11 @@ PUBLISHED = Size(
     max_model_len=4096,
     pixels=1024,
     steps=9,
-    repeats=3,
+    repeats=2,
     language_model=QWEN3_06B,
     z_image={"transformer": Z_IMAGE, "vae": VAE, "text_encoder": QWEN3_4B},
+    klein={"transformer": KLEIN_4B, "vae": KLEIN_VAE},
+    peer_tokens=32,
 )
 DRY = Size(
     num_sequences=3,
@@ -104,5 +135,7 @@ DRY = Size(
     steps=2,
     repeats=1,
     language_model=TINY_QWEN3,
-    z_image={"transformer": TINY_Z_IMAGE, "vae": TINY_VAE, "text_encoder": TINY_QWEN3},
+    z_image={"transformer": TINY_Z_IMAGE, "vae": TINY_VAE, "text_encoder": DEEP_QWEN3},
+    klein={"transformer": TINY_KLEIN, "vae": TINY_KLEIN_VAE},
+    peer_tokens=3,
 )

@@ -34,27 +34,48 @@ def z_image_folder(
     folder: Path, *, transformer: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Mapping[str, Any]
 ) -> Path:
     """A Z-Image pipeline with the tokenizer of the small model that ships."""
-    import shutil
-
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+
+    qwen3_folder(folder / "text_encoder", text_encoder)
+    models = {"transformer": (ZImageTransformer2DModel, transformer), "vae": (AutoencoderKL, vae)}
+    return _pipeline_folder(folder, "ZImagePipeline", models, FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def klein_folder(folder: Path, *, transformer: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Path) -> Path:
+    """A distilled FLUX.2 [klein] pipeline, likewise. text_encoder: a folder of `qwen3_folder`, which is not copied."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
+    models = {"transformer": (Flux2Transformer2DModel, transformer), "vae": (AutoencoderKLFlux2, vae)}
+    sampler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    _pipeline_folder(folder, "Flux2KleinPipeline", models, sampler, is_distilled=True)
+    (folder / "text_encoder").symlink_to(text_encoder.resolve(), target_is_directory=True)
+    return folder
+
+
+def _pipeline_folder(
+    folder: Path, name: str, models: Mapping[str, tuple[Any, Mapping[str, Any]]], sampler: Any, **index: Any
+) -> Path:
+    import shutil
 
     from vllm_omni.utils.files import resolve_model_folder
 
-    qwen3_folder(folder / "text_encoder", text_encoder)
-    for name, build, config in (("transformer", ZImageTransformer2DModel, transformer), ("vae", AutoencoderKL, vae)):
+    for part, (build, config) in models.items():
         with torch.device("meta"):
             model = build(**config)
-        model.save_config(folder / name)
-        write_weights(model, folder / name / "diffusion_pytorch_model.safetensors")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+        model.save_config(folder / part)
+        write_weights(model, folder / part / "diffusion_pytorch_model.safetensors")
+    sampler.save_pretrained(folder / "scheduler")
     shipped = resolve_model_folder("asset://tiny-image")
     shutil.copytree(shipped / "tokenizer", folder / "tokenizer")
-    shutil.copyfile(shipped / "model_index.json", folder / "model_index.json")
+    described = json.loads((shipped / "model_index.json").read_text())
+    described |= {"_class_name": name, **index}
+    described |= {part: ["diffusers", build.__name__] for part, (build, _) in models.items()}
+    (folder / "model_index.json").write_text(json.dumps(described))
     return folder
 
 
 def write_weights(model: nn.Module, path: Path, leave_out: set[str] | frozenset[str] = frozenset()) -> None:
-    """The state of a model on the meta device, in bfloat16: ones for the weights of norms, random numbers besides."""
+    """The state of a model on the meta device, in bfloat16: ones for what norms scale by, random numbers besides."""
     shapes = {name: tuple(state.shape) for name, state in model.state_dict().items() if name not in leave_out}
     header, start = {}, 0
     for name, shape in shapes.items():
@@ -69,7 +90,8 @@ def write_weights(model: nn.Module, path: Path, leave_out: set[str] | frozenset[
     with path.open("wb") as file:
         file.write(len(written).to_bytes(8, "little") + written)
         for name, shape in shapes.items():
-            block = ones if "norm" in name and len(shape) == 1 and name.endswith("weight") else noise
+            is_scale = "norm" in name and len(shape) == 1 and name.endswith("weight")
+            block = ones if is_scale or name.endswith("running_var") else noise
             left = 2 * math.prod(shape)
             while left:
                 left -= file.write(block[:left])

@@ -30,7 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a GPU and every package."""
     monkeypatch.setattr(flash, "compute_capability", lambda device: (9, 0))
     monkeypatch.setattr("vllm_omni.layers.attention.triton.find_spec", lambda name: object())
-    monkeypatch.setattr("vllm_omni.layers.attention.triton._missing_to_compile", lambda: None)
+    monkeypatch.setattr("vllm_omni.layers.attention.triton.missing_to_compile", lambda: None)
     monkeypatch.setattr(FlashAttention, "find_kernel", FlashByTorch.find_kernel)
 
 
@@ -84,7 +84,7 @@ def test_triton_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ConfigError, match="got device cpu, expected cuda"):
         choose_attention("triton", CPU_USE)
-    monkeypatch.setattr("vllm_omni.layers.attention.triton._missing_to_compile", lambda: None)
+    monkeypatch.setattr("vllm_omni.layers.attention.triton.missing_to_compile", lambda: None)
     with pytest.raises(ConfigError, match="got heads of 512, expected at most 256"):
         choose_attention("triton", dataclasses.replace(GPU_USE, head_dim=512))
     monkeypatch.setattr("vllm_omni.layers.attention.triton.find_spec", lambda name: None)
@@ -95,7 +95,7 @@ def test_triton_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_without_a_compiler_is_passed_over_and_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernels are compiled by triton itself, what launches them by the C compiler of the machine."""
     monkeypatch.setattr("vllm_omni.layers.attention.triton.find_spec", lambda name: object())
-    monkeypatch.setattr("vllm_omni.layers.attention.triton.shutil.which", lambda name: None)
+    monkeypatch.setattr("vllm_omni.layers.triton.library.shutil.which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     small_blocks = dataclasses.replace(GPU_USE, dtype=torch.float32, block_size=16)
     monkeypatch.setattr(flash, "compute_capability", lambda device: (9, 0))

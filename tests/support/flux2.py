@@ -15,6 +15,8 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from PIL import Image
+from support.ar import make_tokenizer
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vllm_omni.messages import StageTask
 from vllm_omni.params import DiffusionParams
@@ -75,6 +77,26 @@ def random_pipeline(folder: Path, *, keeps_references: bool = False, **overrides
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def whole_pipeline(folder: Path) -> Path:
+    """A checkpoint with every part."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=320,
+        hidden_size=TEXT_WIDTH // 3,
+        intermediate_size=32,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+    )
+    sampler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    parts = (sampler, random_vae(), Qwen3ForCausalLM(config), make_tokenizer(), random_transformer())
+    Flux2KleinPipeline(*parts).save_pretrained(folder)
+    return folder
 
 
 def task(

@@ -14,7 +14,10 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from support.ar import make_tokenizer
 from support.dit import TEXT_WIDTH
+from support.language_models import TINY
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 # Of Qwen/Qwen-Image, scheduler/scheduler_config.json.
 SCHEDULER: dict[str, Any] = {
@@ -28,6 +31,9 @@ SCHEDULER: dict[str, Any] = {
     "use_dynamic_shifting": True,
 }
 PIPELINES = {kind.__name__: kind for kind in (QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline)}
+
+ROPE = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 1, 1]}
+VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]}
 
 
 def random_transformer(seed: int = 0, **overrides: Any) -> QwenImageTransformer2DModel:
@@ -77,4 +83,21 @@ def random_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def whole_pipeline(folder: Path) -> QwenImagePipeline:
+    """With every part, as diffusers writes it."""
+    torch.manual_seed(0)
+    text = {**TINY, "rope_parameters": ROPE, "max_position_embeddings": 2048}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={**VISION, "intermediate_size": 32})
+    pipeline = QwenImagePipeline(
+        FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        random_vae(),
+        Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False),
+        make_tokenizer(),
+        random_transformer(joint_attention_dim=TINY["hidden_size"]),
+    )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline

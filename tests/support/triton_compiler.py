@@ -1,4 +1,4 @@
-"""Compiles the attention kernels for GPUs that are not there, down to machine code: `python -m support.triton_compiler
+"""Compiles the kernels for GPUs that are not there, down to machine code: `python -m support.triton_compiler
 CAPABILITY`, in a process without Triton's interpreter. Prints the shared memory that each takes, as JSON.
 """
 
@@ -15,9 +15,11 @@ from triton.compiler import ASTSource
 
 from vllm_omni.layers.attention import triton_kernels as kernels
 from vllm_omni.layers.attention.triton import SPLITS, KernelShape
+from vllm_omni.layers.triton import kernels as glue
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-NUMBERS = {"table_stride": "i32", "num_places": "i32", "scale": "fp32"}
+NUMBERS = {"table_stride": "i32", "query_stride": "i32", "num_places": "i32", "scale": "fp32"}
+GIVEN = ("HAS_UPDATE", "HAS_SCALE", "HAS_SHIFT", "HAS_NORM", "HAS_GATE")
 FLOATS = ("partial", "peaks", "totals")
 STATES = ("query", "output", "key_cache", "value_cache")
 SHAPES = [
@@ -27,11 +29,42 @@ SHAPES = [
     (torch.float32, 256, 8, 1),
 ]
 
+# Of the kernels between the products: what they are compiled for. Their numbers by name, all else points to states.
+COUNTS = ("rows_per_sample", "num_places", "num_pixels", "width")
+GLUE: dict[str, dict[str, Any]] = {
+    "norm_rows": {"WIDTH": 3840, "BLOCK": 4096, "IS_CENTRED": False, **dict.fromkeys(GIVEN[:3], True)},
+    "gate_rows": {"WIDTH": 3840, "BLOCK": 4096, "IS_CENTRED": True, **dict.fromkeys(GIVEN[3:], True)},
+    "swiglu_rows": {"BLOCK": 1024},
+    "place_heads": {
+        **{"NUM_HEADS": 16, "NUM_KV_HEADS": 8, "HALF": 64, "BLOCK_H": 8, "BLOCK_D": 64, "HAS_NORMS": True},
+        **{"ARE_NEIGHBOURS": True, "ROUNDS_PRODUCTS": False},
+    },
+    "store_rows": {"WIDTH": 1024, "BLOCK": 1024},
+    "group_moments": {"WIDTH": 512, "GROUPS": 32, "PIXELS": 16},
+    "scale_channels": {"WIDTH": 128, "PIXELS": 64},
+}
+
 
 def shared_bytes(kernel: Any, states: str, constants: dict[str, Any], capability: int) -> int:
     names = kernel.arg_names
     types = dict.fromkeys(names, "*i64")
     types |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(STATES, states) | NUMBERS
+    return _compiled(kernel, types, constants, capability)
+
+
+def glue_bytes(name: str, states: str, capability: int) -> int:
+    kernel = getattr(glue, name)
+    types = {"slots": "*i64", "cos": "*fp32", "sin": "*fp32"}
+    if name in ("group_moments", "scale_channels"):
+        types |= dict.fromkeys(("means", "squares", "scale", "shift"), "*fp32")
+    for argument in kernel.arg_names:
+        kind = "i32" if argument.endswith("stride") or argument in COUNTS else states
+        types.setdefault(argument, "fp32" if argument.endswith("epsilon") else kind)
+    return _compiled(kernel, types, GLUE[name], capability)
+
+
+def _compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> int:
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     places = {(names.index(name),): value for name, value in constants.items()}
@@ -54,6 +87,8 @@ def main() -> None:
             for name, values in constants.items():
                 key = f"{name} {dtype} {head_dim} {window}"
                 found[key] = shared_bytes(getattr(kernels, name), TYPES[dtype], values, capability)
+    for dtype, states in TYPES.items():
+        found |= {f"{name} {dtype}": glue_bytes(name, states, capability) for name in GLUE}
     print(json.dumps(found))
 
 

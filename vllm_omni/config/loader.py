@@ -13,7 +13,15 @@ from typing import Any
 
 from vllm_omni import registry
 from vllm_omni.config.builder import build, check_known, construct, convert, join
-from vllm_omni.config.document import STAGE_KEYS, TOP_LEVEL_KEYS, ConfigDocument, DType, Quantization, check_stage_name
+from vllm_omni.config.document import (
+    STAGE_KEYS,
+    TOP_LEVEL_KEYS,
+    ConfigDocument,
+    DType,
+    Offload,
+    Quantization,
+    check_stage_name,
+)
 from vllm_omni.config.parsing import parse_value, read_yaml, resolve
 from vllm_omni.config.plugins import import_modules, load_entry_points
 from vllm_omni.config.schema import OmniConfig, StageConfig
@@ -142,6 +150,7 @@ def _build_stage(name: str, section: Mapping[str, Any], document: ConfigDocument
         _registered("executor", stage.executor, f"{key}.executor")
     convert(DType, stage.dtype, f"{key}.dtype")
     convert(Quantization, stage.quantization, f"{key}.quantization")
+    convert(Offload, stage.offload, f"{key}.offload")
     if not _DEVICE.fullmatch(stage.device):
         raise ConfigError(f"{key}.device: got {stage.device!r}, expected auto, cpu, cuda, cuda:N or mps")
     if stage.model == "":

@@ -175,7 +175,8 @@ class StageConfig:
     executor: str = "auto"  # "auto" (a thread each where stages are on several devices), or a row of the registry
     device: str = "auto"  # or a device of torch: "cpu", "cuda:0"
     dtype: str = "auto"  # or "float32", "bfloat16", "float16"
-    quantization: str = "auto"  # of weights: "int8", "none", or "auto" for what was published
+    quantization: str = "auto"  # of weights: "int8", "fp8", "none", or "auto" for what was published
+    offload: str = "none"  # "weights": those of the blocks wait in the host's memory until each is computed
     revision: str | None = None  # of a hub id: a branch, a tag or a commit; None: its main branch
     variant: str | None = None  # which weight files: "fp16", "bf16"; None: plain ones, where there are none a variant
     options: Any = None  # the options dataclass of the kind, of the stage's other YAML keys

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload, StageSignature, StreamChunk
 from vllm_omni.request import OmniRequest
-from vllm_omni.utils.device import resolve_device
+from vllm_omni.utils.device import Copies, CudaCopies, is_cpu, is_cuda, resolve_device
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.utils.precision import Precision, choose_precision, choose_quantization
 
@@ -39,6 +39,7 @@ class MemoryPlan:
     weights_bytes: int = 0
     kv_pool_bytes: int = 0
     activation_bytes: int = 0
+    offloaded_bytes: int = 0  # weights that wait in the host's memory; not among the total
     step_cache_bytes: int = 0
     adapter_bytes: int = 0  # of LoRA adapters
     decoding_bytes: int = 0  # of one picture at a time
@@ -96,7 +97,8 @@ class StageSpec(ABC):
     )  # the values that one of `request_keys` may have
     reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
     takes_loras: bool = False  # whether its requests may name LoRA adapters
-    can_quantize: bool = False  # whether some of its weights may be held in int8
+    can_quantize: bool = False  # whether some of its weights may be held in 8 bits
+    can_offload: bool = False  # whether its weights may wait in the host's memory
 
     @classmethod
     def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> StageSpec:
@@ -118,6 +120,25 @@ class StageSpec(ABC):
         """Of the weights, for `precision`; ConfigError for one that the stage cannot have."""
         asked, device = self.stage.quantization, resolve_device(self.stage.device)
         return choose_quantization(asked, device, self.published_quantization(), can_quantize=self.can_quantize)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the weights of its blocks wait in the host's memory until each is computed."""
+        return self.stage.offload == "weights"
+
+    def make_copies(self) -> Callable[[device], Copies] | None:
+        """What brings its weights to its device, where they wait elsewhere."""
+        return CudaCopies if self.offloads else None
+
+    def check_offload(self) -> None:
+        """ConfigError where the weights cannot wait elsewhere."""
+        where = resolve_device(self.stage.device)
+        if not self.offloads or (self.can_offload and is_cuda(where)):
+            return
+        if not self.can_offload:
+            raise ConfigError("offload: got 'weights', expected none: this stage keeps its weights; remove the key")
+        why = "the weights are in the host's memory as it is" if is_cpu(where) else "only to cuda do they come in time"
+        raise ConfigError(f"offload: got 'weights' on {where.type}, expected none: {why}; remove the key")
 
     def choose_dtype(self) -> Precision:
         """The dtype, for `precision`."""

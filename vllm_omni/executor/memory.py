@@ -39,9 +39,9 @@ def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     for name, spec in pipeline.specs.items():
         plan = spec.plan_memory()
         device = resolve_device(spec.stage.device)
-        key = (*spec.weights_key(), str(device), spec.precision.name)
+        key = (*spec.weights_key(), str(device), spec.precision.name, spec.stage.offload)
         if key in seen:
-            plan = dataclasses.replace(plan, weights_bytes=0)
+            plan = dataclasses.replace(plan, weights_bytes=0, offloaded_bytes=0)
         seen.add(key)
         plans[name] = plan
     return plans

@@ -357,10 +357,10 @@ class OmniExecutor:
     def _add_partial(self, stage: str, event: StageProgress | StageRows | StageDone) -> None:
         """Hands the caller what is new, where the request streams; what cannot be shown ends it."""
         partials = self._partials.get(event.request_id)
+        if partials is None:
+            return
         try:
             with stage_boundary(stage):
-                if partials is None:
-                    return
                 if isinstance(event, StageDone):
                     output = partials.finished(event.payload, stage)
                 else:

@@ -51,6 +51,7 @@ def _describe(stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> 
         with reading(f"stages.{stage.name}: {stage.model}"):
             spec = kind.describe(stage, config, folders)
             spec.choose_quantization()
+            spec.check_offload()
             return spec
     except ConfigError as error:
         known = STAGE_KEYS | {field.name for field in dataclasses.fields(kind.options_type)}

@@ -11,19 +11,21 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.forward_context import ForwardContext
+from vllm_omni.layers.heads import placed_rows
 from vllm_omni.layers.layer_windows import NO_WINDOWS, common_window
 from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.lora import acting
+from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.native.decoder import LayerParts, NativeLayers
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.rope_config import num_positions, override_rope, read_rope, scaled_beyond
-from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies, rotate
+from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies
 from vllm_omni.layers.weights import Target
 from vllm_omni.utils.checks import check_number
 
@@ -142,9 +144,7 @@ class Decoder(nn.Module):
         self.config = config
         mlps = [DecoderMLP(config) if make_mlp is None else make_mlp(index) for index in range(config.num_layers)]
         windows = config.windows or (None,) * config.num_layers
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, mlp, window) for mlp, window in zip(mlps, windows, strict=True)
-        )
+        self.layers = Blocks(DecoderLayer(config, mlp, window) for mlp, window in zip(mlps, windows, strict=True))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope)
         self._native_layers: NativeLayers | Literal[False] | None = False
@@ -162,8 +162,8 @@ class Decoder(nn.Module):
             if native is not None:
                 states = native.run(done, stop, states, cos, sin, context.attention.metadata, context.kv_cache)
             else:
-                for index in range(done, stop):
-                    states = self.layers[index](states, cos, sin, context, index)
+                for index, layer in enumerate(self.layers.present(done, stop), done):
+                    states = layer(states, cos, sin, context, index)
             done = stop
             if stop < self.config.num_layers:
                 context.tap(stop, states)
@@ -196,8 +196,9 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
-        states = states + self.self_attn(self.input_layernorm(states), cos, sin, context, index)
-        return states + self.mlp(self.post_attention_layernorm(states))
+        attended = self.self_attn(self.input_layernorm(states), cos, sin, context, index)
+        states, normed = self.post_attention_layernorm.after_sum(states, attended)
+        return states + self.mlp(normed)
 
     def parts(self) -> LayerParts | None:
         """For kernels that run whole layers; None with another MLP than they know."""
@@ -222,7 +223,7 @@ class DecoderAttention(nn.Module):
 
     def __init__(self, config: DecoderConfig, window: int | None) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.num_heads = config.num_heads, config.num_kv_heads
         self.window = window
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {"q_proj": query, "k_proj": key, "v_proj": key}
@@ -232,10 +233,8 @@ class DecoderAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
 
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
-        query, key, value = (x.view(len(x), -1, self.head_dim) for x in self.qkv_proj.project(states))
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)  # [N, H, d] and [N, K, d]
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+        query, key, value = placed_rows(self.qkv_proj(states), *self.num_heads, norms, cos, sin)
         attended = context.attention(query, key, value, context.kv_cache[index], self.window)
         return self.o_proj(attended.flatten(1))
 
@@ -251,8 +250,7 @@ class DecoderMLP(nn.Module):
         self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias, can_quantize=True)
 
     def forward(self, states: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj.project(states)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(states)))
 
 
 def locate_fused(model: nn.Module, name: str) -> Target | None:

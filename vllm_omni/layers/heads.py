@@ -1,7 +1,7 @@
 """Queries, keys and values out of one projection: normed head by head, and turned by the positions. Knows no model and
 no attention.
 
-Legend: R samples, L tokens of each, H query heads, K key-value heads, d head size.
+Legend: R samples, L tokens of each, N tokens of a step, H query heads, K key-value heads, d head size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from vllm_omni.layers.native import diffusion
 from vllm_omni.layers.native.library import kernels_for
 from vllm_omni.layers.native.structures import HeadRowStruct
 from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.layers.rotary import rotate
+from vllm_omni.layers.triton import glue, library
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,11 @@ def placed_heads(
     """qkv: [R, L, (H + 2 K) d], which is overwritten; norms: of queries and keys; rope: [L, d / 2, 2] float32 cosines
     and sines -> queries [R, H, L, d], keys and values [R, K, L, d].
     """
+    if library.takes(qkv) and qkv.is_contiguous():
+        head_norms = None if norms is None else glue.HeadNorms(norms[0].rows(), norms[1].rows())
+        turns = glue.Turns(rope[..., 0], rope[..., 1], shape.are_neighbours, rounds_products=False)
+        glue.place_heads(qkv.flatten(0, 1), shape.num_heads, shape.num_kv_heads, head_norms, turns)
+        return _split(qkv, shape)
     functions = kernels_for(qkv)
     if functions is None or not qkv.is_contiguous():
         return plain_placed_heads(qkv, shape, norms, rope)
@@ -58,6 +65,25 @@ def plain_placed_heads(
         query, key = norms[0](query), norms[1](key)
     turn = turned_neighbours if shape.are_neighbours else turned_halves
     return turn(query, rope), turn(key, rope), value
+
+
+def placed_rows(
+    qkv: Tensor, num_heads: int, num_kv_heads: int, norms: tuple[RMSNorm, RMSNorm] | None, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As language models do it, each token at a place of its own. qkv: [N, (H + 2 K) d], which may be overwritten; cos,
+    sin: [N, 1, d] -> queries [N, H, d], keys and values [N, K, d].
+    """
+    head_dim = cos.shape[-1]
+    query, key, value = qkv.unflatten(-1, (-1, head_dim)).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if library.takes(qkv, cos, sin):
+        head_norms = None if norms is None else glue.HeadNorms(norms[0].rows(), norms[1].rows())
+        half = head_dim // 2
+        turns = glue.Turns(cos[:, 0, :half], sin[:, 0, :half], are_neighbours=False, rounds_products=True)
+        glue.place_heads(qkv, num_heads, num_kv_heads, head_norms, turns)
+        return query, key, value
+    if norms is not None:
+        query, key = norms[0](query), norms[1](key)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
 def turned_neighbours(x: Tensor, rope: Tensor) -> Tensor:

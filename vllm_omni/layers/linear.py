@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from vllm_omni.layers import float8
 from vllm_omni.layers.lora import acting
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.packing import (
@@ -21,26 +22,39 @@ from vllm_omni.layers.packing import (
 )
 from vllm_omni.layers.quantization import fits, quantize_weight
 
+NUMBERS = {"int8": torch.int8, "fp8": float8.DTYPE}  # by the key `quantization`
+
 
 class PackedLayer(nn.Module):
-    """What is common to layers whose weight [out, in] is packed for inference, and may be held in int8."""
+    """What is common to layers whose weight [out, in] is packed for inference, and may be held in int8 or float8."""
 
     weight: Tensor
-    scales: Tensor | None  # [out] float32, of a weight in int8
+    scales: Tensor | None  # [out] float32, of a weight in int8 or float8
     packing: Packing | None = None
-    can_quantize: bool  # whether what it computes stands int8
+    can_quantize: bool  # whether what it computes stands 8 bits
+    is_streamed: bool = False  # whether its weight comes and goes, and is multiplied where it does not lie now
 
-    def quantize(self) -> None:
-        """The weight will be held in int8. On the meta device, before there are numbers in it."""
+    def takes(self, quantization: str) -> bool:
+        """Whether the weight may be held so: "int8" or "fp8"."""
+        outputs, inputs = self.weight.shape
+        shape_fits = fits(outputs, inputs) if quantization == "int8" else float8.fits(outputs, inputs)
+        return self.can_quantize and shape_fits
+
+    def quantize(self, quantization: str) -> None:
+        """The weight will be held in such numbers. On the meta device, before there are any in it."""
         self.activations = self.weight.dtype  # that it multiplies
         shape, device = self.weight.shape, self.weight.device
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=device), requires_grad=False)
+        empty = torch.empty(shape, dtype=NUMBERS[quantization], device=device)
+        self.weight = nn.Parameter(empty, requires_grad=False)
         self.scales = torch.empty(shape[0], dtype=torch.float32, device=device)
 
     def fill(self, rows: slice, published: Tensor, scales: Tensor | None) -> None:
-        """Puts published rows of a weight in int8 in their place; scales: of those that are int8 already."""
-        assert self.scales is not None, "the weight is not held in int8"
-        numbers, scales = quantize_weight(published) if scales is None else (published, scales)
+        """Puts published rows of a quantised weight in their place; scales: of those that are such numbers already."""
+        assert self.scales is not None, "the weight is not quantised"
+        if scales is None:
+            quantize = quantize_weight if self.weight.dtype == torch.int8 else float8.quantize_float8
+            published, scales = quantize(published.to(self.weight.device))
+        numbers = published
         self.weight.data[rows].copy_(numbers)
         self.scales[rows].copy_(scales)
 
@@ -48,10 +62,10 @@ class PackedLayer(nn.Module):
         """Lays the weight out as it is multiplied, where that helps; the published layout is gone."""
         if self.packing is None:
             weight = self.weight.detach()
-            if self.scales is None:
-                self.packing = self._find_packing(weight)
-            else:
+            if self.scales is not None:
                 self.packing = find_quantized_packing(weight, self.scales, self.activations)
+            elif not self.is_streamed:
+                self.packing = self._find_packing(weight)
             if self.packing is not None:
                 self.weight = nn.Parameter(self.packing.pack(weight), requires_grad=False)
 
@@ -66,7 +80,7 @@ class Linear(nn.Linear, PackedLayer):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, can_quantize: bool = False) -> None:
         """can_quantize: so for projections within blocks; embedders, modulation and what comes last lose too much."""
         super().__init__(in_features, out_features, bias=bias)
-        self.can_quantize = can_quantize and fits(out_features, in_features)
+        self.can_quantize = can_quantize
         self.register_buffer("scales", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +97,7 @@ class Embedding(nn.Embedding, PackedLayer):
     def __init__(self, num_embeddings: int, embedding_dim: int, *, is_head: bool) -> None:
         super().__init__(num_embeddings, embedding_dim)
         self.is_head = is_head
-        self.can_quantize = is_head and fits(num_embeddings, embedding_dim)
+        self.can_quantize = is_head
         self.register_buffer("scales", None, persistent=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -129,8 +143,8 @@ def pack_linears(module: nn.Module) -> None:
             part.pack()
 
 
-def quantize_linears(module: nn.Module) -> None:
-    """Every layer of this file that can will hold its weight in int8. On the meta device, the dtype chosen."""
+def quantize_linears(module: nn.Module, quantization: str = "int8") -> None:
+    """Every layer of this file that can will hold its weight so. On the meta device, the dtype chosen."""
     for part in module.modules():
-        if isinstance(part, PackedLayer) and part.can_quantize:
-            part.quantize()
+        if isinstance(part, PackedLayer) and part.takes(quantization):
+            part.quantize(quantization)

@@ -1,5 +1,5 @@
 """Norms, scales, shifts and gates between the layers of a diffusion transformer, where every sample has its own. On a
-CPU each is one pass of the package's own kernels, elsewhere some of torch's. Knows no model.
+CPU and on CUDA each is one pass of the package's own kernels, elsewhere some of torch's. Knows no model.
 
 Legend: R samples, L tokens of each, D width.
 """
@@ -14,12 +14,15 @@ from vllm_omni.layers.native import diffusion
 from vllm_omni.layers.native.library import Kernels, kernels_for
 from vllm_omni.layers.native.structures import NormStruct
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
+from vllm_omni.layers.triton import glue, library
 
 Norm = RMSNorm | LayerNorm
 
 
 def modulated(x: Tensor, norm: Norm, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """norm(x) * (1 + scale) + shift. x: [R, L, D]; scale, shift: [R, 1, D] -> [R, L, D]."""
+    if library.takes(x, scale, shift):
+        return glue.norm_rows(x, norm.rows(), scale, shift)[0]
     functions = _functions(x, scale, shift)
     if functions is None:
         return plain_modulated(x, norm, scale, shift)
@@ -31,6 +34,8 @@ def modulated(x: Tensor, norm: Norm, scale: Tensor | None = None, shift: Tensor 
 
 def gated_sum(x: Tensor, update: Tensor, gate: Tensor | None = None, norm: Norm | None = None) -> Tensor:
     """x + gate * norm(update). x, update: [R, L, D]; gate: [R, 1, D] -> [R, L, D]."""
+    if library.takes(x, update, gate):
+        return glue.gate_rows(x, update, gate, None if norm is None else norm.rows())
     functions = _functions(x, update, gate)
     if functions is None:
         return plain_gated_sum(x, update, gate, norm)
@@ -42,6 +47,8 @@ def gated_sum(x: Tensor, update: Tensor, gate: Tensor | None = None, norm: Norm 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up. [..., 2 D], gates first -> [..., D]."""
+    if library.takes(gate_up):
+        return glue.swiglu_rows(gate_up)
     functions = _functions(gate_up)
     if functions is None:
         return plain_swiglu(gate_up)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_omni.layers import float8
+from vllm_omni.layers.float8 import multiply_float8
 from vllm_omni.layers.native.library import built_variants
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.quantization import dequantize, multiply_quantized
@@ -66,8 +68,28 @@ class PlainQuantized:
         return dequantize(packed[ids], self._scales[ids]).to(self._dtype)
 
 
+class Float8Packing:
+    """Weights in float8 as they are, for activations of one dtype."""
+
+    def __init__(self, dtype: torch.dtype, scales: Tensor) -> None:
+        self._dtype = dtype
+        self._scales = scales
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        return multiply_float8(x, packed, self._scales, bias)
+
+    def rows(self, packed: Tensor, ids: Tensor) -> Tensor:
+        numbers = packed.view(torch.uint8)[ids].view(packed.dtype)
+        return dequantize(numbers, self._scales[ids]).to(self._dtype)
+
+
 def find_quantized_packing(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> RowPacking:
-    """For int8 [out, in] with the scales [out] float32 of its outputs, and activations of a dtype."""
+    """For int8 or float8 [out, in] with the scales [out] float32 of its outputs, and activations of a dtype."""
+    if weight.dtype == float8.DTYPE:
+        return Float8Packing(dtype, scales)
     return NativePacking.find(weight, dtype, scales) or PlainQuantized(dtype, scales)
 
 

@@ -45,7 +45,7 @@ def multiply_quantized(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor |
 
 
 def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
-    """int8 [N, K] and scales [N] -> float32 [N, K]."""
+    """int8 or float8 [N, K] and scales [N] -> float32 [N, K]."""
     return numbers.float() * scales[:, None]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +21,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vllm_omni.errors import CheckpointError
+from vllm_omni.layers.blocks import WeightStream, lists_of
 from vllm_omni.layers.linear import PackedLayer, pack_linears, quantize_linears
 from vllm_omni.layers.published_quantization import restored, scale_names, scales_of_rows
 from vllm_omni.utils.checkpoint_files import check_file
 from vllm_omni.utils.checks import brief
+from vllm_omni.utils.device import Copies
 from vllm_omni.utils.files import read_json
 from vllm_omni.utils.mapped_files import give_back
 from vllm_omni.utils.variants import is_weights, of_one_variant, variant_of, variants_in
 
+MakeCopies = Callable[[torch.device], Copies]  # for a device
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_FILE, WHOLE_PIPELINE_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
 ADAPTER_PREFIX = "adapter_"
-SCALE_BYTES = 4  # of an output of a weight in int8
+SCALE_BYTES = 4  # of an output of a quantised weight
 SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}(\.\w+)?\.safetensors$")
 
 
@@ -175,14 +178,35 @@ def plan_loading(model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: 
     return plan
 
 
-def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> None:
-    """Gives a model that was built on the meta device its memory, not filled. quantization: "int8" for the weights that
-    can be.
+def allocate(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    make_copies: MakeCopies | None = None,
+) -> None:
+    """Gives a model that was built on the meta device its memory, not filled. quantization: "int8" or "fp8" for the
+    weights that can be. make_copies: where those of its blocks are to wait in the host's memory, what brings them to a
+    device.
     """
+    choose_numbers(model, dtype, quantization)
+    lists = lists_of(model) if make_copies is not None else []
+    if make_copies is not None and lists:
+        WeightStream(lists, device, make_copies(device))
+    streamed = {id(part) for blocks in lists for part in blocks.modules() if part is not blocks}
+    for part in model.modules():
+        if id(part) not in streamed:
+            part.to_empty(device=device, recurse=False)
+        elif isinstance(part, PackedLayer):
+            part.is_streamed = True
+    model.eval().requires_grad_(False)
+
+
+def choose_numbers(model: nn.Module, dtype: torch.dtype, quantization: str | None) -> None:
+    """What the weights of a model on the meta device are held in."""
     model.to(dtype)
     if quantization is not None:
-        quantize_linears(model)
-    model.to_empty(device=device).eval().requires_grad_(False)
+        quantize_linears(model, quantization)
 
 
 @torch.no_grad()
@@ -205,13 +229,13 @@ def load_weights(model: nn.Module, folder: Path, prefix: str = "", variant: str 
 
 
 def _fill(model: nn.Module, target: Target, published: Tensor, scale: Tensor | None, where: str) -> None:
-    """Puts one published tensor in its place; numbers in int8 stay as they are where the weight is held so."""
+    """Puts one published tensor in its place; numbers in 8 bits stay as they are where the weight is held in such."""
     owner, _, kind = target.parameter.rpartition(".")
     layer = model.get_submodule(owner)
     rows = slice(None) if target.rows is None else target.rows
     scales = None if scale is None else scales_of_rows(scale, len(published), where)
     if isinstance(layer, PackedLayer) and layer.scales is not None and kind == "weight":
-        is_kept = published.dtype == torch.int8 and scales is not None
+        is_kept = published.dtype == layer.weight.dtype and scales is not None
         layer.fill(rows, published if is_kept else restored(published, scales, where), scales if is_kept else None)
     else:
         destination: Tensor = getattr(layer, kind).data
@@ -259,9 +283,9 @@ def weights_bytes(
     return total
 
 
-def saved_bytes(model: nn.Module, itemsize: int) -> int:
-    """Bytes by which a model, on the meta device, is smaller in int8 than with this item size."""
-    layers = [part for part in model.modules() if isinstance(part, PackedLayer) and part.can_quantize]
+def saved_bytes(model: nn.Module, itemsize: int, quantization: str) -> int:
+    """Bytes by which a model, on the meta device, is smaller quantised than with this item size."""
+    layers = [part for part in model.modules() if isinstance(part, PackedLayer) and part.takes(quantization)]
     return sum(layer.weight.numel() * (itemsize - 1) - SCALE_BYTES * len(layer.weight) for layer in layers)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -111,6 +113,72 @@ class CopyFence:
             self._event.synchronize()
 
 
+class Readout:
+    """Numbers on their way to the host, while the device goes on and overwrites where they stood."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = torch.cuda.Event() if is_cuda(values.device) else None
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=self._event is not None)
+        self._values.copy_(values, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def tolist(self) -> list[int]:
+        """The numbers, as soon as they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
+
+
+class Copies(Protocol):
+    """Copies from the host's memory to a device, which run beside what it computes, in their order."""
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes], not filled, from where copies need not be waited for."""
+
+    def mark(self) -> object:
+        """All that has been computed until now, by whoever asks."""
+
+    def begin(self, target: Tensor, source: Tensor, after: object) -> object:
+        """Copies once `after`, a mark, is done -> what `wait` takes."""
+
+    def wait(self, arrival: object) -> None:
+        """What is computed from now on waits for a copy; the host does not."""
+
+
+class CudaCopies:
+    """On a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        """Exactly so much: what torch itself pins comes in powers of two. Pages of its own, since pages are pinned."""
+        pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)[:num_bytes]
+        address = memory.data_ptr()
+        with torch.cuda.device(self._device):
+            runtime = torch.cuda.cudart()
+            torch.cuda.check_error(runtime.cudaHostRegister(address, len(pages), 0))
+        weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+        return memory
+
+    def mark(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def begin(self, target: Tensor, source: Tensor, after: object) -> torch.cuda.Event:
+        assert isinstance(after, torch.cuda.Event)
+        self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        return self._stream.record_event()
+
+    def wait(self, arrival: object) -> None:
+        assert isinstance(arrival, torch.cuda.Event)
+        torch.cuda.current_stream(self._device).wait_event(arrival)
+
+
 class StepGraphs(Protocol):
     """Makes work on fixed tensors repeatable at the cost of one launch."""
 
@@ -126,11 +194,14 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all captures: what a graph frees serves only graphs of the same stream, and each stream has a
+        # workspace of its own for products.
+        self._beside = torch.cuda.Stream(device)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Runs `work` once before: kernels are compiled and libraries take their workspaces at their first use."""
         with torch.cuda.device(self._device):
-            current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+            current, beside = torch.cuda.current_stream(), self._beside
             beside.wait_stream(current)
             with torch.cuda.stream(beside):
                 work()

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from vllm_omni.errors import ConfigError
-from vllm_omni.utils.device import is_cpu, multiplies_bfloat16
+from vllm_omni.utils.device import compute_capability, is_cpu, is_cuda, multiplies_bfloat16
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INT8 = "int8"
+INT8, FP8 = "int8", "fp8"
+PUBLISHED = {"int8": INT8, "float8": FP8}  # what weights were published in -> what they may stay in
+FP8_CAPABILITY = (8, 9)  # Ada
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -23,7 +25,7 @@ class Precision:
 
     dtype: torch.dtype
     reason: str  # a few words
-    quantization: str | None = None  # "int8": what the weights that can be are held in
+    quantization: str | None = None  # "int8", "fp8": what the weights that can be are held in
 
     @property
     def name(self) -> str:
@@ -58,22 +60,33 @@ def choose_precision(name: str, device: torch.device, published: Callable[[], to
 
 
 def choose_quantization(asked: str, device: torch.device, published: str | None, *, can_quantize: bool) -> str | None:
-    """ "int8" or None. asked: that, "none", or "auto" for what was published. published: None, "int8" or "float8", of
-    which the latter is read as numbers of the stage's dtype. ConfigError where int8 is asked of what cannot have it.
+    """ "int8", "fp8" or None. asked: one of them, "none", or "auto" for what was published. published: None, "int8" or
+    "float8", which are read as numbers of the stage's dtype where the device multiplies something else. ConfigError
+    where it is asked of what cannot have it.
     """
     if asked == "auto":
-        return published if published == INT8 and can_quantize and is_cpu(device) else None
+        kept = None if published is None or not can_quantize else PUBLISHED[published]
+        return kept if kept is not None and _complaint(kept, device) is None else None
     if asked == "none":
         return None
     if not can_quantize:
         raise ConfigError(
-            f"quantization: got {asked!r}, expected none: of this stage no weights can be held in int8; remove the key"
+            f"quantization: got {asked!r}, expected none: of this stage no weights can be quantised; remove the key"
         )
-    if not is_cpu(device):
-        raise ConfigError(
-            f"quantization: got {asked!r} on {device.type}, expected none: int8 is for CPUs; remove the key"
-        )
+    complaint = _complaint(asked, device)
+    if complaint is not None:
+        raise ConfigError(f"quantization: got {asked!r} on {device.type}, expected none: {complaint}; remove the key")
     return asked
+
+
+def _complaint(quantization: str, device: torch.device) -> str | None:
+    """Why weights are not held so on a device."""
+    if quantization == INT8:
+        return None if is_cpu(device) else "int8 is for CPUs"
+    if not is_cuda(device):
+        return "fp8 is for CUDA"
+    has_units = compute_capability(device) >= FP8_CAPABILITY
+    return None if has_units else "this GPU does not multiply float8 (compute capability 8.9 or later does)"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -6,14 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.ar import GREEDY, assert_clean, done, make_engine, make_model_folder, make_spec, make_stage, make_task, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.ar import (
+    GREEDY,
+    assert_clean,
+    done,
+    drain,
+    make_engine,
+    make_model_folder,
+    make_spec,
+    make_stage,
+    make_task,
+    run,
+    submit,
+    tokens_of,
+)
 from support.graphs import CalledGraphs
 
 from vllm_omni import registry
 from vllm_omni.engine.ar import engine as ar_engine
 from vllm_omni.errors import ConfigError
+from vllm_omni.messages import StageDone, StageFailed, StageTask
 from vllm_omni.params import SamplingParams
 from vllm_omni.worker.ar import decode_graphs
+from vllm_omni.worker.ar.decode_ahead import DecodeAhead
 
 PROMPTS = ["a red circle", "left of a blue square", "the end of the world", "a"]
 PARAMS = [
@@ -61,6 +78,81 @@ def test_answers_are_those_of_plain_steps(folder: Path, graphs: CalledGraphs) ->
         for mine, other in zip(ours["logprobs"], theirs["logprobs"], strict=True):
             assert [token for token, _ in mine] == [token for token, _ in other]
             assert [value for _, value in mine] == pytest.approx([value for _, value in other], abs=1e-4)
+
+
+class Begun:
+    """Counts the steps that are begun ahead, and those of them that were wanted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_begun = self.num_wanted = 0
+        begin, rows_of = DecodeAhead.begin, DecodeAhead._rows_of
+
+        def counted_begin(ahead: DecodeAhead, *args: Any) -> None:
+            self.num_begun += 1
+            begin(ahead, *args)
+
+        def counted_rows(ahead: DecodeAhead, *args: Any) -> list[int] | None:
+            rows = rows_of(ahead, *args)
+            self.num_wanted += rows is not None
+            return rows
+
+        monkeypatch.setattr(DecodeAhead, "begin", counted_begin)
+        monkeypatch.setattr(DecodeAhead, "_rows_of", counted_rows)
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> Begun:
+    return Begun(monkeypatch)
+
+
+def test_steps_are_begun_before_the_tokens_of_the_last_are_read(
+    folder: Path, graphs: CalledGraphs, begun: Begun
+) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (9, 30, 2, 17)]
+    tasks = [make_task(prompt, each, f"r{i}") for i, (prompt, each) in enumerate(zip(PROMPTS, params, strict=True))]
+    engine = make_engine(folder, max_num_seqs=4, attention="capturable")
+    events = run(engine, *tasks)
+    assert_clean(engine)
+    # all but the first step behind the prompts, and none behind the last token of all
+    assert begun.num_begun == begun.num_wanted == 28
+    plain = run(make_engine(folder, max_num_seqs=4, attention="reference"), *tasks)
+    for task in tasks:
+        assert tokens_of(events[task.request_id]) == tokens_of(plain[task.request_id])
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_comes_between_a_step_and_the_next_changes_no_token(
+    folder: Path, graphs: CalledGraphs, data: st.DataObject
+) -> None:
+    """Arrivals, aborts, pauses, a pool that is too small for all, and rows that draw."""
+    engine = make_engine(
+        folder, max_num_seqs=3, attention="capturable", num_blocks=data.draw(st.sampled_from([14, 40]))
+    )
+    plain = make_engine(folder, max_num_seqs=3, attention="reference")
+    alive: dict[str, StageTask] = {}
+    ended: dict[str, Any] = {}
+    for turn in range(data.draw(st.integers(5, 25))):
+        action = data.draw(st.sampled_from(["step", "step", "step", "add", "abort", "pause", "resume"]))
+        if action == "add" or turn == 0:
+            temperature = data.draw(st.sampled_from([0.0, 0.0, 0.0, 1.0]))
+            params = SamplingParams(temperature=temperature, seed=turn, max_tokens=data.draw(st.integers(1, 12)))
+            task = alive[f"r{turn}"] = make_task(data.draw(st.sampled_from(PROMPTS)), params, f"r{turn}")
+            submit(engine, task)
+        elif action == "step":
+            ended |= {event.request_id: event for event in engine.step() if isinstance(event, StageDone | StageFailed)}
+            engine.check_integrity()
+        elif alive:
+            request_id = data.draw(st.sampled_from(sorted(alive)))
+            {"abort": engine.abort, "pause": engine.pause, "resume": engine.resume}[action](request_id)
+            if action == "abort":
+                alive.pop(request_id)
+    for request_id in alive:
+        engine.resume(request_id)
+    ended |= {event.request_id: event for event in drain(engine) if isinstance(event, StageDone | StageFailed)}
+    assert_clean(engine)
+    for request_id, task in alive.items():
+        assert tokens_of(ended[request_id]) == tokens_of(run(plain, task)[request_id])
 
 
 def test_the_key_switches_graphs_off(folder: Path, graphs: CalledGraphs) -> None:

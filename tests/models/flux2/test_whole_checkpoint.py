@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
-from support.ar import make_tokenizer
-from support.flux2 import TEXT_WIDTH, picture, random_transformer, random_vae
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from diffusers import Flux2KleinPipeline
+from support.flux2 import picture, whole_pipeline
 
 from vllm_omni import DiffusionParams, Omni
 from vllm_omni.errors import InvalidRequestError
@@ -28,23 +26,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # prompt, parameter
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=320,
-        hidden_size=TEXT_WIDTH // 3,
-        intermediate_size=32,
-        num_hidden_layers=28,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-    )
-    sampler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    parts = (sampler, random_vae(), Qwen3ForCausalLM(config), make_tokenizer(), random_transformer())
-    path = tmp_path_factory.mktemp("checkpoint")
-    Flux2KleinPipeline(*parts).save_pretrained(path)
-    return path
+    return whole_pipeline(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

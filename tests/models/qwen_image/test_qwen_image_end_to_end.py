@@ -11,21 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline, QwenImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
-from support.ar import make_tokenizer
-from support.language_models import TINY
 from support.media import picture
-from support.qwen_image import SCHEDULER, random_transformer, random_vae
+from support.qwen_image import SCHEDULER, random_transformer, random_vae, whole_pipeline
 from support.seeing import IMAGE, TEXT, save_tiny_vl, vl_processor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vllm_omni import DiffusionParams, Omni, OmniOutput
 from vllm_omni.models.qwen_image import geometry
 
-ROPE = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 1, 1]}
-VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]}
 # Prompt, negative prompt, height, width, guidance, steps. The fourth is cut at the 512 tokens that the pipeline keeps.
 CASES = [
     ("a red circle left of a blue square", "", 64, 64, 4.0, 3),
@@ -33,23 +29,6 @@ CASES = [
     ("", None, 48, 64, 1.0, 2),
     ("the end of the world " * 300, None, 96, 32, 1.0, 3),
 ]
-
-
-def random_checkpoint(folder: Path) -> QwenImagePipeline:
-    """With every part, as diffusers writes it."""
-    torch.manual_seed(0)
-    text = {**TINY, "rope_parameters": ROPE, "max_position_embeddings": 2048}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config={**VISION, "intermediate_size": 32})
-    pipeline = QwenImagePipeline(
-        FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        random_vae(),
-        Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False),
-        make_tokenizer(),
-        random_transformer(joint_attention_dim=TINY["hidden_size"]),
-    )
-    pipeline.save_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def assert_equal(output: OmniOutput, expected: Image.Image) -> None:
@@ -60,7 +39,7 @@ def assert_equal(output: OmniOutput, expected: Image.Image) -> None:
 
 
 def test_pictures_of_one_batch_equal_the_reference_pipeline(tmp_path: Path) -> None:
-    pipeline = random_checkpoint(tmp_path)
+    pipeline = whole_pipeline(tmp_path)
     params = [
         DiffusionParams(
             height=height,

@@ -119,6 +119,22 @@ class ARScheduler:
         self._admit(chunks)  # what was preempted just now finds no room: it lost at least one of the blocks it needs
         return chunks
 
+    def grow_ahead(self, chunks: list[Chunk]) -> list[bool]:
+        """Which sequences of a step of single tokens go on in the next, whose blocks are taken then; none where the
+        next step would most likely hold others, or drafts, or there are too few blocks.
+        """
+        has_room = len(self._running) < self._max_num_seqs
+        is_joined = has_room and any(sequence.num_computable_tokens for sequence in self._waiting)
+        if self._lookup is not None or is_joined or len(chunks) < len(self._running):
+            return []
+        goes_on = [chunk.end + 1 < chunk.sequence.max_tokens for chunk in chunks]
+        for chunk, does in zip(chunks, goes_on, strict=True):
+            if does and not self.blocks.holds(chunk.sequence, chunk.end + 1):
+                if not self.blocks.can_grow(chunk.sequence, chunk.end + 1):
+                    return []
+                self.blocks.grow(chunk.sequence, chunk.end + 1)
+        return goes_on if any(goes_on) else []
+
     def learn(self, chunks: list[Chunk], step_s: float) -> None:
         """What the step of these chunks has taken."""
         if self._pace is not None and any(not chunk.sequence.is_one_behind for chunk in chunks):
@@ -197,7 +213,8 @@ class ARScheduler:
         num_tokens = self._share(sequence)
         if num_tokens == 0:
             return
-        while not self.blocks.can_grow(sequence, sequence.num_computed_tokens + num_tokens):
+        end = sequence.num_computed_tokens + num_tokens
+        while not self.blocks.holds(sequence, end) and not self.blocks.can_grow(sequence, end):
             victim = self._running[-1]  # at or after `sequence`, so not among the chunks yet
             self._preempt(victim)
             if victim is sequence:
@@ -226,7 +243,8 @@ class ARScheduler:
     def _take(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk]) -> None:
         start = sequence.num_computed_tokens
         end = start + num_tokens
-        self.blocks.grow(sequence, end)
+        if not self.blocks.holds(sequence, end):
+            self.blocks.grow(sequence, end)
         self._budget -= num_tokens
         self._prompt_budget -= 0 if sequence.is_one_behind else num_tokens
         chunks.append(Chunk(sequence, start, end, sequence.is_writing and end == sequence.num_tokens))

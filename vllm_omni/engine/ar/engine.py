@@ -23,7 +23,7 @@ from vllm_omni.engine.boundary import as_stage_error, made_so_far
 from vllm_omni.engine.lora import AdapterDesk, loras_of
 from vllm_omni.errors import StageError
 from vllm_omni.layers.lora import AdapterMix
-from vllm_omni.layers.sampler import SampledToken
+from vllm_omni.layers.sampler import SampledToken, SamplingRow
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask, StageWorked
 from vllm_omni.payload import StagePayload, StreamChunk
@@ -256,11 +256,22 @@ class AREngine(StageEngine):
         step = self._runner.run(chunks, inputs, adapters)
         writing = [chunk for chunk in chunks if chunk.samples]
         rows = [self._jobs[chunk.sequence.request_id].row_of(chunk.sequence) for chunk in writing]
+        self._go_ahead(chunks, rows)
         tokens = step.sample(rows, [chunk.draft for chunk in writing])
         self._scheduler.learn(chunks, time.perf_counter() - began_s)
         for chunk in chunks:
             self._scheduler.advance(chunk)
         return dict(zip((chunk.sequence.sequence_id for chunk in writing), tokens, strict=True))
+
+    def _go_ahead(self, chunks: list[Chunk], rows: list[SamplingRow]) -> None:
+        """Begins the next step already, where it is known without the tokens of this one."""
+        if not self._runner.can_run_ahead or len(rows) < len(chunks) or not all(row.is_plain_greedy for row in rows):
+            return
+        if any(chunk.num_tokens > 1 for chunk in chunks):
+            return
+        goes_on = self._scheduler.grow_ahead(chunks)
+        if goes_on:
+            self._runner.run_ahead(chunks, goes_on)
 
     def _postprocess(self, chunk: Chunk, tokens: Many[SampledToken | StageError | None]) -> list[StageEvent]:
         """tokens: the sampled ones, or one that is None."""
@@ -310,13 +321,13 @@ class AREngine(StageEngine):
 
 
 def _model_key(spec: ARSpec, context: EngineContext) -> tuple[str, ...]:
-    return (*spec.model.key, str(context.device), spec.precision.name)
+    return (*spec.model.key, str(context.device), spec.precision.name, spec.stage.offload)
 
 
 def _load_model(spec: ARSpec, context: EngineContext) -> LanguageModel:
     return context.models.get(
         _model_key(spec, context),
-        lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization),
+        lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization, spec.make_copies()),
     )
 
 

@@ -20,6 +20,7 @@ from vllm_omni.engine.lora import LoRASource
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.attention.base import AttentionUse
 from vllm_omni.layers.attention.choice import choose_attention
+from vllm_omni.layers.blocks import NONE_STREAMED
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.utils.device import resolve_device
 from vllm_omni.utils.files import ModelFolders
@@ -38,6 +39,7 @@ class ARSpec(StageSpec):
     options_type = AROptions
     params_type = SamplingParams
     can_quantize = True
+    can_offload = True
 
     options: AROptions
     can_write: bool  # whether its jobs sample
@@ -136,9 +138,14 @@ class ARSpec(StageSpec):
         self._granted_bytes += num_bytes
 
     def plan_memory(self) -> MemoryPlan:
-        pool = self.pool
+        pool, precision = self.pool, self.precision
+        weights = self.model.weights_bytes(self._itemsize, precision.quantization)
+        streamed = NONE_STREAMED
+        if self.offloads:
+            streamed = self.model.streamed_bytes(precision.dtype, precision.quantization)
         return MemoryPlan(
-            weights_bytes=self.model.weights_bytes(self._itemsize, self.precision.quantization),
+            weights_bytes=weights - streamed.waiting + streamed.slots,
+            offloaded_bytes=streamed.waiting,
             kv_pool_bytes=pool.num_blocks * pool.block_bytes,
             wanted_bytes=pool.num_wanted * pool.block_bytes,
             remark=f"KV pool of {pool.num_blocks * self.options.block_size:,} tokens, as {pool.limited_by} sets it",
@@ -169,6 +176,8 @@ class ARSpec(StageSpec):
 
     @property
     def _capture_complaint(self) -> str | None:
+        if self.offloads:
+            return "the weights of the layers come and go (offload: weights)"
         attention = registry.resolve("attention", self.attention)
         device = resolve_device(self.stage.device)
         return capture_complaint(self.model, attention, can_write=self.can_write, device=device)

@@ -50,10 +50,10 @@ class DiffusionEngine(StageEngine):
         self.spec = spec
         self._reads = context.reads
         self._device = context.device
-        key = (type(spec.model).__name__, spec.folder.resolve(), context.device, spec.precision.name)
+        key = (type(spec.model).__name__, spec.folder.resolve(), context.device, spec.precision.name, spec.offloads)
         self.model: DiffusionModel = context.models.get(
             key,
-            lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization),
+            lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization, spec.make_copies()),
         )
         self._kernels = kernels_of(part for part in vars(self.model).values() if isinstance(part, torch.nn.Module))
         self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, key, self.model.adapted())

@@ -30,6 +30,7 @@ from vllm_omni.engine.diffusion.decoding_memory import DecodingMemory
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.engine.lora import LoRASource, loras_of
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.blocks import NONE_STREAMED
 from vllm_omni.layers.weights import tensor_shapes
 from vllm_omni.layers.weights_digest import weights_digest
 from vllm_omni.params import DiffusionParams, StageParams, layered
@@ -84,6 +85,10 @@ class DiffusionSpec(StageSpec):
     def can_quantize(self) -> bool:  # type: ignore[override]
         return self.model.can_quantize
 
+    @property
+    def can_offload(self) -> bool:  # type: ignore[override]
+        return self.model.can_offload
+
     def choose_dtype(self) -> Precision:
         only = self.model.only_dtype
         return super().choose_dtype() if only is None else Precision(only, "the model computes in nothing else")
@@ -99,8 +104,11 @@ class DiffusionSpec(StageSpec):
 
     def plan_memory(self) -> MemoryPlan:
         dtype, decoding = self.precision.dtype, self._decoding
+        weights = self.model.weights_bytes(dtype, self.precision.quantization)
+        streamed = self.model.streamed_bytes(dtype, self.precision.quantization) if self.offloads else NONE_STREAMED
         return MemoryPlan(
-            weights_bytes=self.model.weights_bytes(dtype, self.precision.quantization),
+            weights_bytes=weights - streamed.waiting + streamed.slots,
+            offloaded_bytes=streamed.waiting,
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
             step_cache_bytes=self.encoded_bytes + (0 if self.policy.computes_all else budget_bytes(self._dit_cache)),
             adapter_bytes=0 if self.lora is None else self.lora.max_bytes,

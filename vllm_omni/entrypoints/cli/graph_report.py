@@ -212,6 +212,11 @@ def _memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> list[str]:
     rows.append(("all", "", "", "", "", "", format_bytes(total)))
     budget = format_bytes(int(config.max_memory_gb * GIB))
     remarks = [(stage, plan.remark) for stage, plan in plans.items() if plan.remark]
+    remarks += [
+        (stage, f"{format_bytes(plan.offloaded_bytes)} of weights wait in the host's memory and come block by block")
+        for stage, plan in plans.items()
+        if plan.offloaded_bytes
+    ]
     return [
         "Memory",
         *aligned(rows),

@@ -22,6 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vllm_omni.layers.triton import glue, library
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
@@ -123,8 +125,12 @@ class PagedAttention(ABC):
         query: [N, H, D]; key, value: [N, K, D]; kv_cache: [2, blocks, block_size, K, D] of one layer; window: the
         tokens that each sees, itself among them; None: all before it -> [N, H, D], the query's dtype.
         """
-        for cache, states in zip(kv_cache, (key, value), strict=True):
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, self.metadata.slot_mapping, states)
+        slots = self.metadata.slot_mapping
+        if library.takes(kv_cache, key, value):
+            glue.store_rows(kv_cache, slots, key, value)
+        else:
+            for cache, states in zip(kv_cache, (key, value), strict=True):
+                cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, states)
         return self.attend(query, key, value, kv_cache, window)
 
     @abstractmethod

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import sysconfig
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_omni.layers.attention.base import AttentionMetadata, AttentionUse, PagedAttention
+from vllm_omni.layers.triton.library import missing_to_compile, power_of_two
 from vllm_omni.utils.device import current_device, is_cuda
 
 MIN_SPLIT = 128  # keys
@@ -45,7 +43,7 @@ class TritonAttention(PagedAttention):
         if find_spec("triton") is None:
             return "needs the package triton; install it"
         if is_cuda(use.device):
-            missing = _missing_to_compile()
+            missing = missing_to_compile()
             if missing is not None:
                 return f"needs {missing}, with which triton makes its launchers; install it"
         elif os.environ.get(INTERPRETER) != "1":
@@ -64,8 +62,8 @@ class TritonAttention(PagedAttention):
         self._tiles: dict[int, Tensor] = {}  # by their tokens, planned when the first layer asks
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, window: int | None) -> Tensor:
-        query = query.contiguous()
-        output = torch.empty_like(query)
+        query = query if query.stride()[1:] == (query.shape[2], 1) else query.contiguous()
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         shape = KernelShape(query, kv_cache, window)
         with current_device(query.device):
             if self._has_single:
@@ -94,6 +92,7 @@ class TritonAttention(PagedAttention):
             peaks,
             totals,
             table.stride(0),
+            query.stride(0),
             shape.scale,
             **shape.of_keys,
             **SPLITS,
@@ -129,6 +128,7 @@ class TritonAttention(PagedAttention):
             metadata.context_lens_tensor,
             tiles,
             metadata.block_table.stride(0),
+            query.stride(0),
             shape.scale,
             **shape.of_keys,
             TILE=tile,
@@ -142,9 +142,9 @@ class KernelShape:
     def __init__(self, query: Tensor, kv_cache: Tensor, window: int | None) -> None:
         num_heads, head_dim = query.shape[1:]
         page, num_kv_heads = kv_cache.shape[2:4]
-        block_d = max(LEAST_ROWS, _power_of_two(head_dim))
+        block_d = max(LEAST_ROWS, power_of_two(head_dim))
         row_bytes = block_d * query.element_size()
-        self.group = _power_of_two(num_heads // num_kv_heads)
+        self.group = power_of_two(num_heads // num_kv_heads)
         self.tile = max(1, min(TILE_ROWS, TILE_BYTES // row_bytes) // self.group)  # tokens
         self.scale = head_dim**-0.5 * math.log2(math.e)
         self.of_keys: dict[str, Any] = {
@@ -159,17 +159,3 @@ class KernelShape:
         }
         self.of_result = {name: self.of_keys[name] for name in OF_RESULT}
         self.decode_group = max(LEAST_ROWS, self.group)
-
-
-def _missing_to_compile() -> str | None:
-    """What triton needs at run time and would not find, None where it has all."""
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "a C compiler (gcc, clang, or CC)"
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return "the headers of Python (Python.h)"
-    return None
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not below."""
-    return 1 << (number - 1).bit_length()

@@ -72,7 +72,7 @@ def split_span(length, first, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 
 @triton.jit
 def decode_splits(
-    query,  # [N, H, D]
+    query,  # [N, H, D], its rows query_stride apart
     key_cache,  # [blocks, PAGE, K, D]
     value_cache,
     block_table,  # [B, table_stride]
@@ -82,6 +82,7 @@ def decode_splits(
     peaks,  # [B, S, H] float32
     totals,  # [B, S, H] float32
     table_stride,
+    query_stride,
     scale,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -112,7 +113,7 @@ def decode_splits(
     mask = (rows[:, None] < GROUP) & (dims[None, :] < HEAD_DIM)
     at = heads[:, None] * HEAD_DIM + dims[None, :]
     output, peak, total = accumulate(
-        tl.load(query + token * NUM_HEADS * HEAD_DIM + at, mask=mask, other=0.0),
+        tl.load(query + token * query_stride + at, mask=mask, other=0.0),
         tl.full([BLOCK_G], 0, dtype=tl.int32) + (length - 1),
         key_cache + kv_head * HEAD_DIM,
         value_cache + kv_head * HEAD_DIM,
@@ -180,10 +181,10 @@ def combine_splits(
     tl.store(output + (token * NUM_HEADS + head) * HEAD_DIM + dims, result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # another width of the table is no other kernel
 def prefill_tiles(
     output,  # [N, H, D]
-    query,  # [N, H, D]
+    query,  # [N, H, D], its rows query_stride apart
     key_cache,
     value_cache,
     block_table,
@@ -191,6 +192,7 @@ def prefill_tiles(
     context_lens,
     tiles,  # [T, 2]: a sequence, and the first of its tokens of this step in the tile
     table_stride,
+    query_stride,
     scale,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -219,9 +221,10 @@ def prefill_tiles(
     is_row = (tokens < num_tokens) & (members < GROUP)
     mask = is_row[:, None] & (dims[None, :] < HEAD_DIM)
     heads = kv_head * GROUP + members
-    at = ((begin + tokens) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
+    at = heads[:, None] * HEAD_DIM + dims[None, :]
+    places = (begin + tokens)[:, None]
     states, _, total = accumulate(
-        tl.load(query + at, mask=mask, other=0.0),
+        tl.load(query + places * query_stride + at, mask=mask, other=0.0),
         tile_position + rows // BLOCK_G,
         key_cache + kv_head * HEAD_DIM,
         value_cache + kv_head * HEAD_DIM,
@@ -240,4 +243,5 @@ def prefill_tiles(
         PRECISION,
     )
     total = tl.where(is_row, total, 1.0)
-    tl.store(output + at, (states / total[:, None]).to(output.dtype.element_ty), mask=mask)
+    states = (states / total[:, None]).to(output.dtype.element_ty)
+    tl.store(output + places * NUM_HEADS * HEAD_DIM + at, states, mask=mask)

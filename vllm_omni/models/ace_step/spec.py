@@ -11,6 +11,7 @@ import torch
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.published_quantization import read_quantization
+from vllm_omni.layers.weights import MakeCopies
 from vllm_omni.models.ace_step.conditioning import REFERENCE_SECONDS, AceStepConditioner
 from vllm_omni.models.ace_step.config import AceStepConfig
 from vllm_omni.models.ace_step.folder import AceStepFolder
@@ -42,6 +43,7 @@ class AceStepSpec(DiffusionModelSpec):
     """Of a folder of diffusers' AceStepPipeline."""
 
     can_quantize = True
+    can_offload = True
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)
@@ -110,12 +112,18 @@ class AceStepSpec(DiffusionModelSpec):
         name = "ACE-Step turbo" if self._transformer.is_turbo else "ACE-Step base or sft"
         return f"{name} (by is_turbo and model_version of transformer/config.json)"
 
-    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> AceStepPipeline:
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        make_copies: MakeCopies | None = None,
+    ) -> AceStepPipeline:
         path, variant = self.folder, self.weights_variant
         num_timbre_frames = self._geometry.num_frames(REFERENCE_SECONDS)
         return AceStepPipeline(
             AceStepTransformer.load(
-                path / "transformer", self._transformer, device, dtype, variant, quantization=quantization
+                path / "transformer", self._transformer, device, dtype, variant, quantization, make_copies
             ),
             Oobleck.load(path / "vae", device, dtype, variant),
             AceStepConditioner.load(path, [ENCODER, *self._coders], num_timbre_frames, device, dtype, variant),

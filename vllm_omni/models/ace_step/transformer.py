@@ -11,19 +11,21 @@ row, D width, H query heads, K key-value heads, d head size, C latent channels, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.packing import linear
 from vllm_omni.layers.rotary import rotary_frequencies
-from vllm_omni.layers.weights import Target, allocate, load_weights
+from vllm_omni.layers.weights import MakeCopies, Target, allocate, load_weights
 from vllm_omni.models.ace_step.blocks import Block, TimeEmbedding
 from vllm_omni.models.ace_step.config import AceStepConfig
 from vllm_omni.models.ace_step.frames import CrossAttentionKV, Frames, RowCondition, grouped, packed_order
@@ -60,8 +62,7 @@ class AceStepTransformer(nn.Module):
         self.time_embed = TimeEmbedding(width)
         self.time_embed_r = TimeEmbedding(width)
         self.condition_embedder = Linear(config.encoder_hidden_size, width)
-        self.blocks = [Block(config, index) for index in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(self.blocks)
+        self.layers = Blocks(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm_out = RMSNorm(width, config.rms_norm_eps)
         self.proj_out_conv = nn.ConvTranspose1d(width, channels, kernel_size=patch, stride=patch)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, width))
@@ -75,12 +76,12 @@ class AceStepTransformer(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         weights_variant: str | None = None,
-        *,
         quantization: str | None = None,
+        make_copies: MakeCopies | None = None,
     ) -> AceStepTransformer:
         """The model of a `transformer` folder and its configuration, ready to run."""
         model = cls.build(config)
-        allocate(model, device, dtype, quantization)
+        allocate(model, device, dtype, quantization, make_copies)
         load_weights(model, folder, variant=weights_variant)
         model.fold_weights()
         return model
@@ -114,7 +115,7 @@ class AceStepTransformer(nn.Module):
     def encode_text(self, states: Tensor) -> CrossAttentionKV:
         """[t, E] states of the condition encoder -> what cross-attention reads; the same for every step."""
         states = self.condition_embedder(states.to(self.condition_embedder.weight.dtype))
-        return CrossAttentionKV(tuple(block.cross_attn.encode(states) for block in self.blocks))
+        return CrossAttentionKV(tuple(block.cross_attn.encode(states) for block in self._present()))
 
     def encode_context(self, context: Tensor) -> Tensor:
         """[T, 2 C] source latents and mask -> [L, D], the part of the embedded input that no step changes."""
@@ -142,14 +143,15 @@ class AceStepTransformer(nn.Module):
     def run_blocks(self, frames: Frames, start: int, stop: int) -> Frames:
         """Blocks start .. stop - 1."""
         hidden, spans, reads = frames.hidden, frames.spans(self._rope_table(frames)), frames.cross_attention_spans()
-        for block in self.blocks[start:stop]:
+        for block in self._present(start, stop):
             hidden = block(hidden, spans, reads, frames.modulation)
         return replace(frames, hidden=hidden)
 
     def modulated_input(self, frames: Frames) -> list[Tensor]:
         """[L, D] per packed row: what the first block's self-attention reads."""
         spans = frames.spans(self._rope_table(frames))
-        return replace(frames, hidden=self.blocks[0].modulated_input(frames.hidden, spans, frames.modulation)).per_row()
+        block = next(self._present())
+        return replace(frames, hidden=block.modulated_input(frames.hidden, spans, frames.modulation)).per_row()
 
     def unembed(self, frames: Frames) -> list[Tensor]:
         """Velocities [T, C], in the order of the rows that `embed` was given."""
@@ -168,6 +170,9 @@ class AceStepTransformer(nn.Module):
     def forward(self, latents: Sequence[Tensor], timesteps: Tensor, conditions: Sequence[RowCondition]) -> list[Tensor]:
         """All of the above in one go."""
         return self.unembed(self.run_blocks(self.embed(latents, timesteps, conditions), 0, len(self.layers)))
+
+    def _present(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        return cast(Iterator[Block], self.layers.present(start, stop))
 
     def _patches(self, rows: Tensor) -> Tensor:
         """[T, channels] -> [L, P channels], the last patch filled up with zeros."""

@@ -13,8 +13,9 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.layers.group_norm import use_group_norms
 from vllm_omni.layers.published_quantization import read_quantization
-from vllm_omni.layers.weights import allocate, load_weights, weights_bytes
+from vllm_omni.layers.weights import MakeCopies, allocate, load_weights, weights_bytes
 from vllm_omni.models.flux2.config import Flux2Config
 from vllm_omni.models.flux2.lora_names import lora_aliases
 from vllm_omni.models.flux2.pictures import Size, check_pictures, pictures_of
@@ -50,6 +51,7 @@ class KleinSpec(DiffusionModelSpec):
 
     gives_previews = True
     can_quantize = True
+    can_offload = True
     adapted_part = "transformer"
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})
@@ -98,13 +100,20 @@ class KleinSpec(DiffusionModelSpec):
     def decoding_size(self, dtype: torch.dtype) -> DecodingSize:
         return DecodingSize.of_folder(self.folder / "vae", self.geometry.multiple, dtype)
 
-    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> KleinPipeline:
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        make_copies: MakeCopies | None = None,
+    ) -> KleinPipeline:
         from diffusers import AutoencoderKLFlux2
 
         transformer = self.build_transformer()
-        allocate(transformer, device, dtype, quantization)
+        allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         vae = load_part(AutoencoderKLFlux2, self.folder / "vae", self._vae_dtype(dtype), self.weights_variant)
+        use_group_norms(vae)
         vae = vae.to(device=device, memory_format=torch.channels_last)
         return KleinPipeline(
             transformer, vae, self.sampler_config, self.geometry, self.preview_map, self.keeps_references

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.lora import packed
 from vllm_omni.layers.modulation import modulated
@@ -74,8 +75,8 @@ class Flux2Transformer(nn.Module):
         if config.guidance_embeds:
             self.guidance_embedder = TimestepEmbedder(config.timestep_guidance_channels, config.dim, bias=False)
         self.modulation = MergedLinear(config.dim, {name: count * config.dim for name, count in MODULATIONS.items()})
-        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_layers))
-        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
+        self.double_blocks = Blocks(DoubleBlock(config) for _ in range(config.num_layers))
+        self.single_blocks = Blocks(SingleBlock(config) for _ in range(config.num_single_layers))
         self.norm_out = LayerNorm(config.eps)
         self.proj_out = Linear(config.dim, config.in_channels, bias=False)
         self._ropes = RopeTables(positions, config.axes_dims_rope, config.rope_theta)
@@ -127,7 +128,7 @@ class Flux2Transformer(nn.Module):
 
     def modulated_input(self, tokens: JointTokens) -> list[Tensor]:
         """[L, D] per packed row: what the first block attends with."""
-        block: DoubleBlock = self.double_blocks[0]  # type: ignore[assignment]
+        block: DoubleBlock = next(self.double_blocks.present())  # type: ignore[assignment]
         of_text, of_image, _, _ = self._modulations(tokens)
         spans = spans_of(tokens.groups, self._rope)
         text = block.text.modulated_input(tokens.text, spans.text, of_text)
@@ -181,14 +182,15 @@ class Flux2Transformer(nn.Module):
         spans = spans_of(tokens.groups, self._rope)
         of_text, of_image, of_both, _ = self._modulations(tokens)
         num_double, text, image = self.config.num_layers, tokens.text, tokens.image
-        for layer in range(start, min(stop, num_double)):
-            text, image = self.double_blocks[layer](text, image, spans, (of_text, of_image), seen(layer))
+        for layer, block in enumerate(self.double_blocks.present(start, min(stop, num_double)), start):
+            text, image = block(text, image, spans, (of_text, of_image), seen(layer))
         tokens = replace(tokens, text=text, image=image)
         if stop <= max(start, num_double):
             return tokens
         hidden = tokens.both()
-        for layer in range(max(start, num_double), stop):
-            hidden = self.single_blocks[layer - num_double](hidden, spans.both, of_both, seen(layer))
+        first = max(start, num_double)
+        for layer, block in enumerate(self.single_blocks.present(first - num_double, stop - num_double), first):
+            hidden = block(hidden, spans.both, of_both, seen(layer))
         return tokens.with_both(hidden)
 
     def _modulate(self, times: Tensor, guidance: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.published_quantization import read_quantization
-from vllm_omni.layers.weights import allocate, load_weights
+from vllm_omni.layers.weights import MakeCopies, allocate, load_weights
 from vllm_omni.media.image_input import image_size
 from vllm_omni.models.qwen_image.config import QwenImageConfig
 from vllm_omni.models.qwen_image.geometry import EDITED_AREA, ImageGeometry
@@ -47,6 +47,7 @@ class QwenImageSpec(DiffusionModelSpec):
 
     gives_previews = True
     can_quantize = True
+    can_offload = True
     adapted_part = "transformer"
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})
@@ -90,9 +91,15 @@ class QwenImageSpec(DiffusionModelSpec):
     def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
         return self.vae_config.dtype(dtype) if folder.name == "vae" else dtype
 
-    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> QwenImagePipeline:
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        make_copies: MakeCopies | None = None,
+    ) -> QwenImagePipeline:
         transformer = self.build_transformer()
-        allocate(transformer, device, dtype, quantization)
+        allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         folder = self.folder / "vae"
         vae = PictureVae.load(folder, device, self.part_dtype(folder, dtype), self.weights_variant)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.lora import packed
 from vllm_omni.layers.norm import RMSNorm
@@ -60,7 +61,7 @@ class QwenImageTransformer(nn.Module):
         self.txt_norm = RMSNorm(config.joint_attention_dim, EPS)
         self.txt_in = Linear(config.joint_attention_dim, config.dim)
         self.time_embedder = TimestepEmbedder(NUM_SINUSOIDS, config.dim, bias=True)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = Blocks(Block(config) for _ in range(config.num_layers))
         self.final_layer = FinalLayer(config)
         self._ropes = RopeTables(positions, config.axes_dims_rope, THETA)
 
@@ -104,13 +105,13 @@ class QwenImageTransformer(nn.Module):
     def run_blocks(self, tokens: JointTokens, start: int, stop: int) -> JointTokens:
         """Blocks start .. stop - 1."""
         text, image, inputs = tokens.text, tokens.image, self._inputs(tokens)
-        for block in self.blocks[start:stop]:
+        for block in self.blocks.present(start, stop):
             text, image = block(text, image, inputs)
         return replace(tokens, text=text, image=image)
 
     def modulated_input(self, tokens: JointTokens) -> list[Tensor]:
         """[L, D] per packed row, text then image: what the first block attends with."""
-        block: Block = self.blocks[0]  # type: ignore[assignment]
+        block: Block = next(self.blocks.present())  # type: ignore[assignment]
         text, image = block.modulated_input(tokens.text, tokens.image, self._inputs(tokens))
         return replace(tokens, text=text, image=image).per_row()
 

@@ -12,8 +12,9 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.layers.group_norm import use_group_norms
 from vllm_omni.layers.published_quantization import read_quantization
-from vllm_omni.layers.weights import allocate, load_weights
+from vllm_omni.layers.weights import MakeCopies, allocate, load_weights
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.pipeline import NEGATIVE_PORT, ImageGeometry, ZImagePipeline
 from vllm_omni.models.z_image.trajectory import guidance_scale, num_steps
@@ -45,6 +46,7 @@ class ZImageSpec(DiffusionModelSpec):
 
     gives_previews = True
     can_quantize = True
+    can_offload = True
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})
     adapted_part = "transformer"
@@ -85,14 +87,21 @@ class ZImageSpec(DiffusionModelSpec):
         vae = self.folder / "vae"
         return DecodingSize.of_folder(vae, self.geometry.vae_scale, self.part_dtype(vae, dtype))
 
-    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> ZImagePipeline:
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        make_copies: MakeCopies | None = None,
+    ) -> ZImagePipeline:
         from diffusers import AutoencoderKL
 
         transformer = self.build_transformer()
-        allocate(transformer, device, dtype, quantization)
+        allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         folder = self.folder / "vae"
         vae = load_part(AutoencoderKL, folder, self.part_dtype(folder, dtype), self.weights_variant)
+        use_group_norms(vae)
         vae = vae.to(device=device, memory_format=torch.channels_last)
         return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 

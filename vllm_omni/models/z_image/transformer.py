@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.lora import packed
 from vllm_omni.layers.norm import RMSNorm
@@ -41,9 +42,9 @@ class ZImageTransformer(nn.Module):
         self.cap_norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
         self.cap_embedder = Linear(config.cap_feat_dim, config.dim)
         self.t_embedder = TimestepEmbedder(config.modulation_width)
-        self.noise_refiner = nn.ModuleList(Block(config) for _ in range(config.n_refiner_layers))
-        self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.noise_refiner = Blocks(Block(config) for _ in range(config.n_refiner_layers))
+        self.context_refiner = Blocks(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
+        self.layers = Blocks(Block(config) for _ in range(config.n_layers))
         self.final_layer = FinalLayer(config)
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
@@ -58,7 +59,7 @@ class ZImageTransformer(nn.Module):
         rows, length = is_padding.shape
         span = self._span(slice(0, rows), 0, length, self._rope(0, 0, length))
         hidden = hidden.flatten(0, 1)
-        for block in self.context_refiner:
+        for block in self.context_refiner.present():
             hidden = block(hidden, (span,))
         return hidden.unflatten(0, (rows, length))
 
@@ -81,13 +82,13 @@ class ZImageTransformer(nn.Module):
     def run_blocks(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Blocks start .. stop - 1 of the main stack."""
         hidden, spans = tokens.hidden, self._spans(tokens.groups)
-        for block in self.layers[start:stop]:
+        for block in self.layers.present(start, stop):
             hidden = block(hidden, spans, tokens.condition)
         return replace(tokens, hidden=hidden)
 
     def modulated_input(self, tokens: Tokens) -> list[Tensor]:
         """[L, D] per packed row: what the first block of the main stack attends with."""
-        block: Block = self.layers[0]  # type: ignore[assignment]
+        block: Block = next(self.layers.present())  # type: ignore[assignment]
         scale = block.adaLN_modulation(tokens.condition).chunk(4, dim=-1)[0]  # type: ignore[misc]
         hidden = block.modulated_input(tokens.hidden, self._spans(tokens.groups), scale)
         return replace(tokens, hidden=hidden).per_row()
@@ -131,7 +132,7 @@ class ZImageTransformer(nn.Module):
             spans.append(self._span(group.rows, start, group.num_image, rope))
             start = spans[-1].tokens.stop
         hidden = joined(parts)
-        for block in self.noise_refiner:
+        for block in self.noise_refiner.present():
             hidden = block(hidden, spans, time)
         return [hidden[span.tokens].unflatten(0, (span.num_rows, span.length)) for span in spans]
 

@@ -82,8 +82,8 @@ class DecodeBatch:
         self._pool = pool
         self._bucket_sizes = tuple(bucket_sizes)
         num_rows = self._bucket_sizes[-1] if bucket_sizes else max_num_seqs
-        # rows: token ids, positions, slots, context lengths
-        columns = host_buffer(4, num_rows, device=pool.device)
+        # rows: token ids, positions, slots, context lengths, and which row of the step before chose the token
+        columns = host_buffer(5, num_rows, device=pool.device)
         block_table = host_buffer(num_rows, max_num_blocks, device=pool.device)
         self._columns, self._block_table = columns.numpy(), block_table.numpy()  # written through these
         self._host = (columns, block_table)
@@ -116,18 +116,39 @@ class DecodeBatch:
             samples_first_rows=is_everyone,
         )
 
+    def fill_next(self, chunks: Many[Chunk], goes_on: Many[bool], sources: Many[int], chosen: Tensor) -> StepBatch:
+        """The step after that of these chunks, whose tokens are on the device alone: `chosen`, of each chunk at its
+        source. Those that do not go on become padding.
+        """
+        count = len(chunks)
+        size = self._bucket_size(count)
+        self._fence.wait()
+        self._columns[4, :count] = sources
+        going = [(chunk.sequence.block_table, chunk.end) for chunk in chunks]
+        places = [place if does else (self._padding_table, 0) for place, does in zip(going, goes_on, strict=True)]
+        columns, attention = self._placed(places, [0] * count, size)
+        columns[0, :count] = chosen[columns[4, :count]].clamp_min(0)
+        return StepBatch(columns[0, :size], columns[1, :size], attention, None, self._every_row[:count], True)
+
     def padding(self, size: int) -> StepBatch:
         """A batch of nothing but padding rows, in the places of a bucket's; all of them sample."""
-        columns, attention = self._filled([], size)
+        columns, attention = self._placed([], [], size)
         return StepBatch(columns[0, :size], columns[1, :size], attention, None, self._every_row[:size], True)
 
     def _filled(self, chunks: Many[Chunk], size: int) -> tuple[Tensor, AttentionMetadata]:
         """The columns on the device, and what attention is told of their first `size` rows."""
-        context_lens = [position + 1 for chunk in chunks for position in range(chunk.start, chunk.end)]
-        count = len(context_lens)
+        places = [(chunk.sequence.block_table, place) for chunk in chunks for place in range(chunk.start, chunk.end)]
+        return self._placed(places, [token for chunk in chunks for token in chunk.token_ids], size)
+
+    def _placed(
+        self, places: Many[tuple[list[int], int]], token_ids: list[int], size: int
+    ) -> tuple[Tensor, AttentionMetadata]:
+        """As `_filled`. places: the block table of each token's sequence, and its position."""
+        count = len(places)
+        context_lens = [position + 1 for _, position in places]
         self._fence.wait()
-        if chunks:
-            self._fill_sequences(chunks, context_lens)
+        if places:
+            self._fill_places(places, token_ids, context_lens)
         if size > count:
             self._fill_padding(count, size)
             context_lens += [1] * (size - count)
@@ -145,22 +166,20 @@ class DecodeBatch:
     def _bucket_size(self, count: int) -> int:
         return self._bucket_sizes[bisect_left(self._bucket_sizes, count)] if self._bucket_sizes else count
 
-    def _fill_sequences(self, chunks: Many[Chunk], context_lens: list[int]) -> None:
+    def _fill_places(self, places: Many[tuple[list[int], int]], token_ids: list[int], context_lens: list[int]) -> None:
         block_size = self._pool.block_size
-        positions = [length - 1 for length in context_lens]
-        tables = [chunk.sequence.block_table for chunk in chunks for _ in range(chunk.num_tokens)]
-        self._columns[:, : len(positions)] = (
-            [token for chunk in chunks for token in chunk.token_ids],
-            positions,
-            [t[p // block_size] * block_size + p % block_size for t, p in zip(tables, positions, strict=True)],
+        self._columns[:4, : len(places)] = (
+            token_ids,
+            [position for _, position in places],
+            [table[place // block_size] * block_size + place % block_size for table, place in places],
             context_lens,
         )
-        for row, table in enumerate(tables):
+        for row, (table, _) in enumerate(places):
             self._fill_table(row, table)
 
     def _fill_padding(self, start: int, stop: int) -> None:
         assert self._pool.scratch_block is not None
-        self._columns[:, start:stop] = [[0], [0], [self._pool.scratch_block * self._pool.block_size], [1]]
+        self._columns[:4, start:stop] = [[0], [0], [self._pool.scratch_block * self._pool.block_size], [1]]
         for row in range(start, stop):
             self._fill_table(row, self._padding_table)
 

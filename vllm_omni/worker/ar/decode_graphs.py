@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from vllm_omni.layers.attention.base import PagedAttention
-from vllm_omni.utils.device import StepGraphs, is_cuda
+from vllm_omni.utils.device import Readout, StepGraphs, is_cuda
 from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
-from vllm_omni.worker.ar.step_logits import StepLogits
+from vllm_omni.worker.ar.step_logits import ChosenTokens, StepLogits
 
 SMALL_BUCKETS = (1, 2, 4, 8)
 BUCKET_STEP = 16
@@ -40,7 +40,7 @@ class DecodeGraphs:
     ) -> None:
         """compute_logits: of a batch, the logits [N, V] of all rows. sizes: the batch's buckets, ascending."""
         self._logits = torch.empty(sizes[-1], vocab_size, device=device, dtype=dtype)
-        self._greedy = torch.empty(sizes[-1], device=device, dtype=torch.int64)
+        self.chosen = torch.zeros(sizes[-1], device=device, dtype=torch.int64)  # of the last step, by its rows
         # compute_logits is the runner's, which holds these graphs: kept here it would keep the KV pool alive as well
         self._replay = {
             size: graphs.capture(partial(self._step, compute_logits, batch.padding(size))) for size in reversed(sizes)
@@ -51,15 +51,15 @@ class DecodeGraphs:
         self._replay[len(batch.token_ids)]()
         rows = batch.sampling_rows
         if batch.samples_first_rows:
-            return StepLogits(self._logits[: len(rows)], self._greedy[: len(rows)])
-        return StepLogits(self._logits[rows], self._greedy[rows])
+            return StepLogits(self._logits[: len(rows)], ChosenTokens(Readout(self.chosen[: len(rows)])))
+        return StepLogits(self._logits[rows], ChosenTokens(Readout(self.chosen[rows])))
 
     def _step(self, compute_logits: Callable[[StepBatch], Tensor], batch: StepBatch) -> None:
         """Everything that is captured."""
         logits = compute_logits(batch)
         is_sound = logits.isfinite().all(-1)
         self._logits[: len(logits)].copy_(logits)
-        self._greedy[: len(logits)].copy_(logits.argmax(-1).masked_fill_(~is_sound, -1))
+        self.chosen[: len(logits)].copy_(logits.argmax(-1).masked_fill_(~is_sound, -1))
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:

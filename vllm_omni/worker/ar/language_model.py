@@ -17,9 +17,19 @@ from torch import Tensor, nn
 
 from vllm_omni import registry
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.blocks import StreamedBytes
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.published_quantization import read_quantization
-from vllm_omni.layers.weights import allocate, load_weights, saved_bytes, tensor_files, tensor_shapes, weights_bytes
+from vllm_omni.layers.weights import (
+    MakeCopies,
+    allocate,
+    choose_numbers,
+    load_weights,
+    saved_bytes,
+    tensor_files,
+    tensor_shapes,
+    weights_bytes,
+)
 from vllm_omni.utils.checkpoint_files import reading
 from vllm_omni.utils.files import read_json
 from vllm_omni.utils.variants import check_variant, variants_in
@@ -164,7 +174,13 @@ class LanguageModelFolder:
         """Of the model's parameters, itemsize bytes each but for what is quantised."""
         left_out, variant = self.model_class.other_parts, self.weights_variant
         total = weights_bytes(self.folder, itemsize, self._tensor_prefix, left_out, variant)
-        return total if quantization is None else total - saved_bytes(self.build(), itemsize)
+        return total if quantization is None else total - saved_bytes(self.build(), itemsize, quantization)
+
+    def streamed_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> StreamedBytes:
+        """Of its layers, where they are streamed."""
+        model = self.build()
+        choose_numbers(model, dtype, quantization)
+        return StreamedBytes.of(model)
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the part's tensors."""
@@ -179,10 +195,18 @@ class LanguageModelFolder:
         files = tensor_files(self.folder, self._tensor_prefix, self.weights_variant).values()
         return dtype_of_headers(files, self._tensor_prefix, self.model_class.other_parts)
 
-    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> LanguageModel:
-        """The model, built without initialising and filled from its safetensors files."""
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        make_copies: MakeCopies | None = None,
+    ) -> LanguageModel:
+        """The model, built without initialising and filled from its safetensors files. make_copies: what brings the
+        weights of its layers to the device, where they wait elsewhere.
+        """
         model = self.build()
-        allocate(model, device, dtype, quantization)
+        allocate(model, device, dtype, quantization, make_copies)
         load_weights(model, self.folder, self._tensor_prefix, self.weights_variant)
         for module in model.modules():
             if isinstance(module, ComputedBuffers):

@@ -21,6 +21,7 @@ from vllm_omni.layers.lora import AdapterMix, adapted, packed
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.utils.device import StepGraphs
 from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch, rope_lengths
+from vllm_omni.worker.ar.decode_ahead import DecodeAhead
 from vllm_omni.worker.ar.decode_graphs import DecodeGraphs
 from vllm_omni.worker.ar.kv_pool import KVLayout, KVPool
 from vllm_omni.worker.ar.language_model import LanguageModel, MediaReader
@@ -71,7 +72,7 @@ class ModelRunner:
             max_num_blocks=most_blocks if config.window is not None else min(num_blocks, most_blocks),
             bucket_sizes=decode_buckets,
         )
-        self._graphs = None if graphs is None else self._capture(graphs, decode_buckets)
+        self._ahead = None if graphs is None else self._capture(graphs, decode_buckets)
 
     @property
     def device(self) -> torch.device:
@@ -109,15 +110,30 @@ class ModelRunner:
         inputs = inputs or {}
         is_adapted = any(mix is not None for mix in mixes)
         is_decode = self._decode_batch.fits(chunks)
+        if self._ahead is not None:
+            if is_decode and not inputs and not is_adapted:  # captured without adapters
+                return self._ahead.run(chunks)
+            self._ahead.forget()
         batch = self._decode_batch.fill(chunks, inputs) if is_decode else StepBatch.of(chunks, inputs, self._pool)
-        if self._graphs is not None and is_decode and not inputs and not is_adapted:  # captured without adapters
-            return self._graphs.run(batch)
         lengths = rope_lengths(chunks, len(batch.token_ids), self.device) if self._scales_by_length else None
         if not is_adapted:
             return StepLogits(self._compute(batch, lengths))
         num_padding = len(batch.token_ids) - sum(chunk.num_tokens for chunk in chunks)
         with adapted([*mixes, *[None] * num_padding]):
             return StepLogits(self._compute(batch, lengths, [*chunks, *[None] * num_padding]))
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether `run_ahead` begins steps."""
+        return self._ahead is not None
+
+    @torch.inference_mode()
+    def run_ahead(self, chunks: Many[Chunk], goes_on: Many[bool]) -> None:
+        """Begins the step after that of these chunks, which has just been run and is not read yet: each writes its
+        largest logit, and those that go on have the block of one token more.
+        """
+        assert self._ahead is not None
+        self._ahead.begin(chunks, goes_on)
 
     @torch.inference_mode()
     def encode(self, item: MediaItem) -> Tensor:
@@ -152,8 +168,8 @@ class ModelRunner:
             return self._model.compute_logits(states if is_every else states[batch.sampling_rows])
 
     @torch.inference_mode()
-    def _capture(self, graphs: StepGraphs, sizes: Many[int]) -> DecodeGraphs:
-        return DecodeGraphs(
+    def _capture(self, graphs: StepGraphs, sizes: Many[int]) -> DecodeAhead:
+        captured = DecodeGraphs(
             graphs,
             self._decode_batch,
             self._compute,
@@ -162,3 +178,4 @@ class ModelRunner:
             device=self.device,
             dtype=self.dtype,
         )
+        return DecodeAhead(captured, self._decode_batch)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError, StageError
-from vllm_omni.layers.weights import saved_bytes, weights_bytes
+from vllm_omni.layers.blocks import StreamedBytes
+from vllm_omni.layers.weights import MakeCopies, choose_numbers, saved_bytes, weights_bytes
 from vllm_omni.layers.weights_digest import weights_digest
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, StreamChunk
@@ -139,7 +140,8 @@ class DiffusionModelSpec(ABC):
     media_keys: frozenset[str] = frozenset()  # of them those that hold pictures or sounds
     gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
     only_dtype: ClassVar[torch.dtype | None] = None  # that it computes in, whatever its stage's `dtype` says
-    can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in int8
+    can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in 8 bits
+    can_offload: ClassVar[bool] = False  # whether weights of its blocks may wait in the host's memory
     adapted_part: ClassVar[str | None] = None  # the folder of the transformer, where LoRA may adapt it
     defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
 
@@ -149,19 +151,29 @@ class DiffusionModelSpec(ABC):
         self.weights_variant = weights_variant
 
     def weights_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
-        """Bytes of all weights, from the safetensors headers. quantization: "int8", where it can be."""
+        """Bytes of all weights, from the safetensors headers. quantization: "int8" or "fp8", where it can be."""
         total = sum(
             weights_bytes(folder, self.part_dtype(folder, dtype).itemsize, variant=self.weights_variant)
             for folder in self.weight_folders
         )
-        return total if quantization is None else total - saved_bytes(self.build_transformer(), dtype.itemsize)
+        return (
+            total
+            if quantization is None
+            else total - saved_bytes(self.build_transformer(), dtype.itemsize, quantization)
+        )
+
+    def streamed_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> StreamedBytes:
+        """Of its blocks, where they are streamed."""
+        transformer = self.build_transformer()
+        choose_numbers(transformer, dtype, quantization)
+        return StreamedBytes.of(transformer)
 
     def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
         """What the part in one of `weight_folders` is held in, in a stage of this dtype."""
         return dtype
 
     def build_transformer(self) -> nn.Module:
-        """What of it can be quantised or adapted, on the meta device."""
+        """What of it can be quantised, adapted or streamed, on the meta device."""
         raise NotImplementedError(f"{type(self).__name__}: can_quantize or adapted_part, but no build_transformer")
 
     def lora_aliases(self) -> Mapping[str, str]:
@@ -189,8 +201,16 @@ class DiffusionModelSpec(ABC):
         return None
 
     @abstractmethod
-    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> DiffusionModel:
-        """The model, its checkpoint read. quantization: "int8", where it can be."""
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        make_copies: MakeCopies | None = None,
+    ) -> DiffusionModel:
+        """The model, its checkpoint read. quantization: "int8" or "fp8", where it can be. make_copies: what brings the
+        weights of its blocks to the device, where they wait elsewhere and it `can_offload`.
+        """
 
     @abstractmethod
     def check(

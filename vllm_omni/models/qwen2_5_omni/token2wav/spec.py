@@ -14,7 +14,7 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import CheckpointError, InvalidRequestError
-from vllm_omni.layers.weights import load_weights, tensor_shapes
+from vllm_omni.layers.weights import MakeCopies, load_weights, tensor_shapes
 from vllm_omni.models.qwen2_5_omni.speakers import Speakers
 from vllm_omni.models.qwen2_5_omni.token2wav.config import DiTConfig, Token2WavConfig
 from vllm_omni.models.qwen2_5_omni.token2wav.model import PREFIX, Token2Wav, Token2WavModules
@@ -68,7 +68,13 @@ class Token2WavSpec(DiffusionModelSpec):
         widest = max(2 * config.ff_mult * config.hidden_size, 9 * heads)
         return (3 * config.hidden_size + widest) * dtype.itemsize
 
-    def load(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Token2Wav:
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        make_copies: MakeCopies | None = None,
+    ) -> Token2Wav:
         with torch.device("meta"):
             modules = Token2WavModules(self.config)
         modules.to_empty(device=device).to(dtype).requires_grad_(False).eval()
