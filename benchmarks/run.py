@@ -108,7 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `images` and `audio`")
     parser.add_argument(
-        "--peers", metavar="FOLDER", help=f"of `text_peers` and `speech_peers`: where tools/peers.py made them (default {DEFAULT_FOLDER})"
+        "--peers",
+        metavar="FOLDER",
+        help=f"of the suites with peers: where tools/peers.py made them (default {DEFAULT_FOLDER})",
     )
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     parser.add_argument("--threads", type=int, default=threads, help=f"of both sides (default {threads})")

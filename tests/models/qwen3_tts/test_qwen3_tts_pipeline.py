@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -137,3 +138,24 @@ def test_the_servers_speech_route_speaks_in_every_manner(server: ServerProcess) 
             say(**fields)
     with pytest.raises(BadRequestError, match="vivian"):
         say(voice="vivien")
+
+
+def test_a_kept_voice_speaks_as_a_request_that_brings_its_recording(server: ServerProcess) -> None:
+    client = OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+    file = io.BytesIO()
+    soundfile.write(file, sound(0.9), 24_000, format="WAV")
+    fields = {"name": "anna", "consent": "Anna, by letter", "text": "hello world", "model": "base"}
+    kept = httpx.post(
+        f"{server.base_url}/audio/voices", data=fields, files={"audio_sample": file.getvalue()}, timeout=60
+    )
+    assert kept.status_code == 200, kept.text
+    recording = "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
+    brought = {"ref_audio": recording, "ref_text": "hello world"}
+    said = [
+        client.audio.speech.create(
+            model="base", input="Hello", voice=voice, response_format="pcm", extra_body={"seed": 3, **own}
+        ).content
+        for voice, own in (("anna", {}), ("default", brought), ("anna", {"x_vector_only_mode": True}))
+    ]
+    assert said[0] and said[0] == said[1] != said[2]
+    assert httpx.delete(f"{server.base_url}/audio/voices/anna").json()["deleted"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from vllm_omni.models.qwen3_tts.codec.speaker_encoder import SpeakerEncoder
 from vllm_omni.models.qwen3_tts.codec.speech_encoder import SpeechEncoder
 
 CODEC_FOLDER = "speech_tokenizer"
+MAX_KEPT = 64  # voices, most recently used first; a minute of recording is 0.1 MB of codes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,11 +26,14 @@ class ClonedVoice:
 
 
 class VoiceCloner:
-    """The two encoders of a checkpoint; samples are [n] float32 at 24 kHz."""
+    """The two encoders of a checkpoint; samples are [n] float32 at 24 kHz. What they made of a recording is kept, so
+    that a voice which is used again costs nothing, whether a request names it or brings the recording again.
+    """
 
     def __init__(self, speaker: SpeakerEncoder, speech: SpeechEncoder) -> None:
         self._speaker = speaker
         self._speech = speech
+        self._kept: OrderedDict[bytes, ClonedVoice] = OrderedDict()  # by content
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, variant: str | None) -> VoiceCloner:
@@ -43,4 +49,12 @@ class VoiceCloner:
     @torch.inference_mode()
     def clone(self, samples: Tensor, has_frames: bool) -> ClonedVoice:
         """has_frames: whether the recording is to stand in the prompt."""
-        return ClonedVoice(self._speaker.embed(samples), self._speech.codes(samples) if has_frames else None)
+        key = hashlib.sha256(samples.contiguous().numpy().tobytes()).digest()
+        kept = self._kept.pop(key, None)
+        if kept is None or (has_frames and kept.frames is None):
+            embedding = self._speaker.embed(samples) if kept is None else kept.embedding
+            kept = ClonedVoice(embedding, self._speech.codes(samples) if has_frames else None)
+        self._kept[key] = kept
+        if len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+        return kept if has_frames else ClonedVoice(kept.embedding)
