@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from vllm_omni.layers.linear import PackedLayer
 from vllm_omni.models.qwen3_tts.codec.state import Carrying, CodecState
 
+MAX_WINDOW_NUMBERS = 2**20  # of the windows that are laid out at once: what caches hold
+
 
 class ProductLayer(PackedLayer):
     """A convolution that is computed as a product. Published weights have three dimensions; they lie in memory as the
@@ -72,7 +74,9 @@ class CausalConv(ProductLayer, Carrying):
         windows = x.as_strided(
             (num_rows, num_steps, self.kernel, self.channels), (row, step, self.dilation * step, channel)
         )
-        return self.multiply(windows.flatten(2), self.bias)
+        size = max(1, MAX_WINDOW_NUMBERS // (num_rows * self.kernel * self.channels))
+        made = [self.multiply(part.flatten(2), self.bias) for part in windows.split(size, dim=1)]
+        return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
 
 class DepthwiseConv(Carrying):

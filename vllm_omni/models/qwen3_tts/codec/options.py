@@ -16,7 +16,7 @@ class CodecOptions:
 
     part: str | None = None  # which model of a folder that holds several; None for a folder of its own
     max_batch_size: int = 32  # requests that are on their way
-    max_batch_frames: int = 64  # frames of one batch, all requests together; also the most that one gets in a step
+    max_batch_frames: int = 32  # frames of one batch, all requests together; also the most that one gets in a step
 
     def __post_init__(self) -> None:
         if self.part is not None and not isinstance(self.part, str):

@@ -11,6 +11,7 @@ from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.base import EngineContext, MemoryPlan, StageSpec, model_folder
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.weights import tensor_files, tensor_shapes
+from vllm_omni.models.qwen3_tts.codec.convolution import MAX_WINDOW_NUMBERS
 from vllm_omni.models.qwen3_tts.codec.decoder import CodecDecoder
 from vllm_omni.models.qwen3_tts.codec.options import CodecOptions
 from vllm_omni.models.qwen3_tts.codec.published import read_codec
@@ -65,11 +66,11 @@ class SpeechCodecSpec(StageSpec):
         dtype = self.precision.dtype
         shapes = tensor_shapes(self.folder, self.codec.prefix, self.stage.variant)
         names = (name for name in shapes if not self._blank.is_ignored(name.removeprefix(self.codec.prefix)))
-        state = state_bytes(self._blank.carrying, dtype)
+        state, window_bytes = state_bytes(self._blank.carrying, dtype), MAX_WINDOW_NUMBERS * dtype.itemsize
         return MemoryPlan(
             weights_bytes=sum(math.prod(shapes[name]) for name in names) * dtype.itemsize,
             kv_pool_bytes=self.options.max_batch_size * state,
-            activation_bytes=self.options.max_batch_frames * self._frame_bytes(dtype),
+            activation_bytes=self.options.max_batch_frames * self._frame_bytes(dtype) + window_bytes,
             remark=f"the state of {self.options.max_batch_size} requests, {state / 1e6:.1f} MB each",
         )
 
