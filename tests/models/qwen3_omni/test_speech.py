@@ -34,6 +34,8 @@ TAPS = (
     "talker.kv_memory_mb=4",
 )
 
+SMALL_BLOCKS = [f"{part}.{key}" for part in ("thinker", "talker") for key in ("kv_memory_mb=null", "block_size=4")]
+
 
 @dataclass(frozen=True)
 class Spoken:
@@ -162,8 +164,7 @@ def test_words_codes_and_waveform_equal_transformers(name: str, omni: Omni, refe
     [
         (),
         ("thinker.max_num_batched_tokens=7", "talker.max_num_batched_tokens=5", "talker.max_num_seqs=2"),
-        tuple(f"{part}.{key}" for part in ("thinker", "talker") for key in ("kv_memory_mb=null", "block_size=4"))
-        + ("thinker.num_blocks=12", "talker.num_blocks=14"),
+        (*SMALL_BLOCKS, "thinker.num_blocks=12", "talker.num_blocks=14"),
     ],
     ids=["plain", "pieces", "small pools"],
 )
