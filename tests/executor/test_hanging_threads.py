@@ -148,17 +148,17 @@ def test_a_thread_that_ends_is_noticed_at_once_and_replaced() -> None:
     loop.shutdown()
 
 
-def test_an_engine_in_a_thread_that_cannot_drop_a_task_is_replaced() -> None:
+def test_an_engine_in_a_thread_that_cannot_drop_a_task_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = one_stage(step_s=0.01)
     driver = Driver(loop)
     loop.add_request(request("mate", params=TextParams(steps=1000)))
     loop.add_request(request("a", params=TextParams(steps=1000)))
     driver.until(lambda: len(loop._hosts["text"].tasks) == 2)
 
-    def broken(request_id: str) -> None:
+    def broken(engine: TextEngine, request_id: str) -> None:
         raise LookupError("which one?")
 
-    loop._hosts["text"].executor._ask(lambda engine: setattr(engine, "abort", broken), 5.0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(TextEngine, "abort", broken)
     loop.abort("a")
     driver.until(lambda: driver.final("mate") is not None)
     mate = driver.final("mate")
