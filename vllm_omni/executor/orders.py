@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_omni.messages import StageEvent, StageTask
-from vllm_omni.payload import StreamChunk
+from vllm_omni.errors import StageError
+from vllm_omni.messages import StageDone, StageEvent, StageTask
+from vllm_omni.payload import StagePayload, StreamChunk
+from vllm_omni.utils.checks import brief
 
 Question = Literal["is_there", "partial_result", "save_state", "get_stats", "check_integrity"]
 
@@ -88,3 +90,17 @@ class Report:
     answers: Sequence[Answer] = ()
     error: Exception | None = None  # what the step raised; the engine may go on
     breakdown: Exception | None = None  # why the engine cannot go on
+
+    def __post_init__(self) -> None:
+        """StageError for what no servant reports: it may come from another process."""
+        is_right = type(self.num_orders) is int and isinstance(self.activity, str)
+        is_right &= all(map(is_event, self.events)) and all(isinstance(each, Answer) for each in self.answers)
+        if not is_right or not all(isinstance(each, Exception | None) for each in (self.error, self.breakdown)):
+            raise StageError(f"got the report {brief(self)}, expected counts, events and answers")
+
+
+def is_event(value: object) -> bool:
+    """Whether it is one that says of which task it is."""
+    if isinstance(value, StageDone) and not isinstance(value.payload, StagePayload):
+        return False
+    return isinstance(value, StageEvent) and isinstance(value.request_id, str)

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_omni.engine.base import Activity, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, clear_frames
 from vllm_omni.errors import StageError
-from vllm_omni.executor.orders import Answer, Ask, Drop, FeedChunk, Hold, Release, Report, StageOrder, Submit
+from vllm_omni.executor.orders import Answer, Ask, Drop, FeedChunk, Hold, Release, Report, StageOrder, Submit, is_event
 from vllm_omni.messages import StageEvent, StageFailed, StageTask
 from vllm_omni.utils.checks import brief
 
@@ -80,7 +80,7 @@ class StageServant:
         try:
             if self._engine.activity() is Activity.BUSY and not self._is_halted:
                 for event in self._engine.step():
-                    if not isinstance(event, StageEvent):
+                    if not is_event(event):
                         raise StageError(f"got {brief(event)} from a step, expected an event")
                     self._events.append(event)
         except Exception as error:

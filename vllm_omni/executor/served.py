@@ -7,12 +7,14 @@ from __future__ import annotations
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.errors import StageError
 from vllm_omni.executor.base import StageExecutor
+from vllm_omni.executor.blueprint import StageBlueprint
+from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.orders import (
     Answer,
     Ask,
@@ -40,10 +42,11 @@ class ServedExecutor(StageExecutor):
     Reports may come in from any thread's call; what they change is guarded by `_lock`.
     """
 
-    def __init__(self, spec: StageSpec, context: EngineContext, wake: Callable[[], None]) -> None:
+    def __init__(self, spec: StageSpec, context: EngineContext, commons: Commons, blueprint: StageBlueprint) -> None:
         self._spec = spec
         self._context = context
-        self._wake = wake
+        self._wake = commons.wake
+        self._blueprint = blueprint
         self._lock = threading.RLock()
         self._num_sent = 0  # orders
         self._num_done = 0  # of them, as far as the servant has told
@@ -175,14 +178,14 @@ class ServedExecutor(StageExecutor):
             self._num_questions += 1
             self._order(Ask(self._num_questions, question, request_id))
             self._question, self._answer = self._num_questions, None
-            while (answer := self._answer) is None:
-                left_s = until - time.monotonic()
-                if self._breakdown is not None:
-                    raise TimeoutError(f"stage {stage!r} has ended")
-                if left_s <= 0:
-                    raise TimeoutError(f"stage {stage!r} did not answer within {wait_s:g} s")
+        while (answer := self._answer) is None:
+            left_s = until - time.monotonic()
+            if self.breakdown() is not None:
+                raise TimeoutError(f"stage {stage!r} has ended")
+            if self._answer is None and left_s <= 0:
+                raise TimeoutError(f"stage {stage!r} did not answer within {wait_s:g} s")
+            if self._answer is None:
                 self._wait_for_report(left_s)
-                self._collect()
         if answer.error is not None:
             raise answer.error
         return answer.value

@@ -58,14 +58,12 @@ class StageHost:
         self._is_shut_down = False
 
     def load(self) -> None:
-        """Loads the engine and waits for it; leaves nothing behind when that fails."""
-        try:
-            with stage_boundary(self.name):
-                self.executor.start()
-                self.executor.ensure_loaded()
-        except BaseException:
-            self.executor.shutdown()
-            raise
+        """Begins to load the engine; what fails at once leaves nothing behind."""
+        self._loading(self.executor.start)
+
+    def ensure_loaded(self) -> None:
+        """Waits for the engine; leaves nothing behind when loading has failed."""
+        self._loading(self.executor.ensure_loaded)
 
     def ensure_ready(self) -> None:
         """StageUnavailableError while the stage is being rebuilt."""
@@ -228,6 +226,7 @@ class StageHost:
             "silent_s": silent_s,
             "num_rebuilds": self._recovery.num_rebuilds,
             "cause": why,
+            **self.executor.place(),
         }
 
     @property
@@ -238,7 +237,7 @@ class StageHost:
     @property
     def is_mending(self) -> bool:
         """Whether `mend` has something to do now, or may have before long."""
-        return not self.is_ready or self._is_left_alone
+        return not self.is_ready or self._is_broken or self._is_left_alone
 
     @property
     def num_buffers(self) -> int:
@@ -359,6 +358,14 @@ class StageHost:
         for request_id in made:
             self.abort(request_id)
         return [StageFailed(request_id, stage_error(self.name, cause), each) for request_id, each in made.items()]
+
+    def _loading(self, go_on: Callable[[], None]) -> None:
+        try:
+            with stage_boundary(self.name):
+                go_on()
+        except BaseException:
+            self.executor.shutdown()
+            raise
 
     @contextmanager
     def _losing(self, request_id: str) -> Iterator[None]:

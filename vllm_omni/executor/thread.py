@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 
 from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.errors import StageError
+from vllm_omni.executor.blueprint import StageBlueprint
+from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.orders import Report, StageOrder
 from vllm_omni.executor.servant import StageServant
 from vllm_omni.executor.served import ServedExecutor
@@ -26,9 +27,9 @@ class ThreadExecutor(ServedExecutor):
     is stuck in a step is left behind by `shutdown(wait=False)`; it ends when the step does, if ever.
     """
 
-    def __init__(self, spec: StageSpec, context: EngineContext, wake: Callable[[], None]) -> None:
+    def __init__(self, spec: StageSpec, context: EngineContext, commons: Commons, blueprint: StageBlueprint) -> None:
         self._background = Background(self._notify)
-        super().__init__(spec, dataclasses.replace(context, background=self._background), wake)
+        super().__init__(spec, dataclasses.replace(context, background=self._background), commons, blueprint)
         self._changed = threading.Condition()
         self._orders: list[StageOrder] = []
         self._reports: list[Report] = []
