@@ -1,4 +1,4 @@
-"""Exceptions as plain values, and back: by name, with their message, attributes, cause and the lines of their traceback.
+"""Exceptions as plain values, and back: by name, with message, attributes, cause and the lines of the traceback.
 
 Those of this package, of Python and torch's for lacking memory keep their class; any other keeps its name.
 """
@@ -66,8 +66,8 @@ def read_error(chain: Any, lines: Any) -> BaseException:
 def _made(name: Any, message: Any, attributes: Any) -> BaseException:
     if not isinstance(name, str) or not name.isidentifier() or len(name) > 100 or not isinstance(message, str):
         raise WireError(f"got an error of the name {brief(name)} and the message {brief(message)}")
-    kind = KNOWN.get(name) or type(name, (RemoteError,), {})
-    error: BaseException = kind.__new__(kind)  # whatever its constructor would ask for
+    kind: type[BaseException] = KNOWN.get(name) or type(name, (RemoteError,), {})
+    error = kind.__new__(kind)  # whatever its constructor would ask for
     error.args = (message,) if message else ()
     for attribute, value in attributes.items():
         setattr(error, attribute, value)

@@ -82,7 +82,7 @@ class WireTypes:
         found: dict[str, type] = {kind.__name__: kind for kind in (*SHARED, *self._more)}
         for kind in self._kinds:
             spec: Any = registry.resolve("stage kind", kind)
-            for each in (*_reachable(spec.options_type), *_reachable(spec.params_type)):
+            for each in (*_reachable(spec.options_type), spec.params_type):
                 if each not in found.values():
                     found[f"{each.__module__}:{each.__qualname__}"] = each
         return found
