@@ -15,6 +15,7 @@ from vllm_omni.errors import StageError
 from vllm_omni.executor.orders import Answer, Ask, Drop, FeedChunk, Hold, Release, Report, StageOrder, Submit, is_event
 from vllm_omni.messages import StageEvent, StageFailed, StageTask
 from vllm_omni.utils.checks import brief
+from vllm_omni.utils.device import is_out_of_memory, release_memory
 
 
 def _unchanged(task: StageTask) -> StageTask:
@@ -25,7 +26,7 @@ class StageServant:
     """Of one engine, which belongs to it alone. prepare: fills in what a task lacks, where it came without.
 
     What an order about a task raises ends that task. What a step raises is reported, and there is no other step before
-    the next order. An engine that cannot drop a task is of no use: that is a breakdown, and no turn should follow.
+    an order about a task. An engine that cannot drop a task is of no use: a breakdown, and no turn should follow.
     """
 
     def __init__(self, stage: str, engine: StageEngine, prepare: Callable[[StageTask], StageTask] = _unchanged) -> None:
@@ -66,9 +67,15 @@ class StageServant:
         """
         for order in orders:
             self._num_orders += 1
-            self._is_halted = False
+            self._is_halted = self._is_halted and isinstance(order, Ask)
             self._carry_out(order)
         return self._report(self._step() if self._breakdown is None else None)
+
+    def unsent(self, report: Report, error: Exception) -> Report:
+        """What takes the place of a report that cannot be carried: as if its step and its questions had raised."""
+        self._is_halted = True
+        answers = [Answer(answer.number, error=error) for answer in report.answers]
+        return Report(report.num_orders, self.activity().value, (), answers, error, report.breakdown)
 
     def _report(self, error: Exception | None) -> Report:
         events, self._events = self._events, []
@@ -86,6 +93,8 @@ class StageServant:
         except Exception as error:
             clear_frames(error)
             self._is_halted = True
+            if is_out_of_memory(error):
+                release_memory()
             return error
         return None
 

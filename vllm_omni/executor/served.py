@@ -53,6 +53,7 @@ class ServedExecutor(StageExecutor):
         self._activity = Activity.IDLE  # the engine's own, in the last report
         self._events: list[StageEvent] = []
         self._dropped: dict[str, int] = {}  # tasks that were aborted -> which order it was that the engine drops it
+        self._last_drop = 0  # which order it was; it lets an engine go on whose step has raised
         self._error: Exception | None = None  # what a step raised, for the next poll
         self._breakdown: Exception | None = None
         self._question: int | None = None  # the last one that was asked, until it is answered
@@ -88,7 +89,7 @@ class ServedExecutor(StageExecutor):
         with self._lock:
             self._events = [event for event in self._events if event.request_id != request_id]
             self._order(Drop(request_id))
-            self._dropped[request_id] = self._num_sent
+            self._dropped[request_id] = self._last_drop = self._num_sent
 
     def partial_result(self, request_id: str) -> StagePayload | None:
         try:
@@ -159,7 +160,8 @@ class ServedExecutor(StageExecutor):
             event for event in report.events if report.num_orders >= self._dropped.get(event.request_id, 0)
         ]
         self._dropped = {each: number for each, number in self._dropped.items() if number > report.num_orders}
-        self._error = report.error or self._error
+        if report.error is not None and report.num_orders >= self._last_drop:  # else perhaps of what is dropped
+            self._error = report.error
         self._breakdown = self._breakdown or report.breakdown
         for answer in report.answers:
             if answer.number == self._question:

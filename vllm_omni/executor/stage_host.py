@@ -67,7 +67,7 @@ class StageHost:
 
     def ensure_ready(self) -> None:
         """StageUnavailableError while the stage is being rebuilt."""
-        cause = self._recovery.cause or self._broken
+        cause = self._cause
         if cause is not None:
             retry_after_s = self._recovery.retry_after_s(self._clock())
             words = f"stage {self.name!r} is being rebuilt after a failure ({describe(cause)})"
@@ -213,7 +213,7 @@ class StageHost:
         """Gauges; safe to call from another thread. state: rebuilding, stuck (no answer for `worker_timeout` s, though
         it is at work) or ready, which alone is `alive`; silent_s: since the last answer; cause: why it is not ready.
         """
-        cause, silent_s = self._recovery.cause or self._broken, self._silent_s()
+        cause, silent_s = self._cause, self._silent_s()
         state, why = "ready", None
         if cause is not None:
             state, why = "rebuilding", describe(cause)
@@ -337,6 +337,11 @@ class StageHost:
     def _is_broken(self) -> bool:
         return self._broken is not None or self.executor.breakdown() is not None
 
+    @property
+    def _cause(self) -> Exception | None:
+        """Why the stage takes no tasks; None while it does."""
+        return self._recovery.cause or self._broken or self.executor.breakdown()
+
     def _break(self, cause: Exception) -> None:
         """The engine is given up as soon as its tasks can be said to fail."""
         clear_frames(cause)
@@ -344,7 +349,7 @@ class StageHost:
 
     def _give_up(self) -> list[StageEvent]:
         """Lets go of an engine that is broken: its tasks fail, and the stage will be rebuilt."""
-        cause = self._broken or self.executor.breakdown()
+        cause = self._cause
         if cause is None or not self.is_ready:
             return []
         failures = self._fail(self.tasks, cause)

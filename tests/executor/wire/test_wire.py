@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import tracemalloc
@@ -194,7 +195,7 @@ def test_errors_keep_name_words_attributes_cause_and_lines(error: Exception) -> 
 
 @pytest.mark.parametrize("value", [object(), lambda: 0, iter([]), np.array([object()]), open, WireTypes], ids=repr)
 def test_what_cannot_be_sent_is_refused(value: Any) -> None:
-    with pytest.raises(WireError, match="cannot be sent|expected numbers or texts"):
+    with pytest.raises(WireError, match=r"cannot be sent|expected numbers or texts"):
         crossed({"deep": [value]})
 
 
@@ -288,10 +289,8 @@ def test_a_message_with_bytes_changed_is_a_message_or_refused(data: st.DataObjec
     body = bytearray(encode(Submit(task), int, TYPES)) if data.draw(st.booleans()) else body
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(WireError):
         decode(bytes(body), [].__getitem__, TYPES)
-    except WireError:
-        pass
 
 
 def test_the_table_names_each_type_once() -> None:

@@ -42,7 +42,9 @@ class Connection:
         self.types = types
         self._end = end
         self._segments = segments
-        self._unsent: deque[tuple[memoryview, list[Segment]]] = deque()  # the rest of frames; whose descriptors go along
+        self._unsent: deque[tuple[memoryview, list[Segment]]] = (
+            deque()
+        )  # the rest of frames; whose descriptors go along
         self._unread = bytearray()
         self._files: deque[int] = deque()  # descriptors that have come, not asked for yet
         self._numbers = itertools.count()

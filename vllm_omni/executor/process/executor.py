@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import socket
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm_omni import registry
@@ -89,6 +89,8 @@ class ProcessExecutor(ServedExecutor):
             if wait:
                 keeper.wait(KILL_S)
             self._connection = None
+            if self._pulse is not None:
+                self._pulse.close()
 
     def place(self) -> Mapping[str, Any]:
         return {"pid": None if self._keeper is None else self._keeper.pid}
@@ -102,7 +104,7 @@ class ProcessExecutor(ServedExecutor):
         self._keeper = Keeper(self._name, [theirs.detach(), pulse], self._wake)
         kinds = [stage.kind for stage in self._blueprint.config.stages.values()]
         level = logging.getLogger("vllm_omni").getEffectiveLevel()
-        self._connection.send(Surroundings(sys.path, os.getcwd(), registry.TABLES, kinds, level))
+        self._connection.send(Surroundings(sys.path, str(Path.cwd()), registry.TABLES, kinds, level))
         self._connection.types = wire_types(kinds)
         self._connection.send(self._blueprint)
         self._watch()

@@ -32,8 +32,12 @@ class Pulse:
         (last,) = TIME.unpack_from(self._memory, 0)
         return max(0.0, time.monotonic() - last)
 
+    def close(self) -> None:
+        """Lets go of the memory; nothing is asked any more."""
+        self._memory.close()
+
     def beat_on(self, parent: int, leave: Callable[[], object]) -> None:
-        """In a thread, from now on. leave: what is to be done when the parent is another one, which means that it died."""
+        """In a thread, from now on. leave: what to do when the parent is another one, since it has died."""
 
         def run() -> None:
             while True:

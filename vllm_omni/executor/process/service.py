@@ -67,7 +67,7 @@ class Service:
         for table, rows in surroundings.rows.items():
             for name, target in rows.items():
                 registry.register(table, name, target)
-        logging.basicConfig(level=surroundings.log_level, handlers=[_ToParent(self)])
+        logging.basicConfig(level=surroundings.log_level, format="%(message)s", handlers=[_ToParent(self)])
         self._connection.types = wire_types(surroundings.kinds)
         blueprint: StageBlueprint = self._next()
         return blueprint
@@ -79,16 +79,12 @@ class Service:
             if news is not None:
                 self._send(news)
             report = servant.turn(orders)
-            self._report(report)
+            try:
+                self._send(report)
+            except WireError as error:
+                self._send(servant.unsent(report, error))
             if report.breakdown is not None:
                 return
-
-    def _report(self, report: Report) -> None:
-        """What an engine made that cannot be sent is as if its step had raised."""
-        try:
-            self._send(report)
-        except WireError as error:
-            self._send(dataclasses.replace(report, events=(), answers=(), error=error))
 
     def _orders(self, wait: bool) -> list[StageOrder]:
         """Those that are here; with `wait`, until there are some or the engine's own work wakes it."""

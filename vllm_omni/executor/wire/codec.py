@@ -103,10 +103,9 @@ class _Writer:
             return media.plain_picture(value, self._bytes)
         if isinstance(value, PurePath):
             return [Tag.PATH, str(value)]
-        if isinstance(value, torch.dtype):
-            return [Tag.DTYPE, str(value).removeprefix("torch.")]
-        if isinstance(value, torch.device):
-            return [Tag.DEVICE, str(value)]
+        if isinstance(value, torch.dtype | torch.device):
+            tag = Tag.DTYPE if isinstance(value, torch.dtype) else Tag.DEVICE
+            return [tag, str(value).removeprefix("torch.")]
         if isinstance(value, BaseException):
             return [Tag.ERROR, *errors.plain_error(value, lambda each: self.plain(each, depth + 1))]
         if isinstance(value, int):
