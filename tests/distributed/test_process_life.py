@@ -4,6 +4,7 @@ cause, the stage is rebuilt, and nothing is left behind.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -22,6 +23,7 @@ from support.driver import Driver
 from support.loop import request
 from support.toy_engine import TextParams, toy_config, toy_stage
 
+from vllm_omni import AsyncOmni
 from vllm_omni.errors import OmniError, StageError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
@@ -222,6 +224,19 @@ def test_deaths_and_shutdown_leave_no_descriptor_no_thread_and_no_process() -> N
     assert (descriptors(), children(), threading.active_count()) == before
     with pytest.raises(OmniError):
         driver.loop.add_request(request())
+
+
+def test_a_process_that_dies_while_an_async_caller_rests_is_replaced_unasked() -> None:
+    stages = {"text": toy_stage("text", "apart_text", executor="process")}
+    omni = AsyncOmni(toy_config(stages=stages, outputs=("text",)))
+    first = omni.get_status()["stages"]["text"]["pid"]
+    os.kill(first, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while (status := omni.get_status()["stages"]["text"])["state"] != "ready" or status["pid"] == first:
+        assert time.monotonic() < until, status
+        time.sleep(0.01)
+    assert asyncio.run(omni.generate("x")).text == "xx"
+    asyncio.run(omni.shutdown())
 
 
 PARENT = """

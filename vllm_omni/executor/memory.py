@@ -38,17 +38,19 @@ def plan_memory(pipeline: Pipeline) -> dict[str, MemoryPlan]:
 
 def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     plans: dict[str, MemoryPlan] = {}
-    seen: set[tuple[str, ...]] = set()
+    homes: dict[tuple[str, ...], set[str]] = {}  # weights -> who has loaded them: a process of a stage's own, or "" here
     for name, spec in pipeline.specs.items():
         plan = spec.plan_memory()
         device = resolve_device(spec.stage.device)
         key = (*spec.weights_key(), str(device), spec.precision.name, spec.stage.offload)
-        if key in seen and runs_apart(spec.stage):
+        loaded = homes.setdefault(key, set())
+        home = name if runs_apart(spec.stage) else ""
+        if home in loaded:
+            plan = dataclasses.replace(plan, weights_bytes=0, offloaded_bytes=0)
+        elif loaded:
             remark = "its weights are loaded once more, since processes share none"
             plan = dataclasses.replace(plan, remark=f"{plan.remark}; {remark}" if plan.remark else remark)
-        elif key in seen:
-            plan = dataclasses.replace(plan, weights_bytes=0, offloaded_bytes=0)
-        seen.add(key)
+        loaded.add(home)
         plans[name] = plan
     return plans
 

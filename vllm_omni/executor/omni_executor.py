@@ -179,6 +179,12 @@ class OmniExecutor:
         """Ends a `wait`. From any thread."""
         self._wake()
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """listener: is called, from any thread, whenever a `wait` would end: a stage may have to be rebuilt though
+        nobody waits.
+        """
+        self._wake.listen(listener)
+
     def take_outputs(self) -> list[OmniOutput]:
         """Outputs that are ready without a step, as after `abort` and `shutdown`."""
         self._finish_ended()

@@ -35,7 +35,7 @@ class StageBuilder:
         """An executor of its own, not started."""
         spec = self._pipeline.specs[name]
         executor: type[StageExecutor] = registry.resolve("executor", self._executor_of(spec.stage))
-        return executor(spec, self.context(name), self._commons, self._blueprint(name))
+        return executor(spec, self.context(name), self._commons, self.blueprint(name))
 
     def context(self, name: str) -> EngineContext:
         """What the engine of a stage is given besides its spec."""
@@ -50,7 +50,8 @@ class StageBuilder:
             dit_cache=self._pipeline.config.dit_cache,
         )
 
-    def _blueprint(self, name: str) -> StageBlueprint:
+    def blueprint(self, name: str) -> StageBlueprint:
+        """What an engine of this stage in another process is made of."""
         context = self.context(name)
         return StageBlueprint(
             self._pipeline.config,

@@ -24,12 +24,19 @@ class Wake:
         self._close.atexit = False  # threads may still call
         self._selector.register(self._reading, selectors.EVENT_READ, self._drain)
         self._is_set = False
+        self._listener: Callable[[], None] | None = None
 
     def __call__(self) -> None:
         if not self._is_set and self._close.alive:
             self._is_set = True
             with suppress(OSError):  # full, which wakes as well; closed in this moment
                 os.write(self._writing, b"!")
+        if self._listener is not None:
+            self._listener()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """listener: is called at every call, in its thread; for who sleeps elsewhere while there is no work."""
+        self._listener = listener
 
     def watch(self, file: int, on_ready: Callable[[], None], *, for_writing: bool = False) -> None:
         """`wait` also ends when the file can be read (or also written), and then calls `on_ready`. Again for a file

@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import vllm_omni
-
 MODULE = "vllm_omni.executor.process.child"
 TAIL_BYTES = 4_000
 LAST_WORDS_S = 0.2  # that are waited for what an ended child has written; its own children may hold the pipe open
@@ -84,7 +82,7 @@ class Keeper:
 
     def _start(self) -> subprocess.Popen[bytes]:
         arguments = [*map(str, self._files), str(os.getpid())]
-        root = Path(vllm_omni.__file__).resolve().parents[1]  # whose package it is to import; it goes elsewhere then
+        root = Path(__file__).resolve().parents[3]  # whose package it is to import; it goes elsewhere then
         return subprocess.Popen(
             [sys.executable, "-m", MODULE, *arguments],
             stdin=subprocess.DEVNULL,
