@@ -34,9 +34,9 @@ A_MOMENT_S = 0.5  # the most that one step of the loop may take on a machine tha
 SOON_S = 2.0  # in which a death or a stop is noticed, with as much for a busy machine
 
 
-def loop_of(**options: Any) -> OmniExecutor:
+def loop_of(worker_timeout: float = 30.0, **options: Any) -> OmniExecutor:
     stages = {"text": toy_stage("text", "apart_text", executor="process", **options)}
-    return OmniExecutor(Pipeline(toy_config(stages=stages, outputs=("text",), worker_timeout=30.0)))
+    return OmniExecutor(Pipeline(toy_config(stages=stages, outputs=("text",), worker_timeout=worker_timeout)))
 
 
 def children() -> set[int]:
@@ -211,14 +211,17 @@ def test_what_keeps_a_stage_from_loading_is_said_and_leaves_nothing_behind() -> 
     assert (descriptors(), children(), threading.active_count()) == before
 
 
-def test_deaths_and_shutdown_leave_no_descriptor_no_thread_and_no_process() -> None:
+def test_a_step_that_hangs_deaths_and_shutdown_leave_no_descriptor_no_thread_and_no_process() -> None:
     before = descriptors(), children(), threading.active_count()
-    driver = Driver(loop_of())
-    for number in range(2):
-        os.kill(pid(driver), signal.SIGKILL)
-        driver.until(lambda: driver.loop.is_mending)
-        driver.until_ready("text")
-        assert driver.answer(request(f"r{number}", "x")).error is None
+    driver = Driver(loop_of(worker_timeout=0.5))
+    os.kill(pid(driver), signal.SIGKILL)
+    driver.until(lambda: driver.loop.is_mending)
+    driver.until_ready("text")
+    assert driver.answer(request("works", "x")).error is None
+    hangs, first = driver.answer(request("hangs", params=TextParams(do="block"))), pid(driver)
+    assert "no progress for" in str(hangs.error) and driver.longest_s < A_MOMENT_S
+    driver.until_ready("text")
+    assert driver.answer(request("works again", "x")).error is None and pid(driver) != first
     driver.loop.shutdown()
     driver.loop.shutdown()
     assert (descriptors(), children(), threading.active_count()) == before
