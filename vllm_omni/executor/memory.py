@@ -38,9 +38,7 @@ def plan_memory(pipeline: Pipeline) -> dict[str, MemoryPlan]:
 
 def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     plans: dict[str, MemoryPlan] = {}
-    homes: dict[
-        tuple[str, ...], set[str]
-    ] = {}  # weights -> the stages in whose processes they are; "": here
+    homes: dict[tuple[str, ...], set[str]] = {}  # weights -> the stages in whose processes they are; "": here
     for name, spec in pipeline.specs.items():
         plan = spec.plan_memory()
         device = resolve_device(spec.stage.device)
