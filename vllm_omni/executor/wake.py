@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import selectors
+import socket
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,9 +17,9 @@ class Wake:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._reading, self._writing = os.pipe()
+        self._reading, self._writing = socket.socketpair()
         for end in (self._reading, self._writing):
-            os.set_blocking(end, False)
+            end.setblocking(False)
         self._close = weakref.finalize(self, _close, self._selector, self._reading, self._writing)
         self._close.atexit = False  # threads may still call
         self._selector.register(self._reading, selectors.EVENT_READ, self._drain)
@@ -30,7 +30,7 @@ class Wake:
         if not self._is_set and self._close.alive:
             self._is_set = True
             with suppress(OSError):  # full, which wakes as well; closed in this moment
-                os.write(self._writing, b"!")
+                self._writing.send(b"!")
         if self._listener is not None:
             self._listener()
 
@@ -67,11 +67,11 @@ class Wake:
     def _drain(self) -> None:
         self._is_set = False  # first: a call in between is one of which the caller of `wait` learns now
         with suppress(BlockingIOError):
-            while os.read(self._reading, 64):
+            while self._reading.recv(64):
                 pass
 
 
-def _close(selector: selectors.BaseSelector, *files: int) -> None:
+def _close(selector: selectors.BaseSelector, *ends: socket.socket) -> None:
     selector.close()
-    for file in files:
-        os.close(file)
+    for end in ends:
+        end.close()

@@ -5,7 +5,6 @@ There is nothing to unlink: the memory goes with the last process that maps it, 
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import mmap
 import os
@@ -34,6 +33,8 @@ def create_memory(num_bytes: int) -> int:
     try:
         os.ftruncate(file, num_bytes)
         if hasattr(os, "memfd_create"):
+            import fcntl  # which only some systems have
+
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(file)
