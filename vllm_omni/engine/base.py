@@ -7,6 +7,7 @@ A stage kind is a subclass of each and one row in the registry, which names the 
 from __future__ import annotations
 
 import enum
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -125,6 +126,13 @@ class StageSpec(ABC):
     def offloads(self) -> bool:
         """Whether the weights of its blocks wait in the host's memory until each is computed."""
         return self.stage.offload == "weights"
+
+    @property
+    def sharing_key(self) -> str:
+        """What else stages must have in common to share weights while they run. Those that come and go are one
+        thread's: another would find them gone.
+        """
+        return threading.current_thread().name if self.offloads else ""
 
     def make_copies(self) -> Callable[[device], Copies] | None:
         """What brings its weights to its device, where they wait elsewhere."""

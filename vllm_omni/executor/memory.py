@@ -15,6 +15,8 @@ from vllm_omni.utils.device import free_memory_bytes, resolve_device, total_memo
 
 PROMPT_CACHE = "prompt-embedding cache"
 SHARE_OF_FREE_MEMORY = 0.5  # that is planned for unasked, where other programs use the same memory
+HOST = Device("cpu")
+FIX_HOST = "remove `offload: weights` from a stage, or quantise its weights"
 LESS = "plan less: a smaller KV pool (a stage's kv_memory_mb, max_model_len), dit_cache.max_memory_mb, bfloat16"
 FIX_TOTAL = f"raise resources.max_memory_gb, or {LESS}"
 FIX_DEVICE = f"raise resources.max_gpu_utilization, or {LESS}"
@@ -80,6 +82,9 @@ def reserve_memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> Memor
     """Reserves every stage's share of `max_memory_gb`; ResourceError when that, or an accelerator, is too small."""
     budget = MemoryBudget(int(config.max_memory_gb * GIB), "resources.max_memory_gb", FIX_TOTAL)
     shares = {name: plan.total_bytes for name, plan in plans.items()}
+    waiting = {name: plan.offloaded_bytes for name, plan in plans.items() if plan.offloaded_bytes}
+    if waiting:
+        MemoryBudget(free_memory_bytes(HOST), "free memory of the host", FIX_HOST).reserve_all(waiting)
     budget.reserve_all({**shares, PROMPT_CACHE: int(config.dit_cache.prompt_embeds_mb * MIB)})
     for device, names in _by_device(config).items():
         total = total_memory_bytes(device)

@@ -321,7 +321,7 @@ class AREngine(StageEngine):
 
 
 def _model_key(spec: ARSpec, context: EngineContext) -> tuple[str, ...]:
-    return (*spec.model.key, str(context.device), spec.precision.name, spec.stage.offload)
+    return (*spec.model.key, str(context.device), spec.precision.name, spec.sharing_key)
 
 
 def _load_model(spec: ARSpec, context: EngineContext) -> LanguageModel:

@@ -1,5 +1,5 @@
-"""The kernels as layers call them. What is computed is `layers.norm`'s, `layers.modulation`'s, `layers.heads`' and
-`layers.rotary`'s to say; callers have asked `library.takes`.
+"""The kernels as layers call them. What is computed is `layers.norm`'s, `layers.modulation`'s, `layers.heads`',
+`layers.rotary`'s and `layers.float8`'s to say; callers have asked `library.takes`.
 
 Legend: R samples, L tokens of each, N rows, D width, H query heads, K key-value heads, d head size.
 """
@@ -191,6 +191,25 @@ def _merged(means: Tensor, squares: Tensor, num_pixels: int, pixels: int) -> tup
     mean = (means * shares).sum(1)
     between = ((means - mean[:, None]).square() * shares).sum(1)
     return mean, between + squares.sum(1) / num_pixels
+
+
+def quantize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[N, D] -> numbers [N, D] of a float8 dtype and the scales [N] float32 of their rows."""
+    from vllm_omni.layers.triton import kernels
+
+    count, width = rows.shape
+    out = torch.empty(count, width, dtype=dtype, device=rows.device)
+    scales = torch.empty(count, dtype=torch.float32, device=rows.device)
+    largest, most = torch.finfo(dtype).max, torch.finfo(torch.float32).max
+    if count:
+        with current_device(rows.device):
+            kernels.quantize_rows[(count,)](
+                *(out, scales, rows, rows.stride(0), largest, most),
+                WIDTH=width,
+                BLOCK=power_of_two(width),
+                num_warps=_warps(width),
+            )
+    return out, scales
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -263,3 +263,25 @@ def scale_channels(
     channel = sample * WIDTH + columns
     values = values * tl.load(scale + channel)[None, :] + tl.load(shift + channel)[None, :]
     tl.store(out + places, values.to(out.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit
+def quantize_rows(
+    out,  # [N, D] float8
+    scales,  # [N] float32
+    x,
+    x_stride,
+    largest_number,  # of float8
+    most,  # of float32
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each row by its largest value, which becomes the largest of float8."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    is_inside = columns < WIDTH
+    values = tl.load(x + row * x_stride + columns, mask=is_inside, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(values), 0)
+    inverse = tl.minimum(tl.div_rn(largest_number, largest), most)  # of a row of zeros, too
+    tl.store(out + row * WIDTH + columns, (values * inverse).to(out.dtype.element_ty), mask=is_inside)
+    tl.store(scales + row, tl.div_rn(largest, largest_number))
