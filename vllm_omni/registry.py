@@ -90,6 +90,10 @@ TABLES: dict[str, dict[str, str]] = {
         "priority": "vllm_omni.core.routing.policies:PriorityPolicy",
         "shortest_job_first": "vllm_omni.core.routing.policies:ShortestJobFirstPolicy",
     },
+    "follower part": {
+        "blocks": "vllm_omni.worker.parallel.blocks:BlocksPart",
+        "decoder": "vllm_omni.worker.parallel.decoder:DecoderPart",
+    },
     "executor": {
         "inline": "vllm_omni.executor.inline:InlineExecutor",
         "process": "vllm_omni.executor.process.executor:ProcessExecutor",

@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm_omni.core.ar.block_manager import BlockManager
 from vllm_omni.core.ar.scheduler import ARScheduler
 from vllm_omni.core.ar.sequence import Sequence
+from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.utils.device import StepGraphs
 from vllm_omni.worker.ar.language_model import (
     LanguageModel,
@@ -23,6 +24,7 @@ from vllm_omni.worker.ar.language_model import (
     LanguageModelFolder,
 )
 from vllm_omni.worker.ar.model_runner import ModelRunner
+from vllm_omni.worker.parallel.decoder import DecoderLead
 
 CPU = torch.device("cpu")
 PROMPT = [1, 60, 70, 80, 90, 100, 71, 81, 91, 60, 70, 80, 5, 6, 7]
@@ -78,8 +80,10 @@ def write(
     decode_buckets: Many[int] = (),
     graphs: StepGraphs | None = None,
     device: torch.device = CPU,
+    shard: Shard = WHOLE,
+    lead: DecoderLead | None = None,
 ) -> list[Written]:
-    """Greedy tokens for every prompt, all in one batch."""
+    """Greedy tokens for every prompt, all in one batch. shard, lead: of a model whose decoder several ranks share."""
     blocks = BlockManager(64, 4)
     scheduler = ARScheduler(blocks, len(prompts), max_num_batched_tokens)
     runner = ModelRunner(
@@ -94,6 +98,8 @@ def write(
         attention=find_backend(attention),
         decode_buckets=decode_buckets,
         graphs=graphs,
+        shard=shard,
+        lead=lead,
     )
     sequences = [
         Sequence(number, f"r{number}", list(ids), max_tokens=len(ids) + num_tokens)

@@ -17,7 +17,8 @@ MAX_GB = 1e6
 MAX_MB = 1e9
 MAX_THREADS = 4096
 MAX_VOICES = 10_000
-MAX_RANK = 4096
+MAX_RANK = 4096  # of an adapter
+MAX_RANKS = 64  # that share one model
 INPUT = "{input}"
 
 
@@ -96,6 +97,26 @@ class VoicesConfig:
     def __post_init__(self) -> None:
         check_number("max_voices", self.max_voices, 1, MAX_VOICES, integer=True, raises=ConfigError)
         check_number("max_mb", self.max_mb, 0, MAX_MB, above_low=True, raises=ConfigError)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """`parallel:` of a stage: how many ranks (processes with a device each) share its model, and along what."""
+
+    tensor: int = 1  # each rank has a share of the heads and widths of every layer
+    sequence: int = 1  # each has a share of every sample's tokens, and of the heads while they attend
+    guidance: int = 1  # each has some of a step's rows: the conditional and the unconditional branch
+
+    def __post_init__(self) -> None:
+        for axis in ("tensor", "sequence", "guidance"):
+            check_number(axis, getattr(self, axis), 1, MAX_RANKS, integer=True, raises=ConfigError)
+        check_number("guidance", self.guidance, 1, 2, integer=True, raises=ConfigError)
+        check_number("the product of all", self.size, 1, MAX_RANKS, integer=True, raises=ConfigError)
+
+    @property
+    def size(self) -> int:
+        """All ranks."""
+        return self.tensor * self.sequence * self.guidance
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +214,7 @@ class StageConfig:
     offload: str = "none"  # "weights": those of the blocks wait in the host's memory until each is computed
     revision: str | None = None  # of a hub id: a branch, a tag or a commit; None: its main branch
     variant: str | None = None  # which weight files: "fp16", "bf16"; None: plain ones, where there are none a variant
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # the ranks that share its model
     options: Any = None  # the options dataclass of the kind, of the stage's other YAML keys
 
     @property

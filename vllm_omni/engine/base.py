@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_omni.config.schema import DiTCacheConfig, LimitsConfig, OmniConfig, StageConfig
+from vllm_omni.engine.parallel import check_axes
 from vllm_omni.errors import ConfigError, StageError
 from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.params import StageParams
@@ -41,15 +42,22 @@ class MemoryPlan:
     weights_bytes: int = 0
     kv_pool_bytes: int = 0
     activation_bytes: int = 0
-    offloaded_bytes: int = 0  # weights that wait in the host's memory; not among the total
     step_cache_bytes: int = 0
     adapter_bytes: int = 0  # of LoRA adapters
     decoding_bytes: int = 0  # of one picture at a time
+    num_ranks: int = 1  # that hold so much each; what only one of them holds is among it, so that nothing is too little
+    offloaded_bytes: int = 0  # weights that wait in the host's memory; not among the total
     wanted_bytes: int = 0  # what it could use besides, where memory is left over; not among the total
     remark: str = ""  # what it means, for `vllm-omni check`
 
     @property
     def total_bytes(self) -> int:
+        """Of all ranks."""
+        return self.rank_bytes * self.num_ranks
+
+    @property
+    def rank_bytes(self) -> int:
+        """Of one rank."""
         caches = self.kv_pool_bytes + self.step_cache_bytes + self.adapter_bytes
         return self.weights_bytes + caches + self.activation_bytes + self.decoding_bytes
 
@@ -102,6 +110,7 @@ class StageSpec(ABC):
     takes_loras: bool = False  # whether its requests may name LoRA adapters
     can_quantize: bool = False  # whether some of its weights may be held in 8 bits
     can_offload: bool = False  # whether its weights may wait in the host's memory
+    parallel_axes: tuple[str, ...] = ()  # the axes of `parallel` along which ranks may share its model
 
     @classmethod
     def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> StageSpec:
@@ -110,8 +119,10 @@ class StageSpec(ABC):
 
     def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
         """A stage with a model resolves its folder and reads its configuration here: nobody does either again."""
+        check_axes(stage.parallel, self.parallel_axes, f"a stage of kind {stage.kind!r}")
         self.stage = stage
         self.limits = config.limits
+        self.worker_timeout = config.worker_timeout  # seconds that a step may be silent
         self.defaults = stage.defaults
 
     @cached_property
@@ -271,6 +282,13 @@ class StageEngine(ABC):
     @abstractmethod
     def activity(self) -> Activity:
         """Whether `step` has something to do; tasks that wait for a chunk or are paused are nothing to do."""
+
+    def breakdown(self) -> Exception | None:
+        """Why it cannot go on, where that shows also between steps, as when a process that it needs has died."""
+        return None
+
+    def close(self) -> None:
+        """Ends what it has started beside itself; no call follows."""
 
     def get_stats(self) -> Mapping[str, Any]:
         """Counters and gauges for monitoring; `kernels`: what it computes with, names and words."""

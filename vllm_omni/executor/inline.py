@@ -66,7 +66,7 @@ class InlineExecutor(StageExecutor):
         return True
 
     def breakdown(self) -> Exception | None:
-        return None
+        return None if self._engine is None else self._engine.breakdown()
 
     def get_stats(self) -> Mapping[str, Any]:
         return {} if self._engine is None else self._engine.get_stats()
@@ -75,7 +75,9 @@ class InlineExecutor(StageExecutor):
         self._started.check_integrity()
 
     def shutdown(self, *, wait: bool = True) -> None:
-        self._engine = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     @property
     def _started(self) -> StageEngine:

@@ -12,7 +12,7 @@ from vllm_omni.core.routing.budgets import GIB, MIB, MemoryBudget
 from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.executor.base import runs_apart
 from vllm_omni.executor.pipeline import Pipeline
-from vllm_omni.utils.device import free_memory_bytes, resolve_device, total_memory_bytes
+from vllm_omni.utils.device import free_memory_bytes, rank_device, resolve_device, total_memory_bytes
 
 PROMPT_CACHE = "prompt-embedding cache"
 SHARE_OF_FREE_MEMORY = 0.5  # that is planned for unasked, where other programs use the same memory
@@ -61,19 +61,24 @@ def _grants(config: OmniConfig, plans: Mapping[str, MemoryPlan], wanted: Mapping
     """
     embeds_bytes = int(config.dit_cache.prompt_embeds_mb * MIB)
     left = int(config.max_memory_gb * GIB) - sum(plan.total_bytes for plan in plans.values()) - embeds_bytes
-    device_of = {name: device for device, names in _by_device(config).items() for name in names}
+    on_device = _by_device(config)
     left_on = {
-        device: _usable_bytes(config, device) - sum(plans[name].total_bytes for name in names)
-        for device, names in _by_device(config).items()
+        device: _usable_bytes(config, device) - sum(plans[name].rank_bytes for name in names)
+        for device, names in on_device.items()
     }
     grants: dict[str, int] = {}
     waiting = sorted(wanted, key=lambda name: (wanted[name], name))
     for number, name in enumerate(waiting):
-        rivals = [other for other in waiting[number:] if device_of[other] == device_of[name]]
-        share = min(left // (len(waiting) - number), left_on[device_of[name]] // len(rivals))
+        ranks = plans[name].num_ranks
+        share = left // (len(waiting) - number)
+        for device, names in on_device.items():
+            if name in names:  # where each of its ranks there would have an equal part of what it is granted
+                num_rivals = len(set(waiting[number:]).intersection(names))
+                share = min(share, left_on[device] // num_rivals * ranks // names.count(name))
         grants[name] = max(min(wanted[name], share), 0)
         left -= grants[name]
-        left_on[device_of[name]] -= grants[name]
+        for device, names in on_device.items():
+            left_on[device] -= grants[name] * names.count(name) // ranks
     return grants
 
 
@@ -87,7 +92,7 @@ def _usable_bytes(config: OmniConfig, device: Device) -> int:
 def reserve_memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> MemoryBudget:
     """Reserves every stage's share of `max_memory_gb`; ResourceError when that, or an accelerator, is too small."""
     budget = MemoryBudget(int(config.max_memory_gb * GIB), "resources.max_memory_gb", FIX_TOTAL)
-    shares = {name: plan.total_bytes for name, plan in plans.items()}
+    shares = {name: plan.total_bytes for name, plan in plans.items()}  # of all ranks
     waiting = {name: plan.offloaded_bytes for name, plan in plans.items() if plan.offloaded_bytes}
     if waiting:
         MemoryBudget(free_memory_bytes(HOST), "free memory of the host", FIX_HOST).reserve_all(waiting)
@@ -96,12 +101,14 @@ def reserve_memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> Memor
         total = total_memory_bytes(device)
         if total is not None:
             on_device = MemoryBudget(int(config.max_gpu_utilization * total), f"memory of {device}", FIX_DEVICE)
-            on_device.reserve_all({name: shares[name] for name in names})
+            on_device.reserve_all({name: plans[name].rank_bytes for name in names})
     return budget
 
 
 def _by_device(config: OmniConfig) -> dict[Device, list[str]]:
+    """The stages that have something on a device, once for each of their ranks there."""
     grouped: dict[Device, list[str]] = {}
     for name, stage in config.stages.items():
-        grouped.setdefault(resolve_device(stage.device), []).append(name)
+        for rank in range(stage.parallel.size):
+            grouped.setdefault(rank_device(resolve_device(stage.device), rank), []).append(name)
     return grouped

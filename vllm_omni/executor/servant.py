@@ -69,7 +69,9 @@ class StageServant:
             self._num_orders += 1
             self._is_halted = self._is_halted and isinstance(order, Ask)
             self._carry_out(order)
-        return self._report(self._step() if self._breakdown is None else None)
+        error = self._step() if self._breakdown is None else None
+        self._breakdown = self._breakdown or self._engine.breakdown()
+        return self._report(error)
 
     def unsent(self, report: Report, error: Exception) -> Report:
         """What takes the place of a report that cannot be carried: as if its step and its questions had raised."""

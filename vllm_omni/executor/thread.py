@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from concurrent.futures import Future
+from contextlib import closing
 
 from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.errors import StageError
@@ -96,7 +97,8 @@ class ThreadExecutor(ServedExecutor):
         self._loaded.set_result(None)
         self._wake()
         try:
-            self._serve(StageServant(self._spec.stage.name, engine))
+            with closing(engine):
+                self._serve(StageServant(self._spec.stage.name, engine))
         except BaseException as error:  # such as SystemExit, which ends the thread alone
             ended = StageError(f"its thread was ended by {type(error).__name__}: {error}")
             self._report(Report(0, Activity.IDLE.value, breakdown=ended))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vllm_omni.layers.decoder import Decoder, DecoderConfig, MakeMLP, locate_fused, sub_config
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.linear import Embedding, Linear
+from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.layers.weights import Target
 
 
@@ -45,13 +46,14 @@ class CausalLM(nn.Module):
     text_only: ClassVar[type[CausalLM] | None] = None
     other_parts: ClassVar[tuple[str, ...]] = ()  # how published names begin that belong to other models of the folder
     is_capturable: ClassVar[bool] = True
+    can_shard: ClassVar[bool] = False  # whether the constructor takes a `shard` besides its config
 
-    def __init__(self, config: CausalLMConfig, make_mlp: MakeMLP | None = None) -> None:
-        """make_mlp: as a Decoder's."""
+    def __init__(self, config: CausalLMConfig, make_mlp: MakeMLP | None = None, shard: Shard = WHOLE) -> None:
+        """make_mlp, shard: as a Decoder's."""
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, is_head=config.tie_word_embeddings)
-        self.decoder = Decoder(config, make_mlp)
+        self.decoder = Decoder(config, make_mlp, shard)
         has_own_head = config.has_head and not config.tie_word_embeddings
         head = Linear(config.hidden_size, config.vocab_size, bias=False, can_quantize=True) if has_own_head else None
         self.lm_head = head

@@ -18,7 +18,7 @@ from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.heads import placed_rows
 from vllm_omni.layers.layer_windows import NO_WINDOWS, common_window
-from vllm_omni.layers.linear import Linear, MergedLinear
+from vllm_omni.layers.linear import MergedLinear, RowLinear
 from vllm_omni.layers.lora import acting
 from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.native.decoder import LayerParts, NativeLayers
@@ -26,8 +26,9 @@ from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.rope_config import num_positions, override_rope, read_rope, scaled_beyond
 from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies
+from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.layers.token_inputs import DeepRows
-from vllm_omni.layers.weights import Target
+from vllm_omni.layers.weights import Target, locate_merged
 from vllm_omni.utils.checks import check_number
 
 FUSED = {
@@ -119,6 +120,15 @@ class DecoderConfig:
         return dataclasses.replace(self, rope=rope)
 
     @property
+    def shared_counts(self) -> dict[str, int]:
+        """What ranks share that compute this decoder together, by name."""
+        return {
+            "attention heads": self.num_heads,
+            "key-value heads": self.num_kv_heads,
+            "intermediate widths": self.intermediate_size,
+        }
+
+    @property
     def window(self) -> int | None:
         """How many tokens up to its own any token sees in any layer; None where a layer sees all of them."""
         return common_window(self.windows)
@@ -138,14 +148,20 @@ class Decoder(nn.Module):
     """All layers and the final norm. Names of parameters follow transformers' models, fused projections apart.
 
     make_mlp: what stands behind attention in the layer of an index, [N, D] -> [N, D]; None: a DecoderMLP in each.
+    shard: this rank's share of heads and of the MLPs' widths; states between layers are whole on every rank.
     """
 
-    def __init__(self, config: DecoderConfig, make_mlp: MakeMLP | None = None) -> None:
+    def __init__(self, config: DecoderConfig, make_mlp: MakeMLP | None = None, shard: Shard = WHOLE) -> None:
         super().__init__()
         self.config = config
-        mlps = [DecoderMLP(config) if make_mlp is None else make_mlp(index) for index in range(config.num_layers)]
+        mlps = [
+            DecoderMLP(config, shard=shard) if make_mlp is None else make_mlp(index)
+            for index in range(config.num_layers)
+        ]
         windows = config.windows or (None,) * config.num_layers
-        self.layers = Blocks(DecoderLayer(config, mlp, window) for mlp, window in zip(mlps, windows, strict=True))
+        self.layers = Blocks(
+            DecoderLayer(config, mlp, window, shard) for mlp, window in zip(mlps, windows, strict=True)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope)
         self._native_layers: NativeLayers | Literal[False] | None = False
@@ -157,6 +173,8 @@ class Decoder(nn.Module):
         normed when all layers run, else the state after the last that did. A tapped state is that before the joining.
         """
         context.tap(0, states)
+        if context.followers is not None:
+            context.followers.follow(states, positions, context)
         cos, sin = self.rotary(positions, states.dtype, context.rope_lengths)
         runs_natively = context.attention.runs_layers and acting() is None  # adapters act on layers one by one
         native = self.native() if runs_natively else None
@@ -198,10 +216,11 @@ class Decoder(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each after a norm and around a residual."""
 
-    def __init__(self, config: DecoderConfig, mlp: nn.Module, window: int | None) -> None:
+    def __init__(self, config: DecoderConfig, mlp: nn.Module, window: int | None, shard: Shard) -> None:
         super().__init__()
+        self.shard = shard
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DecoderAttention(config, window)
+        self.self_attn = DecoderAttention(config, window, shard)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
@@ -211,9 +230,9 @@ class DecoderLayer(nn.Module):
         return states + self.mlp(normed)
 
     def parts(self) -> LayerParts | None:
-        """For kernels that run whole layers; None with another MLP than they know."""
+        """For kernels that run whole layers; None with another MLP than they know, and where ranks sum within them."""
         attention, mlp = self.self_attn, self.mlp
-        if type(mlp) is not DecoderMLP:
+        if type(mlp) is not DecoderMLP or not self.shard.is_whole:
             return None
         return LayerParts(
             self.input_layernorm.weight,
@@ -231,14 +250,14 @@ class DecoderLayer(nn.Module):
 class DecoderAttention(nn.Module):
     """Grouped-query attention, within a window or of everything before."""
 
-    def __init__(self, config: DecoderConfig, window: int | None) -> None:
+    def __init__(self, config: DecoderConfig, window: int | None, shard: Shard) -> None:
         super().__init__()
-        self.num_heads = config.num_heads, config.num_kv_heads
+        self.num_heads = shard.part(config.num_heads), shard.part(config.num_kv_heads)  # of this rank
         self.window = window
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {"q_proj": query, "k_proj": key, "v_proj": key}
-        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.qkv_bias, can_quantize=True)
-        self.o_proj = Linear(query, config.hidden_size, bias=config.output_bias, can_quantize=True)
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.qkv_bias, can_quantize=True, shard=shard)
+        self.o_proj = RowLinear(query, config.hidden_size, bias=config.output_bias, can_quantize=True, shard=shard)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
 
@@ -250,14 +269,21 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderMLP(nn.Module):
-    """SwiGLU. intermediate_size: another than the config's."""
+    """SwiGLU. intermediate_size: another than the config's. is_summed: as a RowLinear's, of what it gives."""
 
-    def __init__(self, config: DecoderConfig, intermediate_size: int | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        intermediate_size: int | None = None,
+        *,
+        shard: Shard = WHOLE,
+        is_summed: bool = True,
+    ) -> None:
         super().__init__()
         width = config.intermediate_size if intermediate_size is None else intermediate_size
-        parts = {"gate_proj": width, "up_proj": width}
-        self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias=config.mlp_bias, can_quantize=True)
-        self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias, can_quantize=True)
+        parts, size, bias = {"gate_proj": width, "up_proj": width}, config.hidden_size, config.mlp_bias
+        self.gate_up_proj = MergedLinear(size, parts, bias=bias, can_quantize=True, shard=shard)
+        self.down_proj = RowLinear(width, size, bias=bias, can_quantize=True, shard=shard, is_summed=is_summed)
 
     def forward(self, states: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(states)))
@@ -265,15 +291,7 @@ class DecoderMLP(nn.Module):
 
 def locate_fused(model: nn.Module, name: str) -> Target | None:
     """The parameter of `model` for a published name, where the decoder's projections are fused."""
-    *path, module, kind = name.split(".") if name.count(".") >= 1 else ("", name)
-    if module not in FUSED:
-        return Target(name)
-    owner = ".".join([*path, FUSED[module]])
-    try:
-        merged = model.get_submodule(owner)
-    except AttributeError:
-        return None
-    return Target(f"{owner}.{kind}", merged.rows(module)) if isinstance(merged, MergedLinear) else None
+    return locate_merged(model, name, FUSED)
 
 
 def sub_config(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

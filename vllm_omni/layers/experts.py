@@ -14,6 +14,7 @@ from torch import nn
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.decoder import DecoderConfig, DecoderMLP, count_of
 from vllm_omni.layers.moe import SparseMLP
+from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.utils.checks import brief, check_number
 
 DEFAULTS: Mapping[str, Any] = {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1}
@@ -54,17 +55,18 @@ class ExpertsConfig:
             shared_size=shared_size,
         )
 
-    def make_mlp(self, config: DecoderConfig, index: int) -> nn.Module:
-        """What stands behind attention in the layer of an index."""
+    def make_mlp(self, config: DecoderConfig, index: int, shard: Shard = WHOLE) -> nn.Module:
+        """What stands behind attention in the layer of an index. shard: as a Decoder's."""
         if index not in self.sparse_layers:
-            return DecoderMLP(config)
+            return DecoderMLP(config, shard=shard)
         return SparseMLP(
             config.hidden_size,
-            lambda: DecoderMLP(config, self.size),
+            lambda: DecoderMLP(config, self.size, shard=shard, is_summed=shard.is_whole),
             num_experts=self.num_experts,
             num_chosen=self.num_chosen,
             normalises=self.normalises,
-            shared=DecoderMLP(config, self.shared_size) if self.shared_size else None,
+            shared=DecoderMLP(config, self.shared_size, shard=shard) if self.shared_size else None,
+            shard=shard,
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +49,13 @@ class HiddenStateTaps:
         return self._states.numel() * self._states.element_size()
 
 
+class Followers(Protocol):
+    """The other ranks of a decoder of which this one has a share."""
+
+    def follow(self, states: Tensor, positions: Tensor, context: ForwardContext) -> None:
+        """Has them run the pass that begins: as the arguments of a Decoder."""
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
     """What a forward pass needs besides tokens and positions."""
@@ -58,6 +66,7 @@ class ForwardContext:
     taps: HiddenStateTaps | None = None
     input_rows: InputRows | None = None  # what joins or replaces embeddings, for models that are fed such
     rope_lengths: Tensor | None = None  # [N] int64, as RotaryEmbedding's, for models whose rotary positions need them
+    followers: Followers | None = None  # whom the decoder's first rank tells of each pass
 
     def stops(self, depth: int) -> list[int]:
         """Behind which layers of a model of this depth something is to be done: those that are tapped, and the last

@@ -4,7 +4,7 @@ no model and no checkpoint file; how a weight lies in memory is `packing`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -21,6 +21,7 @@ from vllm_omni.layers.packing import (
     linear,
 )
 from vllm_omni.layers.quantization import fits, quantize_weight
+from vllm_omni.layers.shard import WHOLE, Cut, Shard
 
 NUMBERS = {"int8": torch.int8, "fp8": float8.DTYPE}  # by the key `quantization`
 
@@ -69,6 +70,10 @@ class PackedLayer(nn.Module):
             if self.packing is not None:
                 self.weight = nn.Parameter(self.packing.pack(weight), requires_grad=False)
 
+    def cut(self, kind: str, rows: slice | None) -> Cut | None:
+        """Which part of a published tensor these rows (None: all) of the weight or bias are; None: the whole of it."""
+        return None
+
     def _find_packing(self, weight: Tensor) -> Packing | None:
         """For one that is not quantised."""
         return find_packing(weight)
@@ -87,6 +92,43 @@ class Linear(nn.Linear, PackedLayer):
         packing, adapters = self.packing, acting()
         product = super().forward(x) if packing is None else packing.multiply(x, self.weight, self.bias)
         return product if adapters is None else adapters.add(self, x, product)
+
+
+class RowLinear(Linear):
+    """A linear layer whose inputs are shared out: the products of all ranks are summed, then the bias is added."""
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int,
+        bias: bool = True,
+        *,
+        can_quantize: bool = False,
+        shard: Shard = WHOLE,
+        is_summed: bool = True,
+    ) -> None:
+        """in_features: whole widths; several where each of the inputs that stand beside each other is shared out.
+        is_summed: whether the ranks' products are added here; else whoever calls it does that, and there is no bias.
+        """
+        assert is_summed or not bias
+        segments = (in_features,) if isinstance(in_features, int) else tuple(in_features)
+        super().__init__(sum(map(shard.part, segments)), out_features, bias, can_quantize=can_quantize)
+        self.segments = segments
+        self.shard = shard
+        self.is_summed = is_summed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shard.is_whole or not self.is_summed:
+            return super().forward(x)
+        if self.packing is None:
+            product = self.shard.sum(nn.functional.linear(x, self.weight))
+        else:
+            product = self.shard.sum(self.packing.multiply(x, self.weight, None))
+        return product if self.bias is None else product + self.bias
+
+    def cut(self, kind: str, rows: slice | None) -> Cut | None:
+        is_whole = self.shard.is_whole or kind == "bias"
+        return None if is_whole else Cut(self.shard, 1, self.segments)
 
 
 class Embedding(nn.Embedding, PackedLayer):
@@ -122,19 +164,33 @@ class Embedding(nn.Embedding, PackedLayer):
 
 class MergedLinear(Linear):
     """Projections of one input, stacked on the output axis: `parts` maps their published names to their widths, in
-    order.
+    order. Of each a rank holds its share.
     """
 
     def __init__(
-        self, in_features: int, parts: Mapping[str, int], bias: bool = False, *, can_quantize: bool = False
+        self,
+        in_features: int,
+        parts: Mapping[str, int],
+        bias: bool = False,
+        *,
+        can_quantize: bool = False,
+        shard: Shard = WHOLE,
     ) -> None:
-        super().__init__(in_features, sum(parts.values()), bias=bias, can_quantize=can_quantize)
-        self.parts = dict(parts)
+        """parts: whole widths."""
+        self.parts = {name: shard.part(width) for name, width in parts.items()}  # of this rank
+        super().__init__(in_features, sum(self.parts.values()), bias=bias, can_quantize=can_quantize)
+        self.shard = shard
 
     def rows(self, part: str) -> slice:
         """The rows of the weight (and bias) that one published projection fills."""
         ends = dict(zip(self.parts, accumulate(self.parts.values()), strict=True))
         return slice(ends[part] - self.parts[part], ends[part])
+
+    def cut(self, kind: str, rows: slice | None) -> Cut | None:
+        if self.shard.is_whole:
+            return None
+        widths = self.parts.values() if rows is None else (rows.stop - rows.start,)
+        return Cut(self.shard, 0, tuple(width * self.shard.size for width in widths))
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: [N, in_features] -> one view [N, width] per part."""

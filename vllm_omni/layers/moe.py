@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vllm_omni.layers.decoder import DecoderMLP
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.native.experts import NativeExperts
+from vllm_omni.layers.shard import WHOLE, Shard
 
 
 class SparseMLP(nn.Module):
@@ -34,13 +35,16 @@ class SparseMLP(nn.Module):
         num_chosen: int,
         normalises: bool,
         shared: nn.Module | None = None,
+        shard: Shard = WHOLE,
     ) -> None:
         """num_chosen: k. normalises: whether the weights of the chosen ones are scaled to sum to one. shared: an expert
-        for every token, whose part a gate of its own weighs.
+        for every token, whose part a gate of its own weighs. shard: of which every expert has its share, and sums
+        nothing itself: all that the chosen ones give a token is summed at once.
         """
         super().__init__()
         self.num_chosen = num_chosen
         self.normalises = normalises
+        self.shard = shard
         self.gate = Linear(hidden_size, num_experts, bias=False)
         self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))
         self.shared_expert = shared
@@ -52,6 +56,7 @@ class SparseMLP(nn.Module):
         weights, chosen = self.route(states)
         native = self.native()
         mixed = self._mix(states, chosen, weights) if native is None else native.mix(states, chosen, weights)
+        mixed = self.shard.sum(mixed)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return mixed
         return mixed + self.shared_expert_gate(states).sigmoid() * self.shared_expert(states)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from vllm_omni.errors import CheckpointError
 from vllm_omni.layers.blocks import WeightStream, lists_of
-from vllm_omni.layers.linear import PackedLayer, pack_linears, quantize_linears
+from vllm_omni.layers.linear import MergedLinear, PackedLayer, pack_linears, quantize_linears
 from vllm_omni.layers.published_quantization import restored, scale_names, scales_of_rows
+from vllm_omni.layers.shard import Cut
 from vllm_omni.utils.checkpoint_files import check_file
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.device import Copies
@@ -57,6 +58,8 @@ class Loadable(Protocol):
         """Whether a published tensor is rightly left out (a tied copy, a buffer)."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def get_submodule(self, target: str) -> nn.Module: ...
 
 
 def tensor_files(folder: Path, prefix: str = "", variant: str | None = None) -> dict[str, Path]:
@@ -153,8 +156,12 @@ def tensor_shapes(folder: Path, prefix: str = "", variant: str | None = None) ->
     return shapes
 
 
-def plan_loading(model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Target]:
-    """Checkpoint name -> target; CheckpointError when anything is missing, left over or misshapen."""
+def plan_loading(
+    model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: str, parts: Collection[str] = ("",)
+) -> dict[str, Target]:
+    """Checkpoint name -> target; CheckpointError when anything is missing, left over or misshapen. parts: submodules of
+    which the parameters are filled; "": all.
+    """
     parameters = dict(model.named_parameters())
     plan: dict[str, Target] = {}
     filled: Counter[str] = Counter()
@@ -165,17 +172,42 @@ def plan_loading(model: Loadable, shapes: Mapping[str, tuple[int, ...]], where: 
                 continue
             raise CheckpointError(f"{where}: unexpected tensor {name!r}; the model has no place for it")
         parameter = parameters[target.parameter]
-        expected = parameter.shape if target.rows is None else parameter[target.rows].shape
-        if tuple(expected) != tuple(shape):
+        held = parameter.shape if target.rows is None else parameter[target.rows].shape
+        cut = cut_of(model, target)
+        expected = tuple(held) if cut is None else cut.whole_shape(held)
+        if expected != tuple(shape):
             raise CheckpointError(f"{where}: {name!r} has shape {list(shape)}, expected {list(expected)}")
-        filled[target.parameter] += expected.numel()
-        plan[name] = target
+        filled[target.parameter] += held.numel()
+        if "" in parts or target.parameter.startswith(tuple(f"{part}." for part in parts)):
+            plan[name] = target
     for name, parameter in parameters.items():
         if filled[name] != parameter.numel():
             raise CheckpointError(
                 f"{where}: nothing (or not enough) for the parameter {name!r} {list(parameter.shape)}"
             )
     return plan
+
+
+def locate_merged(model: nn.Module, name: str, merged: Mapping[str, str]) -> Target | None:
+    """The parameter for a published name, where projections stand merged. merged: name of a projection -> that of the
+    MergedLinear beside it.
+    """
+    *path, module, kind = name.split(".") if name.count(".") >= 1 else ("", name)
+    if module not in merged:
+        return Target(name)
+    owner = ".".join([*path, merged[module]])
+    try:
+        layer = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    return Target(f"{owner}.{kind}", layer.rows(module)) if isinstance(layer, MergedLinear) else None
+
+
+def cut_of(model: Loadable, target: Target) -> Cut | None:
+    """Which part of the published tensor the target is; None: the whole of it."""
+    owner, _, kind = target.parameter.rpartition(".")
+    layer = model.get_submodule(owner)
+    return layer.cut(kind, target.rows) if isinstance(layer, PackedLayer) else None
 
 
 def allocate(
@@ -210,30 +242,63 @@ def choose_numbers(model: nn.Module, dtype: torch.dtype, quantization: str | Non
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path, prefix: str = "", variant: str | None = None) -> None:
+def load_weights(
+    model: nn.Module,
+    folder: Path,
+    prefix: str = "",
+    variant: str | None = None,
+    parts: Collection[str] = ("",),
+) -> None:
     """Fills every parameter of `model` (already on its device) from the memory-mapped files of `folder`, chosen as
     `tensor_files` does; with a prefix from the tensors of such names alone. Then lays the weights out for inference.
+    Of what a layer holds a share of, only that share is read. parts: submodules that are filled; "": all.
     """
     files, shapes = tensor_files(folder, prefix, variant), tensor_shapes(folder, prefix, variant)
     scales = _read_scales(files)
     shapes = {name: shape for name, shape in shapes.items() if name not in scale_names(files).values()}
-    plan = plan_loading(model, shapes, str(folder))  # type: ignore[arg-type]
+    plan = plan_loading(model, shapes, str(folder), parts)  # type: ignore[arg-type]
     for file, names in _by_file({name: files[name] for name in plan}).items():
         with _opened(file) as handle:
             for name in names:
+                cut = cut_of(model, plan[name])  # type: ignore[arg-type]
+                scale = scales.get(name)
+                if scale is not None:
+                    scale = _cut_scales(scales_of_rows(scale, shapes[name][0], f"{folder}: {name}"), cut)
                 with _reading(name, file):
-                    published = handle.get_tensor(name)
-                _fill(model, plan[name], published, scales.get(name), f"{folder}: {name}")
-                give_back(published.data_ptr(), published.nbytes)
-    pack_linears(model)
+                    taken = [handle.get_tensor(name)] if cut is None else _cut_parts(handle, name, cut)
+                published = taken[0] if cut is None or len(taken) == 1 else torch.cat(taken, dim=cut.axis)
+                _fill(model, plan[name], published, scale, f"{folder}: {name}")
+                for read in taken:
+                    give_back(read.data_ptr(), _span_bytes(read))
+    for part in parts:
+        pack_linears(model.get_submodule(part))
 
 
-def _fill(model: nn.Module, target: Target, published: Tensor, scale: Tensor | None, where: str) -> None:
-    """Puts one published tensor in its place; numbers in 8 bits stay as they are where the weight is held in such."""
+def _cut_parts(handle: safe_open, name: str, cut: Cut) -> list[Tensor]:
+    """The rows or columns of a published tensor that a rank holds."""
+    published = handle.get_slice(name)
+    return [published[(*[slice(None)] * cut.axis, taken)] for taken in cut.ranges()]
+
+
+def _span_bytes(view: Tensor) -> int:
+    """From the first number of a view to its last one."""
+    return (sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True)) + 1) * view.itemsize
+
+
+def _cut_scales(scales: Tensor, cut: Cut | None) -> Tensor:
+    """[rows] of a published weight -> those of the rows that a rank holds."""
+    if cut is None or cut.axis != 0:
+        return scales
+    return torch.cat([scales[taken] for taken in cut.ranges()])
+
+
+def _fill(model: nn.Module, target: Target, published: Tensor, scales: Tensor | None, where: str) -> None:
+    """Puts one published tensor in its place; numbers in 8 bits stay as they are where the weight is held in
+    such. scales: of its rows.
+    """
     owner, _, kind = target.parameter.rpartition(".")
     layer = model.get_submodule(owner)
     rows = slice(None) if target.rows is None else target.rows
-    scales = None if scale is None else scales_of_rows(scale, len(published), where)
     if isinstance(layer, PackedLayer) and layer.scales is not None and kind == "weight":
         is_kept = published.dtype == layer.weight.dtype and scales is not None
         layer.fill(rows, published if is_kept else restored(published, scales, where), scales if is_kept else None)

@@ -53,6 +53,16 @@ def current_threads() -> int:
     return torch.get_num_threads()
 
 
+def rank_device(first: torch.device, rank: int) -> torch.device:
+    """Where a rank computes whose first one computes on `first`: the next CUDA devices, else the same."""
+    return torch.device("cuda", (first.index or 0) + rank) if is_cuda(first) else first
+
+
+def num_devices_from(first: torch.device) -> int | None:
+    """How many CUDA devices there are from this one on; None for devices that ranks can share."""
+    return torch.cuda.device_count() - (first.index or 0) if is_cuda(first) else None
+
+
 def is_cpu(device: torch.device) -> bool:
     """Whether a processor with its caches computes, no accelerator."""
     return device.type == "cpu"

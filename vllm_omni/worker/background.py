@@ -40,7 +40,7 @@ class Background:
     """A few threads, started with the first job. wake: called when a job is done, in that job's thread."""
 
     def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
-        self._wake = wake
+        self.wake = wake
         self._pool: ThreadPoolExecutor | None = None
 
     def begin(self, function: Callable[[Stop], T]) -> BackgroundJob[T]:
@@ -54,7 +54,7 @@ class Background:
                 raise CancelledError
 
         future = self._pool.submit(function, stop)
-        future.add_done_callback(lambda _: self._wake())
+        future.add_done_callback(lambda _: self.wake())
         return BackgroundJob(future, is_cancelled)
 
     def shutdown(self) -> None:

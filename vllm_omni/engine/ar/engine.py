@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -21,17 +22,22 @@ from vllm_omni.engine.ar.base import ARJob, Written
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, made_so_far
 from vllm_omni.engine.lora import AdapterDesk, loras_of
+from vllm_omni.engine.shared_model import SharedModel
 from vllm_omni.errors import StageError
 from vllm_omni.layers.lora import AdapterMix
 from vllm_omni.layers.sampler import SampledToken, SamplingRow
+from vllm_omni.layers.shard import WHOLE
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask, StageWorked
 from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.utils.device import CudaGraphs, is_out_of_memory, release_memory
 from vllm_omni.worker.ar.decode_graphs import bucket_sizes
+from vllm_omni.worker.ar.kv_pool import KVLayout
 from vllm_omni.worker.ar.language_model import LanguageModel
 from vllm_omni.worker.ar.model_runner import ModelRunner
 from vllm_omni.worker.background import BackgroundJob
+from vllm_omni.worker.parallel.decoder import DecoderLead, decoder_orders
+from vllm_omni.worker.parallel.links import Links
 
 if TYPE_CHECKING:
     from vllm_omni.engine.ar.spec import ARSpec
@@ -58,9 +64,11 @@ class AREngine(StageEngine):
         lookup = None if options.speculation is None else options.speculation.make_lookup()
         pace = None if options.max_decode_wait_s is None else PrefillPace(options.max_decode_wait_s)
         self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens, lookup, pace)
-        key, model = _model_key(spec, context), _load_model(spec, context)
-        self._runner = _make_runner(spec, context, model)
-        self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, key, cast(nn.Module, model))
+        shared = _load_model(spec, context)
+        self._group = shared.group
+        self._runner = _make_runner(spec, context, shared)
+        module = cast(nn.Module, shared.model)
+        self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, shared.key, module)
         self._kernels = {
             "attention": spec.attention,
             **self._runner.kernels,
@@ -150,6 +158,13 @@ class AREngine(StageEngine):
             return Activity.BUSY
         return Activity.PENDING if self._preparing or self._unadapted else Activity.IDLE
 
+    def breakdown(self) -> Exception | None:
+        return None if self._group is None else self._group.breakdown()
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+
     def get_stats(self) -> dict[str, Any]:
         blocks = self._scheduler.blocks
         return {
@@ -167,6 +182,7 @@ class AREngine(StageEngine):
             "num_drafted_tokens": self._scheduler.num_drafted_tokens,
             "num_accepted_tokens": self._scheduler.num_accepted_tokens,
             **({} if self._desk is None else self._desk.get_stats()),
+            **({} if self._group is None else {"num_ranks": 1 + len(self._group.pids)}),
             "kernels": self._kernels,
         }
 
@@ -333,20 +349,33 @@ class AREngine(StageEngine):
             self._scheduler.remove(sequence)
 
 
-def _model_key(spec: ARSpec, context: EngineContext) -> tuple[str, ...]:
-    return (*spec.model.key, str(context.device), spec.precision.name, spec.sharing_key)
+def _load_model(spec: ARSpec, context: EngineContext) -> SharedModel[LanguageModel]:
+    quantization = spec.precision.quantization
+
+    def load(links: Links | None) -> LanguageModel:
+        shard = WHOLE if links is None else links.shard("tensor")
+        return spec.model.load(context.device, context.dtype, quantization, spec.make_copies(), shard)
+
+    def orders(links: Links) -> Mapping[str, Any]:
+        tapped = spec.tapped_layers(context.reads)
+        return decoder_orders(
+            spec.model,
+            KVLayout.of(spec.model.config, can_write=spec.can_write, tapped_layers=tapped),
+            num_blocks=spec.pool.num_blocks,
+            block_size=spec.options.block_size,
+            attention=spec.attention,
+            dtype=context.dtype,
+            quantization=quantization,
+        )
+
+    key = (*spec.model.key, str(context.device), spec.precision.name, spec.sharing_key)
+    return SharedModel.load(spec, context, key, load, orders)
 
 
-def _load_model(spec: ARSpec, context: EngineContext) -> LanguageModel:
-    return context.models.get(
-        _model_key(spec, context),
-        lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization, spec.make_copies()),
-    )
-
-
-def _make_runner(spec: ARSpec, context: EngineContext, model: LanguageModel) -> ModelRunner:
+def _make_runner(spec: ARSpec, context: EngineContext, shared: SharedModel[LanguageModel]) -> ModelRunner:
+    group = shared.group
     return ModelRunner(
-        model,
+        shared.model,
         num_blocks=spec.pool.num_blocks,
         block_size=spec.options.block_size,
         max_num_seqs=spec.options.max_num_seqs,
@@ -358,4 +387,6 @@ def _make_runner(spec: ARSpec, context: EngineContext, model: LanguageModel) -> 
         max_model_len=spec.model_len,
         decode_buckets=bucket_sizes(spec.options.max_num_seqs) if spec.captures_steps else (),
         graphs=CudaGraphs(context.device) if spec.captures_steps else None,
+        shard=WHOLE if group is None else group.links.shard("tensor"),
+        lead=None if group is None else DecoderLead(group),
     )

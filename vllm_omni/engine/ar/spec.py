@@ -17,10 +17,12 @@ from vllm_omni.engine.ar.options import AROptions
 from vllm_omni.engine.ar.prompt import ARLimits
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.engine.lora import LoRASource
+from vllm_omni.engine.parallel import check_devices, check_divisible
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.attention.base import AttentionUse
 from vllm_omni.layers.attention.choice import choose_attention
 from vllm_omni.layers.blocks import NONE_STREAMED
+from vllm_omni.layers.shard import Shard
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.utils.device import resolve_device
 from vllm_omni.utils.files import ModelFolders
@@ -40,6 +42,7 @@ class ARSpec(StageSpec):
     params_type = SamplingParams
     can_quantize = True
     can_offload = True
+    parallel_axes = ("tensor",)
 
     options: AROptions
     can_write: bool  # whether its jobs sample
@@ -64,6 +67,7 @@ class ARSpec(StageSpec):
         super().__init__(stage, config, folders)
         self.options = stage.options
         self.model = model
+        self._check_parallel()
         self.tapped = self.options.tapped_layers(model.config)  # port -> indices of its layers
         self.model_len = self.options.model_len(model.config)
         device = resolve_device(stage.device)
@@ -107,6 +111,7 @@ class ARSpec(StageSpec):
             num_blocks=options.num_blocks,
             granted_bytes=self._granted_bytes,
             window=self.cache_window,
+            shard=self._shard,
         )
 
     @property
@@ -139,20 +144,23 @@ class ARSpec(StageSpec):
         return self.can_write and isinstance(params, SamplingParams) and params.temperature != 0
 
     def grant_memory(self, num_bytes: int) -> None:
-        self._granted_bytes += num_bytes
+        self._granted_bytes += num_bytes // self.stage.parallel.size
 
     def plan_memory(self) -> MemoryPlan:
-        pool, precision = self.pool, self.precision
-        weights = self.model.weights_bytes(self._itemsize, precision.quantization)
+        pool, precision, ranks = self.pool, self.precision, self.stage.parallel.size
+        tokens = pool.num_blocks * self.options.block_size
+        on_each = f" on each of {ranks} ranks, with a share of its heads" if ranks > 1 else ""
+        weights = self.model.weights_bytes(self._itemsize, precision.quantization, self._shard)
         streamed = NONE_STREAMED
         if self.offloads:
             streamed = self.model.streamed_bytes(precision.dtype, precision.quantization)
         return MemoryPlan(
             weights_bytes=weights - streamed.waiting + streamed.slots,
             offloaded_bytes=streamed.waiting,
+            num_ranks=ranks,
             kv_pool_bytes=pool.num_blocks * pool.block_bytes,
-            wanted_bytes=pool.num_wanted * pool.block_bytes,
-            remark=f"KV pool of {pool.num_blocks * self.options.block_size:,} tokens, as {pool.limited_by} sets it",
+            wanted_bytes=pool.num_wanted * pool.block_bytes * ranks,
+            remark=f"KV pool of {tokens:,} tokens{on_each}, as {pool.limited_by} sets it",
             adapter_bytes=0 if self.lora is None else self.lora.max_bytes,
             activation_bytes=activation_bytes(
                 self.model.config,
@@ -182,9 +190,28 @@ class ARSpec(StageSpec):
     def _capture_complaint(self) -> str | None:
         if self.offloads:
             return "the weights of the layers come and go (offload: weights)"
+        if self.stage.parallel.size > 1:
+            return "the ranks that share its model tell each other of every step"
         attention = registry.resolve("attention", self.attention)
         device = resolve_device(self.stage.device)
         return capture_complaint(self.model, attention, can_write=self.can_write, device=device)
+
+    @property
+    def _shard(self) -> Shard:
+        """Of the first rank, which is never connected: for what is planned."""
+        return Shard(0, self.stage.parallel.tensor)
+
+    def _check_parallel(self) -> None:
+        """ConfigError for ranks that could not share this model."""
+        tensor = self.stage.parallel.tensor
+        if tensor == 1:
+            return
+        if not self.model.model_class.can_shard:
+            raise ConfigError(f"parallel.tensor: got {tensor}, but {self.model.name} has one rank; remove the key")
+        if self.options.lora is not None:
+            raise ConfigError(f"parallel.tensor: got {tensor}, but adapters need whole layers; remove `lora` or this")
+        check_divisible("tensor", tensor, self.model.config.shared_counts)
+        check_devices(self.stage)
 
     @property
     def _itemsize(self) -> int:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from vllm_omni.engine.diffusion.job import DiffusionJob
 from vllm_omni.engine.diffusion.saved_job import SavedJob, job_content
 from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.engine.lora import AdapterDesk, loras_of
+from vllm_omni.engine.shared_model import SharedModel
 from vllm_omni.errors import StageError
 from vllm_omni.layers.kernel_choice import kernels_of
 from vllm_omni.layers.lora import AdapterMix, adapted
@@ -41,6 +43,9 @@ from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
 from vllm_omni.worker.diffusion.diffusion_runner import DiffusionRunner, DiffusionState
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 from vllm_omni.worker.diffusion.saved_sample import restore_sample
+from vllm_omni.worker.diffusion.shared_model import BlockStack, SharedModelSpec
+from vllm_omni.worker.parallel.blocks import BlocksLead, shards_of
+from vllm_omni.worker.parallel.links import Links
 
 
 class DiffusionEngine(StageEngine):
@@ -51,15 +56,15 @@ class DiffusionEngine(StageEngine):
         self._reads = context.reads
         self._device = context.device
         key = (type(spec.model).__name__, spec.folder.resolve(), context.device, spec.precision.name, spec.sharing_key)
-        self.model: DiffusionModel = context.models.get(
-            key,
-            lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization, spec.make_copies()),
-        )
+        shared = SharedModel.load(spec, context, key, partial(_load_model, spec, context), spec.block_orders)
+        self._group = shared.group
+        self.model: DiffusionModel = shared.model
         self._kernels = kernels_of(part for part in vars(self.model).values() if isinstance(part, torch.nn.Module))
-        self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, key, self.model.adapted())
+        self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, shared.key, self.model.adapted())
         self._caches = DiTCacheManager(context.dit_cache)
         self._encoded = EncodedImages(DiTCacheManager(max_bytes=spec.encoded_bytes), context.limits)
-        self.runner = DiffusionRunner(self.model, spec.policy, self._caches, spec.tiling())
+        lead = None if self._group is None else BlocksLead(self._group, cast(BlockStack, self.model))
+        self.runner = DiffusionRunner(self.model, spec.policy, self._caches, spec.tiling(), lead)
         self._scheduler: StepScheduler[DiffusionState] = StepScheduler(
             spec.options.max_batch_tokens, spec.options.max_batch_size, self._caches
         )
@@ -68,6 +73,13 @@ class DiffusionEngine(StageEngine):
         self._decoding: deque[DiffusionState] = deque()
         self._events: deque[StageEvent] = deque()
         self._prepared: set[str] = set()  # tasks whose conditions were encoded in this step
+
+    def breakdown(self) -> Exception | None:
+        return None if self._group is None else self._group.breakdown()
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
 
     def submit(self, task: StageTask) -> None:
         params, port = self.spec.with_fields(task.request, diffusion_params(task.params)), self.model.streamed_input
@@ -308,3 +320,12 @@ class DiffusionEngine(StageEngine):
         made = made_so_far(self, request_id)
         self._drop(request_id)
         self._events.append(StageFailed(request_id, as_stage_error(self.spec.stage.name, error), made))
+
+
+def _load_model(spec: DiffusionSpec, context: EngineContext, links: Links | None) -> DiffusionModel:
+    """links: of the first rank, where others share the blocks."""
+    arguments = (context.device, context.dtype, spec.precision.quantization, spec.make_copies())
+    if links is None:
+        return spec.model.load(*arguments)
+    assert isinstance(spec.model, SharedModelSpec), "refused when the spec was made"
+    return spec.model.load(*arguments, shards_of(links))

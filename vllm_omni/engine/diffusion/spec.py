@@ -29,8 +29,10 @@ from vllm_omni.engine.diffusion.checks import (
 from vllm_omni.engine.diffusion.decoding_memory import DecodingMemory
 from vllm_omni.engine.diffusion.options import DiTOptions
 from vllm_omni.engine.lora import LoRASource, loras_of
+from vllm_omni.engine.parallel import check_axes, check_devices, check_divisible
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.blocks import NONE_STREAMED
+from vllm_omni.layers.shard import Shard, Shards
 from vllm_omni.layers.weights import tensor_shapes
 from vllm_omni.layers.weights_digest import weights_digest
 from vllm_omni.params import DiffusionParams, StageParams, layered
@@ -43,8 +45,11 @@ from vllm_omni.utils.precision import Precision
 from vllm_omni.utils.variants import check_variant, variants_in
 from vllm_omni.worker.architecture import named_architectures
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec
+from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.tiling import Tiling
 from vllm_omni.worker.lora.target import LoRATarget
+from vllm_omni.worker.parallel.blocks import block_orders
+from vllm_omni.worker.parallel.links import Links
 
 if TYPE_CHECKING:
     from vllm_omni.engine.diffusion.engine import DiffusionEngine
@@ -80,6 +85,9 @@ class DiffusionSpec(StageSpec):
         self.encoded_bytes = int(config.dit_cache.encoded_images_mb * MEGABYTE) if self.model.media_keys else 0
         self.lora = None if self.options.lora is None else self._lora_source(self.options.lora)
         self.takes_loras = self.lora is not None
+        self._check_parallel()
+
+    parallel_axes = ("tensor", "sequence", "guidance")
 
     @property
     def can_quantize(self) -> bool:  # type: ignore[override]
@@ -104,11 +112,11 @@ class DiffusionSpec(StageSpec):
 
     def plan_memory(self) -> MemoryPlan:
         dtype, decoding = self.precision.dtype, self._decoding
-        weights = self.model.weights_bytes(dtype, self.precision.quantization)
         streamed = self.model.streamed_bytes(dtype, self.precision.quantization) if self.offloads else NONE_STREAMED
         return MemoryPlan(
-            weights_bytes=weights - streamed.waiting + streamed.slots,
+            weights_bytes=self._weights_bytes() - streamed.waiting + streamed.slots,
             offloaded_bytes=streamed.waiting,
+            num_ranks=self.stage.parallel.size,
             activation_bytes=self.options.max_batch_tokens * self.model.token_bytes(dtype),
             step_cache_bytes=self.encoded_bytes + (0 if self.policy.computes_all else budget_bytes(self._dit_cache)),
             adapter_bytes=0 if self.lora is None else self.lora.max_bytes,
@@ -119,6 +127,35 @@ class DiffusionSpec(StageSpec):
 
     def grant_memory(self, num_bytes: int) -> None:
         self._decoding.grant(num_bytes)
+
+    def block_orders(self, links: Links) -> Mapping[str, Any]:
+        """What the followers of the first rank load."""
+        name, precision = model_name(self.folder, self.options.part), self.precision
+        return block_orders(name, self.folder, self.stage.variant, precision.dtype, precision.quantization)
+
+    def _weights_bytes(self) -> int:
+        """Of the first rank."""
+        tensor, of_weights = self.stage.parallel.tensor, (self.precision.dtype, self.precision.quantization)
+        if tensor > 1 and isinstance(self.model, SharedModelSpec):
+            return self.model.rank_bytes(*of_weights, Shards(tensor=Shard(0, tensor)))
+        return self.model.weights_bytes(*of_weights)
+
+    def _check_parallel(self) -> None:
+        """ConfigError for ranks that could not share this model."""
+        parallel = self.stage.parallel
+        if parallel.size == 1:
+            return
+        axes = self.model.parallel_axes if isinstance(self.model, SharedModelSpec) else ()
+        check_axes(parallel, axes, model_name(self.folder, self.options.part))
+        assert isinstance(self.model, SharedModelSpec)
+        if self.lora is not None:
+            raise ConfigError("parallel: got several ranks, but adapters need whole layers; remove `lora` or this")
+        for axis, counts in self.model.shared_counts().items():
+            check_divisible(axis, getattr(parallel, axis), counts)
+            if axis == "sequence" and "heads" in counts:  # of which each rank of `tensor` has its share already
+                ranks = parallel.tensor * parallel.sequence
+                check_divisible("tensor * sequence", ranks, {"heads": counts["heads"]})
+        check_devices(self.stage)
 
     def tiling(self) -> Tiling | None:
         """How it decodes pictures; None for a model whose decoder bounds its memory itself."""

@@ -56,6 +56,7 @@ class Service:
         except BaseException as error:  # such as SystemExit of a step
             ended = StageError(f"its process was ended by {type(error).__name__}: {error}")
             self._send(Report(0, Activity.IDLE.value, breakdown=ended))
+        engine.close()
         background.shutdown()
         spec.close()
         self._finish()

@@ -49,6 +49,7 @@ SHARED: tuple[type, ...] = (
     schema.LimitsConfig,
     schema.PromptsConfig,
     schema.LoRAConfig,
+    schema.ParallelConfig,
     schema.EdgeConfig,
     schema.StreamConfig,
 )

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.layers.heads import HeadShape
-from vllm_omni.layers.linear import Linear
+from vllm_omni.layers.linear import MergedLinear, RowLinear
 from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
+from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.models.flux2.config import Flux2Config
 from vllm_omni.worker.diffusion.joint import JointSpans, attended_streams
 from vllm_omni.worker.diffusion.packing import HeadNorms, Seen, Span, attended_rows, gated_rows, modulated_rows
 
+QKV = ("to_q", "to_k", "to_v")
 Modulation = Sequence[Tensor]  # shift, scale and gate, [R, D] each, of attention; of a stream also of its feed-forward
 
 
@@ -40,12 +42,13 @@ class HeadNormed(nn.Module):
 class Stream(HeadNormed):
     """Text's or images' own weights in a block with two streams."""
 
-    def __init__(self, config: Flux2Config) -> None:
+    def __init__(self, config: Flux2Config, shard: Shard) -> None:
         super().__init__(config)
-        self.qkv = Linear(config.dim, 3 * config.dim, bias=False, can_quantize=True)
-        self.out = Linear(config.dim, config.dim, bias=False, can_quantize=True)
-        self.linear_in = Linear(config.dim, 2 * config.mlp_dim, bias=False, can_quantize=True)
-        self.linear_out = Linear(config.mlp_dim, config.dim, bias=False, can_quantize=True)
+        dim, widths = config.dim, {"gate": config.mlp_dim, "up": config.mlp_dim}
+        self.qkv = MergedLinear(dim, dict.fromkeys(QKV, dim), can_quantize=True, shard=shard)
+        self.out = RowLinear(dim, dim, bias=False, can_quantize=True, shard=shard)
+        self.linear_in = MergedLinear(dim, widths, can_quantize=True, shard=shard)
+        self.linear_out = RowLinear(config.mlp_dim, dim, bias=False, can_quantize=True, shard=shard)
         self.norm = LayerNorm(config.eps)
 
     def modulated_input(self, x: Tensor, spans: Sequence[Span], modulation: Modulation) -> Tensor:
@@ -64,11 +67,11 @@ class Stream(HeadNormed):
 class DoubleBlock(nn.Module):
     """Text and image attend to each other; all else is each stream's own."""
 
-    def __init__(self, config: Flux2Config) -> None:
+    def __init__(self, config: Flux2Config, shard: Shard = WHOLE) -> None:
         super().__init__()
-        self.shape = head_shape(config)
-        self.text = Stream(config)
-        self.image = Stream(config)
+        self.shape = head_shape(config, shard)
+        self.text = Stream(config, shard)
+        self.image = Stream(config, shard)
 
     def forward(
         self,
@@ -92,12 +95,14 @@ class DoubleBlock(nn.Module):
 class SingleBlock(HeadNormed):
     """Attention and feed-forward of the same input, their results projected as one."""
 
-    def __init__(self, config: Flux2Config) -> None:
+    def __init__(self, config: Flux2Config, shard: Shard = WHOLE) -> None:
         super().__init__(config)
-        self.shape = head_shape(config)
-        self.widths = (3 * config.dim, 2 * config.mlp_dim)
-        self.qkv_mlp = Linear(config.dim, sum(self.widths), bias=False, can_quantize=True)
-        self.out = Linear(config.dim + config.mlp_dim, config.dim, bias=False, can_quantize=True)
+        self.shape = head_shape(config, shard)
+        dim, mlp_dim = config.dim, config.mlp_dim
+        parts = {**dict.fromkeys(QKV, dim), "gate": mlp_dim, "up": mlp_dim}  # published as one
+        self.widths = (3 * shard.part(dim), 2 * shard.part(mlp_dim))
+        self.qkv_mlp = MergedLinear(dim, parts, can_quantize=True, shard=shard)
+        self.out = RowLinear((dim, mlp_dim), dim, bias=False, can_quantize=True, shard=shard)
         self.norm = LayerNorm(config.eps)
 
     def forward(self, x: Tensor, spans: Sequence[Span], modulation: Modulation, seen: Seen | None = None) -> Tensor:
@@ -107,6 +112,6 @@ class SingleBlock(HeadNormed):
         return gated_rows(x, self.out(torch.cat([attended, swiglu(gate_up)], dim=-1)), spans, gate)
 
 
-def head_shape(config: Flux2Config) -> HeadShape:
-    heads = config.num_attention_heads
+def head_shape(config: Flux2Config, shard: Shard) -> HeadShape:
+    heads = shard.part(config.num_attention_heads)
     return HeadShape(heads, heads, config.attention_head_dim, are_neighbours=True)

@@ -143,6 +143,9 @@ class KleinPipeline(DiffusionModel):
     def run_blocks(self, tokens: JointTokens, start: int, stop: int) -> JointTokens:
         return self.transformer.run_blocks(tokens, start, stop)
 
+    def read_tokens(self, plain: Any, tensors: Sequence[Tensor]) -> JointTokens:
+        return self.transformer.read_tokens(plain, tensors)
+
     def modulated_input(self, tokens: JointTokens) -> list[Tensor]:
         return self.transformer.modulated_input(tokens)
 

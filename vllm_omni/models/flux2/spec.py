@@ -15,6 +15,7 @@ from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.group_norm import use_group_norms
 from vllm_omni.layers.published_quantization import read_quantization
+from vllm_omni.layers.shard import ALONE, Shards
 from vllm_omni.layers.weights import MakeCopies, allocate, load_weights, weights_bytes
 from vllm_omni.models.flux2.config import Flux2Config
 from vllm_omni.models.flux2.lora_names import lora_aliases
@@ -34,11 +35,12 @@ from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.files import read_json
-from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
+from vllm_omni.worker.diffusion.diffusion_model import check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
 from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
+from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.tiling import DecodingSize
 
 DISTILLED_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0}
@@ -46,7 +48,7 @@ BASE_DEFAULTS = {"num_inference_steps": DEFAULT_STEPS, "guidance_scale": DEFAULT
 MAX_VAE_BLOCKS = 10
 
 
-class KleinSpec(DiffusionModelSpec):
+class KleinSpec(SharedModelSpec):
     """Text to image, after up to four references, and a picture drawn anew where a mask says so."""
 
     gives_previews = True
@@ -57,6 +59,9 @@ class KleinSpec(DiffusionModelSpec):
     media_keys = frozenset({"image", "mask"})
     keeps_references: ClassVar[bool] = False
     needs_mask: ClassVar[bool] = False
+
+    parallel_axes: ClassVar[tuple[str, ...]] = ("tensor", "guidance")
+    shared_parts = ("double_blocks", "single_blocks")
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)
@@ -84,9 +89,13 @@ class KleinSpec(DiffusionModelSpec):
         }
         return super().weights_bytes(dtype, quantization) - of_vae[dtype] + of_vae[self._vae_dtype(dtype)]
 
-    def build_transformer(self) -> Flux2Transformer:
+    def shared_counts(self) -> dict[str, dict[str, int]]:
+        heads, widths = self.config.num_attention_heads, self.config.mlp_dim
+        return {"tensor": {"heads": heads, "widths of the feed-forward": widths}}
+
+    def build_transformer(self, shards: Shards = ALONE) -> Flux2Transformer:
         with torch.device("meta"):
-            return Flux2Transformer(self.config)
+            return Flux2Transformer(self.config, shards)
 
     def lora_aliases(self) -> Mapping[str, str]:
         return lora_aliases(self.config)
@@ -106,10 +115,11 @@ class KleinSpec(DiffusionModelSpec):
         dtype: torch.dtype,
         quantization: str | None = None,
         make_copies: MakeCopies | None = None,
+        shards: Shards = ALONE,
     ) -> KleinPipeline:
         from diffusers import AutoencoderKLFlux2
 
-        transformer = self.build_transformer()
+        transformer = self.build_transformer(shards)
         allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         vae = load_part(AutoencoderKLFlux2, self.folder / "vae", self._vae_dtype(dtype), self.weights_variant)
@@ -205,6 +215,7 @@ class KleinKVSpec(KleinSpec):
 
     request_keys = media_keys = frozenset({"image"})
     keeps_references = True
+    parallel_axes: ClassVar[tuple[str, ...]] = ()  # what references are remembered as stands in the blocks of one rank
 
     def _read_distilled(self, file: Path) -> tuple[bool, str]:
         return True, "as all Flux2KleinKVPipeline are"

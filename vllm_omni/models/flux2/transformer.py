@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,11 @@ from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.lora import packed
 from vllm_omni.layers.modulation import modulated
 from vllm_omni.layers.norm import LayerNorm
-from vllm_omni.layers.weights import Target
-from vllm_omni.models.flux2.blocks import DoubleBlock, SingleBlock
+from vllm_omni.layers.shard import ALONE, Shards
+from vllm_omni.layers.weights import Target, locate_merged
+from vllm_omni.models.flux2.blocks import QKV, DoubleBlock, SingleBlock
 from vllm_omni.models.flux2.config import NUM_AXES, Flux2Config
-from vllm_omni.worker.diffusion.joint import Geometry, JointTokens, grouped, packing_order, spans_of
+from vllm_omni.worker.diffusion.joint import Geometry, JointSpans, JointTokens, grouped, packing_order, spans_of
 from vllm_omni.worker.diffusion.packing import Seen, joined
 from vllm_omni.worker.diffusion.rope_tables import RopeTables, grid_positions
 from vllm_omni.worker.diffusion.timestep import TimestepEmbedder
@@ -65,7 +67,8 @@ class Condition:
 class Flux2Transformer(nn.Module):
     """latents and conditions -> velocity, for rows of any sizes; see the module's docstring."""
 
-    def __init__(self, config: Flux2Config) -> None:
+    def __init__(self, config: Flux2Config, shards: Shards = ALONE) -> None:
+        """shards: this rank's share of the blocks; what stands around them is whole, and the first rank's."""
         super().__init__()
         self.config = config
         self.x_embedder = Linear(config.in_channels, config.dim, bias=False)
@@ -75,8 +78,8 @@ class Flux2Transformer(nn.Module):
         if config.guidance_embeds:
             self.guidance_embedder = TimestepEmbedder(config.timestep_guidance_channels, config.dim, bias=False)
         self.modulation = MergedLinear(config.dim, {name: count * config.dim for name, count in MODULATIONS.items()})
-        self.double_blocks = Blocks(DoubleBlock(config) for _ in range(config.num_layers))
-        self.single_blocks = Blocks(SingleBlock(config) for _ in range(config.num_single_layers))
+        self.double_blocks = Blocks(DoubleBlock(config, shards.tensor) for _ in range(config.num_layers))
+        self.single_blocks = Blocks(SingleBlock(config, shards.tensor) for _ in range(config.num_single_layers))
         self.norm_out = LayerNorm(config.eps)
         self.proj_out = Linear(config.dim, config.in_channels, bias=False)
         self._ropes = RopeTables(positions, config.axes_dims_rope, config.rope_theta)
@@ -126,11 +129,15 @@ class Flux2Transformer(nn.Module):
         """Blocks start .. stop - 1, those with two streams first."""
         return self._run_blocks(tokens, start, stop, lambda layer: _Recall(tokens, layer))
 
+    def read_tokens(self, plain: Any, tensors: Sequence[Tensor]) -> JointTokens:
+        """See BlockStack."""
+        return JointTokens.of_content(plain, tensors)
+
     def modulated_input(self, tokens: JointTokens) -> list[Tensor]:
         """[L, D] per packed row: what the first block attends with."""
         block: DoubleBlock = next(self.double_blocks.present())  # type: ignore[assignment]
         of_text, of_image, _, _ = self._modulations(tokens)
-        spans = spans_of(tokens.groups, self._rope)
+        spans = self._spans(tokens)
         text = block.text.modulated_input(tokens.text, spans.text, of_text)
         image = block.image.modulated_input(tokens.image, spans.image, of_image)
         return replace(tokens, text=text, image=image).per_row()
@@ -179,7 +186,7 @@ class Flux2Transformer(nn.Module):
 
     def _run_blocks(self, tokens: JointTokens, start: int, stop: int, seen: Callable[[int], Seen]) -> JointTokens:
         """seen: block -> what is attended to in it."""
-        spans = spans_of(tokens.groups, self._rope)
+        spans = self._spans(tokens)
         of_text, of_image, of_both, _ = self._modulations(tokens)
         num_double, text, image = self.config.num_layers, tokens.text, tokens.image
         for layer, block in enumerate(self.double_blocks.present(start, min(stop, num_double)), start):
@@ -209,8 +216,9 @@ class Flux2Transformer(nn.Module):
         """[C, h, w] -> [h * w, C]"""
         return latents.flatten(1).T.to(self.x_embedder.weight)
 
-    def _rope(self, geometry: Geometry) -> Tensor:
-        return self._ropes.of(replace(geometry, num_remembered=0), self.device)
+    def _spans(self, tokens: JointTokens) -> JointSpans:
+        device = tokens.image.device
+        return spans_of(tokens.groups, lambda one: self._ropes.of(replace(one, num_remembered=0), device))
 
     def locate(self, name: str) -> Target | None:
         """Published name -> parameter here (see layers/weights.py)."""
@@ -219,11 +227,7 @@ class Flux2Transformer(nn.Module):
             return Target("modulation.weight", self.modulation.rows(merged))
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
-        dim = self.config.dim
-        for index, part in enumerate(("q", "k", "v")):
-            if f".to_{part}." in name:
-                return Target(name.replace(f".to_{part}.", ".qkv."), slice(index * dim, (index + 1) * dim))
-        return Target(name)
+        return locate_merged(self, name, MERGED)
 
     def is_ignored(self, name: str) -> bool:
         return False
@@ -262,6 +266,7 @@ def _grid(latents: Tensor) -> tuple[int, int]:
     return latents.shape[1], latents.shape[2]
 
 
+MERGED = dict.fromkeys(QKV, "qkv")
 RENAMED = (
     (r"^time_guidance_embed\.", ""),
     (r"^transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj\.", r"double_blocks.\1.text.to_\2."),

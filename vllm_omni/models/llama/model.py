@@ -33,6 +33,8 @@ class LlamaConfig(CausalLMConfig):
 class Llama(CausalLM):
     """The model of one folder."""
 
+    can_shard = True
+
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> LlamaConfig:
         return LlamaConfig.from_json(raw, where)

@@ -38,6 +38,8 @@ class MistralConfig(CausalLMConfig):
 class Mistral(CausalLM):
     """The model of one folder."""
 
+    can_shard = True
+
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> MistralConfig:
         return MistralConfig.from_json(raw, where, has_pattern=False)
@@ -45,6 +47,8 @@ class Mistral(CausalLM):
 
 class Ministral(CausalLM):
     """A Mistral with a pattern of layers."""
+
+    can_shard = True
 
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> MistralConfig:

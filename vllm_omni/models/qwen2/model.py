@@ -30,6 +30,8 @@ class Qwen2Config(CausalLMConfig):
 class Qwen2(CausalLM):
     """The model of one folder."""
 
+    can_shard = True
+
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> Qwen2Config:
         return Qwen2Config.from_json(raw, where)

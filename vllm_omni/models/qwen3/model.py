@@ -33,6 +33,8 @@ class Qwen3Config(CausalLMConfig):
 class Qwen3(CausalLM):
     """The model of one folder."""
 
+    can_shard = True
+
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> Qwen3Config:
         return Qwen3Config.from_json(raw, where)

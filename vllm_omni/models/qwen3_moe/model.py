@@ -9,6 +9,7 @@ from typing import Any
 from vllm_omni.layers.causal_lm import CausalLM, CausalLMConfig
 from vllm_omni.layers.experts import ExpertsConfig
 from vllm_omni.layers.layer_windows import read_windows
+from vllm_omni.layers.shard import WHOLE, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,21 @@ class Qwen3MoeConfig(CausalLMConfig):
             experts=ExpertsConfig.from_json(raw, where, fields["num_layers"]),
         )
 
+    @property
+    def shared_counts(self) -> dict[str, int]:
+        # zero arguments of super() do not work in a dataclass with slots
+        return {**CausalLMConfig.shared_counts.fget(self), "widths of an expert": self.experts.size}  # type: ignore[attr-defined]
+
 
 class Qwen3Moe(CausalLM):
     """The model of one folder."""
 
     is_capturable = False  # which experts have tokens is asked of the device
+    can_shard = True
     config: Qwen3MoeConfig
 
-    def __init__(self, config: Qwen3MoeConfig) -> None:
-        super().__init__(config, lambda index: config.experts.make_mlp(config, index))
+    def __init__(self, config: Qwen3MoeConfig, shard: Shard = WHOLE) -> None:
+        super().__init__(config, lambda index: config.experts.make_mlp(config, index, shard), shard)
 
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> Qwen3MoeConfig:

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.heads import HeadShape
-from vllm_omni.layers.linear import Linear
+from vllm_omni.layers.linear import Linear, MergedLinear, RowLinear
 from vllm_omni.layers.modulation import modulated
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
+from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.models.qwen_image.config import QwenImageConfig
 from vllm_omni.worker.diffusion.joint import JointSpans, attended_streams
 from vllm_omni.worker.diffusion.packing import Span, gated_rows, joined, modulated_rows
@@ -45,16 +46,17 @@ class BlockInputs:
 class Stream(nn.Module):
     """What a block has once for text and once for images."""
 
-    def __init__(self, config: QwenImageConfig) -> None:
+    def __init__(self, config: QwenImageConfig, shard: Shard) -> None:
         super().__init__()
         dim = config.dim
         self.modulation = Linear(dim, 6 * dim)
         self.norm = LayerNorm(EPS)
-        self.qkv = Linear(dim, 3 * dim, can_quantize=True)
+        parts = dict.fromkeys(("to_q", "to_k", "to_v"), dim)
+        self.qkv = MergedLinear(dim, parts, bias=True, can_quantize=True, shard=shard)
         self.norm_q, self.norm_k = RMSNorm(config.attention_head_dim, EPS), RMSNorm(config.attention_head_dim, EPS)
-        self.out = Linear(dim, dim, can_quantize=True)
-        self.up = Linear(dim, 4 * dim, can_quantize=True)
-        self.down = Linear(4 * dim, dim, can_quantize=True)
+        self.out = RowLinear(dim, dim, can_quantize=True, shard=shard)
+        self.up = MergedLinear(dim, {"up": 4 * dim}, bias=True, can_quantize=True, shard=shard)
+        self.down = RowLinear(4 * dim, dim, can_quantize=True, shard=shard)
 
     def modulation_of(self, inputs: StreamInputs) -> tuple[Tensor, ...]:
         """Shift, scale and gate of attention, then of the feed-forward, each as many as there are vectors."""
@@ -76,11 +78,11 @@ class Stream(nn.Module):
 class Block(nn.Module):
     """Joint attention of both streams, then a feed-forward in each."""
 
-    def __init__(self, config: QwenImageConfig) -> None:
+    def __init__(self, config: QwenImageConfig, shard: Shard = WHOLE) -> None:
         super().__init__()
-        heads = config.num_attention_heads
+        heads = shard.part(config.num_attention_heads)
         self.shape = HeadShape(heads, heads, config.attention_head_dim, are_neighbours=True)
-        self.text, self.image = Stream(config), Stream(config)
+        self.text, self.image = Stream(config, shard), Stream(config, shard)
         self.norms = ((self.text.norm_q, self.text.norm_k), (self.image.norm_q, self.image.norm_k))
 
     def forward(self, text: Tensor, image: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.published_quantization import read_quantization
+from vllm_omni.layers.shard import ALONE, Shards
 from vllm_omni.layers.weights import MakeCopies, allocate, load_weights
 from vllm_omni.media.image_input import image_size
 from vllm_omni.models.qwen_image.config import QwenImageConfig
@@ -30,11 +31,12 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.files import read_json
-from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
+from vllm_omni.worker.diffusion.diffusion_model import check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
 from vllm_omni.worker.diffusion.flow_trajectory import NEGATIVE, POSITIVE
 from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
+from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.source_image import check_source, first_step
 
 MAX_EDITED = 8  # pictures of one request; each is as many tokens as a picture of 1024 x 1024 pixels
@@ -42,7 +44,7 @@ MAX_EDITED = 8  # pictures of one request; each is as many tokens as a picture o
 ACTIVATION_WIDTHS = 10
 
 
-class QwenImageSpec(DiffusionModelSpec):
+class QwenImageSpec(SharedModelSpec):
     """Text to image, image to image, inpainting: diffusers' QwenImagePipeline and the two beside it."""
 
     gives_previews = True
@@ -53,6 +55,9 @@ class QwenImageSpec(DiffusionModelSpec):
     media_keys = frozenset({"image", "mask"})
     unused_fields: ClassVar[tuple[str, ...]] = ("duration_s",)
     max_edited: ClassVar[int] = 0  # pictures that a request may bring to be edited; 0: it may bring one to start from
+
+    parallel_axes: ClassVar[tuple[str, ...]] = ("tensor", "guidance")
+    shared_parts = ("time_embedder", "blocks")  # references may stand still in time
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)
@@ -78,9 +83,12 @@ class QwenImageSpec(DiffusionModelSpec):
             results=frozenset({"image"}),
         )
 
-    def build_transformer(self) -> QwenImageTransformer:
+    def shared_counts(self) -> dict[str, dict[str, int]]:
+        return {"tensor": {"heads": self.config.num_attention_heads, "widths of the feed-forward": 4 * self.config.dim}}
+
+    def build_transformer(self, shards: Shards = ALONE) -> QwenImageTransformer:
         with torch.device("meta"):
-            return QwenImageTransformer(self.config)
+            return QwenImageTransformer(self.config, shards)
 
     def published_quantization(self) -> str | None:
         return self._published_quantization
@@ -97,8 +105,9 @@ class QwenImageSpec(DiffusionModelSpec):
         dtype: torch.dtype,
         quantization: str | None = None,
         make_copies: MakeCopies | None = None,
+        shards: Shards = ALONE,
     ) -> QwenImagePipeline:
-        transformer = self.build_transformer()
+        transformer = self.build_transformer(shards)
         allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         folder = self.folder / "vae"

@@ -13,6 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,8 @@ from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.lora import packed
 from vllm_omni.layers.norm import RMSNorm
-from vllm_omni.layers.weights import Target
+from vllm_omni.layers.shard import ALONE, Shards
+from vllm_omni.layers.weights import Target, locate_merged
 from vllm_omni.models.qwen_image.blocks import EPS, Block, BlockInputs, FinalLayer, StreamInputs
 from vllm_omni.models.qwen_image.config import QwenImageConfig
 from vllm_omni.models.qwen_image.positions import THETA, positions
@@ -54,14 +57,15 @@ class Context:
 class QwenImageTransformer(nn.Module):
     """Latents and their contexts -> velocities, for rows of any sizes; see the module's docstring."""
 
-    def __init__(self, config: QwenImageConfig) -> None:
+    def __init__(self, config: QwenImageConfig, shards: Shards = ALONE) -> None:
+        """shards: this rank's share of `blocks`; what stands around them is whole."""
         super().__init__()
         self.config = config
         self.img_in = Linear(config.in_channels, config.dim)
         self.txt_norm = RMSNorm(config.joint_attention_dim, EPS)
         self.txt_in = Linear(config.joint_attention_dim, config.dim)
         self.time_embedder = TimestepEmbedder(NUM_SINUSOIDS, config.dim, bias=True)
-        self.blocks = Blocks(Block(config) for _ in range(config.num_layers))
+        self.blocks = Blocks(Block(config, shards.tensor) for _ in range(config.num_layers))
         self.final_layer = FinalLayer(config)
         self._ropes = RopeTables(positions, config.axes_dims_rope, THETA)
 
@@ -109,6 +113,10 @@ class QwenImageTransformer(nn.Module):
             text, image = block(text, image, inputs)
         return replace(tokens, text=text, image=image)
 
+    def read_tokens(self, plain: Any, tensors: Sequence[Tensor]) -> JointTokens:
+        """See BlockStack."""
+        return JointTokens.of_content(plain, tensors)
+
     def modulated_input(self, tokens: JointTokens) -> list[Tensor]:
         """[L, D] per packed row, text then image: what the first block attends with."""
         block: Block = next(self.blocks.present())  # type: ignore[assignment]
@@ -136,26 +144,19 @@ class QwenImageTransformer(nn.Module):
         return F.silu(self.time_embedder(timesteps))
 
     def _inputs(self, tokens: JointTokens) -> BlockInputs:
-        spans = spans_of(tokens.groups, self._rope)
+        spans = spans_of(tokens.groups, partial(self._ropes.of, device=tokens.text.device))
         text, image = StreamInputs(spans.text, tokens.condition), StreamInputs(spans.image, tokens.condition)
         if self.config.zero_cond_t and any(len(group.geometry.grids) > 1 for group in tokens.groups):
-            resting = self._vectors(torch.zeros(len(tokens.condition), device=self.device))
+            resting = self._vectors(torch.zeros(len(tokens.condition), device=tokens.text.device))
             vectors = torch.stack([tokens.condition, resting], dim=1).flatten(0, 1)
             image = StreamInputs(resting_references(tokens.groups, spans.image), vectors)
         return BlockInputs(spans, text, image)
-
-    def _rope(self, geometry: Geometry) -> Tensor:
-        return self._ropes.of(geometry, self.device)
 
     def locate(self, name: str) -> Target | None:
         """Published name -> parameter here (see layers/weights.py)."""
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
-        dim = self.config.dim
-        for index, part in enumerate(("q", "k", "v")):
-            if f".to_{part}." in name:
-                return Target(name.replace(f".to_{part}.", ".qkv."), slice(index * dim, (index + 1) * dim))
-        return Target(name)
+        return locate_merged(self, name, MERGED)
 
     def is_ignored(self, name: str) -> bool:
         return False
@@ -184,6 +185,7 @@ def resting_references(groups: Sequence[Group], spans: Sequence[Span]) -> list[S
     return apart
 
 
+MERGED = dict.fromkeys(("to_q", "to_k", "to_v"), "qkv")
 RENAMED = (
     (r"^time_text_embed\.timestep_embedder\.", "time_embedder."),
     (r"^norm_out\.linear\.", "final_layer.modulation."),

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.heads import HeadShape
-from vllm_omni.layers.linear import Linear
+from vllm_omni.layers.linear import Linear, MergedLinear, RowLinear
 from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
+from vllm_omni.layers.shard import ALONE, Shard, Shards
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.worker.diffusion.packing import Span, attended_rows, gated_rows, modulated_rows
 from vllm_omni.worker.diffusion.patches import PATCH
@@ -42,29 +43,31 @@ class TimestepEmbedder(nn.Module):
 class Attention(nn.Module):
     """Full attention within each row, with normalised queries and keys and rotary positions."""
 
-    def __init__(self, config: ZImageConfig) -> None:
+    def __init__(self, config: ZImageConfig, shards: Shards) -> None:
         super().__init__()
-        head_dim = config.dim // config.n_heads
-        self.shape = HeadShape(config.n_heads, config.n_heads, head_dim, are_neighbours=True)
-        self.qkv = Linear(config.dim, 3 * config.dim, bias=False, can_quantize=True)
-        self.out = Linear(config.dim, config.dim, bias=False, can_quantize=True)
+        head_dim, num_heads = config.dim // config.n_heads, shards.tensor.part(config.n_heads)
+        self.shape = HeadShape(num_heads, num_heads, head_dim, are_neighbours=True)
+        self.sequence = shards.sequence
+        parts = dict.fromkeys(("to_q", "to_k", "to_v"), config.dim)
+        self.qkv = MergedLinear(config.dim, parts, can_quantize=True, shard=shards.tensor)
+        self.out = RowLinear(config.dim, config.dim, bias=False, can_quantize=True, shard=shards.tensor)
         self.norms = None
         if config.qk_norm:
             self.norm_q, self.norm_k = RMSNorm(head_dim, ATTENTION_EPS), RMSNorm(head_dim, ATTENTION_EPS)
             self.norms = (self.norm_q, self.norm_k)
 
     def forward(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
-        return self.out(attended_rows(self.qkv(x), spans, self.shape, self.norms))
+        return self.out(attended_rows(self.qkv(x), spans, self.shape, self.norms, sequence=self.sequence))
 
 
 class FeedForward(nn.Module):
     """SwiGLU with the gate and the up projection fused."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, config: ZImageConfig, shard: Shard) -> None:
         super().__init__()
-        hidden = int(dim / 3 * 8)
-        self.w13 = Linear(dim, 2 * hidden, bias=False, can_quantize=True)
-        self.w2 = Linear(hidden, dim, bias=False, can_quantize=True)
+        dim, hidden = config.dim, config.hidden_dim
+        self.w13 = MergedLinear(dim, {"w1": hidden, "w3": hidden}, can_quantize=True, shard=shard)
+        self.w2 = RowLinear(hidden, dim, bias=False, can_quantize=True, shard=shard)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(swiglu(self.w13(x)))
@@ -73,10 +76,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each between two norms; with modulation also scaled and gated by the timestep."""
 
-    def __init__(self, config: ZImageConfig, modulated: bool = True) -> None:
+    def __init__(self, config: ZImageConfig, modulated: bool = True, shards: Shards = ALONE) -> None:
         super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config.dim)
+        self.attention = Attention(config, shards)
+        self.feed_forward = FeedForward(config, shards.tensor)
         self.attention_norm1 = RMSNorm(config.dim, config.norm_eps)
         self.attention_norm2 = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm1 = RMSNorm(config.dim, config.norm_eps)

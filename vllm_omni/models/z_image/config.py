@@ -72,5 +72,10 @@ class ZImageConfig:
                 check_number(f"{where}: {key}[{index}]", size, 1, MAX_COUNT, integer=True, raises=ConfigError)
 
     @property
+    def hidden_dim(self) -> int:
+        """Of a feed-forward."""
+        return int(self.dim / 3 * 8)
+
+    @property
     def modulation_width(self) -> int:
         return min(self.dim, MAX_MODULATION_WIDTH)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,18 @@ class Tokens:
         """Of all tokens, and of what comes from the timestep."""
         lengths = [group.length for group in self.groups for _ in range(group.num_rows)]
         return lengths, [1] * len(lengths)
+
+    def content(self) -> tuple[Any, list[Tensor]]:
+        """See TokenBatch."""
+        groups = [[x.rows.start, x.rows.stop, x.height, x.width, x.num_text] for x in self.groups]
+        return [groups, list(self.order)], [self.hidden, self.condition]
+
+    @classmethod
+    def of_content(cls, plain: Any, tensors: Sequence[Tensor]) -> Tokens:
+        """What `content` gave, on another rank."""
+        groups, order = plain
+        hidden, condition = tensors
+        return cls(hidden, condition, tuple(Group(slice(a, b), *sizes) for a, b, *sizes in groups), tuple(order))
 
     def per_row(self) -> list[Tensor]:
         """[L, D] views, in packed order."""

@@ -135,6 +135,9 @@ class ZImagePipeline(DiffusionModel):
     def run_blocks(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         return self.transformer.run_blocks(tokens, start, stop)
 
+    def read_tokens(self, plain: Any, tensors: Sequence[Tensor]) -> Tokens:
+        return self.transformer.read_tokens(plain, tensors)
+
     def modulated_input(self, tokens: Tokens) -> list[Tensor]:
         return self.transformer.modulated_input(tokens)
 

@@ -14,8 +14,10 @@ from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.group_norm import use_group_norms
 from vllm_omni.layers.published_quantization import read_quantization
+from vllm_omni.layers.shard import ALONE, Shards
 from vllm_omni.layers.weights import MakeCopies, allocate, load_weights
 from vllm_omni.models.z_image.config import ZImageConfig
+from vllm_omni.models.z_image.packing import SEQUENCE_MULTIPLE
 from vllm_omni.models.z_image.pipeline import NEGATIVE_PORT, ImageGeometry, ZImagePipeline
 from vllm_omni.models.z_image.trajectory import guidance_scale, num_steps
 from vllm_omni.models.z_image.transformer import ZImageTransformer
@@ -25,11 +27,12 @@ from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.utils.files import read_json
-from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
+from vllm_omni.worker.diffusion.diffusion_model import check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
 from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
+from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.source_image import check_source, first_step
 from vllm_omni.worker.diffusion.tiling import DecodingSize
 
@@ -41,7 +44,7 @@ MAX_VAE_BLOCKS = 10
 ACTIVATION_WIDTHS = 14
 
 
-class ZImageSpec(DiffusionModelSpec):
+class ZImageSpec(SharedModelSpec):
     """Text to image, image to image, inpainting."""
 
     gives_previews = True
@@ -50,6 +53,8 @@ class ZImageSpec(DiffusionModelSpec):
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})
     adapted_part = "transformer"
+    parallel_axes = ("tensor", "sequence", "guidance")
+    shared_parts = ("layers",)
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)
@@ -73,9 +78,14 @@ class ZImageSpec(DiffusionModelSpec):
     def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
         return vae_dtype(read_json(folder / "config.json"), dtype) if folder.name == "vae" else dtype
 
-    def build_transformer(self) -> ZImageTransformer:
+    def build_transformer(self, shards: Shards = ALONE) -> ZImageTransformer:
         with torch.device("meta"):
-            return ZImageTransformer(self.config)
+            return ZImageTransformer(self.config, shards)
+
+    def shared_counts(self) -> dict[str, dict[str, int]]:
+        heads = {"heads": self.config.n_heads}
+        widths = {**heads, "widths of the feed-forward": self.config.hidden_dim}
+        return {"tensor": widths, "sequence": {**heads, "tokens that lengths are padded to": SEQUENCE_MULTIPLE}}
 
     def published_quantization(self) -> str | None:
         return self._published_quantization
@@ -93,10 +103,11 @@ class ZImageSpec(DiffusionModelSpec):
         dtype: torch.dtype,
         quantization: str | None = None,
         make_copies: MakeCopies | None = None,
+        shards: Shards = ALONE,
     ) -> ZImagePipeline:
         from diffusers import AutoencoderKL
 
-        transformer = self.build_transformer()
+        transformer = self.build_transformer(shards)
         allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         folder = self.folder / "vae"

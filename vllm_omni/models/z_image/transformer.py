@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,28 +24,32 @@ from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.lora import packed
 from vllm_omni.layers.norm import RMSNorm
-from vllm_omni.layers.weights import Target
+from vllm_omni.layers.shard import ALONE, Shards
+from vllm_omni.layers.weights import Target, locate_merged
 from vllm_omni.models.z_image.blocks import Block, FinalLayer, TimestepEmbedder
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import Group, Tokens, grouped, padded
 from vllm_omni.worker.diffusion.packing import Span, joined
 from vllm_omni.worker.diffusion.patches import PATCH, Rows, dense, patchified, unpatchified
 from vllm_omni.worker.diffusion.rope_tables import RopeTables, grid_positions
+from vllm_omni.worker.diffusion.sequence import split_sequence
 
 
 class ZImageTransformer(nn.Module):
     """latents and text -> velocity, for rows of any sizes; see the module's docstring."""
 
-    def __init__(self, config: ZImageConfig) -> None:
+    def __init__(self, config: ZImageConfig, shards: Shards = ALONE) -> None:
+        """shards: this rank's share of `layers`; what stands around them is whole, and the first rank's."""
         super().__init__()
         self.config = config
+        self._sequence = shards.sequence
         self.x_embedder = Linear(PATCH * PATCH * config.in_channels, config.dim)
         self.cap_norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
         self.cap_embedder = Linear(config.cap_feat_dim, config.dim)
         self.t_embedder = TimestepEmbedder(config.modulation_width)
         self.noise_refiner = Blocks(Block(config) for _ in range(config.n_refiner_layers))
         self.context_refiner = Blocks(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
-        self.layers = Blocks(Block(config) for _ in range(config.n_layers))
+        self.layers = Blocks(Block(config, shards=shards) for _ in range(config.n_layers))
         self.final_layer = FinalLayer(config)
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
@@ -81,21 +86,26 @@ class ZImageTransformer(nn.Module):
 
     def run_blocks(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Blocks start .. stop - 1 of the main stack."""
-        hidden, spans = tokens.hidden, self._spans(tokens.groups)
-        for block in self.layers.present(start, stop):
-            hidden = block(hidden, spans, tokens.condition)
-        return replace(tokens, hidden=hidden)
+        hidden, spans = tokens.hidden, self._spans(tokens)
+        with split_sequence(hidden, spans, self._sequence) as split:
+            for block in self.layers.present(start, stop):
+                split.hidden = block(split.hidden, split.spans, tokens.condition)
+        return replace(tokens, hidden=split.hidden)
+
+    def read_tokens(self, plain: Any, tensors: Sequence[Tensor]) -> Tokens:
+        """See BlockStack."""
+        return Tokens.of_content(plain, tensors)
 
     def modulated_input(self, tokens: Tokens) -> list[Tensor]:
         """[L, D] per packed row: what the first block of the main stack attends with."""
         block: Block = next(self.layers.present())  # type: ignore[assignment]
         scale = block.adaLN_modulation(tokens.condition).chunk(4, dim=-1)[0]  # type: ignore[misc]
-        hidden = block.modulated_input(tokens.hidden, self._spans(tokens.groups), scale)
+        hidden = block.modulated_input(tokens.hidden, self._spans(tokens), scale)
         return replace(tokens, hidden=hidden).per_row()
 
     def velocity_patches(self, tokens: Tokens) -> list[Tensor]:
         """The model's answer as patches: [rows, height * width, 4 C] for each group."""
-        spans = self._spans(tokens.groups)
+        spans = self._spans(tokens)
         with packed(range(len(tokens.order)), *tokens.packings):
             patches = self.final_layer(tokens.hidden, spans, tokens.condition)
         return [
@@ -136,12 +146,11 @@ class ZImageTransformer(nn.Module):
             hidden = block(hidden, spans, time)
         return [hidden[span.tokens].unflatten(0, (span.num_rows, span.length)) for span in spans]
 
-    def _spans(self, groups: Sequence[Group]) -> list[Span]:
+    def _spans(self, tokens: Tokens) -> list[Span]:
         spans, start = [], 0
-        for group in groups:
-            spans.append(
-                self._span(group.rows, start, group.length, self._rope(group.height, group.width, group.num_text))
-            )
+        for group in tokens.groups:
+            rope = self._ropes.of((group.height, group.width, group.num_text), tokens.hidden.device)
+            spans.append(self._span(group.rows, start, group.length, rope))
             start = spans[-1].tokens.stop
         return spans
 
@@ -158,14 +167,7 @@ class ZImageTransformer(nn.Module):
         """Published name -> parameter here (see layers/weights.py)."""
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
-        dim, hidden = self.config.dim, int(self.config.dim / 3 * 8)
-        for part, (start, stop) in {"to_q": (0, dim), "to_k": (dim, 2 * dim), "to_v": (2 * dim, 3 * dim)}.items():
-            if f".{part}." in name:
-                return Target(name.replace(f".{part}.", ".qkv."), slice(start, stop))
-        for part, (start, stop) in {"w1": (0, hidden), "w3": (hidden, 2 * hidden)}.items():
-            if f".{part}." in name:
-                return Target(name.replace(f".{part}.", ".w13."), slice(start, stop))
-        return Target(name)
+        return locate_merged(self, name, MERGED)
 
     def is_ignored(self, name: str) -> bool:
         return False
@@ -183,6 +185,7 @@ def positions(geometry: tuple[int, int, int]) -> Tensor:
     return placed
 
 
+MERGED = {"to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "w1": "w13", "w3": "w13"}
 RENAMED = (
     (r"^all_x_embedder\.2-1\.", "x_embedder."),
     (r"^all_final_layer\.2-1\.", "final_layer."),

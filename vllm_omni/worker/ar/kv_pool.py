@@ -16,6 +16,7 @@ from vllm_omni.core.ar.cache_window import CacheWindow
 from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import HiddenStateTaps
+from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.worker.ar.language_model import LanguageModelConfig
 
 MAX_DEFAULT_BLOCKS = 65_536  # unasked; each costs some memory of its own, which a config's numbers must not blow up
@@ -43,11 +44,13 @@ class KVLayout:
     hidden_size: int  # width of a tapped state
 
     @classmethod
-    def of(cls, model: LanguageModelConfig, *, can_write: bool, tapped_layers: Collection[int]) -> KVLayout:
-        """All layers when the model writes, else those up to the last tapped one."""
+    def of(
+        cls, model: LanguageModelConfig, *, can_write: bool, tapped_layers: Collection[int], shard: Shard = WHOLE
+    ) -> KVLayout:
+        """All layers when the model writes, else those up to the last tapped one. shard: whose key-value heads."""
         return cls(
             num_layers=model.num_layers if can_write else max(tapped_layers, default=0),
-            num_kv_heads=model.num_kv_heads,
+            num_kv_heads=shard.part(model.num_kv_heads),
             head_dim=model.head_dim,
             tapped_layers=tuple(sorted(set(tapped_layers))),
             hidden_size=model.hidden_size,
@@ -127,13 +130,15 @@ def plan_kv_pool(
     num_blocks: int | None,
     granted_bytes: int,
     window: CacheWindow | None = None,
+    shard: Shard = WHOLE,
 ) -> KVPoolPlan:
     """`num_blocks` blocks where that is given, else enough for max_num_seqs sequences of model_len tokens in at most
     kv_memory_mb; where that is not given either, in the memory of one sequence of least_len tokens and granted_bytes
     besides, and then no more than MAX_DEFAULT_BLOCKS. ConfigError when not one block fits into kv_memory_mb. window:
-    what of a sequence is held, where that is not all of it.
+    what of a sequence is held, where that is not all of it. shard: of the first of the ranks that hold a part of every
+    block each; all bytes are those of one rank.
     """
-    layout = KVLayout.of(model, can_write=can_write, tapped_layers=tapped_layers)
+    layout = KVLayout.of(model, can_write=can_write, tapped_layers=tapped_layers, shard=shard)
     block_bytes = layout.token_bytes(itemsize) * block_size
     if num_blocks is not None:
         return KVPoolPlan(num_blocks, block_bytes, "num_blocks")

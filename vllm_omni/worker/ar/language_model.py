@@ -20,6 +20,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.layers.blocks import StreamedBytes
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.published_quantization import read_quantization
+from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.layers.weights import (
     MakeCopies,
     allocate,
@@ -38,6 +39,8 @@ from vllm_omni.worker.ar.prompt_reader import PromptReader
 from vllm_omni.worker.architecture import language_architecture
 from vllm_omni.worker.published_dtype import dtype_of_config, dtype_of_headers
 
+DECODER = "decoder"  # the attribute of a model that holds its layers
+
 
 class LanguageModelConfig(Protocol):
     """What an engine must know of a model before it is loaded."""
@@ -54,6 +57,10 @@ class LanguageModelConfig(Protocol):
     def num_kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def shared_counts(self) -> dict[str, int]:
+        """What ranks share that compute its decoder together, by name."""
+
     @property
     def num_positions(self) -> int:
         """The most tokens of a sequence."""
@@ -91,6 +98,7 @@ class LanguageModel(Protocol):
     # Whether a step of single tokens that are ids alone computes by the shapes of its tensors, whatever stands in them,
     # so that it may be captured in a graph.
     is_capturable: ClassVar[bool]
+    can_shard: ClassVar[bool]  # whether several ranks may share its decoder
     config: LanguageModelConfig
 
     def __call__(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
@@ -126,7 +134,7 @@ class LanguageModelFolder:
     name: str  # its row in the registry: "architecture" or "architecture.part"
     model_class: Any
     config: LanguageModelConfig
-    rope_scaling: str = ""  # what stands in the place of the file's own, as text
+    rope_scaling: Mapping[str, Any] | None = None  # what stands in the place of the file's own
     stated_dtype: torch.dtype | None = None  # what the file says that the weights were published in
     weights_variant: str | None = None  # which weight files are loaded
     published_quantization: str | None = None  # "int8" or "float8", where the file says that they were quantised
@@ -155,9 +163,8 @@ class LanguageModelFolder:
             config: LanguageModelConfig = found.read_config(raw, str(where))
             if rope_scaling is not None:
                 config = config.with_rope_scaling(rope_scaling)
-        scaling = "" if rope_scaling is None else repr(sorted(rope_scaling.items()))
         stated, quantized = dtype_of_config(raw, part), read_quantization(raw, str(where))
-        return cls(folder, part, name, found, config, scaling, stated, weights_variant, quantized)
+        return cls(folder, part, name, found, config, rope_scaling, stated, weights_variant, quantized)
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -166,12 +173,16 @@ class LanguageModelFolder:
             self.model_class.__name__,
             str(self.folder.resolve()),
             self.part or "",
-            self.rope_scaling,
+            "" if self.rope_scaling is None else repr(sorted(self.rope_scaling.items())),
             self.weights_variant or "",
         )
 
-    def weights_bytes(self, itemsize: int, quantization: str | None = None) -> int:
-        """Of the model's parameters, itemsize bytes each but for what is quantised."""
+    def weights_bytes(self, itemsize: int, quantization: str | None = None, shard: Shard = WHOLE) -> int:
+        """Of the parameters that the first rank holds, itemsize bytes each but for what is quantised."""
+        if not shard.is_whole:
+            model = self.build(shard)
+            total = sum(parameter.numel() for parameter in model.parameters()) * itemsize
+            return total if quantization is None else total - saved_bytes(model, itemsize, quantization)
         left_out, variant = self.model_class.other_parts, self.weights_variant
         total = weights_bytes(self.folder, itemsize, self._tensor_prefix, left_out, variant)
         return total if quantization is None else total - saved_bytes(self.build(), itemsize, quantization)
@@ -201,28 +212,46 @@ class LanguageModelFolder:
         dtype: torch.dtype,
         quantization: str | None = None,
         make_copies: MakeCopies | None = None,
+        shard: Shard = WHOLE,
     ) -> LanguageModel:
-        """The model, built without initialising and filled from its safetensors files. make_copies: what brings the
-        weights of its layers to the device, where they wait elsewhere.
+        """The model, built without initialising and filled from its safetensors files; of its decoder a share.
+        make_copies: what brings the weights of its layers to the device, where they wait elsewhere.
         """
-        model = self.build()
+        model = self.build(shard)
         allocate(model, device, dtype, quantization, make_copies)
         load_weights(model, self.folder, self._tensor_prefix, self.weights_variant)
-        for module in model.modules():
-            if isinstance(module, ComputedBuffers):
-                module.fill_buffers()
+        _fill_buffers(model)
         return model  # type: ignore[return-value]
 
-    def build(self) -> nn.Module:
-        """On the meta device."""
+    def load_decoder(
+        self, device: torch.device, dtype: torch.dtype, quantization: str | None, shard: Shard
+    ) -> nn.Module:
+        """A share of the decoder alone; nothing else of the checkpoint is read."""
+        model = self.build(shard)
+        decoder = model.get_submodule(DECODER)
+        allocate(decoder, device, dtype, quantization)
+        load_weights(model, self.folder, self._tensor_prefix, self.weights_variant, parts=(DECODER,))
+        _fill_buffers(decoder)
+        return decoder
+
+    def build(self, shard: Shard = WHOLE) -> nn.Module:
+        """On the meta device. shard: of a model class that `can_shard`."""
         with torch.device("meta"):
-            model: nn.Module = self.model_class(self.config)
+            model: nn.Module = (
+                self.model_class(self.config) if shard.is_whole else self.model_class(self.config, shard=shard)
+            )
         return model
 
     @property
     def _tensor_prefix(self) -> str:
         """How the published names of the part's tensors begin."""
         return f"{self.part}." if self.part else ""
+
+
+def _fill_buffers(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, ComputedBuffers):
+            module.fill_buffers()
 
 
 def _model_class(name: str, folder: Path, variant: str | None, reads_media: bool | None) -> Any:

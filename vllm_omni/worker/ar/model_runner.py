@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from typing import cast
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from vllm_omni.layers.attention.sdpa import SDPAAttention
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.kernel_choice import kernels_of, runs_layers_natively
 from vllm_omni.layers.lora import AdapterMix, adapted, packed
+from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.utils.device import StepGraphs
 from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch, rope_lengths
@@ -27,6 +29,16 @@ from vllm_omni.worker.ar.kv_pool import KVLayout, KVPool
 from vllm_omni.worker.ar.language_model import LanguageModel, MediaReader
 from vllm_omni.worker.ar.media_prompt import MediaItem
 from vllm_omni.worker.ar.step_logits import StepLogits
+
+if TYPE_CHECKING:
+    from vllm_omni.worker.parallel.decoder import DecoderLead
+
+
+def share_of_pool(
+    layout: KVLayout, *, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+) -> KVPool:
+    """What another rank holds of the pool of a runner whose model it shares: the same blocks, other heads."""
+    return KVPool(layout, num_blocks=num_blocks, block_size=block_size, device=device, dtype=dtype)
 
 
 class ModelRunner:
@@ -47,18 +59,22 @@ class ModelRunner:
         max_model_len: int | None = None,
         decode_buckets: Many[int] = (),
         graphs: StepGraphs | None = None,
+        shard: Shard = WHOLE,
+        lead: DecoderLead | None = None,
     ) -> None:
         """tapped_layers: indices into `hidden_states` that will be read. can_sample: whether logits are needed; without
         them only the layers up to the last tapped one run, and only they have keys and values. max_model_len: tokens of
         a sequence; None: the model's positions. decode_buckets: the numbers of rows that a decode step is padded to;
-        none: it is not padded. graphs: what captures the decode steps of each bucket.
+        none: it is not padded. graphs: what captures the decode steps of each bucket. shard: the model's, where other
+        ranks share its decoder, and lead: what has them follow.
         """
         config = model.config
         self._model = model
         self._attention = attention
+        self._lead = lead
         self._scales_by_length = config.scaled_beyond is not None
         self._pool = KVPool(
-            KVLayout.of(config, can_write=can_sample, tapped_layers=tapped_layers),
+            KVLayout.of(config, can_write=can_sample, tapped_layers=tapped_layers, shard=shard),
             num_blocks=num_blocks,
             block_size=block_size,
             device=device,
@@ -111,7 +127,12 @@ class ModelRunner:
         id, of the tokens of its chunk, where they are more than ids. mixes: the adapters of each chunk; none: nobody
         has any.
         """
-        inputs = inputs or {}
+        with nullcontext() if self._lead is None else self._lead.guarded():
+            return self._run(chunks, inputs or {}, mixes)
+
+    def _run(
+        self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs], mixes: Many[AdapterMix | None]
+    ) -> StepLogits:
         is_adapted = any(mix is not None for mix in mixes)
         is_decode = self._decode_batch.fits(chunks)
         if self._ahead is not None:
@@ -161,6 +182,7 @@ class ModelRunner:
             self._pool.taps,
             batch.input_rows,
             lengths,
+            self._lead,
         )
         with packed(range(len(chunks)), [1 if chunk is None else chunk.num_tokens for chunk in chunks]):
             states = self._model(batch.token_ids, batch.positions, context)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -94,15 +95,28 @@ class CachedStep:
             self.cache.update(self.row.state.step, self.signal, self.measured, self.rest_residual)
 
 
+class BlockRunner(Protocol):
+    """What runs blocks: a model, or the first of the ranks that share it."""
+
+    def run_blocks(self, tokens: Any, start: int, stop: int) -> TokenBatch:
+        """As of a DiffusionModel."""
+
+
 class DiffusionRunner:
     """`policy` makes the step cache of every row; `caches` holds them, in what each sample has reserved. tiling: of
-    a model that can decode in tiles.
+    a model that can decode in tiles. lead: runs the model's blocks, where other ranks share them.
     """
 
     def __init__(
-        self, model: DiffusionModel, policy: StepCachePolicy, caches: DiTCacheManager, tiling: Tiling | None = None
+        self,
+        model: DiffusionModel,
+        policy: StepCachePolicy,
+        caches: DiTCacheManager,
+        tiling: Tiling | None = None,
+        lead: BlockRunner | None = None,
     ) -> None:
         self.model = model
+        self._blocks: BlockRunner = model if lead is None else lead
         self.tiling = tiling
         self.policy = policy
         self.caches = caches
@@ -234,7 +248,7 @@ class DiffusionRunner:
 
     def _run_blocks(self, tokens: TokenBatch, start: int, stop: int) -> TokenBatch:
         with packed(tokens.order, *packings(tokens)):
-            return self.model.run_blocks(tokens, start, stop)
+            return self._blocks.run_blocks(tokens, start, stop)
 
     def _lead(self, tokens: TokenBatch) -> tuple[TokenBatch, list[Tensor] | None]:
         """The batch behind the lead blocks, and the signal of each packed row where the policy asks for one."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,25 @@ class JointTokens:
         rows = self._geometries()
         text, image = [row.num_text for row in rows], [row.num_image for row in rows]
         return text, image, [row.length for row in rows], [1] * len(rows)
+
+    def content(self) -> tuple[Any, list[Tensor]]:
+        """See SharedTokens; of rows that remember nothing."""
+        assert not any(kept is not None for kept in self.remembered), "what rows remember is not sent"
+        groups = [
+            [group.rows.start, group.rows.stop, group.geometry.num_text, group.geometry.grids] for group in self.groups
+        ]
+        return [groups, self.order], [self.text, self.image, self.condition]
+
+    @classmethod
+    def of_content(cls, plain: Any, tensors: Sequence[Tensor]) -> JointTokens:
+        """What `content` gave, on another rank."""
+        groups, order = plain
+        made = [
+            Group(slice(start, stop), Geometry(num_text, tuple((height, width) for height, width in grids)))
+            for start, stop, num_text, grids in groups
+        ]
+        text, image, condition = tensors
+        return cls(text, image, condition, tuple(made), tuple(order))
 
     def per_row(self) -> list[Tensor]:
         """[L, D], text then image, in packed order."""

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vllm_omni.layers.banded import attention
+from vllm_omni.layers.head_exchange import attention_of_share
 from vllm_omni.layers.heads import HeadShape, placed_heads
 from vllm_omni.layers.modulation import Norm, gated_sum, modulated
 from vllm_omni.layers.norm import RMSNorm
+from vllm_omni.layers.shard import WHOLE, Shard
 
 Key = TypeVar("Key")
 Run = TypeVar("Run", bound=Any)  # a dataclass with `rows`, a slice
@@ -55,15 +56,22 @@ def gated_rows(
 
 
 def attended_rows(
-    qkv: Tensor, spans: Sequence[Span], shape: HeadShape, norms: HeadNorms | None, seen: Seen | None = None
+    qkv: Tensor,
+    spans: Sequence[Span],
+    shape: HeadShape,
+    norms: HeadNorms | None,
+    seen: Seen | None = None,
+    sequence: Shard = WHOLE,
 ) -> Tensor:
-    """Full attention within each row, placed by the spans' ropes. qkv: [N, 3 D], which is overwritten -> [N, D]."""
+    """Full attention within each row, placed by the spans' ropes. qkv: [N, 3 D], which is overwritten -> [N, D].
+    sequence: the share of each row that the spans are, where other ranks have the others.
+    """
     parts = []
     for index, span in enumerate(spans):
         query, key, value = placed_heads(_dense(qkv, span), shape, norms, span.rope)  # [rows, H, L, d]
         if seen is not None:
             key, value = seen(index, key, value)
-        parts.append(attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1))
+        parts.append(attention_of_share(query, key, value, sequence).transpose(1, 2).flatten(2).flatten(0, 1))
     return joined(parts)
 
 
