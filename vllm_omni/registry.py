@@ -92,6 +92,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "executor": {
         "inline": "vllm_omni.executor.inline:InlineExecutor",
+        "process": "vllm_omni.executor.process.executor:ProcessExecutor",
         "thread": "vllm_omni.executor.thread:ThreadExecutor",
     },
 }

@@ -10,6 +10,7 @@ from torch import device as Device
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.routing.budgets import GIB, MIB, MemoryBudget
 from vllm_omni.engine.base import MemoryPlan
+from vllm_omni.executor.base import runs_apart
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.device import free_memory_bytes, resolve_device, total_memory_bytes
 
@@ -31,20 +32,25 @@ def plan_memory(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     if not wanted:
         return plans
     for name, num_bytes in _grants(pipeline.config, plans, wanted).items():
-        pipeline.specs[name].grant_memory(num_bytes)
+        pipeline.grant_memory(name, num_bytes)
     return _plans(pipeline)
 
 
 def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     plans: dict[str, MemoryPlan] = {}
-    seen: set[tuple[str, ...]] = set()
+    homes: dict[tuple[str, ...], set[str]] = {}  # weights -> the stages in whose processes they are; "": here
     for name, spec in pipeline.specs.items():
         plan = spec.plan_memory()
         device = resolve_device(spec.stage.device)
         key = (*spec.weights_key(), str(device), spec.precision.name, spec.stage.offload)
-        if key in seen:
+        loaded = homes.setdefault(key, set())
+        home = name if runs_apart(spec.stage) else ""
+        if home in loaded:
             plan = dataclasses.replace(plan, weights_bytes=0, offloaded_bytes=0)
-        seen.add(key)
+        elif loaded:
+            remark = "its weights are loaded once more, since processes share none"
+            plan = dataclasses.replace(plan, remark=f"{plan.remark}; {remark}" if plan.remark else remark)
+        loaded.add(home)
         plans[name] = plan
     return plans
 

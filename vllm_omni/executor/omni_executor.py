@@ -20,6 +20,7 @@ from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.engine.boundary import as_stage_error, clear_frames, describe, stage_boundary
 from vllm_omni.engine.output import PartialOutputs, make_output, unfinished_result
 from vllm_omni.errors import InvalidRequestError, OmniError, SchedulerError, StageError
+from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.edge_traffic import EdgeTraffic
 from vllm_omni.executor.loading_step import LoadingStep, OnLoading, announce
 from vllm_omni.executor.memory import plan_memory, reserve_memory
@@ -28,7 +29,6 @@ from vllm_omni.executor.planner import RequestPlanner
 from vllm_omni.executor.saving import resumable
 from vllm_omni.executor.stage_builder import StageBuilder
 from vllm_omni.executor.stage_host import StageHost
-from vllm_omni.executor.wake import Wake
 from vllm_omni.messages import (
     ChunkConsumed,
     Feed,
@@ -73,9 +73,10 @@ class OmniExecutor:
         self._memory = reserve_memory(pipeline.config, plans)
         if pipeline.config.threads is not None:
             set_threads(pipeline.config.threads)
-        self._wake = Wake()
+        self._commons = Commons()
+        self._wake = self._commons.wake
         self._background = Background(self._wake)
-        self._builder = StageBuilder(pipeline, self._background, self._wake)
+        self._builder = StageBuilder(pipeline, self._background, self._commons)
         self._traffic = EdgeTraffic()
         self._hosts: dict[str, StageHost] = {}
         self._outputs: list[OmniOutput] = []
@@ -83,7 +84,9 @@ class OmniExecutor:
         self._step_started: float | None = None
         try:
             for name in pipeline.specs:
-                self._hosts[name] = self._load(name, plans[name], on_loading)
+                self._load(name, plans[name], on_loading)
+            for host in self._hosts.values():
+                host.ensure_loaded()
         except BaseException:
             self.shutdown()
             raise
@@ -176,6 +179,12 @@ class OmniExecutor:
         """Ends a `wait`. From any thread."""
         self._wake()
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """listener: is called, from any thread, whenever a `wait` would end: a stage may have to be rebuilt though
+        nobody waits.
+        """
+        self._wake.listen(listener)
+
     def take_outputs(self) -> list[OmniOutput]:
         """Outputs that are ready without a step, as after `abort` and `shutdown`."""
         self._finish_ended()
@@ -212,6 +221,8 @@ class OmniExecutor:
             spec.close()
         self._background.shutdown()
         self._builder.models.clear()
+        self._commons.segments.clear()
+        self._wake.close()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -290,14 +301,15 @@ class OmniExecutor:
         for host in self._hosts.values():
             host.compact_rows()
 
-    def _load(self, name: str, plan: MemoryPlan, on_loading: OnLoading | None) -> StageHost:
+    def _load(self, name: str, plan: MemoryPlan, on_loading: OnLoading | None) -> None:
+        """Begins to: stages that load elsewhere do so at the same time."""
         spec, context = self._pipeline.specs[name], self._builder.context(name)
         announce(LoadingStep.of(spec, context, plan.weights_bytes), on_loading)
         streamed = {edge.source_port for edge in self._graph.edges_from(name) if edge.stream is not None}
         inputs = self._graph.signatures[name].inputs
         host = StageHost(name, partial(self._builder.build, name), inputs, streamed, self._clock)
+        self._hosts[name] = host
         host.load()
-        return host
 
     def _carry_out_orders(self) -> None:
         for order in self._scheduler.tick(self._clock()):

@@ -58,18 +58,16 @@ class StageHost:
         self._is_shut_down = False
 
     def load(self) -> None:
-        """Loads the engine and waits for it; leaves nothing behind when that fails."""
-        try:
-            with stage_boundary(self.name):
-                self.executor.start()
-                self.executor.ensure_loaded()
-        except BaseException:
-            self.executor.shutdown()
-            raise
+        """Begins to load the engine; what fails at once leaves nothing behind."""
+        self._loading(self.executor.start)
+
+    def ensure_loaded(self) -> None:
+        """Waits for the engine; leaves nothing behind when loading has failed."""
+        self._loading(self.executor.ensure_loaded)
 
     def ensure_ready(self) -> None:
         """StageUnavailableError while the stage is being rebuilt."""
-        cause = self._recovery.cause or self._broken
+        cause = self._cause
         if cause is not None:
             retry_after_s = self._recovery.retry_after_s(self._clock())
             words = f"stage {self.name!r} is being rebuilt after a failure ({describe(cause)})"
@@ -215,7 +213,7 @@ class StageHost:
         """Gauges; safe to call from another thread. state: rebuilding, stuck (no answer for `worker_timeout` s, though
         it is at work) or ready, which alone is `alive`; silent_s: since the last answer; cause: why it is not ready.
         """
-        cause, silent_s = self._recovery.cause or self._broken, self._silent_s()
+        cause, silent_s = self._cause, self._silent_s()
         state, why = "ready", None
         if cause is not None:
             state, why = "rebuilding", describe(cause)
@@ -228,6 +226,7 @@ class StageHost:
             "silent_s": silent_s,
             "num_rebuilds": self._recovery.num_rebuilds,
             "cause": why,
+            **self.executor.place(),
         }
 
     @property
@@ -238,7 +237,7 @@ class StageHost:
     @property
     def is_mending(self) -> bool:
         """Whether `mend` has something to do now, or may have before long."""
-        return not self.is_ready or self._is_left_alone
+        return not self.is_ready or self._is_broken or self._is_left_alone
 
     @property
     def num_buffers(self) -> int:
@@ -338,6 +337,11 @@ class StageHost:
     def _is_broken(self) -> bool:
         return self._broken is not None or self.executor.breakdown() is not None
 
+    @property
+    def _cause(self) -> Exception | None:
+        """Why the stage takes no tasks; None while it does."""
+        return self._recovery.cause or self._broken or self.executor.breakdown()
+
     def _break(self, cause: Exception) -> None:
         """The engine is given up as soon as its tasks can be said to fail."""
         clear_frames(cause)
@@ -345,7 +349,7 @@ class StageHost:
 
     def _give_up(self) -> list[StageEvent]:
         """Lets go of an engine that is broken: its tasks fail, and the stage will be rebuilt."""
-        cause = self._broken or self.executor.breakdown()
+        cause = self._cause
         if cause is None or not self.is_ready:
             return []
         failures = self._fail(self.tasks, cause)
@@ -359,6 +363,14 @@ class StageHost:
         for request_id in made:
             self.abort(request_id)
         return [StageFailed(request_id, stage_error(self.name, cause), each) for request_id, each in made.items()]
+
+    def _loading(self, go_on: Callable[[], None]) -> None:
+        try:
+            with stage_boundary(self.name):
+                go_on()
+        except BaseException:
+            self.executor.shutdown()
+            raise
 
     @contextmanager
     def _losing(self, request_id: str) -> Iterator[None]:

@@ -316,7 +316,8 @@ class OmniScheduler:
         """
         plan = state.plan.stages[stage]
         inputs = state.launch(stage, now)
-        task = StageTask(state.request, stage, plan.seeded_params, inputs, plan.prepared, plan.saved)
+        asked = state.request if plan.asked is None else plan.asked
+        task = StageTask(asked, stage, plan.seeded_params, inputs, plan.prepared, plan.saved)
         try:
             key = None if state.streams.touches(stage) else plan.cache_key(task)
         except OmniError as error:
