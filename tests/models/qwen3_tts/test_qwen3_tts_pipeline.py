@@ -57,11 +57,12 @@ def prompt(case: Case) -> dict[str, object]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_crowd_sounds_as_the_package_does(omnis: dict[str, Omni], task: str) -> None:
-    mine = [case for case in CASES.values() if case.task == task and case.name not in IN_CONTEXT]
+    mine = [case for case in CASES.values() if case.task == task]
     for case, output in zip(mine, omnis[task].generate([prompt(case) for case in mine], PARAMS), strict=True):
         assert output.error is None, output.error
         assert torch.equal(output.tensors["talker.codes"], torch.from_numpy(ANSWERS[f"{case.name}.codes"]))
-        np.testing.assert_allclose(output.audios[0].samples[0], ANSWERS[f"{case.name}.waveform"], atol=1e-4)
+        if case.name not in IN_CONTEXT:
+            np.testing.assert_allclose(output.audios[0].samples[0], ANSWERS[f"{case.name}.waveform"], atol=1e-4)
 
 
 def test_audio_leaves_with_the_first_frame_and_its_pieces_are_the_whole(omnis: dict[str, Omni]) -> None:
