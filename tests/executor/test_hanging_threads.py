@@ -82,7 +82,7 @@ def test_a_step_that_hangs_fails_its_tasks_in_time_and_the_stage_is_rebuilt_in_a
 ) -> None:
     loop = one_stage(step_s=0.01)
     driver = Driver(loop)
-    first = loop._hosts["text"].executor
+    first = loop._stages["text"].hosts[0].executor
     loop.add_request(request("mate", params=TextParams(steps=1000)))
     begin = time.monotonic()
     output = driver.answer(request("stuck", params=TextParams(do="block")))
@@ -95,7 +95,7 @@ def test_a_step_that_hangs_fails_its_tasks_in_time_and_the_stage_is_rebuilt_in_a
     assert isinstance(refused.error, StageUnavailableError) and refused.error.retry_after_s > 0
     driver.until_ready("text")
     assert driver.answer(request("next", "x")).text == "xx"
-    assert loop._hosts["text"].executor is not first and loop.get_status()["stages"]["text"]["num_rebuilds"] == 1
+    assert loop._stages["text"].hosts[0].executor is not first and loop.get_status()["stages"]["text"]["num_rebuilds"] == 1
     assert driver.longest_s < A_MOMENT_S
     # what the first one reports later is dropped
     released.set()
@@ -153,12 +153,12 @@ def test_an_engine_in_a_thread_that_cannot_drop_a_task_is_replaced() -> None:
     driver = Driver(loop)
     loop.add_request(request("mate", params=TextParams(steps=1000)))
     loop.add_request(request("a", params=TextParams(steps=1000)))
-    driver.until(lambda: len(loop._hosts["text"].tasks) == 2)
+    driver.until(lambda: len(loop._stages["text"].tasks) == 2)
 
     def broken(request_id: str) -> None:
         raise LookupError("which one?")
 
-    loop._hosts["text"].executor._ask(lambda engine: setattr(engine, "abort", broken), 5.0)  # type: ignore[attr-defined]
+    loop._stages["text"].hosts[0].executor._ask(lambda engine: setattr(engine, "abort", broken), 5.0)  # type: ignore[attr-defined]
     loop.abort("a")
     driver.until(lambda: driver.final("mate") is not None)
     mate = driver.final("mate")
@@ -217,7 +217,7 @@ def test_a_stage_that_hangs_is_replaced_though_nobody_waits_as_long_as_that() ->
         assert driver.answer(request(f"r{number}", **hurried)).error is not None
         time.sleep(PATIENCE_S / 6)
     driver.answer(request("last"))
-    driver.until(lambda: not loop.get_status()["stages"]["text"]["alive"] or loop._hosts["text"]._recovery.num_rebuilds)
+    driver.until(lambda: not loop.get_status()["stages"]["text"]["alive"] or loop._stages["text"].hosts[0]._recovery.num_rebuilds)
     driver.until_ready("text")
     assert driver.answer(request("next", "x")).text == "xx"
     loop.shutdown()
@@ -239,7 +239,7 @@ def test_the_executor_of_a_stage_that_is_rebuilt_is_the_configured_one() -> None
     for name in ("one", "two"):
         driver.answer(request(name, params=TextParams(do="raise")))
     driver.until_ready("text")
-    assert type(loop._hosts["text"].executor).__name__ == "ThreadExecutor"
+    assert type(loop._stages["text"].hosts[0].executor).__name__ == "ThreadExecutor"
     loop.shutdown()
 
 

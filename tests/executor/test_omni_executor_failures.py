@@ -155,7 +155,7 @@ def test_the_silence_of_a_stage_that_is_held_back_is_not_its_own() -> None:
     loop = OmniExecutor(Pipeline(config), clock=clock)
     loop.add_request(request(params={"encode": TextParams(do="hang")}))
     loop.step()
-    host = loop._hosts["encode"]
+    host = loop._stages["encode"].hosts[0]
     for _ in range(3):
         clock.now += 9.0
         host.hold()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.messages import StageEvent, StageTask
@@ -17,6 +17,8 @@ class StageExecutor(ABC):
     No method but `ensure_loaded` blocks for longer than one engine step in the caller's thread, and none waits for an
     engine that runs elsewhere and is stuck. Such an executor calls `wake` when there is something to poll.
     """
+
+    can_be_killed: ClassVar[bool] = False  # whether `shutdown` ends an engine that is stuck in a step
 
     @abstractmethod
     def __init__(self, spec: StageSpec, context: EngineContext, wake: Callable[[], None]) -> None:
@@ -87,6 +89,11 @@ class StageExecutor(ABC):
     @abstractmethod
     def check_integrity(self) -> None:
         """As StageEngine.check_integrity; raises also where the engine does not answer in time."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process of the engine; None where that is the caller's own."""
+        return None
 
     @abstractmethod
     def shutdown(self, *, wait: bool = True) -> None:

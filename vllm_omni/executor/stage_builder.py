@@ -24,24 +24,25 @@ class StageBuilder:
 
     def __init__(self, pipeline: Pipeline, background: Background, wake: Callable[[], None]) -> None:
         self.models = ModelPool()
-        self.devices: dict[str, Device] = {
-            name: resolve_device(spec.stage.device) for name, spec in pipeline.specs.items()
+        # by stage, of each replica
+        self.devices: dict[str, tuple[Device, ...]] = {
+            name: tuple(map(resolve_device, spec.stage.replica_devices)) for name, spec in pipeline.specs.items()
         }
         self._pipeline = pipeline
         self._background = background
         self._wake = wake
 
-    def build(self, name: str) -> StageExecutor:
-        """An executor of its own, not started."""
+    def build(self, name: str, replica: int = 0) -> StageExecutor:
+        """An executor of its own for a replica of a stage, not started."""
         spec = self._pipeline.specs[name]
         executor: type[StageExecutor] = registry.resolve("executor", self._executor_of(spec.stage))
-        return executor(spec, self.context(name), self._wake)
+        return executor(spec, self.context(name, replica), self._wake)
 
-    def context(self, name: str) -> EngineContext:
-        """What the engine of a stage is given besides its spec."""
+    def context(self, name: str, replica: int = 0) -> EngineContext:
+        """What the engine of a replica is given besides the spec of its stage."""
         spec = self._pipeline.specs[name]
         return EngineContext(
-            device=self.devices[name],
+            device=self.devices[name][replica],
             dtype=spec.precision.dtype,
             models=self.models,
             background=self._background,
@@ -51,7 +52,8 @@ class StageBuilder:
         )
 
     def _executor_of(self, stage: StageConfig) -> str:
-        """Stages on several devices have a thread each, so that no device waits for another."""
+        """Stages on several devices, and several replicas, have a thread each, so that none waits for another."""
         if stage.executor != "auto":
             return stage.executor
-        return "thread" if len(set(self.devices.values())) > 1 else "inline"
+        num_devices = len({device for devices in self.devices.values() for device in devices})
+        return "thread" if num_devices > 1 or stage.replicas > 1 else "inline"
