@@ -58,12 +58,12 @@ def test_a_stage_that_raises_twice_in_a_row_refuses_until_it_is_rebuilt_and_then
     assert "'encode' is being rebuilt" in str(refused.error) and "boom" in str(refused.error)
     assert isinstance(refused.error.__cause__, RuntimeError) and refused.error.retry_after_s == FIRST_PAUSE_S
     assert status_of(loop) == {"tasks": 0, "alive": False, "state": "rebuilding", "silent_s": 0.0, "num_rebuilds": 0,
-                               "cause": "RuntimeError: boom", "pid": None, "outstanding": 0.0}  # fmt: skip
+                               "cause": "RuntimeError: boom", "outstanding": 0.0}  # fmt: skip
     clock.now += refused.error.retry_after_s
     assert answer(loop, request("four")).error is None
     assert engine(loop, "encode") is not before
     assert status_of(loop) == {"tasks": 0, "alive": True, "state": "ready", "silent_s": 0.0, "num_rebuilds": 1,
-                               "cause": None, "pid": None, "outstanding": 0.0}  # fmt: skip
+                               "cause": None, "outstanding": 0.0}  # fmt: skip
 
 
 def test_requests_of_other_stages_go_on_meanwhile() -> None:

@@ -72,9 +72,10 @@ class RecordingExecutor(InlineExecutor):
 
     shut_down: list[str] = []  # noqa: RUF012
 
-    def shutdown(self) -> None:
-        self.shut_down.append(self._spec.stage.name)
-        super().shutdown()
+    def shutdown(self, *, wait: bool = True) -> None:
+        if self._spec.stage.name not in self.shut_down:
+            self.shut_down.append(self._spec.stage.name)
+        super().shutdown(wait=wait)
 
 
 def test_a_stage_that_cannot_load_takes_the_loaded_ones_down() -> None:

@@ -18,7 +18,7 @@ class StageExecutor(ABC):
     engine that runs elsewhere and is stuck. Such an executor calls `wake` when there is something to poll.
     """
 
-    can_be_killed: ClassVar[bool] = False  # whether `shutdown` ends an engine that is stuck in a step
+    shares_memory: ClassVar[bool] = True  # whether its engine is in this process, and shares weights with others here
 
     @abstractmethod
     def __init__(self, spec: StageSpec, context: EngineContext, wake: Callable[[], None]) -> None:
@@ -90,10 +90,9 @@ class StageExecutor(ABC):
     def check_integrity(self) -> None:
         """As StageEngine.check_integrity; raises also where the engine does not answer in time."""
 
-    @property
-    def pid(self) -> int | None:
-        """The process of the engine; None where that is the caller's own."""
-        return None
+    def place(self) -> Mapping[str, Any]:
+        """Where the engine is, for the status: `pid` of another process."""
+        return {}
 
     @abstractmethod
     def shutdown(self, *, wait: bool = True) -> None:

@@ -83,7 +83,9 @@ class OmniExecutor:
         self._step_started: float | None = None
         try:
             for name in pipeline.specs:
-                self._stages[name] = self._load(name, plans[name], on_loading)
+                self._load(name, plans[name], on_loading)
+            for stage in self._stages.values():
+                stage.ensure_loaded()
         except BaseException:
             self.shutdown()
             raise
@@ -299,15 +301,15 @@ class OmniExecutor:
         for stage in self._stages.values():
             stage.compact_rows()
 
-    def _load(self, name: str, plan: MemoryPlan, on_loading: OnLoading | None) -> ReplicaSet:
+    def _load(self, name: str, plan: MemoryPlan, on_loading: OnLoading | None) -> None:
+        """Begins to: stages that load elsewhere do so at the same time."""
         spec, context = self._pipeline.specs[name], self._builder.context(name)
         announce(LoadingStep.of(spec, context, plan.weights_bytes), on_loading)
         streamed = {edge.source_port for edge in self._graph.edges_from(name) if edge.stream is not None}
         inputs = self._graph.signatures[name].inputs
         build = partial(self._builder.build, name)
-        stage = ReplicaSet(name, spec.stage.replicas, build, inputs, streamed, self._clock)
-        stage.load()
-        return stage
+        self._stages[name] = ReplicaSet(name, spec.stage.replicas, build, inputs, streamed, self._clock)
+        self._stages[name].load()
 
     def _carry_out_orders(self) -> None:
         for order in self._scheduler.tick(self._clock()):

@@ -64,15 +64,14 @@ class ReplicaSet:
         self._is_shut_down = False
 
     def load(self) -> None:
-        """Loads all replicas and waits for them; leaves nothing behind when that fails."""
-        try:
-            for host in self.hosts:
-                host.start()
-            for host in self.hosts:
-                host.ensure_loaded()
-        except BaseException:
-            self.shutdown()
-            raise
+        """Begins to load all replicas."""
+        for host in self.hosts:
+            host.load()
+
+    def ensure_loaded(self) -> None:
+        """Waits for all of them; raises what loading raised."""
+        for host in self.hosts:
+            host.ensure_loaded()
 
     def ensure_ready(self) -> None:
         """StageUnavailableError while no replica could take a task, unless one is being restarted."""

@@ -53,15 +53,13 @@ class StageHost:
         self._recovery = Recovery()
         self._is_shut_down = False
 
-    def start(self) -> None:
-        """Begins to load the engine."""
-        with stage_boundary(self.name):
-            self.executor.start()
+    def load(self) -> None:
+        """Begins to load the engine; what fails at once leaves nothing behind."""
+        self._loading(self.executor.start)
 
     def ensure_loaded(self) -> None:
-        """Waits until it is loaded; raises what loading raised."""
-        with stage_boundary(self.name):
-            self.executor.ensure_loaded()
+        """Waits for the engine; leaves nothing behind when loading has failed."""
+        self._loading(self.executor.ensure_loaded)
 
     def ensure_ready(self) -> None:
         """StageUnavailableError while it is being rebuilt."""
@@ -203,7 +201,7 @@ class StageHost:
     def get_status(self, worker_timeout: float) -> dict[str, Any]:
         """Gauges; safe to call from another thread. state: rebuilding, restarting, stuck (no answer for
         `worker_timeout` s, though it is at work) or ready, which alone is `alive`; silent_s: since the last answer;
-        cause: why it is not ready; pid: of its process, None where it has none of its own.
+        cause: why it is not ready; pid: of its process, where it has one of its own.
         """
         cause, silent_s = self._recovery.cause or self._broken, self._silent_s()
         state, why = "ready", None
@@ -218,7 +216,7 @@ class StageHost:
             "silent_s": silent_s,
             "num_rebuilds": self._recovery.num_rebuilds,
             "cause": why,
-            "pid": self.executor.pid,
+            **self.executor.place(),
         }
 
     @property
@@ -249,7 +247,7 @@ class StageHost:
     @property
     def is_mending(self) -> bool:
         """Whether `mend` has something to do now, or may have before long."""
-        return not self.is_ready or self._is_left_alone
+        return not self.is_ready or self._is_broken or self._is_left_alone
 
     def _received(self, event: StageEvent) -> Iterator[StageEvent]:
         """An event as the loop takes it. Streamed ports of which a task gave no rows are read from its payload."""
@@ -293,7 +291,7 @@ class StageHost:
         elif now - self._quiet_since >= worker_timeout:
             silence_s = now - self._quiet_since
             words = f"no progress for {silence_s:.1f} s; raise scheduler.worker_timeout_s if it is just slow"
-            return self._fail_all(StageError(words), is_lost=self.executor.can_be_killed)
+            return self._fail_all(StageError(words), is_lost=not self.executor.shares_memory)
         return []
 
     def _fail_all(self, error: Exception, is_lost: bool) -> list[StageEvent]:
@@ -357,6 +355,14 @@ class StageHost:
             self.abort(request_id)
         error = stage_error(self.name, cause)
         return [StageFailed(request_id, error, each, is_lost) for request_id, each in made.items()]
+
+    def _loading(self, go_on: Callable[[], None]) -> None:
+        try:
+            with stage_boundary(self.name):
+                go_on()
+        except BaseException:
+            self.executor.shutdown()
+            raise
 
     @contextmanager
     def _dropping(self, request_id: str) -> Iterator[None]:
