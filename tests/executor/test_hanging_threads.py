@@ -96,7 +96,9 @@ def test_a_step_that_hangs_fails_its_tasks_in_time_and_the_stage_is_rebuilt_in_a
     assert isinstance(refused.error, StageUnavailableError) and refused.error.retry_after_s > 0
     driver.until_ready("text")
     assert driver.answer(request("next", "x")).text == "xx"
-    assert loop._stages["text"].hosts[0].executor is not first and loop.get_status()["stages"]["text"]["num_rebuilds"] == 1
+    assert (
+        loop._stages["text"].hosts[0].executor is not first and loop.get_status()["stages"]["text"]["num_rebuilds"] == 1
+    )
     assert driver.longest_s < A_MOMENT_S
     # what the first one reports later is dropped
     released.set()
@@ -218,7 +220,9 @@ def test_a_stage_that_hangs_is_replaced_though_nobody_waits_as_long_as_that() ->
         assert driver.answer(request(f"r{number}", **hurried)).error is not None
         time.sleep(PATIENCE_S / 6)
     driver.answer(request("last"))
-    driver.until(lambda: not loop.get_status()["stages"]["text"]["alive"] or loop._stages["text"].hosts[0]._recovery.num_rebuilds)
+    driver.until(
+        lambda: not loop.get_status()["stages"]["text"]["alive"] or loop._stages["text"].hosts[0]._recovery.num_rebuilds
+    )
     driver.until_ready("text")
     assert driver.answer(request("next", "x")).text == "xx"
     loop.shutdown()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import device as Device
 
@@ -21,8 +21,8 @@ FIX_DEVICE = f"raise resources.max_gpu_utilization, or {LESS}"
 
 
 def plan_memory(pipeline: Pipeline) -> dict[str, MemoryPlan]:
-    """Stage -> what it will hold. Weights that stages of one kind share (folder, device, dtype) count once. What is
-    left then is granted to the stages that could use more.
+    """Stage -> what its replicas will hold together. Weights that stages of one kind, or replicas, share (folder,
+    device, dtype) count once. What is left then is granted to the stages that could use more, the same to each replica.
     """
     plans = _plans(pipeline)
     wanted = {name: plan.wanted_bytes for name, plan in plans.items() if plan.wanted_bytes}
@@ -37,35 +37,46 @@ def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     plans: dict[str, MemoryPlan] = {}
     seen: set[tuple[str, ...]] = set()
     for name, spec in pipeline.specs.items():
-        plan = spec.plan_memory()
-        device = resolve_device(spec.stage.device)
-        key = (*spec.weights_key(), str(device), spec.precision.name, spec.stage.offload)
-        if key in seen:
-            plan = dataclasses.replace(plan, weights_bytes=0, offloaded_bytes=0)
-        seen.add(key)
-        plans[name] = plan
+        plan, replicas = spec.plan_memory(), list[MemoryPlan]()
+        for device in map(resolve_device, spec.stage.replica_devices):
+            key = (*spec.weights_key(), str(device), spec.precision.name, spec.stage.offload)
+            is_loaded = key in seen
+            replicas.append(dataclasses.replace(plan, weights_bytes=0, offloaded_bytes=0) if is_loaded else plan)
+            seen.add(key)
+        plans[name] = _sum(replicas)
     return plans
 
 
+def _sum(plans: Sequence[MemoryPlan]) -> MemoryPlan:
+    """Of the replicas of one stage."""
+    sizes = [field.name for field in dataclasses.fields(MemoryPlan) if field.name != "remark"]
+    return dataclasses.replace(plans[0], **{name: sum(getattr(plan, name) for plan in plans) for name in sizes})
+
+
 def _grants(config: OmniConfig, plans: Mapping[str, MemoryPlan], wanted: Mapping[str, int]) -> dict[str, int]:
-    """Stage -> its part of what the budget, and the free memory of its device, leave; those that want least are served
-    first, so that none gets less than an equal part for the sake of another.
+    """Stage -> what each of its replicas gets of what the budget, and the free memory of its device, leave; the stages
+    that want least are served first, so that none gets less than an equal part for the sake of another.
     """
     embeds_bytes = int(config.dit_cache.prompt_embeds_mb * MIB)
     left = int(config.max_memory_gb * GIB) - sum(plan.total_bytes for plan in plans.values()) - embeds_bytes
-    device_of = {name: device for device, names in _by_device(config).items() for name in names}
+    by_device = _by_device(config)
     left_on = {
-        device: _usable_bytes(config, device) - sum(plans[name].total_bytes for name in names)
-        for device, names in _by_device(config).items()
+        device: _usable_bytes(config, device) - sum(_on_device(config, plans, name, device) for name in counts)
+        for device, counts in by_device.items()
     }
     grants: dict[str, int] = {}
     waiting = sorted(wanted, key=lambda name: (wanted[name], name))
     for number, name in enumerate(waiting):
-        rivals = [other for other in waiting[number:] if device_of[other] == device_of[name]]
-        share = min(left // (len(waiting) - number), left_on[device_of[name]] // len(rivals))
-        grants[name] = max(min(wanted[name], share), 0)
-        left -= grants[name]
-        left_on[device_of[name]] -= grants[name]
+        num_replicas = config.stages[name].replicas
+        counts_on = {device: counts[name] for device, counts in by_device.items() if name in counts}
+        shares = [left // (len(waiting) - number) // num_replicas]
+        for device, count in counts_on.items():
+            rivals = [other for other in waiting[number:] if other in by_device[device]]
+            shares.append(left_on[device] // len(rivals) // count)
+        grants[name] = max(min(wanted[name] // num_replicas, *shares), 0)
+        left -= grants[name] * num_replicas
+        for device, count in counts_on.items():
+            left_on[device] -= grants[name] * count
     return grants
 
 
@@ -81,16 +92,27 @@ def reserve_memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> Memor
     budget = MemoryBudget(int(config.max_memory_gb * GIB), "resources.max_memory_gb", FIX_TOTAL)
     shares = {name: plan.total_bytes for name, plan in plans.items()}
     budget.reserve_all({**shares, PROMPT_CACHE: int(config.dit_cache.prompt_embeds_mb * MIB)})
-    for device, names in _by_device(config).items():
+    for device, counts in _by_device(config).items():
         total = total_memory_bytes(device)
         if total is not None:
             on_device = MemoryBudget(int(config.max_gpu_utilization * total), f"memory of {device}", FIX_DEVICE)
-            on_device.reserve_all({name: shares[name] for name in names})
+            on_device.reserve_all({name: _on_device(config, plans, name, device) for name in counts})
     return budget
 
 
-def _by_device(config: OmniConfig) -> dict[Device, list[str]]:
-    grouped: dict[Device, list[str]] = {}
+def _on_device(config: OmniConfig, plans: Mapping[str, MemoryPlan], name: str, device: Device) -> int:
+    """The part of a stage's plan that is on one of its devices: each has the weights once."""
+    by_device = {each: counts[name] for each, counts in _by_device(config).items() if name in counts}
+    plan = plans[name]
+    rest = plan.total_bytes - plan.weights_bytes
+    return plan.weights_bytes // len(by_device) + rest * by_device[device] // config.stages[name].replicas
+
+
+def _by_device(config: OmniConfig) -> dict[Device, dict[str, int]]:
+    """Device -> how many replicas of each stage are there."""
+    grouped: dict[Device, dict[str, int]] = {}
     for name, stage in config.stages.items():
-        grouped.setdefault(resolve_device(stage.device), []).append(name)
+        for device in map(resolve_device, stage.replica_devices):
+            counts = grouped.setdefault(device, {})
+            counts[name] = counts.get(name, 0) + 1
     return grouped

@@ -140,9 +140,7 @@ class Replay:
         """A run that ends has told all that was told before."""
         short = [port for port, rows in self._ports.items() if rows.position < rows.num_told and self._is_seen(port)]
         if self._is_watched:
-            reached = all(
-                words.position == (len(words.text), len(words.token_ids)) for words in self._samples.values()
-            )
+            reached = all(words.position == (len(words.text), len(words.token_ids)) for words in self._samples.values())
             short += [] if reached else ["text"]
         if short:
             raise StageError(f"it made less of {', '.join(short)} than was told before")

@@ -1,7 +1,7 @@
 """One stage as the loop sees it: its replicas, which task is where, and what was streamed to it.
 
-Owns the stage's tasks from `submit` until they end, so that one whose engine breaks can be run again. Each replica has a
-StageHost, which guards its engine. Knows no other stage and no request as a whole.
+Owns the stage's tasks from `submit` until they end, so that one whose engine breaks can be run again. Each replica has
+a StageHost, which guards its engine. Knows no other stage and no request as a whole.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ class ReplicaSet:
         return [] if new is None else [new]
 
     def _lost(self, replica: int, lost: Sequence[StageFailed]) -> list[StageEvent]:
-        """The engine of a replica broke over these tasks, at least one: some wait to be run again, the others have failed."""
+        """The engine of a replica broke over these tasks, at least one: some wait to be run again, the others failed."""
         if not self.hosts[replica].takes_tasks:
             self._router.forget(replica)
         able = {event.request_id for event in lost if self.tasks[event.request_id].can_run_again}
