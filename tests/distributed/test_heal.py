@@ -77,7 +77,7 @@ def test_every_row_of_a_stream_is_made_once_wherever_writer_or_reader_break(stag
 
 def test_a_reader_has_consumed_no_chunk_twice_and_its_writer_stays_paused() -> None:
     edge = {"voice": {"codes": streamed("talker.codes", chunk=1, max_ahead=2)}}
-    loop, reaper, clock = watched(stream_config(edge, ["voice.sound"]))
+    loop, reaper, _ = watched(stream_config(edge, ["voice.sound"]))
     reaper.begin({"talker": {6}, "voice": {9}})
     loop.add_request(request("r", params={"talker": StreamParams(rows=8), "voice": StreamParams(every=4)}))
     seen: set[str] = set()

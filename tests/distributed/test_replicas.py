@@ -1,4 +1,4 @@
-"""Several engines that share the tasks of a stage: who gets what, what a dead one leaves, and restarting them in turn."""
+"""Several engines that share the tasks of a stage: who gets what, what a dead one leaves, restarting them in turn."""
 
 from __future__ import annotations
 

@@ -64,9 +64,13 @@ class ReplicaSet:
         self._is_shut_down = False
 
     def load(self) -> None:
-        """Begins to load all replicas."""
+        """Begins to load all replicas. Those of this process are loaded when this returns, one after another: libraries
+        that import lazily do not stand two threads.
+        """
         for host in self.hosts:
             host.load()
+            if host.executor.shares_memory:
+                host.ensure_loaded()
 
     def ensure_loaded(self) -> None:
         """Waits for all of them; raises what loading raised."""
@@ -310,7 +314,7 @@ class ReplicaSet:
         return [] if new is None else [new]
 
     def _lost(self, replica: int, lost: Sequence[StageFailed]) -> list[StageEvent]:
-        """The engine of a replica broke over these tasks, at least one: some wait to be run again, the others failed."""
+        """The engine of a replica broke over these tasks, at least one: some wait to be run again, others failed."""
         if not self.hosts[replica].takes_tasks:
             self._router.forget(replica)
         able = {event.request_id for event in lost if self.tasks[event.request_id].can_run_again}

@@ -1,5 +1,5 @@
-"""Which of the tasks that an engine lost are run again, and which of these must run apart, so that one that breaks every
-engine takes nobody along for long.
+"""Which of the tasks that an engine lost are run again, and which of these must run apart, so that one that breaks
+every engine takes nobody along for long.
 
 All tasks of an engine that breaks are run again, together: most often none of them is to blame. Where several such
 break an engine again, each has one last run in which no other suspect is beside it, and who breaks that is to blame.
