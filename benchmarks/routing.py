@@ -1,5 +1,5 @@
-"""Routing of tasks to the replicas of a stage, by the package's own router, without any model: how long a decision takes,
-what is kept for a request, how even the load is, and how often a prompt finds a replica that holds its beginning.
+"""Routing of tasks to the replicas of a stage, by the package's own router, without any model: how long a decision
+takes, what is kept for a request, how even the load is, and how often a prompt finds a replica that holds its beginning.
 
 Simulated: each replica works on its tasks at a fixed rate, and holds the beginnings of the last prompts that it was
 given. Arrivals are random; how often a beginning is asked for falls with its rank (Zipf).
@@ -60,8 +60,8 @@ def run(options: Options, limits: Limits | None) -> Report:
     columns = ("replicas", "routing", "us a task", "bytes a task", "prefix hits", "mean work ahead", "99.9% of tasks")
     title = f"{tasks:,} tasks, load {LOAD:.0%}, {NUM_PREFIXES:,} beginnings by Zipf's law"
     notes = (
-        "Work ahead is in tasks of mean size. Time includes one `assign` and one `finish`, in one thread; bytes are those"
-        " of the router alone, what it remembers of prefixes included.",
+        "Work ahead is in tasks of mean size. Time includes one `assign` and one `finish`, in one thread; bytes are"
+        " those of the router alone, what it remembers of prefixes included.",
     )
     return Report("routing", [Table(title, columns, rows)], notes, {"cases": [asdict(each) for each in found]})
 

@@ -1,5 +1,5 @@
-"""Real pipelines, each stage in a thread, whose engines are killed in every phase: what comes out is what comes out of a
-calm run, every request ends in time, and nothing is left.
+"""Real pipelines, each stage in a thread, whose engines are killed in every phase: what comes out is what comes out of
+a calm run, every request ends in time, and nothing is left.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from vllm_omni.executor.pipeline import Pipeline
 
 
 class Reaper:
-    """plan: stage -> the steps, counted from 0 over all its engines since `begin`, at which one ends; with `after`, what
-    they made is lost as well. loads: stage -> the loads that fail.
+    """plan: stage -> the steps, counted from 0 over all its engines since `begin`, at which one ends; with `after`,
+    what they made is lost as well. loads: stage -> the loads that fail.
     """
 
     def __init__(self, pipeline: Pipeline, error: type[BaseException] = RuntimeError) -> None:
