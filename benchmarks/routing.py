@@ -1,5 +1,5 @@
 """Routing of tasks to the replicas of a stage, by the package's own router, without any model: how long a decision
-takes, what is kept for a request, how even the load is, and how often a prompt finds a replica that holds its beginning.
+takes, what is kept for a request, how even the load is, and how often a prompt finds a replica that holds its start.
 
 Simulated: each replica works on its tasks at a fixed rate, and holds the beginnings of the last prompts that it was
 given. Arrivals are random; how often a beginning is asked for falls with its rank (Zipf).
