@@ -242,7 +242,7 @@ def run_cases(bench: Bench, content: dict[str, Any], path: Path, budget_s: float
                 content["cases"][name] = measure()
             except Exception as error:
                 content["cases"][name] = {"error": f"{type(error).__name__}: {error}"}
-            content["cases"][name]["whole case, s"] = time.perf_counter() - begun
+            content.setdefault("whole case, s", {})[name] = time.perf_counter() - begun
             forget()
             print(f"  {content['cases'][name]}", flush=True)
         content["ratios"] = ratios(content["cases"])

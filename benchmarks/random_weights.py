@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 BLOCK = 2**22  # numbers
+ONES = ("running_var", "cluster_usage", "initialized")  # variances, and what codebooks count
 SPREAD = 0.02  # as language models are initialised
 
 
@@ -75,7 +76,7 @@ def _pipeline_folder(
 
 
 def write_weights(model: nn.Module, path: Path, leave_out: set[str] | frozenset[str] = frozenset()) -> None:
-    """The state of a model on the meta device, in bfloat16: ones for what norms scale by, random numbers besides."""
+    """The state of a model on the meta device, in bfloat16: ones for scales of norms and for ONES, noise besides."""
     shapes = {name: tuple(state.shape) for name, state in model.state_dict().items() if name not in leave_out}
     header, start = {}, 0
     for name, shape in shapes.items():
@@ -91,7 +92,7 @@ def write_weights(model: nn.Module, path: Path, leave_out: set[str] | frozenset[
         file.write(len(written).to_bytes(8, "little") + written)
         for name, shape in shapes.items():
             is_scale = "norm" in name and len(shape) == 1 and name.endswith("weight")
-            block = ones if is_scale or name.endswith("running_var") else noise
+            block = ones if is_scale or name.endswith(ONES) else noise
             left = 2 * math.prod(shape)
             while left:
                 left -= file.write(block[:left])

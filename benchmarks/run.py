@@ -24,6 +24,7 @@ from benchmarks import (
     decode_memory,
     dit,
     edits,
+    hops,
     images,
     limits,
     lora,
@@ -34,6 +35,7 @@ from benchmarks import (
     serving,
     speculation,
     speech,
+    speech_peers,
     startup,
     text,
     text_peers,
@@ -51,12 +53,14 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "edits": edits.run,
     "audio": audio.run,
     "speech": speech.run,
+    "speech_peers": speech_peers.run,
     "decode_memory": decode_memory.run,
     "text": text.run,
     "text_peers": text_peers.run,
     "speculation": speculation.run,
     "quantization": quantization.run,
     "startup": startup.run,
+    "hops": hops.run,
     "cache": cache.run,
     "audio_cache": audio_cache.run,
     "random_cache": random_cache.run,
@@ -108,7 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `images` and `audio`")
     parser.add_argument(
-        "--peers", metavar="FOLDER", help=f"of `text_peers`: where tools/peers.py made them (default {DEFAULT_FOLDER})"
+        "--peers",
+        metavar="FOLDER",
+        help=f"of the suites with peers: where tools/peers.py made them (default {DEFAULT_FOLDER})",
     )
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     parser.add_argument("--threads", type=int, default=threads, help=f"of both sides (default {threads})")

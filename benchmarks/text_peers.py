@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.limits import Limits, decode_parameters, layer_parameters
 from benchmarks.measure import Options, Report, Table, with_spread
-from benchmarks.peers.environments import DEFAULT_FOLDER, PEERS, PeerEnvironment
+from benchmarks.peers.environments import DEFAULT_FOLDER, TEXT_PEERS, PeerEnvironment
 from benchmarks.peers.process import PeerProcess
 from benchmarks.sides import Asked, Duel, SideError, SideProcess, rounds
 from benchmarks.text import LARGE, SMALL, Case, Ours, Transformers, equal_share, written_model
@@ -65,7 +65,9 @@ class Load:
         return self.amount / seconds
 
 
-def run(options: Options, limits: Limits | None = None, environments: Mapping[str, PeerEnvironment] = PEERS) -> Report:
+def run(
+    options: Options, limits: Limits | None = None, environments: Mapping[str, PeerEnvironment] = TEXT_PEERS
+) -> Report:
     config, dtype = (SMALL, "float32") if options.is_quick else (LARGE, "bfloat16")
     chosen = loads(options, config["vocab_size"])
     notes = [MEANING]

@@ -1,4 +1,5 @@
-"""A question about a picture and a sound, answered in words and in speech by a Qwen2.5-Omni checkpoint.
+"""A question about a picture and a sound, answered in words and in speech by a Qwen2.5-Omni or
+Qwen3-Omni checkpoint.
 
     python examples/speech_chat.py "Who is this?" --model path/to/Qwen2.5-Omni-3B --image cat.png -o reply.wav
 
@@ -21,6 +22,7 @@ NO_MODEL = """\
   hf download Qwen/Qwen2.5-Omni-3B --local-dir Qwen2.5-Omni-3B
   python examples/speech_chat.py --model Qwen2.5-Omni-3B"""
 CODES_PER_S = 50
+FRAMES_PER_S = 12.5  # of Qwen3-Omni
 
 
 def main() -> None:
@@ -47,13 +49,14 @@ def main() -> None:
     prompt: dict[str, Any] = {"messages": [{"role": "user", "content": parts}]}
     if args.speaker is not None:
         prompt["speaker"] = args.speaker
-    params = {
-        "thinker": SamplingParams(max_tokens=args.max_tokens, seed=args.seed),
-        "talker": SamplingParams(max_tokens=round(args.max_seconds * CODES_PER_S), seed=args.seed),
-        "token2wav": DiffusionParams(seed=args.seed),
-    }
-
     with Omni(model=args.model) as omni:
+        draws_noise = "token2wav" in omni.config.stages  # else every code is one of a frame, and audio follows of them
+        rate = CODES_PER_S if draws_noise else FRAMES_PER_S
+        params: dict[str, Any] = {
+            "thinker": SamplingParams(max_tokens=args.max_tokens, seed=args.seed),
+            "talker": SamplingParams(max_tokens=round(args.max_seconds * rate), seed=args.seed),
+            **({"token2wav": DiffusionParams(seed=args.seed)} if draws_noise else {}),
+        }
         (output,) = omni.generate(prompt, params)
     if output.error is not None:
         raise SystemExit(f"error: {output.error}")

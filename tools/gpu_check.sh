@@ -3,7 +3,7 @@
 # at most, no network. The figures stand in benchmarks/results/gpu-NAME.json.
 set -euo pipefail
 
-readonly TEST_SECONDS=150 BENCHMARK_SECONDS=300 BUDGET_SECONDS=200
+readonly TEST_SECONDS=230 BENCHMARK_SECONDS=240 BUDGET_SECONDS=195
 
 usage() {
   cat <<'TEXT'

@@ -64,17 +64,19 @@ def make(peer: PeerEnvironment, folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
     _install(peer, folder, "--no-deps", *peer.packages)
     names = [Requirement(package).name for package in peer.packages]
-    _install(peer, folder, TORCH, *needed(json.loads(_said(peer, folder, ASKED_FOR, *names))))
+    _install(
+        peer, folder, TORCH, *needed(json.loads(_said(peer, folder, ASKED_FOR, *names)), (*LEFT_OUT, *peer.left_out))
+    )
     peer.versions_file(folder).write_text(_said(peer, folder, VERSIONS), encoding="utf-8")
 
 
-def needed(requirements: Sequence[str]) -> list[str]:
+def needed(requirements: Sequence[str], left_out: Sequence[str] = LEFT_OUT) -> list[str]:
     """What of them holds on this machine, without extras and without what is left out."""
     parsed = [Requirement(line) for line in requirements]
     return [
         f"{requirement.name}{_extras(requirement)}{requirement.specifier}"
         for requirement in parsed
-        if requirement.name not in LEFT_OUT
+        if requirement.name not in left_out
         and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
     ]
 

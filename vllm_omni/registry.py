@@ -18,11 +18,14 @@ TABLES: dict[str, dict[str, str]] = {
         "dit": "vllm_omni.engine.diffusion.spec:DiffusionSpec",
         "music_prompt": "vllm_omni.models.ace_step.prompt.spec:MusicPromptSpec",
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
+        "qwen3_tts_talker": "vllm_omni.models.qwen3_tts.talker_spec:TalkerSpec",
+        "speech_codec": "vllm_omni.models.qwen3_tts.codec.spec:SpeechCodecSpec",
     },
     "ar stage": {  # by row of "language model"; what has none here is about text
         "text": "vllm_omni.engine.ar.text_spec:TextSpec",
         "Qwen2_5OmniForConditionalGeneration.talker": "vllm_omni.models.qwen2_5_omni.talker_spec:TalkerSpec",
         "Qwen2_5OmniModel.talker": "vllm_omni.models.qwen2_5_omni.talker_spec:TalkerSpec",
+        "Qwen3OmniMoeForConditionalGeneration.talker": "vllm_omni.models.qwen3_omni.talker_spec:TalkerSpec",
     },
     "language model": {
         "LlamaForCausalLM": "vllm_omni.models.llama.model:Llama",
@@ -39,9 +42,12 @@ TABLES: dict[str, dict[str, str]] = {
         "Qwen3MoeForCausalLM": "vllm_omni.models.qwen3_moe.model:Qwen3Moe",
         "Qwen3MoeModel": "vllm_omni.models.qwen3_moe.model:Qwen3Moe",
         "Qwen3VLForConditionalGeneration": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",
+        "Qwen3OmniMoeForConditionalGeneration.talker": "vllm_omni.models.qwen3_omni.talker:Talker",
+        "Qwen3OmniMoeForConditionalGeneration.thinker": "vllm_omni.models.qwen3_omni.thinker:Thinker",
         "Qwen3VLModel": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",
         "Qwen3VLTextModel": "vllm_omni.models.qwen3_vl.model:Qwen3VLText",
         "Qwen3Model": "vllm_omni.models.qwen3.model:Qwen3",
+        "Qwen3TTSForConditionalGeneration.talker": "vllm_omni.models.qwen3_tts.talker:Talker",
         "Qwen2_5OmniForConditionalGeneration.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",
         "Qwen2_5OmniForConditionalGeneration.talker": "vllm_omni.models.qwen2_5_omni.talker:Talker",
         "Qwen2_5OmniModel.thinker": "vllm_omni.models.qwen2_5_omni.thinker:Thinker",
@@ -66,6 +72,10 @@ TABLES: dict[str, dict[str, str]] = {
         "QwenImagePipeline": "vllm_omni.models.qwen_image.spec:QwenImageSpec",
         "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",
     },
+    "speech codec": {
+        "Qwen3OmniMoeForConditionalGeneration.code2wav": "vllm_omni.models.qwen3_tts.codec.published:code2wav",
+        "Qwen3TTSTokenizerV2Model": "vllm_omni.models.qwen3_tts.codec.published:speech_tokenizer",
+    },
     "step cache": {
         "none": "vllm_omni.core.diffusion.caches.none:NoCache",
         "dbcache": "vllm_omni.core.diffusion.caches.dbcache:DBCache",
@@ -82,6 +92,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "executor": {
         "inline": "vllm_omni.executor.inline:InlineExecutor",
+        "process": "vllm_omni.executor.process.executor:ProcessExecutor",
         "thread": "vllm_omni.executor.thread:ThreadExecutor",
     },
 }

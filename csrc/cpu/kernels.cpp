@@ -1,6 +1,7 @@
 // What Python calls, by the name of the element type. Pointers and sizes are checked there; nothing is kept here.
 #include "decoder.h"
 #include "diffusion.h"
+#include "experts.h"
 #include "full_attention.h"
 #include "snake.h"
 #include "vocabulary.h"
@@ -38,6 +39,10 @@ using namespace omni;
   void run_layers_##NAME(const Layer<T>* layers, int64_t count, const Shape* shape, const Step* step, const T* cos,    \
                          const T* sin, const Cache<T>* caches, T* states, int threads) {                               \
     run_layers(layers, count, *shape, *step, cos, sin, caches, states, threads);                                       \
+  }                                                                                                                    \
+  void mix_experts_##NAME(const Expert<T>* experts, const MixtureShape* shape, const T* x, const int64_t* chosen,      \
+                          const T* weights, T* out, int threads) {                                                     \
+    mix_experts(experts, *shape, x, chosen, weights, out, threads);                                                    \
   }
 
 #define DIFFUSION_EXPORTS(NAME, T)                                                                                     \

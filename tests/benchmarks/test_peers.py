@@ -13,7 +13,7 @@ import pytest
 from benchmarks import text_peers
 from benchmarks.limits import Limits
 from benchmarks.measure import ROOT, Options
-from benchmarks.peers.environments import PEERS, PeerEnvironment
+from benchmarks.peers.environments import PEERS, TEXT_PEERS, PeerEnvironment
 from benchmarks.peers.process import PeerProcess
 from benchmarks.sides import SideError
 from benchmarks.text import SMALL, Case
@@ -90,7 +90,7 @@ def test_a_run_measures_the_peers_that_are_there_and_names_the_others(tmp_path: 
     environments = {
         "good": fake_environment(tmp_path, "good"),
         "broken": fake_environment(tmp_path, "broken", "broken"),
-        **PEERS,
+        **TEXT_PEERS,
     }
     options = Options(threads=1, repeats=1, is_quick=True, peers=str(tmp_path))
     report = text_peers.run(options, None, environments)
@@ -103,8 +103,8 @@ def test_a_run_measures_the_peers_that_are_there_and_names_the_others(tmp_path: 
     assert meaning.startswith("Prefill counts")
     assert good.startswith("good 1.0")
     assert "no such processor" in broken
-    assert [note.partition(":")[0] for note in missing] == list(PEERS)
-    assert all(f"python -m tools.peers {name}" in note for name, note in zip(PEERS, missing, strict=True))
+    assert [note.partition(":")[0] for note in missing] == list(TEXT_PEERS)
+    assert all(f"python -m tools.peers {name}" in note for name, note in zip(TEXT_PEERS, missing, strict=True))
 
 
 def test_a_decode_is_timed_without_its_prompts() -> None:
@@ -145,6 +145,7 @@ def test_environments_hold_what_the_peer_asks_for_but_no_torch_of_its_own_choice
         'black; extra == "quality"',
     ]
     assert tool.needed(asked_for) == ["numpy", "fastapi[standard]<0.137.0,>=0.133.0"]
+    assert tool.needed(["gradio", "einops"], left_out=["gradio"]) == ["einops"]
 
 
 def test_an_unknown_peer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,8 @@ SHIPPED = {
     "language_model",
     "qwen3",
     "qwen3_embedding",
+    "qwen3_omni",
+    "qwen3_omni_text",
     "qwen_image",
     "qwen_image_edit",
     "qwen_omni",
@@ -435,6 +437,8 @@ def test_every_shipped_config_and_example_loads() -> None:
         ("config.json", {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni"}, "qwen_omni"),
         ("config.json", {"architectures": ["Qwen2_5OmniForConditionalGeneration"]}, "qwen_omni"),
         ("config.json", {"model_type": "qwen2_5_omni"}, "qwen_omni"),
+        ("config.json", {"architectures": ["Qwen3OmniMoeForConditionalGeneration"]}, "qwen3_omni"),
+        ("config.json", {"model_type": "qwen3_omni_moe", "enable_audio_output": False}, "qwen3_omni_text"),
     ],
 )
 def test_a_checkpoint_finds_its_config(tmp_path: Path, file: str, content: Mapping[str, Any], name: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.driver import Driver
 from support.loop import request
 from support.toy_engine import TextEngine, TextParams, Work, toy_config, toy_stage
 
@@ -18,7 +19,7 @@ from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.recovery import FIRST_PAUSE_S
 from vllm_omni.messages import StageTask
-from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus
+from vllm_omni.request import RequestStatus
 from vllm_omni.worker.background import BackgroundJob
 
 PATIENCE_S = 0.4
@@ -42,40 +43,6 @@ def two_stages(**options: Any) -> OmniExecutor:
 def one_stage(**options: Any) -> OmniExecutor:
     stages = {"text": toy_stage("text", "toy_text", executor="thread", **options)}
     return OmniExecutor(Pipeline(toy_config(stages=stages, outputs=("text",), worker_timeout=PATIENCE_S)))
-
-
-class Driver:
-    """Runs a loop and notes how long its longest step took."""
-
-    def __init__(self, loop: OmniExecutor) -> None:
-        self.loop = loop
-        self.outputs: list[OmniOutput] = []
-        self.longest_s = 0.0
-
-    def until(self, condition: Any, timeout_s: float = 20.0) -> None:
-        end = time.monotonic() + timeout_s
-        while not condition():
-            begin = time.monotonic()
-            self.outputs += self.loop.step()
-            self.longest_s = max(self.longest_s, time.monotonic() - begin)
-            self.loop.wait()
-            time.sleep(0.001)
-            assert time.monotonic() < end, self.loop.get_status()
-
-    def answer(self, given: OmniRequest, stream: bool = False) -> OmniOutput:
-        self.loop.add_request(given, stream=stream)
-        self.until(lambda: self.final(given.request_id) is not None)
-        found = self.final(given.request_id)
-        assert found is not None
-        return found
-
-    def final(self, request_id: str) -> OmniOutput | None:
-        found = [output for output in self.outputs if output.finished and output.request_id == request_id]
-        assert len(found) <= 1
-        return found[0] if found else None
-
-    def until_ready(self, stage: str) -> None:
-        self.until(lambda: self.loop.get_status()["stages"][stage]["state"] == "ready")
 
 
 def test_a_step_that_hangs_fails_its_tasks_in_time_and_the_stage_is_rebuilt_in_a_new_thread(
@@ -151,17 +118,17 @@ def test_a_thread_that_ends_is_noticed_at_once_and_replaced() -> None:
     loop.shutdown()
 
 
-def test_an_engine_in_a_thread_that_cannot_drop_a_task_is_replaced_and_its_mates_run_again() -> None:
+def test_an_engine_that_cannot_drop_a_task_is_replaced_and_its_mates_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = one_stage(step_s=0.01)
     driver = Driver(loop)
     loop.add_request(request("mate", "m", params=TextParams(steps=30)))
     loop.add_request(request("a", params=TextParams(steps=1000)))
     driver.until(lambda: len(loop._stages["text"].tasks) == 2)
 
-    def broken(request_id: str) -> None:
+    def broken(engine: TextEngine, request_id: str) -> None:
         raise LookupError("which one?")
 
-    loop._stages["text"].hosts[0].executor._ask(lambda engine: setattr(engine, "abort", broken), 5.0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(TextEngine, "abort", broken)
     loop.abort("a")
     driver.until(lambda: driver.final("mate") is not None)
     mate = driver.final("mate")

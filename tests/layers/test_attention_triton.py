@@ -79,8 +79,10 @@ def test_the_width_of_the_block_table_changes_nothing() -> None:
     torch.testing.assert_close(step.attend("triton"), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("capability", "shared_kb"), [(86, 99), (90, 227)])
-def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability: int, shared_kb: int) -> None:
+@pytest.mark.parametrize(("capability", "shared_kb", "kernels"), [(86, 99, 36), (90, 227, 39)])
+def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(
+    capability: int, shared_kb: int, kernels: int
+) -> None:
     """Machine code is made without a GPU; shared_kb: what a block of threads may have there."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
@@ -88,4 +90,4 @@ def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability: in
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 30 and max(found.values()) <= shared_kb * 1024, found
+    assert len(found) == kernels and max(found.values()) <= shared_kb * 1024, found

@@ -5,6 +5,8 @@ where they are refused.
 from __future__ import annotations
 
 import math
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from vllm_omni.layers.float8 import (
 )
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.packing import Float8Packing
+from vllm_omni.layers.triton import glue
 from vllm_omni.utils import precision
 from vllm_omni.utils.device import compute_capability, is_cuda
 from vllm_omni.utils.precision import FP8_CAPABILITY, choose_quantization
@@ -124,6 +127,34 @@ def test_it_is_for_gpus_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(precision, "compute_capability", lambda device: (8, 6))
     with pytest.raises(ConfigError, match=r"compute capability 8\.9"):
         choose_quantization("fp8", gpu, None, can_quantize=True)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+@pytest.mark.parametrize(
+    ("where", "dtype"),
+    [
+        ("interpreter", torch.float32),
+        pytest.param("gpu", torch.float32, marks=pytest.mark.cuda),
+        pytest.param("gpu", torch.bfloat16, marks=pytest.mark.cuda),
+    ],
+)
+def test_one_pass_of_triton_gives_the_same_numbers(
+    where: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if where == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off where there is a GPU")
+    device = CPU if where == "interpreter" else request.getfixturevalue("gpu")
+    torch.manual_seed(0)
+    rows = torch.randn(7, 200) * torch.rand(7, 1) * 100
+    rows[2], rows[3] = 0.0, rows[3] * 1e-8
+    rows = rows.to(dtype)
+    numbers, scales = glue.quantize_rows(rows.to(device), DTYPE)
+    expected, expected_scales = quantize_float8(rows)
+    assert torch.equal(scales.cpu(), expected_scales)
+    differs = numbers.cpu().float() != expected.float()
+    if where == "interpreter":  # which loses the carry where a number is rounded up to a power of two
+        differs &= numbers.float() * 2 != expected.float()
+    assert not differs.any()
 
 
 @pytest.mark.cuda

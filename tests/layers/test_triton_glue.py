@@ -4,14 +4,16 @@ interpreter, and where there is a GPU on it, in every dtype to the last rounding
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vllm_omni.layers.group_norm import GroupNorm, use_group_norms
 from vllm_omni.layers.heads import HeadShape, placed_heads, placed_rows, plain_placed_heads
 from vllm_omni.layers.modulation import (
     Norm,
@@ -146,6 +148,22 @@ def test_keys_and_values_go_to_their_slots(dtype: torch.dtype, device: torch.dev
         part.view(-1, 2, 20).index_copy_(0, slots, given)
     glue.store_rows(cache, slots, states[:, 4:6], states[:, 6:])
     assert torch.equal(cache.nan_to_num(-7.0), expected.nan_to_num(-7.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channels", "groups", "sides"), [(32, 8, (5, 7)), (64, 32, (33, 20)), (512, 32, (6, 3))])
+def test_group_norms_of_pictures(
+    channels: int, groups: int, sides: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    parts = nn.Sequential(nn.GroupNorm(groups, channels, eps=1e-6)).to(device, dtype).requires_grad_(False)
+    parts[0].weight.data, parts[0].bias.data = numbers(2, channels, device=device, dtype=dtype, seed=2)
+    x = (5 + numbers(2, channels, *sides, device=device, dtype=dtype)).contiguous(memory_format=torch.channels_last)
+    wide = copy.deepcopy(parts).to(CPU, torch.float64)  # torch's own float32 on a CPU is further from that than ours
+    expected = wide(x.to(CPU, torch.float64)).to(device, dtype)
+    use_group_norms(parts)
+    found = parts(x)
+    assert type(parts[0]) is GroupNorm and found.is_contiguous(memory_format=torch.channels_last)
+    assert_rounded_alike(found, expected)
 
 
 def _head_norms(head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[RMSNorm, RMSNorm]:

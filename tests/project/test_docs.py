@@ -34,6 +34,7 @@ from vllm_omni.config.schema import (
     PromptsConfig,
     StageConfig,
     StreamConfig,
+    VoicesConfig,
 )
 from vllm_omni.config.shipped import supported_checkpoints
 from vllm_omni.engine.ar.options import AROptions, Speculation, Tap
@@ -240,6 +241,7 @@ CONFIG_GROUPS: dict[str, tuple[Any, frozenset[str]]] = {
     "Keys of an `ar` stage": (AROptions, frozenset()),
     "Keys of a `dit` stage": (DiTOptions, frozenset()),
     "LoRA": (LoRAConfig, frozenset()),
+    "Voices": (VoicesConfig, frozenset()),
     "Keys of a `music_prompt` stage": (MusicPromptOptions, frozenset()),
     "Keys of a `diffusers` stage": (DiffusersOptions, frozenset()),
 }

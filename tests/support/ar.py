@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
+from vllm_omni import registry
 from vllm_omni.config.builder import build
 from vllm_omni.config.schema import LimitsConfig, OmniConfig, StageConfig
 from vllm_omni.engine.ar.engine import AREngine
@@ -138,7 +139,8 @@ def make_spec(
 ) -> ARSpec:
     """readers: further stages of the config. grants: whether its KV pool may be as large as it can use."""
     config = OmniConfig(stages={stage.name: stage, **(readers or {})}, limits=limits or LimitsConfig())
-    spec = ARSpec.describe(stage, config, ModelFolders())
+    described: type[ARSpec] = registry.resolve("stage kind", stage.kind)
+    spec = described.describe(stage, config, ModelFolders())
     spec.grant_memory(spec.plan_memory().wanted_bytes if grants else 0)
     return spec
 

@@ -19,6 +19,7 @@ from vllm_omni.layers.triton import kernels as glue
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 NUMBERS = {"table_stride": "i32", "query_stride": "i32", "num_places": "i32", "scale": "fp32"}
+FLOAT8_CAPABILITY = 89
 GIVEN = ("HAS_UPDATE", "HAS_SCALE", "HAS_SHIFT", "HAS_NORM", "HAS_GATE")
 FLOATS = ("partial", "peaks", "totals")
 STATES = ("query", "output", "key_cache", "value_cache")
@@ -30,7 +31,7 @@ SHAPES = [
 ]
 
 # Of the kernels between the products: what they are compiled for. Their numbers by name, all else points to states.
-COUNTS = ("rows_per_sample", "num_places", "width")
+COUNTS = ("rows_per_sample", "num_places", "num_pixels", "width")
 GLUE: dict[str, dict[str, Any]] = {
     "norm_rows": {"WIDTH": 3840, "BLOCK": 4096, "IS_CENTRED": False, **dict.fromkeys(GIVEN[:3], True)},
     "gate_rows": {"WIDTH": 3840, "BLOCK": 4096, "IS_CENTRED": True, **dict.fromkeys(GIVEN[3:], True)},
@@ -40,6 +41,9 @@ GLUE: dict[str, dict[str, Any]] = {
         **{"ARE_NEIGHBOURS": True, "ROUNDS_PRODUCTS": False},
     },
     "store_rows": {"WIDTH": 1024, "BLOCK": 1024},
+    "group_moments": {"WIDTH": 512, "GROUPS": 32, "PIXELS": 16},
+    "scale_channels": {"WIDTH": 128, "PIXELS": 64},
+    "quantize_rows": {"WIDTH": 10240, "BLOCK": 16384},
 }
 
 
@@ -53,6 +57,10 @@ def shared_bytes(kernel: Any, states: str, constants: dict[str, Any], capability
 def glue_bytes(name: str, states: str, capability: int) -> int:
     kernel = getattr(glue, name)
     types = {"slots": "*i64", "cos": "*fp32", "sin": "*fp32"}
+    if name in ("group_moments", "scale_channels"):
+        types |= dict.fromkeys(("means", "squares", "scale", "shift"), "*fp32")
+    if name == "quantize_rows":
+        types |= {"out": "*fp8e4nv", "scales": "*fp32", "largest_number": "fp32", "most": "fp32"}
     for argument in kernel.arg_names:
         kind = "i32" if argument.endswith("stride") or argument in COUNTS else states
         types.setdefault(argument, "fp32" if argument.endswith("epsilon") else kind)
@@ -84,7 +92,8 @@ def main() -> None:
                 key = f"{name} {dtype} {head_dim} {window}"
                 found[key] = shared_bytes(getattr(kernels, name), TYPES[dtype], values, capability)
     for dtype, states in TYPES.items():
-        found |= {f"{name} {dtype}": glue_bytes(name, states, capability) for name in GLUE}
+        names = [name for name in GLUE if name != "quantize_rows" or capability >= FLOAT8_CAPABILITY]
+        found |= {f"{name} {dtype}": glue_bytes(name, states, capability) for name in names}
     print(json.dumps(found))
 
 

@@ -25,7 +25,7 @@ from tools.tiny.speech.talker_data import NO_WORD, Spoken
 from tools.tiny.speech.train_talker import IGNORED, Reader, Text, batch, fresh_model, text_rows
 from tools.tiny.speech.train_thinker import chat_prompt, train_tokenizer
 from tools.tiny.speech.world import DIGITS, HELD_OUT_SHARE, MAX_WORDS, WORDS, Sentence, is_held_out, sentence
-from vllm_omni.models.qwen2_5_omni.talker_inputs import TalkerInputs, TextRows
+from vllm_omni.engine.ar.talker.inputs import TalkerInputs, TextRows
 
 needs_voice = pytest.mark.skipif(not has_synthesiser(), reason="espeak-ng is not installed")
 
@@ -143,8 +143,8 @@ def test_the_talker_is_trained_on_what_the_engine_feeds_it(text: Text) -> None:
     ((prompt, reply),) = text.rows(["say red two"], ["red two"])
     config, num_codes = talker_config(16), 6
     end, pad, begin = config.tts_text_end_token_id, config.tts_text_pad_token_id, config.tts_text_start_token_id
-    rows = TextRows(text.embeddings[begin], text.embeddings[end], text.embeddings[pad])
-    inputs = TalkerInputs(prompt, torch.arange(len(prompt)).expand(3, -1), rows)
+    rows = TextRows((text.embeddings[begin],), (text.embeddings[end],), text.embeddings[pad])
+    inputs = TalkerInputs(prompt, rows, torch.arange(len(prompt)).expand(3, -1))
     inputs.extend(list(reply), is_last=True)
     spoken = inputs.between(0, len(prompt) + 2 + num_codes)
     assert spoken.rows is not None

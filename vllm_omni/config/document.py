@@ -52,7 +52,7 @@ class ResourcesGroup:
 
 @dataclass(frozen=True, slots=True)
 class ConfigDocument:
-    """The whole file. revision, device and dtype are the default of stages that do not say their own."""
+    """The whole file. revision, device, dtype and executor are the default of stages that do not say their own."""
 
     stages: Mapping[str, Mapping[str, Any]]
     outputs: tuple[str, ...]
@@ -61,6 +61,7 @@ class ConfigDocument:
     revision: str | None = None
     device: str = "auto"
     dtype: DType = "auto"
+    executor: str = "auto"
     imports: str | tuple[str, ...] = field(default=(), metadata={"key": "import"})  # modules that add to the registry
     scheduler: SchedulerGroup = field(default_factory=SchedulerGroup)
     resources: ResourcesGroup = field(default_factory=ResourcesGroup)

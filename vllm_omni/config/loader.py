@@ -143,7 +143,12 @@ def _build_stage(name: str, section: Mapping[str, Any], document: ConfigDocument
         check_known(item, known, key)
     common = {item: value for item, value in section.items() if item in STAGE_KEYS}
     own = {item: value for item, value in section.items() if item not in STAGE_KEYS}
-    shared = {"device": document.device, "dtype": document.dtype, "revision": document.revision}
+    shared = {
+        "device": document.device,
+        "dtype": document.dtype,
+        "executor": document.executor,
+        "revision": document.revision,
+    }
     values = {**shared, **common, "name": name}
     stage = build(StageConfig, {**values, "options": build(options_type, own, key)}, key)
     if stage.executor != "auto":

@@ -16,6 +16,7 @@ from vllm_omni.utils.checks import brief, check_number, did_you_mean
 MAX_GB = 1e6
 MAX_MB = 1e9
 MAX_THREADS = 4096
+MAX_VOICES = 10_000
 MAX_RANK = 4096
 MAX_REPLICAS = 1024
 INPUT = "{input}"
@@ -83,6 +84,19 @@ class LoRAConfig:
             raise ConfigError("folders: got none, expected a list of folders that hold adapters")
         check_number("max_memory_mb", self.max_memory_mb, 0, MAX_MB, above_low=True, raises=ConfigError)
         check_number("max_rank", self.max_rank, 1, MAX_RANK, integer=True, raises=ConfigError)
+
+
+@dataclass(frozen=True, slots=True)
+class VoicesConfig:
+    """`voices:` of a stage that clones voices: where those are kept that callers may name."""
+
+    folder: str  # made when the first voice is added; nothing but its .safetensors files is ever read
+    max_voices: int = 100
+    max_mb: float = 512.0  # of all files
+
+    def __post_init__(self) -> None:
+        check_number("max_voices", self.max_voices, 1, MAX_VOICES, integer=True, raises=ConfigError)
+        check_number("max_mb", self.max_mb, 0, MAX_MB, above_low=True, raises=ConfigError)
 
 
 @dataclass(frozen=True, slots=True)

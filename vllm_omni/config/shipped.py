@@ -30,6 +30,8 @@ _BY_ARCHITECTURE = {
     "Qwen2_5OmniModel": "qwen_omni",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "language_model",
+    "Qwen3TTSForConditionalGeneration": "qwen3_tts",
+    "Qwen3OmniMoeForConditionalGeneration": "qwen3_omni",
     "Qwen3VLForConditionalGeneration": "language_model",
 }
 _BY_MODEL_TYPE = {
@@ -42,10 +44,13 @@ _BY_MODEL_TYPE = {
     "qwen2_5_omni": "qwen_omni",
     "qwen3": "qwen3",
     "qwen3_moe": "language_model",
+    "qwen3_tts": "qwen3_tts",
+    "qwen3_omni_moe": "qwen3_omni",
     "qwen3_vl": "language_model",
 }
 
 
+_WITHOUT_SPEECH = {"qwen3_omni": "qwen3_omni_text"}  # for checkpoints that say that they have none
 _ANY_OTHER_PIPELINE = "diffusers"
 
 
@@ -96,6 +101,8 @@ def config_for_model(folder: str | Path) -> Path:
         named = architectures if isinstance(architectures, list) else []
         first = next((name for name in named if _lookup(_BY_ARCHITECTURE, name)), named[0] if named else None)
         name = _lookup(_BY_ARCHITECTURE, first) if first is not None else _lookup(_BY_MODEL_TYPE, model_type)
+        if name is not None and content.get("enable_audio_output") is False:
+            name = _WITHOUT_SPEECH.get(name, name)
         got = f"the architecture {first!r} (model type {model_type!r})"
     if name is None:
         supported = ", ".join(sorted(supported_checkpoints()))

@@ -7,6 +7,7 @@ A stage kind is a subclass of each and one row in the registry, which names the 
 from __future__ import annotations
 
 import enum
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.device import Copies, CudaCopies, is_cpu, is_cuda, resolve_device
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.utils.precision import Precision, choose_precision, choose_quantization
+from vllm_omni.voices import VoiceStore
 
 if TYPE_CHECKING:
     from torch import device, dtype
@@ -95,6 +97,7 @@ class StageSpec(ABC):
     request_choices: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {}
     )  # the values that one of `request_keys` may have
+    voices: VoiceStore | None = None  # those that callers may add, and name as they do the checkpoint's own
     reads_params: bool = True  # whether it looks at its parameters; those that no stage reads are refused
     takes_loras: bool = False  # whether its requests may name LoRA adapters
     can_quantize: bool = False  # whether some of its weights may be held in 8 bits
@@ -125,6 +128,13 @@ class StageSpec(ABC):
     def offloads(self) -> bool:
         """Whether the weights of its blocks wait in the host's memory until each is computed."""
         return self.stage.offload == "weights"
+
+    @property
+    def sharing_key(self) -> str:
+        """What else stages must have in common to share weights while they run. Those that come and go are one
+        thread's: another would find them gone.
+        """
+        return threading.current_thread().name if self.offloads else ""
 
     def make_copies(self) -> Callable[[device], Copies] | None:
         """What brings its weights to its device, where they wait elsewhere."""

@@ -52,6 +52,7 @@ class LoopThread:
         self.cause_of_death: BaseException | None = None  # what broke the loop
         self.finished: Future[None] = Future()  # done when the thread has ended
         self._process = os.getpid()
+        executor.listen(self._notify)
         self._thread = threading.Thread(target=self._main, name="omni-loop", daemon=True)
         self._thread.start()
         atexit.register(self._leave)
@@ -138,6 +139,10 @@ class LoopThread:
                 self._executor.wake()
                 return
         refuse(self._ended_error())
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
 
     def _main(self) -> None:
         try:

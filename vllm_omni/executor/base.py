@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from vllm_omni import registry
+from vllm_omni.config.schema import StageConfig
 from vllm_omni.engine.base import Activity, EngineContext, StageSpec
+from vllm_omni.executor.blueprint import StageBlueprint
+from vllm_omni.executor.commons import Commons
 from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.payload import StagePayload, StreamChunk
 
@@ -15,14 +19,14 @@ class StageExecutor(ABC):
     """Hosts the engine of one stage, from `start` to `shutdown`, once; a stage that is rebuilt has another one.
 
     No method but `ensure_loaded` blocks for longer than one engine step in the caller's thread, and none waits for an
-    engine that runs elsewhere and is stuck. Such an executor calls `wake` when there is something to poll.
+    engine that runs elsewhere and is stuck. Such an executor calls `commons.wake` when there is something to poll.
     """
 
     shares_memory: ClassVar[bool] = True  # whether its engine is in this process, and shares weights with others here
 
     @abstractmethod
-    def __init__(self, spec: StageSpec, context: EngineContext, wake: Callable[[], None]) -> None:
-        """Takes down what to host; `start` does the work."""
+    def __init__(self, spec: StageSpec, context: EngineContext, commons: Commons, blueprint: StageBlueprint) -> None:
+        """Takes down what to host; `start` does the work. blueprint: what an engine in another process is made of."""
 
     @abstractmethod
     def start(self) -> None:
@@ -99,3 +103,11 @@ class StageExecutor(ABC):
         """Frees the engine; may be called twice. wait: for a step that is under way; else the engine is freed when it
         has ended, and nothing that it reports is heard.
         """
+
+
+def runs_apart(stage: StageConfig) -> bool:
+    """Whether the stage's engine is in a process of its own, which shares no memory for weights."""
+    if stage.executor == "auto":  # which picks among those of this process
+        return False
+    executor: type[StageExecutor] = registry.resolve("executor", stage.executor)
+    return not executor.shares_memory

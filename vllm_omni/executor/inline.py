@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine, StageSpec
 from vllm_omni.errors import StageError
 from vllm_omni.executor.base import StageExecutor
+from vllm_omni.executor.blueprint import StageBlueprint
+from vllm_omni.executor.commons import Commons
 from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.payload import StagePayload, StreamChunk
 
@@ -17,7 +19,7 @@ class InlineExecutor(StageExecutor):
     interrupted: it holds the caller.
     """
 
-    def __init__(self, spec: StageSpec, context: EngineContext, wake: Callable[[], None]) -> None:
+    def __init__(self, spec: StageSpec, context: EngineContext, commons: Commons, blueprint: StageBlueprint) -> None:
         self._spec = spec
         self._context = context
         self._engine: StageEngine | None = None

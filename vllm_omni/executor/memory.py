@@ -10,11 +10,14 @@ from torch import device as Device
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.routing.budgets import GIB, MIB, MemoryBudget
 from vllm_omni.engine.base import MemoryPlan
+from vllm_omni.executor.base import runs_apart
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.device import free_memory_bytes, resolve_device, total_memory_bytes
 
 PROMPT_CACHE = "prompt-embedding cache"
 SHARE_OF_FREE_MEMORY = 0.5  # that is planned for unasked, where other programs use the same memory
+HOST = Device("cpu")
+FIX_HOST = "remove `offload: weights` from a stage, or quantise its weights"
 LESS = "plan less: a smaller KV pool (a stage's kv_memory_mb, max_model_len), dit_cache.max_memory_mb, bfloat16"
 FIX_TOTAL = f"raise resources.max_memory_gb, or {LESS}"
 FIX_DEVICE = f"raise resources.max_gpu_utilization, or {LESS}"
@@ -29,20 +32,27 @@ def plan_memory(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     if not wanted:
         return plans
     for name, num_bytes in _grants(pipeline.config, plans, wanted).items():
-        pipeline.specs[name].grant_memory(num_bytes)
+        pipeline.grant_memory(name, num_bytes)
     return _plans(pipeline)
 
 
 def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     plans: dict[str, MemoryPlan] = {}
-    seen: set[tuple[str, ...]] = set()
+    homes: dict[tuple[str, ...], set[str]] = {}  # weights -> the replicas in whose processes they are; "": here
     for name, spec in pipeline.specs.items():
         plan, replicas = spec.plan_memory(), list[MemoryPlan]()
-        for device in map(resolve_device, spec.stage.replica_devices):
+        for number, device in enumerate(map(resolve_device, spec.stage.replica_devices)):
             key = (*spec.weights_key(), str(device), spec.precision.name, spec.stage.offload)
-            is_loaded = key in seen
-            replicas.append(dataclasses.replace(plan, weights_bytes=0, offloaded_bytes=0) if is_loaded else plan)
-            seen.add(key)
+            loaded = homes.setdefault(key, set())
+            home = f"{name} {number}" if runs_apart(spec.stage) else ""
+            replica = plan
+            if home in loaded:
+                replica = dataclasses.replace(plan, weights_bytes=0, offloaded_bytes=0)
+            elif loaded:
+                remark = "its weights are loaded once more, since processes share none"
+                replica = dataclasses.replace(plan, remark=f"{plan.remark}; {remark}" if plan.remark else remark)
+            loaded.add(home)
+            replicas.append(replica)
         plans[name] = _sum(replicas)
     return plans
 
@@ -50,7 +60,7 @@ def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
 def _sum(plans: Sequence[MemoryPlan]) -> MemoryPlan:
     """Of the replicas of one stage."""
     sizes = [field.name for field in dataclasses.fields(MemoryPlan) if field.name != "remark"]
-    return dataclasses.replace(plans[0], **{name: sum(getattr(plan, name) for plan in plans) for name in sizes})
+    return dataclasses.replace(plans[-1], **{name: sum(getattr(plan, name) for plan in plans) for name in sizes})
 
 
 def _grants(config: OmniConfig, plans: Mapping[str, MemoryPlan], wanted: Mapping[str, int]) -> dict[str, int]:
@@ -91,6 +101,9 @@ def reserve_memory(config: OmniConfig, plans: Mapping[str, MemoryPlan]) -> Memor
     """Reserves every stage's share of `max_memory_gb`; ResourceError when that, or an accelerator, is too small."""
     budget = MemoryBudget(int(config.max_memory_gb * GIB), "resources.max_memory_gb", FIX_TOTAL)
     shares = {name: plan.total_bytes for name, plan in plans.items()}
+    waiting = {name: plan.offloaded_bytes for name, plan in plans.items() if plan.offloaded_bytes}
+    if waiting:
+        MemoryBudget(free_memory_bytes(HOST), "free memory of the host", FIX_HOST).reserve_all(waiting)
     budget.reserve_all({**shares, PROMPT_CACHE: int(config.dit_cache.prompt_embeds_mb * MIB)})
     for device, counts in _by_device(config).items():
         total = total_memory_bytes(device)

@@ -20,6 +20,7 @@ from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.engine.boundary import as_stage_error, clear_frames, describe, stage_boundary
 from vllm_omni.engine.output import PartialOutputs, make_output, unfinished_result
 from vllm_omni.errors import ConfigError, InvalidRequestError, OmniError, SchedulerError, StageError
+from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.edge_traffic import EdgeTraffic
 from vllm_omni.executor.loading_step import LoadingStep, OnLoading, announce
 from vllm_omni.executor.memory import plan_memory, reserve_memory
@@ -28,7 +29,6 @@ from vllm_omni.executor.planner import RequestPlanner
 from vllm_omni.executor.replica_set import ReplicaSet
 from vllm_omni.executor.saving import resumable
 from vllm_omni.executor.stage_builder import StageBuilder
-from vllm_omni.executor.wake import Wake
 from vllm_omni.messages import (
     ChunkConsumed,
     Feed,
@@ -73,9 +73,10 @@ class OmniExecutor:
         self._memory = reserve_memory(pipeline.config, plans)
         if pipeline.config.threads is not None:
             set_threads(pipeline.config.threads)
-        self._wake = Wake()
+        self._commons = Commons()
+        self._wake = self._commons.wake
         self._background = Background(self._wake)
-        self._builder = StageBuilder(pipeline, self._background, self._wake)
+        self._builder = StageBuilder(pipeline, self._background, self._commons)
         self._traffic = EdgeTraffic()
         self._stages: dict[str, ReplicaSet] = {}
         self._outputs: list[OmniOutput] = []
@@ -178,6 +179,12 @@ class OmniExecutor:
         """Ends a `wait`. From any thread."""
         self._wake()
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """listener: is called, from any thread, whenever a `wait` would end: a stage may have to be rebuilt though
+        nobody waits.
+        """
+        self._wake.listen(listener)
+
     def take_outputs(self) -> list[OmniOutput]:
         """Outputs that are ready without a step, as after `abort` and `shutdown`."""
         self._finish_ended()
@@ -223,6 +230,8 @@ class OmniExecutor:
             spec.close()
         self._background.shutdown()
         self._builder.models.clear()
+        self._commons.segments.clear()
+        self._wake.close()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -370,10 +379,10 @@ class OmniExecutor:
     def _add_partial(self, stage: str, event: StageProgress | StageRows | StageDone) -> None:
         """Hands the caller what is new, where the request streams; what cannot be shown ends it."""
         partials = self._partials.get(event.request_id)
+        if partials is None:
+            return
         try:
             with stage_boundary(stage):
-                if partials is None:
-                    return
                 if isinstance(event, StageDone):
                     output = partials.finished(event.payload, stage)
                 else:

@@ -25,6 +25,7 @@ class Pipeline:
 
     config: OmniConfig  # with the stages alone that some output calls for
     graph: StageGraph
+    folders: ModelFolders  # where its models are
     specs: Mapping[str, StageSpec]  # of these stages, in the order of the graph
     reads: Mapping[str, ReadPorts]  # by stage: which of its output ports somebody reads
 
@@ -33,19 +34,27 @@ class Pipeline:
         config.validate()
         folders = folders or ModelFolders()
         try:
-            specs = {name: _describe(stage, config, folders) for name, stage in config.stages.items()}
+            specs = {name: describe_stage(stage, config, folders) for name, stage in config.stages.items()}
             signatures = {name: spec.signature for name, spec in specs.items()}
             self.graph = StageGraph(config.stages, signatures, config.outputs)
         except ConfigError as error:
             raise ConfigError(f"config {config.name!r}: {error}") from error
         self.config = self.graph.without_idle(config)
+        self.folders = folders
+        self.granted_bytes: dict[str, int] = {}  # by stage that asked for memory: what it has been granted
         self.specs = {name: specs[name] for name in self.graph.order}
         self.reads = {
             name: ReadPorts(self.graph.wanted_ports(name), self.graph.streamed_ports(name)) for name in self.specs
         }
 
+    def grant_memory(self, stage: str, num_bytes: int) -> None:
+        """As StageSpec.grant_memory; noted for whoever makes the spec again elsewhere."""
+        self.specs[stage].grant_memory(num_bytes)
+        self.granted_bytes[stage] = num_bytes
 
-def _describe(stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> StageSpec:
+
+def describe_stage(stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> StageSpec:
+    """The spec of one stage; ConfigError that says which, and the whole key."""
     kind: type[StageSpec] = registry.resolve("stage kind", stage.kind)
     try:
         with reading(f"stages.{stage.name}: {stage.model}"):

@@ -59,10 +59,11 @@ class RequestPlanner:
                 frozenset() if saved else self._graph.signatures[name].required_inputs,
                 prepared,
                 seed,
+                asked,
                 saved.content if saved else None,
                 size,
                 prefixes,
-                _guarded_cache_key(spec, asked),
+                _guarded_cache_key(spec),
             )
         return RequestPlan(stages, kept_ports(self._graph, outputs), outputs, job_size)
 
@@ -177,12 +178,10 @@ def _seed(spec: StageSpec, params: StageParams, request_seed: int) -> int | None
     return request_seed if params.seed is None else params.seed
 
 
-def _guarded_cache_key(spec: StageSpec, asked: OmniRequest) -> Callable[[StageTask], str | None]:
-    """asked: the request as the stage was asked about it."""
-
+def _guarded_cache_key(spec: StageSpec) -> Callable[[StageTask], str | None]:
     def cache_key(task: StageTask) -> str | None:
         with stage_boundary(spec.stage.name):
-            return spec.cache_key(dataclasses.replace(task, request=asked))
+            return spec.cache_key(task)
 
     return cache_key
 

@@ -5,24 +5,24 @@ Owns the loaded models, which outlive the engines that read them. Loads nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import device as Device
 
 from vllm_omni import registry
 from vllm_omni.config.schema import StageConfig
 from vllm_omni.engine.base import EngineContext
-from vllm_omni.executor.base import StageExecutor
+from vllm_omni.executor.base import StageExecutor, runs_apart
+from vllm_omni.executor.blueprint import StageBlueprint
+from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.pipeline import Pipeline
-from vllm_omni.utils.device import resolve_device
+from vllm_omni.utils.device import current_threads, is_cpu, resolve_device
 from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
 
 
 class StageBuilder:
-    """Of one pipeline. wake: what executors call when there is something to poll."""
+    """Of one pipeline."""
 
-    def __init__(self, pipeline: Pipeline, background: Background, wake: Callable[[], None]) -> None:
+    def __init__(self, pipeline: Pipeline, background: Background, commons: Commons) -> None:
         self.models = ModelPool()
         # by stage, of each replica
         self.devices: dict[str, tuple[Device, ...]] = {
@@ -30,13 +30,13 @@ class StageBuilder:
         }
         self._pipeline = pipeline
         self._background = background
-        self._wake = wake
+        self._commons = commons
 
     def build(self, name: str, replica: int = 0) -> StageExecutor:
         """An executor of its own for a replica of a stage, not started."""
         spec = self._pipeline.specs[name]
         executor: type[StageExecutor] = registry.resolve("executor", self._executor_of(spec.stage))
-        return executor(spec, self.context(name, replica), self._wake)
+        return executor(spec, self.context(name, replica), self._commons, self.blueprint(name, replica))
 
     def context(self, name: str, replica: int = 0) -> EngineContext:
         """What the engine of a replica is given besides the spec of its stage."""
@@ -50,6 +50,30 @@ class StageBuilder:
             limits=self._pipeline.config.limits,
             dit_cache=self._pipeline.config.dit_cache,
         )
+
+    def blueprint(self, name: str, replica: int = 0) -> StageBlueprint:
+        """What an engine of this replica in another process is made of."""
+        context = self.context(name, replica)
+        return StageBlueprint(
+            self._pipeline.config,
+            name,
+            self._pipeline.folders.fetched,
+            self._pipeline.granted_bytes.get(name),
+            context.reads,
+            context.device,
+            context.dtype,
+            self._threads(context.device),
+        )
+
+    def _threads(self, device: Device) -> int | None:
+        """Processes that compute on the CPU share its cores out: with more threads than cores each waits for others."""
+        if not is_cpu(device):
+            return None
+        processes: set[tuple[str, int] | None] = set()
+        for name, devices in self.devices.items():
+            is_apart = runs_apart(self._pipeline.specs[name].stage)
+            processes |= {(name, number) if is_apart else None for number, each in enumerate(devices) if is_cpu(each)}
+        return max(1, current_threads() // len(processes))
 
     def _executor_of(self, stage: StageConfig) -> str:
         """Stages on several devices, and several replicas, have a thread each, so that none waits for another."""

@@ -63,7 +63,7 @@ class StageHost:
 
     def ensure_ready(self) -> None:
         """StageUnavailableError while it is being rebuilt."""
-        cause = self._recovery.cause or self._broken
+        cause = self._cause
         if cause is not None:
             retry_after_s = self.retry_after_s
             words = f"stage {self.name!r} is being rebuilt after a failure ({describe(cause)})"
@@ -203,7 +203,7 @@ class StageHost:
         `worker_timeout` s, though it is at work) or ready, which alone is `alive`; silent_s: since the last answer;
         cause: why it is not ready; pid: of its process, where it has one of its own.
         """
-        cause, silent_s = self._recovery.cause or self._broken, self._silent_s()
+        cause, silent_s = self._cause, self._silent_s()
         state, why = "ready", None
         if cause is not None:
             state, why = ("restarting", None) if self._recovery.is_planned else ("rebuilding", describe(cause))
@@ -333,6 +333,11 @@ class StageHost:
     def _is_broken(self) -> bool:
         return self._broken is not None or self.executor.breakdown() is not None
 
+    @property
+    def _cause(self) -> Exception | None:
+        """Why the stage takes no tasks; None while it does."""
+        return self._recovery.cause or self._broken or self.executor.breakdown()
+
     def _break(self, cause: Exception) -> None:
         """The engine is given up as soon as its tasks can be said to fail."""
         clear_frames(cause)
@@ -340,7 +345,7 @@ class StageHost:
 
     def _give_up(self) -> list[StageEvent]:
         """Lets go of an engine that is broken: its tasks fail, and the stage will be rebuilt."""
-        cause = self._broken or self.executor.breakdown()
+        cause = self._cause
         if cause is None or not self.is_ready:
             return []
         failures = self._fail(self.tasks, cause, is_lost=True)

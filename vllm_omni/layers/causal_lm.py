@@ -58,7 +58,11 @@ class CausalLM(nn.Module):
 
     def forward(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """As of a LanguageModel."""
-        states: Tensor = self.decoder(self.embed_tokens(token_ids), positions, context)
+        embeddings, deep = self.embed_tokens(token_ids), None
+        if context.input_rows is not None:
+            rows, deep = context.input_rows.split(self.config.hidden_size)
+            embeddings = rows.merge(embeddings)
+        states: Tensor = self.decoder(embeddings, positions, context, deep)
         return states
 
     def compute_logits(self, states: Tensor) -> Tensor:

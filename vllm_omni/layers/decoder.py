@@ -26,6 +26,7 @@ from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.rope_config import num_positions, override_rope, read_rope, scaled_beyond
 from vllm_omni.layers.rotary import RotaryEmbedding, rotary_frequencies
+from vllm_omni.layers.token_inputs import DeepRows
 from vllm_omni.layers.weights import Target
 from vllm_omni.utils.checks import check_number
 
@@ -149,16 +150,18 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope)
         self._native_layers: NativeLayers | Literal[False] | None = False
 
-    def forward(self, states: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """states: [N, D]; positions: [N] or [3, N] int64 -> [N, D]: normed when all layers run, else the state after
-        the last that did.
+    def forward(
+        self, states: Tensor, positions: Tensor, context: ForwardContext, deep: DeepRows | None = None
+    ) -> Tensor:
+        """states: [N, D]; positions: [N] or [3, N]; deep: what joins the states behind the first layers -> [N, D]:
+        normed when all layers run, else the state after the last that did. A tapped state is that before the joining.
         """
         context.tap(0, states)
         cos, sin = self.rotary(positions, states.dtype, context.rope_lengths)
         runs_natively = context.attention.runs_layers and acting() is None  # adapters act on layers one by one
         native = self.native() if runs_natively else None
         done = 0
-        for stop in context.stops(self.config.num_layers):
+        for stop in self._stops(context, deep):
             if native is not None:
                 states = native.run(done, stop, states, cos, sin, context.attention.metadata, context.kv_cache)
             else:
@@ -167,10 +170,17 @@ class Decoder(nn.Module):
             done = stop
             if stop < self.config.num_layers:
                 context.tap(stop, states)
+            if deep is not None:
+                states = deep.add(stop, states)
         if context.num_layers == self.config.num_layers:
             states = self.norm(states)
             context.tap(context.num_layers, states)
         return states
+
+    def _stops(self, context: ForwardContext, deep: DeepRows | None) -> list[int]:
+        """Behind which layers something is to be done."""
+        stops = context.stops(self.config.num_layers)
+        return stops if deep is None else sorted({*stops, *(x for x in deep.stops if x < context.num_layers)})
 
     def native(self) -> NativeLayers | None:
         """What runs all layers in one call, where their weights are packed for that; looked for once."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_omni.layers.triton import glue, library
 from vllm_omni.utils.device import is_cuda
 
 DTYPE = torch.float8_e4m3fn
@@ -30,6 +31,8 @@ def quantize_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[M, K] of any floating dtype -> float8 [M, K] and scales [M] float32; what holds NaN or infinity gives a row that
     is not finite.
     """
+    if library.takes(rows):
+        return glue.quantize_rows(rows, DTYPE)
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, dtype=torch.float32)
     inverse = (LARGEST / largest).clamp(max=MOST)  # of rows of zeros, too
     return (rows * inverse[:, None]).to(DTYPE), largest / LARGEST

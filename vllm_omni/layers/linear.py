@@ -100,6 +100,11 @@ class Embedding(nn.Embedding, PackedLayer):
         self.can_quantize = is_head
         self.register_buffer("scales", None, persistent=False)
 
+    def reset_parameters(self) -> None:
+        """Where there is no memory yet nothing is drawn: torch would import its compiler for that, a second or two."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, token_ids: Tensor) -> Tensor:
         return super().forward(token_ids) if self.packing is None else self.packing.rows(self.weight, token_ids)
 

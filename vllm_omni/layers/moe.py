@@ -1,9 +1,9 @@
 """A sparse mixture of experts (Switch Transformers, arXiv 2101.03961) in the place of an MLP: each token is computed by
-the few experts that its router chooses. Knows no model.
+the few experts that its router chooses, and perhaps by one that all share. Knows no model.
 
-Tokens are sorted by expert, and each expert that has any computes them in one product; nothing is computed for the
-others. A row's result depends on that row alone, as far as that of a `Linear` does: its experts' parts are added in the
-order of the experts, whoever else they compute.
+Tokens are sorted by expert, and each expert that has any computes them in one product (on CPUs all experts in one call
+of the kernels); nothing is computed for the others. A row's result depends on that row alone, as far as that of a
+`Linear` does: its experts' parts are added in the order of the experts, whoever else they compute.
 
 Legend: N tokens of a step, D hidden size, E experts, k of them for each token.
 """
@@ -15,11 +15,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vllm_omni.layers.decoder import DecoderMLP
 from vllm_omni.layers.linear import Linear
+from vllm_omni.layers.native.experts import NativeExperts
 
 
 class SparseMLP(nn.Module):
-    """E experts behind a router. Parameters are named as transformers publishes them: `gate`, `experts.0`, ..."""
+    """E experts behind a router. Parameters are named as transformers publishes them: `gate`, `experts.0`, ...,
+    `shared_expert`, `shared_expert_gate`.
+    """
 
     def __init__(
         self,
@@ -29,17 +33,38 @@ class SparseMLP(nn.Module):
         num_experts: int,
         num_chosen: int,
         normalises: bool,
+        shared: nn.Module | None = None,
     ) -> None:
-        """num_chosen: k. normalises: whether the weights of the chosen ones are scaled to sum to one."""
+        """num_chosen: k. normalises: whether the weights of the chosen ones are scaled to sum to one. shared: an expert
+        for every token, whose part a gate of its own weighs.
+        """
         super().__init__()
         self.num_chosen = num_chosen
         self.normalises = normalises
         self.gate = Linear(hidden_size, num_experts, bias=False)
         self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))
+        self.shared_expert = shared
+        self.shared_expert_gate = None if shared is None else Linear(hidden_size, 1, bias=False)
+        self._native: NativeExperts | None = None
 
     def forward(self, states: Tensor) -> Tensor:
         """states: [N, D] -> [N, D]."""
         weights, chosen = self.route(states)
+        native = self.native()
+        mixed = self._mix(states, chosen, weights) if native is None else native.mix(states, chosen, weights)
+        if self.shared_expert is None or self.shared_expert_gate is None:
+            return mixed
+        return mixed + self.shared_expert_gate(states).sigmoid() * self.shared_expert(states)
+
+    def native(self) -> NativeExperts | None:
+        """What runs the experts in one call, where their weights are packed for that."""
+        if self._native is None:
+            pairs = [(x.gate_up_proj, x.down_proj) for x in self.experts if type(x) is DecoderMLP]
+            self._native = NativeExperts.find(pairs) if len(pairs) == len(self.experts) else None
+        return self._native
+
+    def _mix(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """states: [N, D] -> the sum [N, D] of what the chosen experts make of each."""
         by_expert = chosen.flatten().argsort(stable=True)  # [N k] places in `chosen`
         rows = states[by_expert // self.num_chosen]
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()

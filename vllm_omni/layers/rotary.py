@@ -23,17 +23,18 @@ class RotaryEmbedding(nn.Module):
 
     rope: the keys of transformers' `rope_parameters` (`rope_type`, `rope_theta`, `factor`, ...), max_positions: the
     `max_position_embeddings` beside them. `mrope_section` among the keys says how many frequencies turn with time,
-    height and width.
+    height and width: one axis behind the other, or with `mrope_interleaved` in turn, until height and width have theirs
+    (Qwen3-VL, arXiv 2511.21631).
     """
 
     def __init__(self, head_dim: int, max_positions: int, rope: Mapping[str, Any]) -> None:
         super().__init__()
         self.frequencies, self.scale = rotary_frequencies(head_dim, max_positions, rope)
-        self.axes = _section_axes(rope.get("mrope_section"), head_dim)
+        self.axes = _section_axes(rope.get("mrope_section"), head_dim, bool(rope.get("mrope_interleaved")))
         self.by_length = _by_length(head_dim, max_positions, rope)
 
     def forward(self, positions: Tensor, dtype: torch.dtype, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """positions: [N] int64, or [3, N] where there are sections -> cos and sin, [N, 1, head_dim], rounded to
+        """positions: [N], or [3, N] where there are sections -> cos and sin, [N, 1, head_dim], rounded to
         `dtype`. lengths: [N] int64, of how many tokens its sequence was when transformers would compute each, for the
         types that are scaled by that; without them they are as in a short sequence.
         """
@@ -102,7 +103,7 @@ def rotary_frequencies(
         return _scaled_frequencies(head_dim, max_positions, rope, where=where)
 
 
-def _section_axes(sections: object, head_dim: int) -> Tensor | None:
+def _section_axes(sections: object, head_dim: int, is_interleaved: bool) -> Tensor | None:
     """[head_dim / 2] int64: the axis (time 0, height 1, width 2) that turns each frequency; None without sections."""
     if sections is None:
         return None
@@ -114,7 +115,12 @@ def _section_axes(sections: object, head_dim: int) -> Tensor | None:
             "half of head_dim"
         )
     with torch.device("cpu"):
-        return torch.arange(3).repeat_interleave(torch.tensor(sizes))
+        if not is_interleaved:
+            return torch.arange(3).repeat_interleave(torch.tensor(sizes))
+        axes = torch.zeros(head_dim // 2, dtype=torch.int64)
+        for axis in (1, 2):
+            axes[axis : 3 * sizes[axis] : 3] = axis
+        return axes
 
 
 def _by_length(

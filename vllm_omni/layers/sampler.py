@@ -54,6 +54,8 @@ class SamplingRow:
         self.num_logprobs = params.logprobs
         self._bias = dict(params.logit_bias or {})
         self._stop_token_ids = sorted(set(stop_token_ids))
+        shapes = self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        self._takes_largest = self.temperature == 0 and not shapes and self.num_logprobs is None
         self._written: Counter[int] = Counter()
         self._seen = set(prompt_token_ids) if self.repetition_penalty != 1.0 else set()
         self._generator = torch.Generator()
@@ -65,8 +67,7 @@ class SamplingRow:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the largest raw logit, and nothing else is asked for."""
-        shapes = self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self._bias
-        return self.temperature == 0 and not shapes and self.num_logprobs is None and not self._suppresses_stops
+        return self._takes_largest and not self._bias and not self._suppresses_stops
 
     @property
     def _suppresses_stops(self) -> bool:

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_omni.layers.native import diffusion
 from vllm_omni.layers.native.library import kernels_for
+
+
+class SnakeBeta(nn.Module):
+    """x + sin(a x)^2 / b, a and b given by their logarithms. x: as of `snake`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return snake(x, self.alpha.exp(), (self.beta.exp() + 1e-9).reciprocal())
 
 
 def snake(x: Tensor, frequency: Tensor, amplitude: Tensor) -> Tensor:

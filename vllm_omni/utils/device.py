@@ -48,6 +48,11 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def current_threads() -> int:
+    """That torch computes with on the CPU, in this process."""
+    return torch.get_num_threads()
+
+
 def is_cpu(device: torch.device) -> bool:
     """Whether a processor with its caches computes, no accelerator."""
     return device.type == "cpu"

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +17,7 @@ from vllm_omni.utils.checkpoint_files import MAX_JSON_BYTES, check_folder, read_
 from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.hub import fetch
 
+FetchedFolder = tuple[str, str | None, str | None, Path]  # repository, revision, variant, its folder
 ASSET_SCHEME = "asset://"
 MAX_LAYERS = 10_000
 _NUM_LAYERS = re.compile(r"(layers?|depths?|blocks?|repeats)$")
@@ -31,12 +32,15 @@ def assets_folder() -> Path:
 class ModelFolders:
     """Resolves what configs call a model to local folders, each hub repository once.
 
-    headers_only: of a repository that is not here yet, nothing is fetched of the weights but their headers.
+    headers_only: of a repository that is not here yet, nothing is fetched of the weights but their headers. fetched:
+    what another one has, as its `fetched` says.
     """
 
-    def __init__(self, *, headers_only: bool = False) -> None:
+    def __init__(self, *, headers_only: bool = False, fetched: Sequence[FetchedFolder] = ()) -> None:
         self._headers_only = headers_only
-        self._hub_roots: dict[tuple[str, str | None, str | None], Path] = {}
+        self._hub_roots: dict[tuple[str, str | None, str | None], Path] = {
+            (repository, revision, variant): root for repository, revision, variant, root in fetched
+        }
         self._checked: set[Path] = set()
 
     def resolve(self, model: str, revision: str | None = None, variant: str | None = None) -> Path:
@@ -55,6 +59,11 @@ class ModelFolders:
             check_folder(folder)
             self._checked.add(folder)
         return folder
+
+    @property
+    def fetched(self) -> list[FetchedFolder]:
+        """The repositories that were looked up so far."""
+        return [(*key, root) for key, root in self._hub_roots.items()]
 
     def _is_of_hub(self, folder: Path) -> bool:
         """Whether a folder was fetched, by us or into the hub's own cache."""

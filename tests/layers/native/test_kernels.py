@@ -16,9 +16,10 @@ from torch import Tensor
 from vllm_omni.layers.attention.base import AttentionMetadata
 from vllm_omni.layers.attention.native import NativeAttention
 from vllm_omni.layers.attention.reference import ReferenceAttention
-from vllm_omni.layers.decoder import Decoder, DecoderConfig
+from vllm_omni.layers.decoder import Decoder, DecoderConfig, DecoderMLP
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.linear import Embedding, Linear, pack_linears, quantize_linears
+from vllm_omni.layers.moe import SparseMLP
 from vllm_omni.layers.native import library
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.native.vocabulary import find_largest
@@ -319,3 +320,61 @@ def test_a_pool_where_one_of_another_size_was_is_read_as_it_is() -> None:
     for step, expected in zip(steps, plain, strict=True):
         cache = memory[: step.cache.numel()].view(step.cache.shape)
         close(run(NativeAttention, step, cache.copy_(step.cache)), expected, steps=8)
+
+
+def make_experts(num_experts: int, num_chosen: int, dtype: torch.dtype) -> SparseMLP:
+    """Of 64 in 96, packed; the second of two such has its experts run one by one."""
+    config = DecoderConfig(
+        **dict.fromkeys(("vocab_size", "num_layers", "num_heads", "num_kv_heads", "max_position_embeddings"), 1),
+        hidden_size=64,
+        intermediate_size=96,
+        head_dim=2,
+        rms_norm_eps=1e-6,
+        rope={"rope_type": "default", "rope_theta": 1e4},
+        qkv_bias=False,
+        output_bias=False,
+        head_norms=False,
+    )
+    torch.manual_seed(0)
+    layer = SparseMLP(
+        64,
+        lambda: DecoderMLP(config),
+        num_experts=num_experts,
+        num_chosen=num_chosen,
+        normalises=True,
+        shared=DecoderMLP(config),
+    )
+    layer = layer.to(dtype).requires_grad_(False)
+    pack_linears(layer)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "num_experts", "num_chosen"), [(0, 4, 2), (1, 4, 1), (5, 40, 6), (90, 7, 3)])
+@torch.inference_mode()
+def test_experts_in_one_call_are_those_one_by_one(
+    dtype: torch.dtype, rows: int, num_experts: int, num_chosen: int
+) -> None:
+    layer = make_experts(num_experts, num_chosen, dtype)
+    native = layer.native()
+    assert native is not None
+    states = torch.randn(rows, 64).to(dtype)
+    weights, chosen = layer.route(states)
+    mixed = native.mix(states, chosen, weights)
+    close(mixed, layer._mix(states, chosen, weights) if rows else mixed)
+    for row in range(rows):
+        alone = native.mix(states[row : row + 1], chosen[row : row + 1], weights[row : row + 1])
+        torch.testing.assert_close(alone[0], mixed[row], rtol=0, atol=0)
+    shared = layer.shared_expert_gate(states).sigmoid() * layer.shared_expert(states)  # type: ignore[misc]
+    torch.testing.assert_close(layer(states), mixed + shared, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_experts_of_other_kinds_and_in_int8_are_run_one_by_one() -> None:
+    layer = make_experts(4, 2, torch.bfloat16)
+    layer.experts[2] = torch.nn.Identity()
+    assert layer.native() is None
+    with torch.device("meta"):
+        blank = make_experts(4, 2, torch.bfloat16)
+    quantize_linears(blank)
+    assert blank.native() is None

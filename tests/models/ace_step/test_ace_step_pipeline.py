@@ -305,7 +305,7 @@ def test_the_modulated_input_is_what_the_first_block_attends_with(guided: tuple[
     given = stage.model.modulated_input
     stage.model.modulated_input = lambda tokens: seen.append(given(tokens)) or seen[-1]  # type: ignore[method-assign]
     attended: list[Tensor] = []
-    block = stage.model.transformer.blocks[0]  # type: ignore[attr-defined]
+    block = stage.model.transformer.layers[0]  # type: ignore[attr-defined]
     handle = block.self_attn.register_forward_pre_hook(lambda _, arguments: attended.append(arguments[0]))
     for case in GUIDED[:2]:
         stage.submit(case.task(guided[0]))

@@ -22,8 +22,9 @@ from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.errors import ConfigError
 from vllm_omni.media.video_input import picked_frames
-from vllm_omni.models.qwen2_5_omni.prompt_reader import VIDEO_TOKENS, OmniPromptReader
+from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptReader
 from vllm_omni.worker.ar.media_prompt import MediaPrompt
+from vllm_omni.worker.ar.media_reading.audio_parts import VIDEO_TOKENS
 from vllm_omni.worker.ar.media_reading.vision import VisionSettings
 
 FACTOR = 8

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.messages import StageDone, StageEvent, StageRows
-from vllm_omni.models.qwen2_5_omni.encoders import MediaEncoders
 from vllm_omni.params import SamplingParams
+from vllm_omni.worker.ar.media_encoders import MediaEncoders
 from vllm_omni.worker.ar.media_prompt import MediaItem, MediaPrompt
 from vllm_omni.worker.model_pool import ModelPool
 

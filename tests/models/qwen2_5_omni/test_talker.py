@@ -13,6 +13,7 @@ from support.speech import CODEC_EOS, save_tiny_omni
 from support.speech_engines import SPEECH, STATES, THINKER_PORTS, make_engine, make_stage, make_task
 
 from vllm_omni.engine.ar.engine import AREngine
+from vllm_omni.engine.ar.tapped_states import TOKENS
 from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError, OmniError
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageRows
 from vllm_omni.params import DiffusionParams, SamplingParams
@@ -56,14 +57,14 @@ def codes_of(events: list[StageEvent]) -> list[int]:
 
 def test_the_signatures_of_thinker_and_talker_fit_together(folder: Path) -> None:
     thinker, talker = (make_spec(make_stage(folder, part)).signature for part in ("thinker", "talker"))
-    assert thinker.streamed_outputs == talker.streamed_inputs == talker.required_inputs == THINKER_PORTS
+    assert thinker.streamed_outputs - {TOKENS} == talker.streamed_inputs == talker.required_inputs == THINKER_PORTS
     assert all(thinker.outputs[port].fits(talker.inputs[port]) for port in THINKER_PORTS)
     assert talker.outputs == {"codes": TensorSpec(("T",))}
     assert talker.streamed_outputs == {"codes"} and not talker.results
     assert make_spec(make_stage(folder, "talker")).request_keys == {"speaker"}
     reading = {"prompt_states": STATES["prompt_states"]}
     encoder = make_spec(make_stage(folder, "thinker", task="encode", outputs=reading)).signature
-    assert encoder.streamed_outputs == THINKER_PORTS - {"reply_states"}
+    assert encoder.streamed_outputs - {TOKENS} == THINKER_PORTS - {"reply_states"}
 
 
 @pytest.mark.parametrize("part", ["thinker", "talker"])

@@ -61,7 +61,7 @@ class Text:
 
 
 def text_rows(text: Text, config: object, prompt: Tensor, reply: Tensor, num_codes: int) -> Tensor:
-    """What the talker is fed beside its codes, [T + 2 + num_codes, E]: as models/qwen2_5_omni/talker_inputs.py."""
+    """What the talker is fed beside its codes, [T + 2 + num_codes, E]: as engine/ar/talker/inputs.py."""
     end, pad = (text.embeddings[token] for token in (config.tts_text_end_token_id, config.tts_text_pad_token_id))
     ahead = [text.embeddings[READER][None], reply, end[None], pad.expand(max(0, num_codes - len(reply)), -1)]
     return torch.cat([prompt, torch.cat(ahead)[: num_codes + 2]])

@@ -120,6 +120,10 @@ class BlockManager:
         sequence.num_computed_tokens = len(sequence.block_table) * self.block_size
         sequence.cache_state = CacheState.ALLOCATED
 
+    def holds(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether the table of a sequence has room for its first `num_tokens` tokens as it is."""
+        return num_tokens <= len(sequence.block_table) * self.block_size
+
     def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether the table of an allocated sequence could be made to hold its first `num_tokens` tokens."""
         self._expect(sequence, CacheState.ALLOCATED, "grow")

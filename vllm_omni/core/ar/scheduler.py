@@ -129,7 +129,7 @@ class ARScheduler:
             return []
         goes_on = [chunk.end + 1 < chunk.sequence.max_tokens for chunk in chunks]
         for chunk, does in zip(chunks, goes_on, strict=True):
-            if does and chunk.end % self.blocks.block_size == 0:
+            if does and not self.blocks.holds(chunk.sequence, chunk.end + 1):
                 if not self.blocks.can_grow(chunk.sequence, chunk.end + 1):
                     return []
                 self.blocks.grow(chunk.sequence, chunk.end + 1)
@@ -213,7 +213,8 @@ class ARScheduler:
         num_tokens = self._share(sequence)
         if num_tokens == 0:
             return
-        while not self.blocks.can_grow(sequence, sequence.num_computed_tokens + num_tokens):
+        end = sequence.num_computed_tokens + num_tokens
+        while not self.blocks.holds(sequence, end) and not self.blocks.can_grow(sequence, end):
             victim = self._running[-1]  # at or after `sequence`, so not among the chunks yet
             self._preempt(victim)
             if victim is sequence:
@@ -242,7 +243,8 @@ class ARScheduler:
     def _take(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk]) -> None:
         start = sequence.num_computed_tokens
         end = start + num_tokens
-        self.blocks.grow(sequence, end)
+        if not self.blocks.holds(sequence, end):
+            self.blocks.grow(sequence, end)
         self._budget -= num_tokens
         self._prompt_budget -= 0 if sequence.is_one_behind else num_tokens
         chunks.append(Chunk(sequence, start, end, sequence.is_writing and end == sequence.num_tokens))

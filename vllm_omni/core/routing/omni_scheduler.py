@@ -317,8 +317,9 @@ class OmniScheduler:
         """
         plan = state.plan.stages[stage]
         inputs = state.launch(stage, now)
+        asked = state.request if plan.asked is None else plan.asked
         given = (plan.prepared, plan.saved, plan.job_size, plan.prefixes)
-        task = StageTask(state.request, stage, plan.seeded_params, inputs, *given)
+        task = StageTask(asked, stage, plan.seeded_params, inputs, *given)
         try:
             key = None if state.streams.touches(stage) else plan.cache_key(task)
         except OmniError as error:

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.messages import StageTask
 from vllm_omni.params import StageParams
+from vllm_omni.request import OmniRequest
 
 
 def _never_cached(task: StageTask) -> str | None:
@@ -24,6 +25,7 @@ class StagePlan:
     required_inputs: frozenset[str] = frozenset()  # the ports without which the stage does not run
     prepared: Any = None  # what the stage made of the request when it checked it
     seed: int | None = None  # what it draws from, given or drawn; None where it draws nothing
+    asked: OmniRequest | None = None  # the request as the stage was asked about it; None: as it came
     saved: Mapping[str, Any] | None = None  # where it goes on from, of a request that was saved
     job_size: float = 1.0  # of this stage alone
     prefixes: tuple[int, ...] = ()  # as of StageTask

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -101,8 +102,24 @@ class ARJob(ABC):
         """Counts for the caller; `tokens` and `cache_hits` among them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A token that a step has sampled and that is not recorded yet."""
+
+    job: ARJob
+    token_id: int
+    row: int  # of the step's states
+
+
 class ARStage(ABC):
     """The running half of one stage: makes the jobs of its tasks."""
+
+    completes_tokens: ClassVar[bool] = False  # whether `complete` has something to do
+
+    def complete(self, written: Many[Written], states: Tensor) -> None:
+        """What is computed at once of all tokens that a step has sampled, before each is recorded. states: [R, D], what
+        their logits were made of.
+        """
 
     def preparation(self, task: StageTask) -> Callable[[Stop], Any] | None:
         """What is to be done in the background before the task can start, such as decoding media; its result takes the

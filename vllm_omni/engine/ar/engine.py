@@ -11,13 +11,13 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from vllm_omni import registry
 from vllm_omni.core.ar.block_manager import BlockManager
 from vllm_omni.core.ar.prefill_pace import PrefillPace
 from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
-from vllm_omni.engine.ar.base import ARJob
+from vllm_omni.engine.ar.base import ARJob, Written
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, made_so_far
 from vllm_omni.engine.lora import AdapterDesk, loras_of
@@ -258,10 +258,23 @@ class AREngine(StageEngine):
         rows = [self._jobs[chunk.sequence.request_id].row_of(chunk.sequence) for chunk in writing]
         self._go_ahead(chunks, rows)
         tokens = step.sample(rows, [chunk.draft for chunk in writing])
+        if self._stage.completes_tokens and step.states is not None:
+            self._complete(writing, tokens, step.states)
         self._scheduler.learn(chunks, time.perf_counter() - began_s)
         for chunk in chunks:
             self._scheduler.advance(chunk)
         return dict(zip((chunk.sequence.sequence_id for chunk in writing), tokens, strict=True))
+
+    def _complete(self, writing: list[Chunk], tokens: list[list[SampledToken | StageError]], states: Tensor) -> None:
+        """Lets the stage compute what follows from the tokens of the step."""
+        starts = [0, *itertools.accumulate(1 + len(chunk.draft) for chunk in writing)]
+        written = [
+            Written(self._jobs[chunk.sequence.request_id], token.token_id, start + place)
+            for chunk, start, sampled in zip(writing, starts, tokens, strict=False)
+            for place, token in enumerate(sampled)
+            if not isinstance(token, StageError)
+        ]
+        self._stage.complete(written, states)
 
     def _go_ahead(self, chunks: list[Chunk], rows: list[SamplingRow]) -> None:
         """Begins the next step already, where it is known without the tokens of this one."""
@@ -321,7 +334,7 @@ class AREngine(StageEngine):
 
 
 def _model_key(spec: ARSpec, context: EngineContext) -> tuple[str, ...]:
-    return (*spec.model.key, str(context.device), spec.precision.name, spec.stage.offload)
+    return (*spec.model.key, str(context.device), spec.precision.name, spec.sharing_key)
 
 
 def _load_model(spec: ARSpec, context: EngineContext) -> LanguageModel:

@@ -54,9 +54,7 @@ class ARSpec(StageSpec):
         row = model.name if model.name in registry.names(TABLE) else DEFAULT_ROW
         spec: type[ARSpec] = registry.resolve(TABLE, row)
         described = spec(stage, config, folders, model)
-        complaint = described._capture_complaint
-        if options.cuda_graphs and complaint is not None:
-            raise ConfigError(f"cuda_graphs: got true, but {complaint}; remove the key")
+        described.check_capture()
         return described
 
     def __init__(
@@ -72,6 +70,12 @@ class ARSpec(StageSpec):
         use = AttentionUse(device, self.precision.dtype, self.options.block_size, model.config.head_dim)
         self.attention = choose_attention(self.options.attention, use)  # a row of the registry
         self._granted_bytes = 0  # beyond the smallest pool, where no key says how large it is
+
+    def check_capture(self) -> None:
+        """ConfigError where graphs are asked for that cannot be had."""
+        complaint = self._capture_complaint
+        if self.options.cuda_graphs and complaint is not None:
+            raise ConfigError(f"cuda_graphs: got true, but {complaint}; remove the key")
 
     @abstractmethod
     def tapped_layers(self, reads: ReadPorts) -> frozenset[int]:

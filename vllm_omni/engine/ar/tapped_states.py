@@ -1,5 +1,5 @@
-"""The hidden states of one sequence that somebody reads, and the positions of its prompt: whole when all is computed,
-or each row once, as soon as it is computed. Prefix hits and preemption make no difference.
+"""The hidden states of one sequence that somebody reads, and positions and tokens of its prompt: whole when all is
+computed, or each row once, as soon as it is computed. Prefix hits and preemption make no difference.
 
 Legend: T prompt tokens that are given, n tokens, L layers of a port, D hidden size.
 """
@@ -18,7 +18,8 @@ from vllm_omni.messages import StageRows
 from vllm_omni.worker.ar.media_inputs import MediaInputs
 from vllm_omni.worker.ar.model_runner import ModelRunner
 
-POSITIONS = "prompt_positions"
+POSITIONS, TOKENS = "prompt_positions", "prompt_token_ids"
+PROMPT_FACTS = frozenset({POSITIONS, TOKENS})  # ports that need no computation
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,9 @@ class TappedStates:
         """
         events: list[StageRows] = []
         request_id = self._sequence.request_id
-        if POSITIONS in self._reads.streamed and POSITIONS not in self._closed:
-            self._closed.add(POSITIONS)
-            events.append(StageRows(request_id, POSITIONS, self._positions(), is_last=True))
+        for port in sorted(PROMPT_FACTS & self._reads.streamed - self._closed):
+            self._closed.add(port)
+            events.append(StageRows(request_id, port, self._fact(port), is_last=True))
         for port, tap in self._ports.items():
             if port not in self._reads.streamed or port in self._closed:
                 continue
@@ -75,7 +76,7 @@ class TappedStates:
 
     def tensors(self) -> dict[str, Tensor]:
         """The ports that are read whole, when all is computed."""
-        found = {POSITIONS: self._positions()} if POSITIONS in self._reads.whole else {}
+        found = {port: self._fact(port) for port in sorted(PROMPT_FACTS & self._reads.whole)}
         for port, tap in self._ports.items():
             if port in self._reads.whole:
                 found[port] = self._states(tap, self._start(tap), self._stop(tap))
@@ -102,8 +103,15 @@ class TappedStates:
             return sequence.num_tokens > sequence.num_prompt_tokens and not sequence.is_writing
         return is_over
 
+    def _fact(self, port: str) -> Tensor:
+        """[T, 3] positions, or [T] token ids."""
+        if port == POSITIONS:
+            return self._positions()
+        prompt = self._sequence.token_ids[self._num_dropped : self._sequence.num_prompt_tokens]
+        return torch.tensor(prompt, dtype=torch.int64, device=self._runner.device)
+
     def _positions(self) -> Tensor:
-        """[T, 3] int64."""
+        """[T, 3]: int64, or float32 where time is not counted in whole numbers."""
         if self._media is not None:
             return self._media.positions.T[self._num_dropped :].contiguous()
         stop = self._sequence.num_prompt_tokens

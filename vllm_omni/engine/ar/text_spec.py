@@ -17,7 +17,7 @@ from vllm_omni.engine.ar.prompt_prefixes import prefix_hashes
 from vllm_omni.engine.ar.prompt_rows import check_prompt_rows, describe_prompt_rows
 from vllm_omni.engine.ar.source_images import IMAGE, source_images
 from vllm_omni.engine.ar.spec import ARSpec
-from vllm_omni.engine.ar.tapped_states import POSITIONS
+from vllm_omni.engine.ar.tapped_states import POSITIONS, PROMPT_FACTS, TOKENS
 from vllm_omni.engine.ar.text_stage import TextStage
 from vllm_omni.engine.ar.tokenizer import TextProcessor, find_tokenizer
 from vllm_omni.engine.base import EngineContext, ReadPorts
@@ -228,8 +228,9 @@ class TextSpec(ARSpec):
                 "with the weights of its vision encoder and the settings of its processor; remove the key, or set "
                 "reads_media: true to see what is missing"
             )
-        if self._reader_class is not None and POSITIONS in (*options.outputs, *options.sections):
-            raise ConfigError(f"outputs: got {POSITIONS}, which the stage gives by itself; choose another name")
+        for port in sorted(PROMPT_FACTS.intersection((*options.outputs, *options.sections))):
+            if self._reader_class is not None:
+                raise ConfigError(f"outputs: got {port}, which the stage gives by itself; choose another name")
 
     def _check_tokenizer(self) -> None:
         """Without one, prompts and answers are token ids: ConfigError for what needs words."""
@@ -259,7 +260,7 @@ class TextSpec(ARSpec):
             port: TensorSpec(("T", len(layers) * width)) for port, layers in self.tapped.items()
         }
         if self._reader_class is not None:
-            states[POSITIONS] = TensorSpec(("T", 3))
+            states |= {POSITIONS: TensorSpec(("T", 3)), TOKENS: TensorSpec(("T",))}
         text = {"text": TextPort()} if self.can_write else {}
         return StageSignature(
             inputs={"prompt": TextPort()},

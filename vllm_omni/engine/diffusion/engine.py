@@ -50,7 +50,7 @@ class DiffusionEngine(StageEngine):
         self.spec = spec
         self._reads = context.reads
         self._device = context.device
-        key = (type(spec.model).__name__, spec.folder.resolve(), context.device, spec.precision.name, spec.offloads)
+        key = (type(spec.model).__name__, spec.folder.resolve(), context.device, spec.precision.name, spec.sharing_key)
         self.model: DiffusionModel = context.models.get(
             key,
             lambda: spec.model.load(context.device, context.dtype, spec.precision.quantization, spec.make_copies()),

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_omni import __version__
-from vllm_omni.entrypoints.cli import bench, calibrate, check, completion, generate, info, models, resume, serve
+from vllm_omni.entrypoints.cli import bench, calibrate, check, completion, generate, info, models, resume, serve, voices
 from vllm_omni.entrypoints.cli.console import complain
 from vllm_omni.entrypoints.cli.logs import add_verbose_option, set_up_logging
 from vllm_omni.errors import OmniError
@@ -30,6 +30,7 @@ examples:
   vllm-omni check tiny_omni
   vllm-omni calibrate my_config.yaml --policy teacache --write
   vllm-omni info out.png
+  vllm-omni voices add anna anna.wav --folder voices --text "Good morning." --consent "Anna, by letter"
   vllm-omni models
 """
 
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser("calibrate", help="fit a step cache to a config's model, from a few prompts")
     )
     info.add_arguments(commands.add_parser("info", help="what a picture or a sound says of how it was made"))
+    voices.add_arguments(commands.add_parser("voices", help="add, list and remove voices that a model may clone"))
     models.add_arguments(commands.add_parser("models", help="list shipped configs and models, and what is supported"))
     completion.add_arguments(
         commands.add_parser("completion", help="print a script that completes commands in a shell")

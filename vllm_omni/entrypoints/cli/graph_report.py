@@ -31,6 +31,7 @@ def as_json(pipeline: Pipeline, plans: Mapping[str, MemoryPlan]) -> dict[str, An
         name: {
             "kind": config.stages[name].kind,
             "model": config.stages[name].model,
+            "executor": config.stages[name].executor,
             "inputs": {edge.target_port: f"{edge.source}.{edge.source_port}" for edge in graph.edges_into(name)},
             "results": sorted(graph.signatures[name].results),
             "dtype": pipeline.specs[name].precision.name,
@@ -72,6 +73,7 @@ def _idle(graph: StageGraph) -> list[str]:
 def _label(config: OmniConfig, graph: StageGraph, stage: str) -> str:
     section = config.stages[stage]
     words = [stage, section.kind, *([section.model] if section.model else [])]
+    words += [f"executor {section.executor}"] if section.executor != "auto" else []
     given = [output for output in graph.outputs if output.partition(".")[0] == stage]
     return " · ".join(words) + (f"  => {', '.join(given)}" if given else "")
 

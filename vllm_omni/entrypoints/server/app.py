@@ -37,6 +37,7 @@ from vllm_omni.entrypoints.server.routes import (
     speech,
     speech_stream,
     videos,
+    voices,
 )
 from vllm_omni.entrypoints.server.runs import RunTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
@@ -51,6 +52,7 @@ ROUTERS = (
     audio.router,
     speech.router,
     speech_stream.router,
+    voices.router,
     realtime.router,
     videos.router,
     jobs.router,

@@ -181,7 +181,7 @@ def combine_splits(
     tl.store(output + (token * NUM_HEADS + head) * HEAD_DIM + dims, result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # another width of the table is no other kernel
 def prefill_tiles(
     output,  # [N, H, D]
     query,  # [N, H, D], its rows query_stride apart

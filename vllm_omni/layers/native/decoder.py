@@ -41,7 +41,7 @@ class LayerParts:
     def struct(self) -> LayerStruct:
         """Pointers into the parts, which must outlive it."""
         norms = (self.attention_norm, self.query_norm, self.key_norm, self.mlp_norm)
-        return LayerStruct(*map(pointer, norms), *map(_linear_struct, self.linears), self.window or 0)
+        return LayerStruct(*map(pointer, norms), *map(linear_struct, self.linears), self.window or 0)
 
 
 class NativeLayers:
@@ -106,6 +106,7 @@ class NativeLayers:
         return self._caches[1]
 
 
-def _linear_struct(linear: Linear) -> LinearStruct:
+def linear_struct(linear: Linear) -> LinearStruct:
+    """Pointers into a packed layer, which must outlive it."""
     tensors = (linear.weight, linear.scales, linear.bias)
     return LinearStruct(*map(pointer, tensors), linear.out_features, linear.in_features)

@@ -15,6 +15,7 @@ from vllm_omni.layers.native.structures import (
     HeadRowStruct,
     HeadsStruct,
     LinearStruct,
+    MixtureShapeStruct,
     NormStruct,
     OperandStruct,
     PerSampleStruct,
@@ -48,6 +49,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
         *(POINTER, COUNT, ctypes.POINTER(ShapeStruct), ctypes.POINTER(StepStruct)),
         *(POINTER, POINTER, POINTER, POINTER, THREADS),
     ),
+    "mix_experts": (POINTER, ctypes.POINTER(MixtureShapeStruct), POINTER, POINTER, POINTER, POINTER, THREADS),
     "modulate": (
         *(POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(NormStruct)),
         *(ctypes.POINTER(PerSampleStruct), ctypes.POINTER(PerSampleStruct), POINTER, THREADS),
@@ -76,6 +78,7 @@ class Kernels:
         self.attend = getattr(library, f"attend_{dtype}")
         self.find_largest = getattr(library, f"find_largest_{dtype}")
         self.run_layers = getattr(library, f"run_layers_{dtype}")
+        self.mix_experts = getattr(library, f"mix_experts_{dtype}")
         self.modulate = getattr(library, f"modulate_{dtype}")
         self.add_gated = getattr(library, f"add_gated_{dtype}")
         self.place = getattr(library, f"place_{dtype}")

@@ -41,6 +41,14 @@ class ShapeStruct(ctypes.Structure):
     _fields_ = (("hidden", COUNT), ("intermediate", COUNT), ("heads", HeadsStruct), ("norm_epsilon", FLOAT))
 
 
+class ExpertStruct(ctypes.Structure):
+    _fields_ = (("gate_up", LinearStruct), ("down", LinearStruct))
+
+
+class MixtureShapeStruct(ctypes.Structure):
+    _fields_ = tuple((name, COUNT) for name in ("rows", "experts", "chosen", "hidden", "intermediate"))
+
+
 class TokensStruct(ctypes.Structure):
     _fields_ = (("samples", COUNT), ("length", COUNT), ("size", COUNT))
 

@@ -1,5 +1,5 @@
-"""The kernels as layers call them. What is computed is `layers.norm`'s, `layers.modulation`'s, `layers.heads`' and
-`layers.rotary`'s to say; callers have asked `library.takes`.
+"""The kernels as layers call them. What is computed is `layers.norm`'s, `layers.modulation`'s, `layers.heads`',
+`layers.rotary`'s and `layers.float8`'s to say; callers have asked `library.takes`.
 
 Legend: R samples, L tokens of each, N rows, D width, H query heads, K key-value heads, d head size.
 """
@@ -17,6 +17,7 @@ from vllm_omni.utils.device import current_device
 WIDE_ROW = 2048  # numbers, from which on a program has more warps
 HEADS_OF_PROGRAM = 8
 COLUMNS_OF_PROGRAM = 1024
+NUMBERS_OF_TILE = 8192
 AS_ROUNDED = {"enable_fp_fusion": False}  # else a product is not rounded before it is added to something
 
 
@@ -155,6 +156,60 @@ def store_rows(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> N
             kernels.store_rows[(len(key), -(-width // block))](
                 *(kv_cache[0], kv_cache[1], key, value, slots, key.stride(0), value.stride(0)), WIDTH=width, BLOCK=block
             )
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Over each group of channels of each sample. x: [R, C, H, W], channels last in memory, C and groups powers of two;
+    weight, bias: [C].
+    """
+    from vllm_omni.layers.triton import kernels
+
+    samples, width = x.shape[:2]
+    num_pixels = x.shape[2] * x.shape[3]
+    pixels = max(1, NUMBERS_OF_TILE // width)
+    chunks = -(-num_pixels // pixels)
+    means, squares = torch.empty(2, samples, chunks, num_groups, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x)
+    with current_device(x.device):
+        sizes = {"WIDTH": width, "PIXELS": pixels}
+        kernels.group_moments[(chunks, samples)](means, squares, x, num_pixels, GROUPS=num_groups, **sizes)
+        per_group = width // num_groups
+        mean, variance = _merged(means, squares / per_group, num_pixels, pixels)
+        scale = weight.float() * (variance + epsilon).rsqrt().repeat_interleave(per_group, dim=1)
+        shift = bias.float() - mean.repeat_interleave(per_group, dim=1) * scale
+        kernels.scale_channels[(chunks, samples)](out, x, scale, shift, num_pixels, **sizes)
+    return out
+
+
+def _merged(means: Tensor, squares: Tensor, num_pixels: int, pixels: int) -> tuple[Tensor, Tensor]:
+    """The mean and the variance [R, groups] from those of chunks of `pixels` pixels, the last with what is left (Chan
+    et al., "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979). squares: by the pixel.
+    """
+    chunks = means.shape[1]
+    shares = torch.full((chunks, 1), pixels / num_pixels, device=means.device)
+    shares[-1] = 1 - (chunks - 1) * pixels / num_pixels
+    mean = (means * shares).sum(1)
+    between = ((means - mean[:, None]).square() * shares).sum(1)
+    return mean, between + squares.sum(1) / num_pixels
+
+
+def quantize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[N, D] -> numbers [N, D] of a float8 dtype and the scales [N] float32 of their rows."""
+    from vllm_omni.layers.triton import kernels
+
+    count, width = rows.shape
+    out = torch.empty(count, width, dtype=dtype, device=rows.device)
+    scales = torch.empty(count, dtype=torch.float32, device=rows.device)
+    largest, most = torch.finfo(dtype).max, torch.finfo(torch.float32).max
+    if count:
+        with current_device(rows.device):
+            kernels.quantize_rows[(count,)](
+                *(out, scales, rows, rows.stride(0), largest, most),
+                WIDTH=width,
+                BLOCK=power_of_two(width),
+                num_warps=_warps(width),
+            )
+    return out, scales
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def normed(
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_sample"])
 def norm_rows(
     out,
     total,  # of x and update, where it is wanted
@@ -76,7 +76,7 @@ def norm_rows(
     tl.store(out + row * WIDTH + columns, values.to(dtype), mask=is_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_sample"])
 def gate_rows(
     out,
     x,
@@ -126,7 +126,7 @@ def swiglu_rows(out, gate_up, width, BLOCK: tl.constexpr):
     tl.store(out + row * width + columns, (gate * up).to(dtype), mask=is_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_places"])
 def place_heads(
     heads,  # [rows, at least NUM_HEADS + NUM_KV_HEADS heads of d], written in place
     query_weight,  # [d]
@@ -215,3 +215,73 @@ def store_rows(
     place = tl.load(slots + row) * WIDTH + columns
     tl.store(key_cache + place, tl.load(key + row * key_stride + columns, mask=is_inside), mask=is_inside)
     tl.store(value_cache + place, tl.load(value + row * value_stride + columns, mask=is_inside), mask=is_inside)
+
+
+@triton.jit
+def group_moments(
+    means,  # [samples, chunks, GROUPS] float32
+    squares,  # as means: the sums of squared distances from them
+    x,  # [samples, pixels, WIDTH]
+    num_pixels,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """Of a chunk of PIXELS pixels; the last of a sample may have fewer."""
+    chunk, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pixels, columns = chunk * PIXELS + tl.arange(0, PIXELS), tl.arange(0, WIDTH)
+    is_inside = (pixels < num_pixels)[:, None]
+    places = (sample * num_pixels + pixels)[:, None] * WIDTH + columns[None, :]
+    values = tl.load(x + places, mask=is_inside, other=0.0).to(tl.float32)
+    count = tl.minimum(num_pixels - chunk * PIXELS, PIXELS) * (WIDTH // GROUPS)
+    sums = tl.sum(tl.reshape(tl.sum(values, 0), [GROUPS, WIDTH // GROUPS]), 1)
+    mean = sums / count
+    spread = tl.reshape(tl.broadcast_to(mean[:, None], [GROUPS, WIDTH // GROUPS]), [WIDTH])
+    distances = tl.where(is_inside, values - spread[None, :], 0.0)
+    square = tl.sum(tl.reshape(tl.sum(distances * distances, 0), [GROUPS, WIDTH // GROUPS]), 1)
+    place = (sample * tl.num_programs(0) + chunk) * GROUPS + tl.arange(0, GROUPS)
+    tl.store(means + place, mean)
+    tl.store(squares + place, square)
+
+
+@triton.jit
+def scale_channels(
+    out,
+    x,  # [samples, pixels, WIDTH]
+    scale,  # [samples, WIDTH] float32
+    shift,
+    num_pixels,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """x * scale + shift, each channel of a sample with its own."""
+    chunk, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pixels, columns = chunk * PIXELS + tl.arange(0, PIXELS), tl.arange(0, WIDTH)
+    is_inside = (pixels < num_pixels)[:, None]
+    places = (sample * num_pixels + pixels)[:, None] * WIDTH + columns[None, :]
+    values = tl.load(x + places, mask=is_inside, other=0.0).to(tl.float32)
+    channel = sample * WIDTH + columns
+    values = values * tl.load(scale + channel)[None, :] + tl.load(shift + channel)[None, :]
+    tl.store(out + places, values.to(out.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit
+def quantize_rows(
+    out,  # [N, D] float8
+    scales,  # [N] float32
+    x,
+    x_stride,
+    largest_number,  # of float8
+    most,  # of float32
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each row by its largest value, which becomes the largest of float8."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    is_inside = columns < WIDTH
+    values = tl.load(x + row * x_stride + columns, mask=is_inside, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(values), 0)
+    inverse = tl.minimum(tl.div_rn(largest_number, largest), most)  # of a row of zeros, too
+    tl.store(out + row * WIDTH + columns, (values * inverse).to(out.dtype.element_ty), mask=is_inside)
+    tl.store(scales + row, tl.div_rn(largest, largest_number))

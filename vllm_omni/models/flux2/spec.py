@@ -13,6 +13,7 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.layers.group_norm import use_group_norms
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.weights import MakeCopies, allocate, load_weights, weights_bytes
 from vllm_omni.models.flux2.config import Flux2Config
@@ -112,6 +113,7 @@ class KleinSpec(DiffusionModelSpec):
         allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         vae = load_part(AutoencoderKLFlux2, self.folder / "vae", self._vae_dtype(dtype), self.weights_variant)
+        use_group_norms(vae)
         vae = vae.to(device=device, memory_format=torch.channels_last)
         return KleinPipeline(
             transformer, vae, self.sampler_config, self.geometry, self.preview_map, self.keeps_references

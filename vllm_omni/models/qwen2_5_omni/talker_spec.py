@@ -5,14 +5,14 @@ of audio out.
 from __future__ import annotations
 
 from vllm_omni.config.schema import OmniConfig, StageConfig
-from vllm_omni.engine.ar.options import AROptions
 from vllm_omni.engine.ar.spec import ARSpec
+from vllm_omni.engine.ar.talker.job import CODES
+from vllm_omni.engine.ar.talker.words import checked_params, refuse_keys
 from vllm_omni.engine.ar.tapped_states import POSITIONS
 from vllm_omni.engine.base import EngineContext, ReadPorts
-from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.models.qwen2_5_omni.speakers import Speaker, Speakers
 from vllm_omni.models.qwen2_5_omni.talker import TalkerConfig
-from vllm_omni.models.qwen2_5_omni.talker_job import CODES, PORTS, PROMPT, REPLY
+from vllm_omni.models.qwen2_5_omni.talker_job import PORTS, PROMPT, REPLY
 from vllm_omni.models.qwen2_5_omni.talker_stage import DEFAULT_MAX_TOKENS, TalkerStage
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.payload import StageSignature, TensorSpec
@@ -21,12 +21,6 @@ from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
 from vllm_omni.worker.ar.model_runner import ModelRunner
 
-WORD_KEYS = (
-    *("task", "prompt", "tokenizer", "chat_template", "chat_template_kwargs", "system_prompt", "outputs", "sections"),
-    *("max_prompt_tokens", "truncate_prompt", "generation_config", "speculation", "prompt_template", "pad_prompt_to"),
-)
-WORD_PARAMS = ("stop", "logprobs", "skip_special_tokens")
-BY_STAGE = "for text and speech give the parameters by stage, {stage: params}"
 SPEAKER = "speaker"
 
 
@@ -42,7 +36,7 @@ class TalkerSpec(ARSpec):
     ) -> None:
         super().__init__(stage, config, folders, model)
         assert isinstance(model.config, TalkerConfig)
-        _refuse_words(self.options)
+        refuse_keys(self.options)
         self.talker = model.config
         self.speakers = Speakers.load(model.folder)
         self.request_choices = {SPEAKER: tuple(self.speakers.names)}
@@ -59,10 +53,7 @@ class TalkerSpec(ARSpec):
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> Speaker:
         """The voice that the request names."""
         speaker = self.speakers.get(request.fields.get(SPEAKER))
-        checked = self.ar_limits.check_params(params, why_one="a reply is spoken once", hint=f"; {BY_STAGE}")
-        for name in WORD_PARAMS:
-            if getattr(checked, name) is not None:
-                raise InvalidRequestError(f"{name}: speech has no words, and does not read it; {BY_STAGE}")
+        checked_params(self.ar_limits, params)
         return speaker
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: object) -> float:
@@ -73,12 +64,3 @@ class TalkerSpec(ARSpec):
 
     def make_stage(self, context: EngineContext, runner: ModelRunner) -> TalkerStage:
         return TalkerStage(self, context, runner)
-
-
-def _refuse_words(options: AROptions) -> None:
-    """Keys about words: a talker reads states and writes codes."""
-    plain = AROptions()
-    for key in WORD_KEYS:
-        value = getattr(options, key)
-        if value != getattr(plain, key):
-            raise ConfigError(f"{key}: got {value!r}, but part talker reads and writes no words; remove it")

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.base import ARStage, Generation
+from vllm_omni.engine.ar.talker.inputs import TextRows
+from vllm_omni.engine.ar.talker.job import CODES
 from vllm_omni.engine.base import EngineContext
 from vllm_omni.errors import StageError
 from vllm_omni.layers.sampler import SamplingRow
 from vllm_omni.messages import StageTask
 from vllm_omni.models.qwen2_5_omni.speakers import Speaker
 from vllm_omni.models.qwen2_5_omni.talker import load_text_rows
-from vllm_omni.models.qwen2_5_omni.talker_inputs import TextRows
-from vllm_omni.models.qwen2_5_omni.talker_job import CODES, TalkerJob
+from vllm_omni.models.qwen2_5_omni.talker_job import TalkerJob
 from vllm_omni.params import SamplingParams
 from vllm_omni.worker.ar.model_runner import ModelRunner
 
@@ -49,7 +50,8 @@ class TalkerStage(ARStage):
         voice, model = task.prepared, self._model
         assert isinstance(voice, Speaker) and isinstance(task.params, SamplingParams)
         params = task.params.with_defaults(DEFAULTS)
-        text = TextRows(self._text[voice.bos_token], self._text[model.text_end], self._text[model.text_pad])
+        end, pad = self._text[model.text_end], self._text[model.text_pad]
+        text = TextRows((self._text[voice.bos_token],), (end,), pad)
         begin = partial(self._begin, task.request_id, sequence_ids, params)
         return TalkerJob(task, begin, text, model.embedding_size, self._gives_rows, self._gives_codes)
 

@@ -16,9 +16,10 @@ from vllm_omni.layers.decoder import OMNI_ROPE, Decoder, DecoderConfig, locate_f
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.linear import Embedding, Linear
 from vllm_omni.layers.weights import Target
-from vllm_omni.models.qwen2_5_omni.encoders import MediaEncoders
 from vllm_omni.models.qwen2_5_omni.prompt_reader import OmniPromptReader
+from vllm_omni.worker.ar.media_encoders import MediaEncoders
 from vllm_omni.worker.ar.media_prompt import MediaItem
+from vllm_omni.worker.ar.vision_tower import VisionTower
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Thinker(nn.Module):
             if config.tie_word_embeddings
             else Linear(config.hidden_size, config.vocab_size, bias=False, can_quantize=True)
         )
-        self.encoders = MediaEncoders(config.vision, config.audio, config.hidden_size, config.where)
+        self.encoders = _make_encoders(config)
 
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> ThinkerConfig:
@@ -108,3 +109,13 @@ class Thinker(nn.Module):
         """The tied copy of the embeddings, and buffers of old files."""
         is_tied = name == "thinker.lm_head.weight" and self.lm_head is None
         return is_tied or name.endswith((".inv_freq", ".positional_embedding"))
+
+
+def _make_encoders(config: ThinkerConfig) -> MediaEncoders:
+    from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni as configs
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modules
+
+    visual = modules.Qwen2_5OmniVisionEncoder, configs.Qwen2_5OmniVisionEncoderConfig
+    audio = modules.Qwen2_5OmniAudioEncoder, configs.Qwen2_5OmniAudioEncoderConfig
+    tower = VisionTower(*visual, config.vision, config.hidden_size, config.where)
+    return MediaEncoders(tower, audio, config.audio, config.where)

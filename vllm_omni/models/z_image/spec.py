@@ -12,6 +12,7 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.layers.group_norm import use_group_norms
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.weights import MakeCopies, allocate, load_weights
 from vllm_omni.models.z_image.config import ZImageConfig
@@ -100,6 +101,7 @@ class ZImageSpec(DiffusionModelSpec):
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         folder = self.folder / "vae"
         vae = load_part(AutoencoderKL, folder, self.part_dtype(folder, dtype), self.weights_variant)
+        use_group_norms(vae)
         vae = vae.to(device=device, memory_format=torch.channels_last)
         return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 

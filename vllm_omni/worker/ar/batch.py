@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from vllm_omni.core.ar.scheduler import Chunk
-from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.layers.attention.base import AttentionMetadata
 from vllm_omni.layers.token_inputs import InputRows, TokenInputs
 from vllm_omni.utils.device import CopyFence, host_buffer
@@ -56,9 +55,10 @@ class StepBatch:
         )
         token_ids = [token for chunk in chunks for token in chunk.token_ids]
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
+        has_own = _has_own_positions(inputs)
         return cls(
             token_ids=_tensor(token_ids, pool.device),
-            positions=_own_positions(chunks, inputs, pool.device) if inputs else _tensor(positions, pool.device),
+            positions=_own_positions(chunks, inputs, pool.device) if has_own else _tensor(positions, pool.device),
             attention=metadata,
             input_rows=_input_rows(chunks, inputs) if inputs else None,
             sampling_rows=_tensor(_sampling_rows(chunks), pool.device),
@@ -108,9 +108,10 @@ class DecodeBatch:
         columns, attention = self._filled(chunks, size)
         sampling = _sampling_rows(chunks)
         is_everyone = len(sampling) == num_rows
+        has_own = _has_own_positions(inputs)
         return StepBatch(
             token_ids=columns[0, :size],
-            positions=_own_positions(chunks, inputs, self._pool.device, size) if inputs else columns[1, :size],
+            positions=_own_positions(chunks, inputs, self._pool.device, size) if has_own else columns[1, :size],
             attention=attention,
             input_rows=_input_rows(chunks, inputs) if inputs else None,
             sampling_rows=self._every_row[:num_rows] if is_everyone else _tensor(sampling, self._pool.device),
@@ -130,11 +131,6 @@ class DecodeBatch:
         columns, attention = self._placed(places, [0] * count, size)
         columns[0, :count] = chosen[columns[4, :count]].clamp_min(0)
         return StepBatch(columns[0, :size], columns[1, :size], attention, None, self._every_row[:count], True)
-
-    def slot(self, sequence: Sequence, position: int) -> int:
-        """Where a token of a sequence has its keys and values."""
-        size = self._pool.block_size
-        return sequence.block_table[position // size] * size + position % size
 
     def padding(self, size: int) -> StepBatch:
         """A batch of nothing but padding rows, in the places of a bucket's; all of them sample."""
@@ -251,15 +247,21 @@ def _sampling_rows(chunks: Many[Chunk]) -> list[int]:
     return rows
 
 
+def _has_own_positions(inputs: Mapping[int, TokenInputs]) -> bool:
+    """Whether some sequence of the step has positions of its own."""
+    return any(its.positions is not None for its in inputs.values())
+
+
 def _own_positions(
     chunks: Many[Chunk], inputs: Mapping[int, TokenInputs], device: torch.device, num_rows: int = 0
 ) -> Tensor:
     """[3, N], in a step with sequences that have positions of their own; zeros up to num_rows."""
+    found = [inputs.get(chunk.sequence.sequence_id) for chunk in chunks]
     parts = [
-        inputs[chunk.sequence.sequence_id].positions
-        if chunk.sequence.sequence_id in inputs
-        else torch.arange(chunk.start, chunk.end, device=device).expand(3, -1)
-        for chunk in chunks
+        torch.arange(chunk.start, chunk.end, device=device).expand(3, -1)
+        if its is None or its.positions is None
+        else its.positions
+        for chunk, its in zip(chunks, found, strict=True)
     ]
     num_padding = num_rows - sum(chunk.num_tokens for chunk in chunks)
     if num_padding > 0:

@@ -15,13 +15,17 @@ from vllm_omni.worker.ar.batch import DecodeBatch
 from vllm_omni.worker.ar.decode_graphs import DecodeGraphs
 from vllm_omni.worker.ar.step_logits import ChosenTokens, StepLogits
 
+NOT_BEGUN: tuple[int, int, list[int]] = (-1, -1, [])
+
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A step on its way. rows: by sequence id, its row, the position that it computes and the slot of that."""
+    """A step on its way. rows: by sequence id, its row, the position that it computes, and the block table by which its
+    keys and values went to the pool: one that loses its blocks gets another list.
+    """
 
     tokens: ChosenTokens
-    rows: dict[int, tuple[int, int, int]]
+    rows: dict[int, tuple[int, int, list[int]]]
 
 
 class DecodeAhead:
@@ -55,7 +59,7 @@ class DecodeAhead:
         tokens = self._graphs.run(batch).greedy
         assert tokens is not None
         rows = {
-            chunk.sequence.sequence_id: (row, chunk.end, self._batch.slot(chunk.sequence, chunk.end))
+            chunk.sequence.sequence_id: (row, chunk.end, chunk.sequence.block_table)
             for row, (chunk, does) in enumerate(zip(chunks, goes_on, strict=True))
             if does
         }
@@ -69,10 +73,9 @@ class DecodeAhead:
         """The row of each chunk; None where one was not begun."""
         rows: list[int] = []
         for chunk in chunks:
-            row, start, slot = begun.rows.get(chunk.sequence.sequence_id, (-1, -1, -1))
-            if start != chunk.start or not chunk.samples or chunk.draft:
-                return None
-            if slot != self._batch.slot(chunk.sequence, start):  # it lost its blocks meanwhile
+            row, start, table = begun.rows.get(chunk.sequence.sequence_id, NOT_BEGUN)
+            is_same = start == chunk.start and table is chunk.sequence.block_table
+            if not is_same or not chunk.samples or chunk.draft:
                 return None
             rows.append(row)
         return rows

@@ -11,7 +11,6 @@ from collections.abc import Sequence as Many
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from vllm_omni.layers.attention.base import PagedAttention
 from vllm_omni.utils.device import Readout, StepGraphs, is_cuda
@@ -31,19 +30,19 @@ class DecodeGraphs:
         self,
         graphs: StepGraphs,
         batch: DecodeBatch,
-        compute_logits: Callable[[StepBatch], Tensor],
+        compute: Callable[[StepBatch], StepLogits],
         *,
         sizes: Many[int],
         vocab_size: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """compute_logits: of a batch, the logits [N, V] of all rows. sizes: the batch's buckets, ascending."""
+        """compute: of a batch, the logits [N, V] of all rows. sizes: the batch's buckets, ascending."""
         self._logits = torch.empty(sizes[-1], vocab_size, device=device, dtype=dtype)
         self.chosen = torch.zeros(sizes[-1], device=device, dtype=torch.int64)  # of the last step, by its rows
-        # compute_logits is the runner's, which holds these graphs: kept here it would keep the KV pool alive as well
+        # compute is the runner's, which holds these graphs: kept here it would keep the KV pool alive as well
         self._replay = {
-            size: graphs.capture(partial(self._step, compute_logits, batch.padding(size))) for size in reversed(sizes)
+            size: graphs.capture(partial(self._step, compute, batch.padding(size))) for size in reversed(sizes)
         }
 
     def run(self, batch: StepBatch) -> StepLogits:
@@ -54,9 +53,10 @@ class DecodeGraphs:
             return StepLogits(self._logits[: len(rows)], ChosenTokens(Readout(self.chosen[: len(rows)])))
         return StepLogits(self._logits[rows], ChosenTokens(Readout(self.chosen[rows])))
 
-    def _step(self, compute_logits: Callable[[StepBatch], Tensor], batch: StepBatch) -> None:
+    def _step(self, compute: Callable[[StepBatch], StepLogits], batch: StepBatch) -> None:
         """Everything that is captured."""
-        logits = compute_logits(batch)
+        logits = compute(batch).logits
+        assert logits is not None
         is_sound = logits.isfinite().all(-1)
         self._logits[: len(logits)].copy_(logits)
         self.chosen[: len(logits)].copy_(logits.argmax(-1).masked_fill_(~is_sound, -1))

@@ -55,8 +55,8 @@ class MediaPrompt:
 
     token_ids: Sequence[int]  # T, media expanded to their placeholder tokens
     content_ids: Sequence[int]  # T, what makes a token the same for the prefix cache; see `content_ids_of`
-    positions: Tensor  # [3, T] int64 (time, height, width)
-    position_delta: int  # a token t behind the prompt stands at t + position_delta
+    positions: Tensor  # [3, T] (time, height, width), int64, or float32 where time is not counted in whole numbers
+    position_delta: float  # a token t behind the prompt stands at t + position_delta
     items: Sequence[MediaItem] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:

@@ -75,6 +75,10 @@ class ModelRunner:
         self._ahead = None if graphs is None else self._capture(graphs, decode_buckets)
 
     @property
+    def model(self) -> LanguageModel:
+        return self._model
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self._pool.device
@@ -117,10 +121,10 @@ class ModelRunner:
         batch = self._decode_batch.fill(chunks, inputs) if is_decode else StepBatch.of(chunks, inputs, self._pool)
         lengths = rope_lengths(chunks, len(batch.token_ids), self.device) if self._scales_by_length else None
         if not is_adapted:
-            return StepLogits(self._compute(batch, lengths))
+            return self._compute(batch, lengths)
         num_padding = len(batch.token_ids) - sum(chunk.num_tokens for chunk in chunks)
         with adapted([*mixes, *[None] * num_padding]):
-            return StepLogits(self._compute(batch, lengths, [*chunks, *[None] * num_padding]))
+            return self._compute(batch, lengths, [*chunks, *[None] * num_padding])
 
     @property
     def can_run_ahead(self) -> bool:
@@ -146,9 +150,9 @@ class ModelRunner:
         """
         return self._pool.tapped_states(sequence, layers, start, stop)
 
-    def _compute(self, batch: StepBatch, lengths: Tensor | None = None, chunks: Many[Chunk | None] = ()) -> Tensor:
-        """The logits [R, V] of the rows that sample. lengths: as a ForwardContext's `rope_lengths`. chunks: where
-        adapters act, those of the batch; None: a row of padding.
+    def _compute(self, batch: StepBatch, lengths: Tensor | None = None, chunks: Many[Chunk | None] = ()) -> StepLogits:
+        """The logits of the rows that sample, and their states. lengths: as a ForwardContext's `rope_lengths`. chunks:
+        where adapters act, those of the batch; None: a row of padding.
         """
         context = ForwardContext(
             self._attention(batch.attention),
@@ -161,11 +165,12 @@ class ModelRunner:
         with packed(range(len(chunks)), [1 if chunk is None else chunk.num_tokens for chunk in chunks]):
             states = self._model(batch.token_ids, batch.positions, context)
         if not len(batch.sampling_rows):
-            return states.new_empty(0, self._model.config.vocab_size)
+            return StepLogits(states.new_empty(0, self._model.config.vocab_size), states=states[:0])
         is_every = batch.samples_first_rows and len(batch.sampling_rows) == len(states)
         sampling = [(row, 1 + len(chunk.draft)) for row, chunk in enumerate(chunks) if chunk and chunk.samples]
         with packed([row for row, _ in sampling], [count for _, count in sampling]):
-            return self._model.compute_logits(states if is_every else states[batch.sampling_rows])
+            sampled = states if is_every else states[batch.sampling_rows]
+            return StepLogits(self._model.compute_logits(sampled), states=sampled)
 
     @torch.inference_mode()
     def _capture(self, graphs: StepGraphs, sizes: Many[int]) -> DecodeAhead:

@@ -1,6 +1,6 @@
 """What a step of a language model gives the sampler. Knows no model.
 
-Legend: R tokens whose logits are sampled, V vocabulary.
+Legend: R tokens whose logits are sampled, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class StepLogits:
 
     logits: Tensor | None  # [R, V], the model's dtype; None where all rows are known to be greedy
     greedy: ChosenTokens | None = None
+    states: Tensor | None = None  # [R, D], what the logits were made of; None of a captured step
 
     def sample(
         self, rows: Sequence[SamplingRow], drafts: Sequence[Sequence[int]] | None = None

@@ -7,7 +7,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from vllm_omni.layers.causal_lm import CausalLMConfig, TextPart
-from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.weights import Target
 from vllm_omni.worker.ar.media_prompt import MediaItem
 from vllm_omni.worker.ar.vision_tower import VisionTower
@@ -23,14 +22,6 @@ class VisionLanguageModel(TextPart):
     def __init__(self, config: CausalLMConfig, tower: VisionTower) -> None:
         super().__init__(config)
         self.tower = tower
-
-    def forward(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """See LanguageModel."""
-        embeddings = self.embed_tokens(token_ids)
-        if context.input_rows is not None:
-            embeddings = context.input_rows.merge(embeddings)
-        states: Tensor = self.decoder(embeddings, positions, context)
-        return states
 
     def encode(self, item: MediaItem) -> Tensor:
         """See MediaReader."""

@@ -1,7 +1,7 @@
 """The vision encoder of a language model that sees: a module of transformers, built from the checkpoint's configuration
 and filled by our loader. It runs once for each picture or video.
 
-Legend: M rows of one item, D hidden size of the language model.
+Legend: M rows of one item, D hidden size of the language model, S of its first layers that see more of the tower.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class VisionTower(nn.Module, ComputedBuffers):
                 f"{where}: vision_config: gives rows of {config.out_hidden_size}, expected {hidden_size}, the hidden "
                 "size"
             )
+        self.width = hidden_size  # D
+        self.num_deep = len(getattr(config, "deepstack_visual_indexes", ()))  # S
         self.encoder = module_class._from_config(config)
         assert {name for name, _ in self.encoder.named_buffers()} == BUFFERS, "it holds other buffers than it did"
 
@@ -50,8 +52,9 @@ class VisionTower(nn.Module, ComputedBuffers):
         rotary.inv_freq, rotary.original_inv_freq = frequencies.to(device), frequencies.to(device, copy=True)
 
     def encode(self, item: MediaItem) -> Tensor:
-        """A picture or a video -> its rows [M, D]."""
+        """A picture or a video -> its rows [M, (1 + S) D], as InputRows has them."""
         weight = self.encoder.patch_embed.proj.weight
         pixels = item.inputs["pixel_values"].to(weight.device, weight.dtype)
-        rows: Tensor = self.encoder(pixels, grid_thw=item.inputs["grid_thw"].to(weight.device)[None]).pooler_output
-        return rows
+        made = self.encoder(pixels, grid_thw=item.inputs["grid_thw"].to(weight.device)[None])
+        deep: list[Tensor] = made.deepstack_features if self.num_deep else []
+        return torch.cat([made.pooler_output, *deep], dim=1)

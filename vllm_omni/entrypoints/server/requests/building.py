@@ -11,7 +11,7 @@ from vllm_omni.engine.lora import loras_of, without_loras
 from vllm_omni.entrypoints.server.context import Call
 from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.models import ServedModel
-from vllm_omni.entrypoints.server.requests.abilities import VOICE_KEY, Abilities
+from vllm_omni.entrypoints.server.requests.abilities import Abilities
 from vllm_omni.entrypoints.server.requests.media_fetch import read_source
 from vllm_omni.entrypoints.server.schemas.base import Body
 from vllm_omni.entrypoints.server.settings import ServerSettings
@@ -36,14 +36,14 @@ def build_request(
     diffusion: DiffusionParams | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> OmniRequest:
-    """outputs: the stages that are wanted. diffusion goes to those of them that diffuse, sampling to the writer. extra:
-    the body's `extra_params`. ApiError 400 for what no stage takes.
+    """outputs: the stages that are wanted. diffusion goes to those of them that diffuse, sampling to the sampler.
+    extra: the body's `extra_params`. ApiError 400 for what no stage takes.
     """
     keys, rest = _sorted_extra(model.abilities, extra or {})
     if diffusion is not None and rest:
         diffusion = dataclasses.replace(diffusion, extra=rest)
     params = {
-        **_for_stages(_writer(model.abilities), sampling),
+        **_for_stages(_sampler(model.abilities), sampling),
         **_for_diffusers(model.abilities, outputs, diffusion),
     }
     params = _with_loras_where_taken(model.abilities, params)
@@ -77,14 +77,14 @@ def voice_key(model: ServedModel, voice: str | None) -> dict[str, str]:
     voices = model.abilities.voices
     if voice is None or (voice in ("default", "alloy") and voice not in voices):
         return {}
-    if not voices:
-        raise unsupported("voice", f"got {voice!r:.80}, but this model has one voice alone; leave it out")
+    if not voices or model.abilities.voice_key is None:
+        raise unsupported("voice", f"got {voice!r:.80}, but this model has no voices to choose from; leave it out")
     found = {name.lower(): name for name in voices}.get(voice.lower())
     if found is None:
         raise ApiError(
             400, f"voice: got {voice!r:.80}{did_you_mean(voice[:80], voices)}", code="invalid_value", param="voice"
         )
-    return {VOICE_KEY: found}
+    return {model.abilities.voice_key: found}
 
 
 async def graph_keys(model: ServedModel, given: Mapping[str, Any], settings: ServerSettings) -> dict[str, Any]:
@@ -126,8 +126,8 @@ def _for_diffusers(
     """As `_for_stages`; what says something of pictures goes to the stages alone that make them."""
     stages = [stage for stage in outputs if issubclass(abilities.params_types.get(stage, StageParams), DiffusionParams)]
     pictures = [stage for stage in stages if stage in abilities.images]
-    if params is not None and not stages and abilities.writer is not None:
-        params = dataclasses.replace(params, seed=None)  # it is the writer's, too
+    if params is not None and not stages and abilities.sampler is not None:
+        params = dataclasses.replace(params, seed=None)  # it is the sampler's, too
     if params is None or len(pictures) in (0, len(stages)):
         return _for_stages(stages, params)
     bare = dataclasses.replace(params, **dict.fromkeys(OF_PICTURES, None))
@@ -143,8 +143,8 @@ def _with_loras_where_taken(abilities: Abilities, params: Mapping[str, StagePara
     return {stage: without_loras(each) if stage in bare else each for stage, each in params.items()}
 
 
-def _writer(abilities: Abilities) -> tuple[str, ...]:
-    return () if abilities.writer is None else (abilities.writer,)
+def _sampler(abilities: Abilities) -> tuple[str, ...]:
+    return () if abilities.sampler is None else (abilities.sampler,)
 
 
 def _sorted_extra(abilities: Abilities, extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,19 +1,19 @@
-"""`/v1/audio/speech`: words read out, heard while they are said; `/v1/audio/voices`: who may say them."""
+"""`/v1/audio/speech`: words read out, heard while they are said."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from vllm_omni.entrypoints.server.answers.encoding import AUDIO_TYPES, sample_headers
 from vllm_omni.entrypoints.server.answers.usage import media_usage
 from vllm_omni.entrypoints.server.context import Call, CallOf
-from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
+from vllm_omni.entrypoints.server.http.api_error import as_api_error
 from vllm_omni.entrypoints.server.http.client import Begun, all_of, begun, while_connected
 from vllm_omni.entrypoints.server.http.event_stream import PartStream, event_stream
 from vllm_omni.entrypoints.server.models import ServedModel
@@ -21,7 +21,6 @@ from vllm_omni.entrypoints.server.schemas.speech import SpeechBatchBody, SpeechB
 from vllm_omni.entrypoints.server.speaking.speech import Speech, speaker_of
 
 router = APIRouter()
-UPLOADS = "no served model clones a voice, so none can be uploaded or deleted; a GET lists those that are there"
 
 
 @router.post("/v1/audio/speech", tags=["audio"])
@@ -47,22 +46,6 @@ async def create_speech_batch(body: SpeechBatchBody, call: CallOf, request: Requ
     succeeded = sum(result["status"] == "success" for result in results)
     counts = {"total": len(results), "succeeded": succeeded, "failed": len(results) - succeeded}
     return {"id": f"speech-batch-{call.run_id}", "results": list(results), **counts}
-
-
-@router.get("/v1/audio/voices", tags=["audio"])
-async def list_voices(call: CallOf, model: Annotated[str | None, Query(max_length=512)] = None) -> dict[str, Any]:
-    """The voices of one model, or of all."""
-    asked = list(call.parts.models) if model is None else [call.parts.models.find(model)]
-    by_model = {each.name: list(each.abilities.voices) for each in asked if each.abilities.audios}
-    voices = dict.fromkeys(voice for names in by_model.values() for voice in names)
-    return {"voices": list(voices), "uploaded_voices": [], "models": by_model}
-
-
-@router.post("/v1/audio/voices", tags=["audio"])
-@router.delete("/v1/audio/voices/{name:path}", tags=["audio"])
-async def refuse_uploads() -> Response:
-    """Voices of one's own: not yet."""
-    raise ApiError(400, UPLOADS, code="unsupported_by_model")
 
 
 async def _heard(request: Request, speech: Speech) -> Begun[bytes]:

@@ -12,7 +12,6 @@ from vllm_omni.entrypoints.server.answers.encoding import AudioPieces
 from vllm_omni.entrypoints.server.context import Call
 from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.models import ServedModel
-from vllm_omni.entrypoints.server.requests.abilities import VOICE_KEY
 from vllm_omni.entrypoints.server.requests.building import build_request, graph_keys, require, voice_key
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.schemas.base import Body
@@ -20,6 +19,8 @@ from vllm_omni.entrypoints.server.schemas.speech import SpeechFields
 from vllm_omni.media.audio import Audio
 from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.request import OmniOutput
+
+SPEAKER = "speaker"  # vllm-omni's other word for voice
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Speaker:
         return Speech(parts, AudioPieces(self.fields.response_format, self.fields.speed))
 
     def _seeded(self, seed: int) -> dict[str, Any]:
-        if self.model.abilities.writer is not None:
+        if self.model.abilities.sampler is not None:
             return {"sampling": SamplingParams(seed=seed)}
         return {"diffusion": DiffusionParams(seed=seed)}
 
@@ -97,11 +98,11 @@ async def speaker_of(call: Call, model: ServedModel, fields: SpeechFields, body:
             param="model",
         )
     given = dict(fields.graph_fields)
-    voice = given.pop(VOICE_KEY, None)
+    voice = given.pop(SPEAKER, None)
     if voice is not None and fields.voice_name not in (None, voice):
-        raise ApiError(400, f"{VOICE_KEY}: another one than voice; keep one", code="invalid_value", param=VOICE_KEY)
+        raise ApiError(400, f"{SPEAKER}: another one than voice; keep one", code="invalid_value", param=SPEAKER)
     if voice is not None and not isinstance(voice, str):
-        raise ApiError(400, f"{VOICE_KEY}: expected a name", code="invalid_value", param=VOICE_KEY)
+        raise ApiError(400, f"{SPEAKER}: expected a name", code="invalid_value", param=SPEAKER)
     keys = await graph_keys(model, given, call.parts.settings)
     keys |= voice_key(model, voice or fields.voice_name)
     return Speaker(call, model, stage, keys, fields, body)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.layers.snake import snake
+from vllm_omni.layers.snake import SnakeBeta
 from vllm_omni.models.qwen2_5_omni.token2wav.config import BigVGANConfig
 
 MAX_ACTIVATION_BYTES = 2**27  # of the widest layer of a piece; a few of these live at once
@@ -73,18 +73,6 @@ class Geometry:
         """How many frames before and behind its own the samples of one frame depend on."""
         low, high = self.frames_behind(0, self.config.hop)
         return -low, high - 1
-
-
-class SnakeBeta(nn.Module):
-    """x + sin(a x)^2 / b, a and b given by their logarithms."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return snake(x, self.alpha.exp(), (self.beta.exp() + 1e-9).reciprocal())
 
 
 class Activation(nn.Module):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.ecapa import check_ecapa
 from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.files import read_json
 
@@ -79,17 +80,7 @@ class DiTConfig:
         return len({layer for layer in self.look_ahead_layers if layer < self.num_hidden_layers})
 
     def _check(self, where: str) -> None:
-        lengths = {len(self.enc_channels), len(self.enc_kernel_sizes), len(self.enc_dilations)}
-        if len(lengths) != 1 or len(self.enc_channels) < 3:
-            raise ConfigError(
-                f"{where}: got {len(self.enc_channels)} enc_channels, {len(self.enc_kernel_sizes)} enc_kernel_sizes and"
-                f" {len(self.enc_dilations)} enc_dilations, expected equally many, at least 3"
-            )
-        if sum(self.enc_channels[1:-1]) != self.enc_channels[-1]:
-            raise ConfigError(
-                f"{where}: enc_channels: got {self.enc_channels[-1]} at the end, expected the sum of those between the"
-                f" first and the last, {sum(self.enc_channels[1:-1])}"
-            )
+        check_ecapa(self, where)
         if self.head_dim % 2:
             raise ConfigError(f"{where}: head_dim: got {self.head_dim}, expected an even number")
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.banded import attention
+from vllm_omni.layers.ecapa import EcapaEncoder
 from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.modulation import gated_sum, modulated
 from vllm_omni.layers.norm import LayerNorm
@@ -28,7 +29,6 @@ from vllm_omni.layers.weights import Target
 from vllm_omni.models.qwen2_5_omni.speakers import Speaker
 from vllm_omni.models.qwen2_5_omni.token2wav.blocks import Blocks, Layout, RowSpan, View
 from vllm_omni.models.qwen2_5_omni.token2wav.config import DiTConfig
-from vllm_omni.models.qwen2_5_omni.token2wav.speaker_encoder import SpeakerEncoder
 
 TIME_FREQUENCIES = 256
 TIME_SCALE = 1000.0
@@ -130,7 +130,7 @@ class Token2WavTransformer(nn.Module):
         width = config.hidden_size
         self.time_embed = TimeEmbedding(width)
         self.codec_embed = nn.Embedding(config.num_embeds + 1, config.emb_dim)
-        self.spk_encoder = SpeakerEncoder(config)
+        self.spk_encoder = EcapaEncoder(config)
         self.proj = nn.Linear(config.mel_dim + config.enc_dim + config.emb_dim + config.enc_emb_dim, width)
         self.blocks = [Layer(config, index) for index in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(self.blocks)

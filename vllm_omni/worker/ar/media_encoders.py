@@ -1,7 +1,7 @@
-"""The image, video and audio encoders of Qwen2.5-Omni's thinker (arXiv 2503.20215): transformers' modules, built from
-the checkpoint's configuration and filled by our loader.
+"""The encoders of a language model that sees and hears: modules of transformers, built from the checkpoint's
+configuration and filled by our loader. Each runs once for each picture, video or audio.
 
-Legend: M rows of one item, D hidden size of the thinker.
+Legend: M rows of one item, D hidden size of the language model, S of its first layers that see more of the tower.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
@@ -23,24 +24,23 @@ BUFFERS = {"positional_embedding.positional_embedding"}
 class MediaEncoders(nn.Module, ComputedBuffers):
     """Both encoders, under their published names."""
 
-    def __init__(self, vision: Mapping[str, Any], audio: Mapping[str, Any], hidden_size: int, where: str) -> None:
+    def __init__(self, visual: VisionTower, audio_classes: tuple[Any, Any], raw: Mapping[str, Any], where: str) -> None:
+        """audio_classes: the library's module and its configuration. raw: the audio_config of a config.json, which
+        stands at `where`; ConfigError for what the module cannot be built of, and for rows of another width than the
+        tower's.
+        """
         super().__init__()
-        from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni as configs
-        from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modules
-
-        self.visual = VisionTower(
-            modules.Qwen2_5OmniVisionEncoder, configs.Qwen2_5OmniVisionEncoderConfig, vision, hidden_size, where
-        )
+        module_class, config_class = audio_classes
+        self.visual = visual
         try:
-            audio_config = configs.Qwen2_5OmniAudioEncoderConfig(**audio)
+            config = config_class(**raw)
         except Exception as error:  # the library raises whatever its validation raises
             raise ConfigError(f"{where}: audio_config cannot be read ({error})") from error
-        if audio_config.output_dim != hidden_size:
+        if config.output_dim != visual.width:
             raise ConfigError(
-                f"{where}: audio_config: gives rows of {audio_config.output_dim}, expected {hidden_size}, the hidden "
-                "size"
+                f"{where}: audio_config: gives rows of {config.output_dim}, expected {visual.width}, the hidden size"
             )
-        self.audio_tower = modules.Qwen2_5OmniAudioEncoder._from_config(audio_config)
+        self.audio_tower = module_class._from_config(config)
         assert {name for name, _ in self.audio_tower.named_buffers()} == BUFFERS, "it holds other buffers than it did"
 
     def fill_buffers(self) -> None:
@@ -51,11 +51,11 @@ class MediaEncoders(nn.Module, ComputedBuffers):
         sinusoids.positional_embedding = waves.to(sinusoids.positional_embedding.device)
 
     def encode(self, item: MediaItem) -> Tensor:
-        """One item -> its rows [M, D]."""
+        """One item -> its rows [M, (1 + S) D], as InputRows has them; audio adds nothing behind layers."""
         if item.kind != "audio":
             return self.visual.encode(item)
-        weight = self.audio_tower.conv1.weight
+        weight = self.audio_tower.ln_post.weight
         features = item.inputs["features"].to(weight.device, weight.dtype)
         lengths = torch.tensor([features.shape[1]], device=weight.device)
         rows: Tensor = self.audio_tower(features, feature_lens=lengths).last_hidden_state
-        return rows
+        return F.pad(rows, (0, self.visual.num_deep * self.visual.width))

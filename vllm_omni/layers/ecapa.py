@@ -1,18 +1,57 @@
-"""The ECAPA-TDNN speaker encoder (arXiv 2005.07143) of Qwen2.5-Omni's token2wav: reference audio becomes one vector.
-
-Runs once per voice, when the model is loaded. Parameters have their published names.
+"""The ECAPA-TDNN speaker encoder (arXiv 2005.07143): reference audio becomes one vector. Parameters have the names that
+models publish them under. Knows no model.
 
 Legend: M mel bins, T frames of the reference, C channels.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
-from vllm_omni.models.qwen2_5_omni.token2wav.config import DiTConfig
+from vllm_omni.errors import ConfigError
 
 MIN_VARIANCE = 1e-12
+
+
+class EcapaShape(Protocol):
+    """What of a config shapes the encoder. Channels, kernels and dilations are those of the first layer, of each block,
+    and of the layer that joins what the blocks made.
+    """
+
+    @property
+    def mel_dim(self) -> int: ...
+    @property
+    def enc_dim(self) -> int: ...  # of the vector
+    @property
+    def enc_channels(self) -> tuple[int, ...]: ...
+    @property
+    def enc_kernel_sizes(self) -> tuple[int, ...]: ...
+    @property
+    def enc_dilations(self) -> tuple[int, ...]: ...
+    @property
+    def enc_attention_channels(self) -> int: ...
+    @property
+    def enc_res2net_scale(self) -> int: ...
+    @property
+    def enc_se_channels(self) -> int: ...
+
+
+def check_ecapa(shape: EcapaShape, where: str) -> None:
+    """ConfigError for lists that do not go together."""
+    lengths = {len(shape.enc_channels), len(shape.enc_kernel_sizes), len(shape.enc_dilations)}
+    if len(lengths) != 1 or len(shape.enc_channels) < 3:
+        raise ConfigError(
+            f"{where}: got {len(shape.enc_channels)} enc_channels, {len(shape.enc_kernel_sizes)} enc_kernel_sizes and"
+            f" {len(shape.enc_dilations)} enc_dilations, expected equally many, at least 3"
+        )
+    if sum(shape.enc_channels[1:-1]) != shape.enc_channels[-1]:
+        raise ConfigError(
+            f"{where}: enc_channels: got {shape.enc_channels[-1]} at the end, expected the sum of those between the"
+            f" first and the last, {sum(shape.enc_channels[1:-1])}"
+        )
 
 
 class TimeDelay(nn.Module):
@@ -61,7 +100,7 @@ class SqueezeExcitation(nn.Module):
 class SpeakerBlock(nn.Module):
     """One residual block: convolution, Res2Net, convolution, squeeze and excitation."""
 
-    def __init__(self, config: DiTConfig, index: int) -> None:
+    def __init__(self, config: EcapaShape, index: int) -> None:
         super().__init__()
         before, width = config.enc_channels[index - 1], config.enc_channels[index]
         kernel, dilation = config.enc_kernel_sizes[index], config.enc_dilations[index]
@@ -88,10 +127,10 @@ class AttentivePooling(nn.Module):
         return torch.cat(_statistics(x, scores.softmax(dim=2)), dim=1)
 
 
-class SpeakerEncoder(nn.Module):
+class EcapaEncoder(nn.Module):
     """[T, M] reference mel -> [enc_dim]."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: EcapaShape) -> None:
         super().__init__()
         channels, last = config.enc_channels, len(config.enc_channels) - 1
         first = TimeDelay(config.mel_dim, channels[0], config.enc_kernel_sizes[0], config.enc_dilations[0])

@@ -1,0 +1,123 @@
+"""What it costs to go from stage to stage, by where they run: in one thread, in a thread each, in a process each.
+
+First an edge alone, for a tensor of 1 kB, 1 MB and 64 MB: from the moment at which a stage gives it to that at which
+the next one has it. Then two small pipelines, one request and eight at once: in one of them the stages of a request
+follow each other, in the other they stream and overlap.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.limits import Limits
+from benchmarks.measure import Options, Report, Table, median, with_spread
+
+EXECUTORS = ("inline", "thread", "process")
+SIZES = {"1 kB": 1 << 10, "1 MB": 1 << 20, "64 MB": 1 << 26}
+HOPS, QUICK_HOPS = 60, 3  # of each size
+CROWD = 8
+IN_TURN, OVERLAPPING = "tiny_scene", "tiny_speech"
+WORDS = {
+    IN_TURN: "please paint a {word} star above a ring",
+    OVERLAPPING: "read {word} 7 red",
+}
+NOTE = (
+    "Goals of processes: a hop of 1 kB under 1 ms, one of 64 MB above half of a copy's rate; one request in at most 1.3"
+    f" times the time of one thread, and {CROWD} at once sooner where stages overlap."
+)
+
+
+def run(options: Options, limits: Limits | None = None) -> Report:
+    from vllm_omni.utils.device import set_threads
+
+    set_threads(options.threads)
+    copy_s = {name: _copy_s(size, options) for name, size in SIZES.items()}
+    hops = {executor: _hops(executor, options) for executor in EXECUTORS}
+    runs = {pipeline: _runs(pipeline, options) for pipeline in WORDS}
+    figures = {
+        "copy_ms": {name: 1e3 * seconds for name, seconds in copy_s.items()},
+        "hop_ms": {one: {name: 1e3 * median(each) for name, each in found.items()} for one, found in hops.items()},
+        "copy_of_hop": copy_s["64 MB"] / median(hops["process"]["64 MB"]),
+        "of_inline": {
+            pipeline: [median(found["process"][kind]) / median(found["inline"][kind]) for kind in (0, 1)]
+            for pipeline, found in runs.items()
+        },
+    }
+    edges = [
+        [name, f"{1e3 * copy_s[name]:.3f}", *(with_spread([1e3 * s for s in hops[one][name]], 3) for one in EXECUTORS)]
+        for name in SIZES
+    ]
+    tables = [Table("an edge, ms", ["size", "copy", *EXECUTORS], edges)]
+    for pipeline, found in runs.items():
+        rows = [[one, *(with_spread(times, 3) for times in found[one])] for one in EXECUTORS]
+        tables.append(Table(f"{pipeline}, s", ["stages", "one request", f"{CROWD} at once"], rows))
+    return Report("hops", tables, [NOTE], figures)
+
+
+def _copy_s(size: int, options: Options) -> float:
+    """Of one thread, from memory to memory that was used before; the best of many."""
+    import numpy as np
+
+    source, target = np.ones(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8)
+    times = []
+    for _ in range(QUICK_HOPS if options.is_quick else HOPS):
+        begin = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _hops(executor: str, options: Options) -> dict[str, list[float]]:
+    """Size -> the seconds that each hop took, the first few left out."""
+    from benchmarks.hop_stages import hop_config
+    from vllm_omni import Omni
+
+    count = QUICK_HOPS if options.is_quick else HOPS
+    found: dict[str, list[float]] = {}
+    with Omni(hop_config(executor), progress=False) as omni:
+        for name, size in SIZES.items():
+            outputs = [omni.generate(str(size))[0] for _ in range(count + 2)]
+            for output in outputs:
+                assert output.error is None and output.tensors["sink.bytes"].item() == size, output.error
+            metrics = [output.metrics for output in outputs[2:]]
+            found[name] = [each["sink"]["taken_s"] - each["source"]["given_s"] for each in metrics]
+    return found
+
+
+def _runs(pipeline: str, options: Options) -> dict[str, tuple[list[float], list[float]]]:
+    """Executor -> seconds of one request, and of a crowd; the executors in turn."""
+    from contextlib import ExitStack
+
+    from vllm_omni import Omni
+
+    times: dict[str, tuple[list[float], list[float]]] = {executor: ([], []) for executor in EXECUTORS}
+    with ExitStack() as stack:
+        sides = {
+            executor: stack.enter_context(Omni(pipeline, overrides=[f"executor={executor}"], progress=False))
+            for executor in EXECUTORS
+        }
+        begin = time.monotonic()
+        for repeat in range(-1, options.repeats):
+            for executor, omni in sides.items():
+                alone = _timed(omni, pipeline, 1, repeat)
+                crowd = _timed(omni, pipeline, 2 if options.is_quick else CROWD, repeat)
+                if repeat >= 0:  # the first warms up
+                    times[executor][0].append(alone)
+                    times[executor][1].append(crowd)
+            if options.is_enough(repeat + 1, time.monotonic() - begin):
+                break
+    return times
+
+
+def _timed(omni: Any, pipeline: str, count: int, repeat: int) -> float:
+    from vllm_omni import DiffusionParams
+
+    words = ("red", "blue", "green", "one", "two", "six", "eight", "nine")
+    prompts = [WORDS[pipeline].format(word=f"{words[n % len(words)]} {repeat + 2}") for n in range(count)]
+    stage = "image" if pipeline == IN_TURN else "token2wav"
+    begin = time.perf_counter()
+    outputs = omni.generate(prompts, {stage: DiffusionParams(seed=repeat + 2)})
+    seconds = time.perf_counter() - begin
+    assert all(output.error is None for output in outputs)
+    return seconds

@@ -1,0 +1,161 @@
+"""The whole graph as shipped: text to audio, equal to the qwen-tts package's, offline, streamed, served and shown."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from openai import BadRequestError, OpenAI
+from support.examples import sound as read_sound
+from support.examples import succeed
+from support.qwen3_tts import Case, answers, cases, sound, write_folder
+from support.qwen3_tts_configs import TASKS
+from support.server import ServerProcess
+from support.sound_files import read_pcm
+from support.talkers import GREEDY_FIELDS, fields_of
+
+from vllm_omni import Omni, SamplingParams
+from vllm_omni.config.shipped import find_config
+from vllm_omni.entrypoints.cli.app import main
+from vllm_omni.errors import InvalidRequestError
+
+ANSWERS, CASES = answers(), cases()
+PARAMS = SamplingParams(temperature=0, max_tokens=8)
+SAMPLES = 192  # of a frame of the tiny codec
+IN_CONTEXT = [name for name, case in CASES.items() if case.ref_text]  # whose waveform the package decodes after the
+# recording's own frames
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {task: write_folder(tmp_path_factory.mktemp(task), task) for task in TASKS}
+
+
+@pytest.fixture(scope="module")
+def omnis(folders: dict[str, Path]) -> Iterator[dict[str, Omni]]:
+    outputs = ["outputs=[speech, talker.codes]"]
+    made = {
+        task: Omni(model=str(folder), overrides=outputs, device="cpu", dtype="float32", progress=False)
+        for task, folder in folders.items()
+    }
+    yield made
+    for omni in made.values():
+        omni.close()
+
+
+def prompt(case: Case) -> dict[str, object]:
+    return {"prompt": case.text, **GREEDY_FIELDS, **fields_of(case)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_crowd_sounds_as_the_package_does(omnis: dict[str, Omni], task: str) -> None:
+    mine = [case for case in CASES.values() if case.task == task and case.name not in IN_CONTEXT]
+    for case, output in zip(mine, omnis[task].generate([prompt(case) for case in mine], PARAMS), strict=True):
+        assert output.error is None, output.error
+        assert torch.equal(output.tensors["talker.codes"], torch.from_numpy(ANSWERS[f"{case.name}.codes"]))
+        np.testing.assert_allclose(output.audios[0].samples[0], ANSWERS[f"{case.name}.waveform"], atol=1e-4)
+
+
+def test_audio_leaves_with_the_first_frame_and_its_pieces_are_the_whole(omnis: dict[str, Omni]) -> None:
+    *parts, final = omnis["custom_voice"].stream(prompt(CASES["speaker"]), PARAMS)
+    pieces = [audio.samples for part in parts for audio in part.audios]
+    assert pieces[0].shape[1] == SAMPLES and len(pieces) > 2
+    np.testing.assert_array_equal(np.concatenate(pieces, 1), final.audios[0].samples)
+    np.testing.assert_allclose(final.audios[0].samples[0], ANSWERS["speaker.waveform"], atol=1e-4)
+
+
+def test_one_that_is_refused_harms_nobody(omnis: dict[str, Omni]) -> None:
+    wrong, right = omnis["custom_voice"].generate(
+        [{"prompt": "Hello", "voice": "nobody"}, prompt(CASES["speaker"])], PARAMS
+    )
+    assert isinstance(wrong.error, InvalidRequestError) and "voice" in str(wrong.error)
+    assert right.error is None and right.audios
+
+
+def test_check_lists_the_voices(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "qwen3_tts", "--model", str(folders["custom_voice"])]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "vivian" in shown and "custom voice" in shown and "codes" in shown
+
+
+def test_the_example_speaks(folders: dict[str, Path], tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "me.wav", sound(0.9), 24_000)
+    little = ("--max-seconds", "0.5", "--model")
+    shown = succeed("qwen3_tts.py", "Hello", *little, str(folders["base"]), "--ref-audio", "me.wav", folder=tmp_path)
+    samples, rate = read_sound(tmp_path / "speech.wav")
+    assert rate == 24_000 and 0 < samples <= 6 * SAMPLES and f"{samples / rate:.2f} s, seed 0" in shown
+
+
+@pytest.fixture(scope="module")
+def server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder, configs = tmp_path_factory.mktemp("served"), []
+    for task in ("custom_voice", "base"):
+        shipped = yaml.safe_load(find_config("qwen3_tts").read_text())
+        config = {**shipped, "name": task, "model": str(folders[task])}
+        for stage in config["stages"].values():
+            stage |= {"device": "cpu", "dtype": "float32"}
+        config["stages"]["talker"]["defaults"] = {"max_tokens": 6}
+        if task == "base":
+            config["stages"]["talker"]["voices"] = {"folder": str(folder / "voices")}
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(config))
+        configs.append(f"{task}={folder / f'{task}.yaml'}")
+    with ServerProcess(configs) as process:
+        yield process
+        assert "Traceback" not in process.errors, process.errors
+
+
+def test_the_servers_speech_route_speaks_in_every_manner(server: ServerProcess) -> None:
+    client = OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+
+    def say(model: str = "custom_voice", voice: str = "vivian", **fields: object) -> np.ndarray:
+        spoken = client.audio.speech.create(
+            model=model, input="Hello world", voice=voice, response_format="pcm", extra_body=fields
+        )
+        return read_pcm(spoken.content)
+
+    greedy = {"language": "english", "subtalker_temperature": 0.0, "seed": 3}
+    first, again = say(**greedy), say(**greedy)
+    assert 0 < len(first) <= 6 * SAMPLES and np.array_equal(first, again)
+    assert not np.array_equal(first, say(**{**greedy, "seed": 4}))
+    assert len(say(max_new_tokens=2, task_type="CustomVoice", seed=3)) <= 2 * SAMPLES
+    assert len(say(instructions="Very slowly.", voice="Ryan", seed=3))
+    file = io.BytesIO()
+    soundfile.write(file, sound(0.9), 24_000, format="WAV")
+    recording = "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
+    cloned = say("base", "default", ref_audio=recording, x_vector_only_mode=True, seed=3)
+    assert len(cloned)
+    assert server.get("/v1/audio/voices").json()["models"]["custom_voice"][:2] == ["aiden", "sohee"]
+    for fields, param in (({"language": "klingon"}, "language"), ({"ref_audio": recording}, "ref_audio")):
+        with pytest.raises(BadRequestError, match=param):
+            say(**fields)
+    with pytest.raises(BadRequestError, match="vivian"):
+        say(voice="vivien")
+
+
+def test_a_kept_voice_speaks_as_a_request_that_brings_its_recording(server: ServerProcess) -> None:
+    client = OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+    file = io.BytesIO()
+    soundfile.write(file, sound(0.9), 24_000, format="WAV")
+    fields = {"name": "anna", "consent": "Anna, by letter", "text": "hello world", "model": "base"}
+    kept = httpx.post(
+        f"{server.base_url}/audio/voices", data=fields, files={"audio_sample": file.getvalue()}, timeout=60
+    )
+    assert kept.status_code == 200, kept.text
+    recording = "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
+    brought = {"ref_audio": recording, "ref_text": "hello world"}
+    said = [
+        client.audio.speech.create(
+            model="base", input="Hello", voice=voice, response_format="pcm", extra_body={"seed": 3, **own}
+        ).content
+        for voice, own in (("anna", {}), ("default", brought), ("anna", {"x_vector_only_mode": True}))
+    ]
+    assert said[0] and said[0] == said[1] != said[2]
+    assert httpx.delete(f"{server.base_url}/audio/voices/anna").json()["deleted"]

@@ -1,0 +1,1 @@
+"""What stages have in common that write codes of speech along a text, whatever their family."""

@@ -1,0 +1,16 @@
+"""What the executors of one loop have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm_omni.executor.process.segments import Segments
+from vllm_omni.executor.wake import Wake
+
+
+@dataclass(frozen=True, slots=True)
+class Commons:
+    """Owned by the loop."""
+
+    wake: Wake = field(default_factory=Wake)  # to be called when there is something to poll; waits on connections
+    segments: Segments = field(default_factory=Segments)  # a tensor of one process goes on to another without a copy

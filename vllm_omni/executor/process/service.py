@@ -1,0 +1,166 @@
+"""What the process of a stage does from its first message to its last: loads the engine, serves it, leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import select
+import socket
+import sys
+import threading
+from typing import Any
+
+from vllm_omni import registry
+from vllm_omni.engine.base import Activity, StageSpec
+from vllm_omni.errors import StageError
+from vllm_omni.executor.blueprint import StageBlueprint
+from vllm_omni.executor.orders import Report, StageOrder
+from vllm_omni.executor.process.connection import Connection
+from vllm_omni.executor.process.protocol import Loaded, LogLine, Surroundings, wire_types
+from vllm_omni.executor.process.segments import Segments
+from vllm_omni.executor.servant import StageServant
+from vllm_omni.executor.wire.base import WireError
+from vllm_omni.messages import StageTask
+from vllm_omni.worker.background import Background
+
+
+class Service:
+    """Everything is done in the main thread, but for log lines, which any thread may send."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._connection = Connection(end, Segments(), wire_types())
+        self._sending = threading.Lock()
+        self._waking, self._wakes = os.pipe()
+        os.set_blocking(self._waking, False)
+        os.set_blocking(self._wakes, False)
+
+    def run(self) -> None:
+        """Returns when the parent says so or is gone; whatever else ends it has been told to the parent."""
+        try:
+            blueprint = self._set_up()
+            background = Background(self._wake)
+            spec = blueprint.describe()
+            engine = blueprint.load(spec, background)
+        except _PartedError:
+            return
+        except BaseException as error:
+            self._send(Loaded(error))
+            self._finish()
+            return
+        self._send(Loaded())
+        try:
+            self._serve(StageServant(blueprint.stage, engine, _Preparing(spec, blueprint)))
+        except _PartedError:
+            pass
+        except BaseException as error:  # such as SystemExit of a step
+            ended = StageError(f"its process was ended by {type(error).__name__}: {error}")
+            self._send(Report(0, Activity.IDLE.value, breakdown=ended))
+        background.shutdown()
+        spec.close()
+        self._finish()
+
+    def _set_up(self) -> StageBlueprint:
+        surroundings: Surroundings = self._next()
+        os.chdir(surroundings.folder)
+        sys.path[:] = surroundings.sys_path
+        for table, rows in surroundings.rows.items():
+            for name, target in rows.items():
+                registry.register(table, name, target)
+        logging.basicConfig(level=surroundings.log_level, format="%(message)s", handlers=[_ToParent(self)])
+        self._connection.types = wire_types(surroundings.kinds)
+        blueprint: StageBlueprint = self._next()
+        return blueprint
+
+    def _serve(self, servant: StageServant) -> None:
+        while True:
+            orders = self._orders(wait=not servant.has_work())
+            news = servant.news()
+            if news is not None:
+                self._send(news)
+            report = servant.turn(orders)
+            try:
+                self._send(report)
+            except WireError as error:
+                self._send(servant.unsent(report, error))
+            if report.breakdown is not None:
+                return
+
+    def _orders(self, wait: bool) -> list[StageOrder]:
+        """Those that are here; with `wait`, until there are some or the engine's own work wakes it."""
+        self._read(wait)
+        orders: list[StageOrder] = []
+        while (order := self._connection.take()) is not None:
+            orders.append(order)
+        return orders
+
+    def _next(self) -> Any:
+        while (message := self._connection.take()) is None:
+            self._read(wait=True)
+        return message
+
+    def _read(self, wait: bool) -> None:
+        self._connection.read()
+        if wait and not self._connection.has_frame and not self._connection.is_closed:
+            with self._sending:
+                self._connection.flush()
+            reads = [self._connection.file, self._waking]
+            writes = [self._connection.file] if self._connection.has_unsent else []
+            if self._waking in select.select(reads, writes, [])[0]:
+                os.read(self._waking, 4096)
+            self._connection.read()
+        if self._connection.is_closed:
+            raise _PartedError
+
+    def _send(self, message: object) -> None:
+        """Waits for a parent that reads slowly: it is to be no further ahead than what the socket holds."""
+        with self._sending:
+            self._connection.send(message)
+            while self._connection.has_unsent and not self._connection.is_closed:
+                select.select([], [self._connection.file], [])
+                self._connection.flush()
+
+    def _finish(self) -> None:
+        """The parent closes when it has read the last word."""
+        with self._sending:
+            self._connection.close()
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wakes, b"!")
+        except BlockingIOError:
+            return
+
+    def log(self, line: LogLine) -> None:
+        """From any thread; nothing where the parent is gone."""
+        if not self._connection.is_closed:
+            self._send(line)
+
+
+class _PartedError(Exception):
+    """The parent has closed the connection, or is gone."""
+
+
+class _Preparing:
+    """`StageTask.prepared` does not travel: it may be anything, so it is made again here, of the same request."""
+
+    def __init__(self, spec: StageSpec, blueprint: StageBlueprint) -> None:
+        self._spec = spec
+        self._reads = blueprint.reads
+
+    def __call__(self, task: StageTask) -> StageTask:
+        return dataclasses.replace(task, prepared=self._spec.check(task.request, task.params, self._reads))
+
+
+class _ToParent(logging.Handler):
+    """Log records of this process go into the parent's log."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__()
+        self._service = service
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._service.log(LogLine(record.name, record.levelno, self.format(record)))
+        except Exception:
+            self.handleError(record)

@@ -1,0 +1,1 @@
+"""Codes of a frame but the first: the small decoder that writes them, and how it runs."""
