@@ -10,7 +10,7 @@ def merged_status(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of `StageHost.get_status`, at least one: a stage is as its best replica."""
     best = min(replicas, key=lambda replica: (replica["state"] != "ready", not replica["alive"]))
     return {
-        **{key: best[key] for key in ("alive", "state", "cause")},
+        **{key: best[key] for key in ("alive", "state", "cause", "pid") if key in best},
         "silent_s": max(replica["silent_s"] for replica in replicas),
         "num_rebuilds": sum(replica["num_rebuilds"] for replica in replicas),
     }
