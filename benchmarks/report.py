@@ -29,6 +29,7 @@ ORDER = (
     "audio_cache",
     "random_cache",
     "serving",
+    "routing",
     "limits",
 )
 

@@ -31,6 +31,7 @@ from benchmarks import (
     quantization,
     random_cache,
     report,
+    routing,
     serving,
     speculation,
     speech,
@@ -64,6 +65,7 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "audio_cache": audio_cache.run,
     "random_cache": random_cache.run,
     "serving": serving.run,
+    "routing": routing.run,
 }
 
 

@@ -30,6 +30,8 @@ class StageTask:
     # from the scheduler a RowRange, to the engine the StreamChunk that its host has cut
     prepared: Any = None  # what the stage's `StageSpec.check` made of the request
     saved: Mapping[str, Any] | None = None  # what `StageEngine.save_state` gave of this task: it goes on from there
+    size: float = 1.0  # as of `StageSpec.job_size`
+    prefixes: tuple[int, ...] = ()  # hashes of ever longer beginnings of its prompt, where a replica may hold them
 
     @property
     def request_id(self) -> str:
@@ -134,6 +136,7 @@ class StageFailed:
     request_id: str
     error: OmniError
     made: StagePayload | None = None  # what there was of a result, as of `StageEngine.partial_result`
+    is_lost: bool = False  # the engine broke, perhaps over another task: it may be run again
 
 
 StageEvent = StageProgress | StageWorked | StageRows | ChunkConsumed | StageDone | StageFailed

@@ -69,7 +69,8 @@ class Run:
 
     def hold_back(self, busy: set[str], **devices: str) -> frozenset[str]:
         """On one device, but for those that are named."""
-        return self.machine.hold_back(busy, {**dict.fromkeys("abc", "cpu"), **devices})
+        given = {**dict.fromkeys("abc", "cpu"), **devices}
+        return self.machine.hold_back(busy, {name: device.split("+") for name, device in given.items()})
 
     def consumed(self, stage: str, port: str, now: float = 0.0) -> None:
         self.machine.chunk_consumed("r", stage, port, now)
@@ -132,6 +133,7 @@ def test_stages_on_other_devices_are_not_held_back() -> None:
     run.tick()
     assert run.hold_back({"a", "b"}) == {"a"}
     assert run.hold_back({"a", "b"}, a="cuda:1") == set()
+    assert run.hold_back({"a", "b"}, a="cuda:1+cpu") == {"a"}, "one of its replicas is beside that of the other"
 
 
 def test_time_does_not_count_for_a_reader_whose_writer_is_held_back() -> None:

@@ -27,7 +27,6 @@ from vllm_omni import AsyncOmni
 from vllm_omni.errors import OmniError, StageError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
-from vllm_omni.request import RequestStatus
 
 ROOT = Path(__file__).parents[2]
 A_MOMENT_S = 0.5  # the most that one step of the loop may take on a machine that others use too
@@ -83,22 +82,23 @@ def until_it_works(driver: Driver) -> None:
     driver.until(lambda: any(not output.finished for output in driver.outputs))
 
 
-def test_a_process_that_is_killed_at_work_fails_its_tasks_at_once_and_is_replaced(driver: Driver) -> None:
+def test_a_process_that_is_killed_at_work_is_replaced_and_its_streams_go_on_where_they_stopped(driver: Driver) -> None:
     first = pid(driver)
     driver.outputs.clear()
     for name in ("a", "b"):
-        driver.loop.add_request(request(name, params=TextParams(steps=1000)), stream=True)
+        driver.loop.add_request(request(name, name, params=TextParams(steps=40)), stream=True)
     until_it_works(driver)
     os.kill(first, signal.SIGKILL)
     begin = time.monotonic()
-    driver.until(lambda: driver.final("a") and driver.final("b"))
+    driver.until(lambda: driver.loop.get_status()["stages"]["text"]["state"] == "rebuilding")
     assert time.monotonic() - begin < SOON_S
+    assert f"its process {first} was killed by SIGKILL" in driver.loop.get_status()["stages"]["text"]["cause"]
+    driver.until(lambda: driver.final("a") and driver.final("b"))
     for name in ("a", "b"):
         output = driver.final(name)
-        assert output is not None and output.status is RequestStatus.FAILED and isinstance(output.error, StageError)
-        words = f"stage 'text' failed: its process {first} was killed by SIGKILL (out of memory?)"
-        assert words in str(output.error) and output.text, "what it had streamed stands"
-    driver.until_ready("text")
+        assert output is not None and output.error is None and output.metrics["text"]["retried"] == 1
+        parts = [part.text or "" for part in driver.outputs if part.request_id == name and not part.finished]
+        assert "".join(parts) == output.text == 40 * name
     assert pid(driver) != first and first not in children()
     assert driver.longest_s < A_MOMENT_S
 
@@ -161,16 +161,17 @@ def test_log_lines_and_prints_come_through(
 
 
 def test_nobody_waits_for_a_process_that_does_not_read(driver: Driver) -> None:
-    """More orders than a socket holds; then it is given up, since it is stopped."""
+    """More orders than a socket holds; then it is given up, since it is stopped, and all are run by the next."""
     os.kill(pid(driver), signal.SIGSTOP)
     begin = time.monotonic()
     for number in range(30):
         driver.loop.add_request(request(f"r{number}", "x" * 90_000))
     driver.loop.step()
     assert time.monotonic() - begin < A_MOMENT_S
+    driver.until(lambda: driver.loop.get_status()["stages"]["text"]["state"] == "rebuilding")
+    assert time.monotonic() - begin < SOON_S and "was stopped" in driver.loop.get_status()["stages"]["text"]["cause"]
     driver.until(lambda: all(driver.final(f"r{number}") for number in range(30)))
-    assert time.monotonic() - begin < SOON_S
-    assert all("was stopped" in str(driver.final(f"r{number}").error) for number in range(30))  # type: ignore[union-attr]
+    assert all(driver.final(f"r{number}").metrics["text"]["retried"] == 1 for number in range(30))  # type: ignore[union-attr]
     assert driver.longest_s < A_MOMENT_S
 
 

@@ -17,6 +17,7 @@ from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.errors import StageError, StageUnavailableError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.executor.recovery import FIRST_PAUSE_S
 from vllm_omni.messages import StageTask
 from vllm_omni.request import RequestStatus
 from vllm_omni.worker.background import BackgroundJob
@@ -49,7 +50,7 @@ def test_a_step_that_hangs_fails_its_tasks_in_time_and_the_stage_is_rebuilt_in_a
 ) -> None:
     loop = one_stage(step_s=0.01)
     driver = Driver(loop)
-    first = loop._hosts["text"].executor
+    first = loop._stages["text"].hosts[0].executor
     loop.add_request(request("mate", params=TextParams(steps=1000)))
     begin = time.monotonic()
     output = driver.answer(request("stuck", params=TextParams(do="block")))
@@ -62,7 +63,9 @@ def test_a_step_that_hangs_fails_its_tasks_in_time_and_the_stage_is_rebuilt_in_a
     assert isinstance(refused.error, StageUnavailableError) and refused.error.retry_after_s > 0
     driver.until_ready("text")
     assert driver.answer(request("next", "x")).text == "xx"
-    assert loop._hosts["text"].executor is not first and loop.get_status()["stages"]["text"]["num_rebuilds"] == 1
+    assert (
+        loop._stages["text"].hosts[0].executor is not first and loop.get_status()["stages"]["text"]["num_rebuilds"] == 1
+    )
     assert driver.longest_s < A_MOMENT_S
     # what the first one reports later is dropped
     released.set()
@@ -109,18 +112,18 @@ def test_a_thread_that_ends_is_noticed_at_once_and_replaced() -> None:
     begin = time.monotonic()
     output = driver.answer(request("leaves", params=TextParams(do="exit")))
     assert "its thread was ended by SystemExit: leaving" in str(output.error)
-    assert time.monotonic() - begin < PATIENCE_S
+    assert time.monotonic() - begin < FIRST_PAUSE_S + PATIENCE_S, "twice: it is run again after the pause"
     driver.until_ready("text")
     assert driver.answer(request("next", "x")).text == "xx"
     loop.shutdown()
 
 
-def test_an_engine_in_a_thread_that_cannot_drop_a_task_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_cannot_drop_a_task_is_replaced_and_its_mates_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = one_stage(step_s=0.01)
     driver = Driver(loop)
-    loop.add_request(request("mate", params=TextParams(steps=1000)))
+    loop.add_request(request("mate", "m", params=TextParams(steps=30)))
     loop.add_request(request("a", params=TextParams(steps=1000)))
-    driver.until(lambda: len(loop._hosts["text"].tasks) == 2)
+    driver.until(lambda: len(loop._stages["text"].tasks) == 2)
 
     def broken(engine: TextEngine, request_id: str) -> None:
         raise LookupError("which one?")
@@ -129,7 +132,7 @@ def test_an_engine_in_a_thread_that_cannot_drop_a_task_is_replaced(monkeypatch: 
     loop.abort("a")
     driver.until(lambda: driver.final("mate") is not None)
     mate = driver.final("mate")
-    assert mate is not None and "which one?" in str(mate.error)
+    assert mate is not None and mate.text == 30 * "m" and mate.metrics["text"]["retried"] == 1
     driver.until_ready("text")
     assert driver.answer(request("next", "x")).text == "xx"
     loop.shutdown()
@@ -184,7 +187,9 @@ def test_a_stage_that_hangs_is_replaced_though_nobody_waits_as_long_as_that() ->
         assert driver.answer(request(f"r{number}", **hurried)).error is not None
         time.sleep(PATIENCE_S / 6)
     driver.answer(request("last"))
-    driver.until(lambda: not loop.get_status()["stages"]["text"]["alive"] or loop._hosts["text"]._recovery.num_rebuilds)
+    driver.until(
+        lambda: not loop.get_status()["stages"]["text"]["alive"] or loop._stages["text"].hosts[0]._recovery.num_rebuilds
+    )
     driver.until_ready("text")
     assert driver.answer(request("next", "x")).text == "xx"
     loop.shutdown()
@@ -206,7 +211,7 @@ def test_the_executor_of_a_stage_that_is_rebuilt_is_the_configured_one() -> None
     for name in ("one", "two"):
         driver.answer(request(name, params=TextParams(do="raise")))
     driver.until_ready("text")
-    assert type(loop._hosts["text"].executor).__name__ == "ThreadExecutor"
+    assert type(loop._stages["text"].hosts[0].executor).__name__ == "ThreadExecutor"
     loop.shutdown()
 
 

@@ -42,8 +42,11 @@ def break_stage(loop: OmniExecutor, stage: str = "encode") -> OmniOutput:
 
 
 def status_of(loop: OmniExecutor, stage: str = "encode") -> dict[str, Any]:
+    """Of its one replica."""
     found: dict[str, Any] = loop.get_status()["stages"][stage]
-    return found
+    (replica,) = found["replicas"]
+    assert all(found[key] == replica[key] for key in ("alive", "state", "silent_s", "num_rebuilds", "cause"))
+    return replica
 
 
 def test_a_stage_that_raises_twice_in_a_row_refuses_until_it_is_rebuilt_and_then_works() -> None:
@@ -55,12 +58,12 @@ def test_a_stage_that_raises_twice_in_a_row_refuses_until_it_is_rebuilt_and_then
     assert "'encode' is being rebuilt" in str(refused.error) and "boom" in str(refused.error)
     assert isinstance(refused.error.__cause__, RuntimeError) and refused.error.retry_after_s == FIRST_PAUSE_S
     assert status_of(loop) == {"tasks": 0, "alive": False, "state": "rebuilding", "silent_s": 0.0, "num_rebuilds": 0,
-                               "cause": "RuntimeError: boom"}  # fmt: skip
+                               "cause": "RuntimeError: boom", "outstanding": 0.0}  # fmt: skip
     clock.now += refused.error.retry_after_s
     assert answer(loop, request("four")).error is None
     assert engine(loop, "encode") is not before
     assert status_of(loop) == {"tasks": 0, "alive": True, "state": "ready", "silent_s": 0.0, "num_rebuilds": 1,
-                               "cause": None}  # fmt: skip
+                               "cause": None, "outstanding": 0.0}  # fmt: skip
 
 
 def test_requests_of_other_stages_go_on_meanwhile() -> None:
@@ -131,7 +134,7 @@ def test_a_rebuild_takes_the_loaded_weights_and_frees_what_the_engine_held() -> 
     loads: list[int] = []
     loop._builder.models.get("weights", lambda: loads.append(1))
     break_stage(loop)
-    host = loop._hosts["encode"]
+    host = loop._stages["encode"].hosts[0]
     assert host.executor._engine is None, "the broken engine is let go before a new one is made"  # type: ignore[attr-defined]
     clock.now += FIRST_PAUSE_S
     answer(loop, request("next"))
@@ -139,7 +142,7 @@ def test_a_rebuild_takes_the_loaded_weights_and_frees_what_the_engine_held() -> 
     assert loads == [1]
 
 
-def test_an_engine_that_cannot_drop_a_task_fails_the_others_and_is_rebuilt() -> None:
+def test_an_engine_that_cannot_drop_a_task_is_rebuilt_and_runs_the_others_again() -> None:
     loop, clock = loop_of(toy_config())
     for name in ("a", "b"):
         loop.add_request(request(name, params={"encode": TextParams(steps=50)}))
@@ -150,10 +153,12 @@ def test_an_engine_that_cannot_drop_a_task_fails_the_others_and_is_rebuilt() -> 
 
     engine(loop, "encode").abort = stuck
     loop.abort("a")
-    outputs = {output.request_id: output for output in loop.take_outputs()} | finish(loop)
-    assert outputs["a"].status is RequestStatus.ABORTED
-    assert outputs["b"].status is RequestStatus.FAILED and "which one?" in str(outputs["b"].error)
+    assert [output.status for output in loop.take_outputs()] == [RequestStatus.ABORTED]
+    loop.step()
+    assert "which one?" in status_of(loop)["cause"]
     clock.now += FIRST_PAUSE_S
+    outputs = finish(loop)
+    assert outputs["b"].error is None and outputs["b"].metrics["encode"]["retried"] == 1
     assert answer(loop, request("c")).error is None
 
 
@@ -186,7 +191,7 @@ def test_a_stage_that_stays_without_memory_releases_it_before_it_is_rebuilt(monk
     released: list[bool] = []
     for name in ("one", "two"):
         answer(loop, request(name, params={"encode": TextParams(do="no_memory")}))
-    host = loop._hosts["encode"]
+    host = loop._stages["encode"].hosts[0]
     monkeypatch.setattr("vllm_omni.executor.stage_host.release_memory", lambda: released.append(not host.is_ready))
     clock.now += FIRST_PAUSE_S
     assert answer(loop, request("three")).error is None and released == [True]
@@ -244,17 +249,36 @@ def test_a_loop_that_is_inside_one_step_says_since_when_from_another_thread() ->
     assert loop.step_started is None and loop.get_status()["stages"]["text"]["state"] == "ready"
 
 
-def test_a_request_that_reaches_a_stage_while_it_is_rebuilt_is_told_when_to_ask_again() -> None:
-    loop, _ = loop_of(toy_config())
+def test_a_request_that_reaches_a_stage_while_it_is_rebuilt_waits_for_that() -> None:
+    loop, clock = loop_of(toy_config())
 
     def broken() -> Any:
         raise RuntimeError("boom")
 
     engine(loop, "picture").step = broken
-    for name, steps in (("one", 1), ("two", 5), ("late", 20)):
+    for name, steps in (("one", 1), ("two", 9), ("late", 30)):
         loop.add_request(request(name, params={"encode": TextParams(steps=steps), "picture": PictureParams()}))
-    found = finish(loop)
-    assert [type(found[name].error) for name in ("one", "two")] == [StageError, StageError]
-    late = found["late"].error
-    assert isinstance(late, StageUnavailableError) and late.retry_after_s == FIRST_PAUSE_S
-    assert "'picture' is being rebuilt" in str(late)
+    outputs = [output for _ in range(60) for output in loop.step()]
+    assert [(output.request_id, type(output.error)) for output in outputs] == [("one", StageError), ("two", StageError)]
+    status = loop.get_status()["stages"]["picture"]
+    assert (status["state"], status["tasks"], status["waiting"]) == ("rebuilding", 1, 1)
+    clock.now += FIRST_PAUSE_S
+    late = finish(loop)["late"]
+    assert late.error is None and "retried" not in late.metrics["picture"]
+
+
+def test_requests_that_wait_for_a_rebuild_end_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, clock = loop_of(toy_config())
+
+    def broken() -> Any:
+        raise SystemError("boom")
+
+    engine(loop, "picture").step = broken
+    for name, steps in (("one", 1), ("two", 9), ("late", 30)):
+        loop.add_request(request(name, params={"encode": TextParams(steps=steps), "picture": PictureParams()}))
+    for _ in range(60):
+        loop.step()
+    monkeypatch.setattr(type(loop._pipeline.specs["picture"]), "load", broken)
+    clock.now += FIRST_PAUSE_S
+    late = finish(loop)["late"].error
+    assert isinstance(late, StageUnavailableError) and late.retry_after_s == 2 * FIRST_PAUSE_S

@@ -22,6 +22,7 @@ from vllm_omni.errors import (
 )
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.executor.recovery import FIRST_PAUSE_S
 from vllm_omni.request import OmniOutput, RequestStatus
 
 # Refusals
@@ -100,13 +101,14 @@ def test_the_failure_of_one_stage_aborts_the_requests_other_stages() -> None:
     assert engine(loop, "encode").work == {}
 
 
-def test_an_engine_that_raises_loses_its_tasks_and_goes_on() -> None:
+def test_an_engine_that_raises_over_a_task_goes_on_and_only_that_task_fails() -> None:
     loop = executor()
     loop.add_request(request("bad", params={"encode": TextParams(do="raise")}))
     loop.add_request(request("mate"))
     outputs = finish(loop)
-    for output in outputs.values():
-        assert output.status is RequestStatus.FAILED and isinstance(output.error.__cause__, RuntimeError)
+    bad, mate = outputs["bad"], outputs["mate"]
+    assert bad.status is RequestStatus.FAILED and isinstance(bad.error.__cause__, RuntimeError)
+    assert mate.error is None and mate.metrics["encode"]["retried"] == 2, "together with it, then apart"
     assert engine(loop, "encode").work == {}
     assert answer(loop, request("later")).error is None
 
@@ -118,17 +120,20 @@ def test_a_finished_task_between_two_raises_keeps_the_stage_alive() -> None:
         assert answer(loop, request(f"good{index}", prompt=str(index))).error is None
 
 
-def test_an_engine_that_cannot_mend_itself_is_given_up_at_once_and_ends_who_waits_for_it() -> None:
-    config = toy_config()
-    stages = {**config.stages, "encode": toy_stage("encode", "toy_text")}
-    loop = executor(dataclasses.replace(config, stages=stages, scheduler=SchedulerConfig(max_running=1)))
+def test_an_engine_that_cannot_mend_itself_is_given_up_at_once_and_who_waits_for_it_is_run() -> None:
+    clock = Clock()
+    config = toy_config(scheduler=SchedulerConfig(max_running=1))
+    loop = OmniExecutor(Pipeline(config), clock=clock)
     loop.add_request(request("bad", params={"encode": TextParams(do="raise")}))
     loop.add_request(request("waits"))
     loop.step()
     engine(loop, "encode").options = dataclasses.replace(engine(loop, "encode").options, is_broken=True)
+    for _ in range(3):
+        loop.step()
+    assert loop.get_status()["stages"]["encode"]["state"] == "rebuilding"
+    clock.now += FIRST_PAUSE_S
     outputs = finish(loop)
-    assert outputs["bad"].status is RequestStatus.FAILED
-    assert outputs["waits"].status is RequestStatus.FAILED and "being rebuilt" in str(outputs["waits"].error)
+    assert outputs["bad"].status is RequestStatus.FAILED and outputs["waits"].error is None
 
 
 def test_a_task_that_the_engine_lost_fails_instead_of_hanging() -> None:
@@ -155,7 +160,7 @@ def test_the_silence_of_a_stage_that_is_held_back_is_not_its_own() -> None:
     loop = OmniExecutor(Pipeline(config), clock=clock)
     loop.add_request(request(params={"encode": TextParams(do="hang")}))
     loop.step()
-    host = loop._hosts["encode"]
+    host = loop._stages["encode"].hosts[0]
     for _ in range(3):
         clock.now += 9.0
         host.hold()

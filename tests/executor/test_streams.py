@@ -50,7 +50,7 @@ def log(loop: OmniExecutor, stage: str) -> list[str]:
 def assert_at_rest(loop: OmniExecutor) -> None:
     loop.check_integrity()
     assert not loop.has_work() and loop.scheduler.in_flight() == set()
-    for host in loop._hosts.values():
+    for host in loop._stages.values():
         assert not host.tasks and not host.num_buffers and not engine(loop, host.name).work
 
 
@@ -250,7 +250,7 @@ def test_a_failure_in_a_chain_ends_all_of_it_and_harms_nobody_else(params: Any, 
         raise outputs["bad"].error
     assert outputs["good"].error is None and torch.equal(outputs["good"].tensors["echo.sound"], sound(6, 100))
     assert_at_rest(loop)
-    assert all(host.is_ready for host in loop._hosts.values())
+    assert all(host.is_ready for host in loop._stages.values())
 
 
 @pytest.mark.parametrize("params", [StreamParams(do="empty"), StreamParams(rows=0), StreamParams(rows=0, do="whole")])

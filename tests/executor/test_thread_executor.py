@@ -124,7 +124,7 @@ def test_shutdown_ends_the_threads() -> None:
 
 def test_a_stage_that_was_shut_down_says_so() -> None:
     loop = threaded(text_config())
-    host = loop._hosts["text"]
+    host = loop._stages["text"].hosts[0]
     loop.shutdown()
     with pytest.raises(StageError, match="not started, or shut down"):
         host.executor.abort("x")

@@ -18,7 +18,7 @@ OWNERS: dict[str, tuple[set[str], set[str], str]] = {
     "who is paused": ({"Pause", "Resume"}, set(), "core/routing/omni_scheduler.py"),
     "which writers are too far ahead": (set(), {"paused"}, "core/routing/request_streams.py"),
     "which rows make up a chunk, and in which order": ({"RowRange"}, set(), "core/routing/edge_stream.py"),
-    "the rows of a chunk": ({"RowBuffer"}, set(), "executor/stage_host.py"),
+    "the rows of a chunk": ({"RowBuffer"}, set(), "executor/row_buffers.py"),
     "the end of a generation": (set(), {"finish_reason", "is_writing"}, "engine/ar/base.py"),
     "what a request asks of ACE-Step": (
         {"MusicRequest", "MusicOutline"},

@@ -33,7 +33,7 @@ def request(name: str = "r", prompt: str = "ab", **changes: Any) -> OmniRequest:
 def engine(loop: OmniExecutor | Omni | AsyncOmni, stage: str) -> Any:
     """What runs a stage, in the loop or in what drives one."""
     loop = loop if isinstance(loop, OmniExecutor) else loop._executor
-    return loop._hosts[stage].executor._engine
+    return loop._stages[stage].hosts[0].executor._engine
 
 
 def finish(loop: OmniExecutor, max_steps: int = 200) -> dict[str, OmniOutput]:

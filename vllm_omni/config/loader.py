@@ -156,8 +156,13 @@ def _build_stage(name: str, section: Mapping[str, Any], document: ConfigDocument
     convert(DType, stage.dtype, f"{key}.dtype")
     convert(Quantization, stage.quantization, f"{key}.quantization")
     convert(Offload, stage.offload, f"{key}.offload")
-    if not _DEVICE.fullmatch(stage.device):
-        raise ConfigError(f"{key}.device: got {stage.device!r}, expected auto, cpu, cuda, cuda:N or mps")
+    for item, device in [("device", stage.device), *(("devices", device) for device in stage.devices)]:
+        if not _DEVICE.fullmatch(device):
+            raise ConfigError(f"{key}.{item}: got {device!r}, expected auto, cpu, cuda, cuda:N or mps")
+    if stage.devices:
+        if "device" in section:
+            raise ConfigError(f"{key}.device: stands beside `devices`; keep one of them")
+        stage = dataclasses.replace(stage, device=stage.devices[0])
     if stage.model == "":
         raise ConfigError(f"{key}.model: got '', expected a folder, a hub id 'owner/name' or 'asset://name'")
     return dataclasses.replace(stage, defaults=_checked_defaults(stage.defaults, engine.params_type, f"{key}.defaults"))

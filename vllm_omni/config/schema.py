@@ -19,6 +19,7 @@ MAX_THREADS = 4096
 MAX_VOICES = 10_000
 MAX_RANK = 4096  # of an adapter
 MAX_RANKS = 64  # that share one model
+MAX_REPLICAS = 1024
 INPUT = "{input}"
 
 
@@ -208,7 +209,9 @@ class StageConfig:
     inputs: Mapping[str, EdgeLike] = field(default_factory=dict)  # input port -> "stage.port", or an EdgeConfig
     defaults: Mapping[str, Any] = field(default_factory=dict)  # fields of the kind's params class
     executor: str = "auto"  # "auto" (a thread each where stages are on several devices), or a row of the registry
+    replicas: int = 1  # engines that share the stage's tasks
     device: str = "auto"  # or a device of torch: "cpu", "cuda:0"
+    devices: tuple[str, ...] = ()  # of the replicas, in turn, in place of `device`
     dtype: str = "auto"  # or "float32", "bfloat16", "float16"
     quantization: str = "auto"  # of weights: "int8", "fp8", "none", or "auto" for what was published
     offload: str = "none"  # "weights": those of the blocks wait in the host's memory until each is computed
@@ -216,6 +219,19 @@ class StageConfig:
     variant: str | None = None  # which weight files: "fp16", "bf16"; None: plain ones, where there are none a variant
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # the ranks that share its model
     options: Any = None  # the options dataclass of the kind, of the stage's other YAML keys
+
+    def __post_init__(self) -> None:
+        check_number("replicas", self.replicas, 1, MAX_REPLICAS, integer=True, raises=ConfigError)
+        if len(self.devices) > self.replicas:
+            raise ConfigError(
+                f"devices: got {len(self.devices)}, expected at most one for each of `replicas` ({self.replicas})"
+            )
+
+    @property
+    def replica_devices(self) -> tuple[str, ...]:
+        """The device of each replica."""
+        devices = self.devices or (self.device,)
+        return tuple(devices[number % len(devices)] for number in range(self.replicas))
 
     @property
     def edges(self) -> dict[str, EdgeConfig]:

@@ -213,6 +213,12 @@ class StageSpec(ABC):
         """Rough seconds-like size of the task for shortest-job-first; only the order matters. prepared: of `check`."""
         return 1.0
 
+    def prefixes(self, params: StageParams, prepared: Any) -> tuple[int, ...]:
+        """Hashes of ever longer beginnings of a task's prompt: a replica that was given the same may still hold what it
+        computed for them. prepared: of `check`.
+        """
+        return ()
+
     def fingerprint(self) -> Mapping[str, Any] | None:
         """What a saved task of this stage must find the same to go on to the same result: plain values by name. None
         where its tasks cannot be saved.

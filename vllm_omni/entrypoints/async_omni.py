@@ -102,6 +102,10 @@ class AsyncOmni:
         """As `Omni.resume`; `stream(read_state(path))` gives partial outputs too."""
         return await self.generate(await asyncio.to_thread(read_state, path))
 
+    async def restart_stage(self, name: str) -> None:
+        """As `Omni.restart_stage`; it goes on by itself, `get_status` says how far it is."""
+        await asyncio.wrap_future(self._loop.run(lambda executor: executor.restart_stage(name)))
+
     async def shutdown(self, drain: bool = True) -> None:
         """Takes no more requests, lets the admitted ones finish (or aborts them without `drain`), frees all stages."""
         self._loop.stop(drain)

@@ -130,6 +130,15 @@ class Omni:
         """
         return self.generate(read_state(path))[0]
 
+    def restart_stage(self, name: str) -> None:
+        """Restarts the replicas of a stage, one after another and each once its tasks have finished; that goes on with
+        the next requests, none of which is lost. Models that are loaded into this process stay loaded. ConfigError for
+        a stage that is not there.
+        """
+        self._ensure_open()
+        with self._turn.take():
+            self._executor.restart_stage(name)
+
     def get_status(self) -> dict[str, Any]:
         """Gauges: requests that wait and run, tasks by stage."""
         return self._executor.get_status()

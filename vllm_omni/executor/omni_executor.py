@@ -19,16 +19,16 @@ from vllm_omni.core.routing.request_state import RequestEnd, RequestPosition
 from vllm_omni.engine.base import MemoryPlan
 from vllm_omni.engine.boundary import as_stage_error, clear_frames, describe, stage_boundary
 from vllm_omni.engine.output import PartialOutputs, make_output, unfinished_result
-from vllm_omni.errors import InvalidRequestError, OmniError, SchedulerError, StageError
+from vllm_omni.errors import ConfigError, InvalidRequestError, OmniError, SchedulerError, StageError
 from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.edge_traffic import EdgeTraffic
 from vllm_omni.executor.loading_step import LoadingStep, OnLoading, announce
 from vllm_omni.executor.memory import plan_memory, reserve_memory
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.planner import RequestPlanner
+from vllm_omni.executor.replica_set import ReplicaSet
 from vllm_omni.executor.saving import resumable
 from vllm_omni.executor.stage_builder import StageBuilder
-from vllm_omni.executor.stage_host import StageHost
 from vllm_omni.messages import (
     ChunkConsumed,
     Feed,
@@ -43,7 +43,7 @@ from vllm_omni.messages import (
     StageTask,
 )
 from vllm_omni.request import OmniOutput, OmniRequest, StageResult
-from vllm_omni.utils.checks import brief, check_number
+from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.utils.device import set_threads
 from vllm_omni.worker.background import Background
 
@@ -78,15 +78,15 @@ class OmniExecutor:
         self._background = Background(self._wake)
         self._builder = StageBuilder(pipeline, self._background, self._commons)
         self._traffic = EdgeTraffic()
-        self._hosts: dict[str, StageHost] = {}
+        self._stages: dict[str, ReplicaSet] = {}
         self._outputs: list[OmniOutput] = []
         self._partials: dict[str, PartialOutputs] = {}
         self._step_started: float | None = None
         try:
             for name in pipeline.specs:
                 self._load(name, plans[name], on_loading)
-            for host in self._hosts.values():
-                host.ensure_loaded()
+            for stage in self._stages.values():
+                stage.ensure_loaded()
         except BaseException:
             self.shutdown()
             raise
@@ -127,8 +127,8 @@ class OmniExecutor:
             if isinstance(plan, OmniError):
                 raise plan
             for name in plan.stages:
-                self._hosts[name].mend(self._scheduler.get_config().worker_timeout)
-                self._hosts[name].ensure_ready()
+                self._stages[name].mend(self._scheduler.get_config().worker_timeout)
+                self._stages[name].ensure_ready()
             self._scheduler.schedule(request, plan, now=now)
         except OmniError as error:
             self._scheduler.reject(request, error)
@@ -148,7 +148,7 @@ class OmniExecutor:
         found = self._scheduler.running_plan(request_id)
         if found is None:
             raise InvalidRequestError(f"request_id: got {brief(request_id)}, expected that of a request that runs")
-        saved = resumable(*found, self._pipeline, self._hosts)
+        saved = resumable(*found, self._pipeline, self._stages)
         self._planner.plan(saved)  # which says now what could not go on later
         return saved
 
@@ -172,7 +172,7 @@ class OmniExecutor:
         at once when a step would do something.
         """
         is_waiting = self.has_work() or self.is_mending
-        if is_waiting and not self._outputs and not any(host.is_busy() for host in self._hosts.values()):
+        if is_waiting and not self._outputs and not any(stage.is_busy() for stage in self._stages.values()):
             self._wake.wait(MAX_WAIT_S)
 
     def wake(self) -> None:
@@ -201,7 +201,7 @@ class OmniExecutor:
         """Whether a stage is being rebuilt, or may soon have to be: then `step` has something to do now and then, also
         without a request.
         """
-        return any(host.is_mending for host in self._hosts.values())
+        return any(stage.is_mending for stage in self._stages.values())
 
     def has_work(self) -> bool:
         """Whether `step` or `take_outputs` will still give something."""
@@ -211,12 +211,21 @@ class OmniExecutor:
         """Drains: takes no more requests; `step` brings the admitted ones to their ends."""
         self._scheduler.stop()
 
+    def restart_stage(self, name: str) -> None:
+        """Begins to restart the replicas of a stage one after another, each once its tasks have finished: no request
+        is lost, and none refused. `step` goes on with it, `get_status` says how far it is. ConfigError for a stage that
+        is not there.
+        """
+        if name not in self._stages:
+            raise ConfigError(f"stage: got {name!r:.80}{did_you_mean(str(name), self._stages)}")
+        self._stages[name].restart()
+
     def shutdown(self) -> None:
         """At once: unfinished requests end ABORTED (see `take_outputs`), all stages are freed. May be called twice."""
         self._scheduler.shutdown()
         self._finish_ended()
-        for host in self._hosts.values():
-            host.shutdown()
+        for stage in self._stages.values():
+            stage.shutdown()
         for spec in self._pipeline.specs.values():
             spec.close()
         self._background.shutdown()
@@ -242,11 +251,11 @@ class OmniExecutor:
 
     def get_status(self) -> dict[str, Any]:
         """The scheduler's gauges, `step_s` (seconds inside the step that is under way; 0 between two) and, by stage,
-        what `StageHost.get_status` says; safe to call from another thread.
+        what `ReplicaSet.get_status` says; safe to call from another thread.
         """
         started_s, timeout_s = self._step_started, self._scheduler.get_config().worker_timeout
         step_s = 0.0 if started_s is None else self._clock() - started_s
-        stages = {name: host.get_status(timeout_s) for name, host in self._hosts.items()}
+        stages = {name: stage.get_status(timeout_s) for name, stage in self._stages.items()}
         return {**self._scheduler.get_status(), "step_s": step_s, "stages": stages}
 
     def get_metrics(self) -> dict[str, Any]:
@@ -254,9 +263,9 @@ class OmniExecutor:
         has that, planned memory in bytes, how many models are loaded.
         """
         stages: dict[str, Any] = {}
-        for name, host in self._hosts.items():
+        for name, stage in self._stages.items():
             with stage_boundary(name):
-                stages[name] = host.executor.get_stats()
+                stages[name] = stage.get_stats()
         memory = {"planned_bytes": dict(self._memory.shares), "limit_bytes": self._memory.limit_bytes}
         counts = self._scheduler.get_metrics()
         chosen = {name: spec.precision for name, spec in self._pipeline.specs.items()}
@@ -273,33 +282,33 @@ class OmniExecutor:
         """Raises an OmniError when scheduler and stages disagree, or one of them finds its own state broken."""
         self._scheduler.check_integrity()
         self._memory.check_integrity()
-        held = {(request_id, name) for name, host in self._hosts.items() for request_id in host.tasks}
+        held = {(request_id, name) for name, stage in self._stages.items() for request_id in stage.tasks}
         if held != self._scheduler.in_flight():
             raise SchedulerError(
                 f"stages hold {sorted(held)}, the scheduler says {sorted(self._scheduler.in_flight())}"
             )
-        for host in self._hosts.values():
-            host.check_integrity()
+        for stage in self._stages.values():
+            stage.check_integrity()
 
     def _step(self) -> None:
-        busy = [name for name, host in self._hosts.items() if host.is_busy()]
+        busy = [name for name, stage in self._stages.items() if stage.is_busy()]
         held_back = self._scheduler.hold_back(busy, self._builder.devices)
-        for name, host in self._hosts.items():
+        for name, stage in self._stages.items():
             self._carry_out_orders()
             self._finish_ended()
             if name in held_back:
-                host.hold()
+                stage.hold()
                 continue
             timeout_s = self._scheduler.get_config().worker_timeout
-            host.mend(timeout_s)
-            for event in host.poll(timeout_s, partial(self._scheduler.is_waiting, stage=name)):
+            stage.mend(timeout_s)
+            for event in stage.poll(timeout_s, partial(self._scheduler.is_waiting, stage=name)):
                 try:
                     self._receive(name, event)
                 except Exception as error:  # what the event holds is not what it should be
                     self._scheduler.fail(event.request_id, as_stage_error(name, error))
         self._carry_out_orders()
-        for host in self._hosts.values():
-            host.compact_rows()
+        for stage in self._stages.values():
+            stage.compact_rows()
 
     def _load(self, name: str, plan: MemoryPlan, on_loading: OnLoading | None) -> None:
         """Begins to: stages that load elsewhere do so at the same time."""
@@ -307,9 +316,9 @@ class OmniExecutor:
         announce(LoadingStep.of(spec, context, plan.weights_bytes), on_loading)
         streamed = {edge.source_port for edge in self._graph.edges_from(name) if edge.stream is not None}
         inputs = self._graph.signatures[name].inputs
-        host = StageHost(name, partial(self._builder.build, name), inputs, streamed, self._clock)
-        self._hosts[name] = host
-        host.load()
+        build = partial(self._builder.build, name)
+        self._stages[name] = ReplicaSet(name, spec.stage.replicas, build, inputs, streamed, self._clock)
+        self._stages[name].load()
 
     def _carry_out_orders(self) -> None:
         for order in self._scheduler.tick(self._clock()):
@@ -319,19 +328,20 @@ class OmniExecutor:
                 self._scheduler.stage_failed(order.request_id, order.stage, as_stage_error(order.stage, error))
 
     def _carry_out(self, order: Order) -> None:
-        host = self._hosts[order.stage]
+        stage = self._stages[order.stage]
         if isinstance(order, StageTask):
-            self._traffic.count_inputs(self._graph.edges_into(order.stage), host.submit(order))
+            is_watched = order.request_id in self._partials
+            self._traffic.count_inputs(self._graph.edges_into(order.stage), stage.submit(order, is_watched))
         elif isinstance(order, Feed):
-            chunk = host.feed(order.request_id, order.port, order.rows)
+            chunk = stage.feed(order.request_id, order.port, order.rows)
             if chunk is not None:
                 self._traffic.count_inputs(self._graph.edges_into(order.stage), {order.port: chunk})
         elif isinstance(order, Pause):
-            host.pause(order.request_id)
+            stage.pause(order.request_id)
         elif isinstance(order, Resume):
-            host.resume(order.request_id)
+            stage.resume(order.request_id)
         else:
-            host.abort(order.request_id)
+            stage.abort(order.request_id)
 
     def _receive(self, stage: str, event: StageEvent) -> None:
         now = self._clock()
@@ -350,7 +360,7 @@ class OmniExecutor:
             self._add_partial(stage, event)
 
     def _receive_rows(self, stage: str, event: StageRows, now: float) -> None:
-        """The scheduler counts the rows, the hosts of their readers keep them."""
+        """The scheduler counts the rows, the readers keep them."""
         streamed = self._graph.signatures[stage].streamed_outputs
         if event.port not in streamed:
             words = f"stage {stage!r} gave rows of {event.port!r}, expected one of {sorted(streamed)}"
@@ -362,7 +372,7 @@ class OmniExecutor:
 
     def _keep_rows(self, edge: Edge, event: StageRows) -> None:
         try:
-            self._hosts[edge.target].keep_rows(event.request_id, edge.target_port, event.rows)
+            self._stages[edge.target].keep_rows(event.request_id, edge.target_port, event.rows)
         except StageError as error:
             self._scheduler.fail(event.request_id, StageError(f"{edge}: {error}"))
 
@@ -387,8 +397,8 @@ class OmniExecutor:
         """Turns every end into its output, and makes the stages drop what they hold of the request."""
         for end in self._scheduler.take_ends():
             unfinished = self._unfinished(end)
-            for host in self._hosts.values():
-                host.abort(end.request.request_id)
+            for stage in self._stages.values():
+                stage.abort(end.request.request_id)
             self._partials.pop(end.request.request_id, None)
             self._outputs.append(make_output(end, unfinished))
 
@@ -397,7 +407,7 @@ class OmniExecutor:
         request_id = end.request.request_id
         found: dict[str, StageResult] = {}
         for stage in {*end.made, *end.abandoned}.intersection(end.outputs):
-            made = end.made[stage] if stage in end.made else self._hosts[stage].partial_result(request_id)
+            made = end.made[stage] if stage in end.made else self._stages[stage].partial_result(request_id)
             result = unfinished_result(stage, made, self._partials.get(request_id))
             if result is not None:
                 found[stage] = result

@@ -49,7 +49,9 @@ class RequestPlanner:
                 _check_loras(spec, params[name])
                 asked = request if isinstance(params[name], DiffusionParams) else words
                 prepared = spec.check(asked, params[name], self._reads[name])
-                job_size += _checked_size(name, spec.job_size(request, params[name], prepared))
+                size = _checked_size(name, spec.job_size(request, params[name], prepared))
+                prefixes = spec.prefixes(params[name], prepared) if spec.stage.replicas > 1 else ()
+            job_size += size
             saved = request.saved.get(name)
             stages[name] = StagePlan(
                 params[name],
@@ -59,6 +61,8 @@ class RequestPlanner:
                 seed,
                 asked,
                 saved.content if saved else None,
+                size,
+                prefixes,
                 _guarded_cache_key(spec),
             )
         return RequestPlan(stages, kept_ports(self._graph, outputs), outputs, job_size)

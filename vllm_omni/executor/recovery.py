@@ -14,6 +14,8 @@ class Recovery:
 
     def __init__(self) -> None:
         self.cause: Exception | None = None  # why the stage is being rebuilt; None while it is not
+        self.is_planned = False  # nothing is wrong: it was asked to be restarted
+        self.has_failed = False  # the last attempt to rebuild it has
         self.is_loading = False  # the pause is over, and the new engine is on its way
         self.num_rebuilds = 0  # since construction, those that failed included
         self._pause_s = FIRST_PAUSE_S
@@ -23,9 +25,15 @@ class Recovery:
 
     def begin(self, cause: Exception, now: float) -> None:
         """The stage is broken, or could not be rebuilt: it will be tried (again) after the pause."""
-        self.cause, self.is_loading = cause, False
+        self.has_failed = self.is_loading
+        self.cause, self.is_loading, self.is_planned = cause, False, False
         self._due_s = now + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+
+    def plan(self, cause: Exception, now: float) -> None:
+        """The stage is to be rebuilt though it is not broken: at once."""
+        self.cause, self.is_loading, self.is_planned = cause, False, True
+        self._due_s = now
 
     def is_due(self, now: float) -> bool:
         """Whether to begin loading."""
@@ -39,7 +47,7 @@ class Recovery:
     def end(self, now: float) -> None:
         """The stage is rebuilt."""
         self._load_s = now - self._began_s
-        self.cause, self.is_loading = None, False
+        self.cause, self.is_loading, self.is_planned, self.has_failed = None, False, False, False
 
     def succeed(self) -> None:
         """A task has finished: what happens from now on is another failure."""

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from vllm_omni.core.routing.request_plan import RequestPlan
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.executor.pipeline import Pipeline
-from vllm_omni.executor.stage_host import StageHost
+from vllm_omni.executor.replica_set import ReplicaSet
 from vllm_omni.payload import SavedStage
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import brief
 
 
 def resumable(
-    request: OmniRequest, plan: RequestPlan, pipeline: Pipeline, hosts: Mapping[str, StageHost]
+    request: OmniRequest, plan: RequestPlan, pipeline: Pipeline, stages: Mapping[str, ReplicaSet]
 ) -> OmniRequest:
     """Stages that are done, have not begun, or cannot be saved run again where something still needs them.
     InvalidRequestError where no stage is in the middle of something that can be saved.
@@ -25,7 +25,7 @@ def resumable(
     saved: dict[str, SavedStage] = {}
     for stage in plan.stages:
         fingerprint = pipeline.specs[stage].fingerprint()
-        content = None if fingerprint is None else hosts[stage].save_state(request.request_id)
+        content = None if fingerprint is None else stages[stage].save_state(request.request_id)
         if fingerprint is not None and content is not None:
             saved[stage] = SavedStage(fingerprint, content)
     if not saved:

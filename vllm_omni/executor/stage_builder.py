@@ -24,24 +24,25 @@ class StageBuilder:
 
     def __init__(self, pipeline: Pipeline, background: Background, commons: Commons) -> None:
         self.models = ModelPool()
-        self.devices: dict[str, Device] = {
-            name: resolve_device(spec.stage.device) for name, spec in pipeline.specs.items()
+        # by stage, of each replica
+        self.devices: dict[str, tuple[Device, ...]] = {
+            name: tuple(map(resolve_device, spec.stage.replica_devices)) for name, spec in pipeline.specs.items()
         }
         self._pipeline = pipeline
         self._background = background
         self._commons = commons
 
-    def build(self, name: str) -> StageExecutor:
-        """An executor of its own, not started."""
+    def build(self, name: str, replica: int = 0) -> StageExecutor:
+        """An executor of its own for a replica of a stage, not started."""
         spec = self._pipeline.specs[name]
         executor: type[StageExecutor] = registry.resolve("executor", self._executor_of(spec.stage))
-        return executor(spec, self.context(name), self._commons, self.blueprint(name))
+        return executor(spec, self.context(name, replica), self._commons, self.blueprint(name, replica))
 
-    def context(self, name: str) -> EngineContext:
-        """What the engine of a stage is given besides its spec."""
+    def context(self, name: str, replica: int = 0) -> EngineContext:
+        """What the engine of a replica is given besides the spec of its stage."""
         spec = self._pipeline.specs[name]
         return EngineContext(
-            device=self.devices[name],
+            device=self.devices[name][replica],
             dtype=spec.precision.dtype,
             models=self.models,
             background=self._background,
@@ -50,9 +51,9 @@ class StageBuilder:
             dit_cache=self._pipeline.config.dit_cache,
         )
 
-    def blueprint(self, name: str) -> StageBlueprint:
-        """What an engine of this stage in another process is made of."""
-        context = self.context(name)
+    def blueprint(self, name: str, replica: int = 0) -> StageBlueprint:
+        """What an engine of this replica in another process is made of."""
+        context = self.context(name, replica)
         return StageBlueprint(
             self._pipeline.config,
             name,
@@ -61,19 +62,22 @@ class StageBuilder:
             context.reads,
             context.device,
             context.dtype,
-            self._threads(name),
+            self._threads(context.device),
         )
 
-    def _threads(self, name: str) -> int | None:
+    def _threads(self, device: Device) -> int | None:
         """Processes that compute on the CPU share its cores out: with more threads than cores each waits for others."""
-        if not is_cpu(self.devices[name]):
+        if not is_cpu(device):
             return None
-        on_cpu = [spec.stage for each, spec in self._pipeline.specs.items() if is_cpu(self.devices[each])]
-        num_processes = len({stage.name if runs_apart(stage) else None for stage in on_cpu})
-        return max(1, current_threads() // num_processes)
+        processes: set[tuple[str, int] | None] = set()
+        for name, devices in self.devices.items():
+            is_apart = runs_apart(self._pipeline.specs[name].stage)
+            processes |= {(name, number) if is_apart else None for number, each in enumerate(devices) if is_cpu(each)}
+        return max(1, current_threads() // len(processes))
 
     def _executor_of(self, stage: StageConfig) -> str:
-        """Stages on several devices have a thread each, so that no device waits for another."""
+        """Stages on several devices, and several replicas, have a thread each, so that none waits for another."""
         if stage.executor != "auto":
             return stage.executor
-        return "thread" if len(set(self.devices.values())) > 1 else "inline"
+        num_devices = len({device for devices in self.devices.values() for device in devices})
+        return "thread" if num_devices > 1 or stage.replicas > 1 else "inline"

@@ -1,7 +1,7 @@
-"""The guard of one stage: what its engine does wrong becomes a failure of the tasks it holds, never of the loop.
+"""The guard of one executor: what its engine does wrong becomes a failure of the tasks it holds, never of the loop.
 
-Owns the stage's tasks, the rows that were streamed to it, and its executor, which it replaces when the engine breaks.
-Knows since when it is silent; not what comes before or after the stage, nor who is paused.
+Owns the executor, which it replaces when the engine breaks, and knows which tasks that has. Knows since when it is
+silent; not what a task was given, whether it can be run again, nor who is paused.
 """
 
 from __future__ import annotations
@@ -12,34 +12,32 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
-
 from vllm_omni.engine.base import Activity
 from vllm_omni.engine.boundary import clear_frames, describe, stage_boundary, stage_error
 from vllm_omni.errors import StageError, StageUnavailableError
 from vllm_omni.executor.base import StageExecutor
 from vllm_omni.executor.recovery import Recovery
-from vllm_omni.executor.row_buffer import RowBuffer
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageRows, StageTask, StageWorked
-from vllm_omni.payload import PortSpec, RowRange, StagePayload, StreamChunk, TensorSpec
+from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.utils.device import is_out_of_memory, release_memory
 
 MAX_FAILURES = 2
+FAILURE_OF_RETRIED = 0.5  # what one counts whose tasks are run again: the one to blame will most likely raise twice
 
 
 class StageHost:
-    """One stage, its executor and its tasks. build: makes an executor, not started.
+    """One replica of a stage. build: makes an executor, not started. streamed_ports: outputs that another stage reads
+    row by row.
 
-    An engine that raises from `step`, or is silent for too long, loses its tasks and goes on. Doing so twice without a
-    finished task in between, being stuck in a step, or being unable to drop a task cleanly breaks it: the stage is
-    rebuilt, and takes no tasks meanwhile.
+    An engine that raises from `step`, or is silent for too long, loses its tasks and goes on. Doing so several times
+    without a finished task in between, being stuck in a step, or being unable to drop a task cleanly breaks it: it is
+    rebuilt, and takes no tasks meanwhile. Failures say whether the task was lost (`StageFailed.is_lost`).
     """
 
     def __init__(
         self,
         name: str,
         build: Callable[[], StageExecutor],
-        inputs: Mapping[str, PortSpec],
         streamed_ports: Collection[str],
         clock: Callable[[], float],
     ) -> None:
@@ -48,10 +46,8 @@ class StageHost:
         self.tasks: dict[str, set[str]] = {}  # request id -> the ports below of which it has given no row yet
         self._build = build
         self._clock = clock
-        self._inputs = inputs
-        self._streamed_ports = frozenset(streamed_ports)  # outputs that another stage reads row by row
-        self._buffers: dict[tuple[str, str], RowBuffer] = {}  # (request id, input port)
-        self._num_failures = 0  # since a task has finished
+        self._streamed_ports = frozenset(streamed_ports)
+        self._num_failures = 0.0  # since a task has finished
         self._quiet_since: float | None = None
         self._broken: Exception | None = None  # why the engine is to be given up, at the next `poll` or `mend`
         self._recovery = Recovery()
@@ -66,12 +62,20 @@ class StageHost:
         self._loading(self.executor.ensure_loaded)
 
     def ensure_ready(self) -> None:
-        """StageUnavailableError while the stage is being rebuilt."""
+        """StageUnavailableError while it is being rebuilt."""
         cause = self._cause
         if cause is not None:
-            retry_after_s = self._recovery.retry_after_s(self._clock())
+            retry_after_s = self.retry_after_s
             words = f"stage {self.name!r} is being rebuilt after a failure ({describe(cause)})"
+            if self._recovery.is_planned:
+                words = f"stage {self.name!r} is being restarted"
             raise StageUnavailableError(f"{words}; retry in {retry_after_s:.1f} s", retry_after_s) from cause
+
+    def restart(self) -> None:
+        """Gives up an engine that has no tasks; `mend` makes another."""
+        self.executor.shutdown(wait=False)
+        self._quiet_since = None
+        self._recovery.plan(StageError(f"stage {self.name!r} is being restarted"), self._clock())
 
     def mend(self, worker_timeout: float) -> None:
         """Goes on with a rebuild, where there is one: waits for its time, loads, is ready. Never waits for a thread.
@@ -109,48 +113,32 @@ class StageHost:
         self._is_shut_down = True
         self.executor.shutdown()
 
-    def submit(self, task: StageTask) -> Mapping[str, Any]:
-        """Hands a task over: what its inputs are, chunks cut. StageError, and the task is lost, when that fails."""
+    def submit(self, task: StageTask) -> None:
+        """Hands a task over, its inputs cut. StageError, and the task is dropped, when that fails."""
         self.ensure_ready()
         if not self.tasks and not self._is_stepping:
             self._quiet_since = None
         self.tasks[task.request_id] = set(self._streamed_ports)
-        with self._losing(task.request_id):
-            inputs = {port: self._input(task.request_id, port, value) for port, value in task.inputs.items()}
-            self.executor.submit(dataclasses.replace(task, inputs=inputs))
-        return inputs
+        with self._dropping(task.request_id):
+            self.executor.submit(task)
 
-    def feed(self, request_id: str, port: str, rows: RowRange) -> StreamChunk | None:
-        """Cuts a chunk and hands it over, where the task is still there; StageError, and the task is lost, when that
-        fails.
-        """
-        if request_id not in self.tasks:
-            return None
-        with self._losing(request_id):
-            chunk = self._buffer(request_id, port).cut(rows)
-            self.executor.feed(request_id, port, chunk)
-        return chunk
+    def feed(self, request_id: str, port: str, chunk: StreamChunk) -> None:
+        """Where the task is still there; StageError, and the task is dropped, when that fails."""
+        if request_id in self.tasks:
+            with self._dropping(request_id):
+                self.executor.feed(request_id, port, chunk)
 
     def pause(self, request_id: str) -> None:
-        """Where the task is still there; StageError, and the task is lost, when that fails."""
+        """As `feed`."""
         if request_id in self.tasks:
-            with self._losing(request_id):
+            with self._dropping(request_id):
                 self.executor.pause(request_id)
 
     def resume(self, request_id: str) -> None:
-        """As `pause`."""
+        """As `feed`."""
         if request_id in self.tasks:
-            with self._losing(request_id):
+            with self._dropping(request_id):
                 self.executor.resume(request_id)
-
-    def keep_rows(self, request_id: str, port: str, rows: Tensor) -> None:
-        """New rows [n, ...] of a streamed input, from which chunks will be cut; StageError for misshapen ones."""
-        self._buffer(request_id, port).push(rows)
-
-    def compact_rows(self) -> None:
-        """Lets go of large tensors of which only a few rows are kept."""
-        for buffer in self._buffers.values():
-            buffer.compact()
 
     def poll(self, worker_timeout: float, is_waiting: Callable[[str], bool]) -> list[StageEvent]:
         """What the stage reports. Failures carry a StageError; a raise, or being stuck, fails all tasks.
@@ -171,7 +159,7 @@ class StageHost:
                 events.extend(self._received(found))
             activity = self.executor.activity()
         except Exception as error:
-            return events + self._fail_all(error)
+            return events + self._fail_all(error, is_lost=True)
         return events + self._stuck(bool(reported), activity, now, worker_timeout, is_waiting)
 
     def hold(self) -> None:
@@ -200,8 +188,9 @@ class StageHost:
             return self.executor.save_state(request_id) if request_id in self.tasks else None
 
     def abort(self, request_id: str) -> None:
-        """Drops a task and the rows that are kept for it; unknown ones are fine."""
-        if self._end(request_id):
+        """Drops a task; unknown ones are fine."""
+        if request_id in self.tasks:
+            del self.tasks[request_id]
             self._drop(request_id)
 
     def check_integrity(self) -> None:
@@ -210,13 +199,14 @@ class StageHost:
             self.executor.check_integrity()
 
     def get_status(self, worker_timeout: float) -> dict[str, Any]:
-        """Gauges; safe to call from another thread. state: rebuilding, stuck (no answer for `worker_timeout` s, though
-        it is at work) or ready, which alone is `alive`; silent_s: since the last answer; cause: why it is not ready.
+        """Gauges; safe to call from another thread. state: rebuilding, restarting, stuck (no answer for
+        `worker_timeout` s, though it is at work) or ready, which alone is `alive`; silent_s: since the last answer;
+        cause: why it is not ready; pid: of its process, where it has one of its own.
         """
         cause, silent_s = self._cause, self._silent_s()
         state, why = "ready", None
         if cause is not None:
-            state, why = "rebuilding", describe(cause)
+            state, why = ("restarting", None) if self._recovery.is_planned else ("rebuilding", describe(cause))
         elif silent_s >= worker_timeout:
             state, why = "stuck", f"no answer for {silent_s:.1f} s"
         return {
@@ -231,40 +221,46 @@ class StageHost:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it takes tasks; else it is being rebuilt."""
+        """Whether it has an engine; else it is being rebuilt."""
         return self._recovery.cause is None
+
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether it has an engine that is not about to be given up."""
+        return self.is_ready and not self._is_broken
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the last attempt to rebuild it has failed."""
+        return self._recovery.has_failed
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether it is being restarted, though nothing is wrong."""
+        return self._recovery.is_planned
+
+    @property
+    def retry_after_s(self) -> float:
+        """When it may take tasks again, as far as one can say."""
+        return self._recovery.retry_after_s(self._clock())
 
     @property
     def is_mending(self) -> bool:
         """Whether `mend` has something to do now, or may have before long."""
         return not self.is_ready or self._is_broken or self._is_left_alone
 
-    @property
-    def num_buffers(self) -> int:
-        """Streamed inputs of which rows are kept."""
-        return len(self._buffers)
-
-    def _input(self, request_id: str, port: str, value: Any) -> Any:
-        return self._buffer(request_id, port).cut(value) if isinstance(value, RowRange) else value
-
-    def _buffer(self, request_id: str, port: str) -> RowBuffer:
-        """Of a streamed input; of one that ends without a row it is made when its one chunk is cut."""
-        spec = self._inputs[port]
-        shape = spec.row_shape if isinstance(spec, TensorSpec) else ()
-        return self._buffers.setdefault((request_id, port), RowBuffer(shape))
-
     def _received(self, event: StageEvent) -> Iterator[StageEvent]:
         """An event as the loop takes it. Streamed ports of which a task gave no rows are read from its payload."""
         if isinstance(event, StageRows) and event.request_id in self.tasks:
             self.tasks[event.request_id].discard(event.port)
         if isinstance(event, StageDone):
-            self._num_failures = 0
+            self._num_failures = 0.0
             self._recovery.succeed()
             for port in sorted(self.tasks.get(event.request_id, ())):
                 if port in event.payload.tensors:
                     yield StageRows(event.request_id, port, event.payload.tensors[port], is_last=True)
         if isinstance(event, StageDone | StageFailed):
-            self._end(event.request_id)
+            self.tasks.pop(event.request_id, None)
         if not isinstance(event, StageWorked):
             yield self._named(event) if isinstance(event, StageFailed) else event
 
@@ -286,22 +282,22 @@ class StageHost:
         if activity is Activity.IDLE:
             self._quiet_since = None
             idle = [task for task in self.tasks if not is_waiting(task)]
-            return self._fail(idle, StageError("the engine has nothing to do, but has not finished this task"))
+            why = StageError("the engine has nothing to do, but has not finished this task")
+            return self._fail(idle, why, is_lost=False)
         if activity is Activity.PENDING:
             self._quiet_since = None
         elif has_events or self._quiet_since is None:
             self._quiet_since = now
         elif now - self._quiet_since >= worker_timeout:
             silence_s = now - self._quiet_since
-            return self._fail_all(
-                StageError(f"no progress for {silence_s:.1f} s; raise scheduler.worker_timeout_s if it is just slow")
-            )
+            words = f"no progress for {silence_s:.1f} s; raise scheduler.worker_timeout_s if it is just slow"
+            return self._fail_all(StageError(words), is_lost=not self.executor.shares_memory)
         return []
 
-    def _fail_all(self, error: Exception) -> list[StageEvent]:
+    def _fail_all(self, error: Exception, is_lost: bool) -> list[StageEvent]:
         """All tasks fail, and the engine goes on if it can."""
-        self._num_failures += 1
-        failures = self._fail(self.tasks, error)
+        self._num_failures += FAILURE_OF_RETRIED if is_lost else 1.0
+        failures = self._fail(self.tasks, error, is_lost)
         if is_out_of_memory(error):
             release_memory()
         try:
@@ -352,17 +348,18 @@ class StageHost:
         cause = self._cause
         if cause is None or not self.is_ready:
             return []
-        failures = self._fail(self.tasks, cause)
+        failures = self._fail(self.tasks, cause, is_lost=True)
         self.executor.shutdown(wait=False)
-        self._broken, self._num_failures, self._quiet_since = None, 0, None
+        self._broken, self._num_failures, self._quiet_since = None, 0.0, None
         self._recovery.begin(cause, self._clock())
         return failures
 
-    def _fail(self, tasks: Iterable[str], cause: Exception) -> list[StageEvent]:
+    def _fail(self, tasks: Iterable[str], cause: Exception, is_lost: bool) -> list[StageEvent]:
         made = {request_id: self.partial_result(request_id) for request_id in sorted(tasks)}
         for request_id in made:
             self.abort(request_id)
-        return [StageFailed(request_id, stage_error(self.name, cause), each) for request_id, each in made.items()]
+        error = stage_error(self.name, cause)
+        return [StageFailed(request_id, error, each, is_lost) for request_id, each in made.items()]
 
     def _loading(self, go_on: Callable[[], None]) -> None:
         try:
@@ -373,19 +370,13 @@ class StageHost:
             raise
 
     @contextmanager
-    def _losing(self, request_id: str) -> Iterator[None]:
-        """A task whose engine raises over it is lost."""
+    def _dropping(self, request_id: str) -> Iterator[None]:
+        """A task whose engine raises over it is dropped."""
         try:
             yield
         except Exception as error:
             self.abort(request_id)
             raise stage_error(self.name, error) from error
-
-    def _end(self, request_id: str) -> bool:
-        """Nothing is kept for a task any more; whether the stage held it."""
-        for key in [key for key in self._buffers if key[0] == request_id]:
-            del self._buffers[key]
-        return self.tasks.pop(request_id, None) is not None
 
     def _drop(self, request_id: str) -> None:
         try:

@@ -137,11 +137,11 @@ class OmniScheduler:
                 self.fail(request_id, SchedulerError(f"nothing runs that could feed the stages {missing}"))
         return orders
 
-    def hold_back(self, busy: Collection[str], devices: Mapping[str, Hashable]) -> frozenset[str]:
+    def hold_back(self, busy: Collection[str], devices: Mapping[str, Collection[Hashable]]) -> frozenset[str]:
         """The stages not to be stepped now: a busy stage that they come before works on the first chunk of a stream, so
         somebody waits for the first audio, and on the same device they would only delay it.
 
-        busy: stages that could do a step. devices: of every stage.
+        busy: stages that could do a step. devices: of every stage, those of its replicas.
         """
         held: set[str] = set()
         if self._graph is not None:
@@ -149,7 +149,8 @@ class OmniScheduler:
             for state in self._requests.running.values():
                 urgent |= state.streams.on_first_chunk(state.running)
             for stage in urgent.intersection(busy):
-                held |= {other for other in self._graph.before({stage}) if devices[other] == devices[stage]}
+                before = self._graph.before({stage})
+                held |= {other for other in before if not set(devices[other]).isdisjoint(devices[stage])}
         self._held_back = frozenset(held)
         return self._held_back
 
@@ -317,7 +318,8 @@ class OmniScheduler:
         plan = state.plan.stages[stage]
         inputs = state.launch(stage, now)
         asked = state.request if plan.asked is None else plan.asked
-        task = StageTask(asked, stage, plan.seeded_params, inputs, plan.prepared, plan.saved)
+        given = (plan.prepared, plan.saved, plan.job_size, plan.prefixes)
+        task = StageTask(asked, stage, plan.seeded_params, inputs, *given)
         try:
             key = None if state.streams.touches(stage) else plan.cache_key(task)
         except OmniError as error:

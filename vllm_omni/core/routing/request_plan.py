@@ -27,6 +27,8 @@ class StagePlan:
     seed: int | None = None  # what it draws from, given or drawn; None where it draws nothing
     asked: OmniRequest | None = None  # the request as the stage was asked about it; None: as it came
     saved: Mapping[str, Any] | None = None  # where it goes on from, of a request that was saved
+    job_size: float = 1.0  # of this stage alone
+    prefixes: tuple[int, ...] = ()  # as of StageTask
     # a task with its inputs -> a key under which its payload may serve other requests, or None; may raise an OmniError
     cache_key: Callable[[StageTask], str | None] = _never_cached
 

@@ -13,6 +13,7 @@ from vllm_omni.config.schema import LoRAConfig, OmniConfig, StageConfig
 from vllm_omni.engine.ar.generation_defaults import FILE, generation_defaults
 from vllm_omni.engine.ar.no_tokenizer import NoTokenizer
 from vllm_omni.engine.ar.prompt import ARInput, PlannedPrompt, Prepared, PreparedPrompt, prompt_keys, read_prompt
+from vllm_omni.engine.ar.prompt_prefixes import prefix_hashes
 from vllm_omni.engine.ar.prompt_rows import check_prompt_rows, describe_prompt_rows
 from vllm_omni.engine.ar.source_images import IMAGE, source_images
 from vllm_omni.engine.ar.spec import ARSpec
@@ -133,6 +134,12 @@ class TextSpec(ARSpec):
         if self.can_write and isinstance(params, SamplingParams):
             num_new_tokens = (params.max_tokens or 256) * (params.n or 1)
         return self._num_prompt_tokens(request, prepared) / 10 + num_new_tokens
+
+    def prefixes(self, params: StageParams, prepared: Any) -> tuple[int, ...]:
+        if not self.prefix_caching or not isinstance(prepared, PreparedPrompt):
+            return ()
+        adapters = None if self.lora is None else self.lora.key(loras_of(params))
+        return prefix_hashes(prepared.token_ids, self.options.block_size, adapters)
 
     def note(self) -> str:
         """Besides: what is done to prompts, and where the parameters come from that a request leaves unset."""

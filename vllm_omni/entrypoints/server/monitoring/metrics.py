@@ -134,6 +134,12 @@ class _Gauges(Collector):
         running = GaugeMetricFamily("vllm_omni_requests_running", "Requests that run", labels=["model"])
         alive = GaugeMetricFamily("vllm_omni_stage_alive", "1 for a stage that answers", labels=["model", "stage"])
         tasks = GaugeMetricFamily("vllm_omni_stage_tasks", "Requests in a stage", labels=["model", "stage"])
+        retries = GaugeMetricFamily(
+            "vllm_omni_stage_retries", "Tasks that were run again, since loading", labels=["model", "stage"]
+        )
+        by_replica = ["model", "stage", "replica"]
+        alive_replicas = GaugeMetricFamily("vllm_omni_replica_alive", "1 for a replica that answers", labels=by_replica)
+        work = GaugeMetricFamily("vllm_omni_replica_outstanding", "Work of unfinished tasks", labels=by_replica)
         for model in self._models:
             served.add_metric([model.name], sum(run.model is model for run in self._runs.living))
             status = model.get_status()
@@ -143,9 +149,13 @@ class _Gauges(Collector):
                 for stage, about in status["stages"].items():
                     alive.add_metric([model.name, stage], float(about["alive"]))
                     tasks.add_metric([model.name, stage], about["tasks"])
+                    retries.add_metric([model.name, stage], about["num_retries"])
+                    for number, replica in enumerate(about["replicas"]):
+                        alive_replicas.add_metric([model.name, stage, str(number)], float(replica["alive"]))
+                        work.add_metric([model.name, stage, str(number)], replica["outstanding"])
         loop_tasks = GaugeMetricFamily("vllm_omni_event_loop_tasks", "Tasks of the server's event loop")
         loop_tasks.add_metric([], len(asyncio.all_tasks()))
-        yield from (served, waiting, running, alive, tasks, loop_tasks)
+        yield from (served, waiting, running, alive, tasks, retries, alive_replicas, work, loop_tasks)
         yield from self._of_engines()
 
     def _of_engines(self) -> Iterator[Metric]:
