@@ -193,7 +193,17 @@ def test_errors_keep_name_words_attributes_cause_and_lines(error: Exception) -> 
     assert describe(crossed(found)) == describe(found)
 
 
-@pytest.mark.parametrize("value", [object(), lambda: 0, iter([]), np.array([object()]), open, WireTypes], ids=repr)
+UNSENDABLE = {
+    "object": object(),
+    "function": lambda: 0,
+    "iterator": iter([]),
+    "array of objects": np.array([object()]),
+    "built-in": open,
+    "class": WireTypes,
+}
+
+
+@pytest.mark.parametrize("value", UNSENDABLE.values(), ids=UNSENDABLE.keys())
 def test_what_cannot_be_sent_is_refused(value: Any) -> None:
     with pytest.raises(WireError, match=r"cannot be sent|expected numbers or texts"):
         crossed({"deep": [value]})
