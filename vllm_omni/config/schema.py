@@ -220,7 +220,7 @@ class RayStageConfig:
 class RayConfig:
     """Which Ray the stages run on whose executor is that."""
 
-    address: str | None = None  # host:port; None: one that runs on this machine, else one is started
+    address: str | None = None  # host:port; 'local': one is started; None: the one that runs here, else as 'local'
     namespace: str | None = None  # of Ray; None: one of its own
 
 

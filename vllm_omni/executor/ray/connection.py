@@ -14,6 +14,7 @@ from vllm_omni.config.schema import RayConfig
 from vllm_omni.errors import ConfigError, StageError
 
 CONNECT_S = 60.0
+LOCAL = "local"  # the address that starts one
 LEAVE_S = 20.0
 
 
@@ -86,10 +87,13 @@ def _init(config: RayConfig) -> None:
     import ray
 
     options: dict[str, Any] = {"namespace": config.namespace, "log_to_driver": True}
-    if config.address is not None:
-        ray.init(address=config.address, **options)
-        return
-    try:
-        ray.init(address="auto", **options)
-    except ConnectionError:  # none runs here
-        ray.init(address="local", include_dashboard=False, **options)
+    address = config.address
+    if address is None:
+        try:
+            ray.init(address="auto", **options)
+            return
+        except ConnectionError:  # none runs here
+            address = LOCAL
+    if address == LOCAL:
+        options["include_dashboard"] = False
+    ray.init(address=address, **options)
