@@ -5,6 +5,7 @@ their tasks with the cause and are replaced. Everything about Ray is here, since
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import time
@@ -25,6 +26,7 @@ from vllm_omni.config.schema import RayConfig, RayStageConfig
 from vllm_omni.errors import StageError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.executor.ray import executor
 from vllm_omni.request import RequestStatus
 
 if TYPE_CHECKING:
@@ -67,16 +69,18 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def driver(cluster: Cluster) -> Iterator[Driver]:
     """One stage, on one of the workers."""
-    place = RayStageConfig(num_cpus=0.5, resources={"worker": 1})
-    stages = {"text": toy_stage("text", "apart_text", executor="ray", ray=place, step_s=0.01)}
-    config = toy_config(stages=stages, outputs=("text",), worker_timeout=30.0, ray=RayConfig(address=cluster.address))
-    driver = Driver(OmniExecutor(Pipeline(config)))
+    driver = Driver(loop_of(cluster, ray=RayStageConfig(num_cpus=0.5, resources={"worker": 1}), step_s=0.01))
     yield driver
     driver.loop.shutdown()
     import ray
 
     assert not ray.is_initialized()
     assert all(node.live_processes() for node in cluster.list_all_nodes()), "a Ray that was there goes on"
+
+
+def loop_of(cluster: Cluster, **options: Any) -> OmniExecutor:
+    stages = {"text": toy_stage("text", "apart_text", executor="ray", **options)}
+    return OmniExecutor(Pipeline(toy_config(stages=stages, outputs=("text",), ray=RayConfig(address=cluster.address))))
 
 
 def place(driver: Driver) -> dict[str, Any]:
@@ -125,15 +129,28 @@ def test_speech_streams_between_actors_of_a_ray_that_is_started_and_ended() -> N
 
 
 def test_pictures_are_those_of_one_process(cluster: Cluster) -> None:
-    """The Ray that runs here is found without an address; what an edge hands over is larger than what stands inline."""
-    params = DiffusionParams(seed=3, num_inference_steps=3, num_outputs=2)
+    """The Ray that runs here is found without an address; what the request brings passes through its object store."""
+    given = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+    params = DiffusionParams(seed=3, num_inference_steps=4, strength=0.5)
     found = []
     for overrides in ([], ["image.executor=ray"]):
-        with Omni("tiny_image", progress=False, dtype="float32", overrides=overrides) as omni:
-            (output,) = omni.generate("a violet star above a golden ring", params)
+        with Omni("tiny_scene", progress=False, dtype="float32", overrides=overrides) as omni:
+            (output,) = omni.generate({"prompt": "a violet star", "image": given}, params)
             assert output.error is None
-            found.append([np.asarray(image).tobytes() for image in output.images])
+            found.append(np.asarray(output.images[0]).tobytes())
     assert found[0] == found[1]
+
+
+def test_what_keeps_an_actor_from_starting_is_said(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        StageError, match=r"its actor \(process \d+ on .*\) could not load it: RuntimeError: weights are on fire"
+    ):
+        loop_of(cluster, fails_to_load=True)
+    monkeypatch.setattr(executor, "START_S", 0.5)
+    asks = RayStageConfig(num_cpus=0.5, resources={"gold": 1})
+    words = "did not start within 0.5 s; it asks for {'CPU': 0.5, 'gold': 1}, and the cluster has {'CPU': "
+    with pytest.raises(StageError, match=re.escape(words)):
+        loop_of(cluster, ray=asks)
 
 
 def test_what_goes_wrong_in_an_actor_fails_its_tasks_alone(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:

@@ -76,7 +76,8 @@ class RayCluster:
         """Kills it; its place is free again."""
         import ray
 
-        ray.kill(actor.handle, no_restart=True)
+        if ray.is_initialized():  # else somebody else has ended the connection, and the actor with it
+            ray.kill(actor.handle, no_restart=True)
         if actor.bundle is not None:
             actor.bundle.is_taken = False
 
@@ -89,10 +90,10 @@ class RayCluster:
         if not self._is_connected:
             return
         self._is_connected = False
-        if self._group is not None:
-            from ray.util import remove_placement_group
+        import ray
 
-            remove_placement_group(self._group)
+        if self._group is not None and ray.is_initialized():
+            ray.util.remove_placement_group(self._group)
         CONNECTION.exit()
 
     def _reserve(self, config: OmniConfig) -> None:
