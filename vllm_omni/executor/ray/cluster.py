@@ -49,12 +49,10 @@ class RayCluster:
         self._bundles: list[Bundle] = []
 
     def run(self, work: Callable[[], None], name: str) -> threading.Thread:
-        """A thread, started."""
+        """A thread, started. Called by the loop alone, which waits for no lock that is held while Ray starts."""
         thread = threading.Thread(target=work, name=name, daemon=True)
-        with self._lock:
-            self._threads = [each for each in self._threads if each.is_alive()]
-            self._threads.append(thread)
-            thread.start()
+        thread.start()
+        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
         return thread
 
     def start(self, config: OmniConfig, stage: StageConfig) -> PlacedActor:

@@ -44,6 +44,8 @@ def opened(frame: Sequence[Any], types: WireTypes) -> Any:
         content, *arrays = frame
         entries, body = msgpack.unpackb(content, max_array_len=MAX_ITEMS + 1, max_ext_len=0)
         memories: list[Callable[[], Tensor]] = [_memory(array) for array in arrays]
+        if not isinstance(body, bytes):
+            raise WireError(f"got a {type(body).__name__}, expected the bytes of a message")
     except WireError:
         raise
     except Exception as error:
