@@ -205,7 +205,7 @@ class RayStageConfig:
     """What a stage asks of Ray, where its executor is that."""
 
     num_cpus: float = 1.0  # also how many threads torch computes with on a CPU, where resources.threads says nothing
-    num_gpus: float | None = None  # None: 1 where the stage's device is a GPU, else 0
+    num_gpus: float | None = None  # None: one for each rank where the stage's device is a GPU, else 0
     resources: Mapping[str, float] = field(default_factory=dict)  # of the names that the nodes were started with
 
     def __post_init__(self) -> None:

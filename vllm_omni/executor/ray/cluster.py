@@ -99,9 +99,10 @@ class RayCluster:
         from ray.util import placement_group
 
         stages = [stage for stage in config.stages.values() if stage.executor == EXECUTOR and resources_of(stage)]
-        if len(stages) > 1:
-            self._bundles = [Bundle(stage.name) for stage in stages]
-            self._group = placement_group([resources_of(stage) for stage in stages], strategy="PACK")
+        replicas = [stage for stage in stages for _ in range(stage.replicas)]
+        if len(replicas) > 1:
+            self._bundles = [Bundle(stage.name) for stage in replicas]
+            self._group = placement_group([resources_of(stage) for stage in replicas], strategy="PACK")
 
     def _start(self, stage: StageConfig, bundle: Bundle | None) -> Any:
         import ray
@@ -125,10 +126,10 @@ class RayCluster:
 
 
 def num_gpus_of(stage: StageConfig) -> float:
-    """What its actor is given."""
+    """What its actor is given: unasked, one for each rank where it computes on a GPU."""
     if stage.ray.num_gpus is not None:
         return stage.ray.num_gpus
-    return 0.0 if is_cpu(resolve_device(stage.device)) else 1.0
+    return 0.0 if is_cpu(resolve_device(stage.device)) else float(stage.parallel.size)
 
 
 def resources_of(stage: StageConfig) -> dict[str, float]:

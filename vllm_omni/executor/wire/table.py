@@ -49,12 +49,9 @@ SHARED: tuple[type, ...] = (
     schema.LimitsConfig,
     schema.PromptsConfig,
     schema.LoRAConfig,
-<<<<<<< HEAD
     schema.ParallelConfig,
-=======
     schema.RayConfig,
     schema.RayStageConfig,
->>>>>>> 78f66e0 (Stages as actors of a Ray cluster: the first that works)
     schema.EdgeConfig,
     schema.StreamConfig,
 )
