@@ -163,7 +163,7 @@ def test_what_goes_wrong_in_an_actor_fails_its_tasks_alone(driver: Driver, caplo
     asked = request("bad", [{"role": "user", "content": [{"type": "text", "text": "x", "more": open}]}])
     assert "cannot be sent to another process" in str(driver.answer(asked).error)
     assert driver.answer(request("good", "x")).text == "xx"
-    assert place(driver) == {**first, "silent_s": place(driver)["silent_s"]}
+    assert place(driver)["pid"] == first["pid"]
 
 
 def test_aborts_free_what_the_actor_holds(driver: Driver) -> None:
@@ -181,7 +181,7 @@ def heals(driver: Driver, name: str, kill: Callable[[], object]) -> str:
     """A task whose actor is killed while its words stream: all come, none twice. What was said of the actor's end."""
     driver.outputs.clear()
     driver.loop.add_request(request(name, "x", params=TextParams(steps=100)), stream=True)
-    driver.until(lambda: len(driver.outputs) > 2)
+    driver.until(lambda: len(driver.outputs) > 2, HEAL_S)
     kill()
     driver.longest_s = 0.0
     driver.until(lambda: place(driver)["state"] == "rebuilding", HEAL_S)
@@ -189,7 +189,7 @@ def heals(driver: Driver, name: str, kill: Callable[[], object]) -> str:
     driver.until(lambda: driver.final(name), HEAL_S)
     output = driver.final(name)
     assert output is not None and output.error is None and output.text == "x" * 100
-    assert "".join(part.text or "" for part in driver.outputs if not part.finished) in output.text
+    assert "".join(part.text or "" for part in driver.outputs if not part.finished) == output.text
     assert output.metrics["text"]["retried"] == 1 and driver.longest_s < 1.0, "the loop waits for nobody"
     return str(cause)
 
