@@ -97,6 +97,7 @@ TABLES: dict[str, dict[str, str]] = {
     "executor": {
         "inline": "vllm_omni.executor.inline:InlineExecutor",
         "process": "vllm_omni.executor.process.executor:ProcessExecutor",
+        "ray": "vllm_omni.executor.ray.executor:RayExecutor",
         "thread": "vllm_omni.executor.thread:ThreadExecutor",
     },
 }

@@ -112,7 +112,8 @@ def foreign_packages(files: set[Path]) -> set[str]:
     return {modules.get(name, name) for name in names - sys.stdlib_module_names - {"vllm_omni"}}
 
 
-WHERE_INSTALLED = {"triton", "flash_attn"}  # of GPUs: the first comes with CUDA builds of torch, the second is an extra
+# of GPUs: the first comes with CUDA builds of torch, the second is an extra; the third is one too, of clusters
+WHERE_INSTALLED = {"triton", "flash_attn", "ray"}
 # torchsde: by diffusers, for a sampler of Stable Audio; tokenizers: by transformers, and its backend is used directly;
 # the next two by fastapi and uvicorn; opentelemetry is a namespace of several
 IMPORTED_BY_OTHERS = {

@@ -17,6 +17,7 @@ from vllm_omni.config.schema import (
     LimitsConfig,
     OmniConfig,
     PromptsConfig,
+    RayConfig,
     SchedulerConfig,
     StageConfig,
 )
@@ -68,6 +69,7 @@ class ConfigDocument:
     dit_cache: DiTCacheConfig = field(default_factory=DiTCacheConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
 
     def with_stages(self, stages: Mapping[str, StageConfig]) -> OmniConfig:
         """The configuration that the rest of the package uses."""
@@ -80,6 +82,7 @@ class ConfigDocument:
             dit_cache=self.dit_cache,
             limits=self.limits,
             prompts=self.prompts,
+            ray=self.ray,
             max_memory_gb=self.resources.max_memory_gb,
             max_gpu_utilization=self.resources.max_gpu_utilization,
             threads=self.resources.threads,

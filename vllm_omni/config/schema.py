@@ -20,6 +20,7 @@ MAX_VOICES = 10_000
 MAX_RANK = 4096  # of an adapter
 MAX_RANKS = 64  # that share one model
 MAX_REPLICAS = 1024
+MAX_RAY = 10_000  # of a resource
 INPUT = "{input}"
 
 
@@ -200,6 +201,30 @@ EdgeLike = str | EdgeConfig
 
 
 @dataclass(frozen=True, slots=True)
+class RayStageConfig:
+    """What a stage asks of Ray, where its executor is that."""
+
+    num_cpus: float = 1.0  # also how many threads torch computes with on a CPU, where resources.threads says nothing
+    num_gpus: float | None = None  # None: one for each rank where the stage's device is a GPU, else 0
+    resources: Mapping[str, float] = field(default_factory=dict)  # of the names that the nodes were started with
+
+    def __post_init__(self) -> None:
+        check_number("num_cpus", self.num_cpus, 0, MAX_RAY, raises=ConfigError)
+        if self.num_gpus is not None:
+            check_number("num_gpus", self.num_gpus, 0, MAX_RAY, raises=ConfigError)
+        for name, amount in self.resources.items():
+            check_number(f"resources.{name}", amount, 0, MAX_RAY, above_low=True, raises=ConfigError)
+
+
+@dataclass(frozen=True, slots=True)
+class RayConfig:
+    """Which Ray the stages run on whose executor is that."""
+
+    address: str | None = None  # host:port; 'local': one is started; None: the one that runs here, else as 'local'
+    namespace: str | None = None  # of Ray; None: one of its own
+
+
+@dataclass(frozen=True, slots=True)
 class StageConfig:
     """One stage."""
 
@@ -218,6 +243,7 @@ class StageConfig:
     revision: str | None = None  # of a hub id: a branch, a tag or a commit; None: its main branch
     variant: str | None = None  # which weight files: "fp16", "bf16"; None: plain ones, where there are none a variant
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # the ranks that share its model
+    ray: RayStageConfig = field(default_factory=RayStageConfig)
     options: Any = None  # the options dataclass of the kind, of the stage's other YAML keys
 
     def __post_init__(self) -> None:
@@ -251,6 +277,7 @@ class OmniConfig:
     dit_cache: DiTCacheConfig = field(default_factory=DiTCacheConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     max_memory_gb: float = 16.0  # for weights, KV pools and caches of all stages
     max_gpu_utilization: float = 0.8  # the share of an accelerator's memory that may be planned for
     threads: int | None = None  # of torch on the CPU, in the whole process; None leaves it at all cores

@@ -95,7 +95,7 @@ class StageExecutor(ABC):
         """As StageEngine.check_integrity; raises also where the engine does not answer in time."""
 
     def place(self) -> Mapping[str, Any]:
-        """Where the engine is, for the status: `pid` of another process."""
+        """Where the engine is, for the status: `pid` of another process, `host` and `node` of another machine."""
         return {}
 
     @abstractmethod

@@ -32,7 +32,8 @@ class StageBlueprint:
 
     def describe(self) -> StageSpec:
         """The spec, as `Pipeline` made it."""
-        spec = describe_stage(self.config.stages[self.stage], self.config, ModelFolders(fetched=self.fetched))
+        fetched = [each for each in self.fetched if each[-1].is_dir()]  # on another machine they are looked up again
+        spec = describe_stage(self.config.stages[self.stage], self.config, ModelFolders(fetched=fetched))
         if self.granted_bytes is not None:
             spec.grant_memory(self.granted_bytes)
         return spec

@@ -231,6 +231,7 @@ class OmniExecutor:
         self._background.shutdown()
         self._builder.models.clear()
         self._commons.segments.clear()
+        self._commons.cluster.close()
         self._wake.close()
 
     @property

@@ -6,6 +6,7 @@ Orders are numbered by their place: a report says how many of them were carried 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,15 @@ class Submit:
     @property
     def request_id(self) -> str:
         return self.task.request_id
+
+    def for_another_process(self) -> Submit:
+        """What a stage's `check` prepared may be anything, so it does not travel: the host makes it again. Nor does
+        what the request saved of other stages.
+        """
+        task = dataclasses.replace(self.task, prepared=None)
+        if task.request.saved:
+            task = dataclasses.replace(task, request=dataclasses.replace(task.request, saved={}))
+        return Submit(task)
 
 
 @dataclass(frozen=True, slots=True)

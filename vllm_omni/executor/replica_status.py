@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+PLACE = ("pid", "host", "node")  # what `StageExecutor.place` says
+
 
 def merged_status(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of `StageHost.get_status`, at least one: a stage is as its best replica."""
     best = min(replicas, key=lambda replica: (replica["state"] != "ready", not replica["alive"]))
     return {
-        **{key: best[key] for key in ("alive", "state", "cause", "pid") if key in best},
+        **{key: best[key] for key in ("alive", "state", "cause", *PLACE) if key in best},
         "silent_s": max(replica["silent_s"] for replica in replicas),
         "num_rebuilds": sum(replica["num_rebuilds"] for replica in replicas),
     }

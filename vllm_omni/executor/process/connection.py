@@ -20,11 +20,12 @@ from typing import Any
 import msgpack
 from torch import Tensor
 
-from vllm_omni.executor.process.parcel import MAX_LENT, Parcel, unpacked
+from vllm_omni.executor.process.parcel import MAX_LENT, Parcel
 from vllm_omni.executor.process.segments import Segment, Segments, bytes_of
 from vllm_omni.executor.wire.base import MAX_FRAME_BYTES, MAX_ITEMS, WireError
 from vllm_omni.executor.wire.codec import decode, encode
 from vllm_omni.executor.wire.table import WireTypes
+from vllm_omni.executor.wire.tensors import entry_at, unpacked
 from vllm_omni.utils.checks import brief
 
 HEADER = struct.Struct("<II")
@@ -203,7 +204,7 @@ class Connection:
                 os.close(file)
         if not body:
             return None
-        return decode(body, lambda index: unpacked(entries[_place(index)], memories), self.types)
+        return decode(body, lambda index: unpacked(entry_at(entries, index), memories), self.types)
 
     def _take_back(self, number: int) -> None:
         segment, kept = self._lent.pop(number)
@@ -229,9 +230,3 @@ _ROOM_FOR_FILES = socket.CMSG_SPACE(MAX_LENT * array.array("i").itemsize)
 
 def _return(returned: deque[int], number: int, segment: Segment) -> None:
     returned.append(number)
-
-
-def _place(index: Any) -> int:
-    if type(index) is not int or index < 0:
-        raise WireError(f"got {brief(index)}, expected the place of a tensor")
-    return index

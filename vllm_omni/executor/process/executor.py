@@ -7,16 +7,12 @@ through the CPU's memory.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import socket
-import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from vllm_omni import registry
 from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.errors import StageError
 from vllm_omni.executor.blueprint import StageBlueprint
@@ -102,17 +98,16 @@ class ProcessExecutor(ServedExecutor):
         self._started_s = time.monotonic()
         self._connection = Connection(ours, self._segments, wire_types())
         self._keeper = Keeper(self._name, [theirs.detach(), pulse], self._wake)
-        kinds = [stage.kind for stage in self._blueprint.config.stages.values()]
-        level = logging.getLogger("vllm_omni").getEffectiveLevel()
-        self._connection.send(Surroundings(sys.path, str(Path.cwd()), registry.TABLES, kinds, level))
-        self._connection.types = wire_types(kinds)
+        surroundings = Surroundings.of(self._blueprint.config)
+        self._connection.send(surroundings)
+        self._connection.types = wire_types(surroundings.kinds)
         self._connection.send(self._blueprint)
         self._watch()
 
     def _send(self, order: StageOrder) -> None:
         if self._connection is None:
             raise StageError(f"stage {self._name!r}: not started, or shut down")
-        self._connection.send(_without_prepared(order) if isinstance(order, Submit) else order)
+        self._connection.send(order.for_another_process() if isinstance(order, Submit) else order)
         self._watch()
 
     def _receive(self) -> list[Report]:
@@ -188,13 +183,3 @@ class ProcessExecutor(ServedExecutor):
         self._breakdown = self._breakdown or error
         self._activity = Activity.IDLE
         self._forget()
-
-
-def _without_prepared(order: Submit) -> Submit:
-    """What a stage's `check` prepared may be anything, so it does not travel: the child makes it again. Nor does what
-    the request saved of other stages.
-    """
-    task = dataclasses.replace(order.task, prepared=None)
-    if task.request.saved:
-        task = dataclasses.replace(task, request=dataclasses.replace(task.request, saved={}))
-    return Submit(task)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from vllm_omni import registry
+from vllm_omni.config.schema import OmniConfig
 from vllm_omni.engine.base import ReadPorts
 from vllm_omni.errors import StageError
 from vllm_omni.executor.blueprint import StageBlueprint
@@ -22,6 +27,13 @@ class Surroundings:
     rows: Mapping[str, Mapping[str, str]]  # of the registry
     kinds: Sequence[str]  # of the stages of the config, which comes next as a StageBlueprint
     log_level: int
+
+    @classmethod
+    def of(cls, config: OmniConfig) -> Surroundings:
+        """Of this process."""
+        kinds = [stage.kind for stage in config.stages.values()]
+        level = logging.getLogger("vllm_omni").getEffectiveLevel()
+        return cls(sys.path, str(Path.cwd()), registry.TABLES, kinds, level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,9 @@ class LogLine:
             raise StageError(f"got {brief([self.logger, self.level, self.text])}, expected a line for the log")
 
 
+OWN: tuple[Any, ...] = (Surroundings, StageBlueprint, ReadPorts, Loaded, LogLine)
+
+
 def wire_types(kinds: Iterable[str] = ()) -> WireTypes:
     """What the two may send each other, of a config with stages of these kinds."""
-    own: tuple[Any, ...] = (Surroundings, StageBlueprint, ReadPorts, Loaded, LogLine)
-    return WireTypes(kinds, own)
+    return WireTypes(kinds, OWN)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
 import select
 import socket
@@ -11,17 +9,16 @@ import sys
 import threading
 from typing import Any
 
-from vllm_omni import registry
-from vllm_omni.engine.base import Activity, StageSpec
+from vllm_omni.engine.base import Activity
 from vllm_omni.errors import StageError
 from vllm_omni.executor.blueprint import StageBlueprint
+from vllm_omni.executor.hosting import Preparing, settle
 from vllm_omni.executor.orders import Report, StageOrder
 from vllm_omni.executor.process.connection import Connection
 from vllm_omni.executor.process.protocol import Loaded, LogLine, Surroundings, wire_types
 from vllm_omni.executor.process.segments import Segments
 from vllm_omni.executor.servant import StageServant
 from vllm_omni.executor.wire.base import WireError
-from vllm_omni.messages import StageTask
 from vllm_omni.worker.background import Background
 
 
@@ -50,7 +47,7 @@ class Service:
             return
         self._send(Loaded())
         try:
-            self._serve(StageServant(blueprint.stage, engine, _Preparing(spec, blueprint)))
+            self._serve(StageServant(blueprint.stage, engine, Preparing(spec, blueprint)))
         except _PartedError:
             pass
         except BaseException as error:  # such as SystemExit of a step
@@ -65,10 +62,7 @@ class Service:
         surroundings: Surroundings = self._next()
         os.chdir(surroundings.folder)
         sys.path[:] = surroundings.sys_path
-        for table, rows in surroundings.rows.items():
-            for name, target in rows.items():
-                registry.register(table, name, target)
-        logging.basicConfig(level=surroundings.log_level, format="%(message)s", handlers=[_ToParent(self)])
+        settle(surroundings, self.log)
         self._connection.types = wire_types(surroundings.kinds)
         blueprint: StageBlueprint = self._next()
         return blueprint
@@ -140,28 +134,3 @@ class Service:
 
 class _PartedError(Exception):
     """The parent has closed the connection, or is gone."""
-
-
-class _Preparing:
-    """`StageTask.prepared` does not travel: it may be anything, so it is made again here, of the same request."""
-
-    def __init__(self, spec: StageSpec, blueprint: StageBlueprint) -> None:
-        self._spec = spec
-        self._reads = blueprint.reads
-
-    def __call__(self, task: StageTask) -> StageTask:
-        return dataclasses.replace(task, prepared=self._spec.check(task.request, task.params, self._reads))
-
-
-class _ToParent(logging.Handler):
-    """Log records of this process go into the parent's log."""
-
-    def __init__(self, service: Service) -> None:
-        super().__init__()
-        self._service = service
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._service.log(LogLine(record.name, record.levelno, self.format(record)))
-        except Exception:
-            self.handleError(record)

@@ -50,6 +50,8 @@ SHARED: tuple[type, ...] = (
     schema.PromptsConfig,
     schema.LoRAConfig,
     schema.ParallelConfig,
+    schema.RayConfig,
+    schema.RayStageConfig,
     schema.EdgeConfig,
     schema.StreamConfig,
 )
