@@ -18,6 +18,7 @@ from support.server import ServerProcess
 
 from vllm_omni.config.loader import load_config
 from vllm_omni.entrypoints.cli import main
+from vllm_omni.entrypoints.garbage import look_seldom
 from vllm_omni.entrypoints.server.models import ModelTable
 from vllm_omni.entrypoints.server.serving import Server
 from vllm_omni.entrypoints.server.settings import ServerSettings
@@ -146,8 +147,13 @@ def test_only_loopback_needs_no_key(host: str, is_open: bool) -> None:
 def test_what_is_loaded_is_kept_from_the_collector() -> None:
     """A full collection of it would stop every thread for long, again and again."""
     server = Server(ModelTable({"tiny-image": load_config("tiny_image")}), ServerSettings())
+    gc.unfreeze()  # what all tests keep from it
+    usual = gc.get_threshold()
     try:
+        look_seldom()
+        assert gc.get_freeze_count() == 0 and gc.get_threshold()[0] > 10 * usual[0]
         server._loaded(None)
-        assert gc.get_freeze_count() > 100_000 and not server.should_exit
+        assert gc.get_freeze_count() > 100_000 and gc.get_threshold() == usual and not server.should_exit
     finally:
-        gc.unfreeze()
+        gc.set_threshold(*usual)
+        gc.freeze()
