@@ -1,13 +1,15 @@
 """What all tests need: random-operation tests do not fail because the machine is busy (no deadlines, no word about
 slow data), an interrupt interrupts, also where a shell started the tests in the background, processes that share the
-tests out do not wait for each other's threads, and Triton's kernels run in its interpreter where there is no GPU.
+tests out do not wait for each other's threads, garbage is looked for among what tests made and not among what they
+imported, and Triton's kernels run in its interpreter where there is no GPU.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -41,6 +43,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("cuda") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """What the modules of all tests import stays to the end: no search for garbage need look through it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def has_cuda() -> bool:

@@ -1,6 +1,7 @@
 """`python -m vllm_omni` and `vllm-omni` are the command line."""
 
 from vllm_omni.entrypoints.cli.interrupts import exit_on_interrupt
+from vllm_omni.entrypoints.garbage import look_seldom
 
 __all__ = ["run"]
 
@@ -8,6 +9,7 @@ __all__ = ["run"]
 def run() -> int:
     """One command; the exit code."""
     exit_on_interrupt()  # before anything else is imported, which takes seconds and minds being interrupted
+    look_seldom()
     from vllm_omni.entrypoints.cli.app import main
 
     return main()

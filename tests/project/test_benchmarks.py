@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import diffusers.utils.logging
 import pytest
+import transformers.utils.logging
+from support.sides import SideHere
+
+from benchmarks import audio, dit, serving, text
+from benchmarks.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -17,31 +25,53 @@ def results() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in RESULTS.glob("*")} if RESULTS.is_dir() else {}
 
 
-def test_both_sides_make_the_same_pictures_sounds_and_tokens(tmp_path: Path) -> None:
+@pytest.fixture
+def sides_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the sides tell the libraries to say is untold."""
+    for suite in (audio, dit, serving, text):
+        monkeypatch.setattr(suite, "SideProcess", SideHere)
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [library.get_verbosity() for library in libraries]
+    yield
+    for library, verbosity in zip(libraries, before, strict=True):
+        library.set_verbosity(verbosity)
+        library.enable_progress_bar()
+
+
+def test_both_sides_make_the_same_pictures(tmp_path: Path) -> None:
     before = results()
-    command = [sys.executable, "benchmarks/run.py", "images", "dit", "audio", "text", "--quick", "--threads", "1"]
+    command = [sys.executable, "benchmarks/run.py", "images", "--quick", "--threads", "1"]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "found.json")], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    for duel in [duel for suite in found.values() for duel in suite["figures"]["duels"]]:
-        assert duel["us_s"][0] > 0 and duel["ratio"] == pytest.approx(duel["peer_s"][0] / duel["us_s"][0])
-    assert all(int(duel["agreement"].split()[0]) <= 2 for duel in found["images"]["figures"]["duels"])
-    steps = [duel for duel in found["dit"]["figures"]["duels"] if duel["dtype"] == "float32"]
-    assert steps and all(float(duel["agreement"].split()[0]) < 1e-2 for duel in steps)
-    assert all(float(duel["agreement"].split()[0]) < 1e-3 for duel in found["audio"]["figures"]["duels"])
-    assert all(duel["agreement"] == "100%" for duel in found["text"]["figures"]["duels"])
+    found = duels(tmp_path / "found.json")
+    assert all(int(duel["agreement"].split()[0]) <= 2 for duel in found["images"])
     assert results() == before
 
 
-def test_a_crowd_is_answered_to_the_last_and_beyond_the_queue_refused(tmp_path: Path) -> None:
+def test_both_sides_make_the_same_steps_sounds_and_tokens(tmp_path: Path, sides_here: None) -> None:
     before = results()
-    command = [sys.executable, "benchmarks/run.py", "serving", "--quick", "--threads", "1"]
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "found.json")], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(["dit", "audio", "text", "--quick", "--threads", "1", "--json", str(tmp_path / "found.json")]) == 0
+    found = duels(tmp_path / "found.json")
+    steps = [duel for duel in found["dit"] if duel["dtype"] == "float32"]
+    assert steps and all(float(duel["agreement"].split()[0]) < 1e-2 for duel in steps)
+    assert all(float(duel["agreement"].split()[0]) < 1e-3 for duel in found["audio"])
+    assert all(duel["agreement"] == "100%" for duel in found["text"])
+    assert results() == before
+
+
+def duels(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of each suite, all of which were timed."""
+    found = {name: suite["figures"]["duels"] for name, suite in json.loads(path.read_text()).items()}
+    for duel in [duel for suite in found.values() for duel in suite]:
+        assert duel["us_s"][0] > 0 and duel["ratio"] == pytest.approx(duel["peer_s"][0] / duel["us_s"][0])
+    return found
+
+
+def test_a_crowd_is_answered_to_the_last_and_beyond_the_queue_refused(tmp_path: Path, sides_here: None) -> None:
+    before = results()
+    assert main(["serving", "--quick", "--threads", "1", "--json", str(tmp_path / "found.json")]) == 0
     figures = json.loads((tmp_path / "found.json").read_text())["serving"]["figures"]
     assert figures["crowd"] == {"200": 12}
     refused = figures["refused"]
@@ -52,7 +82,7 @@ def test_a_crowd_is_answered_to_the_last_and_beyond_the_queue_refused(tmp_path: 
 
 
 @pytest.mark.parametrize("arguments", [["pictures"], ["images", "--threads", "many"]])
-def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "benchmarks/run.py", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert arguments[-1] in done.stderr
+def test_a_wrong_command_line_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2 and arguments[-1] in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every example runs as a user runs it, from another folder, and writes what it says."""
+"""Every example runs from another folder than its own and writes what it says; some as a user starts them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support.examples import EXAMPLES, PICTURE, picture, run, sound, succeed
+from support.examples import EXAMPLES, PICTURE, picture, run, sound, start, succeed
 from support.tiny_pipelines import save
 from support.tiny_videos import ltx
 
@@ -84,7 +84,8 @@ def test_fan_out_gives_two_pictures_with_their_own_steps(tmp_path: Path) -> None
 
 
 def test_a_custom_stage_puts_every_pixel_between_its_two_colours(tmp_path: Path) -> None:
-    succeed("custom_stage.py", "-o", "print.png", folder=tmp_path)
+    done = start("custom_stage.py", "-o", "print.png", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     image = picture(tmp_path / "print.png")
     assert image.size == PICTURE
     dark, light = (60, 0, 90), (255, 240, 200)
@@ -95,7 +96,7 @@ def test_a_custom_stage_puts_every_pixel_between_its_two_colours(tmp_path: Path)
 
 
 def test_a_custom_stage_refuses_what_its_parameters_do_not_allow(tmp_path: Path) -> None:
-    done = run("custom_stage.py", "--strength", "2", folder=tmp_path)
+    done = start("custom_stage.py", "--strength", "2", folder=tmp_path)
     assert done.returncode != 0 and "strength: got 2.0, expected 0 to 1" in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -161,5 +162,6 @@ def test_tiny_speech_reads_out_what_it_is_asked_to(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_example_has_a_test_and_says_how_it_is_run(path: Path) -> None:
-    assert f'"{path.name}"' in Path(__file__).read_text(encoding="utf-8")
+    tests = [Path(__file__), *(Path(__file__).parents[1] / "models").rglob("test_*_pipeline.py")]
+    assert any(f'"{path.name}"' in test.read_text(encoding="utf-8") for test in tests)
     assert f"python examples/{path.name}" in path.read_text(encoding="utf-8").split('"""')[1]

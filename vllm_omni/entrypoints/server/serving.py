@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import socket
 import sys
@@ -12,6 +11,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from vllm_omni.entrypoints.garbage import keep_what_is_there
 from vllm_omni.entrypoints.server.app import create_app
 from vllm_omni.entrypoints.server.http.protocol import PatientH11Protocol
 from vllm_omni.entrypoints.server.models import ModelTable
@@ -82,10 +82,7 @@ class Server(uvicorn.Server):
         if error is not None:
             self.should_exit = True
             return
-        # What is there now stays: half a million objects, which the collector need not look at now and then, with all
-        # threads stopped for a quarter of a second.
-        gc.collect()
-        gc.freeze()
+        keep_what_is_there()
 
 
 def serve(table: ModelTable, settings: ServerSettings) -> None:
