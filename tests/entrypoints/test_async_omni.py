@@ -370,7 +370,8 @@ def test_without_steps_only_what_there_is_to_show_comes_and_find_tells_the_way()
         params = {"encode": TextParams(steps=20), "picture": PictureParams(steps=20)}
         async with AsyncOmni(toy_config()) as omni:
             all_of_them = [output async for output in omni.stream("x", params)]
-            streaming = omni.stream({"prompt": "x", "request_id": "r"}, params, steps=False)
+            many = {"encode": TextParams(steps=1000), "picture": PictureParams(steps=20)}  # for this thread to see some
+            streaming = omni.stream({"prompt": "x", "request_id": "r"}, many, steps=False)
             first = asyncio.ensure_future(anext(streaming))
             steps = 0
             while not first.done():

@@ -65,10 +65,12 @@ class Wake:
         self._close()
 
     def _drain(self) -> None:
-        self._is_set = False  # first: a call in between is one of which the caller of `wait` learns now
         with suppress(BlockingIOError):
             while self._reading.recv(64):
                 pass
+        # Last: a call in between is not sent, but the caller of `wait` learns of it now. Were this first, what such a
+        # call sends could be read here, and no later one would send anything.
+        self._is_set = False
 
 
 def _close(selector: selectors.BaseSelector, *ends: socket.socket) -> None:
