@@ -119,11 +119,7 @@ def test_speech_streams_between_actors_of_a_ray_that_is_started_and_ended() -> N
         Omni("tiny_speech", progress=False, dtype="float32", overrides=actors) as apart,
     ):
         assert speak(inline) == speak(apart)
-        assert (
-            len({apart.get_status()["stages"][stage].get("pid") for stage in ("thinker", "talker", "token2wav")}) == 3
-        )
-        with_reference = apart.generate(["read 3", "read 7 red"], SPOKEN)
-        assert [each.error for each in with_reference] == [None, None]
+        assert len({stage.get("pid") for stage in apart.get_status()["stages"].values()}) == 3
     import ray
 
     assert not ray.is_initialized()
