@@ -35,6 +35,7 @@ SHIPPED = {
     "qwen3_embedding",
     "qwen3_omni",
     "qwen3_omni_text",
+    "qwen3_tts",
     "qwen_image",
     "qwen_image_edit",
     "qwen_omni",

@@ -135,7 +135,7 @@ def omni(folder: Path) -> Iterator[Omni]:
 
 
 def follower(omni: Omni) -> int:
-    engine: Any = omni._executor._hosts["text"].executor._engine  # type: ignore[attr-defined]
+    engine: Any = omni._executor._stages["text"].hosts[0].executor._engine  # type: ignore[attr-defined]
     return int(engine._group.pids[0])
 
 
@@ -184,7 +184,7 @@ def test_a_rank_that_dies_between_requests_is_noticed_before_the_next(omni: Omni
     pid = follower(omni)
     kill(pid)
     until_s = time.monotonic() + 1.0
-    while omni._executor._hosts["text"].executor.breakdown() is None:  # type: ignore[attr-defined]
+    while omni._executor._stages["text"].hosts[0].executor.breakdown() is None:  # type: ignore[attr-defined]
         assert time.monotonic() < until_s
         time.sleep(0.01)
     refused = omni.generate("x", GREEDY)[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vllm_omni import DiffusionParams, Omni, OmniOutput, RequestStatus, SamplingParams
@@ -21,6 +22,15 @@ APART = ["executor=process"]
 PROMPT = "a violet star above a golden ring"
 SPOKEN = {"token2wav": DiffusionParams(seed=1)}
 FEW_STEPS = DiffusionParams(seed=3, num_inference_steps=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Here as in the processes, which share the threads of this one out: with another number sums round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
