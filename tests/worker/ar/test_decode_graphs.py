@@ -22,6 +22,7 @@ from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.errors import StageError
 from vllm_omni.layers.attention.flash import FlashAttention, FlashPart
 from vllm_omni.layers.attention.triton import TritonAttention
+from vllm_omni.layers.native.experts import NativeExperts
 from vllm_omni.layers.sampler import SampledToken, SamplingRow
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.params import SamplingParams
@@ -277,8 +278,11 @@ def test_what_cannot_be_captured_is_said_in_words(changes: dict[str, Any], words
     assert complaint is None if words is None else words in (complaint or "")
 
 
-def test_the_device_is_asked_for_numbers_by_sparse_experts_alone(tmp_path: Path) -> None:
-    """What `is_capturable` of a model says is so."""
+def test_the_device_is_asked_for_numbers_by_sparse_experts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `is_capturable` of a model says is so, where its experts are computed one by one, as on a GPU."""
+    monkeypatch.setattr(NativeExperts, "find", lambda pairs: None)
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
