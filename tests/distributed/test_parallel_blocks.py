@@ -132,7 +132,7 @@ def test_processes_draw_what_one_does_and_end_with_a_rank(folder: Path) -> None:
     engine.step()
     os.kill(pid, signal.SIGKILL)
     failed = dit.run(engine)["r"]
-    assert isinstance(failed, StageFailed) and "rank 1 of 2 was ended by SIGKILL" in str(failed.error)
+    assert isinstance(failed, StageFailed) and "rank 1 of 2 was killed by SIGKILL" in str(failed.error)
     assert engine.breakdown() is not None
     engine.close()
 

@@ -94,8 +94,7 @@ class StageHost:
             if recovery.is_due(now):
                 recovery.load(now)
                 if is_out_of_memory(recovery.cause):
-                    gc.unfreeze()  # a server keeps what it loaded from the collector
-                    gc.collect()
+                    _collect_all()
                     release_memory()
                 self.executor = self._build()
                 self.executor.start()
@@ -383,3 +382,12 @@ class StageHost:
             self.executor.abort(request_id)
         except Exception as error:
             self._break(error)
+
+
+def _collect_all() -> None:
+    """Garbage also among what a server keeps from the collector; what is left of that is kept from it again."""
+    was_kept = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if was_kept:
+        gc.freeze()

@@ -6,22 +6,19 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from concurrent.futures import Future
 from contextlib import closing
 
-from vllm_omni.engine.base import Activity, EngineContext, StageSpec
+from vllm_omni.engine.base import EngineContext, StageSpec
 from vllm_omni.errors import StageError
 from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.commons import Commons
-from vllm_omni.executor.orders import Report, StageOrder
+from vllm_omni.executor.heard import SHUTDOWN_S, HeardExecutor
+from vllm_omni.executor.orders import StageOrder
 from vllm_omni.executor.servant import StageServant
-from vllm_omni.executor.served import ServedExecutor
 from vllm_omni.worker.background import Background
 
-SHUTDOWN_S = 10.0  # the most that is waited for, to leave no thread behind
 
-
-class ThreadExecutor(ServedExecutor):
+class ThreadExecutor(HeardExecutor):
     """The thread loads the engine, then has its servant carry out the orders that the caller queues, turn by turn.
 
     Everything that both threads touch is guarded by `_changed`; the servant belongs to the thread alone. A thread that
@@ -31,25 +28,12 @@ class ThreadExecutor(ServedExecutor):
     def __init__(self, spec: StageSpec, context: EngineContext, commons: Commons, blueprint: StageBlueprint) -> None:
         self._background = Background(self._notify)
         super().__init__(spec, dataclasses.replace(context, background=self._background), commons, blueprint)
-        self._changed = threading.Condition()
         self._orders: list[StageOrder] = []
-        self._reports: list[Report] = []
-        self._loaded: Future[None] = Future()
-        self._is_stopping = False
-        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._main, name=f"omni-{self._spec.stage.name}", daemon=True)
             self._thread.start()
-
-    def is_loaded(self) -> bool:
-        if self._loaded.done():
-            self._loaded.result()
-        return self._loaded.done()
-
-    def ensure_loaded(self) -> None:
-        self._loaded.result()
 
     def shutdown(self, *, wait: bool = True) -> None:
         with self._changed:
@@ -67,25 +51,9 @@ class ThreadExecutor(ServedExecutor):
             self._orders.append(order)
             self._changed.notify_all()
 
-    def _receive(self) -> list[Report]:
-        with self._changed:
-            reports, self._reports = self._reports, []
-            return reports
-
-    def _wait_for_report(self, timeout_s: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._reports, timeout_s)
-
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-    def _report(self, report: Report | None) -> None:
-        if report is not None:
-            with self._changed:
-                self._reports.append(report)
-                self._changed.notify_all()
-            self._wake()
 
     def _main(self) -> None:
         try:
@@ -100,8 +68,7 @@ class ThreadExecutor(ServedExecutor):
             with closing(engine):
                 self._serve(StageServant(self._spec.stage.name, engine))
         except BaseException as error:  # such as SystemExit, which ends the thread alone
-            ended = StageError(f"its thread was ended by {type(error).__name__}: {error}")
-            self._report(Report(0, Activity.IDLE.value, breakdown=ended))
+            self._hear_of_breakdown(StageError(f"its thread was ended by {type(error).__name__}: {error}"))
 
     def _serve(self, servant: StageServant) -> None:
         while self._breakdown is None:
@@ -110,5 +77,5 @@ class ThreadExecutor(ServedExecutor):
                 if self._is_stopping:
                     return
                 orders, self._orders = self._orders, []
-            self._report(servant.news())
-            self._report(servant.turn(orders))
+            self._hear(servant.news())
+            self._hear(servant.turn(orders))

@@ -53,6 +53,11 @@ def current_threads() -> int:
     return torch.get_num_threads()
 
 
+def device_given(is_accelerator: bool) -> torch.device:
+    """Of a process that sees no GPUs but those that it was given: the first of them, or the CPU."""
+    return torch.device("cuda" if is_accelerator else "cpu")
+
+
 def rank_device(first: torch.device, rank: int) -> torch.device:
     """Where a rank computes whose first one computes on `first`: the next CUDA devices, else the same."""
     return torch.device("cuda", (first.index or 0) + rank) if is_cuda(first) else first

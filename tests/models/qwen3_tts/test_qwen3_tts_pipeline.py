@@ -128,6 +128,7 @@ def test_the_servers_speech_route_speaks_in_every_manner(server: ServerProcess) 
     assert not np.array_equal(first, say(**{**greedy, "seed": 4}))
     assert len(say(max_new_tokens=2, task_type="CustomVoice", seed=3)) <= 2 * SAMPLES
     assert len(say(instructions="Very slowly.", voice="Ryan", seed=3))
+    assert not np.array_equal(first, say(**greedy, non_streaming_mode=False))  # its text stands beside the frames
     file = io.BytesIO()
     soundfile.write(file, sound(0.9), 24_000, format="WAV")
     recording = "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()

@@ -7,22 +7,20 @@ takes long to import is imported after that is made sure.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import faulthandler
 import os
 import signal
 import socket
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from vllm_omni.executor.process.pulse import Pulse
-
-PR_SET_PDEATHSIG = 1
+from vllm_omni.utils.processes import die_with
 
 
 def main(arguments: list[str]) -> NoReturn:
     end, pulse, parent = map(int, arguments)
-    _die_with(parent)
+    die_with(parent)  # where there is no Linux, its pulse does that
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent decides
     Pulse(pulse).beat_on(parent, lambda: os._exit(1))
@@ -35,15 +33,6 @@ def main(arguments: list[str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def _die_with(parent: int) -> None:
-    """On Linux the kernel sees to it, even where this process is stopped; elsewhere its pulse does."""
-    if sys.platform == "linux":
-        libc: Any = ctypes.CDLL(None)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has died meanwhile
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.orders import Report, StageOrder, Submit
 from vllm_omni.executor.process.connection import Connection
-from vllm_omni.executor.process.keeper import Keeper, is_stopped
+from vllm_omni.executor.process.keeper import Keeper
 from vllm_omni.executor.process.protocol import Loaded, LogLine, Surroundings, wire_types
 from vllm_omni.executor.process.pulse import NUM_BYTES, Pulse
 from vllm_omni.executor.process.segments import create_memory
 from vllm_omni.executor.served import ServedExecutor
 from vllm_omni.executor.wire.base import WireError
+from vllm_omni.utils.processes import is_stopped
 
 LEAVE_S = 5.0  # the most that is waited for a child to free its engine and end
 KILL_S = 2.0  # ... for one that was killed

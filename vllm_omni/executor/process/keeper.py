@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from vllm_omni.utils.processes import end_in_words
 
 MODULE = "vllm_omni.executor.process.child"
 TAIL_BYTES = 4_000
@@ -59,7 +60,7 @@ class Keeper:
         if self._failure is not None:
             return f"could not be started ({type(self._failure).__name__}: {self._failure})"
         status = None if self._process is None else self._process.returncode
-        words = "has ended" if status is None else _end_of(status)
+        words = "has ended" if status is None else end_in_words(status)
         tail = bytes(self._tail).decode("utf-8", "replace").strip()
         return f"{words}; the last that it wrote: {tail}" if tail else words
 
@@ -111,21 +112,3 @@ class Keeper:
                 self._tail = (self._tail + content)[-TAIL_BYTES:]
                 with suppress(OSError):
                     os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, content)
-
-
-def _end_of(status: int) -> str:
-    if status >= 0:
-        return f"ended with the exit status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
-    return f"was killed by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process was stopped by a signal (SIGSTOP); as far as the system says, which is on Linux."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except (OSError, IndexError):
-        return False

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.executor.wire.base import WireError
+from vllm_omni.utils.device import is_cpu
 
 MIN_SEGMENT_BYTES = 64 * 1024
 MAX_KEPT_BYTES = 256 * 2**20  # of segments that nobody uses, for the next tensors
@@ -100,7 +101,7 @@ class Segments:
 
     def holding(self, tensor: Tensor) -> Segment | None:
         """The segment of another process that a tensor lies in, whole and in order; it need not be copied then."""
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if not is_cpu(tensor.device) or not tensor.is_contiguous():
             return None
         return self._by_address.get(tensor.untyped_storage().data_ptr())
 

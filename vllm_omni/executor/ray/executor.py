@@ -7,36 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 import traceback
 from collections.abc import Mapping
-from concurrent.futures import Future
 from typing import Any
 
-from torch import device as Device
-
-from vllm_omni.engine.base import Activity, EngineContext, StageSpec
+from vllm_omni.engine.base import EngineContext, StageSpec
 from vllm_omni.engine.boundary import clear_frames
 from vllm_omni.errors import StageError
 from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.commons import Commons
+from vllm_omni.executor.heard import SHUTDOWN_S, HeardExecutor
 from vllm_omni.executor.orders import Report, StageOrder, Submit
 from vllm_omni.executor.process.protocol import Loaded, LogLine, Surroundings
 from vllm_omni.executor.ray.cluster import PlacedActor, num_gpus_of, resources_of
 from vllm_omni.executor.ray.connection import check_installed
 from vllm_omni.executor.ray.frame import opened, packed
 from vllm_omni.executor.ray.protocol import Whereabouts, actor_types
-from vllm_omni.executor.served import ServedExecutor
 from vllm_omni.executor.wire.base import WireError
+from vllm_omni.utils.device import device_given
 
 START_S = 120.0  # the most that is waited for free resources and a process, with its large imports from a slow disk
 LOAD_S = 60.0  # without a sign of life, after which an actor that loads counts as hanging
 SILENT_S = 10.0  # ... after which any does
 MAX_WORDS = 1000  # characters of what Ray says of an actor's end
-SHUTDOWN_S = 10.0  # the most that is waited for, to leave no thread behind
 
 
-class RayExecutor(ServedExecutor):
+class RayExecutor(HeardExecutor):
     """An actor that dies, with its node or alone, hangs or cannot be had is a breakdown. A stage that is rebuilt has
     another one.
     """
@@ -49,25 +45,12 @@ class RayExecutor(ServedExecutor):
         self._stage = blueprint.config.stages[blueprint.stage]
         self._cluster = commons.cluster
         self._types = actor_types(stage.kind for stage in blueprint.config.stages.values())
-        self._changed = threading.Condition()
         self._actor: PlacedActor | None = None
         self._where: Whereabouts | None = None
-        self._reports: list[Report] = []
-        self._loaded: Future[None] = Future()
-        self._is_stopping = False
-        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         if self._thread is None:
             self._thread = self._cluster.run(self._main, f"omni-ray-{self._stage.name}")
-
-    def is_loaded(self) -> bool:
-        if self._loaded.done():
-            self._loaded.result()
-        return self._loaded.done()
-
-    def ensure_loaded(self) -> None:
-        self._loaded.result()
 
     def place(self) -> Mapping[str, Any]:
         return {} if self._where is None else dataclasses.asdict(self._where)
@@ -88,15 +71,6 @@ class RayExecutor(ServedExecutor):
             if self._actor is None:
                 raise StageError(f"stage {self._stage.name!r}: not started, or shut down")
             self._actor.handle.order.remote(self._num_sent, *frame)
-
-    def _receive(self) -> list[Report]:
-        with self._changed:
-            reports, self._reports = self._reports, []
-            return reports
-
-    def _wait_for_report(self, timeout_s: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._reports, timeout_s)
 
     def _main(self) -> None:
         try:
@@ -167,10 +141,7 @@ class RayExecutor(ServedExecutor):
             self._loaded.set_result(None)
             self._wake()
         elif isinstance(message, Report):
-            with self._changed:
-                self._reports.append(message)
-                self._changed.notify_all()
-            self._wake()
+            self._hear(message)
         else:
             raise WireError(f"got a {type(message).__name__} from its actor, expected a report")
 
@@ -178,11 +149,9 @@ class RayExecutor(ServedExecutor):
         """The actor is of no use any more."""
         if not self._loaded.done():
             self._loaded.set_exception(error)
+            self._wake()
         else:
-            with self._changed:
-                self._reports.append(Report(0, Activity.IDLE.value, breakdown=error))
-                self._changed.notify_all()
-        self._wake()
+            self._hear_of_breakdown(error)
 
 
 def _for_actor(blueprint: StageBlueprint) -> StageBlueprint:
@@ -191,10 +160,9 @@ def _for_actor(blueprint: StageBlueprint) -> StageBlueprint:
     """
     config = blueprint.config
     stage = config.stages[blueprint.stage]
-    if num_gpus_of(stage):
-        return dataclasses.replace(blueprint, device=Device("cuda"), threads=None)
-    threads = config.threads or max(1, int(stage.ray.num_cpus))
-    return dataclasses.replace(blueprint, device=Device("cpu"), threads=threads)
+    has_gpu = num_gpus_of(stage) > 0
+    threads = None if has_gpu else config.threads or max(1, int(stage.ray.num_cpus))
+    return dataclasses.replace(blueprint, device=device_given(has_gpu), threads=threads)
 
 
 def _in_short(error: Exception) -> str:

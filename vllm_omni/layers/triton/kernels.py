@@ -126,6 +126,24 @@ def swiglu_rows(out, gate_up, width, BLOCK: tl.constexpr):
     tl.store(out + row * width + columns, (gate * up).to(dtype), mask=is_inside)
 
 
+@triton.jit
+def scaled_heads(
+    values,  # [heads, d / 2] float32
+    scale,  # [heads, 1]
+    query_weight,  # pointers to the weights of these dimensions
+    key_weight,
+    is_query,  # [heads, 1]
+    is_inside,  # [d / 2]
+    DTYPE: tl.constexpr,
+):
+    """By the norm of each head, then by the weights of queries or keys; each product rounded."""
+    values = (values * scale).to(DTYPE).to(tl.float32)
+    of_queries = tl.load(query_weight, mask=is_inside, other=0.0).to(tl.float32)
+    of_keys = tl.load(key_weight, mask=is_inside, other=0.0).to(tl.float32)
+    values *= tl.where(is_query, of_queries[None, :], of_keys[None, :])
+    return values.to(DTYPE).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["num_places"])
 def place_heads(
     heads,  # [rows, at least NUM_HEADS + NUM_KV_HEADS heads of d], written in place
@@ -169,16 +187,10 @@ def place_heads(
         is_query = head[:, None] < NUM_HEADS
         square = tl.sum(real * real + imaginary * imaginary, 1, keep_dims=True) / (2 * HALF)
         scale = tl.math.rsqrt(square + tl.where(is_query, query_epsilon, key_epsilon))
-        real = (real * scale).to(dtype).to(tl.float32)
-        imaginary = (imaginary * scale).to(dtype).to(tl.float32)
-        is_half = half < HALF
-        query_first = tl.load(query_weight + first, mask=is_half, other=0.0).to(tl.float32)
-        query_second = tl.load(query_weight + second, mask=is_half, other=0.0).to(tl.float32)
-        key_first = tl.load(key_weight + first, mask=is_half, other=0.0).to(tl.float32)
-        key_second = tl.load(key_weight + second, mask=is_half, other=0.0).to(tl.float32)
-        real = (real * tl.where(is_query, query_first[None, :], key_first[None, :])).to(dtype).to(tl.float32)
-        imaginary *= tl.where(is_query, query_second[None, :], key_second[None, :])
-        imaginary = imaginary.to(dtype).to(tl.float32)
+        real = scaled_heads(real, scale, query_weight + first, key_weight + first, is_query, half < HALF, dtype)
+        imaginary = scaled_heads(
+            imaginary, scale, query_weight + second, key_weight + second, is_query, half < HALF, dtype
+        )
     turn = (row % num_places) * place_stride + half * turn_stride
     cosine = tl.load(cos + turn, mask=half < HALF, other=0.0).to(tl.float32)[None, :]
     sine = tl.load(sin + turn, mask=half < HALF, other=0.0).to(tl.float32)[None, :]

@@ -1,9 +1,6 @@
 """The talker of Qwen3-Omni (arXiv 2509.17765): a Qwen3 decoder with sparse experts that writes the first code of each
 frame, 12.5 a second, its projections of the thinker's states, and its code predictor. Loads the `talker.*` tensors of
 the published checkpoints.
-
-Legend: N tokens of a step, R of them, T tokens of the thinker, E width of its states, D hidden size, V codes of the
-first codebook and their marks.
 """
 
 from __future__ import annotations
@@ -11,81 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from vllm_omni.layers.decoder import Decoder, locate_fused
-from vllm_omni.layers.forward_context import ForwardContext
-from vllm_omni.layers.linear import Linear
-from vllm_omni.layers.weights import Target
 from vllm_omni.models.qwen3_omni.talker_config import TalkerConfig
-from vllm_omni.worker.ar.frames.code_predictor import CodePredictor
+from vllm_omni.worker.ar.frames.talker import FrameTalker, Projection
 
-PREDICTOR = "code_predictor"
 TEXT_EMBEDDINGS = "thinker.model.embed_tokens.weight"
 
 
-class StateProjection(nn.Module):
-    """[T, E] of the thinker -> [T, D]."""
+class Talker(FrameTalker):
+    """The talker of one folder."""
 
     def __init__(self, config: TalkerConfig) -> None:
-        super().__init__()
-        self.linear_fc1 = Linear(config.thinker_size, config.intermediate_size)
-        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, states: Tensor) -> Tensor:
-        projected: Tensor = self.linear_fc2(F.silu(self.linear_fc1(states)))
-        return projected
-
-
-class Talker(nn.Module):
-    """The talker of one folder. Its tokens are first codes; the prompt's stand for rows, and what joins written ones
-    comes as rows too: `context.input_rows` [.., D].
-    """
-
-    prompt_reader = None  # it reads no prompt: states alone
-    text_only = None
-    other_parts = ()
-    is_capturable = False  # it is fed rows in every step
-
-    def __init__(self, config: TalkerConfig) -> None:
-        super().__init__()
+        super().__init__(config, config.predictor, lambda index: config.experts.make_mlp(config, index))
         self.config = config
-        self.codec_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.text_projection, self.hidden_projection = StateProjection(config), StateProjection(config)
-        self.decoder = Decoder(config, lambda index: config.experts.make_mlp(config, index))
-        self.codec_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.code_predictor = CodePredictor(config.predictor)
+        widths = config.thinker_size, config.intermediate_size, config.hidden_size
+        self.text_projection, self.hidden_projection = Projection(*widths), Projection(*widths)
 
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> TalkerConfig:
         return TalkerConfig.from_json(raw, where)
-
-    def forward(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """See LanguageModel."""
-        embeddings = self.codec_embedding(token_ids)
-        if context.input_rows is not None:
-            embeddings = context.input_rows.merge(embeddings)
-        states: Tensor = self.decoder(embeddings, positions, context)
-        return states
-
-    def compute_logits(self, states: Tensor) -> Tensor:
-        """states: [R, D] after the final norm -> [R, V]."""
-        logits: Tensor = self.codec_head(states)
-        return logits
-
-    def locate(self, name: str) -> Target | None:
-        """The parameter for a published name."""
-        name = name.removeprefix("talker.")
-        if name.startswith(f"{PREDICTOR}."):
-            found = self.code_predictor.locate(name.removeprefix(f"{PREDICTOR}."))
-            return None if found is None else Target(f"{PREDICTOR}.{found.parameter}", found.rows)
-        if name.startswith("model.codec_embedding."):
-            return Target(name.removeprefix("model."))
-        if name.startswith("model."):
-            return locate_fused(self, f"decoder.{name.removeprefix('model.')}")
-        return Target(name)
-
-    def is_ignored(self, name: str) -> bool:
-        """Buffers of old files."""
-        return name.endswith(".inv_freq")

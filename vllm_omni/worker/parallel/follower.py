@@ -5,7 +5,6 @@ It lives no longer than the process that started it: the system kills it with th
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -20,13 +19,13 @@ import torch
 from vllm_omni import registry
 from vllm_omni.config.schema import ParallelConfig
 from vllm_omni.utils.device import current_device, set_threads
+from vllm_omni.utils.processes import die_with
 from vllm_omni.worker.parallel.layout import Place
 from vllm_omni.worker.parallel.links import Links
 from vllm_omni.worker.parallel.part import FollowerPart
 from vllm_omni.worker.parallel.process import FAILED, READY, read_message, write_message
 from vllm_omni.worker.parallel.ranks import Meeting
 
-PR_SET_PDEATHSIG = 1
 MAX_CAUSE = 2_000
 
 
@@ -60,14 +59,6 @@ def run(orders: dict[str, Any], connection: socket.socket) -> None:
         links.connect(Meeting(Path(orders["file"]), place.config.size), timedelta(seconds=orders["deadline_s"]))
         while True:
             part.step(*links.receive())
-
-
-def die_with(parent: int) -> None:
-    """Has the system kill this process with its parent, where it can be asked to."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before
-        os._exit(1)
 
 
 def _end_with(connection: socket.socket) -> None:

@@ -5,7 +5,6 @@ reach; over it the follower is told what it is, says that it is loaded, and leav
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+
+from vllm_omni.utils.processes import end_in_words, is_stopped
 
 LENGTH_BYTES = 4
 MAX_MESSAGE_BYTES = 2**20
@@ -46,18 +47,15 @@ class FollowerProcess:
     @property
     def is_stopped(self) -> bool:
         """Whether a signal has stopped it."""
-        try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
-        except (OSError, IndexError):
-            return False
+        return is_stopped(self.pid)
 
     def end(self) -> str:
         """Kills it, where it still runs; how it ended, in words."""
         if self._process.poll() is None:
             self._process.kill()
-        code = self._process.wait()
+        status = self._process.wait()
         self.socket.close()
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return end_in_words(status)
 
     def wait_for_end(self, wait_s: float) -> str:
         """As `end`, of one that has closed its socket and gets a moment to end by itself."""

@@ -5,7 +5,7 @@ What a served graph reads besides is taken as a field too: its `request_fields` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -22,6 +22,16 @@ class OpenFields(Fields):
     """Fields with others beside them, which are the graph's own."""
 
     model_config = ConfigDict(extra="allow")
+    # fields that some graphs read, with the values that ask nothing of one that does not
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    def graph_fields_for(self, read: Collection[str]) -> dict[str, Any]:
+        """Those of a graph that reads these keys; what asks nothing of it is left out."""
+        return {
+            key: value
+            for key, value in self.graph_fields.items()
+            if key in read or value not in self.harmless.get(key, ())
+        }
 
     @property
     def graph_fields(self) -> Mapping[str, Any]:
@@ -37,8 +47,10 @@ class SpeechFields(OpenFields):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "instructions": ("",),
-        "non_streaming_mode": (False,),
         "word_timestamps": (False,),
+    }
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "non_streaming_mode": (False,),
         "x_vector_only_mode": (False,),
     }
 

@@ -97,7 +97,7 @@ async def speaker_of(call: Call, model: ServedModel, fields: SpeechFields, body:
             code="unsupported_by_model",
             param="model",
         )
-    given = dict(fields.graph_fields)
+    given = fields.graph_fields_for(model.abilities.request_keys)
     voice = given.pop(SPEAKER, None)
     if voice is not None and fields.voice_name not in (None, voice):
         raise ApiError(400, f"{SPEAKER}: another one than voice; keep one", code="invalid_value", param=SPEAKER)
