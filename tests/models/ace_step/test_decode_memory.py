@@ -22,10 +22,9 @@ def test_decoding_whole_and_in_chunks_is_one_sound_and_a_quick_look_draws_nothin
     )
     assert done.returncode == 0, done.stderr
     cases = json.loads((tmp_path / "found.json").read_text())["decode_memory"]["figures"]["cases"]
-    assert [case["duration_s"] for case in cases] == [1, 16]
-    assert all(case["difference"] < 1e-4 for case in cases)
-    whole, chunked = zip(*(case["memory_mb"] for case in cases), strict=True)
-    assert whole[1] > 2 * whole[0] and chunked[1] < whole[1]
+    (case,) = cases
+    whole, chunked = case["memory_mb"]
+    assert case["duration_s"] == 10 and case["difference"] < 1e-4 and 0 < 2 * chunked < whole
     assert before == (PICTURE.read_bytes() if PICTURE.is_file() else None)
 
 
