@@ -57,7 +57,11 @@ class UMT5Encoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, token_ids: Sequence[int]) -> Tensor:
-        """[t] -> [t, J], the last states."""
+        """[t] -> [t, J], the last states; of no token at all (a tokenizer that ends no text makes so many of an empty
+        one) a row of zeros, as the transformer fills texts up with.
+        """
+        if not token_ids:
+            return self.shared.weight.new_zeros(1, self.shared.weight.shape[1])
         ids = torch.tensor([list(token_ids)], device=self.shared.weight.device)
         states: Tensor = self.encoder(input_ids=ids).last_hidden_state[0]
         return states

@@ -101,10 +101,11 @@ class UMT5Spec(StageSpec):
                 f"{self.options.prompt}: got {len(words)} characters, expected at most {self.limits.max_prompt_chars}"
                 " (limits.max_prompt_chars)"
             )
+        words, most = cleaned(words), self.options.max_prompt_tokens
         with self._lock:
-            found = self._processor.encode(cleaned(words))
-        most = self.options.max_prompt_tokens
-        return found if len(found) <= most else [*found[: most - 1], found[-1]]  # the last one ends the text
+            found = self._processor.encode(words)
+            num_behind = 0 if len(found) <= most else self._processor.special_ends(words, found)[1]
+        return found if len(found) <= most else [*found[: most - num_behind], *found[len(found) - num_behind :]]
 
     def _words(self, request: OmniRequest) -> object:
         return request.prompt if self.options.prompt == "prompt" else request.negative_prompt_text()
