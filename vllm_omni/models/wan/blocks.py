@@ -71,7 +71,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, reads: Sequence[tuple[slice, CrossAttentionKV]], layer: int) -> Tensor:
         query = self._heads(_normed(self.to_q(x), self.norm_q))
-        parts = [attention(query[:, :, tokens], *read.layers[layer]) for tokens, read in reads]
+        parts = [attention(query[:, :, tokens], *read.layers[layer], read.bias) for tokens, read in reads]
         return self.out(joined([part[0].transpose(0, 1).flatten(1) for part in parts]))
 
     def _heads(self, x: Tensor) -> Tensor:

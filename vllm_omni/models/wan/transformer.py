@@ -10,6 +10,7 @@ columns of latents, t text tokens, J width of the text encoder.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -70,11 +71,15 @@ class WanTransformer(nn.Module):
         return self.scale_shift_table.dtype
 
     def encode_text(self, states: Tensor) -> CrossAttentionKV:
-        """[t, J] of the text encoder, at most MAX_TEXT -> what cross-attention reads."""
-        padded = F.pad(states.to(self.scale_shift_table), (0, 0, 0, MAX_TEXT - len(states)))
+        """[t, J] of the text encoder, at most MAX_TEXT -> what cross-attention reads. The zeros that fill it up are all
+        one key: the scores of two rows of them say how many they stand for.
+        """
+        num_zeros = MAX_TEXT - len(states)
+        padded = F.pad(states.to(self.scale_shift_table), (0, 0, 0, 2 if num_zeros else 0))
         raised = F.gelu(self.text_in["linear_1"](padded), approximate="tanh")
         embedded = self.text_in["linear_2"](raised)
-        return CrossAttentionKV(tuple(block.attn2.encode(embedded) for block in self._present()))
+        layers = tuple(block.attn2.encode(embedded) for block in self._present())
+        return CrossAttentionKV(layers, counting_bias(embedded, num_zeros) if num_zeros else None)
 
     def embed(self, latents: Sequence[Tensor], timesteps: Tensor, conditions: Sequence[Condition]) -> Films:
         """Rows before the first block. latents: [C, f, h, w] each; timesteps: [R] in 0 to 1000, 0 is clean."""
@@ -154,6 +159,16 @@ class WanTransformer(nn.Module):
 
     def is_ignored(self, name: str) -> bool:
         return False
+
+
+def counting_bias(rows: Tensor, count: int) -> Tensor:
+    """[1, 1, 1, t] in the dtype of the rows [t, D], to be added to their scores, so that the last two, which are alike,
+    count as so many: the second as what the first, whose logarithm is rounded down to 16 bits, leaves over.
+    """
+    bias = rows.new_zeros(len(rows))
+    bias[-2] = math.log(count) * (1 - torch.finfo(rows.dtype).eps)
+    bias[-1] = math.log(max(count - math.exp(float(bias[-2])), torch.finfo(torch.float32).tiny))
+    return bias[None, None, None]
 
 
 def positions(geometry: Geometry) -> Tensor:

@@ -18,6 +18,7 @@ class CrossAttentionKV:
     """The same for every step, so it is made once and shared by all rows that read it."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, [1, K, t, d] each
+    bias: Tensor | None = None  # [1, 1, 1, t], added to the scores of every layer; None: 0
 
 
 def packed_order(geometries: Sequence[Any], reads: Sequence[CrossAttentionKV]) -> tuple[int, ...]:
