@@ -97,8 +97,10 @@ class Diffusers:
     def __init__(self, folder: str) -> None:
         import torch
         from diffusers import WanTransformer3DModel
+        from diffusers.utils import logging
         from safetensors.torch import load_file
 
+        logging.set_verbosity_error()
         self._model = WanTransformer3DModel(**WanTransformer3DModel.load_config(folder)).eval().to(torch.bfloat16)
         self._model.load_state_dict(load_file(Path(folder) / "diffusion_pytorch_model.safetensors"))
         for name, part in self._model.named_modules():  # what diffusers keeps wide, with the library accelerate
