@@ -5,7 +5,7 @@ first frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +148,13 @@ def test_decoding_goes_frame_by_frame_and_ends_with_its_request(folder: Path, pi
     nothing."""
     stage = engine(folder)
     submit(stage, OF_WORDS, [0, 1])
+    shown = task("shown", replace(OF_WORDS[0].params(0), num_previews=1), 5)
+    stage.submit(shown)
+    previews = []
     while not stage._decoding:
-        stage.step()
+        previews += [event.previews for event in stage.step() if isinstance(event, StageProgress)]
+    assert [found.shape for found in previews if found is not None] == [(1, 64, 64, 3)]
+    stage.abort("shown")
     decoded = stage._decoding[0]
     events = stage.step()
     assert len(decoded.pieces) == 2 and decoded.pieces[0].shape[0] == 1 and decoded.pieces[1].shape[0] == 4
@@ -168,7 +173,6 @@ def test_decoding_goes_frame_by_frame_and_ends_with_its_request(folder: Path, pi
         ({"extra": {"flow": 3}}, "reads 'shift' alone"),
         ({"extra": {"shift": -1}}, "extra.shift"),
         ({"num_frames": 100_001}, "limits"),
-        ({"num_previews": 2}, "num_previews"),
         ({"num_frames": 997, "height": 1024, "width": 1024}, "num_outputs \\* num_frames"),
         ({"image": b"no picture"}, "image"),
     ],
@@ -181,7 +185,7 @@ def test_what_cannot_be_made_is_refused(folder: Path, pipeline: Any, asked: dict
 
 def test_a_shift_and_a_step_cache_change_the_video_and_nothing_else(folder: Path, crowd: dict[int, np.ndarray]) -> None:
     case, seed = OF_WORDS[2], 2
-    params = DiffusionParams(**{**case_fields(case.params(seed)), "extra": {"shift": 1.0}})
+    params = replace(case.params(seed), extra={"shift": 1.0})
     stage = engine(folder)
     stage.submit(task("2", params, case.length, seed))
     shifted = videos(run(stage))[2]
@@ -191,10 +195,6 @@ def test_a_shift_and_a_step_cache_change_the_video_and_nothing_else(folder: Path
     events = run(cached)
     assert all(event.metrics["cache_hits"] > 0 for event in events.values() if isinstance(event, StageDone))
     assert videos(events)[4].shape == crowd[4].shape
-
-
-def case_fields(params: DiffusionParams) -> dict[str, Any]:
-    return {name: getattr(params, name) for name in params.__slots__}
 
 
 def test_two_experts_are_refused_with_the_way_out(tmp_path: Path) -> None:

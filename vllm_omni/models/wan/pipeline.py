@@ -23,6 +23,8 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 from vllm_omni.worker.diffusion.flow_trajectory import NEGATIVE, POSITIVE
+from vllm_omni.worker.diffusion.preview_map import PreviewMap
+from vllm_omni.worker.diffusion.previewer import Previewer
 
 PORTS = {POSITIVE: "prompt_embeds", NEGATIVE: "negative_prompt_embeds"}
 
@@ -48,6 +50,7 @@ class WanPipeline(DiffusionModel):
         vae: FilmVae,
         sampler_config: Mapping[str, Any],
         geometry: VideoGeometry,
+        preview_map: PreviewMap | None,
     ) -> None:
         self.transformer = transformer
         self.vae = vae
@@ -56,6 +59,7 @@ class WanPipeline(DiffusionModel):
         self.token_bytes = transformer.config.dim * transformer.dtype.itemsize
         self._sampler_config = sampler_config
         self._device = transformer.device
+        self._previewer = Previewer(preview_map, vae.decode_frame, geometry.scale, self._device)
 
     def prepare(
         self, inputs: Mapping[str, Any], params: DiffusionParams, seed: int, encoded: EncodedImages
@@ -104,6 +108,10 @@ class WanPipeline(DiffusionModel):
     def assemble(self, pieces: Sequence[Tensor], params: DiffusionParams) -> Tensor:
         """uint8 [n, H, W, 3]."""
         return torch.cat(list(pieces))
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """Of the frame in the middle."""
+        return self._previewer(latents[:, latents.shape[1] // 2])
 
     def meta(self, params: DiffusionParams) -> Mapping[str, Any]:
         return {"fps": self.geometry.fps(params)}

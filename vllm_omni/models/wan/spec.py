@@ -38,6 +38,7 @@ from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.flow_trajectory import NEGATIVE, POSITIVE
 from vllm_omni.worker.diffusion.guidance import check_guidance_interval
+from vllm_omni.worker.diffusion.preview_map import PreviewMap
 
 UNUSED_FIELDS = ("mask", "strength", "duration_s", "sigmas")
 
@@ -47,6 +48,7 @@ class WanSpec(DiffusionModelSpec):
     frame.
     """
 
+    gives_previews = True
     can_quantize = True
     can_offload = True
     request_keys = frozenset({"image"})
@@ -71,6 +73,7 @@ class WanSpec(DiffusionModelSpec):
                 f" {self.config.out_channels}"
             )
         self.geometry = VideoGeometry(vae.scale, vae.frame_scale, *self.config.patch_size[1:], native)
+        self.preview_map = PreviewMap.of_vae(folder / "vae")
         self.sampler_config = read_sampler(folder / "scheduler")
         self.signature = StageSignature(
             inputs=dict.fromkeys(PORTS.values(), TensorSpec(("T", self.config.text_dim))),
@@ -106,7 +109,7 @@ class WanSpec(DiffusionModelSpec):
         allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         vae = FilmVae.load(self.folder / "vae", device, self.weights_variant)
-        return WanPipeline(transformer, vae, self.sampler_config, self.geometry)
+        return WanPipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 
     def check(
         self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig

@@ -91,20 +91,26 @@ class FilmVae:
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """[C, f, h, w] -> for each frame of latents uint8 [frames, H, W, 3], computed when it is asked for."""
+        for colours in self._decoded(latents):
+            check_finite(colours, "the pixels")
+            yield (colours * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+    def decode_frame(self, latents: Tensor) -> Tensor:
+        """[C, h, w], as if it were the first of a video -> [3, H, W], 0 to 1 being what can be shown."""
+        return next(self._decoded(latents[:, None]))[:, 0]
+
+    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
+        """[C, f, h, w] -> [3, frames, H, W], 0 to 1, for each frame of latents."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
+        patch = self._module.config.patch_size
         film = self._module.post_quant_conv((latents * self._deviation + self._mean).to(DTYPE)[None])
         kept: list[Any] = [None] * self._num_kept  # by the convolutions, of the frames before
         for index in range(film.shape[2]):
-            is_first = index == 0
-            frames = self._module.decoder(
-                film[:, :, index : index + 1], feat_cache=kept, feat_idx=[0], first_chunk=is_first
-            )
-            patch = self._module.config.patch_size
-            pixels = (frames if patch is None else unpatchify(frames, patch_size=patch))[0]
-            check_finite(pixels, "the pixels")
-            shown = (pixels.clamp(-1, 1) / 2 + 0.5) * 255
-            yield shown.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+            frame = film[:, :, index : index + 1]
+            made = self._module.decoder(frame, feat_cache=kept, feat_idx=[0], first_chunk=index == 0)
+            pixels: Tensor = made if patch is None else unpatchify(made, patch_size=patch)
+            yield pixels[0].clamp(-1, 1) / 2 + 0.5
 
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 [H, W, 3] of a first frame -> [C, h, w] float32, the likeliest latents: nothing is drawn."""
