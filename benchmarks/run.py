@@ -39,6 +39,7 @@ from benchmarks import (
     startup,
     text,
     text_peers,
+    videos,
 )
 from benchmarks.limits import Limits
 from benchmarks.measure import Options, Report, available_cores, machine
@@ -49,6 +50,7 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "limits": limits.run,
     "images": images.run,
     "dit": dit.run,
+    "videos": videos.run,
     "lora": lora.run,
     "edits": edits.run,
     "audio": audio.run,

@@ -1,4 +1,5 @@
-"""A video of words, and of a picture where the model takes one, by any video pipeline of diffusers. Shows every step.
+"""A video of words, and of a picture where the model takes one: by Wan, or by any video pipeline of diffusers. Shows
+every step.
 
 python examples/video.py "waves at night" --model path/to/Wan2.2-TI2V-5B-Diffusers --num-frames 49 -o waves.mp4
 """

@@ -20,6 +20,7 @@ TABLES: dict[str, dict[str, str]] = {
         "diffusers": "vllm_omni.engine.diffusers.spec:DiffusersSpec",
         "qwen3_tts_talker": "vllm_omni.models.qwen3_tts.talker_spec:TalkerSpec",
         "speech_codec": "vllm_omni.models.qwen3_tts.codec.spec:SpeechCodecSpec",
+        "umt5": "vllm_omni.models.wan.text.spec:UMT5Spec",
     },
     "ar stage": {  # by row of "language model"; what has none here is about text
         "text": "vllm_omni.engine.ar.text_spec:TextSpec",
@@ -70,6 +71,7 @@ TABLES: dict[str, dict[str, str]] = {
         "QwenImageEditPipeline": "vllm_omni.models.qwen_image.spec:QwenImageEditSpec",
         "QwenImageEditPlusPipeline": "vllm_omni.models.qwen_image.spec:QwenImageEditPlusSpec",
         "QwenImagePipeline": "vllm_omni.models.qwen_image.spec:QwenImageSpec",
+        "WanPipeline": "vllm_omni.models.wan.spec:WanSpec",
         "ZImagePipeline": "vllm_omni.models.z_image.spec:ZImageSpec",
     },
     "speech codec": {

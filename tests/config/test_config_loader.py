@@ -45,6 +45,7 @@ SHIPPED = {
     "tiny_omni",
     "tiny_scene",
     "tiny_speech",
+    "wan",
     "z_image",
 }
 
@@ -427,6 +428,8 @@ def test_every_shipped_config_and_example_loads() -> None:
         ("model_index.json", {"_class_name": "Flux2KleinPipeline"}, "flux2_klein"),
         ("model_index.json", {"_class_name": "Flux2KleinKVPipeline"}, "flux2_klein"),
         ("model_index.json", {"_class_name": "Flux2KleinInpaintPipeline"}, "flux2_klein"),
+        ("model_index.json", {"_class_name": "WanPipeline", "boundary_ratio": None}, "wan"),
+        ("model_index.json", {"_class_name": "WanPipeline", "boundary_ratio": 0.875}, "diffusers"),
         ("config.json", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "qwen3"),
         ("config.json", {"model_type": "qwen3"}, "qwen3"),
         ("config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "language_model"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
 from PIL import Image
-from support import flux2, qwen_image
+from support import flux2, qwen_image, wan
 from support.diffusers_folders import random_z_image
 from support.lora import random_lora
 from support.media import picture
@@ -126,6 +126,17 @@ def test_pictures_from_pictures_and_within_masks(gpu: torch.device, folders: dic
     ]
     params = DiffusionParams(seed=1, guidance_scale=0.0, num_inference_steps=4)
     assert_same_pictures(*on_both(gpu, prompts, params, model=folders["z_image"]))
+
+
+def test_videos_of_words_and_from_a_first_frame(gpu: torch.device, tmp_path: Path) -> None:
+    wan.random_pipeline(tmp_path, text=True)
+    sizes = {"height": 64, "width": 64, "num_inference_steps": 3}
+    params = [DiffusionParams(seed=seed, num_frames=frames, **sizes) for seed, frames in enumerate((9, 5))]
+    prompts = [{"prompt": PROMPTS[0], "negative_prompt": "fog"}, {"prompt": PROMPTS[1], "image": SOURCE}]
+    for ours, theirs in zip(*on_both(gpu, prompts, params, model=str(tmp_path)), strict=True):
+        mine, other = (np.asarray(output.videos[0].frames).astype(int) for output in (ours, theirs))
+        assert np.abs(mine - other).max() <= 4
+        assert other.std() > 10, "a flat video would prove nothing"
 
 
 def test_adapters_of_each_request(gpu: torch.device, folders: dict[str, str], tmp_path: Path) -> None:

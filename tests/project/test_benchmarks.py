@@ -14,7 +14,7 @@ import pytest
 import transformers.utils.logging
 from support.sides import SideHere
 
-from benchmarks import audio, dit, serving, text
+from benchmarks import audio, dit, serving, text, videos
 from benchmarks.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ def results() -> dict[Path, bytes]:
 @pytest.fixture
 def sides_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the sides tell the libraries to say is untold."""
-    for suite in (audio, dit, serving, text):
+    for suite in (audio, dit, serving, text, videos):
         monkeypatch.setattr(suite, "SideProcess", SideHere)
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [library.get_verbosity() for library in libraries]
@@ -52,10 +52,14 @@ def test_both_sides_make_the_same_pictures(tmp_path: Path) -> None:
 
 def test_both_sides_make_the_same_steps_sounds_and_tokens(tmp_path: Path, sides_here: None) -> None:
     before = results()
-    assert main(["dit", "audio", "text", "--quick", "--threads", "1", "--json", str(tmp_path / "found.json")]) == 0
+    assert (
+        main(["dit", "videos", "audio", "text", "--quick", "--threads", "1", "--json", str(tmp_path / "found.json")])
+        == 0
+    )
     found = duels(tmp_path / "found.json")
     steps = [duel for duel in found["dit"] if duel["dtype"] == "float32"]
     assert steps and all(float(duel["agreement"].split()[0]) < 1e-2 for duel in steps)
+    assert all(float(duel["agreement"].split()[0]) < 2e-2 for duel in found["videos"])
     assert all(float(duel["agreement"].split()[0]) < 1e-3 for duel in found["audio"])
     assert all(duel["agreement"] == "100%" for duel in found["text"])
     assert results() == before

@@ -50,6 +50,8 @@ from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.layers.sampler import SamplingRow
 from vllm_omni.models.ace_step.prompt.options import REQUEST_KEYS, MusicPromptOptions
 from vllm_omni.models.qwen_image import trajectory as qwen_image
+from vllm_omni.models.wan import trajectory as wan
+from vllm_omni.models.wan.text.options import UMT5Options
 from vllm_omni.models.z_image import trajectory as z_image
 from vllm_omni.params import DiffusionParams, SamplingParams
 
@@ -247,6 +249,7 @@ CONFIG_GROUPS: dict[str, tuple[Any, frozenset[str]]] = {
     "LoRA": (LoRAConfig, frozenset()),
     "Voices": (VoicesConfig, frozenset()),
     "Keys of a `music_prompt` stage": (MusicPromptOptions, frozenset()),
+    "Keys of a `umt5` stage": (UMT5Options, frozenset()),
     "Keys of a `diffusers` stage": (DiffusersOptions, frozenset()),
 }
 STEP_CACHE_KEYS = [
@@ -404,6 +407,8 @@ def test_the_other_stated_fallbacks_are_those_of_the_code() -> None:
     assert f"Z-Image: `{z_image.DEFAULT_STEPS}`" in stated["num_inference_steps"]
     assert f"Z-Image: `{z_image.DEFAULT_GUIDANCE}`" in stated["guidance_scale"]
     assert f"Qwen-Image: `{qwen_image.DEFAULT_STEPS}`" in stated["num_inference_steps"]
+    assert f"Wan: `{wan.DEFAULT_STEPS}`" in stated["num_inference_steps"]
+    assert f"Wan: `{wan.DEFAULT_GUIDANCE}`" in stated["guidance_scale"]
     assert f"Qwen-Image: `{qwen_image.DEFAULT_GUIDANCE}`" in stated["guidance_scale"]
 
 

@@ -17,6 +17,7 @@ _BY_PIPELINE = {
     "QwenImageEditPlusPipeline": "qwen_image_edit",
     "QwenImagePipeline": "qwen_image",
     "StableAudioPipeline": "stable_audio",
+    "WanPipeline": "wan",
     "ZImagePipeline": "z_image",
 }
 _BY_ARCHITECTURE = {
@@ -52,6 +53,7 @@ _BY_MODEL_TYPE = {
 
 _WITHOUT_SPEECH = {"qwen3_omni": "qwen3_omni_text"}  # for checkpoints that say that they have none
 _ANY_OTHER_PIPELINE = "diffusers"
+_HOSTED_WITH = {"wan": "boundary_ratio"}  # what the index of a pipeline says where its own config does not run it
 
 
 def supported_checkpoints() -> dict[str, str]:
@@ -91,9 +93,11 @@ def config_for_model(folder: str | Path) -> Path:
     index, config = folder / "model_index.json", folder / "config.json"
     name, got = None, "neither model_index.json nor config.json"
     if index.is_file():
-        pipeline = read_json(index).get("_class_name")
+        content = read_json(index)
+        pipeline = content.get("_class_name")
         name, got = _lookup(_BY_PIPELINE, pipeline), f"the pipeline {pipeline!r}"
-        if name is None and isinstance(pipeline, str):
+        is_hosted = name in _HOSTED_WITH and content.get(_HOSTED_WITH[name]) is not None
+        if (name is None or is_hosted) and isinstance(pipeline, str):
             name = _ANY_OTHER_PIPELINE  # whose stage refuses what diffusers does not know
     elif config.is_file():
         content = read_json(config)

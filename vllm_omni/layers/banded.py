@@ -19,7 +19,7 @@ MASKED_WINDOWS = 4  # rows of up to so many windows are faster with one mask ove
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[B, H, q, d], [B, K, k, d] twice, bool mask [B, 1, q, k] -> [B, H, q, d]."""
+    """[B, H, q, d], [B, K, k, d] twice, mask [B, 1, q, k] -> [B, H, q, d]. mask: bools, or what is added to scores."""
     functions = _functions(query, key) if mask is None else None
     if functions is not None:
         return _attended(functions, query, key, value, None)

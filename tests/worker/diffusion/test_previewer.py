@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
 from vllm_omni.errors import CheckpointError
-from vllm_omni.worker.diffusion.preview_map import FLUX_1, WAN_2_1, WAN_2_1_VAE, PreviewMap, num_pairs
+from vllm_omni.worker.diffusion.preview_map import FLUX_1, VIDEO, VIDEO_VAE, PreviewMap, num_pairs
 from vllm_omni.worker.diffusion.previewer import (
     MAX_DECODED_SIDE,
     Colours,
@@ -152,11 +152,11 @@ def test_the_known_map_is_for_the_published_vae_alone(tmp_path: Path) -> None:
 
 def test_the_map_of_wans_vae_is_found_by_the_scales_of_its_latents(tmp_path: Path) -> None:
     """Which are the defaults of diffusers' class."""
-    config = {"_class_name": "AutoencoderKLQwenImage", "z_dim": 16, "latents_mean": list(WAN_2_1_VAE["latents_mean"])}
+    config = {"_class_name": "AutoencoderKLQwenImage", "z_dim": 16, "latents_mean": list(VIDEO_VAE["latents_mean"])}
     defaults = inspect.signature(AutoencoderKLQwenImage).parameters
     assert config["latents_mean"] == list(defaults["latents_mean"].default)
-    assert PreviewMap.of_vae(vae_folder(tmp_path, config)) is WAN_2_1
-    assert len(WAN_2_1.factors) == 16 and all(len(row) == 3 for row in WAN_2_1.factors)
+    assert PreviewMap.of_vae(vae_folder(tmp_path, config)) is VIDEO
+    assert len(VIDEO.factors) == 16 and all(len(row) == 3 for row in VIDEO.factors)
     assert PreviewMap.of_vae(vae_folder(tmp_path, {**config, "latents_mean": [0.0] * 16})) is None
     own = {"factors": [[0.1, 0.2, 0.3]] * 16, "bias": [0, 1, 0.5]}
     assert PreviewMap.of_vae(vae_folder(tmp_path, config, own)) == PreviewMap.from_dict(own, 16, "")

@@ -150,7 +150,9 @@ class DiffusionEngine(StageEngine):
     def partial_result(self, request_id: str) -> StagePayload | None:
         job = self._jobs.get(request_id)
         made = {} if job is None else job.finished_outputs(self.model.output_port)
-        return StagePayload(request_id, self.spec.stage.name, made, self.model.meta()) if made else None
+        if job is None or not made:
+            return None
+        return StagePayload(request_id, self.spec.stage.name, made, self.model.meta(job.params))
 
     def activity(self) -> Activity:
         desk = self._desk
@@ -286,7 +288,7 @@ class DiffusionEngine(StageEngine):
         job.end(state, output if port in reads.whole else None, "latents" in reads.whole)
         if output is not None and port in reads.streamed:
             rows = output.transpose(0, 1).contiguous()
-            self._events.append(StageRows(job.request_id, port, rows, job.is_done, self.model.meta()))
+            self._events.append(StageRows(job.request_id, port, rows, job.is_done, self.model.meta(job.params)))
         if job.is_chunked or not job.running:
             self._consume(job)
         if job.is_done:
@@ -302,7 +304,7 @@ class DiffusionEngine(StageEngine):
     def _finish(self, job: DiffusionJob) -> None:
         tensors = job.tensors(self.model.output_port, self._reads, self.spec.signature)
         self._drop(job.request_id)
-        payload = StagePayload(job.request_id, self.spec.stage.name, tensors, self.model.meta())
+        payload = StagePayload(job.request_id, self.spec.stage.name, tensors, self.model.meta(job.params))
         self._events.append(StageDone(payload, job.counts()))
 
     def _drop(self, request_id: str) -> None:

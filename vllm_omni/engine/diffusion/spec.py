@@ -81,6 +81,7 @@ class DiffusionSpec(StageSpec):
         self.signature = self.model.signature
         self.request_keys, self.media_keys = self.model.request_keys, self.model.media_keys
         self.defaults = layered(stage.defaults, self.model.defaults)
+        self.frame_rate = self.model.frame_rate and stage.defaults.get("fps", self.model.frame_rate)
         self._dit_cache = config.dit_cache
         self.encoded_bytes = int(config.dit_cache.encoded_images_mb * MEGABYTE) if self.model.media_keys else 0
         self.lora = None if self.options.lora is None else self._lora_source(self.options.lora)
@@ -182,7 +183,8 @@ class DiffusionSpec(StageSpec):
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> None:
         params = self.with_fields(request, diffusion_params(params))
         self.model.check(request, params, frozenset(self.stage.inputs), self.limits)
-        check_no_video(params)
+        if self.frame_rate is None:
+            check_no_video(params)
         check_counts(params, self.model.num_steps(params), self.limits)
         check_fitted_steps(self.policy.fit, self.model.num_steps(params))
         check_readers(params, self.stage.name, reads)

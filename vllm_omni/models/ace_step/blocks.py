@@ -19,7 +19,7 @@ from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.models.ace_step.config import SLIDING, AceStepConfig
-from vllm_omni.models.ace_step.frames import CrossAttentionKV
+from vllm_omni.worker.diffusion.cross_attention import CrossAttentionKV
 from vllm_omni.worker.diffusion.packing import Span, gated_rows, joined, modulated_rows
 
 TIME_FREQUENCIES = 256

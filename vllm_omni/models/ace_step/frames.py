@@ -4,7 +4,7 @@ Rows of equal length stand together as a `Group`, so that what is per row works 
 the packed [N, D] tensor. Neighbours that read the same `CrossAttentionKV` share one call of
 cross-attention. Knows no weights.
 
-Legend: R rows, N packed tokens of all rows, L tokens of a row, D width, t tokens of a text, K key-value heads.
+Legend: R rows, N packed tokens of all rows, L tokens of a row, D width.
 """
 
 from __future__ import annotations
@@ -15,16 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vllm_omni.worker.diffusion.cross_attention import CrossAttentionKV, reading_runs
 from vllm_omni.worker.diffusion.packing import Span
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CrossAttentionKV:
-    """What cross-attention reads of a text. The same for every step, so it is made once and shared by all rows that
-    read it.
-    """
-
-    layers: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, [1, K, t, head_dim] each
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,15 +93,7 @@ class Frames:
 
     def cross_attention_spans(self) -> list[tuple[slice, CrossAttentionKV]]:
         """(tokens, what they read) of neighbouring rows that read the same."""
-        found: list[tuple[slice, CrossAttentionKV]] = []
-        start = 0
-        for length, read in zip(self.lengths, self.cross_attention, strict=True):
-            if found and found[-1][1] is read:
-                found[-1] = (slice(found[-1][0].start, start + length), read)
-            else:
-                found.append((slice(start, start + length), read))
-            start += length
-        return found
+        return reading_runs(self.lengths, self.cross_attention)
 
 
 def grouped(lengths: Sequence[int]) -> tuple[Group, ...]:
@@ -121,11 +105,3 @@ def grouped(lengths: Sequence[int]) -> tuple[Group, ...]:
         else:
             groups.append(Group(slice(row, row + 1), length))
     return tuple(groups)
-
-
-def packed_order(lengths: Sequence[int], reads: Sequence[CrossAttentionKV]) -> tuple[int, ...]:
-    """The rows by length, and within a length by what they read (in order of first appearance)."""
-    first: dict[int, int] = {}
-    for read in reads:
-        first.setdefault(id(read), len(first))
-    return tuple(sorted(range(len(lengths)), key=lambda row: (lengths[row], first[id(reads[row])])))

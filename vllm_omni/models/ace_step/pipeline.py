@@ -141,7 +141,7 @@ class AceStepPipeline(DiffusionModel):
         audio = audio / peak.clamp(min=1.0)
         return audio * (PEAK / peak.clamp(QUIETEST, 1.0)) if is_normalized(params) else audio
 
-    def meta(self) -> Mapping[str, Any]:
+    def meta(self, params: DiffusionParams) -> Mapping[str, Any]:
         return {"sample_rate": self.vae.sample_rate}
 
     def _source(self, inputs: Mapping[str, Any], outline: MusicOutline, generator: torch.Generator) -> Tensor:

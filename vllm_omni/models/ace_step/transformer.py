@@ -28,7 +28,8 @@ from vllm_omni.layers.rotary import rotary_frequencies
 from vllm_omni.layers.weights import MakeCopies, Target, allocate, load_weights
 from vllm_omni.models.ace_step.blocks import Block, TimeEmbedding
 from vllm_omni.models.ace_step.config import AceStepConfig
-from vllm_omni.models.ace_step.frames import CrossAttentionKV, Frames, RowCondition, grouped, packed_order
+from vllm_omni.models.ace_step.frames import Frames, RowCondition, grouped
+from vllm_omni.worker.diffusion.cross_attention import CrossAttentionKV, packed_order
 from vllm_omni.worker.diffusion.packing import joined, modulated_rows
 
 FUSED = {

@@ -3,7 +3,7 @@ pipeline.
 
 A spec is known before loading, a model holds weights and formulas; neither knows a batching policy or a cache. A
 Trajectory is one output's way from noise to latents. Shapes are without a batch dimension: latents are [C, h, w] for
-pictures and [T, C] for audio. Every tensor argument and result is on the model's device.
+pictures, [C, f, h, w] for videos and [T, C] for audio. Every tensor argument and result is on the model's device.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ class DiffusionModelSpec(ABC):
     can_offload: ClassVar[bool] = False  # whether weights of its blocks may wait in the host's memory
     adapted_part: ClassVar[str | None] = None  # the folder of the transformer, where LoRA may adapt it
     defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
+    frame_rate: float | None = None  # frames per second of its videos, where the request says none; None: it makes none
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         """weights_variant: which weight files are loaded ("fp16"), of a part that has such."""
@@ -245,7 +246,7 @@ class DiffusionModelSpec(ABC):
 class DiffusionModel(ABC):
     """Weights and formulas of one checkpoint."""
 
-    output_port: ClassVar[str]  # what it makes: "image" or "audio"
+    output_port: ClassVar[str]  # what it makes: "image", "video" or "audio"
     streamed_input: ClassVar[str | None] = None  # the input port, if any, that it takes chunk by chunk
     gives_modulated_input: ClassVar[bool] = False  # whether step caches may ask for `modulated_input`
     num_blocks: int  # how many `run_blocks` counts
@@ -317,11 +318,13 @@ class DiffusionModel(ABC):
         raise StageError(f"{type(self).__name__} gives no previews")
 
     def assemble(self, pieces: Sequence[Tensor], params: DiffusionParams) -> Tensor:
-        """The finished output of one trajectory: a picture [H, W, 3] uint8, audio [channels, n] float32."""
+        """The finished output of one trajectory: a picture [H, W, 3] or a video [n, H, W, 3] uint8, audio
+        [channels, n] float32.
+        """
         return pieces[0]
 
-    def meta(self) -> Mapping[str, Any]:
-        """Plain JSON that goes into the payload's meta: {"sample_rate": 48000} for audio."""
+    def meta(self, params: DiffusionParams) -> Mapping[str, Any]:
+        """Plain JSON that goes into the payload's meta: {"sample_rate": 48000} for audio, {"fps": 24.0} for a video."""
         return {}
 
 

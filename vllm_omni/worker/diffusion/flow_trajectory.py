@@ -1,5 +1,5 @@
-"""The way of a picture along a flow, as several families have it: from noise, or from a picture and within a mask, with
-a negative branch in the steps in which guidance acts. How guidance combines the branches is the family's.
+"""The way of a picture or a video along a flow, as several families have it: from noise, or from a picture and within a
+mask, with a negative branch in the steps in which guidance acts. How guidance combines the branches is the family's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FlowTrajectory(Trajectory):
     def __init__(
         self,
         *,
-        latent_shape: tuple[int, int, int],
+        latent_shape: tuple[int, ...],
         sampler: FlowSampler,
         num_tokens: int,
         conditions: Mapping[str, Any],

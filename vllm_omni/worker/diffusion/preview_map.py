@@ -109,7 +109,7 @@ _FLUX_1_FACTORS = (
 )
 FLUX_1 = PreviewMap(tuple(tuple(value / 2 for value in row) for row in _FLUX_1_FACTORS))
 # The VAE of Wan 2.1, which Qwen-Image has too. Its latents are scaled channel by channel.
-WAN_2_1_VAE: Mapping[str, object] = {
+VIDEO_VAE: Mapping[str, object] = {
     "z_dim": 16,
     "latents_mean": (
         *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -117,7 +117,7 @@ WAN_2_1_VAE: Mapping[str, object] = {
     ),
 }
 # Figures of Blissful Tuner (Apache-2.0), latent_preview.py, which fit -1 to 1; halved here for 0 to 1.
-_WAN_2_1_FACTORS = (
+_VIDEO_FACTORS = (
     (-0.1299, -0.1692, 0.2932),
     (0.0671, 0.0406, 0.0442),
     (0.3568, 0.2548, 0.1747),
@@ -135,8 +135,8 @@ _WAN_2_1_FACTORS = (
     (0.3477, 0.2275, 0.2950),
     (0.1984, 0.0913, 0.1861),
 )
-WAN_2_1 = PreviewMap(
-    tuple(tuple(value / 2 for value in row) for row in _WAN_2_1_FACTORS),
+VIDEO = PreviewMap(
+    tuple(tuple(value / 2 for value in row) for row in _VIDEO_FACTORS),
     bias=tuple(0.5 + value / 2 for value in (-0.1835, -0.0868, -0.3360)),
 )
-KNOWN = ((FLUX_1_VAE, FLUX_1), (WAN_2_1_VAE, WAN_2_1))
+KNOWN = ((FLUX_1_VAE, FLUX_1), (VIDEO_VAE, VIDEO))

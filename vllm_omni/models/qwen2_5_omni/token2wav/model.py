@@ -144,7 +144,7 @@ class Token2Wav(DiffusionModel):
             raise StageError("the sound is not finite; the vocoder's weights are damaged")
         return audio
 
-    def meta(self) -> Mapping[str, Any]:
+    def meta(self, params: DiffusionParams) -> Mapping[str, Any]:
         return {"sample_rate": SAMPLE_RATE}
 
     def _check_codes(self, chunk: StreamChunk) -> None:

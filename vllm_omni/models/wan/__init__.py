@@ -1,0 +1,1 @@
+"""Wan: videos of words, and from a first frame."""
