@@ -22,6 +22,7 @@ from vllm_omni.models.qwen3_tts.options import TalkerOptions
 from vllm_omni.models.qwen3_tts.prompt import num_rows
 from vllm_omni.models.qwen3_tts.request import AUTO, KEYS, LANGUAGE, REF_AUDIO, VOICE, SpeechReader, SpeechRequest
 from vllm_omni.models.qwen3_tts.sampling import FIRST_CODES, PUBLISHED, subtalker_settings
+from vllm_omni.models.qwen3_tts.talker_job import REFERENCE
 from vllm_omni.models.qwen3_tts.talker_stage import TalkerStage
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.payload import StageSignature, TensorSpec
@@ -65,9 +66,9 @@ class TalkerSpec(ARSpec):
         if self.talker.speakers or self.voices is not None:
             self.request_choices = {**self.request_choices, VOICE: tuple(self.talker.speakers)}
         self.signature = StageSignature(
-            outputs={CODES: TensorSpec(("T", self.talker.num_codes))},
+            outputs=dict.fromkeys((CODES, REFERENCE), TensorSpec(("T", self.talker.num_codes))),
             meta=frozenset({"finish_reason", "prompt_tokens"}),
-            streamed_outputs=frozenset({CODES}),
+            streamed_outputs=frozenset({CODES, REFERENCE}),
         )
 
     @classmethod
