@@ -1,5 +1,5 @@
-"""One speech on its way through the talker: its text as it comes, its sequence, its frames, and the rows that each frame
-is fed back as.
+"""One speech on its way through the talker: its text as it comes, its sequence, its frames, and the rows that each of
+these is fed back as.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ class TalkerJob(FramesJob):
 
     def consumed(self, sequence: TokenSequence) -> list[StageEvent]:
         """Chunks of text all of whose tokens have been read."""
-        num_read = self._num_before + sequence.num_reached_tokens - sequence.num_prompt_tokens
+        num_beyond = sequence.num_reached_tokens - sequence.num_prompt_tokens
         events: list[StageEvent] = []
-        while self._unused and self._unused[0] <= num_read and sequence.num_reached_tokens >= sequence.num_prompt_tokens:
+        while self._unused and num_beyond >= 0 and self._unused[0] <= self._num_before + num_beyond:
             self._unused.popleft()
             events.append(ChunkConsumed(sequence.request_id, TEXT))
         return events

@@ -17,7 +17,16 @@ from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, clear_frames, made_so_far
 from vllm_omni.errors import StageError
 from vllm_omni.layers.kernel_choice import kernels_of
-from vllm_omni.messages import ChunkConsumed, StageDone, StageEvent, StageFailed, StageProgress, StageRows, StageTask, StageWorked
+from vllm_omni.messages import (
+    ChunkConsumed,
+    StageDone,
+    StageEvent,
+    StageFailed,
+    StageProgress,
+    StageRows,
+    StageTask,
+    StageWorked,
+)
 from vllm_omni.models.qwen3_tts.codec.decoder import CodecDecoder
 from vllm_omni.models.qwen3_tts.codec.frame_queue import FrameQueue
 from vllm_omni.models.qwen3_tts.codec.job import CodecJob

@@ -32,8 +32,8 @@ PORT, REFERENCE = "codes", "reference_codes"
 
 
 class SpeechCodecSpec(StageSpec):
-    """Stage kind `speech_codec`: codes [n, codebooks] come frame by frame, audio leaves as soon as it can. Of a recording
-    that the speech goes on from, its `reference_codes` come before, and are not heard.
+    """Stage kind `speech_codec`: codes [n, codebooks] come frame by frame, audio leaves as soon as it can. The
+    `reference_codes` of a recording that the speech goes on from come before, and are not heard.
     """
 
     options_type = CodecOptions
