@@ -53,7 +53,7 @@ def cut(text: str, places: Sequence[int]) -> list[str]:
     return [text[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     text=st.lists(st.sampled_from(ATOMS + MARKS), min_size=1, max_size=14).map("".join).filter(str.strip),
     places=st.lists(st.integers(0, 60), max_size=8),
@@ -116,6 +116,14 @@ def say_in_pieces(engine: AREngine, tokens: dict[str, Tensor], chance: random.Ra
     return events
 
 
+def until_begun(engine: AREngine, *names: str) -> list[StageEvent]:
+    """Their recordings are read in the background."""
+    events: list[StageEvent] = []
+    while not engine._jobs.keys() >= set(names):
+        events += engine.step()
+    return events
+
+
 @pytest.mark.parametrize("name", FRAMES)
 def test_pieces_give_the_codes_of_the_whole(talkers: Talkers, processor: TextProcessor, name: str) -> None:
     """Two beside one that is aborted, in a pool that is too small for both."""
@@ -123,10 +131,12 @@ def test_pieces_give_the_codes_of_the_whole(talkers: Talkers, processor: TextPro
     tokens = tokens_of(processor, case)
     whole = talkers.engine(case, (), streamed=("codes",))
     submit(whole, *(make_task(case, params_of(case, seed), each) for each, seed in ids.items()))
+    expected = until_begun(whole, *ids)
     spoken = whole._jobs["a"]
-    expected = drain(whole)
+    expected += drain(whole)
     engine = talkers.engine(case, (), streamed=("codes",), num_blocks=16, prefix_caching=False)
     submit(engine, *(open_task(case, each, seed) for each, seed in ids.items()), open_task(case, "gone"))
+    until_begun(engine, *ids, "gone")
     engine.feed("gone", "text", StreamChunk(tokens[:5]))
     drain(engine)
     engine.abort("gone")
@@ -148,8 +158,8 @@ def test_it_stands_still_without_the_next_word_and_holds_up_nobody(talkers: Talk
     spoken = drain(engine)
     assert len(codes_of(spoken, "waits")) == 3, "one of the prompt, one for each further word"
     assert not is_busy(engine) and engine.step() == []
-    submit(engine, make_task(case, params_of(case), "other"))
-    assert len(codes_of(drain(engine), "other")) == FRAMES[case.name]
+    submit(engine, make_task(case, SamplingParams(max_tokens=4), "other"))
+    assert len(codes_of(drain(engine), "other")) == 4
     for name in ("waits", "has no word"):
         engine.abort(name)
     assert_clean(engine)
