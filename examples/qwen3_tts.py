@@ -47,7 +47,9 @@ def main() -> None:
 
 
 def prompt_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The text, and beside it what was said of how it is to be spoken."""
+    """The text, and beside it what was said of how it is to be spoken. In the place of the text an iterator may stand
+    that gives it in pieces, as a language model writes them: `iter(["Good ", "morning."])`.
+    """
     prompt: dict[str, Any] = {"prompt": args.text, "language": args.language}
     named = {"voice": args.voice, "instructions": args.instructions, "ref_text": args.ref_text}
     prompt |= {key: value for key, value in named.items() if value is not None}

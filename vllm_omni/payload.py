@@ -71,6 +71,9 @@ class StageSignature:
     # their value is always StreamChunks, a whole payload being one; a writer that made no row gives one empty chunk
     streamed_inputs: frozenset[str] = frozenset()
     streamed_outputs: frozenset[str] = frozenset()  # they can be given row by row while the stage works
+    # over which the text of a request comes that is not complete yet, in rows that the stage makes of it (`open_text`);
+    # no stage feeds them, and their value is StreamChunks
+    text_inputs: Mapping[str, PortSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

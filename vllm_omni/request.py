@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ __all__ = [
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
+Pieces = Iterator[str] | AsyncIterator[str]
 P = TypeVar("P", bound=StageParams)
 
 TEXT_KEYS = ("prompt", "prompt_token_ids", "messages")
@@ -65,6 +66,9 @@ class OmniRequest:
     # None is as if it were not there
     fields: Mapping[str, Any] = field(default_factory=dict)
     saved: Mapping[str, SavedStage] = field(default_factory=dict)  # stages that go on from where they were saved
+    # a text that comes in pieces while the request runs, in the place of `prompt`, which is '' then; `Omni` reads them
+    pieces: Pieces | None = None
+    is_open: bool = False  # whether the text comes so; what `pieces` set, and what is left of them for the stages
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not 0 < len(self.request_id) <= MAX_ID_LENGTH:
@@ -72,6 +76,11 @@ class OmniRequest:
                 f"request_id: got {brief(self.request_id)}, expected 1 to {MAX_ID_LENGTH} characters"
             )
         object.__setattr__(self, "prompt", _checked_prompt(self.prompt))
+        if self.pieces is not None:
+            _check_pieces(self.pieces)
+            object.__setattr__(self, "is_open", True)
+        if self.is_open and self.prompt != "":
+            raise InvalidRequestError(f"prompt: got {brief(self.prompt)} beside pieces of a text, expected ''")
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise InvalidRequestError(f"negative_prompt: got {type(self.negative_prompt).__name__}, expected a string")
         if self.timeout_s is not None:
@@ -87,13 +96,13 @@ class OmniRequest:
 
     @classmethod
     def from_prompt(
-        cls, prompt: Prompt | Mapping[str, Any], params: StageParams | Mapping[str, StageParams] | None = None
+        cls, prompt: Prompt | Pieces | Mapping[str, Any], params: StageParams | Mapping[str, StageParams] | None = None
     ) -> OmniRequest:
         """A request from anything that `Omni.generate` takes as a prompt; in a dict, keys beyond PROMPT_KEYS are
-        `fields`.
+        `fields`. An iterator in the place of a text gives its `pieces`.
         """
         if not isinstance(prompt, Mapping):
-            return cls(prompt=prompt, params=params)
+            return cls(**_text_of(prompt), params=params)
         given = as_dict("prompt", prompt, MAX_KEYS, raises=InvalidRequestError, expected="keys and their values")
         fields = {key: value for key, value in given.items() if key not in PROMPT_KEYS}
         texts = [key for key in TEXT_KEYS if given.get(key) is not None]
@@ -103,7 +112,7 @@ class OmniRequest:
                 + _near_misses(fields)
             )
         rest = {key: given[key] for key in OWN_KEYS if given.get(key) is not None}
-        return cls(prompt=given[texts[0]], params=params, fields=fields, **rest)
+        return cls(**_text_of(given[texts[0]]), params=params, fields=fields, **rest)
 
     def params_for(self, stage: str, params_type: type[P]) -> P:
         """The parameters that the caller gave for one stage, unset where none were given."""
@@ -135,6 +144,20 @@ class OmniRequest:
             if isinstance(params, DiffusionParams) and params.negative_prompt is not None:
                 return params.negative_prompt
         return self.negative_prompt or ""
+
+
+def is_pieces(prompt: object) -> bool:
+    """Whether it gives a text piece by piece."""
+    return isinstance(prompt, Iterator | AsyncIterator)
+
+
+def _text_of(prompt: Any) -> dict[str, Any]:
+    return {"prompt": "", "pieces": prompt} if is_pieces(prompt) else {"prompt": prompt}
+
+
+def _check_pieces(pieces: object) -> None:
+    if not is_pieces(pieces):
+        raise InvalidRequestError(f"pieces: got {type(pieces).__name__}, expected an iterator of strings")
 
 
 def _checked_prompt(prompt: object) -> Prompt:

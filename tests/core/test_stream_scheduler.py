@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from support.scheduler import request
 
-from vllm_omni.config.graph import StageGraph
+from vllm_omni.config.graph import CALLER, Edge, StageGraph
 from vllm_omni.config.schema import EdgeConfig, OmniConfig, StageConfig, StreamConfig
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
+from vllm_omni.core.routing.request_plan import default_plan
 from vllm_omni.errors import RequestTimeoutError, SchedulerError
 from vllm_omni.messages import Feed, StageTask
 from vllm_omni.payload import StagePayload, StageSignature, TensorSpec
@@ -254,3 +256,44 @@ def test_counts_of_streams_that_disagree_are_found() -> None:
     stream._num_consumed += 1
     with pytest.raises(SchedulerError, match="1 handed over, 1 consumed"):
         run.machine.check_integrity()
+
+
+def test_time_counts_for_no_stage_while_the_caller_is_waited_for() -> None:
+    """a reads what the caller writes and feeds b; a chunk from the caller is whatever has come."""
+    run = Run(("b",), a={}, b={"x": streamed("a.out", chunk_timeout_s=5.0)})
+    text = Edge(CALLER, "text", "a", "text", stream=StreamConfig(max_ahead=1), takes_chunks=True)
+    plan = default_plan(run.machine._graph)
+    stages = {**plan.stages, "a": dataclasses.replace(plan.stages["a"], edges=(text,))}
+    run.machine.schedule(request("open", timeout_s=100.0), dataclasses.replace(plan, stages=stages))
+    run.machine.abort("r")
+    assert run.tick(50.0) == [], "it waits for its first words, and is not stalled"
+
+    def write(num_rows: int, is_last: bool = False) -> bool:
+        return run.machine.text_came("open", text, num_rows, is_last, 50.0)
+
+    assert write(3) and run.tick(50.0) == ["launch a"] and run.inputs["a"]["text"].stop == 3
+    run.machine.rows_made("open", "a", "out", 1, False, 50.0)
+    assert run.tick(50.0) == ["launch b"]
+    assert run.machine.is_waiting("open", "a")
+    for stage, port in (("a", "text"), ("b", "x")):
+        run.machine.chunk_consumed("open", stage, port, 50.0)
+    assert run.tick(60.0) == []
+    assert write(2) and write(5) and run.tick(60.0) == ["feed a.text 3-10"]
+    assert run.tick(64.0) == [], "from 60 s on the writer is a"
+    assert write(0, is_last=True) and run.tick(64.5) == ["feed a.text 10-10"]
+    assert not run.machine.is_waiting("open", "a")
+    assert not write(1), "a piece after the last ends it"
+    assert not write(1) and run.tick(66.0) == []
+    assert "rows of 'text' after the last" in str(run.machine.take_ends()[-1].error)
+
+
+def test_a_caller_who_writes_nothing_is_waited_for_until_the_deadline() -> None:
+    run = Run(("b",), a={}, b={"x": streamed("a.out")})
+    text = Edge(CALLER, "text", "a", "text", stream=StreamConfig(), takes_chunks=True)
+    plan = default_plan(run.machine._graph)
+    stages = {**plan.stages, "a": dataclasses.replace(plan.stages["a"], edges=(text,))}
+    run.machine.schedule(request("open", timeout_s=100.0), dataclasses.replace(plan, stages=stages))
+    run.machine.abort("r")
+    assert run.tick(99.0) == [] and run.machine.is_unfinished("open")
+    assert run.tick(100.0) == [] and not run.machine.text_came("open", text, 1, False, 100.0)
+    assert isinstance(run.machine.take_ends()[-1].error, RequestTimeoutError)

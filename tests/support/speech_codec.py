@@ -61,9 +61,10 @@ def chunks(codes: Tensor, sizes: Sequence[int]) -> list[StreamChunk]:
     return [*parts[:-1], replace(parts[-1], is_last=True)]
 
 
-def task(request_id: str, chunk: StreamChunk) -> StageTask:
+def task(request_id: str, chunk: StreamChunk, reference: StreamChunk | None = None) -> StageTask:
     request = OmniRequest(prompt="words", request_id=request_id)
-    return StageTask(request, "speech", SamplingParams(), {"codes": chunk})
+    before = {} if reference is None else {"reference_codes": reference}
+    return StageTask(request, "speech", SamplingParams(), {"codes": chunk, **before})
 
 
 @dataclass

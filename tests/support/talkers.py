@@ -64,7 +64,11 @@ class Talkers:
         while not engine._jobs:
             engine.step()
         job = cast(TalkerJob, engine._jobs[case.name])
-        return job._make_inputs()
+        opening = job._opening
+        assert opening is not None
+        inputs = opening.inputs()
+        inputs.extend(opening.text(job._trailing).unbind(), is_last=True)
+        return inputs
 
     def speak(self, case: Case, frames: int) -> tuple[Tensor, Tensor, Tensor]:
         """Greedy: codes [n, 16], logits of the first codes [n or n + 1, V], and of the others of two frames."""

@@ -16,6 +16,8 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.payload import PortSpec, StageSignature, TensorSpec, TextSpec
 from vllm_omni.utils.checks import did_you_mean
 
+CALLER = "(caller)"  # the source of what a request brings while it runs; no stage can have this name
+
 
 @dataclass(frozen=True, slots=True)
 class Edge:

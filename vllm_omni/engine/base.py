@@ -29,7 +29,7 @@ from vllm_omni.utils.precision import Precision, choose_precision, choose_quanti
 from vllm_omni.voices import VoiceStore
 
 if TYPE_CHECKING:
-    from torch import device, dtype
+    from torch import Tensor, device, dtype
 
     from vllm_omni.worker.background import Background
     from vllm_omni.worker.model_pool import ModelPool
@@ -208,6 +208,13 @@ class StageSpec(ABC):
     def cache_key(self, task: StageTask) -> str | None:
         """A key under which the payload of this task may serve later requests, or None where it must be computed."""
         return None
+
+    def open_text(self, request: OmniRequest, prepared: Any) -> Callable[[str, bool], Tensor]:
+        """Of a request that is open (`OmniRequest.is_open`), where the signature has `text_inputs`: what makes rows of
+        the pieces of its text as they come, by a piece and whether it is the last. It raises InvalidRequestError for
+        what cannot be read. prepared: of `check`.
+        """
+        raise StageError(f"stage {self.stage.name!r} reads no text in pieces")
 
     def job_size(self, request: OmniRequest, params: StageParams, prepared: Any) -> float:
         """Rough seconds-like size of the task for shortest-job-first; only the order matters. prepared: of `check`."""

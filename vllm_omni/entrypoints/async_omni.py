@@ -6,7 +6,7 @@ import _thread
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,9 +15,10 @@ from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.routing.request_state import RequestPosition
 from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeline
 from vllm_omni.entrypoints.loop_thread import LoopThread
-from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request
+from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, rejected
 from vllm_omni.entrypoints.state_file import read_state, state_path, write_state
-from vllm_omni.errors import RequestTimeoutError
+from vllm_omni.entrypoints.text_pieces import async_pieces, broken_text, checked_piece, without_pieces
+from vllm_omni.errors import InvalidRequestError, RequestTimeoutError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus
@@ -65,7 +66,7 @@ class AsyncOmni:
 
     async def generate(self, prompt: PromptLike, params: Params | None = None) -> OmniOutput:
         """The final output of one prompt. Cancelling the awaiting task aborts the request."""
-        request = make_request(prompt, params)
+        request = _make_request(prompt, params)
         if isinstance(request, OmniOutput):
             return request
         with self._subscription(request, stream=False) as subscription:
@@ -78,7 +79,7 @@ class AsyncOmni:
         (`aclose`, cancelling the task) aborts the request between two steps. steps: also those that tell of a step that
         made nothing to show; `find` says how far a request is without them.
         """
-        request = make_request(prompt, params)
+        request = _make_request(prompt, params)
         if isinstance(request, OmniOutput):
             yield request
             return
@@ -138,6 +139,16 @@ class AsyncOmni:
         await self.shutdown(drain=kind is None)
 
 
+def _make_request(prompt: PromptLike, params: Params | None) -> OmniRequest | OmniOutput:
+    request = make_request(prompt, params)
+    if isinstance(request, OmniRequest):
+        try:
+            async_pieces(request)
+        except InvalidRequestError as error:
+            return rejected(request.request_id, error)
+    return request
+
+
 class _Arrivals:
     """Outputs on their way from the loop's thread into one event loop, which is woken once for all that have come until
     it looks: each wake-up interrupts a step.
@@ -179,6 +190,7 @@ class _Subscription:
         self._steps = steps
         self._queue: asyncio.Queue[OmniOutput] = asyncio.Queue()
         self._patience: asyncio.TimerHandle | None = None
+        self._reading: asyncio.Task[None] | None = None  # of a text that comes in pieces
         self._is_behind = False
         self.is_finished = False
 
@@ -199,7 +211,10 @@ class _Subscription:
         if self._request.timeout_s is not None:
             patience_s = self._request.timeout_s + GRACE_S
             self._patience = asyncio.get_running_loop().call_later(patience_s, self._give_up)
-        self._thread.submit(self._request, self._deliver, stream=self._stream, steps=self._steps)
+        self._thread.submit(without_pieces(self._request), self._deliver, stream=self._stream, steps=self._steps)
+        pieces = async_pieces(self._request)
+        if pieces is not None:
+            self._reading = asyncio.ensure_future(self._read(pieces))
         return self
 
     def __exit__(
@@ -207,8 +222,23 @@ class _Subscription:
     ) -> None:
         if self._patience is not None:
             self._patience.cancel()
+        if self._reading is not None:
+            self._reading.cancel()
         if not self.is_finished:
             self._thread.abort(self._request.request_id, self._deliver)
+
+    async def _read(self, pieces: AsyncIterator[str]) -> None:
+        """Hands on the pieces of a text as they come, until nobody needs them any more."""
+        request_id = self._request.request_id
+        try:
+            async for piece in pieces:
+                self._thread.extend(request_id, checked_piece(piece), is_last=False)
+            self._thread.extend(request_id, "", is_last=True)
+        except Exception as error:
+            self._thread.fail(request_id, broken_text(error))
+        finally:
+            if isinstance(pieces, AsyncGenerator):
+                await pieces.aclose()
 
     def _deliver(self, output: OmniOutput) -> None:
         self._arrivals.add(self, output)

@@ -74,6 +74,14 @@ class LoopThread:
 
         self._in_order(plan_and_send)
 
+    def extend(self, request_id: str, piece: str, is_last: bool) -> None:
+        """As `OmniExecutor.extend`, behind the request itself."""
+        self._in_order(lambda: self._send(lambda: self._executor.extend(request_id, piece, is_last)))
+
+    def fail(self, request_id: str, error: OmniError) -> None:
+        """As `OmniExecutor.fail`, behind what was asked for before."""
+        self._in_order(lambda: self._send(lambda: self._executor.fail(request_id, error)))
+
     def abort(self, request_id: str, deliver: Deliver | None = None) -> None:
         """Aborts a request; with `deliver`, only the one that was submitted with it."""
         self._in_order(lambda: self._send(lambda: self._abort(request_id, deliver)))

@@ -6,7 +6,7 @@ import _thread
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeli
 from vllm_omni.entrypoints.progress import LoadingBar, ProgressBar
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, pair, rejected
 from vllm_omni.entrypoints.state_file import read_state, state_path, write_state
+from vllm_omni.entrypoints.text_pieces import PieceThread, plain_pieces, without_pieces
 from vllm_omni.entrypoints.turn import Turn
-from vllm_omni.errors import QueueFullError, SchedulerError
+from vllm_omni.errors import InvalidRequestError, OmniError, QueueFullError, SchedulerError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, OmniRequest
@@ -69,8 +70,9 @@ class Omni:
     ) -> list[OmniOutput]:
         """One final output per prompt, in the order of the prompts.
 
-        prompts: one or a list; a prompt is text, token ids, chat messages, a dict or an OmniRequest. params: one object
-        for the stages that take its type, {stage: params}, or a list with one of these per prompt.
+        prompts: one or a list; a prompt is text, token ids, chat messages, a dict or an OmniRequest, or an iterator of
+        a text's pieces, which is read as it goes on (in a thread of its own) while sound is made already. params: one
+        object for the stages that take its type, {stage: params}, or a list with one of these per prompt.
 
         What goes wrong with one request stands in its output's `error`. Raises InvalidRequestError when the numbers of
         prompts and params differ, SchedulerError after `close`. An interrupt aborts what this call began.
@@ -170,38 +172,57 @@ class Omni:
         mailbox: deque[OmniOutput] = deque()
         waiting = deque(requests)
         unfinished: set[str] = set()
+        texts: dict[str, PieceThread] = {}
         try:
             while waiting or unfinished or mailbox:
                 while mailbox:
                     output = mailbox.popleft()
                     if output.finished:
                         unfinished.discard(output.request_id)
+                        _stop_reading(texts, [output.request_id])
                     yield output
                 with self._turn.take():
-                    self._feed(waiting, unfinished, mailbox, stream)
+                    for request_id, pieces in self._feed(waiting, unfinished, mailbox, stream):
+                        texts[request_id] = PieceThread(pieces, self._executor.wake)
+                    self._extend(texts)
                     if not mailbox and (waiting or unfinished):
                         self._step()
                 if not mailbox:
                     self._executor.wait()
         finally:
+            _stop_reading(texts, list(texts))
             if unfinished:
                 self._turn.do(partial(self._abort, unfinished, mailbox))
 
     def _feed(
         self, waiting: deque[OmniRequest], unfinished: set[str], mailbox: deque[OmniOutput], stream: bool
-    ) -> None:
+    ) -> list[tuple[str, Iterator[str]]]:
+        """The texts in pieces of those that were admitted now."""
+        begun: list[tuple[str, Iterator[str]]] = []
         while waiting:
             request = waiting[0]
             try:
-                self._executor.add_request(request, stream=stream)
+                pieces = plain_pieces(request)
+                self._executor.add_request(without_pieces(request), stream=stream)
             except QueueFullError:
-                return
-            except SchedulerError as error:
+                break
+            except (SchedulerError, InvalidRequestError) as error:
                 mailbox.append(rejected(request.request_id, error))
             else:
                 self._mailboxes[request.request_id] = mailbox
                 unfinished.add(request.request_id)
+                begun += [] if pieces is None else [(request.request_id, pieces)]
             waiting.popleft()
+        return begun
+
+    def _extend(self, texts: Mapping[str, PieceThread]) -> None:
+        """Hands on what has come of texts in pieces."""
+        for request_id, text in texts.items():
+            for item in text.take():
+                if isinstance(item, OmniError):
+                    self._executor.fail(request_id, item)
+                else:
+                    self._executor.extend(request_id, item or "", is_last=item is None)
 
     def _step(self) -> None:
         if not self._executor.has_work():
@@ -231,6 +252,11 @@ class Omni:
     def _ensure_open(self) -> None:
         if self._is_closed:
             raise SchedulerError("this Omni is closed; make a new one")
+
+
+def _stop_reading(texts: dict[str, PieceThread], request_ids: list[str]) -> None:
+    for text in [texts.pop(request_id) for request_id in request_ids if request_id in texts]:
+        text.stop()
 
 
 def _shut_down_elsewhere(executor: OmniExecutor) -> None:

@@ -9,11 +9,20 @@ from typing import Any
 from vllm_omni.engine.boundary import clear_frames
 from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.params import StageParams
-from vllm_omni.request import MAX_ID_LENGTH, OmniOutput, OmniRequest, Prompt, RequestStatus, new_request_id
+from vllm_omni.request import (
+    MAX_ID_LENGTH,
+    OmniOutput,
+    OmniRequest,
+    Pieces,
+    Prompt,
+    RequestStatus,
+    is_pieces,
+    new_request_id,
+)
 from vllm_omni.utils.plain import is_array
 
 Params = StageParams | Mapping[str, StageParams]
-PromptLike = Prompt | Mapping[str, Any] | OmniRequest
+PromptLike = Prompt | Pieces | Mapping[str, Any] | OmniRequest
 
 
 def pair(
@@ -42,7 +51,9 @@ def is_batch(prompts: object) -> bool:
             return "role" not in first
         except Exception:  # it is refused when it is read
             return True
-    return isinstance(first, (str, Sequence, OmniRequest)) or (is_array(first) and first.shape != ())
+    return (
+        isinstance(first, (str, Sequence, OmniRequest)) or is_pieces(first) or (is_array(first) and first.shape != ())
+    )
 
 
 def make_request(prompt: PromptLike, params: Params | None) -> OmniRequest | OmniOutput:

@@ -24,6 +24,7 @@ from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.edge_traffic import EdgeTraffic
 from vllm_omni.executor.loading_step import LoadingStep, OnLoading, announce
 from vllm_omni.executor.memory import plan_memory, reserve_memory
+from vllm_omni.executor.open_text import OpenText
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.planner import RequestPlanner
 from vllm_omni.executor.replica_set import ReplicaSet
@@ -81,6 +82,7 @@ class OmniExecutor:
         self._stages: dict[str, ReplicaSet] = {}
         self._outputs: list[OmniOutput] = []
         self._partials: dict[str, PartialOutputs] = {}
+        self._texts: dict[str, OpenText] = {}  # of unfinished requests that are open
         self._step_started: float | None = None
         try:
             for name in pipeline.specs:
@@ -135,6 +137,27 @@ class OmniExecutor:
             return
         if stream:
             self._partials[request.request_id] = PartialOutputs(plan.outputs, steps)
+        if request.is_open:
+            self._texts[request.request_id] = OpenText(plan)
+
+    def extend(self, request_id: str, piece: str, is_last: bool) -> None:
+        """More of the text of a request that is open (`OmniRequest.is_open`). What is wrong with the text ends the
+        request; nothing for one that has ended.
+        """
+        text = self._texts.get(request_id)
+        if text is None:
+            return
+        try:
+            for edge, rows in text.read(piece, is_last):
+                if self._scheduler.text_came(request_id, edge, len(rows), is_last, self._clock()):
+                    self._stages[edge.target].keep_rows(request_id, edge.target_port, rows)
+        except OmniError as error:
+            self.fail(request_id, error)
+
+    def fail(self, request_id: str, error: OmniError) -> None:
+        """Ends a request FAILED, as where its text cannot go on; otherwise as `abort`."""
+        self._scheduler.fail(request_id, error)
+        self._finish_ended()
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once; its final output is the next `take_outputs`'. Unknown or finished ones are fine."""
@@ -316,7 +339,8 @@ class OmniExecutor:
         spec, context = self._pipeline.specs[name], self._builder.context(name)
         announce(LoadingStep.of(spec, context, plan.weights_bytes), on_loading)
         streamed = {edge.source_port for edge in self._graph.edges_from(name) if edge.stream is not None}
-        inputs = self._graph.signatures[name].inputs
+        signature = self._graph.signatures[name]
+        inputs = {**signature.inputs, **signature.text_inputs}
         build = partial(self._builder.build, name)
         self._stages[name] = ReplicaSet(name, spec.stage.replicas, build, inputs, streamed, self._clock)
         self._stages[name].load()
@@ -401,6 +425,7 @@ class OmniExecutor:
             for stage in self._stages.values():
                 stage.abort(end.request.request_id)
             self._partials.pop(end.request.request_id, None)
+            self._texts.pop(end.request.request_id, None)
             self._outputs.append(make_output(end, unfinished))
 
     def _unfinished(self, end: RequestEnd) -> dict[str, StageResult]:

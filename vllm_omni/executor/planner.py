@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from vllm_omni.config.graph import CALLER, Edge
+from vllm_omni.config.schema import StreamConfig
 from vllm_omni.core.routing.request_plan import RequestPlan, StagePlan, kept_ports
 from vllm_omni.engine.base import StageSpec
 from vllm_omni.engine.boundary import stage_boundary
@@ -36,6 +38,7 @@ class RequestPlanner:
         outputs = self._outputs_of(request)
         params = {name: _resolve(request, spec) for name, spec in self._specs.items()}
         demand = self._graph.demand(lambda stage: self._needed_inputs(stage, request, params[stage]), outputs)
+        self._check_open(request, demand)
         if not request.saved:  # else some of what it was given has been read
             self._check_fields(request, demand)
             self._check_params_are_read(request, demand)
@@ -51,11 +54,13 @@ class RequestPlanner:
                 prepared = spec.check(asked, params[name], self._reads[name])
                 size = _checked_size(name, spec.job_size(request, params[name], prepared))
                 prefixes = spec.prefixes(params[name], prepared) if spec.stage.replicas > 1 else ()
+                text_edges = self._text_edges(name) if request.is_open else ()
+                read_text = spec.open_text(request, prepared) if text_edges else None
             job_size += size
             saved = request.saved.get(name)
             stages[name] = StagePlan(
                 params[name],
-                tuple(edge for edge in self._graph.edges_into(name) if edge.target_port in ports),
+                (*(edge for edge in self._graph.edges_into(name) if edge.target_port in ports), *text_edges),
                 frozenset() if saved else self._graph.signatures[name].required_inputs,
                 prepared,
                 seed,
@@ -63,9 +68,23 @@ class RequestPlanner:
                 saved.content if saved else None,
                 size,
                 prefixes,
+                read_text,
                 _guarded_cache_key(spec),
             )
         return RequestPlan(stages, kept_ports(self._graph, outputs), outputs, job_size)
+
+    def _check_open(self, request: OmniRequest, demand: Mapping[str, Collection[str]]) -> None:
+        """InvalidRequestError where a stage would read the text of an open request before it is complete."""
+        for name, ports in demand.items() if request.is_open else ():
+            if not ports and not self._graph.signatures[name].text_inputs:
+                raise InvalidRequestError(
+                    f"prompt: got a text in pieces, but stage {name!r} reads it whole; give one string"
+                )
+
+    def _text_edges(self, name: str) -> tuple[Edge, ...]:
+        """Over which the text of an open request comes to a stage."""
+        ports = self._graph.signatures[name].text_inputs
+        return tuple(Edge(CALLER, port, name, port, stream=StreamConfig(), takes_chunks=True) for port in ports)
 
     def _outputs_of(self, request: OmniRequest) -> Sequence[str]:
         if request.outputs is None:

@@ -3,65 +3,20 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import yaml
 from support.server import ServerProcess
 from support.sound_files import read_file
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
+from support.speech_socket import listening
 
 ROOT = Path(__file__).parents[3]
 KEY = "a-key-of-the-tests"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 CONFIG = {"type": "session.config", "model": "tiny-speech", "voice": "Reader", "seed": 1}
-
-
-class Listener:
-    """One client."""
-
-    def __init__(self, socket: ClientConnection) -> None:
-        self.socket = socket
-
-    def say(self, **event: Any) -> None:
-        self.socket.send(json.dumps(event))
-
-    def hear(self, last: str) -> tuple[list[dict[str, Any]], list[bytes]]:
-        """Events up to one of that type, and the frames between them."""
-        events: list[dict[str, Any]] = []
-        frames: list[bytes] = []
-        while not events or events[-1]["type"] != last:
-            message = self.socket.recv(timeout=60)
-            if isinstance(message, bytes):
-                frames.append(message)
-            else:
-                events.append(json.loads(message))
-        return events, frames
-
-    def complaint(self, **event: Any) -> dict[str, Any]:
-        self.say(**event)
-        return dict(self.hear("error")[0][-1]["error"])
-
-    def end(self) -> int:
-        """Reads to the end; the code with which the server closes."""
-        with pytest.raises(ConnectionClosed) as caught:
-            while True:
-                self.socket.recv(timeout=60)
-        assert caught.value.rcvd is not None
-        return caught.value.rcvd.code
-
-
-@contextmanager
-def listening(server: ServerProcess, **options: Any) -> Iterator[Listener]:
-    url = server.base_url.replace("http", "ws") + "/audio/speech/stream"
-    with connect(url, max_size=None, **options) as socket:
-        yield Listener(socket)
 
 
 @pytest.fixture(scope="module")

@@ -165,6 +165,40 @@ def test_a_paused_request_makes_nothing_and_goes_on_where_it_was(stage: CodecEng
     assert_same(run(stage).whole("a"), expected)
 
 
+def test_a_reference_comes_before_and_is_not_heard_and_the_same_one_is_decoded_once(
+    folder: Path, pool: ModelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside one without a recording; in chunks of any sizes, whichever port they come over first."""
+    stage, reference, rows = engine(folder, pool=pool, max_batch_frames=8), codes(13, 1), codes(5, 2)
+    expected = sound(stage, torch.cat((reference, rows)))[len(reference) * FRAME :]
+    plain, num_decoded = stage.decoder.forward, list[int]()
+
+    def counting(given: Tensor, *args: object, **rest: object) -> Tensor:
+        num_decoded.append(given.shape[0] * given.shape[1])
+        return plain(given, *args, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage.decoder, "forward", counting)
+    none = StreamChunk(reference[:0], is_last=True)
+    for name, sizes in (("first", [2, 9]), ("again", [])):
+        begin, *others = chunks(reference, sizes)
+        stage.submit(task(name, StreamChunk(rows[:2]), reference=begin))
+        stage.submit(task(f"beside {name}", StreamChunk(rows, is_last=True), reference=none))
+        ran = run(stage)
+        for chunk in others:
+            assert name not in ran.pieces
+            stage.feed(name, "reference_codes", chunk)
+        stage.feed(name, "codes", StreamChunk(rows[2:], 2, is_last=True))
+        run(stage, ran)
+        assert_same(ran.streamed(name), expected)
+        assert_same(ran.whole(name), expected)
+        assert_same(ran.whole(f"beside {name}"), sound(stage, rows))
+        assert ran.consumed == {name: 3 + len(others), f"beside {name}": 2}
+        done = ran.last[name]
+        assert isinstance(done, StageDone) and done.metrics["frames"] == len(rows)
+    assert sum(num_decoded) == len(reference) + 6 * len(rows)
+    assert stage.get_stats()["free_states"] == 32
+
+
 def test_what_nobody_reads_is_not_kept(folder: Path, pool: ModelPool) -> None:
     stage = engine(folder, whole=(), streamed=(), pool=pool)
     stage.submit(task("a", StreamChunk(codes(3), is_last=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from support.qwen3_tts import Case, answers, cases, sound, write_folder
 from support.qwen3_tts_configs import TASKS
 from support.server import ServerProcess
 from support.sound_files import read_pcm
+from support.speech_socket import listening
 from support.talkers import GREEDY_FIELDS, fields_of
 
 from vllm_omni import Omni, SamplingParams
@@ -30,8 +32,6 @@ from vllm_omni.errors import InvalidRequestError
 ANSWERS, CASES = answers(), cases()
 PARAMS = SamplingParams(temperature=0, max_tokens=8)
 SAMPLES = 192  # of a frame of the tiny codec
-IN_CONTEXT = [name for name, case in CASES.items() if case.ref_text]  # whose waveform the package decodes after the
-# recording's own frames
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,7 @@ def test_a_crowd_sounds_as_the_package_does(omnis: dict[str, Omni], task: str) -
     for case, output in zip(mine, omnis[task].generate([prompt(case) for case in mine], PARAMS), strict=True):
         assert output.error is None, output.error
         assert torch.equal(output.tensors["talker.codes"], torch.from_numpy(ANSWERS[f"{case.name}.codes"]))
-        if case.name not in IN_CONTEXT:
-            np.testing.assert_allclose(output.audios[0].samples[0], ANSWERS[f"{case.name}.waveform"], atol=1e-4)
+        np.testing.assert_allclose(output.audios[0].samples[0], ANSWERS[f"{case.name}.waveform"], atol=1e-4)
 
 
 def test_audio_leaves_with_the_first_frame_and_its_pieces_are_the_whole(omnis: dict[str, Omni]) -> None:
@@ -161,3 +160,56 @@ def test_a_kept_voice_speaks_as_a_request_that_brings_its_recording(server: Serv
     ]
     assert said[0] and said[0] == said[1] != said[2]
     assert httpx.delete(f"{server.base_url}/audio/voices/anna").json()["deleted"]
+
+
+SAID = {"voice": "vivian", "language": "english", "subtalker_temperature": 0.0, "seed": 3}
+
+
+def test_the_speech_socket_speaks_before_the_last_word_comes(server: ServerProcess) -> None:
+    """Utterance after utterance, as the plain route says the whole text with text and frames side by side."""
+    texts = ("Hello world, hello again.", "Hello world.")
+    with listening(server) as listener:
+        listener.say(type="session.config", model="custom_voice", **SAID)
+        for place, text in enumerate(texts):
+            listener.say(type="input.text", text=" ")
+            listener.say(type="input.text", text=text[:12])
+            start, sound = listener.hear("audio.start")[0][-1], [listener.socket.recv(timeout=60)]
+            assert start["sentence_text"] == text[:12] and start["utterance_index"] == place
+            listener.say(type="input.text", text=text[12:])
+            listener.say(type="input.done")
+            events, frames = listener.hear("session.done")
+            assert events[-1] == {"type": "session.done", "utterance_index": place, "total_sentences": 1}
+            body = {
+                "model": "custom_voice",
+                "input": text,
+                "response_format": "pcm",
+                "non_streaming_mode": False,
+                **SAID,
+            }
+            whole = httpx.post(f"{server.base_url}/audio/speech", json=body, timeout=60).content
+            assert b"".join([*sound, *frames]) == whole and len(whole)  # type: ignore[list-item]
+
+
+def test_what_breaks_off_on_the_socket_harms_no_later_utterance(server: ServerProcess) -> None:
+    """A text that is too long, a deadline between two words, a client who goes between two words."""
+    with listening(server) as listener:
+        listener.say(type="session.config", model="custom_voice", timeout=0.5, **SAID)
+        listener.say(type="input.text", text="Hello wor")
+        events, _ = listener.hear("audio.done")
+        assert events[-1]["error"] and "0.5 s" in next(e for e in events if e["type"] == "error")["error"]["message"]
+        listener.say(type="input.text", text="ld of the late")
+        listener.say(type="input.done")
+        listener.hear("session.done")
+        listener.say(type="session.config", model="custom_voice", **SAID)
+        assert "expected at most" in listener.complaint(type="input.text", text="a " * 50_001)["message"]
+        listener.say(type="input.text", text="Hello world.")
+        listener.say(type="session.close")
+        events, frames = listener.hear("audio.done")
+        assert not events[-1]["error"] and frames
+        listener.end()
+    with listening(server) as listener:
+        listener.say(type="session.config", model="custom_voice", **SAID)
+        listener.say(type="input.text", text="Hello wor")
+        listener.hear("audio.start")
+    while server.get("/v1/requests").json()["data"]:
+        time.sleep(0.01)

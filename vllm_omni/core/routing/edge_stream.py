@@ -93,3 +93,15 @@ class EdgeStream:
             raise SchedulerError(
                 f"a stream has {self.num_written} rows: {self._num_handed} handed over, {self._num_consumed} consumed"
             )
+
+
+class CallerStream(EdgeStream):
+    """What the caller writes, who is never told to pause: a chunk is whatever has come."""
+
+    @property
+    def is_full(self) -> bool:
+        return False
+
+    def pop(self) -> RowRange | None:
+        self._next_size = max(1, self.num_written - self._num_handed)
+        return super().pop()

@@ -176,6 +176,19 @@ class OmniScheduler:
             self.fail(request_id, error)
             return []
 
+    def text_came(self, request_id: str, edge: Edge, num_rows: int, is_last: bool, now: float) -> bool:
+        """The caller has brought so many rows over an edge of an unfinished request: whether they are to be kept for
+        its reader.
+        """
+        state = self._requests.running.get(request_id) or self._requests.waiting.get(request_id)
+        if state is None:
+            return False
+        try:
+            return state.add_text(edge, num_rows, is_last, now)
+        except StageError as error:
+            self.fail(request_id, error)
+            return False
+
     def chunk_consumed(self, request_id: str, stage: str, port: str, now: float) -> None:
         """A running stage has consumed one more chunk of an input; dropped when the request or the stage has ended."""
         state = self._requests.working_on(request_id, stage)

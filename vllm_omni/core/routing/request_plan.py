@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.messages import StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.request import OmniRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ReadText = Callable[[str, bool], "Tensor"]  # a piece of a text, and whether it is the last -> rows of a port [n, ...]
 
 
 def _never_cached(task: StageTask) -> str | None:
@@ -29,6 +34,7 @@ class StagePlan:
     saved: Mapping[str, Any] | None = None  # where it goes on from, of a request that was saved
     job_size: float = 1.0  # of this stage alone
     prefixes: tuple[int, ...] = ()  # as of StageTask
+    read_text: ReadText | None = None  # of a request that is open: makes the rows of the edges from its caller
     # a task with its inputs -> a key under which its payload may serve other requests, or None; may raise an OmniError
     cache_key: Callable[[StageTask], str | None] = _never_cached
 

@@ -89,7 +89,7 @@ class RequestState:
     @property
     def is_stalled(self) -> bool:
         """Whether nothing that could still happen will bring this request further."""
-        return bool(self.missing) and not self.ready and not self.running
+        return bool(self.missing) and not self.ready and not self.running and not self.streams.is_caller_writing
 
     def launch(self, stage: str, now: float) -> dict[str, Any]:
         """Takes a ready stage's inputs out; what no other stage reads is held no longer."""
@@ -109,6 +109,14 @@ class RequestState:
         readers = self.streams.readers((stage, port))
         self._begin(self.streams.push((stage, port), num_rows, is_last), now)
         return readers
+
+    def add_text(self, edge: Edge, num_rows: int, is_last: bool, now: float) -> bool:
+        """The caller has brought rows over an edge of the plan; whether somebody is still to read them. StageError for
+        rows after the last.
+        """
+        is_read = edge in self.streams.readers(edge.origin)
+        self._begin(self.streams.push(edge.origin, num_rows, is_last), now)
+        return is_read
 
     def consume_chunk(self, stage: str, port: str, now: float) -> None:
         """A running stage has consumed a chunk of a port; StageError where it had none."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
-from vllm_omni.config.graph import Edge
-from vllm_omni.core.routing.edge_stream import EdgeStream
+from vllm_omni.config.graph import CALLER, Edge
+from vllm_omni.config.schema import StreamConfig
+from vllm_omni.core.routing.edge_stream import CallerStream, EdgeStream
 from vllm_omni.errors import RequestTimeoutError, SchedulerError, StageError
 from vllm_omni.payload import RowRange
 
@@ -21,7 +22,7 @@ class RequestStreams:
     """
 
     def __init__(self, edges: Iterable[Edge]) -> None:
-        self._streams = {edge: EdgeStream(edge.stream) for edge in edges if edge.stream is not None}
+        self._streams = {edge: _stream_of(edge, edge.stream) for edge in edges if edge.stream is not None}
         self.paused: set[str] = set()  # stages that were told to
         self._ended: set[tuple[str, str]] = set()
 
@@ -29,6 +30,11 @@ class RequestStreams:
     def is_empty(self) -> bool:
         """Whether nothing is streamed, and nobody is to go on."""
         return not self._streams and not self.paused
+
+    @property
+    def is_caller_writing(self) -> bool:
+        """Whether more may come from the caller that a stage is to read."""
+        return any(edge.source == CALLER and not stream.is_closed for edge, stream in self._streams.items())
 
     def touches(self, stage: str) -> bool:
         """Whether a stage writes or reads a stream."""
@@ -104,14 +110,16 @@ class RequestStreams:
         """The error of a reader that has waited longer than its edge allows.
 
         Time counts only while its writer could do something about it. It cannot while it is held back for others, nor
-        while it is paused or waits for a chunk itself, unless no other stage could go on either.
+        while it is paused or waits for a chunk itself, unless no other stage could go on either. While a reader
+        waits for the caller it counts for nobody: that is between the caller and the request's deadline.
         """
         waiting = {edge: stream for edge, stream in self._streams.items() if stream.waiting_since is not None}
+        is_callers_turn = any(edge.source == CALLER for edge in waiting)
         held = self.paused | {edge.target for edge in waiting}
         for edge, stream in waiting.items():
             assert edge.stream is not None and stream.waiting_since is not None
             limit_s = edge.stream.chunk_timeout_s
-            if edge.source in held_back or (edge.source in held and not held.issuperset(running)):
+            if is_callers_turn or edge.source in held_back or (edge.source in held and not held.issuperset(running)):
                 stream.waiting_since = now
             elif now - stream.waiting_since >= limit_s:
                 fix = "raise the edge's chunk_timeout_s"
@@ -143,6 +151,10 @@ class RequestStreams:
             if stream.has_chunk and not had_chunk:
                 begun.append(edge)
         return begun
+
+
+def _stream_of(edge: Edge, config: StreamConfig) -> EdgeStream:
+    return CallerStream(config) if edge.source == CALLER else EdgeStream(config)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 rows follow, one for each frame that is written. Computes nothing.
 
 Two layouts: the whole text before the first frame, or text and frames side by side, where the first frame is written
-after the first text token. A recording whose words are known stands there as if the talker had just spoken it.
+after the first text token: then the rest of the text may still be on its way. A recording whose words are known stands
+there as if the talker had just spoken it, and as many text tokens beside it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Script:
     is_cloned: bool = False  # whether a speaker's embedding stands in the place of such a code
     reference: Sequence[int] = ()  # the recording's words, where its frames are to be in the prompt
     is_whole: bool = False  # whether all text stands before the first frame
+    is_open: bool = False  # whether more words follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +51,15 @@ class Layout:
 
 
 def lay_out(script: Script, config: TalkerConfig, frames: Sequence[tuple[int, ...]] = ()) -> Layout:
-    """frames: of the recording, where the script has a `reference`."""
+    """frames: of the recording, where the script has a `reference`. A script that is open has no fewer words than stand
+    beside them.
+    """
     codec, text = config.codec, config.text
     layout = Layout([Row(text=token) for token in (*script.instructions, *script.role)])
     before = _before(script, config)
     marks = [text.pad] * (len(before) - 1) + [text.begin]
     layout.rows.extend(Row(mark, row.code, is_voice=row.is_voice) for mark, row in zip(marks, before, strict=True))
-    words = [*script.reference, *script.words, text.end]
+    words = [*script.reference, *script.words, *([] if script.is_open else [text.end])]
     spoken = [Row(code=codec.begin), *(Row(frame=frame) for frame in frames)]
     if script.is_whole:
         layout.rows.extend(Row(token, codec.pad) for token in words)
@@ -66,6 +70,11 @@ def lay_out(script: Script, config: TalkerConfig, frames: Sequence[tuple[int, ..
     )
     layout.trailing.extend(words[len(spoken) :])
     return layout
+
+
+def num_tokens_beside(num_frames: int) -> int:
+    """Text tokens in the prompt of text and frames side by side: beside the recording's frames, and one before."""
+    return num_frames + 1
 
 
 def num_rows(script: Script, config: TalkerConfig, num_frames: int = 0) -> int:

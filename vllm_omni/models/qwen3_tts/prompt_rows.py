@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_omni.engine.ar.talker.inputs import TalkerInputs, TextRows
 from vllm_omni.models.qwen3_tts.cloned_voice import ClonedVoice
-from vllm_omni.models.qwen3_tts.prompt import Layout, Row
+from vllm_omni.models.qwen3_tts.prompt import Row
 from vllm_omni.models.qwen3_tts.talker import Talker
 
 
@@ -34,11 +34,9 @@ class PromptRows:
         return embedded + self._model.code_predictor.summed_rows(codes)
 
     @torch.inference_mode()
-    def inputs(self, layout: Layout, voice: ClonedVoice | None) -> TalkerInputs:
-        """Of the whole text."""
-        inputs = TalkerInputs(self._prompt(layout.rows, voice), TextRows((), (), self._pad))
-        inputs.extend(self.text(layout.trailing).unbind() if layout.trailing else (), is_last=True)
-        return inputs
+    def inputs(self, rows: list[Row], voice: ClonedVoice | None) -> TalkerInputs:
+        """Of a prompt; its text is still to come."""
+        return TalkerInputs(self._prompt(rows, voice), TextRows((), (), self._pad))
 
     def _prompt(self, rows: list[Row], voice: ClonedVoice | None) -> Tensor:
         prompt = self._pad.new_zeros(len(rows), len(self._pad))

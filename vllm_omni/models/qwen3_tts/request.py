@@ -33,6 +33,7 @@ KEYS = frozenset(
 )
 AUTO = "auto"
 TASK_NAMES = {"customvoice": "custom_voice", "voicedesign": "voice_design"}  # as vllm-omni's clients write them
+TURN_BEGIN, TURN_END = "<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>assistant\n"
 Encode = Callable[[str], list[int]]
 
 
@@ -79,17 +80,18 @@ class SpeechReader:
         """InvalidRequestError for what cannot be said, or not by this checkpoint."""
         fields = {key: request.fields[key] for key in KEYS if request.fields.get(key) is not None}
         self._check_task(fields)
-        ids = self._words(request)
+        ids = self._encode(TURN_BEGIN) if request.is_open else self._words(request)
         voice = self._voice(fields)
         script = Script(
             role=ids[:NUM_ROLE_TOKENS],
-            words=ids[NUM_ROLE_TOKENS:-NUM_WORD_ENDS],
+            words=() if request.is_open else ids[NUM_ROLE_TOKENS:-NUM_WORD_ENDS],
             instructions=self._instructions(fields),
             language=self._language(fields, voice.speaker),
             speaker=None if voice.speaker is None else self._config.speakers[voice.speaker],
             is_cloned=voice.recording is not None,
             reference=self._reference(voice.words),
-            is_whole=_flag(fields, WHOLE, not self._config.clones),
+            is_whole=self._is_whole(fields, request.is_open),
+            is_open=request.is_open,
         )
         max_tokens = None if MAX_TOKENS not in fields else _number(fields, MAX_TOKENS, 1, None, integer=True)
         return SpeechRequest(script, self._drawn(fields), max_tokens, voice.recording, voice.recording_s)
@@ -108,10 +110,20 @@ class SpeechReader:
         text = request.prompt
         if not isinstance(text, str):
             raise InvalidRequestError("prompt: got token ids or messages, expected the text that is to be said")
-        self._check_chars("prompt", text)
-        if not text.strip():
-            raise InvalidRequestError(f"prompt: got {text!r:.20}, expected words that are to be said")
-        return self._encode(f"<|im_start|>assistant\n{text}<|im_end|>\n<|im_start|>assistant\n")
+        check_chars("prompt", len(text), self._limits)
+        check_words(text)
+        return self._encode(f"{TURN_BEGIN}{text}{TURN_END}")
+
+    def _is_whole(self, fields: Mapping[str, Any], is_open: bool) -> bool:
+        """Text in pieces stands beside the frames; for the other layout there would have to be all of it."""
+        if not is_open:
+            return _flag(fields, WHOLE, not self._config.clones)
+        if _flag(fields, WHOLE, False):
+            raise InvalidRequestError(
+                f"{WHOLE}: got true with a text in pieces, expected false: with it all text stands before the first "
+                "frame; leave it out, or give one string"
+            )
+        return False
 
     def _instructions(self, fields: Mapping[str, Any]) -> list[int]:
         text = self._text(fields, INSTRUCTIONS)
@@ -174,7 +186,7 @@ class SpeechReader:
     def _reference(self, words: str) -> list[int]:
         if not words:
             return []
-        return self._encode(f"<|im_start|>assistant\n{words}<|im_end|>\n")[NUM_ROLE_TOKENS:-NUM_REFERENCE_ENDS]
+        return self._encode(f"{TURN_BEGIN}{words}<|im_end|>\n")[NUM_ROLE_TOKENS:-NUM_REFERENCE_ENDS]
 
     def _language(self, fields: Mapping[str, Any], speaker: str | None) -> int | None:
         """Its code; None to leave it open. A speaker's dialect takes the place of Chinese."""
@@ -198,16 +210,23 @@ class SpeechReader:
         text = fields.get(key, "")
         if not isinstance(text, str):
             raise InvalidRequestError(f"{key}: got {brief(text)}, expected a text")
-        self._check_chars(key, text)
+        check_chars(key, len(text), self._limits)
         return text
 
-    def _check_chars(self, name: str, text: str) -> None:
-        most = self._limits.max_prompt_chars
-        if len(text) > most:
-            raise InvalidRequestError(
-                f"{name}: got {len(text)} characters, expected at most {most}; shorten it, or raise "
-                "limits.max_prompt_chars"
-            )
+
+def check_chars(name: str, num_chars: int, limits: LimitsConfig) -> None:
+    """InvalidRequestError for a text that is too long."""
+    most = limits.max_prompt_chars
+    if num_chars > most:
+        raise InvalidRequestError(
+            f"{name}: got {num_chars} characters, expected at most {most}; shorten it, or raise limits.max_prompt_chars"
+        )
+
+
+def check_words(text: str) -> None:
+    """InvalidRequestError for one that says nothing."""
+    if not text.strip():
+        raise InvalidRequestError(f"prompt: got {text!r:.20}, expected words that are to be said")
 
 
 def _name(fields: Mapping[str, Any]) -> object:

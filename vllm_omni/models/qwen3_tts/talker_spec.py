@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+
+from torch import Tensor
 
 from vllm_omni.config.schema import OmniConfig, StageConfig, VoicesConfig
 from vllm_omni.engine.ar.generation_defaults import FILE, generation_defaults
@@ -22,7 +25,9 @@ from vllm_omni.models.qwen3_tts.options import TalkerOptions
 from vllm_omni.models.qwen3_tts.prompt import num_rows
 from vllm_omni.models.qwen3_tts.request import AUTO, KEYS, LANGUAGE, REF_AUDIO, VOICE, SpeechReader, SpeechRequest
 from vllm_omni.models.qwen3_tts.sampling import FIRST_CODES, PUBLISHED, subtalker_settings
+from vllm_omni.models.qwen3_tts.talker_job import REFERENCE, TEXT
 from vllm_omni.models.qwen3_tts.talker_stage import TalkerStage
+from vllm_omni.models.qwen3_tts.turn_reader import TurnReader
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
@@ -65,9 +70,10 @@ class TalkerSpec(ARSpec):
         if self.talker.speakers or self.voices is not None:
             self.request_choices = {**self.request_choices, VOICE: tuple(self.talker.speakers)}
         self.signature = StageSignature(
-            outputs={CODES: TensorSpec(("T", self.talker.num_codes))},
+            outputs=dict.fromkeys((CODES, REFERENCE), TensorSpec(("T", self.talker.num_codes))),
             meta=frozenset({"finish_reason", "prompt_tokens"}),
-            streamed_outputs=frozenset({CODES}),
+            text_inputs={TEXT: TensorSpec(("T",))},
+            streamed_outputs=frozenset({CODES, REFERENCE}),
         )
 
     @classmethod
@@ -92,6 +98,9 @@ class TalkerSpec(ARSpec):
         self.ar_limits.check_pool(count + 1)
         return speech
 
+    def open_text(self, request: OmniRequest, prepared: object) -> Callable[[str, bool], Tensor]:
+        return TurnReader(self._encode, self.limits).read
+
     def draws(self, params: StageParams) -> bool:
         """Whether the other codes of a frame are drawn, the request says, too."""
         return True
@@ -100,7 +109,8 @@ class TalkerSpec(ARSpec):
         """In frames: a text token is about one of them to say, unless fewer are asked for."""
         assert isinstance(prepared, SpeechRequest) and isinstance(params, SamplingParams)
         most = prepared.max_tokens or params.max_tokens or FIRST_CODES["max_tokens"]
-        return float(min(4 * len(prepared.script.words), most))
+        words = prepared.script.words
+        return float(most if prepared.script.is_open else min(4 * len(words), most))
 
     def plan_memory(self) -> MemoryPlan:
         """With the code predictor's own cache, and the encoders of a checkpoint that clones."""
@@ -137,8 +147,11 @@ class TalkerSpec(ARSpec):
     @cached_property
     def _made_reader(self) -> SpeechReader:
         """The tokenizer is loaded when it is first needed."""
-        encode = TextProcessor(self._tokenizer_folder, chat_template=False).encode
-        return SpeechReader(self.talker, self.limits, encode, self._draw, self.voices)
+        return SpeechReader(self.talker, self.limits, self._encode, self._draw, self.voices)
+
+    @cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        return TextProcessor(self._tokenizer_folder, chat_template=False).encode
 
     def _kept_voices(self) -> VoiceStore | None:
         config: VoicesConfig | None = self.options.voices

@@ -14,19 +14,18 @@ from torch import Tensor
 from vllm_omni.core.ar.sequence import Sequence as TokenSequence
 from vllm_omni.engine.ar.base import ARStage, Generation, Written
 from vllm_omni.engine.ar.talker.frames import complete_frames, frame_draw
-from vllm_omni.engine.ar.talker.job import CODES
 from vllm_omni.engine.base import EngineContext
 from vllm_omni.errors import StageError
 from vllm_omni.layers.sampler import SamplingRow
 from vllm_omni.media.reference_sound import read_reference
 from vllm_omni.messages import StageTask
 from vllm_omni.models.qwen3_tts.cloned_voice import ClonedVoice, VoiceCloner
-from vllm_omni.models.qwen3_tts.prompt import Layout, content_id, lay_out
+from vllm_omni.models.qwen3_tts.prompt import Layout, Script, content_id, lay_out
 from vllm_omni.models.qwen3_tts.prompt_rows import PromptRows
 from vllm_omni.models.qwen3_tts.request import REF_AUDIO, SpeechRequest
 from vllm_omni.models.qwen3_tts.sampling import FIRST_CODES
 from vllm_omni.models.qwen3_tts.talker import Talker
-from vllm_omni.models.qwen3_tts.talker_job import TalkerJob
+from vllm_omni.models.qwen3_tts.talker_job import Opening, TalkerJob
 from vllm_omni.params import SamplingParams
 from vllm_omni.worker.ar.frames.frame_writer import FrameWriter
 from vllm_omni.worker.ar.model_runner import ModelRunner
@@ -55,7 +54,7 @@ class TalkerStage(ARStage):
         self, spec: TalkerSpec, context: EngineContext, runner: ModelRunner, cloner: VoiceCloner | None
     ) -> None:
         self._config, self._limits, self._request_limits = spec.talker, spec.ar_limits, spec.limits
-        self._gives_rows, self._gives_codes = CODES in context.reads.streamed, CODES in context.reads.whole
+        self._reads = context.reads
         self._model = cast(Talker, runner.model)
         self._device = runner.device
         self._cloner = cloner
@@ -74,18 +73,15 @@ class TalkerStage(ARStage):
             assert self._cloner is not None
             samples, speech = speech.samples, speech.speech
             voice = self._cloner.clone(samples, has_frames=bool(speech.script.reference))
-        frames = [] if voice is None or voice.frames is None else [tuple(frame) for frame in voice.frames.tolist()]
-        layout = lay_out(speech.script, self._config, frames)
+        reference = None if voice is None else voice.frames
         params = task.params.with_defaults(FIRST_CODES)
         return TalkerJob(
             task,
-            self._generation(task.request_id, next(sequence_ids), params, speech.max_tokens, layout, voice),
-            partial(self._rows.inputs, layout, voice),
-            layout.trailing,
+            speech.script,
+            partial(self._open, task.request_id, next(sequence_ids), params, speech.max_tokens, voice),
             frame_draw(speech.draw, params),
-            num_codes=self._config.num_codes,
-            gives_rows=self._gives_rows,
-            gives_codes=self._gives_codes,
+            torch.empty(0, self._config.num_codes, dtype=torch.int64) if reference is None else reference,
+            self._reads,
         )
 
     def complete(self, written: Sequence[Written], states: Tensor) -> None:
@@ -94,6 +90,21 @@ class TalkerStage(ARStage):
     def _read(self, speech: SpeechRequest, stop: Stop) -> RecordedSpeech:
         sound = read_reference(speech.recording, limits=self._request_limits, name=REF_AUDIO, stop=stop)
         return RecordedSpeech(speech, torch.from_numpy(sound))
+
+    def _open(
+        self,
+        request_id: str,
+        sequence_id: int,
+        params: SamplingParams,
+        max_tokens: int | None,
+        voice: ClonedVoice | None,
+        script: Script,
+    ) -> Opening:
+        frames = [] if voice is None or voice.frames is None else [tuple(frame) for frame in voice.frames.tolist()]
+        layout = lay_out(script, self._config, frames)
+        generation = self._generation(request_id, sequence_id, params, max_tokens, layout, voice)
+        inputs = partial(self._rows.inputs, layout.rows, voice)
+        return Opening(generation, layout, inputs, self._rows.text, self._config.text.end)
 
     def _generation(
         self,

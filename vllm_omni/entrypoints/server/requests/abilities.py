@@ -31,6 +31,7 @@ class Abilities:
     input_media: frozenset[str]  # kinds of message parts that some stage reads besides text
     request_keys: frozenset[str]  # what a prompt may hold besides the words
     media_keys: frozenset[str]  # of these keys those that hold pictures or sounds
+    reads_pieces: bool  # whether a text may come in pieces while the stages run
     adapted: frozenset[str]  # stages whose requests may name LoRA adapters
     voice_key: str | None  # of these keys the one that names who speaks
     own_voices: tuple[str, ...]  # the checkpoint's
@@ -60,6 +61,7 @@ class Abilities:
             input_media=frozenset().union(*(spec.input_media for spec in readers)),
             request_keys=frozenset().union(*(spec.request_keys for spec in specs.values())),
             media_keys=frozenset().union(*(spec.media_keys for spec in specs.values())),
+            reads_pieces=all(graph.edges_into(name) or spec.signature.text_inputs for name, spec in specs.items()),
             adapted=frozenset(name for name, spec in specs.items() if spec.takes_loras),
             voice_key=speaking[0][0] if speaking else None,
             own_voices=speaking[0][1].request_choices[speaking[0][0]] if speaking else (),

@@ -44,6 +44,13 @@ class Sentences:
         rest, self._rest = self._rest.strip(), ""
         return [rest] if has_words(rest) else []
 
+    def take_begun(self) -> list[str]:
+        """What waits, where that has words, and more of the same is to follow it."""
+        if not has_words(self._rest):
+            return []
+        rest, self._rest = self._rest.lstrip(), ""
+        return [rest]
+
 
 def has_words(text: str) -> bool:
     """Whether there is something to say: not marks alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.request import OmniOutput
 
 SPEAKER = "speaker"  # vllm-omni's other word for voice
+WHOLE_TEXT = "non_streaming_mode"  # asks for all text before the first sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,21 @@ class Speaker:
     fields: SpeechFields
     body: Body  # deadline and priority
 
-    def run(self, words: str, index: int = 0) -> Run:
-        """index: of the run within the call. ApiError 400 for nothing to say."""
-        if not words.strip():
-            raise ApiError(400, f"input: got {words!r:.20}, expected words", code="invalid_value", param="input")
-        prompt = {"prompt": self.model.config.prompts.for_speech(words), **self.keys}
+    @property
+    def reads_pieces(self) -> bool:
+        """Whether it says words as they come."""
+        is_plain = self.model.config.prompts.speech is None and not self.keys.get(WHOLE_TEXT)
+        return is_plain and self.model.abilities.reads_pieces
+
+    def run(self, words: str | AsyncIterator[str], index: int = 0) -> Run:
+        """words: pieces of them where it `reads_pieces`. index: of the run within the call. ApiError 400 for nothing to
+        say.
+        """
+        if isinstance(words, str):
+            if not words.strip():
+                raise ApiError(400, f"input: got {words!r:.20}, expected words", code="invalid_value", param="input")
+            words = self.model.config.prompts.for_speech(words)
+        prompt = {"prompt": words, **self.keys}
         # one seed is the whole request's
         seed = self.fields.seed
         drawn: Any = {} if seed is None else self._seeded(seed)

@@ -1,4 +1,6 @@
-"""One WebSocket of `/v1/audio/speech/stream`: text comes in pieces, sentence after sentence is said meanwhile."""
+"""One WebSocket of `/v1/audio/speech/stream`: text comes in pieces and is said meanwhile, sentence after sentence, or
+word by word where the model reads pieces.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ from vllm_omni.entrypoints.server.schemas.speech_stream import (
     SessionClose,
     SessionConfig,
 )
+from vllm_omni.entrypoints.server.speaking.open_words import OpenWords
 from vllm_omni.entrypoints.server.speaking.sentences import Sentences
 from vllm_omni.entrypoints.server.speaking.speech import Speaker, Speech, speaker_of
 from vllm_omni.errors import OmniError
@@ -42,7 +45,11 @@ class _Sentence:
     config: SessionConfig
     utterance: int
     index: int
-    words: str | None
+    words: str | OpenWords | None
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.words.text if isinstance(self.words, OpenWords) else self.words or "")
 
     @property
     def place(self) -> dict[str, int]:
@@ -58,6 +65,7 @@ class SpeechSession:
         self._config: SessionConfig | None = None
         self._speaker: Speaker | None = None
         self._sentences = Sentences("none")
+        self._open: OpenWords | None = None  # the utterance that is said while it comes
         self._queue: asyncio.Queue[_Sentence] = asyncio.Queue()
         self._num_queued = 0  # sentences that are not said yet, and ends of utterances
         self._queued_chars = 0
@@ -105,6 +113,7 @@ class SpeechSession:
 
     async def _finish(self) -> None:
         """What is queued is said yet, unless the client goes."""
+        self._close_open()
         waiting = asyncio.ensure_future(self._queue.join())
         leaving = asyncio.ensure_future(self._socket.gone())
         try:
@@ -120,23 +129,37 @@ class SpeechSession:
         elif self._speaker is None or self._config is None:
             raise ApiError(400, f"{event.type}: session.config must come before it", code="not_configured")
         elif isinstance(event, InputText):
-            self._check_length(event.text, self._speaker)
-            for words in self._sentences.add(event.text):
-                self._enqueue(self._speaker, self._config, words)
+            self._add(event.text, self._speaker, self._config)
         elif isinstance(event, InputDone):
-            for words in self._sentences.flush():
-                self._enqueue(self._speaker, self._config, words)
             self._end_utterance(self._speaker, self._config)
 
     async def _configure(self, config: SessionConfig) -> None:
         model = self._call.parts.models.find(config.model)
         self._speaker = await speaker_of(self._call, model, config, config)
+        if self._open is not None and config.split_granularity != "none":
+            self._close_open()
         if self._config is None or config.split_granularity != self._config.split_granularity:
             words = " ".join(self._sentences.flush())
             self._sentences = Sentences(config.split_granularity)
             for sentence in self._sentences.add(words):
                 self._enqueue(self._speaker, config, sentence)
         self._config = config
+
+    def _add(self, text: str, speaker: Speaker, config: SessionConfig) -> None:
+        """More words of the utterance."""
+        if self._open is not None and self._open.is_over:  # what is wrong with it has been told
+            return
+        self._check_length(text, speaker)
+        if self._open is not None:
+            self._open.add(text)
+            self._queued_chars += len(text)
+            return
+        for words in self._sentences.add(text):
+            self._enqueue(speaker, config, words)
+        if config.split_granularity == "none" and speaker.reads_pieces:
+            for words in self._sentences.take_begun():
+                self._open = OpenWords(words)
+                self._enqueue(speaker, config, self._open)
 
     def _check_length(self, text: str, speaker: Speaker) -> None:
         limit = speaker.model.config.limits.max_prompt_chars
@@ -150,17 +173,25 @@ class SpeechSession:
                 param="text",
             )
 
-    def _enqueue(self, speaker: Speaker, config: SessionConfig, words: str) -> None:
+    def _enqueue(self, speaker: Speaker, config: SessionConfig, words: str | OpenWords) -> None:
         self._put(_Sentence(speaker, config, self._utterance, self._num_sentences, words))
         self._num_sentences += 1
 
+    def _close_open(self) -> None:
+        if self._open is not None:
+            self._open.end()
+            self._open = None
+
     def _end_utterance(self, speaker: Speaker, config: SessionConfig) -> None:
+        self._close_open()
+        for words in self._sentences.flush():
+            self._enqueue(speaker, config, words)
         self._put(_Sentence(speaker, config, self._utterance, self._num_sentences, None))
         self._utterance, self._num_sentences = self._utterance + 1, 0
 
     def _put(self, sentence: _Sentence) -> None:
         self._num_queued += 1
-        self._queued_chars += len(sentence.words or "")
+        self._queued_chars += sentence.num_chars
         self._queue.put_nowait(sentence)
 
     async def _speak(self) -> None:
@@ -172,22 +203,26 @@ class SpeechSession:
             else:
                 await self._say(sentence, sentence.words)
             self._num_queued -= 1
-            self._queued_chars -= len(sentence.words or "")
+            self._queued_chars -= sentence.num_chars
             self._queue.task_done()
 
-    async def _say(self, sentence: _Sentence, words: str) -> None:
+    async def _say(self, sentence: _Sentence, words: str | OpenWords) -> None:
         """One sentence. What goes wrong with it is told, and the next one goes on."""
         run_index, self._num_runs = self._num_runs, self._num_runs + 1
         about: dict[str, Any] = {"error": False}
         try:
-            speech = sentence.speaker.say(sentence.speaker.run(words, run_index))
+            said = words.pieces() if isinstance(words, OpenWords) else words
+            speech = sentence.speaker.say(sentence.speaker.run(said, run_index))
             about["total_bytes"] = await self._send_sound(sentence, words, speech)
         except (ApiError, OmniError) as error:
             await self._complain(as_api_error(error), sentence.place)
             about["error"] = True
+        finally:
+            if isinstance(words, OpenWords):
+                words.is_over = True
         await self._socket.send({"type": "audio.done", **sentence.place, **about})
 
-    async def _send_sound(self, sentence: _Sentence, words: str, speech: Speech) -> int:
+    async def _send_sound(self, sentence: _Sentence, words: str | OpenWords, speech: Speech) -> int:
         """Returns the number of bytes."""
         num_bytes, num_chunks, end_ms = 0, 0, 0
         async with aclosing(speech.pieces()) as pieces:
@@ -199,7 +234,7 @@ class SpeechSession:
                         {
                             "type": "audio.start",
                             **sentence.place,
-                            "sentence_text": words,
+                            "sentence_text": words if isinstance(words, str) else words.text,
                             "format": sentence.config.response_format,
                             "sample_rate": rate,
                             "channels": speech.first.num_channels,

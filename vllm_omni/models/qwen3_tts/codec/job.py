@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from vllm_omni.errors import StageError
-from vllm_omni.payload import StreamChunk
+from vllm_omni.models.qwen3_tts.codec.frame_queue import FrameQueue
 
 
 @dataclass(slots=True)
@@ -18,67 +15,39 @@ class CodecJob:
     """A stream of frames, each decoded once."""
 
     request_id: str
-    codebook_size: int
-    num_codebooks: int
+    frames: FrameQueue
+    reference: FrameQueue | None = None  # frames that come before them and are not heard; None: there is no such port
+    reference_key: bytes = b""  # of all its frames, as of WarmStates
     slot: int | None = None  # of its state; None before it is given one
-    is_complete: bool = False  # no chunk follows those that were accepted
     is_paused: bool = False
-    chunks: deque[Tensor] = field(default_factory=deque)  # [n, Q] frames that wait; empty ones too
-    num_decoded: int = 0
+    num_decoded: int = 0  # frames, the reference's included
+    num_heard: int = 0
     num_steps: int = 0
     audio: list[Tensor] = field(default_factory=list)  # [samples], where it is read whole
 
     @property
-    def num_waiting(self) -> int:
-        return sum(map(len, self.chunks))
+    def queue(self) -> FrameQueue:
+        """Where its next frames come from."""
+        return self.frames if self.reference is None or self.reference.is_done else self.reference
 
     @property
     def is_ready(self) -> bool:
-        """Whether a step would do something for it, given a slot."""
-        return bool(self.chunks) and not self.is_paused
+        """Whether a step would do something for it, given a slot. A reference is begun when all of it is there."""
+        queue = self.queue
+        is_there = queue is self.frames or queue.is_complete
+        return is_there and bool(queue.chunks) and not self.is_paused
 
     @property
     def is_done(self) -> bool:
-        return self.is_complete and not self.chunks
-
-    def accept(self, port: str, chunk: object) -> None:
-        """Checks what embedding tables would fall over, or answer with another codebook's rows."""
-        if not isinstance(chunk, StreamChunk):
-            raise StageError(f"{port}: got {type(chunk).__name__}, expected a StreamChunk")
-        if self.is_complete:
-            raise StageError(f"{port}: got a chunk from {chunk.start} on, expected none after the last one")
-        codes, shape = chunk.new_rows, f"[n, {self.num_codebooks}]"
-        is_integer = not (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
-        if codes.dim() != 2 or codes.shape[1] != self.num_codebooks or not is_integer:
-            raise StageError(f"{port}: got {codes.dtype} {list(codes.shape)}, expected integers {shape}")
-        if len(codes):
-            low, high = (int(value) for value in codes.aminmax())
-            if low < 0 or high >= self.codebook_size:
-                raise StageError(f"{port}: got values from {low} to {high}, expected 0 to {self.codebook_size - 1}")
-        self.is_complete = chunk.is_last
-        self.chunks.append(codes)
-
-    def next_frames(self, most: int) -> Tensor:
-        """[n, Q] int64 of what waits, n at most `most`; they stay until `consume`."""
-        found, room = [], most
-        for chunk in self.chunks:
-            found.append(chunk[:room])
-            room -= len(found[-1])
-            if not room:
-                break
-        return torch.cat(found).to(torch.int64)
+        return self.queue is self.frames and self.frames.is_done
 
     def consume(self, num_frames: int) -> int:
-        """Lets go of frames that were decoded, and of empty chunks behind them -> how many chunks are used up."""
+        """Lets go of frames that were decoded -> how many chunks are used up."""
+        queue = self.queue
         self.num_decoded += num_frames
-        num_chunks, left = 0, num_frames
-        while self.chunks and len(self.chunks[0]) <= left:
-            left -= len(self.chunks.popleft())
-            num_chunks += 1
-        if left:
-            self.chunks[0] = self.chunks[0][left:]
-        return num_chunks
+        self.num_heard += num_frames if queue is self.frames else 0
+        return queue.consume(num_frames)
 
     def counts(self) -> Mapping[str, int]:
         """What a caller is told of the work."""
-        return {"steps": self.num_steps, "frames": self.num_decoded}
+        return {"steps": self.num_steps, "frames": self.num_heard}

@@ -16,6 +16,7 @@ from vllm_omni.models.qwen3_tts.codec.decoder import CodecDecoder
 from vllm_omni.models.qwen3_tts.codec.options import CodecOptions
 from vllm_omni.models.qwen3_tts.codec.published import read_codec
 from vllm_omni.models.qwen3_tts.codec.state import state_bytes
+from vllm_omni.models.qwen3_tts.codec.warm_states import MAX_KEPT
 from vllm_omni.params import SamplingParams
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.utils.files import ModelFolders
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 
 EXPECTED = "the folder speech_tokenizer of a checkpoint, or a folder of several models beside the key 'part'"
 LIVE_COPIES = 5  # of the widest layer of a frame, while it is computed
-PORT = "codes"
+PORT, REFERENCE = "codes", "reference_codes"
 
 
 class SpeechCodecSpec(StageSpec):
-    """Stage kind `speech_codec`: codes [n, codebooks] come frame by frame, audio leaves as soon as it can."""
+    """Stage kind `speech_codec`: codes [n, codebooks] come frame by frame, audio leaves as soon as it can. The
+    `reference_codes` of a recording that the speech goes on from come before, and are not heard.
+    """
 
     options_type = CodecOptions
     params_type = SamplingParams
@@ -47,12 +50,13 @@ class SpeechCodecSpec(StageSpec):
         if stage.defaults:
             raise ConfigError(f"defaults: got {', '.join(stage.defaults)}, but this stage takes none; remove the key")
         self._check_edge()
+        frames = TensorSpec(("T", self.codec.decoder.num_quantizers))
         self.signature = StageSignature(
-            inputs={PORT: TensorSpec(("T", self.codec.decoder.num_quantizers))},
+            inputs={PORT: frames, REFERENCE: frames},
             outputs={"audio": TensorSpec(("N", 1, "n"))},
             required_inputs=frozenset({PORT}),
             results=frozenset({"audio"}),
-            streamed_inputs=frozenset({PORT}),
+            streamed_inputs=frozenset({PORT, REFERENCE}),
             streamed_outputs=frozenset({"audio"}),
         )
         with torch.device("meta"):
@@ -66,10 +70,11 @@ class SpeechCodecSpec(StageSpec):
         dtype = self.precision.dtype
         shapes = tensor_shapes(self.folder, self.codec.prefix, self.stage.variant)
         names = (name for name in shapes if not self._blank.is_ignored(name.removeprefix(self.codec.prefix)))
+        num_states = self.options.max_batch_size + (MAX_KEPT if REFERENCE in self.stage.edges else 0)
         state, window_bytes = state_bytes(self._blank.carrying, dtype), MAX_WINDOW_NUMBERS * dtype.itemsize
         return MemoryPlan(
             weights_bytes=sum(math.prod(shapes[name]) for name in names) * dtype.itemsize,
-            kv_pool_bytes=self.options.max_batch_size * state,
+            kv_pool_bytes=num_states * state,
             activation_bytes=self.options.max_batch_frames * self._frame_bytes(dtype) + window_bytes,
             remark=f"the state of {self.options.max_batch_size} requests, {state / 1e6:.1f} MB each",
         )
@@ -98,11 +103,12 @@ class SpeechCodecSpec(StageSpec):
         return LIVE_COPIES * widest * dtype.itemsize
 
     def _check_edge(self) -> None:
-        edge = self.stage.edges.get(PORT)
-        stream = None if edge is None else edge.stream
-        for key in ("left_context", "look_ahead") if stream is not None else ():
-            if getattr(stream, key):
+        streams = {port: edge.stream for port, edge in self.stage.edges.items() if edge.stream is not None}
+        for port, stream in streams.items():
+            for key in ("left_context", "look_ahead"):
+                if not getattr(stream, key):
+                    continue
                 raise ConfigError(
-                    f"inputs.{PORT}.stream.{key}: got {getattr(stream, key)}, expected 0: this stage carries its state"
+                    f"inputs.{port}.stream.{key}: got {getattr(stream, key)}, expected 0: this stage carries its state"
                     " from chunk to chunk and looks at no later frame; leave it out"
                 )
