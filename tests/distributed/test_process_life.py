@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from vllm_omni import AsyncOmni
 from vllm_omni.errors import OmniError, StageError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.executor.recovery import Recovery
 
 ROOT = Path(__file__).parents[2]
 A_MOMENT_S = 0.5  # the most that one step of the loop may take on a machine that others use too
@@ -216,16 +218,30 @@ def test_a_step_that_hangs_deaths_and_shutdown_leave_no_descriptor_no_thread_and
         driver.loop.add_request(request())
 
 
-def test_a_process_that_dies_while_an_async_caller_rests_is_replaced_unasked() -> None:
+def test_a_process_that_dies_or_is_stopped_while_an_async_caller_rests_is_replaced_unasked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody asks for a status or sends a request, either of which would look at the process."""
+    found: Queue[tuple[float, str]] = Queue()
+    begin = Recovery.begin
+
+    def begun(recovery: Recovery, cause: Exception, now: float) -> None:
+        begin(recovery, cause, now)
+        found.put((time.monotonic(), str(cause)))
+
+    monkeypatch.setattr(Recovery, "begin", begun)
     stages = {"text": toy_stage("text", "apart_text", executor="process")}
     omni = AsyncOmni(toy_config(stages=stages, outputs=("text",)))
-    first = omni.get_status()["stages"]["text"]["pid"]
-    os.kill(first, signal.SIGKILL)
-    until = time.monotonic() + 10
-    while (status := omni.get_status()["stages"]["text"])["state"] != "ready" or status["pid"] == first:
-        assert time.monotonic() < until, status
-        time.sleep(0.01)
-    assert asyncio.run(omni.generate("x")).text == "xx"
+    status = omni.get_status()["stages"]["text"]
+    for sign, words in ((signal.SIGSTOP, "was stopped"), (signal.SIGKILL, "was killed by SIGKILL")):
+        os.kill(first := status["pid"], sign)
+        sent = time.monotonic()
+        seen, cause = found.get(timeout=10)
+        assert seen - sent < SOON_S and f"its process {first} {words}" in cause
+        until = time.monotonic() + 10
+        while sign == signal.SIGSTOP and (status := omni.get_status()["stages"]["text"])["state"] != "ready":
+            assert time.monotonic() < until, status
+            time.sleep(0.01)
     asyncio.run(omni.shutdown())
 
 
@@ -235,6 +251,7 @@ import support.apart_stages
 from support.toy_engine import toy_config, toy_stage
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.executor.recovery import Recovery
 stages = {"text": toy_stage("text", "apart_text", executor="process")}
 loop = OmniExecutor(Pipeline(toy_config(stages=stages, outputs=("text",))))
 print(loop.get_status()["stages"]["text"]["pid"], flush=True)
