@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,20 @@ def config(folder: Path, **stage: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=["process", "auto"])
-def omni(folder: Path, request: pytest.FixtureRequest) -> Iterator[Omni]:
+@contextmanager
+def shared(folder: Path, executor: str) -> Iterator[Omni]:
+    """Two replicas of two ranks each, of which no process is left behind."""
     before = descendants(os.getpid())
-    shared = config(folder, parallel={"tensor": 2}, replicas=2, executor=request.param)
-    with Omni(config=shared, progress=False) as omni:
+    with Omni(config=config(folder, parallel={"tensor": 2}, replicas=2, executor=executor), progress=False) as omni:
         yield omni
     until(lambda: descendants(os.getpid()) <= before)
+
+
+@pytest.fixture(scope="module")
+def omni(folder: Path) -> Iterator[Omni]:
+    """Its first ranks are processes, too."""
+    with shared(folder, "process") as omni:
+        yield omni
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -60,8 +68,7 @@ def replicas(omni: Omni) -> list[dict[str, Any]]:
 
 def followers(omni: Omni) -> set[int]:
     """The processes of all ranks but the first of each replica."""
-    stages = {replica["pid"] for replica in replicas(omni) if "pid" in replica}
-    return set().union(*map(children, stages)) if stages else descendants(os.getpid())
+    return set().union(*(children(replica["pid"]) for replica in replicas(omni)))
 
 
 def tokens(omni: Omni, params: SamplingParams) -> list[Any]:
@@ -70,15 +77,25 @@ def tokens(omni: Omni, params: SamplingParams) -> list[Any]:
     return [output.token_ids for output in outputs]
 
 
-def test_replicas_of_several_ranks_write_what_one_does(omni: Omni, folder: Path) -> None:
+def check_replicas(omni: Omni, folder: Path) -> None:
+    """They write what one rank does."""
     with Omni(config=config(folder), progress=False) as alone:
         for params in (GREEDY, SAMPLED):
             assert tokens(omni, params) == tokens(alone, params)
     stats = omni.get_metrics()["stages"]["text"]["replicas"]
     assert [each["num_ranks"] for each in stats] == [2, 2]
-    assert len(followers(omni)) == 2
     planned = omni.get_metrics()["memory"]["planned_bytes"]["text"]
     assert planned == 2 * omni._executor.pipeline.specs["text"].plan_memory().total_bytes, "weights twice, too"
+
+
+def test_replicas_of_several_ranks_in_processes_write_what_one_does(omni: Omni, folder: Path) -> None:
+    check_replicas(omni, folder)
+    assert len(followers(omni)) == 2
+
+
+def test_replicas_of_several_ranks_in_threads_write_what_one_does(folder: Path) -> None:
+    with shared(folder, "auto") as omni:
+        check_replicas(omni, folder)
 
 
 def test_a_rank_that_dies_ends_its_group_with_the_cause_and_no_other(omni: Omni) -> None:
@@ -97,20 +114,19 @@ def test_a_rank_that_dies_ends_its_group_with_the_cause_and_no_other(omni: Omni)
     assert outputs[-1].token_ids == expected and any("rank 1 of 2 was killed by SIGKILL" in cause for cause in causes)
     (number,) = rebuilt(omni)
     other = replicas(omni)[1 - number]
-    assert other["num_rebuilds"] == 0 and other.get("pid") == places[1 - number].get("pid")
+    assert other["num_rebuilds"] == 0 and other["pid"] == places[1 - number]["pid"]
     after = followers(omni)
     assert len(after) == 2 and after & before == before - {victim}
-    assert places[number].get("pid") not in descendants(os.getpid())
+    assert places[number]["pid"] not in descendants(os.getpid())
     assert len({tuple(each) for each in (tokens(omni, GREEDY), tokens(omni, GREEDY))}) == 1
 
 
 def test_ranks_go_with_the_process_of_their_stage(omni: Omni) -> None:
-    place = replicas(omni)[0]
-    if "pid" in place:
-        followers = children(place["pid"])
-        os.kill(place["pid"], signal.SIGSTOP)
-        assert len(followers) == 1
-        until(lambda: omni.generate("x", GREEDY)[0].error is None and not any(map(is_there, followers)))
+    stage = replicas(omni)[0]["pid"]
+    mates = children(stage)
+    os.kill(stage, signal.SIGKILL)
+    assert len(mates) == 1
+    until(lambda: omni.generate("x", GREEDY)[0].error is None and not any(map(is_there, mates)))
 
 
 def rebuilt(omni: Omni) -> list[int]:
