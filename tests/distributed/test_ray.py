@@ -1,28 +1,22 @@
-"""Stages as actors of a real Ray: words, sound and pictures are those of one process; actors and nodes that die fail
-their tasks with the cause and are replaced. Everything about Ray is here, since it takes seconds to start.
+"""Stages as actors of a real Ray of three nodes: actors and nodes that die fail their tasks with the cause and are
+replaced. That pipelines make on Ray what they make elsewhere is shown with the other executors.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import secrets
 import signal
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import support.apart_stages  # noqa: F401
-import torch
 from support.driver import Driver
 from support.loop import request
 from support.toy_engine import TextParams, toy_config, toy_stage
 
-from vllm_omni import DiffusionParams, Omni
 from vllm_omni.config.schema import RayConfig, RayStageConfig
 from vllm_omni.errors import StageError
 from vllm_omni.executor.omni_executor import OmniExecutor
@@ -32,36 +26,16 @@ from vllm_omni.executor.ray import executor
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
-pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
+pytestmark = [
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs ray"),
+    pytest.mark.usefixtures("one_thread"),
+]
 STORE_BYTES = 100 * 2**20
 HEAL_S = 60.0  # a new actor imports torch, on a machine that is busy
-SPOKEN = {"token2wav": DiffusionParams(seed=1)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def settings() -> Iterator[None]:
-    """A token of its own, so that Ray writes none into the home folder; nothing is told to its makers. They are read
-    when Ray is imported.
-    """
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patched.setenv("RAY_AUTH_MODE", "token")
-        patched.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        patched.delenv("RAY_ADDRESS", raising=False)
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Here as in the processes, which share the threads of this one out: with another number sums round otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(ray_settings: None) -> Iterator[Cluster]:
     """Three nodes: one that nothing is to happen to, and two `workers`."""
     from ray.cluster_utils import Cluster
 
@@ -77,8 +51,8 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def driver(cluster: Cluster) -> Iterator[Driver]:
-    """One stage, on one of the workers."""
-    driver = Driver(loop_of(cluster, ray=RayStageConfig(num_cpus=0.5, resources={"worker": 1}), step_s=0.01))
+    """One stage, on one of the workers. The Ray that runs here is found without an address."""
+    driver = Driver(loop_of(None, ray=RayStageConfig(num_cpus=0.5, resources={"worker": 1}), step_s=0.01))
     yield driver
     driver.loop.shutdown()
     import ray
@@ -87,80 +61,25 @@ def driver(cluster: Cluster) -> Iterator[Driver]:
     assert all(node.live_processes() for node in cluster.list_all_nodes()), "a Ray that was there goes on"
 
 
-def loop_of(cluster: Cluster, **options: Any) -> OmniExecutor:
+def loop_of(address: str | None, **options: Any) -> OmniExecutor:
     stages = {"text": toy_stage("text", "apart_text", executor="ray", **options)}
-    return OmniExecutor(Pipeline(toy_config(stages=stages, outputs=("text",), ray=RayConfig(address=cluster.address))))
-
-
-def same_threads() -> str:
-    """An override: actors compute with as many threads as this process, as sums round otherwise with another number."""
-    return f"resources.threads={torch.get_num_threads()}"
+    return OmniExecutor(Pipeline(toy_config(stages=stages, outputs=("text",), ray=RayConfig(address=address))))
 
 
 def place(driver: Driver) -> dict[str, Any]:
     return driver.loop.get_status()["stages"]["text"]
 
 
-def descendants(pid: int) -> set[int]:
-    """Of a process, zombies left out."""
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found |= {child, *descendants(child)}
-    return found
-
-
-def test_speech_streams_between_actors_of_a_ray_that_is_started_and_ended() -> None:
-    def speak(omni: Omni) -> list[Any]:
-        parts = list(omni.stream("can you read out: two red stars?", SPOKEN))
-        assert parts[-1].error is None, parts[-1].error
-        pieces = [piece.samples for part in parts[:-1] for piece in part.audios]
-        (whole,) = parts[-1].audios
-        assert len(pieces) > 1 and np.array_equal(np.concatenate(pieces, axis=1), whole.samples)
-        return [parts[-1].text, parts[-1].token_ids, whole.samples.tobytes(), [piece.shape for piece in pieces]]
-
-    before = descendants(os.getpid())
-    actors = [same_threads(), "ray.address=local", *(f"{stage}.executor=ray" for stage in ("talker", "token2wav"))]
-    actors += [f"{stage}.ray.num_cpus=0.5" for stage in ("talker", "token2wav")]
-    with (
-        Omni("tiny_speech", progress=False, dtype="float32") as inline,
-        Omni("tiny_speech", progress=False, dtype="float32", overrides=actors) as apart,
-    ):
-        assert speak(inline) == speak(apart)
-        assert len({stage.get("pid") for stage in apart.get_status()["stages"].values()}) == 3
-    import ray
-
-    assert not ray.is_initialized()
-    until = time.monotonic() + 10
-    while descendants(os.getpid()) - before:
-        assert time.monotonic() < until, "Ray has left processes behind"
-        time.sleep(0.05)
-
-
-def test_pictures_are_those_of_one_process(cluster: Cluster) -> None:
-    """The Ray that runs here is found without an address; what the request brings passes through its object store."""
-    given = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
-    params = DiffusionParams(seed=3, num_inference_steps=4, strength=0.5)
-    found = []
-    for overrides in ([], [same_threads(), "image.executor=ray"]):
-        with Omni("tiny_scene", progress=False, dtype="float32", overrides=overrides) as omni:
-            (output,) = omni.generate({"prompt": "a violet star", "image": given}, params)
-            assert output.error is None
-            found.append(np.asarray(output.images[0]).tobytes())
-    assert found[0] == found[1]
-
-
 def test_what_keeps_an_actor_from_starting_is_said(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         StageError, match=r"its actor \(process \d+ on .*\) could not load it: RuntimeError: weights are on fire"
     ):
-        loop_of(cluster, fails_to_load=True)
+        loop_of(cluster.address, fails_to_load=True)
     monkeypatch.setattr(executor, "START_S", 0.5)
     asks = RayStageConfig(num_cpus=0.5, resources={"gold": 1})
     words = "did not start within 0.5 s; it asks for {'CPU': 0.5, 'gold': 1}, and the cluster has {'CPU': "
     with pytest.raises(StageError, match=re.escape(words)):
-        loop_of(cluster, ray=asks)
+        loop_of(cluster.address, ray=asks)
 
 
 def test_what_goes_wrong_in_an_actor_fails_its_tasks_alone(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:

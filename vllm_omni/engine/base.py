@@ -84,6 +84,7 @@ class EngineContext:
     reads: ReadPorts = field(default_factory=ReadPorts)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     dit_cache: DiTCacheConfig = field(default_factory=DiTCacheConfig)
+    replica: int = 0  # of the stage's those of this process: what they cannot share has its number
 
 
 class StageSpec(ABC):

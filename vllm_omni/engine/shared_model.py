@@ -33,13 +33,14 @@ class SharedModel(Generic[T]):
         load: Callable[[Links | None], T],
         orders: Callable[[Links], Mapping[str, Any]],
     ) -> SharedModel[T]:
-        """All ranks load at the same time. A group that ended is replaced; the first rank's weights stay. load: the
-        first rank's part; None: the whole. orders: what the followers load.
+        """All ranks load at the same time. A group that ended is replaced; the first rank's weights stay. They are of
+        one replica: layers know which ranks they meet. load: the first rank's part; None: the whole. orders: what the
+        followers load.
         """
         parallel = spec.stage.parallel
         if parallel.size == 1:
             return cls(key, context.models.get(key, lambda: load(None)))
-        key = (*key, f"the first of {parallel.size} ranks of {spec.stage.name}")
+        key = (*key, f"the first of {parallel.size} ranks of {spec.stage.name}", context.replica)
         links = context.models.get((*key, "links"), lambda: Links(Place(parallel, 0), context.device))
         deadline_s, wake = DEADLINE_SHARE * spec.worker_timeout, context.background.wake
         group = ParallelGroup(parallel, context.device, deadline_s, orders(links), links, wake)

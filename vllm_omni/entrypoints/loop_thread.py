@@ -171,7 +171,7 @@ class LoopThread:
     def _run_commands(self) -> None:
         with self._wake:
             while not self._commands and not self._has_turn() and not self._is_stopping:
-                self._wake.wait()
+                self._wake.wait(self._executor.rest_s)
         while self._commands:
             command = self._commands.popleft()
             try:

@@ -38,18 +38,19 @@ def plan_memory(pipeline: Pipeline) -> dict[str, MemoryPlan]:
 
 def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     plans: dict[str, MemoryPlan] = {}
-    homes: dict[tuple[str, ...], set[str]] = {}  # weights -> the replicas in whose processes they are; "": here
+    homes: dict[tuple[str, ...], set[str]] = {}  # weights -> the replicas that alone have them; "": what is shared
     for name, spec in pipeline.specs.items():
         plan, replicas = spec.plan_memory(), list[MemoryPlan]()
         for number, device in enumerate(map(resolve_device, spec.stage.replica_devices)):
             key = (*spec.weights_key(), str(device), spec.precision.name, spec.stage.offload)
             loaded = homes.setdefault(key, set())
-            home = f"{name} {number}" if runs_apart(spec.stage) else ""
+            is_alone = runs_apart(spec.stage) or spec.stage.parallel.size > 1
+            home = f"{name} {number}" if is_alone else ""
             replica = plan
             if home in loaded:
                 replica = dataclasses.replace(plan, weights_bytes=0, offloaded_bytes=0)
             elif loaded:
-                remark = "its weights are loaded once more, since processes share none"
+                remark = "its weights are loaded once more, since neither processes nor ranks share any"
                 replica = dataclasses.replace(plan, remark=f"{plan.remark}; {remark}" if plan.remark else remark)
             loaded.add(home)
             replicas.append(replica)

@@ -49,6 +49,7 @@ from vllm_omni.utils.device import set_threads
 from vllm_omni.worker.background import Background
 
 MAX_WAIT_S = 0.05
+LOOK_S = 0.25  # between two looks at other processes while nothing is done: one that is stopped wakes nobody
 
 
 class OmniExecutor:
@@ -225,6 +226,11 @@ class OmniExecutor:
         without a request.
         """
         return any(stage.is_mending for stage in self._stages.values())
+
+    @property
+    def rest_s(self) -> float | None:
+        """How long to sleep without work before `is_mending` is asked again; None: until something wakes."""
+        return LOOK_S if any(stage.is_apart for stage in self._stages.values()) else None
 
     def has_work(self) -> bool:
         """Whether `step` or `take_outputs` will still give something."""

@@ -228,6 +228,11 @@ class ReplicaSet:
         return any(host.is_ready for host in self.hosts)
 
     @property
+    def is_apart(self) -> bool:
+        """Whether its engines are in other processes."""
+        return not self.hosts[0].executor.shares_memory
+
+    @property
     def is_mending(self) -> bool:
         """Whether `mend` has something to do now, or may have before long."""
         return self._restart.is_active or any(host.is_mending for host in self.hosts)

@@ -49,6 +49,7 @@ class StageBuilder:
             reads=self._pipeline.reads[name],
             limits=self._pipeline.config.limits,
             dit_cache=self._pipeline.config.dit_cache,
+            replica=replica,
         )
 
     def blueprint(self, name: str, replica: int = 0) -> StageBlueprint:

@@ -24,7 +24,7 @@ def test_weights_that_two_stages_share_count_again_in_another_process() -> None:
     assert together["negative"].weights_bytes == 0
     assert apart["negative"].weights_bytes == apart["writer"].weights_bytes > 0
     report = describe(given, apart)
-    assert "its weights are loaded once more, since processes share none" in report
+    assert "its weights are loaded once more, since neither processes nor ranks share any" in report
     assert "negative · ar · asset://tiny-image/text_encoder · executor process" in report
     assert as_json(given, apart)["stages"]["negative"]["executor"] == "process"
 
