@@ -1,4 +1,4 @@
-"""What it gains to compute the keys and values of references once per request, as FLUX.2 [klein]'s KV checkpoints allow,
+"""What it gains to compute the keys and values of references once per request, as FLUX.2 [klein]'s KV checkpoints do,
 in place of once per step: whole edits of random weights of middle size, the same pictures either way.
 """
 
