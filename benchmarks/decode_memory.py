@@ -1,7 +1,8 @@
 """Peak memory of decoding latents to sound, against the duration: the Oobleck decoder whole (diffusers) and in chunks.
 
 Random weights with the geometry of ACE-Step's autoencoder (48 kHz, 25 frames a second), an eighth of its channels, so
-that the longest sound fits whole. Every case runs in a process of its own, whose peak before the work is subtracted.
+that the longest sound fits whole. Each side runs in a process of its own, whose peak before the work is subtracted; a
+peak is that of the longest sound so far.
 """
 
 from __future__ import annotations
@@ -84,7 +85,16 @@ COLUMNS = ("sound", *(f"{side}, MiB" for side in SIDES), *(f"{side}, s" for side
 
 def run(options: Options, limits: Limits | None = None) -> Report:
     durations = QUICK_DURATIONS_S if options.is_quick else DURATIONS_S
-    found = [measured(duration_s, options) for duration_s in durations]
+    sides = [measured(side, durations, options) for side in SIDES]
+    found = [
+        Found(
+            duration_s,
+            (whole.memory_mb, chunked.memory_mb),
+            (whole.seconds, chunked.seconds),
+            difference(whole, chunked),
+        )
+        for duration_s, whole, chunked in zip(durations, *sides, strict=True)
+    ]
     notes = [
         f"{DECODER_CHANNELS} channels at full rate; ACE-Step's decoder has 128, and needs eight times as much either "
         "way. The finished sound is in both figures.",
@@ -100,21 +110,30 @@ def run(options: Options, limits: Limits | None = None) -> Report:
     )
 
 
-def measured(duration_s: int, options: Options) -> Found:
-    memory, seconds, samples = [], [], []
-    for side in SIDES:
-        with SideProcess(side, options.threads, Decoder, side, options.dtype) as process:
-            before = process.peak_memory_mb()
-            took_s, values = process.call("run", duration_s, 0)
-            memory.append(process.peak_memory_mb() - before)
-        seconds.append(took_s)
-        samples.append(values)
-    return Found(duration_s, (memory[0], memory[1]), (seconds[0], seconds[1]), difference(*samples))
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """By one side. samples: some of its sound."""
+
+    memory_mb: float
+    seconds: float
+    samples: Sequence[float]
 
 
-def difference(whole: Sequence[float], chunked: Sequence[float]) -> float:
+def measured(side: str, durations: Sequence[int], options: Options) -> list[Decoded]:
+    """durations: ascending."""
+    found = []
+    with SideProcess(side, options.threads, Decoder, side, options.dtype) as process:
+        before = process.peak_memory_mb()
+        for duration_s in durations:
+            took_s, samples = process.call("run", duration_s, 0)
+            found.append(Decoded(process.peak_memory_mb() - before, took_s, samples))
+    return found
+
+
+def difference(whole: Decoded, chunked: Decoded) -> float:
     """The largest between two sounds, of the first one's peak."""
-    return max(abs(a - b) for a, b in zip(whole, chunked, strict=True)) / max(map(abs, whole))
+    pairs = zip(whole.samples, chunked.samples, strict=True)
+    return max(abs(a - b) for a, b in pairs) / max(map(abs, whole.samples))
 
 
 def draw(found: Sequence[Found], path: Path) -> None:

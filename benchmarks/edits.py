@@ -273,7 +273,7 @@ class Ours(Side):
                 pairs = zip(texts, references, strict=True)
                 self._conditions[case] = [self._family.condition(self._model, *pair) for pair in pairs]
             tokens = self._model.embed(latents, self.times(len(latents)) * 1000, self._conditions[case])
-            tokens = self._model.run_blocks(tokens, 0, _num_blocks(self._family.config))
+            tokens = self._model.run_blocks(tokens, 0, num_blocks(self._family.config))
             return [velocity.float().numpy() for velocity in self._model.unembed(tokens)]
 
 
@@ -348,7 +348,7 @@ def _loaded(model: Any, folder: Path, dtype: Any) -> Any:
     return model
 
 
-def _num_blocks(config: Mapping[str, Any]) -> int:
+def num_blocks(config: Mapping[str, Any]) -> int:
     return int(config["num_layers"]) + int(config.get("num_single_layers", 0))
 
 

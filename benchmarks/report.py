@@ -18,6 +18,8 @@ ORDER = (
     "images",
     "dit",
     "lora",
+    "edits",
+    "references",
     "audio",
     "speech",
     "decode_memory",

@@ -4,6 +4,7 @@ OmniError
 |- ConfigError             a YAML file, an override or a checkpoint's configuration is wrong
 |- CheckpointError         weights or side files are missing, left over, misshapen or damaged
 |- InvalidRequestError     a prompt or a parameter is out of bounds (also a ValueError)
+|  `- UnreadableMediaError a picture, a sound or a video of a request cannot be read, which may show only in a stage
 |- SchedulerError          a request could not be admitted or was used wrongly
 |  |- QueueFullError       the waiting queue is at `max_queue_size`
 |  |- RequestTimeoutError  the request's deadline passed
@@ -36,6 +37,12 @@ class CheckpointError(OmniError):
 
 class InvalidRequestError(OmniError, ValueError):
     """A prompt or a parameter is out of bounds; nothing has been computed for the request."""
+
+
+class UnreadableMediaError(InvalidRequestError):
+    """A picture, a sound or a video that a request brings is damaged, of a wrong kind or beyond the limits. What shows
+    only when it is decoded is the `__cause__` of the StageError that ends the request.
+    """
 
 
 class SchedulerError(OmniError):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 import transformers.utils.logging
 from support.sides import SideHere
 
-from benchmarks import audio, dit, serving, text, videos
+from benchmarks import audio, dit, images, references, serving, text, videos
 from benchmarks.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +26,7 @@ def results() -> dict[Path, bytes]:
 @pytest.fixture
 def sides_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the sides tell the libraries to say is untold."""
-    for suite in (audio, dit, serving, text, videos):
+    for suite in (audio, dit, images, references, serving, text, videos):
         monkeypatch.setattr(suite, "SideProcess", SideHere)
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [library.get_verbosity() for library in libraries]
@@ -38,25 +36,13 @@ def sides_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         library.enable_progress_bar()
 
 
-def test_both_sides_make_the_same_pictures(tmp_path: Path) -> None:
+def test_both_sides_make_the_same_pictures_steps_sounds_and_tokens(tmp_path: Path, sides_here: None) -> None:
     before = results()
-    command = [sys.executable, "benchmarks/run.py", "images", "--quick", "--threads", "1"]
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "found.json")], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+    suites = ["images", "dit", "references", "videos", "audio", "text"]
+    assert main([*suites, "--quick", "--threads", "1", "--json", str(tmp_path / "found.json")]) == 0
     found = duels(tmp_path / "found.json")
     assert all(int(duel["agreement"].split()[0]) <= 2 for duel in found["images"])
-    assert results() == before
-
-
-def test_both_sides_make_the_same_steps_sounds_and_tokens(tmp_path: Path, sides_here: None) -> None:
-    before = results()
-    assert (
-        main(["dit", "videos", "audio", "text", "--quick", "--threads", "1", "--json", str(tmp_path / "found.json")])
-        == 0
-    )
-    found = duels(tmp_path / "found.json")
+    assert [float(duel["agreement"].split()[0]) for duel in found["references"]] == [0.0]
     steps = [duel for duel in found["dit"] if duel["dtype"] == "float32"]
     assert steps and all(float(duel["agreement"].split()[0]) < 1e-2 for duel in steps)
     assert all(float(duel["agreement"].split()[0]) < 2e-2 for duel in found["videos"])

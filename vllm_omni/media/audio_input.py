@@ -24,7 +24,7 @@ from vllm_omni.media.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, Audio
 from vllm_omni.media.audio_containers import ContainerAudioReader
 from vllm_omni.media.audio_files import BLOCK_FRAMES, AudioHeader, AudioReader, Samples, UnreadableSoundError
 from vllm_omni.media.mixing import check_channels, mixed
-from vllm_omni.media.source_files import check_num_bytes, open_source_file
+from vllm_omni.media.source_files import caller_media, check_num_bytes, num_bytes_of, open_source_file
 from vllm_omni.utils.checks import check_number, did_you_mean, number_complaint
 
 # Full scale of integer samples, and what they hold at rest.
@@ -39,12 +39,14 @@ SOURCES = (
 )
 
 
+@caller_media()
 def check_audio(source: object, *, channels: int, limits: LimitsConfig, name: str) -> float:
     """Everything that can be checked without decoding -> seconds of the source. Arguments as `read_audio`."""
     with ExitStack() as stack:
         return _opened(source, channels, limits, name, stack).header.duration_s
 
 
+@caller_media()
 def read_audio(
     source: object,
     *,
@@ -137,7 +139,7 @@ def _opened(source: object, channels: int, limits: LimitsConfig, name: str, stac
 
 def _open_file(source: str | os.PathLike[str], limits: LimitsConfig, name: str, stack: ExitStack) -> _Sound:
     file = stack.enter_context(open_source_file(source, name, "a sound file"))
-    _check_size(os.fstat(file.fileno()).st_size, limits, name)
+    _check_size(num_bytes_of(file), limits, name)
     return _FileSound(_reader(file, name, stack))
 
 

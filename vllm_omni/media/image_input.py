@@ -18,7 +18,7 @@ from torch.nn import functional
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.media.image_encoding import on_white, straight
-from vllm_omni.media.source_files import open_source_file
+from vllm_omni.media.source_files import caller_media, open_source_file
 
 # PIL reads dozens, one of them by running a program; AVIF and HEIF where it, or a plugin that was registered, can
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
@@ -29,6 +29,7 @@ SOURCES = (
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # of Exif: these values swap height and width
 
 
+@caller_media()
 def image_size(source: object, limits: LimitsConfig, name: str) -> tuple[int, int]:
     """(height, width) from the header, nothing decoded, of the upright image where the header says how it lies;
     InvalidRequestError for what is no image or too large.
@@ -39,6 +40,7 @@ def image_size(source: object, limits: LimitsConfig, name: str) -> tuple[int, in
         return (image.width, image.height) if _lies_sideways(image) else (image.height, image.width)
 
 
+@caller_media()
 def read_image(source: object, limits: LimitsConfig, name: str, mode: str = "RGB") -> Tensor:
     """uint8 [height, width, channels of `mode`: RGB or RGBA], upright, of an animation the first picture. source: see
     SOURCES. InvalidRequestError for anything that cannot be read or is beyond `limits`.

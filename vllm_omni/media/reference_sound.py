@@ -7,9 +7,11 @@ from collections.abc import Callable
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.media.audio_files import Samples
 from vllm_omni.media.audio_input import check_audio, read_audio
+from vllm_omni.media.source_files import caller_media
 from vllm_omni.voices import SAMPLE_RATE, check_reference
 
 
+@caller_media()
 def read_reference(
     source: object, *, limits: LimitsConfig, name: str, stop: Callable[[], None] = lambda: None
 ) -> Samples:

@@ -11,11 +11,13 @@ import binascii
 import io
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import InvalidRequestError, UnreadableMediaError
 from vllm_omni.utils.checks import brief
 
 MEGABYTE = 2**20
@@ -23,6 +25,19 @@ URL = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 DATA = re.compile(r"\s*data:", re.IGNORECASE)
 DATA_URI = re.compile(r"\s*data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,\s]*)*)(;base64)?,", re.IGNORECASE)
 MAX_URI_HEAD = 512  # characters before the content
+
+
+@contextmanager
+def caller_media() -> Iterator[None]:
+    """Around whatever reads media of a request: what is wrong with them is an UnreadableMediaError, so that it is seen
+    to be the caller's also where a stage finds it in the middle of its work.
+    """
+    try:
+        yield
+    except UnreadableMediaError:
+        raise
+    except InvalidRequestError as error:
+        raise UnreadableMediaError(str(error)) from error.__cause__
 
 
 def open_source_file(source: str | os.PathLike[str], name: str, expected: str) -> BinaryIO:
@@ -64,6 +79,13 @@ def decode_base64(text: str, name: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequestError(f"{name}: got text that is no base64; expected the bytes of a file") from None
+
+
+def num_bytes_of(file: BinaryIO) -> int:
+    """Of an open file, or of what a data URI held; it is at its beginning before and after."""
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return num_bytes
 
 
 def check_num_bytes(num_bytes: int, max_mb: float, name: str, key: str) -> None:

@@ -20,7 +20,7 @@ from vllm_omni.errors import InvalidRequestError
 from vllm_omni.media.audio_files import AudioHeader, Samples
 from vllm_omni.media.image_input import check_pixels, image_size, read_image, resized
 from vllm_omni.media.messages import MediaPart
-from vllm_omni.media.source_files import check_num_bytes, open_source_file
+from vllm_omni.media.source_files import caller_media, check_num_bytes, num_bytes_of, open_source_file
 from vllm_omni.media.video_files import VideoHeader, VideoReader
 
 DEFAULT_FPS = 2.0
@@ -70,6 +70,7 @@ class VideoInput:
         self._settings = settings
         self._limits = limits
 
+    @caller_media()
     def plan(self, part: MediaPart) -> VideoPlan:
         """From headers alone; InvalidRequestError for what is no video or beyond the limits."""
         if isinstance(part.source, np.ndarray | list | tuple):
@@ -77,6 +78,7 @@ class VideoInput:
         with self._opened(part) as reader:
             return self._plan_file(reader.header, part)
 
+    @caller_media()
     def read(self, part: MediaPart, plan: VideoPlan, with_audio: bool, stop: Callable[[], None]) -> ReadVideo:
         """What the plan of this part says, in one pass; with_audio: of a file that has a sound track. stop: called
         between frames; raises where nobody wants them any more.
@@ -148,7 +150,7 @@ class VideoInput:
         source = part.source
         if isinstance(source, str | os.PathLike):
             with open_source_file(source, part.name, "a video file") as file:
-                self._check_num_bytes(os.fstat(file.fileno()).st_size, part.name)
+                self._check_num_bytes(num_bytes_of(file), part.name)
                 with VideoReader(file, part.name) as reader:
                     yield reader
         elif isinstance(source, bytes | bytearray | memoryview):

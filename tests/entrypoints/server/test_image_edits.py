@@ -98,11 +98,13 @@ def test_an_edit_streams_as_a_generation_does(client: OpenAI) -> None:
     [
         (("a.png", b"no picture", "image/png"), "no whole image"),
         (("a.png", b"", "image/png"), "image"),
+        (("a.png", image_bytes(picture(32, 32))[:-60], "image/png"), "damaged or truncated"),
     ],
 )
 def test_what_is_no_picture_is_refused(client: OpenAI, image: Any, expected: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=expected):
+    with pytest.raises(openai.BadRequestError, match=expected) as raised:
         client.images.edit(model="img2img", prompt="a cat", image=image, extra_body=STEPS)
+    assert (raised.value.code, raised.value.param) == ("invalid_media", "image[0]")
 
 
 def test_a_missing_picture_is_named(client: OpenAI) -> None:

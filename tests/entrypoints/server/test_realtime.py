@@ -161,7 +161,7 @@ def test_the_buffer_is_empty_after_a_clear_and_after_a_commit(client: OpenAI) ->
         assert (empty.code, empty.event_id) == ("input_audio_buffer_commit_empty", "mine")
         connection.input_audio_buffer.append(audio=base64.b64encode(bytes(3)).decode())
         assert "16 bit" in complaint(connection, type="input_audio_buffer.commit").message
-        assert complaint(connection, type="input_audio_buffer.append", audio="not base64!").code == "invalid_base64"
+        assert complaint(connection, type="input_audio_buffer.append", audio="not base64!").code == "invalid_media"
 
 
 def test_a_cancelled_response_ends_and_another_may_follow(server: ServerProcess, client: OpenAI) -> None:

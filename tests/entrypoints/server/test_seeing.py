@@ -12,7 +12,7 @@ import openai
 import pytest
 import yaml
 from openai import OpenAI
-from support.media import image_bytes, picture
+from support.media import image_bytes, picture, sound_bytes, tone, video_bytes
 from support.seeing import Reference, save_tiny_vl, user
 from support.server import ServerProcess
 
@@ -82,10 +82,34 @@ def test_what_it_cannot_read_is_refused(parts: Any, complaint: str, client: Open
         client.chat.completions.create(model="seeing", messages=messages(*parts))
 
 
-def test_a_damaged_picture_ends_its_own_request(client: OpenAI, server: ServerProcess) -> None:
-    body = {"model": "seeing", "messages": messages(image_part(image_bytes(PIXELS)[:-60]), "?"), "max_tokens": 2}
+SMALL = image_bytes(PIXELS)
+FILM = video_bytes([picture(32, 48, seed) for seed in range(6)])
+DAMAGED = {  # some of it shows in the header, some only when a stage decodes it
+    "a picture that is cut": ("image_url", SMALL[:-60], "image", "damaged or truncated"),
+    "a picture with other bytes": ("image_url", SMALL[:60] + bytes(40) + SMALL[100:], "image", "damaged"),
+    "a sound as a picture": ("image_url", sound_bytes(tone()), "image", "no whole image"),
+    "a video that is cut": ("video_url", FILM[:3000], "video", "no whole video"),
+    "a video with other bytes": ("video_url", FILM[:48] + bytes(4000) + FILM[4048:], "video", "damaged"),
+    "a picture as a video": ("video_url", SMALL, "video", "no whole video"),
+    "text as base64": ("image_url", "data:image/png;base64,%%%", "image_url", "no base64"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("kind", "source", "field", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_media_are_the_callers_fault_and_end_no_other_request(
+    client: OpenAI, server: ServerProcess, kind: str, source: Any, field: str, words: str, stream: bool
+) -> None:
+    url = source if isinstance(source, str) else f"data:x/y;base64,{base64.b64encode(source).decode()}"
+    body = {
+        "model": "seeing",
+        "messages": messages({"type": kind, kind: {"url": url}}, "?"),
+        "max_tokens": 2,
+        "stream": stream,
+    }
     answer = httpx.post(f"{server.base_url}/chat/completions", json=body, timeout=60)
-    assert answer.is_error
-    assert "damaged or truncated" in answer.text
-    server.wait_until_idle()
-    client.chat.completions.create(model="seeing", messages=messages("Hello"), max_tokens=2)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error", answer.text
+    assert error["code"] == "invalid_media" and error["param"] == f"messages[0].content[0].{field}"
+    assert error["message"].startswith(error["param"]) and words in error["message"]
+    assert client.chat.completions.create(model="seeing", messages=messages("Hello"), max_tokens=2).choices

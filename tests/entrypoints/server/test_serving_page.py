@@ -162,5 +162,10 @@ def test_an_image_has_two_stages_no_rights_and_looks_at_ready(path: Path) -> Non
              re.findall(r'"([^"]*)"', block)]  # fmt: skip
     build_parser().parse_args(words[1:])
     (wanted,) = re.findall(r'"(torch[^"]*)"', text)
-    assert wanted in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert wanted in project
+    named = re.findall(r"/source/([\w./-]+)|-f (\S+)", text)
+    assert named and all((ROOT / (file or dockerfile)).is_file() for file, dockerfile in named)
+    for extra in re.findall(r'"/source\[(.*?)\]"', text)[0].split(","):
+        assert f"\n{extra} = [" in project
     assert {row.suffix for row in DOCKERFILES} == {".cpu", ".cuda"}

@@ -22,7 +22,7 @@ from support.qwen_image import random_pipeline
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.messages import StageDone, StageFailed, StageProgress
-from vllm_omni.models.qwen_image import geometry
+from vllm_omni.models.qwen_image import geometry, vae
 from vllm_omni.params import DiffusionParams
 
 
@@ -335,3 +335,16 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, part: str, change
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ConfigError, match=key):
         spec(tmp_path)
+
+
+def test_a_stage_decodes_large_pictures_in_tiles_as_diffusers_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae, "SAMPLE_SIZE", 32)
+    pipeline = random_pipeline(tmp_path, num_halvings=1)
+    cases = [Case(5, 2, 4.0, (48, 64)), Case(7, 2, 1.0, (32, 32))]
+    found = drawn(engine(tmp_path, vae_tiling="always"), cases, [0, 1])
+    whole = drawn(engine(tmp_path), cases, [0, 1])
+    pipeline.vae.enable_tiling(32, 32, 24, 24)
+    assert np.abs(found[0] - expected(pipeline, cases[0], 0)).max() <= 2
+    assert not np.array_equal(found[0], whole[0]) and np.array_equal(found[1], whole[1]), "what fits a tile is whole"

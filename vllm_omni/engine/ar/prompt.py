@@ -23,6 +23,7 @@ from vllm_omni.media.messages import (
     num_chars,
     without_sources,
 )
+from vllm_omni.media.source_files import caller_media
 from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.request import Messages, OmniRequest, Prompt
 from vllm_omni.utils.checks import brief
@@ -178,6 +179,7 @@ class ARInput:
         self._check_chars(messages, chat)
         return self._checked(chat, self._processor.encode(chat), side, params)
 
+    @caller_media()
     def read(self, planned: PlannedPrompt, params: SamplingParams, stop: Stop) -> PreparedPrompt:
         """The prompt with its media decoded. It may have another length than its headers said, and is never cut."""
         assert self._reader is not None

@@ -73,7 +73,8 @@ class OfflineTarget:
         return image_run(ImageBody.model_validate(body), {}, model, model.abilities.images, call).request
 
     def _call(self, request: BenchRequest) -> Call:
-        scope = {"type": "http", "path": ROUTES[request.kind], "headers": [], "state": {"run_id": new_request_id()}}
+        state = dict.fromkeys(("request_id", "run_id"), new_request_id())
+        scope = {"type": "http", "path": ROUTES[request.kind], "headers": [], "state": state}
         return Call(self._parts, HTTPConnection(scope))
 
     async def __aenter__(self) -> OfflineTarget:

@@ -41,10 +41,15 @@ class Call:
         """The request's id in all that we say of it; the gate has made or checked it."""
         return str(self.connection.scope["state"]["run_id"])
 
+    @property
+    def id(self) -> str:
+        """`x-request-id` of the answer."""
+        return str(self.connection.scope["state"]["request_id"])
+
     def begin(self, request: OmniRequest, model: ServedModel, *, wants_parts: bool, wants_steps: bool = False) -> Run:
         """A run for this call, to be read by `RunTable.final` or `RunTable.parts`."""
         trace = self.connection.headers.get("traceparent")
-        return Run(request, model, self.route, wants_parts, wants_steps, traceparent=trace)
+        return Run(request, model, self.route, wants_parts, wants_steps, call_id=self.id, traceparent=trace)
 
     @property
     def route(self) -> str:

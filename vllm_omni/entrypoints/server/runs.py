@@ -15,6 +15,7 @@ from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.request import OmniOutput, OmniRequest, RequestStatus, StageResult
 
 MAX_ENDED = 256  # runs that are remembered after their end
+MAX_NAMED = 8  # ids in the text of an error
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +32,7 @@ class Run:
     first_part_s: float | None = None  # when there was something to show
     ended_s: float | None = None
     first_kind: str = ""  # what that was: "text", "image", "audio", "video" or "preview"
+    call_id: str = ""  # `x-request-id` of its call, which may have several runs, and which callers may use again
     traceparent: str | None = None  # the caller's own trace, W3C
     output: OmniOutput | None = None  # the final one
 
@@ -77,12 +79,21 @@ class RunTable:
     def living(self) -> Sequence[Run]:
         return list(self._living.values())
 
-    def find(self, run_id: str) -> Run:
-        """ApiError 404 for one that is not known, or no longer."""
-        run = self._living.get(run_id) or next((run for run in self._ended if run.id == run_id), None)
-        if run is None:
-            raise ApiError(404, f"request {run_id!r:.80} is unknown, or ended long ago", code="request_not_found")
-        return run
+    def find(self, given: str) -> Run:
+        """By its own id, by that of an answer, which has a word before it (`chatcmpl-`), or by `x-request-id`: the one
+        that lives, else the last that ended. ApiError 404 for none, 409 where several live.
+        """
+        known = [*self._living.values(), *reversed(self._ended)]
+        ids = (given, given.partition("-")[2])
+        found = [run for run in known if run.id in ids] or [run for run in known if run.call_id == given]
+        if not found:
+            raise ApiError(404, f"request {given!r:.80} is unknown, or ended long ago", code="request_not_found")
+        living = [run.id for run in found if run.id in self._living]
+        if len(living) > 1:
+            names = ", ".join(living[:MAX_NAMED])
+            words = f"request_id: got {given!r:.80}, which {len(living)} requests have; name one of them: {names}"
+            raise ApiError(409, words, code="ambiguous_id", param="request_id")
+        return found[0]
 
     async def final(self, run: Run) -> OmniOutput:
         """The final output; ApiError where it has an error."""
@@ -140,6 +151,7 @@ def describe(run: Run) -> Mapping[str, Any]:
     now = run.ended_s or time.monotonic()
     about = {
         "id": run.id,
+        "x_request_id": run.call_id,
         "object": "request",
         "model": run.model.name,
         "route": run.route,

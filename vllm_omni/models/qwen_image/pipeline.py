@@ -132,9 +132,12 @@ class QwenImagePipeline(DiffusionModel):
         return [velocity.float() for velocity in self.transformer.unembed(tokens)]
 
     def decode(self, latents: Tensor, kept: slice) -> Iterator[Tensor]:
-        decoded = self.vae.decode(latents)
+        decoded = self.decode_pixels(latents)
         check_finite(decoded, "the pixels")
         yield to_pixels(decoded)
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents)
 
     def preview(self, latents: Tensor) -> Tensor:
         return self._previewer(latents)

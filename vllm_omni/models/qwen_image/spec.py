@@ -38,6 +38,7 @@ from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.source_image import check_source, first_step
+from vllm_omni.worker.diffusion.tiling import DecodingSize
 
 MAX_EDITED = 8  # pictures of one request; each is as many tokens as a picture of 1024 x 1024 pixels
 # Hidden states, their normed copy, the feed-forward's input and what is made of it (4 each).
@@ -95,6 +96,9 @@ class QwenImageSpec(SharedModelSpec):
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         return self.config.dim * dtype.itemsize * ACTIVATION_WIDTHS
+
+    def decoding_size(self, dtype: torch.dtype) -> DecodingSize:
+        return self.vae_config.decoding_size()
 
     def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
         return self.vae_config.dtype(dtype) if folder.name == "vae" else dtype

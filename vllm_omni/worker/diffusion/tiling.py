@@ -59,8 +59,13 @@ class DecodingSize:
         activated), or holds its own width five times. Measured within 10%: 3174 bytes for 128, 256, .. in float32.
         """
         widest = max(3 * widths[min(1, len(widths) - 1)], 5 * widths[0])
+        return cls.of_widest(widest * itemsize, scale, sample_size)
+
+    @classmethod
+    def of_widest(cls, num_bytes: int, scale: int, sample_size: int) -> DecodingSize:
+        """num_bytes: of the tensors that are held at the widest moment, for each pixel of the result."""
         tile = max(sample_size // scale // OVERLAP * OVERLAP, MIN_TILE)
-        return cls(scale, tile, int(SHARE_OF_TEMPORARIES * widest * itemsize))
+        return cls(scale, tile, int(SHARE_OF_TEMPORARIES * num_bytes))
 
     def num_bytes(self, height: int, width: int) -> int:
         """Of a picture, or a tile of one, of so many latents."""

@@ -21,7 +21,9 @@ from vllm_omni.errors import (
     RequestTimeoutError,
     ResourceError,
     SchedulerError,
+    StageError,
     StageUnavailableError,
+    UnreadableMediaError,
 )
 from vllm_omni.request import OmniOutput, RequestStatus
 
@@ -30,6 +32,7 @@ RETRY_S = 1.0
 MIN_RETRY_S = 0.5  # sooner, and a client has used its tries up before a stage is rebuilt
 # error -> status, code, when to try again; the first that fits
 ANSWERS: tuple[tuple[type[OmniError], int, str, float | None], ...] = (
+    (UnreadableMediaError, 400, "invalid_media", None),
     (InvalidRequestError, 400, "invalid_value", None),
     (ConfigError, 400, "unsupported_by_model", None),
     (ResourceError, 400, "too_large", None),
@@ -41,7 +44,7 @@ ANSWERS: tuple[tuple[type[OmniError], int, str, float | None], ...] = (
 BEFORE_WORK = frozenset({ResourceError})  # once work has begun it is the server's fault
 ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 FOLDERS = re.compile(r"(?<![\w:/])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>|:,;()]+[/\\])+")
-FIELD = re.compile(r"^(?:stage '[^']*': )?([a-z_][\w.]*(?:\[[^\]]{1,40}\])*(?:\.[a-z_]\w*)*): ")
+FIELD = re.compile(r"^(?:stage '[^']*': )?([a-z_]\w*(?:\.[a-z_]\w*|\[[^\]]{1,40}\])*): ")
 
 
 class ApiError(Exception):
@@ -100,6 +103,7 @@ def as_api_error(error: Exception, *, was_admitted: bool = False) -> ApiError:
     """The answer that says what went wrong. was_admitted: whether work had begun."""
     if isinstance(error, ApiError):
         return error
+    error = _cause_in_media(error) or error
     message = str(error) or type(error).__name__
     if not isinstance(error, OmniError):
         return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
@@ -112,6 +116,13 @@ def as_api_error(error: Exception, *, was_admitted: bool = False) -> ApiError:
     if was_admitted:
         return ApiError(500, message, code="stage_failed")
     return ApiError(503, message, code="unavailable", retry_s=RETRY_S)
+
+
+def _cause_in_media(error: BaseException | None) -> UnreadableMediaError | None:
+    """What a stage failed of, where that is a medium that the request brought."""
+    while isinstance(error, StageError):
+        error = error.__cause__
+    return error if isinstance(error, UnreadableMediaError) else None
 
 
 def scrubbed(message: str) -> str:

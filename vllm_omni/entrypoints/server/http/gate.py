@@ -35,9 +35,9 @@ class Gate:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else new_request_id()
-        # A client may send the same id again, for a retry; ours is unique all the same.
-        scope.setdefault("state", {}).update(request_id=request_id, run_id=new_request_id())
+        run_id = new_request_id()  # a client may send the same id again, for a retry; ours is unique all the same
+        request_id = given if REQUEST_ID.fullmatch(given) else run_id
+        scope.setdefault("state", {}).update(request_id=request_id, run_id=run_id)
         sender = _Sender(send, request_id)
         body = _Body(receive, self._settings)
         try:

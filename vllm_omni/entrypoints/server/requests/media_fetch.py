@@ -28,7 +28,7 @@ def decode_base64(text: str, field: str) -> bytes:
     try:
         return source_files.decode_base64(text, field)
     except InvalidRequestError as error:
-        raise ApiError(400, str(error), code="invalid_base64", param=field) from None
+        raise ApiError(400, str(error), code="invalid_media", param=field) from None
 
 
 def read_source(source: str, field: str, settings: ServerSettings) -> bytes:
