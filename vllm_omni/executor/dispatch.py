@@ -4,13 +4,14 @@ report back to it, to the readers of streamed rows and to callers. Decides nothi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
 from vllm_omni.engine.boundary import as_stage_error
-from vllm_omni.errors import OmniError, StageError
+from vllm_omni.errors import DataLostError, OmniError, StageError
 from vllm_omni.executor.edge_traffic import EdgeTraffic
 from vllm_omni.executor.outbox import Outbox
 from vllm_omni.executor.replica_set import ReplicaSet
@@ -28,6 +29,8 @@ from vllm_omni.messages import (
     StageTask,
 )
 from vllm_omni.utils.checks import check_number
+
+logger = logging.getLogger(__name__)
 
 
 class Dispatch:
@@ -82,13 +85,25 @@ class Dispatch:
             if self._scheduler.is_unfinished(event.request_id):  # else the final output says it at once
                 self._add_partial(stage, event)
         elif isinstance(event, StageFailed):
-            self._scheduler.stage_failed(event.request_id, stage, event.error, event.made)
+            if not (is_data_lost(event.error) and self._run_again(event.request_id, event.error, now)):
+                self._scheduler.stage_failed(event.request_id, stage, event.error, event.made)
         elif isinstance(event, ChunkConsumed):
             self._scheduler.chunk_consumed(event.request_id, stage, event.port, now)
         elif isinstance(event, StageProgress | StageRows):
             if isinstance(event, StageRows):
                 self._receive_rows(stage, event, now)
             self._add_partial(stage, event)
+
+    def _run_again(self, request_id: str, why: OmniError, now: float) -> bool:
+        """What a stage has made is gone with its machine, and so perhaps what that was made of: all stages run again,
+        where no caller has seen a part of what they made.
+        """
+        if self._outbox.has_shown(request_id) or not self._scheduler.run_again(request_id, now):
+            return False
+        logger.warning("request %r is run again from its first stage: %s", request_id, why)
+        for stage in self._stages.values():
+            stage.abort(request_id)
+        return True
 
     def _receive_rows(self, stage: str, event: StageRows, now: float) -> None:
         """The scheduler counts the rows, the readers keep them."""
@@ -113,6 +128,15 @@ class Dispatch:
             self._outbox.add_partial(stage, event)
         except OmniError as error:
             self._scheduler.fail(event.request_id, error)
+
+
+def is_data_lost(error: BaseException | None) -> bool:
+    """Whether a DataLostError is what an error comes from."""
+    while error is not None:
+        if isinstance(error, DataLostError):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _check_metrics(stage: str, metrics: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ class Outbox:
     def __init__(self) -> None:
         self._outputs: list[OmniOutput] = []
         self._partials: dict[str, PartialOutputs] = {}
+        self._shown: set[str] = set()  # watched requests of which a caller has something
 
     def __len__(self) -> int:
         return len(self._outputs)
@@ -52,6 +53,12 @@ class Outbox:
                 output = partials.make(event, stage)
         if output is not None:
             self._outputs.append(output)
+            if output.results:
+                self._shown.add(event.request_id)
+
+    def has_shown(self, request_id: str) -> bool:
+        """Whether a caller has more of an unfinished request than how far it is."""
+        return request_id in self._shown
 
     def end(self, end: RequestEnd, made: Made) -> None:
         """The final output of a request, with what stages had made for its caller that were at work; it is watched no
@@ -59,6 +66,7 @@ class Outbox:
         """
         unfinished = self._unfinished(end, made)
         self._partials.pop(end.request.request_id, None)
+        self._shown.discard(end.request.request_id)
         self._outputs.append(make_output(end, unfinished))
 
     def take(self) -> list[OmniOutput]:
