@@ -233,7 +233,7 @@ class OmniExecutor:
 
     def get_metrics(self) -> dict[str, Any]:
         """The scheduler's counters, what went over every edge, by stage the engine's own counters, its dtype and why it
-        has that, planned memory in bytes, how many models are loaded.
+        has that, planned memory in bytes, how many models are loaded, in all processes.
         """
         stages: dict[str, Any] = {}
         for name, stage in self._stages.items():
@@ -248,7 +248,7 @@ class OmniExecutor:
             "stages": stages,
             "dtypes": {name: {"dtype": one.name, "reason": one.reason} for name, one in chosen.items()},
             "memory": memory,
-            "num_models": len(self._builder.models),
+            "num_models": len(self._builder.models) + sum(stage.num_models for stage in self._stages.values()),
         }
 
     def check_integrity(self) -> None:

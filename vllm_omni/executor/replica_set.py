@@ -223,6 +223,11 @@ class ReplicaSet:
         return merged_stats([host.executor.get_stats() for host in self.hosts])
 
     @property
+    def num_models(self) -> int:
+        """That its replicas have loaded in other processes."""
+        return sum(host.executor.num_models for host in self.hosts)
+
+    @property
     def is_ready(self) -> bool:
         """Whether some replica has an engine."""
         return any(host.is_ready for host in self.hosts)

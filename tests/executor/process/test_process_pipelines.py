@@ -53,6 +53,12 @@ def voices() -> Iterator[tuple[Omni, Omni]]:
         yield inline, apart
 
 
+def test_models_of_all_processes_are_counted(scenes: tuple[Omni, Omni]) -> None:
+    inline, apart = scenes
+    assert inline.get_metrics()["num_models"] == 2, "writer and negative share their weights"
+    assert apart.get_metrics()["num_models"] == 3
+
+
 def content(output: OmniOutput) -> dict[str, Any]:
     """What a caller gets, comparable."""
     assert output.error is None, output.error

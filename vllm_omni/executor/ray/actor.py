@@ -23,6 +23,7 @@ from vllm_omni.executor.ray.protocol import Whereabouts, actor_types, lost
 from vllm_omni.executor.servant import StageServant
 from vllm_omni.executor.wire.base import WireError
 from vllm_omni.worker.background import Background
+from vllm_omni.worker.model_pool import ModelPool
 
 QUIET_S = 2.0  # after which `reports` gives a sign of life
 
@@ -77,11 +78,12 @@ class StageActor:
             found = self._set_up(surroundings, blueprint)
             background = Background(self._notify)
             spec = found.describe()
-            engine = found.load(spec, background)
+            models = ModelPool()
+            engine = found.load(spec, background, models)
         except BaseException as error:
             self._report(Loaded(error))
             return
-        self._report(Loaded())
+        self._report(Loaded(num_models=len(models)))
         try:
             self._serve(StageServant(found.stage, engine, Preparing(spec, found)))
         except BaseException as error:  # such as SystemExit of a step

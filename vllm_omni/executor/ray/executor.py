@@ -159,6 +159,7 @@ class RayExecutor(HeardExecutor):
             if message.error is not None:
                 words = "".join(traceback.format_exception_only(message.error)).strip()
                 raise StageError(f"its actor{self._at} could not load it: {words}") from message.error
+            self.num_models = message.num_models
             self._loaded.set_result(None)
             self._wake()
         elif isinstance(message, Report):
