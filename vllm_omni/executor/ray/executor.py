@@ -34,6 +34,7 @@ from vllm_omni.payload import StagePayload
 from vllm_omni.utils.device import device_given
 
 START_S = 120.0  # the most that is waited for free resources and a process, with its large imports from a slow disk
+MAX_STARTS = 3
 LOAD_S = 60.0  # without a sign of life, after which an actor that loads counts as hanging
 SILENT_S = 10.0  # ... after which any does
 MAX_BESIDE_BYTES = 100 * 1024  # of one array that goes along with a call
@@ -85,12 +86,29 @@ class RayExecutor(HeardExecutor):
 
     def _main(self) -> None:
         try:
-            actor = self._start()
-            if actor is not None:
-                self._listen(actor.handle)
+            for is_last in [*[False] * (MAX_STARTS - 1), True]:
+                actor = self._start()
+                if actor is None or self._has_run(actor, is_last):
+                    return
         except Exception as error:
             clear_frames(error)
             self._end(error)
+
+    def _has_run(self, actor: PlacedActor, is_last: bool) -> bool:
+        """Listens to it until it ends. False for one that has ended before it began: Ray puts actors on a node until it
+        knows that this is dead. is_last: then that is raised too.
+        """
+        try:
+            self._listen(actor.handle)
+        except StageError as error:
+            if is_last or self._where is not None or error.__cause__ is None:
+                raise
+            with self._changed:
+                is_mine, self._actor = self._actor is actor, None
+            if is_mine:
+                self._cluster.end(actor)
+            return not is_mine
+        return True
 
     def _start(self) -> PlacedActor | None:
         """None where nobody wants it any more."""
