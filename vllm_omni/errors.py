@@ -12,6 +12,7 @@ OmniError
 |- CacheError              a KV block or a step cache was misused
 |- ResourceError           memory does not suffice, now or ever
 `- StageError              a stage failed while it worked on a request; `__cause__` holds why
+   |- DataLostError        what another stage had made for it is gone with the machine that held it
    `- StageUnavailableError  the stage is being rebuilt after a failure; `retry_after_s` says when to ask again
 """
 
@@ -71,6 +72,10 @@ class ResourceError(OmniError):
 
 class StageError(OmniError):
     """A stage failed while it worked on this request."""
+
+
+class DataLostError(StageError):
+    """What another stage had made of a request is gone, with the machine that held it."""
 
 
 class StageUnavailableError(StageError):

@@ -446,3 +446,28 @@ def test_without_stages_every_setting_may_change() -> None:
     machine.schedule(request())
     machine.tick(2.0)
     assert isinstance(machine.take_ends()[0].error, RequestTimeoutError)
+
+
+def test_a_request_that_is_run_again_begins_from_its_first_stage_once_and_keeps_its_deadline() -> None:
+    machine = scheduler(request_timeout=10.0)
+    machine.schedule(request(), now=1.0)
+    (first,) = machine.tick(1.0)
+    finish(machine, first, 2.0)
+    assert {task.stage for task in machine.tick(2.0)} == {"b", "c"}
+    assert machine.run_again("r", 3.0) and not machine.run_again("nobody", 3.0)
+    machine.check_integrity()
+    assert machine.in_flight() == set()
+    (again,) = machine.tick(3.0)
+    assert again.stage == "a" and not machine.run_again("r", 4.0), "once"
+    run = [again]
+    while run:
+        for task in run:
+            finish(machine, task, 5.0)
+        run = machine.tick(5.0)
+    (end,) = machine.take_ends()
+    assert end.status is RequestStatus.FINISHED and set(end.payloads) == {"a", "d"}
+    machine.schedule(request("late"), now=20.0)
+    machine.tick(20.0)
+    assert machine.run_again("late", 29.0) and machine.tick(30.0) == []
+    (end,) = machine.take_ends()
+    assert isinstance(end.error, RequestTimeoutError)

@@ -4,6 +4,7 @@ replaced. That pipelines make on Ray what they make elsewhere is shown with the 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -17,11 +18,14 @@ from support.driver import Driver
 from support.loop import request
 from support.toy_engine import TextParams, toy_config, toy_stage
 
+from benchmarks.hop_stages import hop_config
+from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import RayConfig, RayStageConfig
 from vllm_omni.errors import StageError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.ray import executor
+from vllm_omni.executor.ray.remote_tensor import RemoteTensor
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -32,6 +36,11 @@ pytestmark = [
 ]
 STORE_BYTES = 100 * 2**20
 HEAL_S = 60.0  # a new actor imports torch, on a machine that is busy
+HOP_PLACES = {
+    "source": RayStageConfig(num_cpus=0.5, resources={"worker": 0.5}),
+    "sink": RayStageConfig(num_cpus=0.5, resources={"home": 1}),
+}
+
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,12 @@ def cluster(ray_settings: None) -> Iterator[Cluster]:
 
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 2, "object_store_memory": STORE_BYTES, "include_dashboard": False},
+        head_node_args={
+            "num_cpus": 2,
+            "resources": {"home": 1},
+            "object_store_memory": STORE_BYTES,
+            "include_dashboard": False,
+        },
     )
     for _ in range(2):
         cluster.add_node(num_cpus=1, resources={"worker": 1}, object_store_memory=STORE_BYTES)
@@ -52,7 +66,7 @@ def cluster(ray_settings: None) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def driver(cluster: Cluster) -> Iterator[Driver]:
     """One stage, on one of the workers. The Ray that runs here is found without an address."""
-    driver = Driver(loop_of(None, ray=RayStageConfig(num_cpus=0.5, resources={"worker": 1}), step_s=0.01))
+    driver = Driver(loop_of(None, ray=RayStageConfig(num_cpus=0.5, resources={"worker": 0.5}), step_s=0.01))
     yield driver
     driver.loop.shutdown()
     import ray
@@ -105,6 +119,44 @@ def test_aborts_free_what_the_actor_holds(driver: Driver) -> None:
     driver.outputs.clear()
     assert driver.answer(request("a0", "x")).text == "xx", "an id can be used again"
     driver.loop.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def hops(cluster: Cluster) -> Iterator[Driver]:
+    """A stage that gives bytes, on one of the workers, and one beside the loop that counts them."""
+    config = load_config(hop_config("ray"), [f"ray.address={cluster.address}"])
+    stages = {name: dataclasses.replace(stage, ray=HOP_PLACES[name]) for name, stage in config.stages.items()}
+    driver = Driver(OmniExecutor(Pipeline(dataclasses.replace(config, stages=stages))))
+    yield driver
+    driver.loop.shutdown()
+
+
+def test_tensors_pass_from_actor_to_actor_and_the_loop_sees_none(hops: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(tensor: RemoteTensor) -> Any:
+        raise AssertionError("the loop has looked into a tensor that only actors read")
+
+    monkeypatch.setattr(RemoteTensor, "here", never)
+    for number in range(2):  # the second time the same memory is given once more
+        output = hops.answer(request(f"hop{number}", str(1 << 20)))
+        assert output.error is None and output.tensors["sink.bytes"].item() == 1 << 20
+
+
+def test_what_is_gone_with_its_node_is_made_again(hops: Driver, cluster: Cluster) -> None:
+    """The reader of a tensor is being restarted when the node dies that holds the only copy."""
+    source = hops.loop.get_status()["stages"]["source"]
+    hops.loop.restart_stage("sink")
+    hops.until(lambda: hops.loop.get_status()["stages"]["sink"]["state"] == "restarting")
+    hops.loop.add_request(request("lost", str(1 << 20)))
+    hops.until(lambda: hops.loop.find("lost").done == ("source",))
+    cluster.add_node(num_cpus=1, resources={"worker": 1}, object_store_memory=STORE_BYTES)
+    (node,) = [node for node in cluster.worker_nodes if node.node_id == source["node"]]
+    cluster.remove_node(node, allow_graceful=False)
+    assert hops.loop.get_status()["stages"]["sink"]["tasks"] == 1
+    hops.until(lambda: hops.final("lost"), HEAL_S)
+    output = hops.final("lost")
+    assert output is not None and output.error is None and output.tensors["sink.bytes"].item() == 1 << 20
+    assert hops.loop.get_status()["stages"]["source"]["node"] != source["node"]
+    hops.loop.check_integrity()
 
 
 def heals(driver: Driver, name: str, kill: Callable[[], object]) -> str:

@@ -19,7 +19,7 @@ LONG = TextParams(steps=500)
 
 def assert_all_is_freed(omni: Omni | AsyncOmni) -> None:
     loop = omni._executor
-    assert loop.scheduler.in_flight() == set() and not loop.has_work() and not loop._partials
+    assert loop.scheduler.in_flight() == set() and not loop.has_work()
     stages = loop.get_status()["stages"]
     assert len(stages) == 2 and not any(stage["tasks"] or engine(loop, name).work for name, stage in stages.items())
     loop.check_integrity()

@@ -71,7 +71,8 @@ def test_inline(plan: Plans, asked: list[Any], is_streamed: bool) -> None:
     for _ in range(300):
         outputs += loop.step()
         clock.now += 0.2
-    assert not loop.has_work() and not loop._partials and loop.scheduler.in_flight() == set()
+    assert not loop.has_work() and loop.scheduler.in_flight() == set()
+    assert not any(loop._outbox.is_watched(str(index)) for index in range(len(asked)))
     check_ends(outputs, len(asked))
 
     def tick() -> None:

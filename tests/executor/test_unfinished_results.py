@@ -62,7 +62,8 @@ class Run:
             self.parts += self.loop.step()
         self.parts += self.loop.take_outputs()
         (final,) = [part for part in self.parts if part.finished]
-        assert not self.loop.has_work() and not self.loop._partials and self.loop.scheduler.in_flight() == set()
+        assert not self.loop._outbox.is_watched(final.request_id)
+        assert not self.loop.has_work() and self.loop.scheduler.in_flight() == set()
         if how != "shutdown":
             self.loop.check_integrity()
             assert (final.status, type(final.error)) == REASONS[how]

@@ -23,6 +23,7 @@ class StageExecutor(ABC):
     """
 
     shares_memory: ClassVar[bool] = True  # whether its engine is in this process, and shares weights with others here
+    num_models: int = 0  # that its engine has loaded in another process
 
     @abstractmethod
     def __init__(self, spec: StageSpec, context: EngineContext, commons: Commons, blueprint: StageBlueprint) -> None:

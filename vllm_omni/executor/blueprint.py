@@ -38,14 +38,14 @@ class StageBlueprint:
             spec.grant_memory(self.granted_bytes)
         return spec
 
-    def load(self, spec: StageSpec, background: Background) -> StageEngine:
-        """The engine, its weights loaded: nobody in this process shares them."""
+    def load(self, spec: StageSpec, background: Background, models: ModelPool) -> StageEngine:
+        """The engine, its weights loaded into `models`: nobody else in this process shares them."""
         if self.threads is not None:
             set_threads(self.threads)
         context = EngineContext(
             device=self.device,
             dtype=self.dtype,
-            models=ModelPool(),
+            models=models,
             background=background,
             reads=self.reads,
             limits=self.config.limits,

@@ -16,3 +16,9 @@ class Commons:
     wake: Wake = field(default_factory=Wake)  # to be called when there is something to poll; waits on connections
     cluster: RayCluster = field(default_factory=RayCluster)  # where actors run; connects when one is started
     segments: Segments = field(default_factory=Segments)  # a tensor of one process goes on to another without a copy
+
+    def close(self) -> None:
+        """After the last executor was shut down; may be called twice."""
+        self.segments.clear()
+        self.cluster.close()
+        self.wake.close()

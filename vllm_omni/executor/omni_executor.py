@@ -7,44 +7,30 @@ thread-safe, but for `plan` and `wake`: one caller at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from vllm_omni.config.graph import Edge
 from vllm_omni.core.routing.omni_scheduler import OmniScheduler
 from vllm_omni.core.routing.request_plan import RequestPlan
-from vllm_omni.core.routing.request_state import RequestEnd, RequestPosition
+from vllm_omni.core.routing.request_state import RequestPosition
 from vllm_omni.engine.base import MemoryPlan
-from vllm_omni.engine.boundary import as_stage_error, clear_frames, describe, stage_boundary
-from vllm_omni.engine.output import PartialOutputs, make_output, unfinished_result
-from vllm_omni.errors import ConfigError, InvalidRequestError, OmniError, SchedulerError, StageError
+from vllm_omni.engine.boundary import stage_boundary
+from vllm_omni.errors import ConfigError, InvalidRequestError, OmniError, SchedulerError
 from vllm_omni.executor.commons import Commons
-from vllm_omni.executor.edge_traffic import EdgeTraffic
+from vllm_omni.executor.dispatch import Dispatch
 from vllm_omni.executor.loading_step import LoadingStep, OnLoading, announce
 from vllm_omni.executor.memory import plan_memory, reserve_memory
 from vllm_omni.executor.open_text import OpenText
+from vllm_omni.executor.outbox import Outbox
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.planner import RequestPlanner
 from vllm_omni.executor.replica_set import ReplicaSet
 from vllm_omni.executor.saving import resumable
 from vllm_omni.executor.stage_builder import StageBuilder
-from vllm_omni.messages import (
-    ChunkConsumed,
-    Feed,
-    Order,
-    Pause,
-    Resume,
-    StageDone,
-    StageEvent,
-    StageFailed,
-    StageProgress,
-    StageRows,
-    StageTask,
-)
-from vllm_omni.request import OmniOutput, OmniRequest, StageResult
-from vllm_omni.utils.checks import brief, check_number, did_you_mean
+from vllm_omni.request import OmniOutput, OmniRequest
+from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.device import set_threads
 from vllm_omni.worker.background import Background
 
@@ -79,11 +65,10 @@ class OmniExecutor:
         self._wake = self._commons.wake
         self._background = Background(self._wake)
         self._builder = StageBuilder(pipeline, self._background, self._commons)
-        self._traffic = EdgeTraffic()
         self._stages: dict[str, ReplicaSet] = {}
-        self._outputs: list[OmniOutput] = []
-        self._partials: dict[str, PartialOutputs] = {}
         self._texts: dict[str, OpenText] = {}  # of unfinished requests that are open
+        self._outbox = Outbox()
+        self._dispatch = Dispatch(pipeline.graph, self._scheduler, self._stages, self._outbox)
         self._step_started: float | None = None
         try:
             for name in pipeline.specs:
@@ -99,15 +84,7 @@ class OmniExecutor:
         """What a request asks of the stages, or why it could never run. From any thread: prompts are tokenised here,
         and headers of media read.
         """
-        try:
-            return self._planner.plan(request)
-        except OmniError as error:
-            return error
-        except Exception as error:  # whatever foreign code in the request's values raises
-            failed = SchedulerError(f"request {request.request_id!r} could not be planned: {describe(error)}")
-            clear_frames(error)
-            failed.__cause__ = error
-            return failed
+        return self._planner.plan_or_error(request)
 
     def add_request(
         self,
@@ -137,7 +114,7 @@ class OmniExecutor:
             self._scheduler.reject(request, error)
             return
         if stream:
-            self._partials[request.request_id] = PartialOutputs(plan.outputs, steps)
+            self._outbox.watch(request.request_id, plan.outputs, steps)
         if request.is_open:
             self._texts[request.request_id] = OpenText(plan)
 
@@ -196,7 +173,7 @@ class OmniExecutor:
         at once when a step would do something.
         """
         is_waiting = self.has_work() or self.is_mending
-        if is_waiting and not self._outputs and not any(stage.is_busy() for stage in self._stages.values()):
+        if is_waiting and not self._outbox and not any(stage.is_busy() for stage in self._stages.values()):
             self._wake.wait(MAX_WAIT_S)
 
     def wake(self) -> None:
@@ -212,8 +189,7 @@ class OmniExecutor:
     def take_outputs(self) -> list[OmniOutput]:
         """Outputs that are ready without a step, as after `abort` and `shutdown`."""
         self._finish_ended()
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self._outbox.take()
 
     @property
     def step_started(self) -> float | None:
@@ -234,7 +210,7 @@ class OmniExecutor:
 
     def has_work(self) -> bool:
         """Whether `step` or `take_outputs` will still give something."""
-        return self._scheduler.has_work or bool(self._outputs)
+        return self._scheduler.has_work or bool(self._outbox)
 
     def stop(self) -> None:
         """Drains: takes no more requests; `step` brings the admitted ones to their ends."""
@@ -259,9 +235,7 @@ class OmniExecutor:
             spec.close()
         self._background.shutdown()
         self._builder.models.clear()
-        self._commons.segments.clear()
-        self._commons.cluster.close()
-        self._wake.close()
+        self._commons.close()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -274,10 +248,8 @@ class OmniExecutor:
 
     def find(self, request_id: str) -> RequestPosition | None:
         """Where an unfinished request is; safe to call from another thread."""
-        position, partials = self._scheduler.find(request_id), self._partials.get(request_id)
-        if position is None or partials is None:
-            return position
-        return replace(position, progress=partials.progress)
+        position = self._scheduler.find(request_id)
+        return None if position is None else replace(position, progress=self._outbox.progress(request_id))
 
     def get_status(self) -> dict[str, Any]:
         """The scheduler's gauges, `step_s` (seconds inside the step that is under way; 0 between two) and, by stage,
@@ -290,7 +262,7 @@ class OmniExecutor:
 
     def get_metrics(self) -> dict[str, Any]:
         """The scheduler's counters, what went over every edge, by stage the engine's own counters, its dtype and why it
-        has that, planned memory in bytes, how many models are loaded.
+        has that, planned memory in bytes, how many models are loaded, in all processes.
         """
         stages: dict[str, Any] = {}
         for name, stage in self._stages.items():
@@ -301,11 +273,11 @@ class OmniExecutor:
         chosen = {name: spec.precision for name, spec in self._pipeline.specs.items()}
         return {
             **counts,
-            "edges": self._traffic.get_stats(),
+            "edges": self._dispatch.traffic.get_stats(),
             "stages": stages,
             "dtypes": {name: {"dtype": one.name, "reason": one.reason} for name, one in chosen.items()},
             "memory": memory,
-            "num_models": len(self._builder.models),
+            "num_models": len(self._builder.models) + sum(stage.num_models for stage in self._stages.values()),
         }
 
     def check_integrity(self) -> None:
@@ -317,6 +289,7 @@ class OmniExecutor:
             raise SchedulerError(
                 f"stages hold {sorted(held)}, the scheduler says {sorted(self._scheduler.in_flight())}"
             )
+        self._outbox.check_integrity(self._scheduler.is_unfinished)
         for stage in self._stages.values():
             stage.check_integrity()
 
@@ -324,7 +297,7 @@ class OmniExecutor:
         busy = [name for name, stage in self._stages.items() if stage.is_busy()]
         held_back = self._scheduler.hold_back(busy, self._builder.devices)
         for name, stage in self._stages.items():
-            self._carry_out_orders()
+            self._dispatch.carry_out_orders(self._clock())
             self._finish_ended()
             if name in held_back:
                 stage.hold()
@@ -332,11 +305,8 @@ class OmniExecutor:
             timeout_s = self._scheduler.get_config().worker_timeout
             stage.mend(timeout_s)
             for event in stage.poll(timeout_s, partial(self._scheduler.is_waiting, stage=name)):
-                try:
-                    self._receive(name, event)
-                except Exception as error:  # what the event holds is not what it should be
-                    self._scheduler.fail(event.request_id, as_stage_error(name, error))
-        self._carry_out_orders()
+                self._dispatch.receive(name, event, self._clock())
+        self._dispatch.carry_out_orders(self._clock())
         for stage in self._stages.values():
             stage.compact_rows()
 
@@ -351,103 +321,10 @@ class OmniExecutor:
         self._stages[name] = ReplicaSet(name, spec.stage.replicas, build, inputs, streamed, self._clock)
         self._stages[name].load()
 
-    def _carry_out_orders(self) -> None:
-        for order in self._scheduler.tick(self._clock()):
-            try:
-                self._carry_out(order)
-            except Exception as error:
-                self._scheduler.stage_failed(order.request_id, order.stage, as_stage_error(order.stage, error))
-
-    def _carry_out(self, order: Order) -> None:
-        stage = self._stages[order.stage]
-        if isinstance(order, StageTask):
-            is_watched = order.request_id in self._partials
-            self._traffic.count_inputs(self._graph.edges_into(order.stage), stage.submit(order, is_watched))
-        elif isinstance(order, Feed):
-            chunk = stage.feed(order.request_id, order.port, order.rows)
-            if chunk is not None:
-                self._traffic.count_inputs(self._graph.edges_into(order.stage), {order.port: chunk})
-        elif isinstance(order, Pause):
-            stage.pause(order.request_id)
-        elif isinstance(order, Resume):
-            stage.resume(order.request_id)
-        else:
-            stage.abort(order.request_id)
-
-    def _receive(self, stage: str, event: StageEvent) -> None:
-        now = self._clock()
-        if isinstance(event, StageDone):
-            _check_metrics(stage, event.metrics)
-            self._scheduler.stage_done(event.request_id, stage, event.payload, event.metrics, now)
-            if self._scheduler.is_unfinished(event.request_id):  # else the final output says it at once
-                self._add_partial(stage, event)
-        elif isinstance(event, StageFailed):
-            self._scheduler.stage_failed(event.request_id, stage, event.error, event.made)
-        elif isinstance(event, ChunkConsumed):
-            self._scheduler.chunk_consumed(event.request_id, stage, event.port, now)
-        elif isinstance(event, StageProgress | StageRows):
-            if isinstance(event, StageRows):
-                self._receive_rows(stage, event, now)
-            self._add_partial(stage, event)
-
-    def _receive_rows(self, stage: str, event: StageRows, now: float) -> None:
-        """The scheduler counts the rows, the readers keep them."""
-        streamed = self._graph.signatures[stage].streamed_outputs
-        if event.port not in streamed:
-            words = f"stage {stage!r} gave rows of {event.port!r}, expected one of {sorted(streamed)}"
-            self._scheduler.fail(event.request_id, StageError(words))
-            return
-        num_rows = len(event.rows) if event.rows.dim() else 0
-        for edge in self._scheduler.rows_made(event.request_id, stage, event.port, num_rows, event.is_last, now):
-            self._keep_rows(edge, event)
-
-    def _keep_rows(self, edge: Edge, event: StageRows) -> None:
-        try:
-            self._stages[edge.target].keep_rows(event.request_id, edge.target_port, event.rows)
-        except StageError as error:
-            self._scheduler.fail(event.request_id, StageError(f"{edge}: {error}"))
-
-    def _add_partial(self, stage: str, event: StageProgress | StageRows | StageDone) -> None:
-        """Hands the caller what is new, where the request streams; what cannot be shown ends it."""
-        partials = self._partials.get(event.request_id)
-        if partials is None:
-            return
-        try:
-            with stage_boundary(stage):
-                if isinstance(event, StageDone):
-                    output = partials.finished(event.payload, stage)
-                else:
-                    output = partials.make(event, stage)
-        except OmniError as error:
-            self._scheduler.fail(event.request_id, error)
-            return
-        if output is not None:
-            self._outputs.append(output)
-
     def _finish_ended(self) -> None:
         """Turns every end into its output, and makes the stages drop what they hold of the request."""
         for end in self._scheduler.take_ends():
-            unfinished = self._unfinished(end)
+            self._outbox.end(end, lambda stage, request_id: self._stages[stage].partial_result(request_id))
             for stage in self._stages.values():
                 stage.abort(end.request.request_id)
-            self._partials.pop(end.request.request_id, None)
             self._texts.pop(end.request.request_id, None)
-            self._outputs.append(make_output(end, unfinished))
-
-    def _unfinished(self, end: RequestEnd) -> dict[str, StageResult]:
-        """What stages had made for the caller that were at work when a request ended."""
-        request_id = end.request.request_id
-        found: dict[str, StageResult] = {}
-        for stage in {*end.made, *end.abandoned}.intersection(end.outputs):
-            made = end.made[stage] if stage in end.made else self._stages[stage].partial_result(request_id)
-            result = unfinished_result(stage, made, self._partials.get(request_id))
-            if result is not None:
-                found[stage] = result
-        return found
-
-
-def _check_metrics(stage: str, metrics: Mapping[str, Any]) -> None:
-    """Whoever counts them would fail on anything but a number; a list holds several."""
-    for name, value in metrics.items():
-        for number in value if isinstance(value, list) else [value]:
-            check_number(f"stage {stage!r}: metrics[{name!r}]", number, 0, raises=StageError)

@@ -78,7 +78,15 @@ class Ask:
     request_id: str = ""  # of `partial_result` and `save_state`
 
 
-StageOrder = Submit | FeedChunk | Hold | Release | Drop | Ask
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """In place of an order about a task, which could not be brought here whole: the task ends with the error."""
+
+    request_id: str
+    error: Exception
+
+
+StageOrder = Submit | FeedChunk | Hold | Release | Drop | Ask | Refuse
 
 
 @dataclass(frozen=True, slots=True)

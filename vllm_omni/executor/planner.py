@@ -9,9 +9,9 @@ from vllm_omni.config.graph import CALLER, Edge
 from vllm_omni.config.schema import StreamConfig
 from vllm_omni.core.routing.request_plan import RequestPlan, StagePlan, kept_ports
 from vllm_omni.engine.base import StageSpec
-from vllm_omni.engine.boundary import stage_boundary
+from vllm_omni.engine.boundary import clear_frames, describe, stage_boundary
 from vllm_omni.engine.lora import loras_of
-from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.errors import InvalidRequestError, OmniError, SchedulerError, StageError
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.saving import check_saved
 from vllm_omni.messages import StageTask
@@ -30,6 +30,18 @@ class RequestPlanner:
         self._graph = pipeline.graph
         self._specs = pipeline.specs
         self._reads = pipeline.reads
+
+    def plan_or_error(self, request: OmniRequest) -> RequestPlan | OmniError:
+        """As `plan`, but what that raises is given back; whatever is no OmniError becomes one."""
+        try:
+            return self.plan(request)
+        except OmniError as error:
+            return error
+        except Exception as error:  # whatever foreign code in the request's values raises
+            failed = SchedulerError(f"request {request.request_id!r} could not be planned: {describe(error)}")
+            clear_frames(error)
+            failed.__cause__ = error
+            return failed
 
     def plan(self, request: OmniRequest) -> RequestPlan:
         """Resolves parameters, asks every stage that the request needs, and sums the job's size."""

@@ -206,8 +206,8 @@ class ReplicaSet:
 
     def get_status(self, worker_timeout: float) -> dict[str, Any]:
         """Gauges; safe to call from another thread. Those of StageHost, over all replicas; waiting: tasks that no
-        replica has; num_retries: runs of lost tasks that began again; replicas: of each its own, and the work that is
-        outstanding there.
+        replica has; num_retries: runs of lost tasks that began again; num_to_restart: replicas that a restart has yet
+        to bring back; replicas: of each its own, and the work that is outstanding there.
         """
         replicas = [
             {**host.get_status(worker_timeout), "outstanding": self._router.outstanding(number)}
@@ -216,11 +216,16 @@ class ReplicaSet:
         if self._restart.replica is not None and replicas[self._restart.replica]["state"] == "ready":
             replicas[self._restart.replica]["state"] = "draining"
         counts = {"tasks": len(self.tasks), "waiting": len(self._waiting), "num_retries": self._retries.total}
-        return {**merged_status(replicas), **counts, "replicas": replicas}
+        return {**merged_status(replicas), **counts, "num_to_restart": self._restart.num_left, "replicas": replicas}
 
     def get_stats(self) -> Mapping[str, Any]:
         """As StageEngine.get_stats, counts being those of all replicas together; of several also each one's own."""
         return merged_stats([host.executor.get_stats() for host in self.hosts])
+
+    @property
+    def num_models(self) -> int:
+        """That its replicas have loaded in other processes."""
+        return sum(host.executor.num_models for host in self.hosts)
 
     @property
     def is_ready(self) -> bool:
@@ -235,7 +240,7 @@ class ReplicaSet:
     @property
     def is_mending(self) -> bool:
         """Whether `mend` has something to do now, or may have before long."""
-        return self._restart.is_active or any(host.is_mending for host in self.hosts)
+        return self._restart.num_left > 0 or any(host.is_mending for host in self.hosts)
 
     @property
     def num_buffers(self) -> int:

@@ -18,8 +18,9 @@ class RollingRestart:
         self.replica: int | None = None
 
     @property
-    def is_active(self) -> bool:
-        return self.replica is not None or bool(self._waiting)
+    def num_left(self) -> int:
+        """How many have yet to be ready again; from any thread."""
+        return len(self._waiting) + (self.replica is not None)
 
     def begin(self) -> None:
         """All of them, those included that have had their turn."""

@@ -12,7 +12,19 @@ from typing import Any
 from vllm_omni.engine.base import Activity, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, clear_frames
 from vllm_omni.errors import StageError
-from vllm_omni.executor.orders import Answer, Ask, Drop, FeedChunk, Hold, Release, Report, StageOrder, Submit, is_event
+from vllm_omni.executor.orders import (
+    Answer,
+    Ask,
+    Drop,
+    FeedChunk,
+    Hold,
+    Refuse,
+    Release,
+    Report,
+    StageOrder,
+    Submit,
+    is_event,
+)
 from vllm_omni.messages import StageEvent, StageFailed, StageTask
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.device import is_out_of_memory, release_memory
@@ -113,7 +125,9 @@ class StageServant:
                 self._drop(order.request_id)
                 self._events.append(StageFailed(order.request_id, as_stage_error(self._stage, error)))
 
-    def _do(self, order: Submit | FeedChunk | Hold | Release) -> None:
+    def _do(self, order: Submit | FeedChunk | Hold | Release | Refuse) -> None:
+        if isinstance(order, Refuse):
+            raise order.error
         if isinstance(order, Submit):
             self._engine.submit(self._prepare(order.task))
         elif isinstance(order, FeedChunk):

@@ -32,7 +32,9 @@ def words_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(words_config: Path) -> Iterator[ServerProcess]:
     vectors = words_config.with_name("vectors.yaml")
-    with ServerProcess([*CONFIGS, f"words={words_config}", f"vectors={vectors}"], ["--ui"]) as process:
+    with ServerProcess(
+        [*CONFIGS, f"words={words_config}", f"vectors={vectors}"], ["--ui", "--allow-restart"]
+    ) as process:
         yield process
 
 

@@ -76,6 +76,14 @@ def test_health_and_the_page_itself_need_no_key(strict: ServerProcess) -> None:
     assert "playground" in strict.get("/").text
 
 
+def test_a_key_alone_restarts_no_stage(strict: ServerProcess) -> None:
+    path = f"{strict.base_url}/models/tiny-omni/stages/image/restart"
+    assert httpx.post(path, timeout=30).status_code == 401
+    refused = httpx.post(path, headers={"x-api-key": KEYS[0]}, timeout=30)
+    assert refused.status_code == 403 and "--allow-restart" in error_of(refused)["message"]
+    assert strict.get("/ready").json()["models"]["tiny-omni"]["stages"]["image"]["num_to_restart"] == 0
+
+
 def test_keys_are_not_in_what_the_server_writes(strict: ServerProcess) -> None:
     assert not any(key in strict.errors for key in KEYS)
 

@@ -23,7 +23,7 @@ ENOUGH_S = 5.0  # for what takes no time, on a machine that is shared
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess([*CONFIGS, "tiny_image"]) as process:
+    with ServerProcess([*CONFIGS, "tiny_image"], ["--allow-restart"]) as process:
         yield process
         assert "Traceback" not in process.errors, process.errors
 
@@ -200,6 +200,33 @@ def test_a_loop_that_is_stuck_in_a_step_is_seen_and_nobody_waits_for_it(server: 
         assert not server.requests()
     wait_until_ready(server)
     assert said(ask(server, "ab", "stuck")) == "abab"
+
+
+def test_a_restart_loses_no_request_and_is_told_until_it_is_over(server: ServerProcess) -> None:
+    path = f"{server.base_url}/models/failing/stages/words/restart"
+    before = stage(server)["num_rebuilds"]
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, server, f"w{number}") for number in range(8)]
+        answer = httpx.post(path, timeout=60)
+        assert answer.status_code == 202 and answer.json()["stage"] == "words" and answer.json()["num_to_restart"] == 1
+        assert wait_until_not_ready(server, 5.0)["status"] == "stage 'words' is restarting"
+        asked += [pool.submit(ask, server, f"w{number}") for number in range(8, 12)]
+        assert draw(server).status_code == 200, "other stages go on"
+        assert stage(server)["num_to_restart"] == 1
+        assert [said(each.result()) for each in asked] == [f"w{number}" * 2 for number in range(12)]
+    about = stage(server)
+    assert (about["status"], about["num_to_restart"], about["num_rebuilds"]) == ("ready", 0, before + 1)
+
+
+def test_a_restart_is_refused_of_what_is_not_there_and_from_other_sites(server: ServerProcess) -> None:
+    before = stage(server)["num_rebuilds"]
+    for path in ("models/failing/stages/word", "models/failin/stages/words"):
+        answer = httpx.post(f"{server.base_url}/{path}/restart", timeout=60)
+        assert answer.status_code == 404 and "did you mean" in answer.json()["error"]["message"]
+    path = f"{server.base_url}/models/failing/stages/words/restart"
+    answer = httpx.post(path, headers={"origin": "http://elsewhere.example"}, timeout=60)
+    assert answer.status_code == 403 and "elsewhere.example" in answer.json()["error"]["message"]
+    assert stage(server)["num_rebuilds"] == before and stage(server)["num_to_restart"] == 0
 
 
 def test_one_failing_request_among_a_hundred_fails_alone(server: ServerProcess) -> None:

@@ -20,10 +20,12 @@ from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.orders import FeedChunk
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.ray.cluster import resources_of
-from vllm_omni.executor.ray.frame import opened, packed
+from vllm_omni.executor.ray.frame import memory_of, opened, opened_remotely, packed
 from vllm_omni.executor.ray.protocol import actor_types
+from vllm_omni.executor.ray.remote_tensor import RemoteTensor
+from vllm_omni.executor.row_buffer import RowBuffer
 from vllm_omni.executor.wire.base import INLINE_BYTES, WireError
-from vllm_omni.payload import StreamChunk
+from vllm_omni.payload import RowRange, StreamChunk
 
 TYPES = actor_types()
 
@@ -109,3 +111,48 @@ BODY, ARRAY = packed(of(torch.arange(10_000)), TYPES)
 def test_what_is_no_frame_is_refused(frame: list[Any]) -> None:
     with pytest.raises(WireError):
         opened(frame, TYPES)
+
+
+def never(found: Any) -> torch.Tensor:
+    raise AssertionError("the loop has looked into a tensor that only actors read")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_rows_of_one_actor_reach_another_without_their_content_passing_the_loop(dtype: torch.dtype) -> None:
+    """Chunks that are cut from several pushes, with context before and behind, as a streamed edge has them."""
+    pushed = [
+        torch.arange(start * 900, (start + count) * 900).reshape(count, 900) for start, count in ((0, 40), (40, 25))
+    ]
+    whole = torch.cat(pushed).to(dtype)
+    buffer = RowBuffer()
+    for rows in pushed:
+        remote = opened_remotely(packed(of(rows.to(dtype)), TYPES), TYPES, never).chunk.rows
+        assert isinstance(remote, RemoteTensor) and remote.shape == rows.shape and remote.dtype == dtype
+        buffer.push(remote)
+    for wanted in (RowRange(0, 10), RowRange(10, 45, 10, 2), RowRange(45, 65, 3, is_last=True)):
+        chunk = buffer.cut(wanted)
+        buffer.compact()
+        assert isinstance(chunk.rows, RemoteTensor)
+        frame = packed(FeedChunk("r", "port", chunk), TYPES)
+        found = opened(frame, TYPES).chunk
+        assert torch.equal(found.rows, whole[wanted.start - wanted.num_before : wanted.stop + wanted.num_after])
+        assert (found.start, found.is_last) == (wanted.start, wanted.is_last)
+
+
+def test_whoever_computes_with_a_remote_tensor_computes_with_its_content() -> None:
+    rows = torch.randn(30, 400)
+    remote = opened_remotely(packed(of(rows), TYPES), TYPES, lambda array: memory_of(array)()).chunk.rows
+    assert torch.equal(remote[3:7] * 2, rows[3:7] * 2) and torch.equal(remote[4], rows[4])
+    assert torch.equal(torch.cat([remote[:5], rows[5:]]), rows) and torch.equal(remote[::2], rows[::2])
+    assert np.array_equal(remote.detach().cpu().contiguous().numpy(), rows.numpy())
+    assert type(remote.clone()) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "pieces", [[[0, 0, 10]], [[1, 0, 40_000]], [[0, 70_000, 40_000]], [[0, -8, 80_000]], [7], [[0, 0]]]
+)
+def test_pieces_that_are_none_are_refused(pieces: Any) -> None:
+    entries, body = msgpack.unpackb(BODY)
+    entries[0][2:] = [pieces]
+    with pytest.raises(WireError):
+        opened([msgpack.packb([entries, body]), ARRAY], TYPES)

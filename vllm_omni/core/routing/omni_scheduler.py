@@ -223,6 +223,16 @@ class OmniScheduler:
         state.drop(stage, made)
         self.fail(request_id, error)
 
+    def run_again(self, request_id: str, now: float) -> bool:
+        """Begins a running request from its first stage, where that has not been done for it: what its stages had made
+        is dropped, and what they still do is nobody's any more. Its deadline stays.
+        """
+        state = self._requests.running.get(request_id)
+        if state is None or state.is_again:
+            return False
+        self._requests.running[request_id] = state.from_the_start(now)
+        return True
+
     def take_ends(self) -> list[RequestEnd]:
         """Every end since the last call, in order; each request has exactly one. Its id is free again."""
         return self._requests.take_ends()
@@ -339,13 +349,14 @@ class OmniScheduler:
             state.drop(stage)
             self.fail(state.request.request_id, error)
             return []
-        if key is not None:
+        if key is not None and not state.is_again:  # else what is kept may be what was lost
             kept: tuple[StagePayload, dict[str, Any]] | None = self._embeddings.get_cache((stage, key))
             if kept is not None:
                 payload, counts = kept
                 mine = dataclasses.replace(payload, request_id=state.request.request_id)
                 self._complete(state, stage, mine, {"cached": True, "steps": 0, **counts}, now)
                 return []
+        if key is not None:
             state.cache_keys[stage] = key
         return [task]
 

@@ -61,6 +61,7 @@ class RequestState:
         self.ready = {name: now for name, stage in plan.stages.items() if not stage.edges}
         self.running: dict[str, float] = {}  # since when
         self.is_caller_behind = False  # partial outputs pile up unread
+        self.is_again = False  # it has been begun from the start once more
         self.done: set[str] = set()
         self.skipped: dict[str, str] = {}  # why
         self.dropped_readers: list[str] = []  # skipped stages that rows may have been streamed to, to be announced
@@ -90,6 +91,13 @@ class RequestState:
     def is_stalled(self) -> bool:
         """Whether nothing that could still happen will bring this request further."""
         return bool(self.missing) and not self.ready and not self.running and not self.streams.is_caller_writing
+
+    def from_the_start(self, now: float) -> RequestState:
+        """The same request before its first stage, with the deadline that it has."""
+        state = RequestState(self.request, self.plan, self.order, self.admitted_s, self.deadline_s - self.admitted_s)
+        state.ready = dict.fromkeys(state.ready, now)
+        state.is_caller_behind, state.is_again = self.is_caller_behind, True
+        return state
 
     def launch(self, stage: str, now: float) -> dict[str, Any]:
         """Takes a ready stage's inputs out; what no other stage reads is held no longer."""

@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embed-prompt", action="store_true", help="files carry the prompt that made them")
     parser.add_argument("--otel", metavar="URL", help="OpenTelemetry spans go there (OTLP over HTTP)")
     parser.add_argument("--ui", action="store_true", help="the playground at /")
+    parser.add_argument("--allow-restart", action="store_true", help="whoever has a key may restart stages")
     _add_numbers(parser)
 
 
@@ -113,6 +114,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
         embed_prompt=args.embed_prompt,
         otel=args.otel,
         ui=args.ui,
+        allow_restart=args.allow_restart,
         **numbers,
     )
 

@@ -36,6 +36,7 @@ from vllm_omni.entrypoints.server.routes import (
     realtime,
     speech,
     speech_stream,
+    stages,
     videos,
     voices,
 )
@@ -57,6 +58,7 @@ ROUTERS = (
     videos.router,
     jobs.router,
     operations.router,
+    stages.router,
 )
 
 

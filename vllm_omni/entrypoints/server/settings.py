@@ -38,6 +38,7 @@ class ServerSettings:
     embed_prompt: bool = False  # whether files carry the prompt that made them, besides seed and parameters
     otel: str | None = None  # where OpenTelemetry spans go: an OTLP collector, http://host:4318/v1/traces
     ui: bool = False  # the playground at /
+    allow_restart: bool = False  # whoever may call it may restart stages, and so let all wait
 
     def __post_init__(self) -> None:
         check_number("--port", self.port, 0, 65_535, integer=True, raises=ConfigError)

@@ -121,6 +121,7 @@ class ProcessExecutor(ServedExecutor):
                 if isinstance(message, Report):
                     reports.append(message)
                 elif isinstance(message, Loaded):
+                    self.num_models = message.num_models
                     self._is_loaded, self._load_error = message.error is None, message.error
                 elif isinstance(message, LogLine):
                     logging.getLogger(message.logger).log(message.level, "%s: %s", self._name, message.text)

@@ -41,10 +41,11 @@ class Loaded:
     """From the child: the stage takes orders. error: what loading raised; then the child ends."""
 
     error: BaseException | None = None
+    num_models: int = 0  # that it has loaded
 
     def __post_init__(self) -> None:
-        if not isinstance(self.error, BaseException | None):
-            raise StageError(f"got {brief(self.error)}, expected an error")
+        if not isinstance(self.error, BaseException | None) or type(self.num_models) is not int:
+            raise StageError(f"got {brief([self.error, self.num_models])}, expected an error and a count")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from vllm_omni.executor.process.segments import Segments
 from vllm_omni.executor.servant import StageServant
 from vllm_omni.executor.wire.base import WireError
 from vllm_omni.worker.background import Background
+from vllm_omni.worker.model_pool import ModelPool
 
 
 class Service:
@@ -38,14 +39,15 @@ class Service:
             blueprint = self._set_up()
             background = Background(self._wake)
             spec = blueprint.describe()
-            engine = blueprint.load(spec, background)
+            models = ModelPool()
+            engine = blueprint.load(spec, background, models)
         except _PartedError:
             return
         except BaseException as error:
             self._send(Loaded(error))
             self._finish()
             return
-        self._send(Loaded())
+        self._send(Loaded(num_models=len(models)))
         try:
             self._serve(StageServant(blueprint.stage, engine, Preparing(spec, blueprint)))
         except _PartedError:

@@ -60,14 +60,8 @@ def entry_at(entries: Any, index: Any) -> Any:
 
 def unpacked(entry: Any, memories: Sequence[Callable[[], Tensor]]) -> Tensor:
     """The tensor of one entry. memories: by place among the message's memories, uint8 [n]. WireError for a lie."""
-    if not isinstance(entry, list) or len(entry) not in (3, 4):
-        raise WireError(f"got {brief(entry)}, expected the entry of a tensor")
-    name, shape, *rest = entry
-    if not isinstance(name, str) or name not in DTYPES:
-        raise WireError(f"got a tensor of the dtype {brief(name)}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
-        raise WireError(f"got a tensor of the shape {brief(shape)}")
-    dtype, num_bytes = DTYPES[name], math.prod(shape) * DTYPES[name].itemsize
+    dtype, shape, rest = opened_entry(entry)
+    num_bytes = math.prod(shape) * dtype.itemsize
     if len(rest) == 1:
         return _of_bytes(rest[0], dtype, shape, num_bytes)
     index, offset = rest
@@ -77,6 +71,18 @@ def unpacked(entry: Any, memories: Sequence[Callable[[], Tensor]]) -> Tensor:
     if offset < 0 or offset % dtype.itemsize or offset + num_bytes > len(memory):
         raise WireError(f"got a tensor of {num_bytes} bytes at {offset} of {len(memory)}")
     return memory[offset : offset + num_bytes].view(dtype).view(shape)
+
+
+def opened_entry(entry: Any) -> tuple[torch.dtype, list[int], list[Any]]:
+    """dtype and shape of the tensor of one entry; and its bytes, or the place of a memory and the offset in it."""
+    if not isinstance(entry, list) or len(entry) not in (3, 4):
+        raise WireError(f"got {brief(entry)}, expected the entry of a tensor")
+    name, shape, *rest = entry
+    if not isinstance(name, str) or name not in DTYPES:
+        raise WireError(f"got a tensor of the dtype {brief(name)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
+        raise WireError(f"got a tensor of the shape {brief(shape)}")
+    return DTYPES[name], shape, rest
 
 
 def _of_bytes(content: Any, dtype: torch.dtype, shape: list[int], num_bytes: int) -> Tensor:

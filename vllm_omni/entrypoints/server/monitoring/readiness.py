@@ -24,7 +24,7 @@ def _model_status(model: ServedModel) -> dict[str, Any]:
     status = model.get_status()
     if status is None:
         return {"status": "loading"}
-    stages = {name: _stage_status(stage) for name, stage in status["stages"].items()}
+    stages = {name: stage_status(stage) for name, stage in status["stages"].items()}
     counts = {"waiting": status["queue_size"], "running": status["running_requests"]}
     return {"status": _worst(model, status), "step_s": round(status["step_s"], 3), **counts, "stages": stages}
 
@@ -41,6 +41,8 @@ def _worst(model: ServedModel, status: Mapping[str, Any]) -> str:
     return "ready"
 
 
-def _stage_status(stage: Mapping[str, Any]) -> dict[str, Any]:
+def stage_status(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the status of a stage anybody may know, its cause where it is not ready."""
     cause = {"cause": scrubbed(stage["cause"])} if stage["cause"] else {}
-    return {"status": stage["state"], "tasks": stage["tasks"], "num_rebuilds": stage["num_rebuilds"], **cause}
+    counts = {name: stage[name] for name in ("tasks", "num_rebuilds", "num_to_restart")}
+    return {"status": stage["state"], **counts, **cause}
