@@ -4,7 +4,8 @@
 Language model: the workload of nano-vllm's bench.py (256 sequences, 100 to 1024 tokens in, as many out) at Qwen3-0.6B's
 shape, here greedy; single decode speeds by attention backend, with and without graphs, in fp8, and of transformers.
 Pictures at 1024 pixels: Z-Image in nine steps, also in fp8, with weights in the host's memory, and of diffusers; FLUX.2
-[klein] 4B in four. The file is written anew after every case, so that a run that is cut short leaves what it had.
+[klein] 4B in four. Speech: Qwen3-TTS 0.6B, with graphs and without. `--only WORD` runs the cases with that word in
+their names. The file is written anew after every case, so that a run that is cut short leaves what it had.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 from benchmarks.gpu_peers import DiffusersPainter, TransformersWriter, forget
 from benchmarks.gpu_shapes import DRY, PROMPT, PUBLISHED, Size
+from benchmarks.gpu_speech import Speaker, speech_folder
 from benchmarks.measure import machine, median
 from benchmarks.random_weights import klein_folder, qwen3_folder, z_image_folder
 from benchmarks.report import write_json
@@ -56,6 +58,9 @@ class Bench:
         yield "FLUX.2 [klein] 4B", lambda: self.pictures("flux2_klein", self._klein, (1, 4), steps=4)
         if is_cuda:
             yield "decode, fp8", lambda: self.decode({"quantization": "fp8"})
+        yield "speech", self.speech
+        if is_cuda:
+            yield "speech, no graphs", lambda: self.speech("talker.cuda_graphs=false")
         for name, keys in self._variants():
             yield f"decode, {name}", lambda keys=keys: self.decode(keys)  # type: ignore[misc]
 
@@ -129,6 +134,15 @@ class Bench:
                 found["most memory, GiB"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return found
 
+    def speech(self, *keys: str) -> dict[str, Any]:
+        """Frames per second, first sound and real-time factor of Qwen3-TTS, one speech and several at once."""
+        size, found = self.size, dict[str, float]()
+        memory = f"resources.max_memory_gb={self._memory_gb}"
+        with Speaker(self._speech(), str(self.device), memory, *keys) as speaker:
+            for count in size.speeches:
+                found |= speaker.figures(count, size.frames, size.repeats)
+        return found
+
     def pictures_of_diffusers(self, folder: Callable[[], Path], counts: Sequence[int]) -> dict[str, Any]:
         """The same by diffusers' ZImagePipeline."""
         size, painter = self.size, DiffusersPainter(folder(), self.device)
@@ -179,6 +193,10 @@ class Bench:
         folder = self._temporary / "z-image"
         return folder if folder.exists() else z_image_folder(folder, **self.size.z_image)
 
+    def _speech(self) -> Path:
+        folder = self._temporary / "speech"
+        return folder if folder.exists() else speech_folder(folder, **self.size.speech)
+
     def _klein(self) -> Path:
         text_encoder = self._z_image() / "text_encoder"
         return klein_folder(self._temporary / "klein", **self.size.klein, text_encoder=text_encoder)
@@ -218,21 +236,24 @@ def ratios(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         "bfloat16, pictures in fp8": ("pictures, fp8", "pictures"),
         "bfloat16, decode in fp8": ("decode, fp8", "decode, auto"),
         "kept weights, pictures with offload": ("pictures, offload", "pictures"),
+        "without graphs": ("speech", "speech, no graphs"),
     }
     found = {}
     for words, names in pairs.items():
         ours, theirs = (cases.get(name, {}) for name in names)
         for key in ours.keys() & theirs.keys():
-            if key.endswith(("tokens/s", "pictures, s")):
+            if key.endswith(("tokens/s", "frames/s", "pictures, s")):
                 ratio = ours[key] / theirs[key]
                 found[f"as fast as {words}: {key.rpartition(', ')[0]}"] = 1 / ratio if key.endswith(", s") else ratio
     return dict(sorted(found.items()))
 
 
-def run_cases(bench: Bench, content: dict[str, Any], path: Path, budget_s: float) -> None:
-    """One after the other, while there is time; a case that fails leaves its error."""
+def run_cases(bench: Bench, content: dict[str, Any], path: Path, budget_s: float, only: str = "") -> None:
+    """One after the other, while there is time; a case that fails leaves its error. only: a word of their names."""
     start = time.perf_counter()
     for name, measure in bench.cases():
+        if only not in name:
+            continue
         if time.perf_counter() - start > budget_s:
             content["cases"][name] = {"left_out": f"the budget of {budget_s:g} s was spent"}
         else:
@@ -269,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the figures go")
     parser.add_argument("--budget", type=float, default=240.0, metavar="S", help="no case begins after this (240)")
+    parser.add_argument("--only", default="", metavar="WORD", help="cases with this word in their names")
     parser.add_argument("--tests", type=Path, metavar="FILE", help="JUnit results that go into the file")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: shows that it runs")
     args = parser.parse_args(argv)
@@ -283,7 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_json(args.json, content)
     with tempfile.TemporaryDirectory() as temporary:
-        run_cases(Bench(device, DRY if args.dry_run else PUBLISHED, Path(temporary)), content, args.json, args.budget)
+        bench = Bench(device, DRY if args.dry_run else PUBLISHED, Path(temporary))
+        run_cases(bench, content, args.json, args.budget, args.only)
     return int(any("error" in case for case in content["cases"].values()))
 
 

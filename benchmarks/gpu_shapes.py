@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.gpu_speech import TINY_CODEC, TINY_TALKER
+
 QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
 QWEN3_06B = {
     **QWEN3,
@@ -109,6 +111,9 @@ class Size:
     z_image: dict[str, dict[str, Any]] = field(repr=False)
     klein: dict[str, dict[str, Any]] = field(repr=False)
     peer_tokens: int  # that transformers writes, which takes a while
+    speeches: tuple[int, ...]  # at once
+    frames: int  # of a speech
+    speech: dict[str, dict[str, Any]] = field(repr=False)
 
 
 PUBLISHED = Size(
@@ -124,6 +129,9 @@ PUBLISHED = Size(
     z_image={"transformer": Z_IMAGE, "vae": VAE, "text_encoder": QWEN3_4B},
     klein={"transformer": KLEIN_4B, "vae": KLEIN_VAE},
     peer_tokens=32,
+    speeches=(1, 8),
+    frames=100,
+    speech={"talker": {}, "codec": {}},
 )
 DRY = Size(
     num_sequences=3,
@@ -138,4 +146,7 @@ DRY = Size(
     z_image={"transformer": TINY_Z_IMAGE, "vae": TINY_VAE, "text_encoder": DEEP_QWEN3},
     klein={"transformer": TINY_KLEIN, "vae": TINY_KLEIN_VAE},
     peer_tokens=3,
+    speeches=(1, 2),
+    frames=3,
+    speech={"talker": TINY_TALKER, "codec": TINY_CODEC},
 )

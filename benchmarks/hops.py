@@ -1,13 +1,14 @@
 """What it costs to go from stage to stage, by where they run: in one thread, in a thread each, in a process each.
 
 First an edge alone, for a tensor of 1 kB, 1 MB and 64 MB: from the moment at which a stage gives it to that at which
-the next one has it. Then two small pipelines, one request and eight at once: in one of them the stages of a request
-follow each other, in the other they stream and overlap.
+the next one has it; on a machine with a GPU also of tensors there. Then two small pipelines, one request and eight at
+once: in one of them the stages of a request follow each other, in the other they stream and overlap.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.limits import Limits
@@ -16,6 +17,7 @@ from benchmarks.measure import Options, Report, Table, median, with_spread
 EXECUTORS = ("inline", "thread", "process")
 SIZES = {"1 kB": 1 << 10, "1 MB": 1 << 20, "64 MB": 1 << 26}
 HOPS, QUICK_HOPS = 60, 3  # of each size
+DEVICE_SIZES = ("1 MB", "64 MB")
 CROWD = 8
 IN_TURN, OVERLAPPING = "tiny_scene", "tiny_speech"
 WORDS = {
@@ -33,11 +35,13 @@ def run(options: Options, limits: Limits | None = None) -> Report:
 
     set_threads(options.threads)
     copy_s = {name: _copy_s(size, options) for name, size in SIZES.items()}
-    hops = {executor: _hops(executor, options) for executor in EXECUTORS}
+    hops = {executor: _hops(executor, SIZES, options) for executor in EXECUTORS}
+    device_hops = device_edges(options)
     runs = {pipeline: _runs(pipeline, options) for pipeline in WORDS}
     figures = {
         "copy_ms": {name: 1e3 * seconds for name, seconds in copy_s.items()},
-        "hop_ms": {one: {name: 1e3 * median(each) for name, each in found.items()} for one, found in hops.items()},
+        "hop_ms": _medians_ms(hops),
+        "device_hop_ms": _medians_ms(device_hops),
         "copy_of_hop": copy_s["64 MB"] / median(hops["process"]["64 MB"]),
         "of_inline": {
             pipeline: [median(found["process"][kind]) / median(found["inline"][kind]) for kind in (0, 1)]
@@ -49,6 +53,8 @@ def run(options: Options, limits: Limits | None = None) -> Report:
         for name in SIZES
     ]
     tables = [Table("an edge, ms", ["size", "copy", *EXECUTORS], edges)]
+    if device_hops:
+        tables.append(_device_table(device_hops))
     for pipeline, found in runs.items():
         rows = [[one, *(with_spread(times, 3) for times in found[one])] for one in EXECUTORS]
         tables.append(Table(f"{pipeline}, s", ["stages", "one request", f"{CROWD} at once"], rows))
@@ -68,21 +74,46 @@ def _copy_s(size: int, options: Options) -> float:
     return min(times)
 
 
-def _hops(executor: str, options: Options) -> dict[str, list[float]]:
-    """Size -> the seconds that each hop took, the first few left out."""
+def device_edges(options: Options) -> dict[str, dict[str, list[float]]]:
+    """As `_hops`, by the way that a tensor on the GPU takes: by reference in one process, from process to process by a
+    handle, and through the host's memory. Nothing without a GPU.
+    """
+    from vllm_omni.utils.device import is_cuda, resolve_device
+
+    if not is_cuda(resolve_device()):
+        return {}
+    sizes = {name: SIZES[name] for name in DEVICE_SIZES}
+    ways = {"by reference": ("inline", False), "by handle": ("process", False), "through the host": ("process", True)}
+    return {
+        way: _hops(executor, sizes, options, device="cuda", through_host=through_host)
+        for way, (executor, through_host) in ways.items()
+    }
+
+
+def _hops(executor: str, sizes: Mapping[str, int], options: Options, **keys: Any) -> dict[str, list[float]]:
+    """Size -> the seconds that each hop took, the first few left out. keys: further ones of `hop_config`."""
     from benchmarks.hop_stages import hop_config
     from vllm_omni import Omni
 
     count = QUICK_HOPS if options.is_quick else HOPS
     found: dict[str, list[float]] = {}
-    with Omni(hop_config(executor), progress=False) as omni:
-        for name, size in SIZES.items():
+    with Omni(hop_config(executor, **keys), progress=False) as omni:
+        for name, size in sizes.items():
             outputs = [omni.generate(str(size))[0] for _ in range(count + 2)]
             for output in outputs:
-                assert output.error is None and output.tensors["sink.bytes"].item() == size, output.error
+                assert output.error is None and output.tensors["sink.bytes"][0] == size, output.error
             metrics = [output.metrics for output in outputs[2:]]
             found[name] = [each["sink"]["taken_s"] - each["source"]["given_s"] for each in metrics]
     return found
+
+
+def _medians_ms(hops: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, float]]:
+    return {way: {name: 1e3 * median(each) for name, each in found.items()} for way, found in hops.items()}
+
+
+def _device_table(hops: Mapping[str, Mapping[str, list[float]]]) -> Table:
+    rows = [[name, *(with_spread([1e3 * s for s in way[name]], 3) for way in hops.values())] for name in DEVICE_SIZES]
+    return Table("an edge of a tensor on the GPU, ms", ["size", *hops], rows)
 
 
 def _runs(pipeline: str, options: Options) -> dict[str, tuple[list[float], list[float]]]:

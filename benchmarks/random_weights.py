@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 BLOCK = 2**22  # numbers
-ONES = ("running_var", "cluster_usage", "initialized")  # variances, and what codebooks count
+ONES = ("running_var", "usage", "initialized")  # variances, and what codebooks count
 SPREAD = 0.02  # as language models are initialised
 
 

@@ -133,5 +133,12 @@ class StagePayload:
         return self.tensors[name] if name in self.tensors else self.meta[name]
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the process is gone that held the content of a tensor."""
+        from vllm_omni.utils.device_memory import FarTensor  # which needs torch
+
+        return any(isinstance(tensor, FarTensor) and tensor.is_gone() for tensor in self.tensors.values())
+
+    @property
     def num_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())

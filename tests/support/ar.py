@@ -156,7 +156,7 @@ def load(
     """The engine; of these ports somebody reads the rows."""
     reads = ReadPorts(frozenset(whole), frozenset(streamed))
     context = EngineContext(
-        device=torch.device("cpu"),
+        device=torch.device(spec.stage.device),
         dtype=spec.precision.dtype,
         models=ModelPool() if models is None else models,
         background=Background() if background is None else background,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from support.ar import drain, load, make_spec, submit
-from support.qwen3_tts import Case, answers, sound
+from support.qwen3_tts import Case, answers, cases, sound
 from torch import Tensor, nn
 
 from vllm_omni.config.builder import build
@@ -26,6 +27,9 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.worker.model_pool import ModelPool
 
 SAMPLE_RATE = 24000
+CROWD = ("speaker", "speaker_whole_text", "dialect_auto", "speaker_instruct", "one_token")  # cases of one checkpoint
+FRAMES = 12
+DRAWN: dict[str, Any] = {"subtalker_temperature": 1.1, "subtalker_top_k": 30}
 GREEDY_FIELDS = {"subtalker_temperature": 0}
 
 
@@ -96,16 +100,25 @@ class Listening:
             hook.remove()
 
 
+def crowd(num_frames: int = FRAMES) -> list[StageTask]:
+    """Unlike texts, voices, seeds and settings."""
+    fields = [DRAWN, {}, {"subtalker_temperature": 2.0, "subtalker_top_p": 0.7}, DRAWN, {"subtalker_top_k": 0}]
+    params = [SamplingParams(seed=seed, max_tokens=num_frames, min_tokens=num_frames) for seed in range(len(CROWD))]
+    params[2] = dataclasses.replace(params[2], temperature=0.0)
+    known = cases()
+    return [make_task(known[name], params[index], **fields[index]) for index, name in enumerate(CROWD)]
+
+
 def stage_of(engine: AREngine) -> TalkerStage:
     return cast(TalkerStage, engine._stage)
 
 
-def make_stage(folder: Path, **options: Any) -> StageConfig:
+def make_stage(folder: Path, device: str = "cpu", **options: Any) -> StageConfig:
     return StageConfig(
         name="talker",
         kind="qwen3_tts_talker",
         model=str(folder),
-        device="cpu",
+        device=device,
         dtype="float32",
         options=build(TalkerOptions, {"block_size": 4, "max_num_seqs": 8, **options}),
     )

@@ -29,6 +29,8 @@ class StageBlueprint:
     device: Device
     dtype: DType
     threads: int | None  # of torch on the CPU; None: as it is
+    # of its output ports those that are read whole, and by processes alone that use the same device
+    stays_on_device: frozenset[str] = frozenset()
 
     def describe(self) -> StageSpec:
         """The spec, as `Pipeline` made it."""

@@ -8,15 +8,18 @@ from __future__ import annotations
 from torch import device as Device
 
 from vllm_omni import registry
+from vllm_omni.config.graph import Edge
 from vllm_omni.config.schema import StageConfig
 from vllm_omni.engine.base import EngineContext
 from vllm_omni.executor.base import StageExecutor, runs_apart
 from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.pipeline import Pipeline
-from vllm_omni.utils.device import current_threads, is_cpu, resolve_device
+from vllm_omni.utils.device import current_threads, is_cpu, is_cuda, is_same_device, resolve_device
 from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
+
+PROCESS = "process"  # the row whose processes are all of this machine
 
 
 class StageBuilder:
@@ -64,7 +67,22 @@ class StageBuilder:
             context.device,
             context.dtype,
             self._threads(context.device),
+            self.ports_on_device(name, context.device),
         )
+
+    def ports_on_device(self, name: str, device: Device) -> frozenset[str]:
+        """The output ports of a stage whose tensors nobody reads but other processes on this CUDA device."""
+        graph = self._pipeline.graph
+        if not is_cuda(device) or name in graph.result_stages:
+            return frozenset()
+        listed = {port for stage, port in graph.output_tensors if stage == name}
+        elsewhere = {edge.source_port for edge in graph.edges_from(name) if not self._reads_on(edge, device)}
+        return graph.wanted_ports(name) - listed - elsewhere
+
+    def _reads_on(self, edge: Edge, device: Device) -> bool:
+        is_whole = edge.stream is None and not edge.takes_chunks and not edge.is_text
+        is_process = self._executor_of(self._pipeline.specs[edge.target].stage) == PROCESS
+        return is_whole and is_process and all(is_same_device(device, each) for each in self.devices[edge.target])
 
     def _threads(self, device: Device) -> int | None:
         """Processes that compute on the CPU share its cores out: with more threads than cores each waits for others."""

@@ -46,6 +46,7 @@ class CausalLM(nn.Module):
     text_only: ClassVar[type[CausalLM] | None] = None
     other_parts: ClassVar[tuple[str, ...]] = ()  # how published names begin that belong to other models of the folder
     is_capturable: ClassVar[bool] = True
+    joins_rows: ClassVar[bool] = False
     can_shard: ClassVar[bool] = False  # whether the constructor takes a `shard` besides its config
 
     def __init__(self, config: CausalLMConfig, make_mlp: MakeMLP | None = None, shard: Shard = WHOLE) -> None:

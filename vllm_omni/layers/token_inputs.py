@@ -26,6 +26,10 @@ class InputRows:
         own = torch.where(self.is_added[:, None], embeddings[self.indices], 0)
         return embeddings.index_copy(0, self.indices, own + self.rows.to(embeddings.dtype))
 
+    def first(self, count: int) -> InputRows:
+        """Of the first tokens that have a row, in the same memory."""
+        return InputRows(self.indices[:count], self.rows[:count], self.is_added[:count])
+
     def split(self, width: int) -> tuple[InputRows, DeepRows | None]:
         """width: E -> what the embeddings are, and what joins the states behind layers, where there is such."""
         if self.rows.shape[1] == width:

@@ -105,6 +105,11 @@ def is_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def is_same_device(one: torch.device, other: torch.device) -> bool:
+    """A device without a number is the first of its kind."""
+    return (one.type, one.index or 0) == (other.type, other.index or 0)
+
+
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """Of a CUDA device."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -237,6 +242,21 @@ class CudaGraphs:
 def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Within it kernels that are launched by no operation of torch run on this device."""
     return torch.cuda.device(device) if is_cuda(device) else nullcontext()
+
+
+def device_name(device: torch.device) -> str:
+    """Of a CUDA device, by which every process calls it, whatever numbers it sees."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def raw_stream(device: torch.device) -> int:
+    """What is launched on it comes behind what torch has launched on this CUDA device."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a CUDA device has done what this thread has launched there."""
+    torch.cuda.current_stream(device).synchronize()
 
 
 def multiplies_with_onednn(device: torch.device, dtype: torch.dtype) -> bool:

@@ -14,46 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.connections import Pair
 from torch import Tensor
 
 from vllm_omni.executor.process.connection import HEADER, MAX_LENGTH, Connection
 from vllm_omni.executor.process.segments import MAX_KEPT_BYTES, Segments
 from vllm_omni.executor.wire.base import WireError
 from vllm_omni.executor.wire.table import WireTypes
-
-
-class Pair:
-    """Both ends in this process, each with memory of its own."""
-
-    def __init__(self, segments: Segments | None = None) -> None:
-        ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.here, self.there = segments or Segments(), Segments()
-        self.near, self.far = (
-            Connection(end, memory, WireTypes()) for end, memory in zip(ends, (self.here, self.there), strict=True)
-        )
-
-    def send(self, message: Any, *, back: bool = False) -> Any:
-        """What arrives at the other end."""
-        one, other = (self.far, self.near) if back else (self.near, self.far)
-        one.send(message)
-        found: list[Any] = []
-        while not found:
-            found = other.receive()
-            one.flush()
-        (arrived,) = found
-        return arrived
-
-    def settle(self) -> None:
-        """Both ends hear what the other has let go of."""
-        gc.collect()
-        for _ in range(3):
-            for end in (self.near, self.far):
-                end.flush()
-                end.receive()
-
-    def close(self) -> None:
-        self.near.close()
-        self.far.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,18 @@ import torch
 from support.ar import assert_clean, check, drain, is_busy, make_spec, submit
 from support.qwen3_tts import cases, config, sound, write_folder
 from support.qwen3_tts_configs import TASKS, published_config
-from support.talkers import SAMPLE_RATE, Talkers, codes_of, make_stage, make_task, stage_of
+from support.talkers import (
+    CROWD,
+    DRAWN,
+    FRAMES,
+    SAMPLE_RATE,
+    Talkers,
+    codes_of,
+    crowd,
+    make_stage,
+    make_task,
+    stage_of,
+)
 from torch import Tensor
 
 from vllm_omni.engine.ar.engine import AREngine
@@ -22,12 +32,10 @@ from vllm_omni.models.qwen3_tts.config import TalkerConfig
 from vllm_omni.models.qwen3_tts.talker import Talker
 from vllm_omni.params import DiffusionParams, SamplingParams
 from vllm_omni.request import OmniRequest
+from vllm_omni.worker.ar.frames.frame_writer import Frames
 
 CASES = cases()
 SPEAKER, DESIGN, CLONE = CASES["speaker"], CASES["design"], CASES["clone"]
-NAMES = ("speaker", "speaker_whole_text", "dialect_auto", "speaker_instruct", "one_token")
-FRAMES = 12
-DRAWN: dict[str, Any] = {"subtalker_temperature": 1.1, "subtalker_top_k": 30}
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +47,11 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> Talkers:
 def alone(talkers: Talkers) -> dict[str, Tensor]:
     """What each says in an engine of its own."""
     found = {}
-    for index, name in enumerate(NAMES):
+    for index, name in enumerate(CROWD):
         engine = talkers.engine(SPEAKER, (), streamed=("codes",))
         submit(engine, crowd()[index])
         found[name] = codes_of(drain(engine), name)
     return found
-
-
-def crowd() -> list[Any]:
-    """Unlike texts, voices, seeds and settings."""
-    fields = [DRAWN, {}, {"subtalker_temperature": 2.0, "subtalker_top_p": 0.7}, DRAWN, {"subtalker_top_k": 0}]
-    params = [SamplingParams(seed=seed, max_tokens=FRAMES, min_tokens=FRAMES) for seed in range(len(NAMES))]
-    params[2] = dataclasses.replace(params[2], temperature=0.0)
-    return [make_task(CASES[name], params[index], **fields[index]) for index, name in enumerate(NAMES)]
 
 
 def run(engine: AREngine, tasks: list[Any], *, pauses: bool = False, aborts: bool = False) -> list[Any]:
@@ -64,13 +64,13 @@ def run(engine: AREngine, tasks: list[Any], *, pauses: bool = False, aborts: boo
             submit(engine, make_task(DESIGN, SamplingParams(seed=9), "gone", instructions=None, language="english"))
         if aborts and step == 7:
             engine.abort("gone")
-        for index, name in enumerate(NAMES if pauses else ()):
+        for index, name in enumerate(CROWD if pauses else ()):
             (engine.pause if (step + index) % 5 == 0 else engine.resume)(name)
         events += engine.step()
         engine.check_integrity()
         step += 1
         if pauses and not is_busy(engine):
-            for name in NAMES:
+            for name in CROWD:
                 engine.resume(name)
     return events
 
@@ -80,7 +80,7 @@ def test_a_crowd_says_what_each_says_alone(talkers: Talkers, alone: dict[str, Te
     options = {"small pool": {"num_blocks": 30}, "few rows": {"max_num_seqs": 2, "max_num_batched_tokens": 7}}
     engine = talkers.engine(SPEAKER, (), streamed=("codes",), **options.get(how, {}))
     events = run(engine, crowd(), pauses=how == "paused", aborts=how == "beside one that is aborted")
-    for name in NAMES:
+    for name in CROWD:
         assert len(alone[name]) == FRAMES
         torch.testing.assert_close(codes_of(events, name), alone[name], rtol=0, atol=0)
     if how == "small pool":
@@ -142,7 +142,7 @@ def test_logits_that_are_not_finite_fail_their_speech_alone(talkers: Talkers) ->
     writer = stage_of(engine)._writer
     plain = writer.write
 
-    def once(states: Tensor, *rest: Any) -> Tensor:
+    def once(states: Tensor, *rest: Any) -> Frames:
         writer.write = plain  # type: ignore[method-assign]
         return plain(states.index_fill(0, torch.tensor([0]), torch.nan), *rest)
 

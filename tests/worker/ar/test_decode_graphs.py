@@ -27,7 +27,8 @@ from vllm_omni.layers.sampler import SampledToken, SamplingRow
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.params import SamplingParams
 from vllm_omni.worker.ar import decode_graphs
-from vllm_omni.worker.ar.decode_graphs import bucket_sizes, capture_complaint
+from vllm_omni.worker.ar.bucket_graphs import bucket_sizes
+from vllm_omni.worker.ar.decode_graphs import capture_complaint
 from vllm_omni.worker.ar.language_model import LanguageModel, LanguageModelFolder
 from vllm_omni.worker.ar.model_runner import ModelRunner
 from vllm_omni.worker.ar.step_logits import StepLogits

@@ -351,7 +351,7 @@ class OmniScheduler:
             return []
         if key is not None and not state.is_again:  # else what is kept may be what was lost
             kept: tuple[StagePayload, dict[str, Any]] | None = self._embeddings.get_cache((stage, key))
-            if kept is not None:
+            if kept is not None and not kept[0].is_lost:
                 payload, counts = kept
                 mine = dataclasses.replace(payload, request_id=state.request.request_id)
                 self._complete(state, stage, mine, {"cached": True, "steps": 0, **counts}, now)

@@ -31,7 +31,7 @@ from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask, StageWorked
 from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.utils.device import CudaGraphs, is_out_of_memory, release_memory
-from vllm_omni.worker.ar.decode_graphs import bucket_sizes
+from vllm_omni.worker.ar.bucket_graphs import bucket_sizes
 from vllm_omni.worker.ar.kv_pool import KVLayout
 from vllm_omni.worker.ar.language_model import LanguageModel
 from vllm_omni.worker.ar.model_runner import ModelRunner
@@ -386,7 +386,7 @@ def _make_runner(spec: ARSpec, context: EngineContext, shared: SharedModel[Langu
         attention=registry.resolve("attention", spec.attention),
         max_model_len=spec.model_len,
         decode_buckets=bucket_sizes(spec.options.max_num_seqs) if spec.captures_steps else (),
-        graphs=CudaGraphs(context.device) if spec.captures_steps else None,
+        graphs=CudaGraphs(context.device) if spec.uses_graphs else None,
         shard=WHOLE if group is None else group.links.shard("tensor"),
         lead=None if group is None else DecoderLead(group),
     )

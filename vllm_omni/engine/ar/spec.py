@@ -95,6 +95,11 @@ class ARSpec(StageSpec):
         return self.options.cuda_graphs is not False and self._capture_complaint is None
 
     @property
+    def uses_graphs(self) -> bool:
+        """Whether anything is captured: decode steps, or what completes their tokens."""
+        return self.captures_steps
+
+    @property
     def pool(self) -> KVPoolPlan:
         """The KV pool, as if every declared port were read; ConfigError where not one block fits."""
         options = self.options

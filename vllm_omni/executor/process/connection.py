@@ -2,7 +2,8 @@
 
 A frame is its length and number of descriptors, then msgpack of [entries of tensors, segments, lendings returned,
 segments forgotten, message]. A segment is lent with every frame that refers to it, until the receiver has let go of all
-tensors of that frame in it. Its descriptor comes along the first time.
+tensors of that frame in it. Its descriptor comes along the first time. A tensor that stays on its device is lent, too:
+it arrives as a FarTensor, and is kept here until the receiver has let go of that.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from typing import Any
 import msgpack
 from torch import Tensor
 
-from vllm_omni.executor.process.parcel import MAX_LENT, Parcel
+from vllm_omni.executor.process.parcel import MAX_LENT, Export, Parcel
 from vllm_omni.executor.process.segments import Segment, Segments, bytes_of
 from vllm_omni.executor.wire.base import MAX_FRAME_BYTES, MAX_ITEMS, WireError
 from vllm_omni.executor.wire.codec import decode, encode
 from vllm_omni.executor.wire.table import WireTypes
-from vllm_omni.executor.wire.tensors import entry_at, unpacked
+from vllm_omni.executor.wire.tensors import entry_at, far_tensor, unpacked
 from vllm_omni.utils.checks import brief
 
 HEADER = struct.Struct("<II")
 MAX_LENGTH = MAX_FRAME_BYTES + 2**20
 READ_BYTES = 256 * 1024
+FAR_ENTRY = 7  # dtype, shape, device, handle, bytes of the allocation, offset, lending
 CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
@@ -49,7 +51,7 @@ class Connection:
         self._unread = bytearray()
         self._files: deque[int] = deque()  # descriptors that have come, not asked for yet
         self._numbers = itertools.count()
-        self._lent: dict[int, tuple[Segment, Any]] = {}  # lendings that the other side has not returned
+        self._lent: dict[int, tuple[Segment | None, Any]] = {}  # lendings that the other side has not returned
         self._sent: set[int] = set()  # segments that the other side knows, by our number
         self._mapped: dict[int, Segment] = {}  # the other side's segments, by its number
         self._returned: deque[int] = deque()  # lendings that nobody here uses any more; any thread adds to them
@@ -75,11 +77,15 @@ class Connection:
         """Lendings that the other side has not returned."""
         return len(self._lent)
 
-    def send(self, message: object) -> None:
-        """Puts a message on its way; WireError, and nothing is sent, for what cannot be."""
-        parcel = Parcel(self._segments)
+    def send(self, message: object, export: Export = lambda tensor: None) -> None:
+        """Puts a message on its way; WireError, and nothing is sent, for what cannot be. export: see Parcel."""
+        parcel = Parcel(self._segments, export)
         body = encode(message, parcel.put, self.types)
         entries, lent = parcel.pack()
+        for entry, tensor in parcel.far:
+            number = next(self._numbers)
+            self._lent[number] = (None, tensor)
+            entry.append(number)
         self._queue(entries, lent, body)
         self.flush()
 
@@ -143,7 +149,7 @@ class Connection:
         self.is_closed = True
         self._end.close()
         for segment, kept in self._lent.values():
-            if kept is None:
+            if segment is not None and kept is None:
                 self._segments.give_back(segment)
         while self._files:
             os.close(self._files.popleft())
@@ -204,11 +210,18 @@ class Connection:
                 os.close(file)
         if not body:
             return None
-        return decode(body, lambda index: unpacked(entry_at(entries, index), memories), self.types)
+        return decode(body, lambda index: self._tensor(entry_at(entries, index), memories), self.types)
+
+    def _tensor(self, entry: Any, memories: list[Callable[[], Tensor]]) -> Tensor:
+        if not isinstance(entry, list) or len(entry) != FAR_ENTRY:
+            return unpacked(entry, memories)
+        tensor = far_tensor(entry[:-1], lambda: self.is_closed)
+        weakref.finalize(tensor, _return, self._returned, entry[-1], None).atexit = False
+        return tensor
 
     def _take_back(self, number: int) -> None:
         segment, kept = self._lent.pop(number)
-        if kept is None:
+        if segment is not None and kept is None:
             self._segments.give_back(segment)
 
     def _lending(self, files: list[int], number: int, name: int, num_bytes: int, is_new: bool) -> Callable[[], Tensor]:
@@ -228,5 +241,5 @@ class Connection:
 _ROOM_FOR_FILES = socket.CMSG_SPACE(MAX_LENT * array.array("i").itemsize)
 
 
-def _return(returned: deque[int], number: int, segment: Segment) -> None:
+def _return(returned: deque[int], number: int, segment: Segment | None) -> None:
     returned.append(number)

@@ -2,7 +2,7 @@
 
 Orders go out and reports come in without waiting. Tensors pass through memory that both processes map: on the CPU one
 copy into it and none out of it, or none at all where they lie in such memory already. Tensors of an accelerator pass
-through the CPU's memory.
+through the CPU's memory, or stay there where all that read them are processes on the same one.
 """
 
 from __future__ import annotations

@@ -7,18 +7,24 @@ import select
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
-from vllm_omni.engine.base import Activity
+from vllm_omni.engine.base import Activity, StageSpec
 from vllm_omni.errors import StageError
 from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.hosting import Preparing, settle
 from vllm_omni.executor.orders import Report, StageOrder
 from vllm_omni.executor.process.connection import Connection
+from vllm_omni.executor.process.device_tensors import DeviceTensors
+from vllm_omni.executor.process.parcel import Export
 from vllm_omni.executor.process.protocol import Loaded, LogLine, Surroundings, wire_types
 from vllm_omni.executor.process.segments import Segments
 from vllm_omni.executor.servant import StageServant
 from vllm_omni.executor.wire.base import WireError
+from vllm_omni.messages import StageTask
+from vllm_omni.utils.device import is_cuda
+from vllm_omni.utils.device_memory import CudaMemory
 from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
 
@@ -29,6 +35,7 @@ class Service:
     def __init__(self, end: socket.socket) -> None:
         self._connection = Connection(end, Segments(), wire_types())
         self._sending = threading.Lock()
+        self._tensors: DeviceTensors | None = None  # of a stage on a GPU
         self._waking, self._wakes = os.pipe()
         os.set_blocking(self._waking, False)
         os.set_blocking(self._wakes, False)
@@ -48,8 +55,9 @@ class Service:
             self._finish()
             return
         self._send(Loaded(num_models=len(models)))
+        self._tensors = device_tensors(blueprint)
         try:
-            self._serve(StageServant(blueprint.stage, engine, Preparing(spec, blueprint)))
+            self._serve(StageServant(blueprint.stage, engine, self._preparing(spec, blueprint)))
         except _PartedError:
             pass
         except BaseException as error:  # such as SystemExit of a step
@@ -59,6 +67,10 @@ class Service:
         background.shutdown()
         spec.close()
         self._finish()
+
+    def _preparing(self, spec: StageSpec, blueprint: StageBlueprint) -> Callable[[StageTask], StageTask]:
+        prepare, tensors = Preparing(spec, blueprint), self._tensors
+        return prepare if tensors is None else lambda task: prepare(tensors.fetch(task))
 
     def _set_up(self) -> StageBlueprint:
         surroundings: Surroundings = self._next()
@@ -76,8 +88,9 @@ class Service:
             if news is not None:
                 self._send(news)
             report = servant.turn(orders)
+            orders.clear()  # the tensors of other processes that they brought are copied, and can be returned
             try:
-                self._send(report)
+                self._send(report, None if self._tensors is None else self._tensors.exporter(report))
             except WireError as error:
                 self._send(servant.unsent(report, error))
             if report.breakdown is not None:
@@ -109,10 +122,15 @@ class Service:
         if self._connection.is_closed:
             raise _PartedError
 
-    def _send(self, message: object) -> None:
-        """Waits for a parent that reads slowly: it is to be no further ahead than what the socket holds."""
+    def _send(self, message: object, export: Export | None = None) -> None:
+        """Waits for a parent that reads slowly: it is to be no further ahead than what the socket holds. export: as of
+        Connection.send.
+        """
         with self._sending:
-            self._connection.send(message)
+            if export is None:
+                self._connection.send(message)
+            else:
+                self._connection.send(message, export)
             while self._connection.has_unsent and not self._connection.is_closed:
                 select.select([], [self._connection.file], [])
                 self._connection.flush()
@@ -132,6 +150,13 @@ class Service:
         """From any thread; nothing where the parent is gone."""
         if not self._connection.is_closed:
             self._send(line)
+
+
+def device_tensors(blueprint: StageBlueprint) -> DeviceTensors | None:
+    """None for a stage whose tensors all pass through the host's memory."""
+    if not is_cuda(blueprint.device):
+        return None
+    return DeviceTensors(blueprint.stays_on_device, CudaMemory(blueprint.device))
 
 
 class _PartedError(Exception):

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_omni.errors import StageError
 from vllm_omni.executor.wire.base import MAX_ITEMS, WireError
 from vllm_omni.utils.checks import brief
+from vllm_omni.utils.device_memory import DeviceHandle, FarTensor
 
 MAX_DIMS = 64
 DTYPES = {
@@ -78,11 +80,31 @@ def opened_entry(entry: Any) -> tuple[torch.dtype, list[int], list[Any]]:
     if not isinstance(entry, list) or len(entry) not in (3, 4):
         raise WireError(f"got {brief(entry)}, expected the entry of a tensor")
     name, shape, *rest = entry
+    return _dtype(name, shape), shape, rest
+
+
+def far_tensor(entry: Any, is_gone: Callable[[], bool]) -> FarTensor:
+    """The tensor of an entry that holds a handle, which is not opened; is_gone: as of a FarTensor. WireError for a
+    lie.
+    """
+    name, shape, device, handle, num_bytes, offset = entry
+    dtype = _dtype(name, shape)
+    is_handle = isinstance(device, str) and isinstance(handle, bytes)
+    if not is_handle or type(num_bytes) is not int or type(offset) is not int:
+        raise WireError(f"got {brief(entry)}, expected the handle of a tensor")
+    try:
+        return FarTensor.of(DeviceHandle(device, handle, num_bytes, offset), shape, dtype, is_gone)
+    except (StageError, RuntimeError, OverflowError) as error:
+        raise WireError(f"got a tensor that lies nowhere ({error})") from error
+
+
+def _dtype(name: Any, shape: Any) -> torch.dtype:
+    """Of an entry whose dtype and shape are such."""
     if not isinstance(name, str) or name not in DTYPES:
         raise WireError(f"got a tensor of the dtype {brief(name)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
         raise WireError(f"got a tensor of the shape {brief(shape)}")
-    return DTYPES[name], shape, rest
+    return DTYPES[name]
 
 
 def _of_bytes(content: Any, dtype: torch.dtype, shape: list[int], num_bytes: int) -> Tensor:

@@ -79,7 +79,8 @@ class Talker(nn.Module):
     prompt_reader = None  # it reads no prompt: states alone
     text_only = None
     other_parts = ()
-    is_capturable = False  # it is fed rows in every step
+    is_capturable = False  # its tokens have positions of their own
+    joins_rows = True
 
     def __init__(self, config: TalkerConfig) -> None:
         super().__init__()

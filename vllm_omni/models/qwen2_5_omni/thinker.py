@@ -60,6 +60,7 @@ class Thinker(nn.Module):
     text_only = None
     other_parts = ()
     is_capturable = True
+    joins_rows = False
 
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()

@@ -17,6 +17,8 @@ TEXT_EMBEDDINGS = "thinker.model.embed_tokens.weight"
 class Talker(FrameTalker):
     """The talker of one folder."""
 
+    is_capturable = False  # which experts have tokens is asked of the device
+
     def __init__(self, config: TalkerConfig) -> None:
         super().__init__(config, config.predictor, lambda index: config.experts.make_mlp(config, index))
         self.config = config

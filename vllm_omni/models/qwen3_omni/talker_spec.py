@@ -20,6 +20,7 @@ from vllm_omni.params import SamplingParams, StageParams
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import did_you_mean
+from vllm_omni.utils.device import is_cuda, resolve_device
 from vllm_omni.utils.files import ModelFolders
 from vllm_omni.worker.ar.frames.frame_writer import cache_bytes
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
@@ -79,6 +80,12 @@ class TalkerSpec(ARSpec):
         plan, own = super().plan_memory(), cache_bytes(self.talker.predictor, self.options.max_num_seqs, self._itemsize)
         return dataclasses.replace(plan, activation_bytes=plan.activation_bytes + own)
 
+    @property
+    def uses_graphs(self) -> bool:
+        """The code predictor has no experts: its part of a step can be captured where the rest cannot."""
+        is_asked = self.options.cuda_graphs is not False and not self.offloads
+        return is_asked and is_cuda(resolve_device(self.stage.device))
+
     def tapped_layers(self, reads: ReadPorts) -> frozenset[int]:
         return frozenset()
 
@@ -87,7 +94,8 @@ class TalkerSpec(ARSpec):
 
     def note(self) -> str:
         """Besides: the voices it speaks in."""
-        return f"{super().note()}; {SPEAKER} {', '.join(self.talker.speakers)}"
+        captured = ", frames in CUDA graphs" if self.uses_graphs else ""
+        return f"{super().note()}{captured}; {SPEAKER} {', '.join(self.talker.speakers)}"
 
     def _check_taps(self, config: OmniConfig) -> None:
         """ConfigError for states of other layers than the checkpoint was trained on: they would have the same width."""

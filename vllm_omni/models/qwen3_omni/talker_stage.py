@@ -46,7 +46,14 @@ class TalkerStage(ARStage):
         self._model = cast(Talker, runner.model)
         variant = spec.model.weights_variant
         self._rows = TalkerRows(self._model, spec.model.folder, runner.device, runner.dtype, variant)
-        self._writer = FrameWriter(self._model.code_predictor, spec.options.max_num_seqs, runner.device, runner.dtype)
+        self._writer = FrameWriter(
+            self._model.code_predictor,
+            self._model.codec_embedding,
+            spec.options.max_num_seqs,
+            runner.device,
+            runner.dtype,
+            runner.graphs,
+        )
 
     def start(self, task: StageTask, sequence_ids: Iterator[int]) -> TalkerJob:
         assert isinstance(task.prepared, str) and isinstance(task.params, SamplingParams)
@@ -63,7 +70,7 @@ class TalkerStage(ARStage):
         )
 
     def complete(self, written: Sequence[Written], states: Tensor) -> None:
-        complete_frames(self._model, self._writer, written, states)
+        complete_frames(self._writer, written, states)
 
     def _begin(self, request_id: str, sequence_ids: Iterator[int], params: SamplingParams, num_rows: int) -> Generation:
         model = self._config

@@ -59,7 +59,14 @@ class TalkerStage(ARStage):
         self._device = runner.device
         self._cloner = cloner
         self._rows = PromptRows(self._model, runner.device)
-        self._writer = FrameWriter(self._model.code_predictor, spec.options.max_num_seqs, runner.device, runner.dtype)
+        self._writer = FrameWriter(
+            self._model.code_predictor,
+            self._model.codec_embedding,
+            spec.options.max_num_seqs,
+            runner.device,
+            runner.dtype,
+            runner.graphs,
+        )
 
     def preparation(self, task: StageTask) -> Callable[[Stop], RecordedSpeech] | None:
         speech = task.prepared
@@ -85,7 +92,7 @@ class TalkerStage(ARStage):
         )
 
     def complete(self, written: Sequence[Written], states: Tensor) -> None:
-        complete_frames(self._model, self._writer, written, states)
+        complete_frames(self._writer, written, states)
 
     def _read(self, speech: SpeechRequest, stop: Stop) -> RecordedSpeech:
         sound = read_reference(speech.recording, limits=self._request_limits, name=REF_AUDIO, stop=stop)

@@ -75,9 +75,18 @@ class DecodeBatch:
     What a step got is overwritten by the next one.
     """
 
-    def __init__(self, pool: KVPool, *, max_num_seqs: int, max_num_blocks: int, bucket_sizes: Many[int] = ()) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        *,
+        max_num_seqs: int,
+        max_num_blocks: int,
+        bucket_sizes: Many[int] = (),
+        input_size: int | None = None,
+    ) -> None:
         """max_num_seqs: rows of the largest step. max_num_blocks: the most blocks of one sequence. bucket_sizes:
-        ascending, the last at least max_num_seqs.
+        ascending, the last at least max_num_seqs. input_size: the width of the InputRows that every token of a step has
+        which `fills_buffers`; None: they have none.
         """
         assert not bucket_sizes or (pool.scratch_block is not None and bucket_sizes[-1] >= max_num_seqs)
         self._pool = pool
@@ -95,11 +104,22 @@ class DecodeBatch:
         self._tables: list[tuple[list[int], int]] = [(NO_TABLE, 0)] * num_rows
         self._padding_table = [] if pool.scratch_block is None else [pool.scratch_block]
         self._num_stale = 0  # rows of the block table, from the first on, that the device does not have as they are
+        self._input_rows = None if input_size is None else self._make_input_rows(num_rows, input_size)
 
     def fits(self, chunks: Many[Chunk]) -> bool:
         """Whether every chunk is one known token and no pad, and all of them with their drafts have a row."""
         is_decode = all(chunk.known_end - chunk.start == 1 and not chunk.sequence.num_pads for chunk in chunks)
         return is_decode and sum(chunk.num_tokens for chunk in chunks) <= self._columns.shape[1]
+
+    def fills_buffers(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> bool:
+        """Whether nothing of a step that `fits` stands outside the buffers, which alone a graph can read."""
+        if self._input_rows is None:
+            return not inputs
+        found = [inputs.get(chunk.sequence.sequence_id) for chunk in chunks]
+        return all(
+            its is not None and its.positions is None and its.rows is not None and not chunk.draft
+            for its, chunk in zip(found, chunks, strict=True)
+        )
 
     def fill(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> StepBatch:
         """As `StepBatch.of`. Behind the blocks of a sequence its row of the block table holds any valid numbers."""
@@ -113,7 +133,7 @@ class DecodeBatch:
             token_ids=columns[0, :size],
             positions=_own_positions(chunks, inputs, self._pool.device, size) if has_own else columns[1, :size],
             attention=attention,
-            input_rows=_input_rows(chunks, inputs) if inputs else None,
+            input_rows=self._joined_rows(chunks, inputs, size) if inputs else None,
             sampling_rows=self._every_row[:num_rows] if is_everyone else _tensor(sampling, self._pool.device),
             samples_first_rows=is_everyone,
         )
@@ -135,7 +155,8 @@ class DecodeBatch:
     def padding(self, size: int) -> StepBatch:
         """A batch of nothing but padding rows, in the places of a bucket's; all of them sample."""
         columns, attention = self._placed([], [], size)
-        return StepBatch(columns[0, :size], columns[1, :size], attention, None, self._every_row[:size], True)
+        rows = None if self._input_rows is None else self._input_rows.first(size)
+        return StepBatch(columns[0, :size], columns[1, :size], attention, rows, self._every_row[:size], True)
 
     def _filled(self, chunks: Many[Chunk], size: int) -> tuple[Tensor, AttentionMetadata]:
         """The columns on the device, and what attention is told of their first `size` rows."""
@@ -164,6 +185,19 @@ class DecodeBatch:
             query_starts_tensor=self._every_row[: size + 1],
             context_lens_tensor=columns[3, :size],
         )
+
+    def _make_input_rows(self, num_rows: int, size: int) -> InputRows:
+        rows = torch.zeros(num_rows, size, device=self._pool.device, dtype=self._pool.dtype)
+        is_added = torch.ones(num_rows, device=self._pool.device, dtype=torch.bool)
+        return InputRows(self._every_row[:num_rows], rows, is_added)
+
+    def _joined_rows(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs], size: int) -> InputRows | None:
+        joined = _input_rows(chunks, inputs)
+        if joined is None or self._input_rows is None or not self.fills_buffers(chunks, inputs):
+            return joined
+        self._input_rows.rows[: len(chunks)].copy_(joined.rows)
+        self._input_rows.is_added[: len(chunks)].copy_(joined.is_added)
+        return self._input_rows.first(size)
 
     def _bucket_size(self, count: int) -> int:
         return self._bucket_sizes[bisect_left(self._bucket_sizes, count)] if self._bucket_sizes else count

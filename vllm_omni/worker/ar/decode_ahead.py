@@ -7,10 +7,12 @@ tokens that are either computed again to the same numbers, or of blocks that are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from vllm_omni.core.ar.scheduler import Chunk
+from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.worker.ar.batch import DecodeBatch
 from vllm_omni.worker.ar.decode_graphs import DecodeGraphs
 from vllm_omni.worker.ar.step_logits import ChosenTokens, StepLogits
@@ -37,15 +39,15 @@ class DecodeAhead:
         self._begun: Begun | None = None
         self._last_rows: list[int] | None = None  # of each chunk of the last step, where a step may be begun behind it
 
-    def run(self, chunks: Many[Chunk]) -> StepLogits:
-        """The step of chunks that fit the batch and are nothing but ids."""
+    def run(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> StepLogits:
+        """The step of chunks that fit the batch and fill its buffers."""
         begun, self._begun = self._begun, None
         rows = None if begun is None else self._rows_of(begun, chunks)
         if begun is not None and rows is not None:
             self._last_rows = rows
             return StepLogits(None, begun.tokens.of_rows(rows))
-        step = self._graphs.run(self._batch.fill(chunks, {}))
-        can_follow = all(chunk.samples and not chunk.draft for chunk in chunks)
+        step = self._graphs.run(self._batch.fill(chunks, inputs))
+        can_follow = not inputs and all(chunk.samples and not chunk.draft for chunk in chunks)
         self._last_rows = list(range(len(chunks))) if can_follow else None
         return step
 

@@ -1,7 +1,7 @@
 """Whole decode steps, logits and greedy tokens included, captured in graphs: one for each bucket of a DecodeBatch.
 Knows no scheduler and no sampling parameters.
 
-Legend: N rows of a bucket, V vocabulary.
+Legend: N rows of a bucket, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ import torch
 from vllm_omni.layers.attention.base import PagedAttention
 from vllm_omni.utils.device import Readout, StepGraphs, is_cuda
 from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch
+from vllm_omni.worker.ar.bucket_graphs import BucketGraphs
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
 from vllm_omni.worker.ar.step_logits import ChosenTokens, StepLogits
 
-SMALL_BUCKETS = (1, 2, 4, 8)
-BUCKET_STEP = 16
-COARSE_FROM, COARSE_STEP = 256, 128  # many rows cost so much each that padding by a few is cheap
-
 
 class DecodeGraphs:
-    """The graphs of one model, captured when they are made, the largest first: the others fit into its memory."""
+    """The graphs of one model."""
 
     def __init__(
         self,
@@ -34,41 +31,38 @@ class DecodeGraphs:
         *,
         sizes: Many[int],
         vocab_size: int,
+        state_size: int | None = None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """compute: of a batch, the logits [N, V] of all rows. sizes: the batch's buckets, ascending."""
+        """compute: of a batch, the logits [N, V] of all rows. sizes: the batch's buckets, ascending. state_size: where
+        the states [N, D] are wanted, too, their D.
+        """
         self._logits = torch.empty(sizes[-1], vocab_size, device=device, dtype=dtype)
         self.chosen = torch.zeros(sizes[-1], device=device, dtype=torch.int64)  # of the last step, by its rows
+        self._states = None
+        if state_size is not None:
+            self._states = torch.empty(sizes[-1], state_size, device=device, dtype=dtype)
         # compute is the runner's, which holds these graphs: kept here it would keep the KV pool alive as well
-        self._replay = {
-            size: graphs.capture(partial(self._step, compute, batch.padding(size))) for size in reversed(sizes)
-        }
+        self._graphs = BucketGraphs(graphs, sizes, lambda size: partial(self._step, compute, batch.padding(size)))
 
     def run(self, batch: StepBatch) -> StepLogits:
-        """The step of a batch that stands in the buffers of the DecodeBatch, without inputs beyond ids."""
-        self._replay[len(batch.token_ids)]()
-        rows = batch.sampling_rows
-        if batch.samples_first_rows:
-            return StepLogits(self._logits[: len(rows)], ChosenTokens(Readout(self.chosen[: len(rows)])))
-        return StepLogits(self._logits[rows], ChosenTokens(Readout(self.chosen[rows])))
+        """The step of a batch that stands in the buffers of the DecodeBatch."""
+        self._graphs.replay(len(batch.token_ids))
+        rows = slice(len(batch.sampling_rows)) if batch.samples_first_rows else batch.sampling_rows
+        states = None if self._states is None else self._states[rows]
+        return StepLogits(self._logits[rows], ChosenTokens(Readout(self.chosen[rows])), states)
 
     def _step(self, compute: Callable[[StepBatch], StepLogits], batch: StepBatch) -> None:
         """Everything that is captured."""
-        logits = compute(batch).logits
+        computed = compute(batch)
+        logits, states = computed.logits, computed.states
         assert logits is not None
+        if self._states is not None and states is not None:
+            self._states[: len(states)].copy_(states)
         is_sound = logits.isfinite().all(-1)
         self._logits[: len(logits)].copy_(logits)
         self.chosen[: len(logits)].copy_(logits.argmax(-1).masked_fill_(~is_sound, -1))
-
-
-def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Numbers of rows, ascending, the last at least max_num_seqs."""
-    sizes = list(SMALL_BUCKETS)
-    while sizes[-1] < max_num_seqs:
-        step = BUCKET_STEP if sizes[-1] < COARSE_FROM else COARSE_STEP
-        sizes.append((sizes[-1] // step + 1) * step)
-    return tuple(size for index, size in enumerate(sizes) if index == 0 or sizes[index - 1] < max_num_seqs)
 
 
 def capture_complaint(

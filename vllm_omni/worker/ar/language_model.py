@@ -95,9 +95,10 @@ class LanguageModel(Protocol):
     prompt_reader: ClassVar[type[PromptReader[Any]] | None]  # None for a model that reads text alone
     text_only: ClassVar[type | None]  # the same model without what reads media; None where there is none
     other_parts: ClassVar[tuple[str, ...]]  # how published names begin that belong to other models of the folder
-    # Whether a step of single tokens that are ids alone computes by the shapes of its tensors, whatever stands in them,
-    # so that it may be captured in a graph.
+    # Whether a step of single tokens that are ids alone, or joined by rows where it `joins_rows`, computes by the
+    # shapes of its tensors, whatever stands in them, so that it may be captured in a graph.
     is_capturable: ClassVar[bool]
+    joins_rows: ClassVar[bool]  # whether a row [D] joins each token that it has written
     can_shard: ClassVar[bool]  # whether several ranks may share its decoder
     config: LanguageModelConfig
 

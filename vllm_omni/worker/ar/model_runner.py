@@ -65,8 +65,8 @@ class ModelRunner:
         """tapped_layers: indices into `hidden_states` that will be read. can_sample: whether logits are needed; without
         them only the layers up to the last tapped one run, and only they have keys and values. max_model_len: tokens of
         a sequence; None: the model's positions. decode_buckets: the numbers of rows that a decode step is padded to;
-        none: it is not padded. graphs: what captures the decode steps of each bucket. shard: the model's, where other
-        ranks share its decoder, and lead: what has them follow.
+        none: it is not padded. graphs: what captures the decode steps of each bucket, and what others capture. shard:
+        the model's, where other ranks share its decoder, and lead: what has them follow.
         """
         config = model.config
         self._model = model
@@ -87,8 +87,10 @@ class ModelRunner:
             max_num_seqs=max_num_seqs,
             max_num_blocks=most_blocks if config.window is not None else min(num_blocks, most_blocks),
             bucket_sizes=decode_buckets,
+            input_size=config.hidden_size if model.joins_rows and decode_buckets else None,
         )
-        self._ahead = None if graphs is None else self._capture(graphs, decode_buckets)
+        self.graphs = graphs
+        self._ahead = None if graphs is None or not decode_buckets else self._capture(graphs, decode_buckets)
 
     @property
     def model(self) -> LanguageModel:
@@ -136,8 +138,9 @@ class ModelRunner:
         is_adapted = any(mix is not None for mix in mixes)
         is_decode = self._decode_batch.fits(chunks)
         if self._ahead is not None:
-            if is_decode and not inputs and not is_adapted:  # captured without adapters
-                return self._ahead.run(chunks)
+            # captured without adapters
+            if is_decode and not is_adapted and self._decode_batch.fills_buffers(chunks, inputs):
+                return self._ahead.run(chunks, inputs)
             self._ahead.forget()
         batch = self._decode_batch.fill(chunks, inputs) if is_decode else StepBatch.of(chunks, inputs, self._pool)
         lengths = rope_lengths(chunks, len(batch.token_ids), self.device) if self._scales_by_length else None
@@ -150,7 +153,7 @@ class ModelRunner:
     @property
     def can_run_ahead(self) -> bool:
         """Whether `run_ahead` begins steps."""
-        return self._ahead is not None
+        return self._ahead is not None and not self._model.joins_rows
 
     @torch.inference_mode()
     def run_ahead(self, chunks: Many[Chunk], goes_on: Many[bool]) -> None:
@@ -202,6 +205,7 @@ class ModelRunner:
             self._compute,
             sizes=sizes,
             vocab_size=self._model.config.vocab_size,
+            state_size=self._model.config.hidden_size if self._model.joins_rows else None,
             device=self.device,
             dtype=self.dtype,
         )

@@ -39,7 +39,7 @@ class StepLogits:
 
     logits: Tensor | None  # [R, V], the model's dtype; None where all rows are known to be greedy
     greedy: ChosenTokens | None = None
-    states: Tensor | None = None  # [R, D], what the logits were made of; None of a captured step
+    states: Tensor | None = None  # [R, D], what the logits were made of; None of a captured step that keeps none
 
     def sample(
         self, rows: Sequence[SamplingRow], drafts: Sequence[Sequence[int]] | None = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm_omni.core.ar.sequence import Sequence as TokenSequence
 from vllm_omni.engine.ar.base import Written
@@ -16,7 +16,6 @@ from vllm_omni.layers.batched_draw import DrawSettings
 from vllm_omni.layers.sampler import SampledToken
 from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.params import SamplingParams, sample_seed
-from vllm_omni.worker.ar.frames.code_predictor import CodePredictor
 from vllm_omni.worker.ar.frames.frame_writer import FrameDraw, FrameWriter
 
 OTHER_STREAM = 0x51B7A1CE  # from the seed of the first codes to that of all others
@@ -54,27 +53,16 @@ class FramesJob(CodesJob):
         return torch.tensor(self._frames[start:stop], dtype=torch.int64).view(-1, self._num_codes)
 
 
-class WritesFrames(Protocol):
-    """A model whose tokens are first codes."""
-
-    codec_embedding: nn.Embedding
-    code_predictor: CodePredictor
-
-
-@torch.inference_mode()
-def complete_frames(model: WritesFrames, writer: FrameWriter, written: Sequence[Written], states: Tensor) -> None:
+def complete_frames(writer: FrameWriter, written: Sequence[Written], states: Tensor) -> None:
     """Writes the frames that the first codes of a step begin, into their jobs. states: [R, D], as ARStage.complete."""
     speaking = [(cast(FramesJob, each.job), each) for each in written]
     speaking = [(job, each) for job, each in speaking if not job.ends_with(each.token_id)]
     if not speaking:
         return
-    first = torch.tensor([each.token_id for _, each in speaking], device=states.device)
     picked = states[[each.row for _, each in speaking]] if len(speaking) < len(states) else states
-    codes = writer.write(picked, model.codec_embedding(first), [job.draw for job, _ in speaking])
-    rows = model.code_predictor.summed_rows(codes.clamp_min(0))
-    frames = torch.cat((first[:, None], codes), 1).tolist()
-    for (job, _), frame, row in zip(speaking, frames, rows, strict=True):
-        job.add_frame(frame, row)
+    frames = writer.write(picked, [each.token_id for _, each in speaking], [job.draw for job, _ in speaking])
+    for (job, _), codes, row in zip(speaking, frames.codes, frames.rows, strict=True):
+        job.add_frame(codes, row)
 
 
 def frame_draw(settings: DrawSettings, params: SamplingParams) -> FrameDraw:

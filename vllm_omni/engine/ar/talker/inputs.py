@@ -38,6 +38,8 @@ class TalkerInputs:
         self._rows: list[Tensor] = list(text.before)
         self._joined: list[Tensor] = []  # what further codes of each place add
         self._is_whole = False
+        self._written = torch.zeros(1, dtype=torch.int64, device=prompt.device)  # the index of a token that comes alone
+        self._joins = torch.ones(1, dtype=torch.bool, device=prompt.device)
 
     def extend(self, rows: Iterable[Tensor], is_last: bool) -> None:
         """The next rows [E] of the text; is_last: there will be no more."""
@@ -58,13 +60,19 @@ class TalkerInputs:
     def between(self, start: int, stop: int) -> TokenInputs:
         """Of the tokens [start, stop), whose rows are there."""
         num_prompt = len(self._prompt)
+        if start >= num_prompt and stop - start == 1:
+            rows = InputRows(self._written, self._row(start - num_prompt)[None], self._joins)
+            return TokenInputs(self._positions_of(start, stop), rows)
         own = [self._row(token - num_prompt)[None] for token in range(max(start, num_prompt), stop)]
-        rows = torch.cat([self._prompt[start:stop], *own]) if start < num_prompt or len(own) > 1 else own[0]
-        indices = torch.arange(stop - start, device=rows.device)
-        positions = self._positions
-        if positions is not None:
-            positions = continued_positions(positions, self._delta, start, stop)
-        return TokenInputs(positions, InputRows(indices, rows, indices + start >= num_prompt))
+        embedded = torch.cat([self._prompt[start:stop], *own])
+        indices = torch.arange(stop - start, device=embedded.device)
+        joins = InputRows(indices, embedded, indices + start >= num_prompt)
+        return TokenInputs(self._positions_of(start, stop), joins)
+
+    def _positions_of(self, start: int, stop: int) -> Tensor | None:
+        if self._positions is None:
+            return None
+        return continued_positions(self._positions, self._delta, start, stop)
 
     def _row(self, place: int) -> Tensor:
         assert self._is_whole or place < len(self._rows), "a token was computed before its row was there"

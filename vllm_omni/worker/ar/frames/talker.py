@@ -41,7 +41,8 @@ class FrameTalker(nn.Module):
     prompt_reader = None  # what its prompts hold is no chat
     text_only = None
     other_parts = ()
-    is_capturable = False  # it is fed rows in every step
+    is_capturable: ClassVar[bool] = True
+    joins_rows = True
     embeddings: ClassVar[tuple[str, ...]] = ("codec_embedding",)  # that checkpoints have among the decoder's tensors
 
     def __init__(self, config: DecoderConfig, predictor: PredictorConfig, make_mlp: MakeMLP | None = None) -> None:
