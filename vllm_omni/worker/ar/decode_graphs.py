@@ -13,10 +13,11 @@ from functools import partial
 import torch
 
 from vllm_omni.layers.attention.base import PagedAttention
-from vllm_omni.utils.device import Readout, StepGraphs, is_cuda
+from vllm_omni.layers.sampler import largest
+from vllm_omni.utils.device import StepGraphs, is_cuda
 from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
-from vllm_omni.worker.ar.step_logits import ChosenTokens, StepLogits
+from vllm_omni.worker.ar.step_logits import StepLogits
 
 SMALL_BUCKETS = (1, 2, 4, 8)
 BUCKET_STEP = 16
@@ -39,7 +40,9 @@ class DecodeGraphs:
     ) -> None:
         """compute: of a batch, the logits [N, V] of all rows. sizes: the batch's buckets, ascending."""
         self._logits = torch.empty(sizes[-1], vocab_size, device=device, dtype=dtype)
-        self.chosen = torch.zeros(sizes[-1], device=device, dtype=torch.int64)  # of the last step, by its rows
+        self.chosen = torch.zeros(
+            sizes[-1], device=device, dtype=torch.int64
+        )  # by the last step, by its rows: largest logits, and what was drawn
         # compute is the runner's, which holds these graphs: kept here it would keep the KV pool alive as well
         self._replay = {
             size: graphs.capture(partial(self._step, compute, batch.padding(size))) for size in reversed(sizes)
@@ -50,16 +53,15 @@ class DecodeGraphs:
         self._replay[len(batch.token_ids)]()
         rows = batch.sampling_rows
         if batch.samples_first_rows:
-            return StepLogits(self._logits[: len(rows)], ChosenTokens(Readout(self.chosen[: len(rows)])))
-        return StepLogits(self._logits[rows], ChosenTokens(Readout(self.chosen[rows])))
+            return StepLogits(self._logits[: len(rows)], self.chosen[: len(rows)])
+        return StepLogits(self._logits[rows], self.chosen[rows])
 
     def _step(self, compute: Callable[[StepBatch], StepLogits], batch: StepBatch) -> None:
         """Everything that is captured."""
         logits = compute(batch).logits
         assert logits is not None
-        is_sound = logits.isfinite().all(-1)
         self._logits[: len(logits)].copy_(logits)
-        self.chosen[: len(logits)].copy_(logits.argmax(-1).masked_fill_(~is_sound, -1))
+        self.chosen[: len(logits)].copy_(largest(logits))
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
