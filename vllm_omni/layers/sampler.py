@@ -62,7 +62,7 @@ class SamplingRow:
         self._bias = dict(params.logit_bias or {})
         self._stop_token_ids = sorted(set(stop_token_ids))
         shapes = self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
-        self._is_never_plain = bool(shapes or self._bias or self.num_logprobs is not None)
+        self._is_never_plain = bool(shapes or self.num_logprobs is not None)
         self._counts_written = bool(shapes or self.min_tokens)
         self._written: Counter[int] = Counter()
         self._seen = set(prompt_token_ids) if self.repetition_penalty != 1.0 else set()
@@ -78,7 +78,7 @@ class SamplingRow:
         """Whether the next token follows from its raw logits, the settings and a number, and nothing else is asked
         for; once it does, all that follow do.
         """
-        return not self._is_never_plain and not self._suppresses_stops
+        return not (self._is_never_plain or self._bias or self._suppresses_stops)
 
     @property
     def draws(self) -> bool:
