@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_omni.errors import StageError
-from vllm_omni.layers.sampler import SampledToken, SamplingRow, sample
+from vllm_omni.layers.sampler import SampledToken, Sampler, SamplingRow
 from vllm_omni.params import SamplingParams
+from vllm_omni.worker.ar.step_logits import StepLogits
 
 VOCABULARY = 12
 
@@ -33,6 +35,12 @@ def make_row(
     return row
 
 
+def sample(
+    logits: Tensor, rows: Sequence[SamplingRow], drafts: Sequence[Sequence[int]] = ()
+) -> list[list[SampledToken | StageError]]:
+    return StepLogits(logits).choose(Sampler(), rows, drafts).sample()
+
+
 def draw(logits: Tensor, row: SamplingRow) -> SampledToken:
     ((token,),) = sample(logits[None], [row])
     assert isinstance(token, SampledToken)
@@ -41,7 +49,7 @@ def draw(logits: Tensor, row: SamplingRow) -> SampledToken:
 
 def frequencies(logits: Tensor, count: int = 3000, **params: Any) -> Tensor:
     row = make_row(seed=1, **params)
-    counts = Counter(row.sample(logits.clone()).token_id for _ in range(count))
+    counts = Counter(draw(logits, row).token_id for _ in range(count))
     return torch.tensor([counts[token] / count for token in range(len(logits))])
 
 

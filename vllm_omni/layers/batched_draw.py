@@ -1,7 +1,9 @@
-"""Tokens of many rows drawn at once, each by its own settings and its own random numbers.
+"""Tokens of many rows drawn at once, each by its own settings and its own random number, on whatever device the logits
+are.
 
 A row's token is a function of its logits, settings and number alone: whatever is chosen among is told by values, never
-by an order that ties could change. Legend: B rows, V vocabulary.
+by an order that ties could change. On two devices it is the same, unless rounding decides: where the number is
+within about 1e-6 of the border between two tokens. Legend: B rows, V vocabulary, K kept by top_k, N chunks of a row.
 """
 
 from __future__ import annotations
@@ -12,55 +14,189 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_omni.utils.device import is_cpu, numbers_at_once, to_device
+
+LEAST_TEMPERATURE = 1e-30  # a float32 that what is below the largest logit can be divided by
+MOST = 1 - 2**-52  # a number that a sum may be multiplied with, and the product is below it
+SHORT = 4096  # numbers of a row that are looked at one by one
+CHUNK = 256  # numbers of a row that of a longer row are summed up first
+MASS_BITS = 31  # of a float32 that is not negative
+
 
 @dataclass(frozen=True, slots=True)
 class DrawSettings:
     """How one row is drawn."""
 
     temperature: float = 1.0  # 0: the largest logit
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
+    top_k: int = 0  # 0: all; of equal logits the first ones
+    top_p: float = (
+        1.0  # the fewest of the most likely that reach it together, and what is as likely as the last of them
+    )
+    min_p: float = 0.0  # the least share of the largest probability
+
+
+GREEDY = DrawSettings(temperature=0.0)
 
 
 class BatchedDraw:
     """The settings of B rows, on the device."""
 
     def __init__(self, rows: Sequence[DrawSettings], vocab_size: int, device: torch.device) -> None:
-        kept = [min(row.top_k or vocab_size, vocab_size) for row in rows]
-        values = [
-            [row.temperature or 1.0, row.top_p, row.temperature == 0, most - 1]
-            for row, most in zip(rows, kept, strict=True)
+        among, ranked = list[int](), list[int]()
+        for place, row in enumerate(rows):
+            if row.temperature > 0:
+                (ranked if 0 < row.top_k < vocab_size else among).append(place)
+        self._groups = [
+            kind(rows, places, device) for kind, places in ((_DrawnAmongAll, among), (_DrawnByRank, ranked)) if places
         ]
-        table = torch.tensor(values, dtype=torch.float32, device=device)
-        self._temperature, self._top_p, greedy, last = table.T[..., None].unbind()
-        self._is_greedy, self._last_kept = greedy.squeeze(-1).bool(), last.long()
-        self._most_kept = max(kept)
-        self._keeps_all = min(kept) == vocab_size
-        self._draws = any(row.temperature > 0 for row in rows)
-        self._has_greedy = any(row.temperature == 0 for row in rows)
-        self._cuts_mass = any(row.top_p < 1 for row in rows)
+        self._part = max(numbers_at_once(device) // vocab_size, 1)
 
-    def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """logits: [B, V]; uniforms: [B] float64 in [0, 1) -> [B] int64."""
-        if not self._draws:
-            return logits.argmax(-1)
-        scores = logits.float() / self._temperature
-        if not self._keeps_all:
-            least = scores.topk(self._most_kept).values.gather(1, self._last_kept)
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        probabilities = scores.softmax(-1)
-        if self._cuts_mass:
-            probabilities = probabilities.masked_fill(probabilities < self._least_of_mass(probabilities), 0)
-        cumulated = probabilities.double().cumsum(-1)
+    @property
+    def draws(self) -> bool:
+        """Whether some row is not greedy."""
+        return bool(self._groups)
+
+    def draw(self, logits: Tensor, uniforms: Tensor, largest: Tensor | None = None) -> Tensor:
+        """logits: [B, V]; uniforms: [B] float64 in [0, 1), of those rows that are drawn; largest: [B] int64, of all
+        others, where it is known -> [B] int64.
+        """
+        uniforms = uniforms.clamp_max(MOST)
+        if len(self._groups) == 1 and self._groups[0].is_everyone:
+            return self._drawn(self._groups[0], logits, uniforms)
+        tokens = logits.argmax(-1) if largest is None else largest.clone()
+        for group in self._groups:
+            rows = group.rows
+            tokens[rows] = self._drawn(group, logits[rows], uniforms[rows])
+        return tokens
+
+    def _drawn(self, group: _Group, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """So many rows at once as what is computed of them stays near, or within memory."""
+        if len(logits) <= self._part:
+            return group.draw(logits, uniforms, slice(None))
+        parts = [slice(start, start + self._part) for start in range(0, len(logits), self._part)]
+        return torch.cat([group.draw(logits[part], uniforms[part], part) for part in parts])
+
+
+class _Group:
+    """Rows that are drawn in one way. places: theirs."""
+
+    def __init__(self, settings: Sequence[DrawSettings], places: list[int], device: torch.device) -> None:
+        rows = [settings[place] for place in places]
+        values = [(max(row.temperature, LEAST_TEMPERATURE), row.top_k, row.top_p, row.min_p) for row in rows]
+        table = to_device(values, torch.float32, device)
+        self.temperature, self.top_k, self.top_p, self.min_p = table.T[..., None].unbind()  # [B, 1] each
+        self.is_everyone = len(places) == len(settings)
+        self.rows = slice(None) if self.is_everyone else to_device(places, torch.int64, device)
+        self.cuts_mass = any(row.top_p < 1 for row in rows)
+        self.cuts_small = any(row.min_p for row in rows)
+
+    def draw(self, logits: Tensor, uniforms: Tensor, part: slice) -> Tensor:
+        """[B] int64. part: which rows of the group these are."""
+        raise NotImplementedError
+
+
+class _DrawnAmongAll(_Group):
+    """In the order of the vocabulary."""
+
+    def draw(self, logits: Tensor, uniforms: Tensor, part: slice) -> Tensor:
+        probabilities = _probabilities(logits, logits.amax(-1, keepdim=True), self.temperature[part])
+        if self.cuts_mass or self.cuts_small:
+            least = self.min_p[part] * probabilities.amax(-1, keepdim=True)
+            if self.cuts_mass:
+                least = torch.maximum(least, least_of_mass(probabilities, self.top_p[part]))
+            probabilities.masked_fill_(probabilities < least, 0)
+        cumulated = _Cumulated(probabilities)
+        return cumulated.find(uniforms[:, None] * cumulated.total)
+
+
+class _DrawnByRank(_Group):
+    """The most likely first: which rank, is known without looking at all others."""
+
+    def __init__(self, settings: Sequence[DrawSettings], places: list[int], device: torch.device) -> None:
+        super().__init__(settings, places, device)
+        self._most = max(settings[place].top_k for place in places)
+
+    def draw(self, logits: Tensor, uniforms: Tensor, part: slice) -> Tensor:
+        values = logits.topk(self._most).values
+        ranks = torch.arange(self._most, device=logits.device)
+        scores = values.float().masked_fill(ranks >= self.top_k[part], -torch.inf)
+        probabilities = _probabilities(scores, scores[:, :1], self.temperature[part])
+        before = probabilities.cumsum(-1) - probabilities
+        is_out = (before >= self.top_p[part]) | (probabilities < self.min_p[part] * probabilities[:, :1])
+        cumulated = probabilities.masked_fill_(is_out, 0).cumsum(-1, dtype=torch.float64)
+        threshold = uniforms[:, None] * cumulated[:, -1:]
+        rank = torch.searchsorted(cumulated, threshold, right=True).clamp_max_(self._most - 1)
+        value = values.gather(1, rank)
+        num_before = ((values == value) & (ranks < rank)).sum(-1, keepdim=True)  # equal ones of a lower rank
+        return _Cumulated(logits == value).find(num_before.double())
+
+
+class _Cumulated:
+    """Sums of numbers that are not negative, from the left on; of long rows in two steps. weights: [B, V]."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+        self._size = size = weights.shape[-1]
+        self._sums = weights
+        if size > SHORT:
+            whole = size // CHUNK * CHUNK
+            dtype = torch.int32 if weights.dtype == torch.bool else torch.float64
+            self._sums = weights[:, :whole].unflatten(-1, (-1, CHUNK)).sum(-1, dtype=dtype)  # [B, N]
+            if whole < size:
+                rest = weights[:, whole:].sum(-1, keepdim=True, dtype=dtype)
+                self._sums = torch.cat((self._sums, rest), dim=-1)
+        self._ends = self._sums.cumsum(-1, dtype=torch.float64)
+        self.total = self._ends[:, -1:]
+
+    def find(self, threshold: Tensor) -> Tensor:
+        """threshold: [B, 1] float64, at least 0 and below the total -> [B]: the first place where the sum is above
+        it.
+        """
+        place = torch.searchsorted(self._ends, threshold, right=True).clamp_max_(self._sums.shape[-1] - 1)
+        if self._size > SHORT:
+            rest = threshold - (self._ends.gather(1, place) - self._sums.gather(1, place))
+            place = self._find_within(place * CHUNK, rest)
+        return place.squeeze(1)
+
+    def _find_within(self, start: Tensor, threshold: Tensor) -> Tensor:
+        """The same within the chunk that begins there; the last place with a weight, where rounding has carried the
+        threshold behind it.
+        """
+        places = start + torch.arange(CHUNK, device=start.device)
+        weights = self._weights.gather(1, places.clamp_max(self._size - 1)).masked_fill_(places >= self._size, 0)
+        cumulated = weights.cumsum(-1, dtype=torch.float64)
         total = cumulated[:, -1:]
-        # rounding may carry the product to the very end, behind the last token that can be drawn
-        threshold = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        drawn = torch.searchsorted(cumulated, threshold, right=True).squeeze(1)
-        return torch.where(self._is_greedy, logits.argmax(-1), drawn) if self._has_greedy else drawn
+        threshold = torch.minimum(threshold, total.nextafter(torch.zeros_like(total)))
+        return (start + torch.searchsorted(cumulated, threshold, right=True)).clamp_max_(self._size - 1)
 
-    def _least_of_mass(self, probabilities: Tensor) -> Tensor:
-        """[B, 1]: the smallest of the fewest probabilities that reach top_p together."""
-        ordered = probabilities.sort(descending=True).values
-        is_kept = ordered.cumsum(-1) - ordered < self._top_p
-        least = ordered.masked_fill(~is_kept, torch.inf).amin(-1, keepdim=True)
-        return least.masked_fill(self._top_p >= 1, 0)
+
+def least_of_mass(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """[B, V] float32, of sum 1, and [B, 1] -> [B, 1]: the smallest of the fewest probabilities that reach top_p
+    together; 0 where it is 1.
+    """
+    least = (_sorted_least if is_cpu(probabilities.device) else bisected_least)(probabilities, top_p)
+    return least.masked_fill(top_p >= 1, 0)
+
+
+def _sorted_least(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    ordered = probabilities.sort(descending=True).values
+    is_kept = ordered.cumsum(-1) - ordered < top_p
+    return ordered.masked_fill_(~is_kept, torch.inf).amin(-1, keepdim=True)
+
+
+def bisected_least(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """By halves of what a float32 can be: what is not negative has the order of its bits as an integer. A sort of many
+    long rows takes an accelerator several times as long.
+    """
+    bits = torch.zeros_like(top_p, dtype=torch.int32)
+    for bit in reversed(range(MASS_BITS - 1)):  # the highest is of numbers from 2 on
+        higher = bits | (1 << bit)
+        is_counted = probabilities >= higher.view(torch.float32)
+        mass = probabilities.masked_fill(~is_counted, 0).sum(-1, keepdim=True)
+        bits = torch.where(mass >= top_p, higher, bits)
+    return bits.view(torch.float32)
+
+
+def _probabilities(logits: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
+    """Of [B, V], float32 in new memory; largest: [B, 1]."""
+    return logits.float().sub(largest).div_(temperature).softmax(-1)

@@ -1,7 +1,8 @@
-"""From logits to tokens, row by row: every parameter acts on its own row, every row draws from its own generator.
+"""From logits to tokens: every parameter acts on its own row, every row draws from its own generator.
 
-A row's token is a function of its logits, its parameters and its earlier draws alone, never of its batch-mates. Draws
-come from the CPU, so that a seed means the same on every device.
+A row's token is a function of its logits, its parameters and its earlier draws alone, never of its batch-mates. The
+numbers that are drawn come from the CPU, so that a seed means the same on every device; what they choose is computed
+where the logits are, of all plain rows at once.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor
 
 from vllm_omni.errors import StageError
+from vllm_omni.layers.batched_draw import GREEDY, BatchedDraw, DrawSettings
 from vllm_omni.layers.native.vocabulary import find_largest
 from vllm_omni.params import SamplingParams, sample_seed
+from vllm_omni.utils.device import to_device
+
+NUMBERS_AT_ONCE = 32  # that a row draws from its generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +48,12 @@ class SamplingRow:
         stop_token_ids: Iterable[int],
         sample_index: int = 0,
     ) -> None:
-        self.temperature = 1.0 if params.temperature is None else params.temperature
-        self.top_k = params.top_k or 0
-        self.top_p = 1.0 if params.top_p is None else params.top_p
-        self.min_p = params.min_p or 0.0
+        self.settings = DrawSettings(
+            1.0 if params.temperature is None else params.temperature,
+            params.top_k or 0,
+            1.0 if params.top_p is None else params.top_p,
+            params.min_p or 0.0,
+        )
         self.repetition_penalty = 1.0 if params.repetition_penalty is None else params.repetition_penalty
         self.presence_penalty = params.presence_penalty or 0.0
         self.frequency_penalty = params.frequency_penalty or 0.0
@@ -55,7 +62,8 @@ class SamplingRow:
         self._bias = dict(params.logit_bias or {})
         self._stop_token_ids = sorted(set(stop_token_ids))
         shapes = self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
-        self._takes_largest = self.temperature == 0 and not shapes and self.num_logprobs is None
+        self._is_never_plain = bool(shapes or self.num_logprobs is not None)
+        self._counts_written = bool(shapes or self.min_tokens)
         self._written: Counter[int] = Counter()
         self._seen = set(prompt_token_ids) if self.repetition_penalty != 1.0 else set()
         self._generator = torch.Generator()
@@ -63,11 +71,29 @@ class SamplingRow:
             self._generator.seed()
         else:
             self._generator.manual_seed(sample_seed(params.seed, sample_index))
+        self._numbers: list[float] = []  # drawn, from the next one on
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the next token is the largest raw logit, and nothing else is asked for."""
-        return self._takes_largest and not self._bias and not self._suppresses_stops
+    def is_plain(self) -> bool:
+        """Whether the next token follows from its raw logits, the settings and a number, and nothing else is asked
+        for; once it does, all that follow do.
+        """
+        return not (self._is_never_plain or self._bias or self._suppresses_stops)
+
+    @property
+    def draws(self) -> bool:
+        """Whether its tokens need numbers."""
+        return self.settings.temperature > 0
+
+    def number(self, ahead: int = 0) -> float:
+        """In [0, 1): what the next token is drawn with, or that which comes so many tokens behind it; 0 where none is
+        needed.
+        """
+        if not self.draws:
+            return 0.0
+        while len(self._numbers) <= ahead:
+            self._numbers += torch.rand(NUMBERS_AT_ONCE, generator=self._generator, dtype=torch.float64).tolist()
+        return self._numbers[ahead]
 
     @property
     def _suppresses_stops(self) -> bool:
@@ -81,13 +107,17 @@ class SamplingRow:
             raise StageError(
                 "sampling: penalties, logit_bias and min_tokens leave no token with a finite logit; relax them"
             )
-        token = int(logits.argmax()) if self.temperature == 0 else self._draw(logits)
+        token = self._draw(logits) if self.draws else int(logits.argmax())
         return SampledToken(token, None if log_probabilities is None else self._best(log_probabilities, token))
 
     def record(self, token_id: int) -> None:
-        """Notes a token that it has sampled, for the penalties and `min_tokens`."""
-        self._written[token_id] += 1
-        self._seen.add(token_id)
+        """Notes a token that it has sampled: for the penalties and `min_tokens`, and its number is spent."""
+        if self._counts_written:
+            self._written[token_id] += 1
+            self._seen.add(token_id)
+        if self.draws:
+            self.number()
+            del self._numbers[0]
 
     def _shape(self, logits: Tensor) -> None:
         """Penalties, then biases, then what must not be written yet; all on raw logits."""
@@ -106,24 +136,8 @@ class SamplingRow:
             logits[torch.tensor(self._stop_token_ids, device=logits.device)] = -math.inf
 
     def _draw(self, logits: Tensor) -> int:
-        logits = logits.cpu()
-        tokens: Tensor | None = None
-        if self.top_k:  # what is not among them has no part in anything that follows
-            logits, tokens = logits.topk(min(self.top_k, len(logits)))
-        logits = logits.double()
-        probabilities = ((logits - logits.max()) / self.temperature).softmax(-1)
-        if self.top_p < 1:  # the fewest that reach top_p together; always the most likely one
-            if tokens is None:
-                probabilities, tokens = probabilities.sort(descending=True, stable=True)
-            before = probabilities.cumsum(0) - probabilities
-            probabilities[before >= self.top_p * probabilities.sum()] = 0
-        if self.min_p:
-            probabilities[probabilities < self.min_p * probabilities.max()] = 0
-        cumulated = probabilities.cumsum(0)
-        threshold = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulated[-1]
-        drawn = int(torch.searchsorted(cumulated, threshold, right=True))
-        drawn = min(drawn, int(probabilities.nonzero()[-1]))  # rounding may carry the threshold to the very end
-        return drawn if tokens is None else int(tokens[drawn])
+        number = torch.tensor([self.number()], dtype=torch.float64)
+        return int(BatchedDraw([self.settings], len(logits), logits.device).draw(logits[None], number))
 
     def _best(self, log_probabilities: Tensor, token: int) -> dict[int, float]:
         found = {token: float(log_probabilities[token])}
@@ -133,34 +147,55 @@ class SamplingRow:
         return found
 
 
+class Sampler:
+    """Chooses the tokens of plain rows where their logits are. Keeps the settings there while the rows stay the same:
+    those of a step are mostly those of the step before.
+    """
+
+    def __init__(self) -> None:
+        self._settings: list[DrawSettings] = []
+        self._draw: BatchedDraw | None = None
+
+    def choose(
+        self, logits: Tensor, chosen: Tensor, rows: Sequence[SamplingRow], places: Sequence[int], tokens_ahead: int = 0
+    ) -> None:
+        """logits: [R, V]. chosen: [R] int64, of each the largest one, or -1 of one that is not finite; the tokens of
+        plain rows that draw are written over it. rows, places: of each its row, and which it is of the tokens that the
+        row is to sample. tokens_ahead: how many tokens of each row are on their way before these.
+        """
+        settings = [row.settings if row.is_plain else GREEDY for row in rows]
+        if self._draw is None or settings != self._settings:
+            self._draw, self._settings = BatchedDraw(settings, logits.shape[-1], logits.device), settings
+        if not self._draw.draws:
+            return
+        numbers = [row.number(place + tokens_ahead) for row, place in zip(rows, places, strict=True)]
+        drawn = self._draw.draw(logits, to_device(numbers, torch.float64, logits.device), chosen)
+        torch.where(chosen < 0, chosen, drawn, out=chosen)
+
+
 def sample(
-    logits: Tensor | Mapping[int, Tensor],
+    logits: Tensor | Mapping[int, Tensor] | None,
     rows: Sequence[SamplingRow],
-    drafts: Sequence[Sequence[int]] | None = None,
-    greedy: Sequence[int] | None = None,
+    drafts: Sequence[Sequence[int]],
+    chosen: Sequence[int],
 ) -> list[list[SampledToken | StageError]]:
     """For each row its tokens: one, and where it has a draft one more behind each token of that which it has sampled,
     too. A row that cannot be sampled ends with its own error, and gives no other's.
 
-    logits: [R, V], of each row and then of each token of its draft; only those that `greedy` does not answer for need
-    be there. greedy: of each of the R its largest, as `largest` says. So a row has the same tokens, and draws as often,
-    as if each of them had been sampled in a step of its own.
+    logits: [R, V], of each row and then of each token of its draft; only those of rows that are not plain need be
+    there. drafts: of each row; none: nobody has one. chosen: [R], what a Sampler has chosen of them. So a row has the
+    same tokens, and draws as often, as if each of them had been sampled in a step of its own.
     """
-    if greedy is None:
-        assert isinstance(logits, Tensor)
-        greedy = largest(logits)
+    if not any(drafts):
+        return [[_sample_one(logits, place, token, rows[place])] for place, token in enumerate(chosen)]
     sampled: list[list[SampledToken | StageError]] = []
     first = 0
-    for index, row in enumerate(rows):
-        draft = drafts[index] if drafts else ()
+    for row, draft in zip(rows, drafts, strict=True):
         tokens: list[SampledToken | StageError] = []
         for place, expected in enumerate((*draft, None), first):
-            token = _sample_one(logits, place, greedy[place], row)
+            token = _sample_one(logits, place, chosen[place], row)
             tokens.append(token)
-            if isinstance(token, StageError):
-                break
-            row.record(token.token_id)
-            if token.token_id != expected:
+            if isinstance(token, StageError) or token.token_id != expected:
                 break
         sampled.append(tokens)
         first += len(draft) + 1
@@ -168,22 +203,23 @@ def sample(
 
 
 def _sample_one(
-    logits: Tensor | Mapping[int, Tensor], place: int, greedy: int, row: SamplingRow
+    logits: Tensor | Mapping[int, Tensor] | None, place: int, chosen: int, row: SamplingRow
 ) -> SampledToken | StageError:
-    if greedy < 0:
+    """The next token of a row, recorded."""
+    if chosen < 0:
         return StageError("logits: got NaN or infinity, expected finite numbers; try dtype float32")
-    if row.is_plain_greedy:
-        return SampledToken(greedy)
-    try:
-        return row.sample(logits[place].to(torch.float32, copy=True))
-    except StageError as error:
-        return error
+    token = SampledToken(chosen)
+    if not row.is_plain:
+        assert logits is not None
+        try:
+            token = row.sample(logits[place].to(torch.float32, copy=True))
+        except StageError as error:
+            return error
+    row.record(token.token_id)
+    return token
 
 
-def largest(logits: Tensor) -> list[int]:
-    """logits: [R, V] -> the first of the largest of each row, or -1 for a row that is not all finite."""
+def largest(logits: Tensor) -> Tensor:
+    """logits: [R, V] -> [R] int64: the first of the largest of each row, or -1 for a row that is not all finite."""
     found = find_largest(logits)
-    if found is not None:
-        return found
-    is_finite = logits.isfinite().all(-1)
-    return torch.where(is_finite, logits.argmax(-1), -1).tolist()
+    return logits.argmax(-1).masked_fill_(~logits.isfinite().all(-1), -1) if found is None else found

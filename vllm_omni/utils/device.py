@@ -6,10 +6,10 @@ import mmap
 import os
 import platform
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -119,6 +119,18 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 def host_buffer(*shape: int, device: torch.device) -> Tensor:
     """Zeros [*shape] int64 in the host's memory, from where `device` can copy without waiting."""
     return torch.zeros(*shape, dtype=torch.int64, pin_memory=is_cuda(device))
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor there; waits for nothing that is computed there."""
+    return torch.tensor(values, dtype=dtype, pin_memory=is_cuda(device)).to(device, non_blocking=True)
+
+
+def numbers_at_once(device: torch.device) -> int:
+    """How many of float32 to compute with between two looks at memory: on a CPU what its caches hold, elsewhere what
+    there is always room for.
+    """
+    return 2**18 if is_cpu(device) else 2**26
 
 
 class CopyFence:

@@ -39,6 +39,13 @@ PARAMS = [
     SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=7, ignore_eos=True, logprobs=2),
     SamplingParams(temperature=0, max_tokens=5, n=1, ignore_eos=True),
 ]
+DRAWS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.9, "top_k": 12, "top_p": 0.9},
+    {"temperature": 1.2, "min_tokens": 4, "min_p": 0.02},
+    {"temperature": 1.0, "presence_penalty": 0.5},
+]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +115,17 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Begun:
 def test_steps_are_begun_before_the_tokens_of_the_last_are_read(
     folder: Path, graphs: CalledGraphs, begun: Begun
 ) -> None:
-    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (9, 30, 2, 17)]
+    """Of rows that draw as well: what with is known."""
+    draws: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.8, "seed": 4},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "seed": 1},
+        {"temperature": 1.0, "top_p": 0.7, "min_p": 0.01, "seed": 2},
+    ]
+    params = [
+        SamplingParams(max_tokens=count, ignore_eos=True, **draw)
+        for count, draw in zip((9, 30, 2, 17), draws, strict=True)
+    ]
     tasks = [make_task(prompt, each, f"r{i}") for i, (prompt, each) in enumerate(zip(PROMPTS, params, strict=True))]
     engine = make_engine(folder, max_num_seqs=4, attention="capturable")
     events = run(engine, *tasks)
@@ -125,7 +142,7 @@ def test_steps_are_begun_before_the_tokens_of_the_last_are_read(
 def test_whatever_comes_between_a_step_and_the_next_changes_no_token(
     folder: Path, graphs: CalledGraphs, data: st.DataObject
 ) -> None:
-    """Arrivals, aborts, pauses, a pool that is too small for all, and rows that draw."""
+    """Arrivals, aborts, pauses, a pool that is too small for all, and rows that draw, on the device or on the host."""
     engine = make_engine(
         folder, max_num_seqs=3, attention="capturable", num_blocks=data.draw(st.sampled_from([14, 40]))
     )
@@ -135,8 +152,9 @@ def test_whatever_comes_between_a_step_and_the_next_changes_no_token(
     for turn in range(data.draw(st.integers(5, 25))):
         action = data.draw(st.sampled_from(["step", "step", "step", "add", "abort", "pause", "resume"]))
         if action == "add" or turn == 0:
-            temperature = data.draw(st.sampled_from([0.0, 0.0, 0.0, 1.0]))
-            params = SamplingParams(temperature=temperature, seed=turn, max_tokens=data.draw(st.integers(1, 12)))
+            draw = data.draw(st.sampled_from(DRAWS))
+            least = draw.get("min_tokens", 1)
+            params = SamplingParams(seed=turn, max_tokens=data.draw(st.integers(least, 12)), **draw)
             task = alive[f"r{turn}"] = make_task(data.draw(st.sampled_from(PROMPTS)), params, f"r{turn}")
             submit(engine, task)
         elif action == "step":

@@ -23,10 +23,10 @@ from vllm_omni.errors import StageError
 from vllm_omni.layers.attention.flash import FlashAttention, FlashPart
 from vllm_omni.layers.attention.triton import TritonAttention
 from vllm_omni.layers.native.experts import NativeExperts
-from vllm_omni.layers.sampler import SampledToken, SamplingRow
+from vllm_omni.layers.sampler import SampledToken, Sampler, SamplingRow
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.params import SamplingParams
-from vllm_omni.worker.ar import decode_graphs
+from vllm_omni.worker.ar import step_logits
 from vllm_omni.worker.ar.bucket_graphs import bucket_sizes
 from vllm_omni.worker.ar.decode_graphs import capture_complaint
 from vllm_omni.worker.ar.language_model import LanguageModel, LanguageModelFolder
@@ -97,7 +97,7 @@ def test_a_step_stands_wholly_on_its_device_and_asks_it_for_no_number(
 ) -> None:
     """The device without memory refuses tensors of the CPU, and has no numbers to give: as a GPU, which would wait."""
     nowhere = torch.device("meta")
-    monkeypatch.setattr(decode_graphs, "Readout", list)  # which alone brings numbers to the host
+    monkeypatch.setattr(step_logits, "Readout", list)  # which alone brings numbers to the host
     folder = LanguageModelFolder.open(save_random_model(LlamaForCausalLM, LlamaConfig(**TINY), tmp_path))
     with nowhere:
         model = folder.model_class(folder.config)
@@ -118,8 +118,9 @@ def test_a_step_stands_wholly_on_its_device_and_asks_it_for_no_number(
         )
     if attention.is_capturable:
         chunks = [Chunk(first, 4, 5, True), Chunk(second, 0, 1, True)]
-        runner.run(chunks)
-        runner.run_ahead(chunks, [True, False])
+        rows, sampler = [sampling_row(temperature=0.9, top_p=0.5), sampling_row(temperature=1.0, top_k=5)], Sampler()
+        runner.run(chunks).choose(sampler, rows)
+        runner.run_ahead(chunks, [True, False], lambda step: step.choose(sampler, rows, tokens_ahead=1).chosen)
         assert runner.run([Chunk(first, 5, 6, True)]).logits is None  # it was begun
 
 
@@ -195,9 +196,9 @@ def test_rows_that_do_not_sample_give_no_logits(model: LanguageModel) -> None:
     everyone = runner.run([Chunk(sequence, 0, 1, True) for sequence in sequences]).logits.clone()
     some = runner.run([Chunk(sequence, 0, 1, sequence is not sequences[1]) for sequence in sequences])
     torch.testing.assert_close(some.logits, everyone[[0, 2]], rtol=0, atol=0)
-    assert some.greedy is not None and some.greedy.tolist() == everyone[[0, 2]].argmax(-1).tolist()
+    assert some.largest is not None and some.largest.tolist() == everyone[[0, 2]].argmax(-1).tolist()
     nobody = runner.run([Chunk(sequence, 0, 1, False) for sequence in sequences])
-    assert nobody.logits.shape == (0, 320) and nobody.sample([]) == []
+    assert nobody.logits.shape == (0, 320) and nobody.choose(Sampler(), []).sample() == []
     assert graphs.num_replayed == 3
 
 
@@ -208,19 +209,19 @@ def sampling_row(**params: Any) -> SamplingRow:
 def test_greedy_tokens_come_from_the_step_and_all_others_from_the_logits() -> None:
     logits = torch.randn(4, 50)
     rows = [sampling_row(), sampling_row(temperature=1.0, seed=5), sampling_row(logit_bias={7: 100.0}), sampling_row()]
-    chosen = StepLogits(logits, torch.tensor([11, 12, 13, 14])).sample(rows)
+    chosen = StepLogits(logits, torch.tensor([11, 12, 13, 14])).choose(Sampler(), rows).sample()
     rows[1] = sampling_row(temperature=1.0, seed=5)
-    plain = StepLogits(logits).sample(rows)
+    plain = StepLogits(logits).choose(Sampler(), rows).sample()
     assert chosen == [[SampledToken(11)], plain[1], [SampledToken(7)], [SampledToken(14)]]
 
 
 def test_what_a_step_has_chosen_counts_for_drafts_too() -> None:
     logits = torch.randn(7, 50)
     drafts = [(12, 30), (), (9, 9)]
-    draws = StepLogits(logits[[4]]).sample([sampling_row(temperature=1.0, seed=5)])[0]
+    draws = StepLogits(logits[[4]]).choose(Sampler(), [sampling_row(temperature=1.0, seed=5)]).sample()[0]
     rows = [sampling_row(), sampling_row(logit_bias={7: 100.0}), sampling_row(temperature=1.0, seed=5)]
     greedy = torch.tensor([12, 31, 1, 2, 3, 4, 5])
-    chosen = StepLogits(logits, greedy).sample(rows, drafts)
+    chosen = StepLogits(logits, greedy).choose(Sampler(), rows, drafts).sample()
     assert chosen == [[SampledToken(12), SampledToken(31)], [SampledToken(7)], draws]
 
 
@@ -228,7 +229,9 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
     logits = torch.randn(3, 50)
     logits[1, 4] = float("nan")
     greedy = torch.tensor([3, -1, 5])
-    (first,), (second,), (third,) = StepLogits(logits, greedy).sample([sampling_row() for _ in range(3)])
+    (first,), (second,), (third,) = (
+        StepLogits(logits, greedy).choose(Sampler(), [sampling_row() for _ in range(3)]).sample()
+    )
     assert (first, third) == (SampledToken(3), SampledToken(5))
     assert isinstance(second, StageError) and "NaN or infinity" in str(second)
 
@@ -240,8 +243,8 @@ def test_what_is_not_finite_is_marked_within_the_step(model: LanguageModel) -> N
     try:
         weights[9] = float("inf")
         step = runner.run([Chunk(make_sequence(0, [9]), 0, 1, True), Chunk(make_sequence(1, [8]), 0, 1, True)])
-        assert step.greedy is not None
-        assert [token < 0 for token in step.greedy.tolist()] == [True, False]
+        assert step.largest is not None
+        assert [token < 0 for token in step.largest.tolist()] == [True, False]
     finally:
         weights[9] = before
 

@@ -25,7 +25,7 @@ from vllm_omni.engine.lora import AdapterDesk, loras_of
 from vllm_omni.engine.shared_model import SharedModel
 from vllm_omni.errors import StageError
 from vllm_omni.layers.lora import AdapterMix
-from vllm_omni.layers.sampler import SampledToken, SamplingRow
+from vllm_omni.layers.sampler import SampledToken, Sampler, SamplingRow
 from vllm_omni.layers.shard import WHOLE
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask, StageWorked
@@ -74,6 +74,7 @@ class AREngine(StageEngine):
             **self._runner.kernels,
             "steps": "captured" if spec.captures_steps else "launched",
         }
+        self._sampler = Sampler()
         self._stage = spec.make_stage(context, self._runner)
         self._jobs: dict[str, ARJob] = {}
         self._preparing: dict[str, Preparing] = {}
@@ -272,8 +273,9 @@ class AREngine(StageEngine):
         step = self._runner.run(chunks, inputs, adapters)
         writing = [chunk for chunk in chunks if chunk.samples]
         rows = [self._jobs[chunk.sequence.request_id].row_of(chunk.sequence) for chunk in writing]
+        choice = step.choose(self._sampler, rows, [chunk.draft for chunk in writing])
         self._go_ahead(chunks, rows)
-        tokens = step.sample(rows, [chunk.draft for chunk in writing])
+        tokens = choice.sample()
         if self._stage.completes_tokens and step.states is not None:
             self._complete(writing, tokens, step.states)
         self._scheduler.learn(chunks, time.perf_counter() - began_s)
@@ -294,13 +296,15 @@ class AREngine(StageEngine):
 
     def _go_ahead(self, chunks: list[Chunk], rows: list[SamplingRow]) -> None:
         """Begins the next step already, where it is known without the tokens of this one."""
-        if not self._runner.can_run_ahead or len(rows) < len(chunks) or not all(row.is_plain_greedy for row in rows):
+        if not self._runner.can_run_ahead or len(rows) < len(chunks) or not all(row.is_plain for row in rows):
             return
         if any(chunk.num_tokens > 1 for chunk in chunks):
             return
         goes_on = self._scheduler.grow_ahead(chunks)
         if goes_on:
-            self._runner.run_ahead(chunks, goes_on)
+            self._runner.run_ahead(
+                chunks, goes_on, lambda step: step.choose(self._sampler, rows, tokens_ahead=1).chosen
+            )
 
     def _postprocess(self, chunk: Chunk, tokens: Many[SampledToken | StageError | None]) -> list[StageEvent]:
         """tokens: the sampled ones, or one that is None."""

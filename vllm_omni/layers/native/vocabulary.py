@@ -9,9 +9,9 @@ from vllm_omni.layers.native.library import kernels, pointer, threads_for
 from vllm_omni.utils.device import is_cpu
 
 
-def find_largest(logits: Tensor) -> list[int] | None:
-    """logits: [R, V] -> the first of the largest of each row, -1 for a row that is not all finite; None where there is
-    no kernel for them.
+def find_largest(logits: Tensor) -> Tensor | None:
+    """logits: [R, V] -> [R] int64: the first of the largest of each row, -1 for a row that is not all finite; None
+    where there is no kernel for them.
     """
     functions = kernels(logits.dtype)
     if functions is None or not is_cpu(logits.device):
@@ -19,4 +19,4 @@ def find_largest(logits: Tensor) -> list[int] | None:
     logits = logits.contiguous()
     found = torch.empty(len(logits), dtype=torch.int64)
     functions.find_largest(pointer(logits), *logits.shape, pointer(found), threads_for(logits.numel()))
-    return found.tolist()
+    return found

@@ -7,7 +7,7 @@ tokens that are either computed again to the same numbers, or of blocks that are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -45,21 +45,20 @@ class DecodeAhead:
         rows = None if begun is None else self._rows_of(begun, chunks)
         if begun is not None and rows is not None:
             self._last_rows = rows
-            return StepLogits(None, begun.tokens.of_rows(rows))
+            return StepLogits(None, chosen=begun.tokens.of_rows(rows))
         step = self._graphs.run(self._batch.fill(chunks, inputs))
         can_follow = not inputs and all(chunk.samples and not chunk.draft for chunk in chunks)
         self._last_rows = list(range(len(chunks))) if can_follow else None
         return step
 
-    def begin(self, chunks: Many[Chunk], goes_on: Many[bool]) -> None:
-        """The step after that of these chunks, which ran last and whose tokens are the largest logits. goes_on: which
-        of them have a token more, the block of it taken.
+    def begin(self, chunks: Many[Chunk], goes_on: Many[bool], choose: Callable[[StepLogits], ChosenTokens]) -> None:
+        """The step after that of these chunks, which ran last and whose tokens are chosen on the device. goes_on: which
+        of them have a token more, the block of it taken. choose: begins to choose the tokens of the new step.
         """
         if self._last_rows is None:
             return
         batch = self._batch.fill_next(chunks, goes_on, self._last_rows, self._graphs.chosen)
-        tokens = self._graphs.run(batch).greedy
-        assert tokens is not None
+        tokens = choose(self._graphs.run(batch))
         rows = {
             chunk.sequence.sequence_id: (row, chunk.end, chunk.sequence.block_table)
             for row, (chunk, does) in enumerate(zip(chunks, goes_on, strict=True))

@@ -13,11 +13,12 @@ from functools import partial
 import torch
 
 from vllm_omni.layers.attention.base import PagedAttention
-from vllm_omni.utils.device import Readout, StepGraphs, is_cuda
+from vllm_omni.layers.sampler import largest
+from vllm_omni.utils.device import StepGraphs, is_cuda
 from vllm_omni.worker.ar.batch import DecodeBatch, StepBatch
 from vllm_omni.worker.ar.bucket_graphs import BucketGraphs
 from vllm_omni.worker.ar.language_model import LanguageModelFolder
-from vllm_omni.worker.ar.step_logits import ChosenTokens, StepLogits
+from vllm_omni.worker.ar.step_logits import StepLogits
 
 
 class DecodeGraphs:
@@ -39,7 +40,8 @@ class DecodeGraphs:
         the states [N, D] are wanted, too, their D.
         """
         self._logits = torch.empty(sizes[-1], vocab_size, device=device, dtype=dtype)
-        self.chosen = torch.zeros(sizes[-1], device=device, dtype=torch.int64)  # of the last step, by its rows
+        # by the last step, by its rows: largest logits, and what was drawn
+        self.chosen = torch.zeros(sizes[-1], device=device, dtype=torch.int64)
         self._states = None
         if state_size is not None:
             self._states = torch.empty(sizes[-1], state_size, device=device, dtype=dtype)
@@ -51,7 +53,7 @@ class DecodeGraphs:
         self._graphs.replay(len(batch.token_ids))
         rows = slice(len(batch.sampling_rows)) if batch.samples_first_rows else batch.sampling_rows
         states = None if self._states is None else self._states[rows]
-        return StepLogits(self._logits[rows], ChosenTokens(Readout(self.chosen[rows])), states)
+        return StepLogits(self._logits[rows], self.chosen[rows], states=states)
 
     def _step(self, compute: Callable[[StepBatch], StepLogits], batch: StepBatch) -> None:
         """Everything that is captured."""
@@ -60,9 +62,8 @@ class DecodeGraphs:
         assert logits is not None
         if self._states is not None and states is not None:
             self._states[: len(states)].copy_(states)
-        is_sound = logits.isfinite().all(-1)
         self._logits[: len(logits)].copy_(logits)
-        self.chosen[: len(logits)].copy_(logits.argmax(-1).masked_fill_(~is_sound, -1))
+        self.chosen[: len(logits)].copy_(largest(logits))
 
 
 def capture_complaint(

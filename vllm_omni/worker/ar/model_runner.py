@@ -4,7 +4,7 @@ tapped hidden states. Knows no queue and no sampling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
@@ -28,7 +28,7 @@ from vllm_omni.worker.ar.decode_graphs import DecodeGraphs
 from vllm_omni.worker.ar.kv_pool import KVLayout, KVPool
 from vllm_omni.worker.ar.language_model import LanguageModel, MediaReader
 from vllm_omni.worker.ar.media_prompt import MediaItem
-from vllm_omni.worker.ar.step_logits import StepLogits
+from vllm_omni.worker.ar.step_logits import ChosenTokens, StepLogits
 
 if TYPE_CHECKING:
     from vllm_omni.worker.parallel.decoder import DecoderLead
@@ -156,12 +156,12 @@ class ModelRunner:
         return self._ahead is not None and not self._model.joins_rows
 
     @torch.inference_mode()
-    def run_ahead(self, chunks: Many[Chunk], goes_on: Many[bool]) -> None:
-        """Begins the step after that of these chunks, which has just been run and is not read yet: each writes its
-        largest logit, and those that go on have the block of one token more.
+    def run_ahead(self, chunks: Many[Chunk], goes_on: Many[bool], choose: Callable[[StepLogits], ChosenTokens]) -> None:
+        """Begins the step after that of these chunks, which has just been run, its tokens chosen and not read yet;
+        those that go on have the block of one token more. choose: begins to choose the tokens of the new step.
         """
         assert self._ahead is not None
-        self._ahead.begin(chunks, goes_on)
+        self._ahead.begin(chunks, goes_on, choose)
 
     @torch.inference_mode()
     def encode(self, item: MediaItem) -> Tensor:

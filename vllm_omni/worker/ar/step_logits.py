@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from vllm_omni.errors import StageError
-from vllm_omni.layers.sampler import SampledToken, SamplingRow, sample
+from vllm_omni.layers.sampler import SampledToken, Sampler, SamplingRow, largest, sample
 from vllm_omni.utils.device import Readout
 
 
 @dataclass(frozen=True, slots=True)
 class ChosenTokens:
-    """The token of the largest logit of each row that samples; -1 where a row is not finite."""
+    """The tokens of the rows that sample, on their way from the device; -1 where a row is not finite."""
 
     readout: Readout
     rows: Sequence[int] | None = None  # which of those that are read; None: all
@@ -34,30 +34,60 @@ class ChosenTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class StepLogits:
-    """Logits, good until the next step, and where the step has chosen already, the greedy tokens."""
+class Choice:
+    """Tokens of a step that are chosen where they can be, and not looked at yet."""
 
-    logits: Tensor | None  # [R, V], the model's dtype; None where all rows are known to be greedy
-    greedy: ChosenTokens | None = None
+    chosen: ChosenTokens
+    rows: Sequence[SamplingRow]
+    drafts: Sequence[Sequence[int]]
+    logits: Tensor | None  # as of StepLogits
+
+    def sample(self) -> list[list[SampledToken | StageError]]:
+        """As `layers.sampler.sample`; tokens come from the device in one transfer, and in another the logits of rows
+        that are not plain.
+        """
+        places, start = list[int](), 0
+        for index, row in enumerate(self.rows):
+            stop = start + 1 + (len(self.drafts[index]) if self.drafts else 0)
+            if not row.is_plain:
+                places += range(start, stop)
+            start = stop
+        logits = {}
+        if places:
+            assert self.logits is not None
+            logits = dict(zip(places, self.logits[places].cpu(), strict=True))
+        return sample(logits, self.rows, self.drafts, self.chosen.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """Logits, good until the next step, and what the step has found in them already."""
+
+    logits: Tensor | None  # [R, V], the model's dtype; None where all tokens are chosen
+    largest: Tensor | None = None  # [R] int64, as `layers.sampler.largest`; what is drawn is written over it
+    chosen: ChosenTokens | None = None
     states: Tensor | None = None  # [R, D], what the logits were made of; None of a captured step that keeps none
 
-    def sample(
-        self, rows: Sequence[SamplingRow], drafts: Sequence[Sequence[int]] | None = None
-    ) -> list[list[SampledToken | StageError]]:
-        """As `layers.sampler.sample`; what the step has chosen comes from the device in one transfer."""
-        if self.greedy is None:
-            assert self.logits is not None
-            return sample(self.logits, rows, drafts)
-        lengths = [1 + len(draft) for draft in drafts] if drafts else [1] * len(rows)
-        starts = [0, *accumulate(lengths)]
-        left = [
-            place
-            for row, start, stop in zip(rows, starts, starts[1:], strict=False)
-            if not row.is_plain_greedy
-            for place in range(start, stop)
-        ]
-        logits = {}
-        if left:
-            assert self.logits is not None
-            logits = dict(zip(left, self.logits[left].cpu(), strict=True))  # where they are drawn anyway
-        return sample(logits, rows, drafts, self.greedy.tolist())
+    @torch.inference_mode()
+    def choose(
+        self,
+        sampler: Sampler,
+        rows: Sequence[SamplingRow],
+        drafts: Sequence[Sequence[int]] = (),
+        *,
+        tokens_ahead: int = 0,
+    ) -> Choice:
+        """Begins to choose the tokens of these rows, where the logits are. tokens_ahead: how many tokens of each row
+        are on their way and not recorded.
+        """
+        if self.chosen is not None:
+            return Choice(self.chosen, rows, drafts, None)
+        assert self.logits is not None
+        places: Sequence[int] = [0] * len(rows)
+        spread = rows
+        if any(drafts):
+            places = [place for draft in drafts for place in range(1 + len(draft))]
+            spread = [row for row, draft in zip(rows, drafts, strict=True) for _ in range(1 + len(draft))]
+        tokens = largest(self.logits) if self.largest is None else self.largest
+        sampler.choose(self.logits, tokens, spread, places, tokens_ahead)
+        return Choice(ChosenTokens(Readout(tokens)), rows, drafts, self.logits)
