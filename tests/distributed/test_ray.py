@@ -42,7 +42,6 @@ HOP_PLACES = {
 }
 
 
-
 @pytest.fixture(scope="module")
 def cluster(ray_settings: None) -> Iterator[Cluster]:
     """Three nodes: one that nothing is to happen to, and two `workers`."""

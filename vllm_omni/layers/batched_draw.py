@@ -105,7 +105,7 @@ class _DrawnAmongAll(_Group):
             if self.cuts_mass:
                 least = torch.maximum(least, least_of_mass(probabilities, self.top_p[part]))
             probabilities.masked_fill_(probabilities < least, 0)
-        cumulated = _Cumulated(probabilities)
+        cumulated = Cumulated(probabilities)
         return cumulated.find(uniforms[:, None] * cumulated.total)
 
 
@@ -128,10 +128,10 @@ class _DrawnByRank(_Group):
         rank = torch.searchsorted(cumulated, threshold, right=True).clamp_max_(self._most - 1)
         value = values.gather(1, rank)
         num_before = ((values == value) & (ranks < rank)).sum(-1, keepdim=True)  # equal ones of a lower rank
-        return _Cumulated(logits == value).find(num_before.double())
+        return Cumulated(logits == value).find(num_before.double())
 
 
-class _Cumulated:
+class Cumulated:
     """Sums of numbers that are not negative, from the left on; of long rows in two steps. weights: [B, V]."""
 
     def __init__(self, weights: Tensor) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vllm_omni.layers.batched_draw import DrawSettings
+from vllm_omni.layers.batched_draw import MOST, Cumulated, DrawSettings, least_of_mass
 
 NUM_SETTINGS = 4
 
@@ -43,20 +43,10 @@ class TableDraw:
             scores = scores.masked_fill(scores < least, -torch.inf)
         probabilities = scores.softmax(-1)
         if self._cuts_mass:
-            probabilities = probabilities.masked_fill(probabilities < self._least_of_mass(probabilities), 0)
-        cumulated = probabilities.double().cumsum(-1)
-        total = cumulated[:, -1:]
-        # rounding may carry the product to the very end, behind the last token that can be drawn
-        threshold = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        drawn = torch.searchsorted(cumulated, threshold, right=True).squeeze(1)
+            probabilities = probabilities.masked_fill(probabilities < least_of_mass(probabilities, self._top_p), 0)
+        cumulated = Cumulated(probabilities)
+        drawn = cumulated.find(uniforms[:, None].clamp_max(MOST) * cumulated.total)
         return torch.where(self._is_greedy, logits.argmax(-1), drawn) if self._has_greedy else drawn
-
-    def _least_of_mass(self, probabilities: Tensor) -> Tensor:
-        """[B, 1]: the smallest of the fewest probabilities that reach top_p together."""
-        ordered = probabilities.sort(descending=True).values
-        is_kept = ordered.cumsum(-1) - ordered < self._top_p
-        least = ordered.masked_fill(~is_kept, torch.inf).amin(-1, keepdim=True)
-        return least.masked_fill(self._top_p >= 1, 0)
 
 
 def settings_table(rows: Sequence[DrawSettings], vocab_size: int) -> npt.NDArray[np.float64]:
