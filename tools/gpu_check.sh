@@ -79,8 +79,8 @@ trap 'rm -rf "$work"' EXIT
 cd "$root"
 status=0
 
-tests=(tests/layers tests/worker/ar tests/entrypoints/test_cuda_pipelines.py tests/models/qwen3_tts/test_captured_talker_cuda.py)
-tests+=(tests/executor/process/test_device_tensors_cuda.py)
+tests=(tests/layers tests/worker/ar tests/entrypoints/test_cuda_pipelines.py)
+tests+=(tests/models/qwen3_tts/test_captured_talker_cuda.py tests/executor/process/test_device_tensors_cuda.py)
 options=(-m cuda --device "$device" "--junitxml=$work/tests.xml" -p no:cacheprovider)
 [[ $device == cuda ]] || options+=(-k "sdpa or words or test_audio or wait")
 timeout --kill-after=10 "$TEST_SECONDS" "$python" -m pytest "${options[@]}" "${tests[@]}" || status=1
