@@ -79,7 +79,8 @@ trap 'rm -rf "$work"' EXIT
 cd "$root"
 status=0
 
-tests=(tests/layers tests/worker/ar tests/worker/diffusion tests/engine/ar/test_ar_graphs_cuda.py tests/entrypoints/test_cuda_pipelines.py)
+tests=(tests/layers tests/worker tests/engine/ar/test_ar_graphs_cuda.py tests/entrypoints/test_cuda_pipelines.py)
+tests+=(tests/models/qwen3_tts/test_captured_talker_cuda.py tests/executor/process/test_device_tensors_cuda.py)
 options=(-m cuda --device "$device" "--junitxml=$work/tests.xml" -p no:cacheprovider)
 [[ $device == cuda ]] || options+=(-k "sdpa or words or test_audio or wait")
 # several processes where pytest-xdist is: each waits for kernels that are compiled on one core

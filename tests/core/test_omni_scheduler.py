@@ -5,6 +5,7 @@ import gc
 import weakref
 
 import pytest
+import torch
 from support.scheduler import (
     cached_plan,
     diamond,
@@ -39,6 +40,7 @@ from vllm_omni.messages import StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import RequestStatus, create_text_request
+from vllm_omni.utils.device_memory import HANDLE_BYTES, DeviceHandle, FarTensor
 
 # Alone, without stages
 
@@ -355,6 +357,21 @@ def test_a_cached_payload_bears_the_id_of_the_request_that_gets_it() -> None:
         machine.schedule(request(name), plan)
         run_to_end(machine)
     assert [end.payloads["a"].request_id for end in machine.take_ends()] == ["first", "second"]
+
+
+def test_a_payload_that_was_lost_with_its_process_is_made_anew() -> None:
+    gone = False
+    handle = DeviceHandle("gpu", bytes(HANDLE_BYTES), 64, 0)
+    far = FarTensor.of(handle, [2], torch.float32, lambda: gone)
+    machine = scheduler()
+    machine.schedule(request("first"), cached_plan("k"))
+    machine.tick(0.0)
+    machine.stage_done("first", "a", StagePayload("first", "a", {"out": far}), {}, 0.0)
+    machine.schedule(request("second"), cached_plan("k"))
+    assert stages_of(machine.tick(0.0)) == ["b", "b"]
+    gone = True
+    machine.schedule(request("third"), cached_plan("k"))
+    assert stages_of(machine.tick(0.0)) == ["a"]
 
 
 def test_another_key_or_a_failed_stage_is_no_hit() -> None:

@@ -67,10 +67,10 @@ class StageBuilder:
             context.device,
             context.dtype,
             self._threads(context.device),
-            self.ports_on_device(name, context.device),
+            self._ports_on_device(name, context.device),
         )
 
-    def ports_on_device(self, name: str, device: Device) -> frozenset[str]:
+    def _ports_on_device(self, name: str, device: Device) -> frozenset[str]:
         """The output ports of a stage whose tensors nobody reads but other processes on this CUDA device."""
         graph = self._pipeline.graph
         if not is_cuda(device) or name in graph.result_stages:

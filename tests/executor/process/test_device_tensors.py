@@ -206,7 +206,7 @@ def test_only_what_processes_on_the_same_gpu_read_whole_stays_there() -> None:
         config = load_config(hop_config("process", through_host=through_host), [f"sink.executor={executor}"])
         builder = StageBuilder(Pipeline(config), Background(), Commons())
         builder.devices = {"source": devices[:1], "sink": devices[1:]}
-        return builder.ports_on_device("source", devices[0])
+        return builder.blueprint("source").stays_on_device
 
     assert staying(first, torch.device("cuda:0")) == {"bytes"}
     assert not staying(first, second)
