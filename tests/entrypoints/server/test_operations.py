@@ -60,26 +60,23 @@ def test_a_request_is_found_by_the_id_of_its_call_of_its_answer_or_its_own(serve
     def find(name: str, rest: str = "") -> httpx.Response:
         return server.get(f"/v1/requests/{name}{rest}")
 
-    with open_stream(**{"x-request-id": "job:mine-1.a_"}) as first, open_stream() as made:
+    mine = "job:mine-1.a_"
+    with open_stream(**{"x-request-id": mine}) as first, open_stream(**{"x-request-id": mine}):
+        clashes = [find(mine), httpx.delete(f"{server.address}/v1/requests/{mine}")]
+        assert first.headers["x-request-id"] == mine
+    for clash in clashes:
+        assert clash.status_code == 409 and clash.json()["error"]["code"] == "ambiguous_id"
+    ids = clashes[0].json()["error"]["message"].rpartition(": ")[2].split(", ")
+    server.wait_until_idle()
+    ended = find(mine).json()
+    assert len(ids) == 2 and ended["id"] in ids and ended["x_request_id"] == mine
+    assert [find(each).json()["id"] for each in ids] == ids and find(mine, "/timeline").status_code == 200
+
+    with open_stream() as made:
         answer = json.loads(next(made.iter_lines()).removeprefix("data: "))["id"]
-        own = find("job:mine-1.a_").json()["id"]
-        assert find(own).json()["x_request_id"] == first.headers["x-request-id"] == "job:mine-1.a_"
-        assert find(made.headers["x-request-id"]).json()["id"] == find(answer).json()["id"] != own
-        assert find("job:mine-1.a_", "/timeline").status_code == 200
-        with open_stream(**{"x-request-id": "job:mine-1.a_"}):  # the same again, while the first one runs
-            clash = find("job:mine-1.a_")
-            assert clash.status_code == 409 and clash.json()["error"]["code"] == "ambiguous_id"
-            assert own in clash.json()["error"]["message"] and find(own).status_code == 200
-            refused = httpx.delete(f"{server.address}/v1/requests/job:mine-1.a_")
-            assert refused.status_code == 409 and find(own).json()["status"] == "running", "neither is cancelled"
-        while find("job:mine-1.a_").status_code == 409:  # until the second one is gone
-            time.sleep(0.005)
-        gone = httpx.delete(f"{server.address}/v1/requests/job:mine-1.a_").json()
-        assert gone == {"id": own, "object": "request.cancelled", "cancelled": True}
-        list(first.iter_lines())
-    ended = find("job:mine-1.a_").json()
-    assert (ended["id"], ended["status"]) == (own, "aborted"), "of those that have ended, the last"
-    for odd in ("%00", "a%20b", "%C3%A4", "%ED%A0%80", "mine", "-", "x" * 3000, own + "-7"):
+        gone = httpx.delete(f"{server.address}/v1/requests/{made.headers['x-request-id']}").json()
+    assert find(answer).json()["id"] == find(made.headers["x-request-id"]).json()["id"] == gone["id"]
+    for odd in ("%00", "a%20b", "%C3%A4", "%ED%A0%80", "mine", "-", "x" * 3000, gone["id"] + "-7"):
         assert find(odd).status_code == 404 and find(odd).json()["error"]["message"]
 
 
