@@ -80,6 +80,7 @@ def cluster() -> Iterator[Cluster]:
             "resources": {"home": 1},
             "object_store_memory": STORE_BYTES,
             "include_dashboard": False,
+            "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 3},
         },
     )
     for _ in range(2):
