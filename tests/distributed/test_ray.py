@@ -54,6 +54,7 @@ def cluster(ray_settings: None) -> Iterator[Cluster]:
             "resources": {"home": 1},
             "object_store_memory": STORE_BYTES,
             "include_dashboard": False,
+            "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 3},
         },
     )
     for _ in range(2):
