@@ -17,6 +17,7 @@ PAGE = "README.md"
 ORDER = (
     "images",
     "dit",
+    "videos",
     "lora",
     "edits",
     "references",
