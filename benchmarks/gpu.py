@@ -3,7 +3,7 @@
 
 Language model: the workload of nano-vllm's bench.py (256 sequences, 100 to 1024 tokens in, as many out) at Qwen3-0.6B's
 shape, greedy and drawn at temperature 0.6 as there; single decode speeds by attention backend, with and without graphs,
-in fp8, and of transformers. Pictures at 1024 pixels: Z-Image in nine steps, also compiled by torch, in fp8, with weights
+in fp8, and of transformers. Pictures at 1024 pixels: Z-Image in nine steps, also compiled, in fp8, with weights
 in the host's memory, and of diffusers; FLUX.2 [klein] 4B in four. The file is written anew after every case, so that a
 run that is cut short leaves what it had.
 """
