@@ -39,7 +39,10 @@ def test_a_dry_run_tests_and_measures_with_the_code_of_the_gpu(tmp_path: Path) -
     assert cases["pictures"]["4 pictures, s"] > 0 and cases["decode, sdpa"]["2 sequences, tokens/s"] > 0
     assert not any("error" in case or "left_out" in case for case in cases.values()), cases
     compared = {f"as fast as diffusers: {count} pictures" for count in (1, 4)}
-    assert figures["ratios"].keys() == compared | {"as fast as transformers: 2 sequences"}
+    assert figures["ratios"].keys() == compared | {
+        "as fast as transformers: 2 sequences",
+        "as fast as greedy tokens, drawn ones",
+    }
 
 
 @pytest.mark.parametrize(
