@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from vllm_omni.errors import StageError
@@ -115,10 +114,8 @@ _acting: ContextVar[AdaptedRows | None] = ContextVar("adapted rows", default=Non
 
 
 def acting() -> AdaptedRows | None:
-    """The adapters of the pass that this thread computes; None where it has none, and while torch traces: what is
-    compiled runs without them.
-    """
-    return None if torch.compiler.is_compiling() else _acting.get()
+    """The adapters of the pass that this thread computes; None where it has none."""
+    return _acting.get()
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.engine.lora import AdapterDesk, loras_of
 from vllm_omni.engine.shared_model import SharedModel
 from vllm_omni.errors import StageError
-from vllm_omni.layers.blocks import lists_of
 from vllm_omni.layers.kernel_choice import kernels_of
 from vllm_omni.layers.lora import AdapterMix, adapted
 from vllm_omni.messages import (
@@ -40,7 +39,6 @@ from vllm_omni.messages import (
 from vllm_omni.params import draw_seed, sample_seed
 from vllm_omni.payload import StagePayload, StreamChunk
 from vllm_omni.utils.device import is_out_of_memory, release_memory
-from vllm_omni.worker.diffusion.compiled_blocks import CompiledStack
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel
 from vllm_omni.worker.diffusion.diffusion_runner import DiffusionRunner, DiffusionState
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
@@ -330,10 +328,6 @@ def _load_model(spec: DiffusionSpec, context: EngineContext, links: Links | None
     """links: of the first rank, where others share the blocks."""
     arguments = (context.device, context.dtype, spec.precision.quantization, spec.make_copies())
     if links is None:
-        model = spec.model.load(*arguments)
-        if spec.options.compile:
-            parts = [part for part in vars(model).values() if isinstance(part, torch.nn.Module)]
-            CompiledStack(next(part for part in parts if lists_of(part)))
-        return model
+        return spec.model.load(*arguments)
     assert isinstance(spec.model, SharedModelSpec), "refused when the spec was made"
     return spec.model.load(*arguments, shards_of(links))

@@ -23,8 +23,6 @@ class DiTOptions:
     max_batch_tokens: int = 4096
     max_batch_size: int = 64
     lora: LoRAConfig | None = None  # the adapters that requests may use; None: none
-    # whether torch compiles the blocks, at the first step of each mix of sizes; on CUDA
-    compile: bool = False
     # which pictures are decoded in tiles; auto: those that memory does not suffice for
     vae_tiling: Literal["auto", "never", "always"] = "auto"
 

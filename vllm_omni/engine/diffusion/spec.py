@@ -33,14 +33,13 @@ from vllm_omni.engine.parallel import check_axes, check_devices, check_divisible
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.blocks import NONE_STREAMED
 from vllm_omni.layers.shard import Shard, Shards
-from vllm_omni.layers.triton.library import missing_to_compile
 from vllm_omni.layers.weights import tensor_shapes
 from vllm_omni.layers.weights_digest import weights_digest
 from vllm_omni.params import DiffusionParams, StageParams, layered
 from vllm_omni.registry import names, resolve
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import did_you_mean
-from vllm_omni.utils.device import is_cuda, resolve_device
+from vllm_omni.utils.device import resolve_device
 from vllm_omni.utils.files import ModelFolders, read_json
 from vllm_omni.utils.precision import Precision
 from vllm_omni.utils.variants import check_variant, variants_in
@@ -88,7 +87,6 @@ class DiffusionSpec(StageSpec):
         self.lora = None if self.options.lora is None else self._lora_source(self.options.lora)
         self.takes_loras = self.lora is not None
         self._check_parallel()
-        self._check_compile()
 
     parallel_axes = ("tensor", "sequence", "guidance")
 
@@ -159,32 +157,6 @@ class DiffusionSpec(StageSpec):
                 ranks = parallel.tensor * parallel.sequence
                 check_divisible("tensor * sequence", ranks, {"heads": counts["heads"]})
         check_devices(self.stage)
-
-    @property
-    def sharing_key(self) -> str:
-        """Blocks are compiled where they stand: for all who share them."""
-        return f"{super().sharing_key} compiled" if self.options.compile else super().sharing_key
-
-    def _check_compile(self) -> None:
-        """ConfigError where torch could not compile the blocks, or not as they are computed."""
-        if not self.options.compile:
-            return
-        device = resolve_device(self.stage.device)
-        name = model_name(self.folder, self.options.part)
-        missing = missing_to_compile()
-        complaints = {
-            f"on {device.type}, expected cuda: elsewhere its own kernels do what would be compiled": not is_cuda(
-                device
-            ),
-            f"but {name} has no blocks that are compiled": not self.model.can_compile,
-            f"but torch would not find {missing}; install it": missing is not None,
-            f"with quantization: {self.precision.quantization}; keep one of them": bool(self.precision.quantization),
-            "with offload: weights; keep one of them": self.offloads,
-            "with several ranks; keep `compile` or `parallel`": self.stage.parallel.size > 1,
-        }
-        for complaint, is_so in complaints.items():
-            if is_so:
-                raise ConfigError(f"compile: got true {complaint}")
 
     def tiling(self) -> Tiling | None:
         """How it decodes pictures; None for a model whose decoder bounds its memory itself."""

@@ -50,7 +50,6 @@ class ZImageSpec(SharedModelSpec):
     gives_previews = True
     can_quantize = True
     can_offload = True
-    can_compile = True
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})
     adapted_part = "transformer"

@@ -142,7 +142,6 @@ class DiffusionModelSpec(ABC):
     only_dtype: ClassVar[torch.dtype | None] = None  # that it computes in, whatever its stage's `dtype` says
     can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in 8 bits
     can_offload: ClassVar[bool] = False  # whether weights of its blocks may wait in the host's memory
-    can_compile: ClassVar[bool] = False  # whether its blocks may be compiled by torch
     adapted_part: ClassVar[str | None] = None  # the folder of the transformer, where LoRA may adapt it
     defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
     frame_rate: float | None = None  # frames per second of its videos, where the request says none; None: it makes none
