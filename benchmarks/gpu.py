@@ -3,8 +3,8 @@
 
 Language model: the workload of nano-vllm's bench.py (256 sequences, 100 to 1024 tokens in, as many out) at Qwen3-0.6B's
 shape, greedy and drawn at temperature 0.6 as there; single decode speeds by attention backend, with and without graphs,
-in fp8, and of transformers. Pictures at 1024 pixels: Z-Image in nine steps, also compiled by torch, in fp8, with
-weights in the host's memory, and of diffusers; FLUX.2 [klein] 4B in four. Speech: Qwen3-TTS 0.6B, with graphs and
+in fp8, and of transformers. Pictures at 1024 pixels: Z-Image in nine steps, also in fp8, with weights in the host's
+memory, and of diffusers; FLUX.2 [klein] 4B in four. Speech: Qwen3-TTS 0.6B, with graphs and
 without. `--only WORD` runs the cases with that word in their names. The file is written anew after every case, so that
 a run that is cut short leaves what it had.
 """
@@ -54,7 +54,6 @@ class Bench:
         yield "decode, auto", lambda: self.decode({})
         yield "decode, transformers", self.decode_of_transformers
         if is_cuda:
-            yield "pictures, compiled", lambda: self.pictures("z_image", self._z_image, (1,), "image.compile=true")
             yield "pictures, fp8", lambda: self.pictures("z_image", self._z_image, (1, 4), "image.quantization=fp8")
             offload = [f"{stage}.offload=weights" for stage in ("image", "text", "negative")]
             yield "pictures, offload", lambda: self.pictures("z_image", self._z_image, (1,), *offload)
@@ -238,7 +237,6 @@ def ratios(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         "diffusers": ("pictures", "pictures, diffusers"),
         "bfloat16, pictures in fp8": ("pictures, fp8", "pictures"),
         "greedy tokens, drawn ones": ("nano-vllm's workload, drawn", "nano-vllm's workload, attention auto"),
-        "plain blocks, pictures compiled": ("pictures, compiled", "pictures"),
         "bfloat16, decode in fp8": ("decode, fp8", "decode, auto"),
         "kept weights, pictures with offload": ("pictures, offload", "pictures"),
         "without graphs": ("speech", "speech, no graphs"),

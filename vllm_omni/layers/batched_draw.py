@@ -117,7 +117,7 @@ class _DrawnByRank(_Group):
         self._most = max(settings[place].top_k for place in places)
 
     def draw(self, logits: Tensor, uniforms: Tensor, part: slice) -> Tensor:
-        values = logits.topk(self._most).values
+        values, places = logits.topk(self._most)
         ranks = torch.arange(self._most, device=logits.device)
         scores = values.float().masked_fill(ranks >= self.top_k[part], -torch.inf)
         probabilities = _probabilities(scores, scores[:, :1], self.temperature[part])
@@ -128,7 +128,14 @@ class _DrawnByRank(_Group):
         rank = torch.searchsorted(cumulated, threshold, right=True).clamp_max_(self._most - 1)
         value = values.gather(1, rank)
         num_before = ((values == value) & (ranks < rank)).sum(-1, keepdim=True)  # equal ones of a lower rank
-        return Cumulated(logits == value).find(num_before.double())
+        if not is_cpu(logits.device):
+            return Cumulated(logits == value).find(num_before.double())
+        tokens = places.gather(1, rank).squeeze(1)  # which of equal logits come first is left open by topk
+        is_one_of_many = (((values == value).sum(-1, keepdim=True) > 1) | (value == values[:, -1:])).squeeze(1)
+        if is_one_of_many.any():
+            equal = Cumulated(logits[is_one_of_many] == value[is_one_of_many])
+            tokens[is_one_of_many] = equal.find(num_before[is_one_of_many].double())
+        return tokens
 
 
 class Cumulated:
