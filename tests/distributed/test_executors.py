@@ -212,3 +212,8 @@ def test_edges_count_what_crosses_them_alike(processes: Omni, inline: Inline) ->
         return {edge: {key: after[edge][key] - before[edge][key] for key in after[edge]} for edge in after}
 
     assert crossed(processes) == crossed(inline.omni)
+
+
+def test_models_of_all_processes_are_counted(processes: Omni, inline: Inline) -> None:
+    counts = [omni.get_metrics()["num_models"] for omni in (inline.omni, processes)]
+    assert counts == [0, 0]

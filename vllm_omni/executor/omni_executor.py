@@ -22,7 +22,7 @@ from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.dispatch import Dispatch
 from vllm_omni.executor.loading_step import LoadingStep, OnLoading, announce
 from vllm_omni.executor.memory import plan_memory, reserve_memory
-from vllm_omni.executor.open_text import OpenText
+from vllm_omni.executor.open_text import OpenTexts
 from vllm_omni.executor.outbox import Outbox
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.planner import RequestPlanner
@@ -66,9 +66,9 @@ class OmniExecutor:
         self._background = Background(self._wake)
         self._builder = StageBuilder(pipeline, self._background, self._commons)
         self._stages: dict[str, ReplicaSet] = {}
-        self._texts: dict[str, OpenText] = {}  # of unfinished requests that are open
         self._outbox = Outbox()
         self._dispatch = Dispatch(pipeline.graph, self._scheduler, self._stages, self._outbox)
+        self._texts = OpenTexts(self._scheduler, self._stages)
         self._step_started: float | None = None
         try:
             for name in pipeline.specs:
@@ -116,19 +116,14 @@ class OmniExecutor:
         if stream:
             self._outbox.watch(request.request_id, plan.outputs, steps)
         if request.is_open:
-            self._texts[request.request_id] = OpenText(plan)
+            self._texts.open(request.request_id, plan)
 
     def extend(self, request_id: str, piece: str, is_last: bool) -> None:
         """More of the text of a request that is open (`OmniRequest.is_open`). What is wrong with the text ends the
         request; nothing for one that has ended.
         """
-        text = self._texts.get(request_id)
-        if text is None:
-            return
         try:
-            for edge, rows in text.read(piece, is_last):
-                if self._scheduler.text_came(request_id, edge, len(rows), is_last, self._clock()):
-                    self._stages[edge.target].keep_rows(request_id, edge.target_port, rows)
+            self._texts.extend(request_id, piece, is_last, self._clock())
         except OmniError as error:
             self.fail(request_id, error)
 
@@ -327,4 +322,4 @@ class OmniExecutor:
             self._outbox.end(end, lambda stage, request_id: self._stages[stage].partial_result(request_id))
             for stage in self._stages.values():
                 stage.abort(end.request.request_id)
-            self._texts.pop(end.request.request_id, None)
+            self._texts.close(end.request.request_id)

@@ -1,13 +1,17 @@
-"""The text of one request that comes in pieces while it runs: what every stage that reads it makes of each."""
+"""Texts that come in pieces while their requests run: what every stage that reads one makes of each piece."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from vllm_omni.config.graph import CALLER, Edge
+from vllm_omni.core.routing.omni_scheduler import OmniScheduler
 from vllm_omni.core.routing.request_plan import ReadText, RequestPlan
 from vllm_omni.engine.boundary import stage_boundary
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.executor.replica_set import ReplicaSet
 
 
 class OpenText:
@@ -32,3 +36,25 @@ class OpenText:
             with stage_boundary(edge.target):
                 rows.append((edge, read(piece, is_last)))
         return rows
+
+
+class OpenTexts:
+    """Of all unfinished requests that are open."""
+
+    def __init__(self, scheduler: OmniScheduler, stages: Mapping[str, ReplicaSet]) -> None:
+        self._scheduler, self._stages = scheduler, stages
+        self._texts: dict[str, OpenText] = {}
+
+    def open(self, request_id: str, plan: RequestPlan) -> None:
+        self._texts[request_id] = OpenText(plan)
+
+    def extend(self, request_id: str, piece: str, is_last: bool, now: float) -> None:
+        """Hands on what a piece adds; nothing for a request that has ended. OmniError for what cannot be read."""
+        text = self._texts.get(request_id)
+        for edge, rows in [] if text is None else text.read(piece, is_last):
+            if self._scheduler.text_came(request_id, edge, len(rows), is_last, now):
+                self._stages[edge.target].keep_rows(request_id, edge.target_port, rows)
+
+    def close(self, request_id: str) -> None:
+        """Its request has ended; fine for one that is not open."""
+        self._texts.pop(request_id, None)
