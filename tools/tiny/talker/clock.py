@@ -1,4 +1,4 @@
-"""A training that ends by the clock: its share of time that is gone, learning rates by it, a log that a person reads."""
+"""A training that ends by the clock: the share of time that is gone, learning rates by it, a log for people."""
 
 from __future__ import annotations
 

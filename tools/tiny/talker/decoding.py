@@ -19,7 +19,7 @@ from vllm_omni.models.qwen3_tts.codec.decoder import CodecDecoder
 from vllm_omni.models.qwen3_tts.codec.transformer import TransformerLayer, WindowTransformer
 
 BRANCH = 0.3  # what residual branches begin with
-QUIET_END = 0.002  # deviation of the last weights: about as loud as speech
+QUIET_END = 0.0005  # deviation of the last weights: softer than speech
 
 
 def fresh_decoder() -> CodecDecoder:

@@ -1,9 +1,11 @@
-"""The package's talker and code predictor as they are trained: all positions at once, the codes that follow being known.
+"""The package's talker and code predictor as they are trained: all positions at once, all codes being known.
 
 Legend: B rows, L positions, D hidden size, Q codes of a frame, N frames.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from vllm_omni.worker.ar.frames.code_predictor import CodePredictor
 EMBEDDING = 0.5  # deviation
 
 
+@functools.cache
 def talker_config(text_vocab_size: int) -> TalkerConfig:
     return TalkerConfig.from_json(model_config(text_vocab_size), "config.json")
 

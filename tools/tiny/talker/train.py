@@ -2,7 +2,7 @@
 
     python -m tools.tiny.talker.train --data runs/tiny-talker/data.safetensors --folder runs/tiny-talker --device cuda
 
-It ends by the clock. On an H200 four and a half minutes are enough; it runs on a CPU, but would need hours.
+It ends by the clock; a codec that is there already is left alone. On an H200 four and a half minutes are enough; it runs on a CPU, but would need hours.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = 1e-3 if args.quick else args.seconds
     codec_batch, talker_batch = (QUICK_BATCH, QUICK_BATCH) if args.quick else (CODEC_BATCH, TALKER_BATCH)
     spoken, log = Spoken.load(args.data), args.folder / "log.jsonl"
-    codec = train_codec.train(spoken, CODEC_SHARE * seconds, codec_batch, device, log, args.seed)
+    kept = args.folder / "codec.safetensors"
+    if not kept.exists():
+        train_codec.train(spoken, CODEC_SHARE * seconds, codec_batch, device, log, args.seed).save(kept)
+    codec = train_codec.Codec.load(kept, device)
     share = 1 - CODEC_SHARE
     talker = train_talker.train(spoken, codec.codes, share * seconds, talker_batch, device, log, args.seed)
     publish(args.folder / "tiny-talker", spoken, codec, talker)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tools.tiny.common.training import AveragedWeights
@@ -35,6 +36,19 @@ class Codec:
     decoder: CodecDecoder
     rows: Tensor
     codes: Tensor
+
+    def save(self, path: Path) -> None:
+        """In float32."""
+        decoder = {f"decoder.{name}": one.contiguous() for name, one in self.decoder.state_dict().items()}
+        save_file({"rows": self.rows, "codes": self.codes, **decoder}, path)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Codec:
+        found = load_file(path, str(device))
+        rows, codes = found.pop("rows"), found.pop("codes")
+        decoder = fresh_decoder().to(device)
+        decoder.load_state_dict({name.removeprefix("decoder."): one for name, one in found.items()})
+        return cls(decoder, rows, codes)
 
 
 class Optimizer:
@@ -103,9 +117,7 @@ def train(spoken: Spoken, seconds: float, batch_size: int, device: torch.device,
     return _alone(Coded(decoder, books.rows), codes, samples, tape, clock, batch_size)
 
 
-def _alone(
-    model: Coded, codes: Tensor, samples: Tensor, tape: Tape, clock: Clock, batch_size: int
-) -> Codec:
+def _alone(model: Coded, codes: Tensor, samples: Tensor, tape: Tape, clock: Clock, batch_size: int) -> Codec:
     """The decoder and its rows, with codes that no longer change."""
     optimizer, decoder, begun = Optimizer(clock, model, [], 0.999), model.decoder, clock.step
     while clock.share < 1 or clock.step == begun:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tools.tiny.talker.clock import Clock
 from tools.tiny.talker.foretelling import first_logits, fresh_talker, layers, other_logits, rows_of
 from tools.tiny.talker.lessons import END, Lessons
+from tools.tiny.talker.shapes import NUM_CODES
 from tools.tiny.talker.spoken import NO_WORD, PADDING, Spoken
 from tools.tiny.talker.train_codec import Optimizer
 from vllm_omni.models.qwen3_tts.talker import Talker
@@ -48,7 +49,7 @@ class Learner(nn.Module):
         word = cross_entropy(self.word(F.rms_norm(middle, middle.shape[-1:])).float(), lessons.words)
         places = torch.multinomial(is_frame.flatten().float(), OTHERS_FRAMES * len(states), replacement=True)
         meant = meant.flatten(0, 1)[places]
-        rest = other_logits(talker, states.flatten(0, 1)[places], wrong_codes(meant, int(codes.max()) + 1)).float()
+        rest = other_logits(talker, states.flatten(0, 1)[places], wrong_codes(meant)).float()
         others = cross_entropy(rest, meant[:, 1:])
         right = (logits.argmax(-1) == first)[first >= 0].float().mean()
         parts = {"first": told, "others": others, "word": word, "right": right}
@@ -65,9 +66,9 @@ def wrong_frames(frames: Tensor, num_frames: int) -> Tensor:
     return torch.where(is_wrong, torch.randint_like(frames, num_frames), frames)
 
 
-def wrong_codes(codes: Tensor, num_codes: int) -> Tensor:
+def wrong_codes(codes: Tensor) -> Tensor:
     is_wrong = torch.rand(codes.shape, device=codes.device) < WRONG_CODES
-    return torch.where(is_wrong, torch.randint_like(codes, num_codes), codes)
+    return torch.where(is_wrong, torch.randint_like(codes, NUM_CODES), codes)
 
 
 def train(
