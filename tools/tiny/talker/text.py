@@ -7,7 +7,7 @@ from torch import Tensor, tensor
 
 from tools.tiny.talker.shapes import MARKS
 
-VOCABULARY = 400  # the bytes, the words with and without a space before them and with a capital
+VOCABULARY = 640  # the bytes, the words with and without a space before them and with a capital
 TURN, END, NUM_ROLE, NUM_END = "<|im_start|>assistant\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", 3, 5
 
 
