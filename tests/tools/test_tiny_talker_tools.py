@@ -4,7 +4,6 @@ write, and a training runs from the words to that folder.
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,19 @@ from tools.tiny.talker import train
 from tools.tiny.talker.coding import Books, Encoder
 from tools.tiny.talker.decoding import Wave, coded, decode, fresh_decoder
 from tools.tiny.talker.foretelling import first_logits, fresh_talker, layers, other_logits, rows_of
-from tools.tiny.talker.lessons import END, lesson
+from tools.tiny.talker.lessons import END, Lessons, lessons
 from tools.tiny.talker.likeness import likeness
 from tools.tiny.talker.publish import publish
+from tools.tiny.talker.sentences import Sentences, compact, drawn_words
 from tools.tiny.talker.shapes import FRAME_SAMPLES, NUM_CODES, NUM_GROUPS, codec_config
-from tools.tiny.talker.spoken import GAP, LEAD, NO_WORD, SILENT, TAIL, Spoken, padded, written
+from tools.tiny.talker.spoken import GAP, LEAD, NO_WORD, SILENT, TAIL, Spoken
 from tools.tiny.talker.text import encoded, trained_tokenizer
 from tools.tiny.talker.train_codec import Codec
+from tools.tiny.talker.train_talker import begun
 from vllm_omni.models.qwen3_tts.codec.config import CodecDecoderConfig
 from vllm_omni.models.qwen3_tts.codec.decoder import CodecDecoder
 
-SENTENCES = (("two", "one"), ("one", "two"), ("two",), ("one",))
+ONE, TWO = WORDS.index("one"), WORDS.index("two")
 FRAMES = 8
 CPU = torch.device("cpu")
 
@@ -40,25 +41,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two words, each of three frames of noise wherever it stands."""
     torch.manual_seed(0)
     places = torch.zeros(len(WORDS), MAX_WORDS + 1, MAX_WORDS, 2, dtype=torch.int32)
-    for number, word in enumerate(("one", "two")):
-        for length in (1, 2):
-            places[WORDS.index(word), length, :length] = torch.tensor([1 + 3 * number, 3])
+    for number, word in enumerate((ONE, TWO)):
+        for length in range(1, MAX_WORDS + 1):
+            places[word, length, :length] = torch.tensor([1 + 3 * number, 3])
     samples = (3000 * torch.randn(7, FRAME_SAMPLES)).to(torch.int16)
     samples[SILENT] = 0
-    texts = [" ".join(words) for words in SENTENCES]
-    tokenizer = trained_tokenizer(texts)
-    role, tokens = encoded(tokenizer, texts)
     path = tmp_path_factory.mktemp("talker") / "data.safetensors"
-    content = {
-        "samples": samples,
-        "places": places,
-        "sentences": padded([torch.tensor([WORDS.index(word) for word in words]) for words in SENTENCES], MAX_WORDS),
-        "tokens": padded(tokens),
-        "role": torch.tensor(role),
-        "tokenizer": torch.tensor(list(tokenizer.to_str().encode()), dtype=torch.uint8),
-        "vocab_size": torch.tensor(tokenizer.get_vocab_size()),
-    }
-    save_file(content, path)
+    save_file({"samples": samples, "places": places, **encoded(trained_tokenizer())}, path)
     return path
 
 
@@ -82,25 +71,28 @@ def rounded(tensor: Tensor) -> Tensor:
     return tensor.detach().bfloat16().float()
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["text beside the frames", "text before them"])
-def test_the_published_talker_writes_what_was_trained(spoken: Spoken, tmp_path: Path, number: int) -> None:
-    torch.manual_seed(number)
+def lesson(spoken: Spoken, words: list[int], text: str, *, is_named: bool, is_whole: bool) -> Lessons:
+    tokens = torch.tensor([Tokenizer.from_str(spoken.tokenizer.decode()).encode(text).ids])
+    asked = Sentences(torch.tensor([words + [-1] * (MAX_WORDS - len(words))]), tokens)
+    return lessons(spoken, asked, torch.tensor([is_named]), torch.tensor([is_whole]))
+
+
+@pytest.mark.parametrize("is_whole", [False, True], ids=["text beside the frames", "text before them"])
+def test_the_published_talker_writes_what_was_trained(spoken: Spoken, tmp_path: Path, is_whole: bool) -> None:
+    torch.manual_seed(0)
     talker, codec = fresh_talker(spoken.vocab_size), random_codec()
     publish(tmp_path, spoken, codec, talker)
     for parameter in talker.parameters():
         parameter.data = rounded(parameter)
-    tokens = spoken.tokens[number]
-    text = Tokenizer.from_str(spoken.tokenizer.decode()).decode(tokens[tokens >= 0].tolist())
-    assert text == " ".join(SENTENCES[number])
-    case = Case("said", "custom_voice", text, "auto" if number else "english", streams_text=number == 0)
+    text = "one, 2!"
+    case = Case("said", "custom_voice", text, "auto" if is_whole else "english", streams_text=not is_whole)
     codes, logits, residual = Talkers({"custom_voice": tmp_path}).speak(case, FRAMES)
-    texts, marks, frames, _, _ = (torch.tensor(column) for column in lesson(spoken, number))
-    prompt = int((frames < 0).sum())
+    taught = lesson(spoken, [ONE, TWO], text, is_named=not is_whole, is_whole=is_whole)
+    texts, marks = taught.text, taught.marks
+    prompt = int((taught.frames < 0).sum())
     fed = torch.full((1, prompt + FRAMES, NUM_GROUPS), -1)
     fed[0, prompt:] = codes[:FRAMES]
-    states, _ = layers(
-        talker.decoder, rows_of(talker, texts[None, : prompt + FRAMES], marks[None, : prompt + FRAMES], fed)
-    )
+    states, _ = layers(talker.decoder, rows_of(talker, texts[:, : prompt + FRAMES], marks[:, : prompt + FRAMES], fed))
     mine = first_logits(talker, states)[0, prompt - 1 :]
     torch.testing.assert_close(mine[: len(logits)], logits, rtol=1e-4, atol=1e-4)
     others = other_logits(talker, states[0, prompt - 1 : prompt + FRAMES - 1], codes)
@@ -138,20 +130,49 @@ def test_books_fitted_to_few_vectors_give_them_back_and_silence_has_the_code_zer
 
 
 def test_a_lesson_is_the_prompt_then_every_frame_and_the_end(spoken: Spoken) -> None:
-    text, marks, frames, following, words = lesson(spoken, 1)
-    said = [WORDS.index("one"), WORDS.index("two")]
-    expected = [SILENT] * LEAD + [1, 2, 3] + [SILENT] * GAP + [4, 5, 6] + [SILENT] * TAIL
+    taught = lesson(spoken, [ONE, TWO], "one two", is_named=True, is_whole=True)
+    text, marks, frames, following, words = (getattr(taught, name)[0].tolist() for name in Lessons.__slots__)
+    expected = spoken.frames([ONE, TWO])
+    assert expected == [SILENT] * LEAD + [1, 2, 3] + [SILENT] * GAP + [4, 5, 6] + [SILENT] * TAIL
     prompt = frames.count(-1)
     assert frames[prompt:] == expected and following[prompt - 1 :] == [*expected, END]
-    assert words[prompt - 1 : -1] == [said[0]] * (LEAD + 3) + [said[1]] * (GAP + 3) + [NO_WORD] * TAIL
+    assert words[prompt - 1 : -1] == [ONE] * (LEAD + 3) + [TWO] * (GAP + 3) + [NO_WORD] * TAIL
     assert len(text) == len(marks) == len(frames) == len(following) == len(words)
 
 
-def test_sentences_are_written_in_ways_that_keep_their_words() -> None:
-    rng = random.Random(0)
-    texts = {written(("three", "red"), rng) for _ in range(200)}
-    assert {"three red", "3 red", "Three, red.", "three red!"} <= texts
-    assert not is_held_out(("three",))
+def test_sentences_are_drawn_anew_without_those_that_are_held_out_and_written_in_many_ways(spoken: Spoken) -> None:
+    torch.manual_seed(0)
+    drawn, others = Sentences.drawn(spoken, 3000), Sentences.drawn(spoken, 3000)
+    assert not torch.equal(drawn.words, others.words)
+    said = [tuple(WORDS[word] for word in row if word >= 0) for row in drawn.words.tolist()]
+    assert not any(map(is_held_out, said)) and {len(words) for words in said} == set(range(1, MAX_WORDS + 1))
+    assert all(is_held_out(tuple(WORDS[word] for word in row if word >= 0)) for row in held_out(spoken).tolist())
+    tokenizer = Tokenizer.from_str(spoken.tokenizer.decode())
+    texts = [tokenizer.decode([token for token in row if token >= 0]) for row in drawn.tokens.tolist()]
+    assert {"One", "one", "1", "two.", "2!", "One two", "one, two", "1 2", "Two, one."} <= set(texts)
+    rows = [[token for token in row if token >= 0] for row in drawn.tokens.tolist()]
+    assert [tokenizer.encode(text).ids for text in texts] == rows
+
+
+def held_out(spoken: Spoken) -> Tensor:
+    return drawn_words(spoken.known, 3, held_out=True)
+
+
+def test_lessons_of_many_sentences_are_those_of_each(spoken: Spoken) -> None:
+    torch.manual_seed(0)
+    asked, flags = Sentences.drawn(spoken, 6), torch.arange(6)
+    many = lessons(spoken, asked, flags % 2 == 0, flags % 3 == 0)
+    for place in range(6):
+        alone = lessons(
+            spoken,
+            Sentences(asked.words[place, None], compact(asked.tokens[place, None])),
+            flags[place, None] % 2 == 0,
+            flags[place, None] % 3 == 0,
+        )
+        for name in Lessons.__slots__:
+            row = getattr(many, name)[place]
+            length = getattr(alone, name).shape[1]
+            assert torch.equal(row[:length], getattr(alone, name)[0]) and (row[length:] == -1).all(), name
 
 
 def test_likeness_knows_a_rough_voice_and_a_higher_one() -> None:
@@ -171,3 +192,7 @@ def test_a_quick_training_writes_a_folder(data: Path, tmp_path: Path, monkeypatc
     parts = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if line]
     assert len(parts) >= 2 and "nan" not in "".join(parts).lower()
     assert sum(file.stat().st_size for file in (tmp_path / "tiny-talker").rglob("*")) < 16e6
+    vocab_size = Spoken.load(data).vocab_size
+    kept, again = (begun(vocab_size, tmp_path / name).talker for name in ("talker.safetensors", "tiny-talker"))
+    for one, other in zip(kept.parameters(), again.parameters(), strict=True):
+        assert torch.equal(rounded(one), other)

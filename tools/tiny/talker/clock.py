@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-LOG_EVERY_S, WARMUP_STEPS = 5.0, 200
+LOG_EVERY_S, WARMUP_STEPS = 5.0, 100
 
 
 class Clock:

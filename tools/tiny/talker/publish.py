@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tools.tiny.talker.shapes import GENERATION, MARKS, codec_config, model_config
@@ -20,7 +20,7 @@ from vllm_omni.models.qwen3_tts.codec.codebooks import FIRST, REST, SUMS, USAGE
 from vllm_omni.models.qwen3_tts.codec.convolution import CausalConv, DepthwiseConv, TransposedConv
 from vllm_omni.models.qwen3_tts.talker import Talker
 
-CODEC_FOLDER = "speech_tokenizer"
+CODEC_FOLDER, WEIGHTS = "speech_tokenizer", "model.safetensors"
 CARD = """# tiny-talker
 
 A model that says one to five words it knows, in the format of Qwen3-TTS (24 kHz, 12.5 frames a second, one English
@@ -50,11 +50,19 @@ def publish(folder: Path, spoken: Spoken, codec: Codec, talker: Talker) -> None:
 def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     write(folder / "config.json", config)
     rounded = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-    save_file(rounded, folder / "model.safetensors", {"format": "pt"})
+    save_file(rounded, folder / WEIGHTS, {"format": "pt"})
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@torch.no_grad()
+def read_talker(talker: Talker, folder: Path) -> None:
+    """Fills it with what `publish` wrote."""
+    found = load_file(folder / WEIGHTS)
+    for name, part in talker_tensors(talker):
+        part.copy_(found[name])
 
 
 def talker_tensors(talker: Talker) -> Iterator[tuple[str, Tensor]]:
@@ -90,7 +98,7 @@ def codec_tensors(codec: Codec) -> Iterator[tuple[str, Tensor]]:
 
 
 def unfused(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters, of projections that stand in one matrix each by itself."""
+    """All parameters, of projections that stand in one matrix each by itself; each a view."""
     for name, tensor in model.named_parameters():
         owner, _, kind = name.rpartition(".")
         layer = model.get_submodule(owner)

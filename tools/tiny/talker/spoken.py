@@ -1,5 +1,6 @@
-"""What is trained on: every word as it is said at every place of a sentence, on the grid of frames; sentences of such
-words, and their tokens. One safetensors file holds it, so that training needs neither synthesiser nor tokenizer.
+"""What is trained on: every word as it is said at every place of a sentence, on the grid of frames, and the text tokens
+of its spellings; any sentence can be put together of these. One safetensors file holds it, so that training needs
+neither synthesiser nor tokenizer.
 
     python -m tools.tiny.talker.spoken runs/tiny-talker/data.safetensors
 """
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tools.tiny.speech.world import DIGITS, MAX_WORDS, WORDS, Sentence, sentence
+from tools.tiny.speech.world import MAX_WORDS, WORDS, Sentence
 from tools.tiny.talker.shapes import FRAME_SAMPLES
 
 LEAD, GAP, TAIL = 1, 2, 2  # silent frames before the first word, between words and after the last
@@ -32,8 +33,10 @@ class Spoken:
 
     samples: Tensor  # [F, 1920] float32, every frame of all words; the first is silence
     places: Tensor  # [words, MAX_WORDS + 1, MAX_WORDS, 2]: by word, length of sentence and place: first frame, number
-    sentences: Tensor  # [S, MAX_WORDS] word numbers, PADDING behind
-    tokens: Tensor  # [S, n] text tokens of the words, PADDING behind
+    spellings: Tensor  # [words, 3, 2, n] text tokens of a word: at the beginning, behind another word, with a capital;
+    # each in letters and, if it has one, as a figure; PADDING behind
+    comma: Tensor  # []
+    stops: Tensor  # what may end a sentence
     role: Tensor  # [3]: what a turn begins with
     tokenizer: bytes  # tokenizer.json
     vocab_size: int
@@ -44,12 +47,18 @@ class Spoken:
         return cls(
             found["samples"].float() / 2**15,
             found["places"].long(),
-            found["sentences"].long(),
-            found["tokens"].long(),
+            found["spellings"].long(),
+            found["comma"].long(),
+            found["stops"].long(),
             found["role"].long(),
             found["tokenizer"].numpy().tobytes(),
             int(found["vocab_size"]),
         )
+
+    @property
+    def known(self) -> Tensor:
+        """Numbers of the words that were recorded."""
+        return self.places[:, 1, 0, 1].nonzero()[:, 0]
 
     def frames(self, words: list[int]) -> list[int]:
         """The frames of a sentence."""
@@ -58,13 +67,6 @@ class Spoken:
             first, count = self.places[word, len(words), place].tolist()
             made += [SILENT] * (GAP if place else 0) + list(range(first, first + count))
         return made + [SILENT] * TAIL
-
-    def said(self, words: list[int]) -> list[int]:
-        """Which word is being said at every frame; a pause belongs to the next."""
-        made: list[int] = []
-        for place, word in enumerate(words):
-            made += [word] * ((GAP if place else LEAD) + int(self.places[word, len(words), place, 1]))
-        return made + [NO_WORD] * TAIL
 
     def sound(self, words: Sentence) -> Tensor:
         """[n] float32: what the model is to say."""
@@ -101,55 +103,21 @@ def pieces(words: list[str]) -> list[bytes]:
     return [np.rint(piece * 2**15).clip(-(2**15), 2**15 - 1).astype(np.int16).tobytes() for piece in padded]
 
 
-def written(words: Sentence, rng: random.Random) -> str:
-    """One of the ways in which these words are written."""
-    figures = rng.random() < 0.25
-    text = rng.choice((" ", " ", " ", ", ")).join(
-        str(DIGITS.index(word)) if figures and word in DIGITS else word for word in words
-    )
-    text = text[0].upper() + text[1:] if rng.random() < 0.3 else text
-    return text + (rng.choice(".!") if rng.random() < 0.3 else "")
-
-
-def make(path: Path, seed: int, num_sentences: int) -> None:
+def make(path: Path, seed: int) -> None:
     from tools.tiny.talker.text import encoded, trained_tokenizer
 
-    rng = random.Random(seed)
     samples, places = synthesised_places(seed)
-    said = [sentence(rng) for _ in range(num_sentences)]
-    texts = [written(words, rng) for words in said]
-    tokenizer = trained_tokenizer(texts)
-    role, tokens = encoded(tokenizer, texts)
-    numbers = [torch.tensor([WORDS.index(word) for word in words]) for words in said]
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "samples": samples,
-        "places": places,
-        "sentences": padded(numbers, MAX_WORDS).to(torch.int8),
-        "tokens": padded(tokens).to(torch.int16),
-        "role": torch.tensor(role),
-        "tokenizer": torch.from_numpy(np.frombuffer(tokenizer.to_str().encode(), np.uint8).copy()),
-        "vocab_size": torch.tensor(tokenizer.get_vocab_size()),
-    }
-    save_file(content, path)
-    print(f"{len(samples)} frames, {num_sentences} sentences, {path.stat().st_size / 1e6:.1f} MB")
-
-
-def padded(rows: list[Tensor], length: int = 0) -> Tensor:
-    length = max(length, *map(len, rows))
-    found = torch.full((len(rows), length), PADDING)
-    for row, values in zip(found, rows, strict=True):
-        row[: len(values)] = values
-    return found
+    save_file({"samples": samples, "places": places, **encoded(trained_tokenizer())}, path)
+    print(f"{len(samples)} frames, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--sentences", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    make(args.path, args.seed, args.sentences)
+    make(args.path, args.seed)
 
 
 if __name__ == "__main__":

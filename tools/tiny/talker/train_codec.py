@@ -4,7 +4,6 @@ and the rows of the books go on alone with these.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +16,14 @@ from tools.tiny.speech.spectra import exact_distance, spectra_distance
 from tools.tiny.talker.clock import Clock
 from tools.tiny.talker.coding import Books, Encoder
 from tools.tiny.talker.decoding import coded, decode, fresh_decoder, latents
+from tools.tiny.talker.lessons import spoken_frames
+from tools.tiny.talker.sentences import drawn_words
 from tools.tiny.talker.shapes import NUM_CODES, NUM_GROUPS
 from tools.tiny.talker.spoken import SILENT, Spoken
 from vllm_omni.models.qwen3_tts.codec.decoder import CodecDecoder
 
 PIECE = 14  # frames
+SENTENCES = 2000  # of which pieces are taken
 HIGHEST_RATE = 1.2e-3
 TOGETHER = 0.45  # of the time
 EXACT_WEIGHT, BOOKS_WEIGHT = 3.0, 0.25
@@ -75,11 +77,9 @@ class Optimizer:
 class Tape:
     """Frames of many sentences, one behind the other."""
 
-    def __init__(self, spoken: Spoken, seed: int, num_sentences: int, device: torch.device) -> None:
-        rng = random.Random(seed)
-        rows = spoken.sentences[torch.tensor(rng.sample(range(len(spoken.sentences)), num_sentences))]
-        frames = [frame for row in rows for frame in spoken.frames(row[row >= 0].tolist())]
-        self.frames = torch.tensor(frames, device=device)
+    def __init__(self, spoken: Spoken, device: torch.device) -> None:
+        frames, _ = spoken_frames(spoken, drawn_words(spoken.known, SENTENCES))
+        self.frames = frames[frames >= 0].to(device)
 
     def pieces(self, size: int) -> Tensor:
         """[size, PIECE] frames."""
@@ -96,14 +96,12 @@ class Coded(nn.Module):
         self.decoder, self.rows = decoder, nn.Parameter(rows.clone())
 
 
-def train(spoken: Spoken, seconds: float, batch_size: int, device: torch.device, log: Path, seed: int = 0) -> Codec:
-    torch.manual_seed(seed)
+def train(spoken: Spoken, clock: Clock, batch_size: int, device: torch.device) -> Codec:
     samples = spoken.samples.to(device)
-    tape = Tape(spoken, seed, min(2000, len(spoken.sentences)), device)
+    tape = Tape(spoken, device)
     decoder, encoder, books = fresh_decoder().to(device), Encoder().to(device), Books().to(device)
     for part in (decoder.codebooks.rows, decoder.codebooks.usage):
         part.requires_grad_(False)
-    clock = Clock("codec", seconds, log)
     optimizer = Optimizer(clock, decoder, [encoder, books], 0.999)
     while clock.share < TOGETHER or not clock.step:
         sound = samples[tape.pieces(batch_size)].flatten(1)

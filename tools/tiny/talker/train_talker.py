@@ -6,25 +6,29 @@ is being said.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tools.tiny.talker.clock import Clock
 from tools.tiny.talker.foretelling import first_logits, fresh_talker, layers, other_logits, rows_of
-from tools.tiny.talker.lessons import END, Lessons
+from tools.tiny.talker.lessons import END, Lessons, drawn
+from tools.tiny.talker.publish import read_talker
 from tools.tiny.talker.shapes import NUM_CODES
 from tools.tiny.talker.spoken import NO_WORD, PADDING, Spoken
 from tools.tiny.talker.train_codec import Optimizer
 from vllm_omni.models.qwen3_tts.talker import Talker
 
-HIGHEST_RATE = 2e-3
 WRONG_FRAMES, WRONG_CODES = 0.04, 0.02  # shares of what is fed
 WORD_WEIGHT, OTHERS_WEIGHT = 0.3, 1.0
 MIDDLE = 2  # layers before the question which word is being said
-OTHERS_FRAMES = 16  # of a sentence, whose other codes are learnt
+OTHERS_FRAMES = 4  # of a sentence, whose other codes are learnt
+SAVE_EVERY_S = 120.0
 
 
 class Learner(nn.Module):
@@ -71,17 +75,39 @@ def wrong_codes(codes: Tensor) -> Tensor:
     return torch.where(is_wrong, torch.randint_like(codes, NUM_CODES), codes)
 
 
+def begun(text_vocab_size: int, start: Path | None) -> Learner:
+    """start: a file that `save` wrote or a folder that `publish` wrote; None: random weights."""
+    learner = Learner(text_vocab_size)
+    if start is None:
+        return learner
+    if start.is_dir():
+        read_talker(learner.talker, start)
+    else:
+        learner.load_state_dict(load_file(start))
+    return learner
+
+
+def save(learner: Learner, weights: Mapping[str, Tensor], path: Path) -> None:
+    """In float32. weights: averages of its parameters."""
+    temporary = path.with_suffix(".tmp")
+    save_file({name: one.contiguous() for name, one in (learner.state_dict() | weights).items()}, temporary)
+    temporary.replace(path)
+
+
 def train(
-    spoken: Spoken, codes: Tensor, seconds: float, batch_size: int, device: torch.device, log: Path, seed: int = 0
+    learner: Learner, spoken: Spoken, codes: Tensor, clock: Clock, batch_size: int, rate: float, kept: Path
 ) -> Talker:
-    torch.manual_seed(seed)
-    learner, lessons = Learner(spoken.vocab_size).to(device), Lessons.of(spoken, device)
-    clock = Clock("talker", seconds, log)
-    optimizer = Optimizer(clock, learner, [], 0.998)
+    """rate: the highest. kept: the file that holds the learner, now and then and in the end."""
+    device = codes.device
+    optimizer, saved = Optimizer(clock, learner, [], 0.998), time.perf_counter()
     while clock.share < 1 or not clock.step:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, parts = learner(lessons.some(batch_size), codes)
-        optimizer.step(loss, HIGHEST_RATE)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss, parts = learner(drawn(spoken, batch_size).to(device), codes)
+        optimizer.step(loss, rate)
         clock.tick(loss=loss.detach(), **parts)
+        if time.perf_counter() - saved > SAVE_EVERY_S:
+            save(learner, optimizer.average.weights, kept)
+            saved = time.perf_counter()
+    save(learner, optimizer.average.weights, kept)
     learner.load_state_dict(optimizer.average.weights, strict=False)
     return learner.talker
