@@ -19,7 +19,7 @@ from tools.tiny.talker.shapes import LANGUAGE, SPEAKER
 from tools.tiny.talker.spoken import GAP, LEAD, NO_WORD, PADDING, SILENT, TAIL, Spoken
 from vllm_omni.models.qwen3_tts.prompt import Script, lay_out
 
-BESIDE, NAMED = 0.25, 0.2  # shares of sentences with text beside the frames, and with a language that is named
+BESIDE, NAMED = 0.15, 0.15  # shares of sentences with text beside the frames, and with a language that is named
 END = -2  # in the place of a frame that follows
 LONGEST = 160  # positions
 WORD = 1 << 20  # in a template, the first text token of the words stands as this number, the next as the one behind

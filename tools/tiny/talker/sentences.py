@@ -13,7 +13,7 @@ from torch import Tensor
 from tools.tiny.speech.world import MAX_WORDS, WORDS, is_held_out
 from tools.tiny.talker.spoken import PADDING, Spoken
 
-LENGTH_WEIGHTS = (1.0, 2.0, 3.0, 5.0, 7.0)  # of one word to five: the longer, the more there is to learn
+LENGTH_WEIGHTS = (1.0, 1.0, 2.0, 4.0, 12.0)  # of one word to five: the longer, the more there is to learn
 CAPITAL, FIGURES, COMMAS, STOPS = 0.3, 0.25, 0.25, 0.3  # shares of sentences written so
 
 

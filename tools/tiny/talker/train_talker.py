@@ -15,20 +15,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tools.tiny.common.muon import Optimizers
+from tools.tiny.common.training import AveragedWeights
 from tools.tiny.talker.clock import Clock
 from tools.tiny.talker.foretelling import first_logits, fresh_talker, layers, other_logits, rows_of
 from tools.tiny.talker.lessons import END, Lessons, drawn
 from tools.tiny.talker.publish import read_talker
 from tools.tiny.talker.shapes import NUM_CODES
 from tools.tiny.talker.spoken import NO_WORD, PADDING, Spoken
-from tools.tiny.talker.train_codec import Optimizer
 from vllm_omni.models.qwen3_tts.talker import Talker
 
-WRONG_FRAMES, WRONG_CODES = 0.04, 0.02  # shares of what is fed
+WRONG_FRAMES, WRONG_CODES = 0.02, 0.02  # shares of what is fed
 WORD_WEIGHT, OTHERS_WEIGHT = 0.3, 1.0
 MIDDLE = 2  # layers before the question which word is being said
 OTHERS_FRAMES = 4  # of a sentence, whose other codes are learnt
-SAVE_EVERY_S = 120.0
+SAVE_EVERY_S, WEIGHT_DECAY = 120.0, 0.01
 
 
 class Learner(nn.Module):
@@ -99,15 +100,21 @@ def train(
 ) -> Talker:
     """rate: the highest. kept: the file that holds the learner, now and then and in the end."""
     device = codes.device
-    optimizer, saved = Optimizer(clock, learner, [], 0.998), time.perf_counter()
+    optimizer = Optimizers(learner, rate, WEIGHT_DECAY, matrices=("talker.decoder.",))
+    average, saved = AveragedWeights(learner, 0.998), time.perf_counter()
     while clock.share < 1 or not clock.step:
         with torch.autocast(device.type, torch.bfloat16):
             loss, parts = learner(drawn(spoken, batch_size).to(device), codes)
-        optimizer.step(loss, rate)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        optimizer.scale_learning_rate(clock.rate(1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(learner, clock.step)
         clock.tick(loss=loss.detach(), **parts)
         if time.perf_counter() - saved > SAVE_EVERY_S:
-            save(learner, optimizer.average.weights, kept)
+            save(learner, average.weights, kept)
             saved = time.perf_counter()
-    save(learner, optimizer.average.weights, kept)
-    learner.load_state_dict(optimizer.average.weights, strict=False)
+    save(learner, average.weights, kept)
+    learner.load_state_dict(average.weights, strict=False)
     return learner.talker
