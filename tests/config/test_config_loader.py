@@ -45,6 +45,7 @@ SHIPPED = {
     "tiny_omni",
     "tiny_scene",
     "tiny_speech",
+    "tiny_talker",
     "z_image",
 }
 
