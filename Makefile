@@ -34,7 +34,7 @@ wheel: setup
 
 demo: setup
 	$(BIN)/python examples/demo.py
-	$(BIN)/python examples/tiny_speech.py "can you read out: 3 7 red?" -o out/demo/speech.wav
+	$(BIN)/python examples/tiny_talker.py "3 7 red" -o out/demo/speech.wav
 
 test: setup
 	$(BIN)/python -m pytest $(SHARED) --cov=vllm_omni --cov-fail-under=85

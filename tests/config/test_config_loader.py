@@ -46,6 +46,7 @@ SHIPPED = {
     "tiny_scene",
     "tiny_speech",
     "wan",
+    "tiny_talker",
     "z_image",
 }
 

@@ -104,6 +104,7 @@ CASES = {
     "tiny-image": ("a red circle", DiffusionParams(num_inference_steps=2, guidance_scale=2.0, seed=3)),
     "tiny-audio": ("C4 then E4, square, fast", DiffusionParams(num_inference_steps=2, seed=3)),
     "tiny-speech": ("read 3", {"talker": SamplingParams(max_tokens=8, temperature=0.0)}),
+    "tiny-talker": ("3", SamplingParams(max_tokens=8)),
 }
 
 

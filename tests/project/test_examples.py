@@ -160,6 +160,12 @@ def test_tiny_speech_reads_out_what_it_is_asked_to(tmp_path: Path) -> None:
     assert rate == 24_000 and "wrote   stop" in shown and f"{samples / rate:.2f} s" in shown
 
 
+def test_tiny_talker_says_its_words(tmp_path: Path) -> None:
+    shown = succeed("tiny_talker.py", "3 7 red", "-o", "speech.wav", folder=tmp_path)
+    samples, rate = sound(tmp_path / "speech.wav")
+    assert rate == 24_000 and f"{samples / rate:.2f} s at 24000 Hz" in shown and "the first sound after" in shown
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_example_has_a_test_and_says_how_it_is_run(path: Path) -> None:
     tests = [Path(__file__), *(Path(__file__).parents[1] / "models").rglob("test_*_pipeline.py")]

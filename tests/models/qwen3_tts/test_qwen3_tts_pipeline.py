@@ -94,6 +94,14 @@ def test_the_example_speaks(folders: dict[str, Path], tmp_path: Path) -> None:
     assert rate == 24_000 and 0 < samples <= 6 * SAMPLES and f"{samples / rate:.2f} s, seed 0" in shown
 
 
+def test_the_folder_may_go_when_it_is_loaded(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", "custom_voice")
+    with Omni(model=str(folder), device="cpu", dtype="float32", progress=False) as omni:
+        folder.rename(tmp_path / "elsewhere")
+        (output,) = omni.generate(prompt(CASES["speaker"]), PARAMS)
+    assert output.error is None and output.audios
+
+
 @pytest.fixture(scope="module")
 def server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder, configs = tmp_path_factory.mktemp("served"), []

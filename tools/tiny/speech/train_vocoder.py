@@ -19,9 +19,10 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniTo
 from tools.tiny.common.muon import Optimizers
 from tools.tiny.common.training import Trainer
 from tools.tiny.speech.codes import Codebook
-from tools.tiny.speech.mel import HOP, SAMPLE_RATE, log_mel
+from tools.tiny.speech.mel import HOP, log_mel
 from tools.tiny.speech.quick_activation import with_quick_activations
 from tools.tiny.speech.recordings import Pieces, Recording, recordings
+from tools.tiny.speech.spectra import spectra_distance
 from tools.tiny.speech.train_dit import redrawn
 
 CONFIG = dict(
@@ -34,9 +35,6 @@ CONFIG = dict(
 )
 PIECE, EDGE = 54, 3  # frames; what is decoded next to an edge is not judged
 NOISE = 0.05  # the most, in logarithms of amplitudes
-STFT_SIZES = (128, 256, 512, 1024, 2048, 4096)
-LOG_FLOOR = 3e-3
-TURNING_WEIGHT = 2.0
 
 
 def fresh_model() -> Qwen2_5OmniToken2WavBigVGANModel:
@@ -52,43 +50,6 @@ def fresh_model() -> Qwen2_5OmniToken2WavBigVGANModel:
             nn.init.zeros_(parameter)
     nn.init.normal_(model.conv_post.weight, std=0.01)
     return model
-
-
-def spectra(samples: Tensor, size: int) -> Tensor:
-    """Complex [B, size / 2 + 1, frames]; noise of deviation one has the magnitude one or so everywhere."""
-    window = torch.hann_window(size)
-    found = torch.stft(samples, size, size // 4, window=window, center=False, return_complex=True)
-    return found / window.square().sum().sqrt()
-
-
-def spectra_distance(decoded: Tensor, wanted: Tensor) -> Tensor:
-    """How far spectra are from each other, low frequencies counting more as they do in hearing; the mean over the
-    resolutions. [B, n] each. Compared are magnitudes, and how phases turn from frame to frame: magnitudes alone leave
-    a rough voice, whose harmonics lose their phase.
-    """
-    distances = []
-    for size in STFT_SIZES:
-        ours, theirs = spectra(decoded, size), spectra(wanted, size)
-        our_size, their_size = magnitudes(ours), magnitudes(theirs)
-        apart = (our_size / their_size).log().abs() + 4 * (our_size.sqrt() - their_size.sqrt()).abs()
-        turned = (turning(ours) - turning(theirs)).square().sum(-1).add(1e-8).sqrt()
-        hertz = torch.linspace(0, SAMPLE_RATE / 2, size // 2 + 1)[:, None]
-        weights = 1 / (1 + hertz / 700)
-        weights = weights / weights.mean()
-        distances.append((apart * weights).mean() + TURNING_WEIGHT * (turned * weights).mean())
-    return torch.stack(distances).mean()
-
-
-def magnitudes(spectrum: Tensor) -> Tensor:
-    return (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt() + LOG_FLOOR
-
-
-def turning(spectrum: Tensor) -> Tensor:
-    """[B, F, T] -> [B, F, T - 1, 2]: by how much the phase of every band turns until the next frame, as a complex
-    number of the size of a magnitude's square root.
-    """
-    products = torch.view_as_real(spectrum[..., 1:] * spectrum[..., :-1].conj())
-    return products / (products.square().sum(-1, keepdim=True) + 1e-8) ** 0.375
 
 
 def decode(vocoder: Qwen2_5OmniToken2WavBigVGANModel, mel: Tensor) -> Tensor:

@@ -128,6 +128,7 @@ class TalkerSpec(ARSpec):
         cloner = None
         if self.talker.clones:
             cloner = VoiceCloner.load(self.model.folder, context.device, self.model.weights_variant)
+        _ = self._reader  # its tokenizer, now: the folder may go while the stage runs
         return TalkerStage(self, context, runner, cloner)
 
     def note(self) -> str:
