@@ -56,7 +56,7 @@ class SamplingParams(StageParams):
     top_p: float | None = None  # (1.0)
     top_k: int | None = None  # (off)
     min_p: float | None = None  # (0)
-    repetition_penalty: float | None = None  # (1.0) > 1 discourages what stands in prompt or output
+    repetition_penalty: float | None = None  # (1.0) 0.01 to 100; > 1 discourages what stands in prompt or output
     presence_penalty: float | None = None  # (0) over the output alone
     frequency_penalty: float | None = None  # (0) over the output alone
     max_tokens: int | None = None  # (16384, cut to the model's length)
@@ -183,7 +183,7 @@ _SAMPLING_RANGES: dict[str, dict[str, Any]] = {
     "top_p": {"low": 0, "high": 1, "above_low": True},
     "top_k": {"low": 0, "integer": True},
     "min_p": {"low": 0, "high": 1},
-    "repetition_penalty": {"low": 0, "high": 100, "above_low": True},
+    "repetition_penalty": {"low": 0.01, "high": 100},
     "presence_penalty": {"low": -100, "high": 100},
     "frequency_penalty": {"low": -100, "high": 100},
     "max_tokens": {"low": 1, "integer": True},

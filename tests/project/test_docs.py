@@ -375,11 +375,11 @@ def test_a_parameters_type_and_range_are_those_that_are_checked(params: Any, row
     name = row[0].strip("`")
     (field,) = [field for field in dataclasses.fields(params) if field.name == name]
     assert field.default is None and type_words(field.type) == row[1]
-    found = re.fullmatch(r"(at least |above )?(-?\d+)(?: to (\d+))?", row[2])
+    found = re.fullmatch(r"(at least |above )?(-?[\d.]+)(?: to (\d+))?", row[2])
     if found is None:
         assert row[2] == ""
         return
-    low, high = int(found[2]), found[3] and int(found[3])
+    low, high = yaml.safe_load(found[2]), found[3] and int(found[3])
     accepted = [low + 1 if found[1] == "above " and high is None else high or low + 1]
     refused = [low if found[1] == "above " else low - 1]
     if high is not None:

@@ -79,7 +79,7 @@ class SamplingFields(LoRAFields):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-100, le=100)
     frequency_penalty: float | None = Field(None, ge=-100, le=100)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: dict[str, float] | None = Field(None, max_length=10_000)
     stop: str | Annotated[list[str], Field(max_length=64)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=1_000)] | None = None
