@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.sides import SideHere
 
 from benchmarks import text_peers
 from benchmarks.limits import Limits
@@ -86,7 +87,10 @@ def fake_environment(folder: Path, name: str, *arguments: str) -> PeerEnvironmen
     return made
 
 
-def test_a_run_measures_the_peers_that_are_there_and_names_the_others(tmp_path: Path) -> None:
+def test_a_run_measures_the_peers_that_are_there_and_names_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_peers, "SideProcess", SideHere)
     environments = {
         "good": fake_environment(tmp_path, "good"),
         "broken": fake_environment(tmp_path, "broken", "broken"),

@@ -16,6 +16,7 @@ from support.hub import Hub, serving
 
 from vllm_omni import DiffusionParams, Omni, SamplingParams
 from vllm_omni.config.shipped import config_for_model, shipped_configs
+from vllm_omni.entrypoints.cli import main
 from vllm_omni.entrypoints.loading import open_pipeline
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.files import assets_folder
@@ -42,13 +43,17 @@ def num_files(suffix: str) -> int:
     return sum(file.parent.name != "lora" for file in files)
 
 
-def test_generate_looks_a_repository_up_once_however_many_stages_name_it(hub: Hub, tmp_path: Path) -> None:
+def test_a_repository_is_looked_up_once_and_fetched_once(hub: Hub, tmp_path: Path) -> None:
+    """However many stages name it; and `check` of one that is here asks for no header."""
     arguments = ["--config", "tiny_image", "--model", "owner/name", "-o", "x.png", "--steps", "1"]
     done = command_line(hub, tmp_path, "generate", "a red circle", "a blue square", *arguments)
     assert done.returncode == 0, done.stderr
     assert hub.lookups == 2  # its side files, then the weights of the parts that they name
     asked = [path for method, path, _ in hub.asked if method == "GET" and path.endswith(".safetensors")]
     assert len(asked) == len(set(asked)) == num_files(".safetensors")
+    hub.asked.clear()
+    assert command_line(hub, tmp_path, "check", "tiny_image", "--model", "owner/name").returncode == 0
+    assert hub.sent(".safetensors") == 0
 
 
 @pytest.mark.parametrize("config", [["tiny_image"], []], ids=["a config", "the model's own"])
@@ -63,21 +68,14 @@ def test_check_of_a_repository_fetches_no_weights(config: list[str], hub: Hub, t
     assert not list(Path("/tmp").glob("vllm-omni-headers-*"))
 
 
-def test_check_says_the_same_of_a_repository_as_of_its_folder(hub: Hub, tmp_path: Path) -> None:
+def test_check_says_the_same_of_a_repository_as_of_its_folder(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     remote = command_line(hub, tmp_path, "check", "tiny_image", "--model", "owner/name")
-    local = command_line(hub, tmp_path, "check", "tiny_image", "--model", str(assets_folder() / "tiny-image"))
-    assert remote.returncode == local.returncode == 0
+    assert remote.returncode == main(["check", "tiny_image", "--model", str(assets_folder() / "tiny-image")]) == 0
     assert [line for line in remote.stdout.splitlines() if "MiB" in line] == [
-        line for line in local.stdout.splitlines() if "MiB" in line
+        line for line in capsys.readouterr().out.splitlines() if "MiB" in line
     ]
-
-
-def test_check_of_a_repository_that_is_here_asks_for_no_header(hub: Hub, tmp_path: Path) -> None:
-    arguments = ["--config", "tiny_image", "--model", "owner/name", "-o", "x.png", "--steps", "1"]
-    assert command_line(hub, tmp_path, "generate", "a red circle", *arguments).returncode == 0
-    hub.asked.clear()
-    assert command_line(hub, tmp_path, "check", "tiny_image", "--model", "owner/name").returncode == 0
-    assert hub.sent(".safetensors") == 0
 
 
 def test_check_wants_a_config_or_a_model(hub: Hub, tmp_path: Path) -> None:
