@@ -45,6 +45,9 @@ class OpenTexts:
         self._scheduler, self._stages = scheduler, stages
         self._texts: dict[str, OpenText] = {}
 
+    def __len__(self) -> int:
+        return len(self._texts)
+
     def open(self, request_id: str, plan: RequestPlan) -> None:
         self._texts[request_id] = OpenText(plan)
 
