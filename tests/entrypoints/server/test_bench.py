@@ -118,7 +118,7 @@ def test_times_count_from_when_a_request_was_due_not_from_when_it_was_sent() -> 
             time.sleep(0.05)  # whoever keeps the load from being sent in time shows in the times
 
     run = asyncio.run(Load(rate=10_000).run(Blocking(), words(5)))
-    assert run.answers[-1].measures()["e2e"] > 0.2
+    assert max(answer.measures()["e2e"] for answer in run.answers) > 0.2  # of whichever was sent last
 
 
 # What the times mean
