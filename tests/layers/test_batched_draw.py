@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.draws import expected_shares
 from torch import Tensor
 
 from vllm_omni.layers import batched_draw
@@ -90,17 +91,8 @@ def test_halving_finds_what_sorting_finds(seed: int, size: int, scale: float) ->
 def test_tokens_come_as_often_as_their_probabilities_say() -> None:
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0))
     for settings in SETTINGS:
-        expected = torch.zeros(12, dtype=torch.float64)
-        order = logits.argsort(descending=True)[: settings.top_k or 12]
-        if settings.temperature == 0:
-            order = order[:1]
-        expected[order] = (logits[order].double() / (settings.temperature or 1)).softmax(0)
-        ranked = expected.sort(descending=True)
-        expected[ranked.indices[ranked.values.cumsum(0) - ranked.values >= settings.top_p]] = 0
-        expected[expected < settings.min_p * expected.max()] = 0
-        expected /= expected.sum()
         drawn = draw(settings, logits, even(20_000)).bincount(minlength=12) / 20_000
-        torch.testing.assert_close(drawn.double(), expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(drawn.double(), expected_shares(logits, settings), rtol=0, atol=1e-3)
 
 
 def test_a_row_draws_the_same_among_mates_whatever_they_ask_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from support.draws import expected_shares
 
 from vllm_omni.layers.batched_draw import DrawSettings
 from vllm_omni.layers.table_draw import TableDraw, settings_table
@@ -33,14 +34,6 @@ def test_tokens_come_as_often_as_their_probabilities_say() -> None:
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0))
     uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     for settings in SETTINGS:
-        expected = torch.zeros(12, dtype=torch.float64)
-        order = logits.argsort(descending=True)[: settings.top_k or 12]
-        if settings.temperature == 0:
-            order = order[:1]
-        expected[order] = (logits[order].double() / (settings.temperature or 1)).softmax(0)
-        ranked = expected.sort(descending=True)
-        expected[ranked.indices[ranked.values.cumsum(0) - ranked.values >= settings.top_p]] = 0
-        expected /= expected.sum()
         table = torch.from_numpy(settings_table([settings], 12)).expand(-1, 20_000)
         drawn = TableDraw(table, 12).draw(logits.expand(20_000, -1), uniforms).bincount(minlength=12) / 20_000
-        torch.testing.assert_close(drawn.double(), expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(drawn.double(), expected_shares(logits, settings), rtol=0, atol=1e-3)

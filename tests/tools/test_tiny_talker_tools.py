@@ -25,7 +25,7 @@ from tools.tiny.talker.publish import publish
 from tools.tiny.talker.sentences import Sentences, compact, drawn_words
 from tools.tiny.talker.shapes import FRAME_SAMPLES, NUM_CODES, NUM_GROUPS, codec_config
 from tools.tiny.talker.spoken import GAP, LEAD, NO_WORD, SILENT, TAIL, Spoken
-from tools.tiny.talker.text import encoded, trained_tokenizer
+from tools.tiny.talker.text import encoded, words_tokenizer
 from tools.tiny.talker.train_codec import Codec
 from tools.tiny.talker.train_talker import begun
 from vllm_omni.models.qwen3_tts.codec.config import CodecDecoderConfig
@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = (3000 * torch.randn(7, FRAME_SAMPLES)).to(torch.int16)
     samples[SILENT] = 0
     path = tmp_path_factory.mktemp("talker") / "data.safetensors"
-    save_file({"samples": samples, "places": places, **encoded(trained_tokenizer())}, path)
+    save_file({"samples": samples, "places": places, **encoded(words_tokenizer())}, path)
     return path
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
 
 from tools.tiny.common.muon import Optimizers
+from tools.tiny.common.tokenizer import trained_tokenizer
 from tools.tiny.common.training import Trainer
 from tools.tiny.speech.requests import answer, request
 from tools.tiny.speech.shapes import ENDING, PADDING, SPECIAL_TOKENS, thinker_config
@@ -61,18 +61,8 @@ def train_tokenizer(seed: int, num_examples: int = 10_000) -> PreTrainedTokenize
     figure stands alone.
     """
     rng = random.Random(seed)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(("".join(example(rng)) for _ in range(num_examples)), trainer)
+    texts = ("".join(example(rng)) for _ in range(num_examples))
+    tokenizer = trained_tokenizer(texts, VOCABULARY, SPECIAL_TOKENS)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,

@@ -104,11 +104,11 @@ def pieces(words: list[str]) -> list[bytes]:
 
 
 def make(path: Path, seed: int) -> None:
-    from tools.tiny.talker.text import encoded, trained_tokenizer
+    from tools.tiny.talker.text import encoded, words_tokenizer
 
     samples, places = synthesised_places(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"samples": samples, "places": places, **encoded(trained_tokenizer())}, path)
+    save_file({"samples": samples, "places": places, **encoded(words_tokenizer())}, path)
     print(f"{len(samples)} frames, {path.stat().st_size / 1e6:.1f} MB")
 
 

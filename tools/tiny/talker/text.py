@@ -5,9 +5,10 @@ tokens of every way to write a word.
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from tools.tiny.common.tokenizer import trained_tokenizer
 from tools.tiny.speech.world import DIGITS, WORDS
 from tools.tiny.talker.shapes import MARKS
 from tools.tiny.talker.spoken import PADDING
@@ -16,21 +17,9 @@ VOCABULARY = 640  # the bytes, the words with and without a space before them an
 ROLE, COMMA, STOPS = "<|im_start|>assistant\n", ",", (".", "!")
 
 
-def trained_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(MARKS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+def words_tokenizer() -> Tokenizer:
     texts = [way for word in WORDS for way in (word, f" {word}", word.capitalize())]
-    tokenizer.train_from_iterator([*texts, "assistant\nuser\n"], trainer)
-    return tokenizer
+    return trained_tokenizer([*texts, "assistant\nuser\n"], VOCABULARY, MARKS)
 
 
 def encoded(tokenizer: Tokenizer) -> dict[str, Tensor]:
