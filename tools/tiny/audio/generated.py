@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from tools.tiny.audio.train_audio import SHIFT, SoundModel, context_latents
+from tools.tiny.common.training import mixed_precision
 
 NUM_STEPS = 8
 CHUNK = 64
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     generator, made = torch.Generator().manual_seed(args.seed), []
     for rows in tqdm(torch.arange(len(meant)).split(CHUNK), desc="generated", mininterval=10):
         noise = torch.randn(len(rows), *meant.shape[1:], generator=generator)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with mixed_precision(), sdpa_kernel(SDPBackend.MATH):
             made.append(generate(model, noise, context, data["states"][rows].float(), data["lengths"][rows]))
     latents = torch.cat(made)
     error = (latents - meant).pow(2).mean().sqrt()

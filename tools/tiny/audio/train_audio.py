@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.tiny.audio.audio_data import PLACE_FRAMES, ROLL_WIDTH, TEXT_LENGTH, piano_rolls, training_data
 from tools.tiny.common.muon import Optimizers
-from tools.tiny.common.training import Trainer
+from tools.tiny.common.training import Trainer, mixed_precision
 
 WIDTH = 192
 CHANNELS = 16
@@ -225,7 +225,7 @@ def train(
     while trainer.begin():
         clean, states, lengths, roll = batches.next()
         # Rows are short (40 tokens): plain matrix products are faster than the fused attention's backward.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with mixed_precision(), sdpa_kernel(SDPBackend.MATH):
             noise, levels = batches.noise(clean), batches.noise_levels()
             error, surprise, power = compiled_losses(model, clean, noise, levels, context, states, lengths, roll)
         (error + READING_WEIGHT * surprise + POWER_WEIGHT * power).backward()

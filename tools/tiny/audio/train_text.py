@@ -27,7 +27,7 @@ from tools.tiny.audio.prompt import sound_prompt
 from tools.tiny.audio.words import is_held_out, wording
 from tools.tiny.audio.world import canonical, sample_sound
 from tools.tiny.common.muon import Optimizers
-from tools.tiny.common.training import Trainer
+from tools.tiny.common.training import Trainer, mixed_precision
 from tools.tiny.image.train_text import CHAT_TEMPLATE, MAX_LENGTH, SPECIAL_TOKENS, model_config
 
 VOCABULARY = 2000
@@ -137,7 +137,7 @@ def learn(model: Qwen3ForCausalLM, parts: list[Part]) -> float:
     num_read = sum(int((weights == READ_WEIGHT).sum()) for _, _, weights in parts)
     for ids, targets, weights in parts:
         said, is_read = weights > 0, weights == READ_WEIGHT
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             states = model.model(input_ids=ids, use_cache=False).last_hidden_state
             logits = model.lm_head(states[said])
             kept = F.linear(model.reader(states[is_read]), model.model.embed_tokens.weight.detach())

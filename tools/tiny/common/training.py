@@ -14,8 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from tools.tiny.common.muon import Optimizers
+from vllm_omni.utils.device import multiplies_bfloat16
 
 LOG_EVERY = 50  # steps
+
+
+def mixed_precision(device: torch.device | None = None) -> torch.autocast:
+    """A context: bfloat16 products where the device (None: the CPU) multiplies it. Elsewhere, as on a CPU that has to
+    emulate it, float32 is several times as fast.
+    """
+    device = device or torch.device("cpu")
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup: int = 100) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import trange
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
+from tools.tiny.common.training import mixed_precision
 from tools.tiny.image.loose import is_held_out, loose
 from tools.tiny.image.render import draw_scene
 from tools.tiny.image.world import Scene, canonical, sample_scene
@@ -71,7 +72,7 @@ class TextStates:
 def encode_pictures(vae: AutoencoderKL, drawings: list[np.ndarray]) -> Tensor:
     """[n, 16, 16, 16] normalised latents."""
     images = torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         latents = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mode().float()
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.tiny.common.muon import Optimizers
-from tools.tiny.common.training import Trainer
+from tools.tiny.common.training import Trainer, mixed_precision
 from tools.tiny.image.image_data import TEXT_LENGTH, training_data
 from tools.tiny.image.whitening import Whitening
 from vllm_omni.models.z_image.config import ZImageConfig
@@ -134,7 +134,7 @@ def train(
     while trainer.begin():
         clean, states, lengths = batches.next()
         # Rows are short (96 tokens): plain matrix products are faster than the fused attention's backward.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with mixed_precision(), sdpa_kernel(SDPBackend.MATH):
             value = compiled_loss(model, clean, batches.noise(clean), batches.noise_levels(), states, lengths)
         value.backward()
         trainer.step(loss=value.detach())

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 from tqdm import trange
 
-from tools.tiny.common.training import learning_rate_factor
+from tools.tiny.common.training import learning_rate_factor, mixed_precision
 from tools.tiny.image.image_data import TextStates, encode_pictures
 from tools.tiny.image.outlines import draw_outlines
 from tools.tiny.image.train_image import PURE_NOISE_SHARE, TIME_SHIFT, fresh_model, loss
@@ -139,7 +139,7 @@ def train(adapter: Adapter, model: ZImageTransformer, data: dict[str, Tensor], a
         clean = data["latents"][rows]
         noise = torch.randn(clean.shape, generator=generator)
         levels = noise_levels(args.batch_size, generator)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with mixed_precision(), sdpa_kernel(SDPBackend.MATH):
             value = loss(model, clean, noise, levels, data["states"][rows], data["lengths"][rows])
         optimizer.zero_grad(set_to_none=True)
         value.backward()

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tools.tiny.common.muon import Optimizers
-from tools.tiny.common.training import Trainer
+from tools.tiny.common.training import Trainer, mixed_precision
 from tools.tiny.image.loose import is_held_out, loose
 from tools.tiny.image.world import canonical, sample_scene
 
@@ -135,7 +135,7 @@ def train(
     rng = random.Random(seed + 1 + trainer.run.step)
     while trainer.begin():
         ids, targets = batch(tokenizer, rng, batch_size)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             logits = model(input_ids=ids).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         loss.backward()

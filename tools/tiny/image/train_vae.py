@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from tools.tiny.common.muon import Optimizers
-from tools.tiny.common.training import Trainer
+from tools.tiny.common.training import Trainer, mixed_precision
 from tools.tiny.image.render import SIZE, draw_scene
 from tools.tiny.image.world import sample_scene
 
@@ -57,7 +57,7 @@ def batch(data: torch.Tensor, step: int, generator: torch.Generator) -> torch.Te
 
 def loss_terms(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean absolute error + twice the mean squared error, mean KL divergence per latent)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample()).sample
     difference = decoded.float() - images

@@ -17,7 +17,7 @@ from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5O
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavDiTModel
 
 from tools.tiny.common.muon import Optimizers
-from tools.tiny.common.training import Trainer
+from tools.tiny.common.training import Trainer, mixed_precision
 from tools.tiny.speech.codes import FRAMES, NUM_CODES, Codebook
 from tools.tiny.speech.mel import FLOOR
 from tools.tiny.speech.recordings import Recording, recording, recordings
@@ -168,7 +168,7 @@ def train(
     batches = Batches(data, codebook, batch_size, seed + trainer.run.step)
     while trainer.begin():
         mel, codes = batches.next()
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             value = loss(model, mel, codes, voice, batches.generator)
         value.backward()
         trainer.step(velocity=value.detach())

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from tools.tiny.common.muon import Optimizers
-from tools.tiny.common.training import Trainer
+from tools.tiny.common.training import Trainer, mixed_precision
 from tools.tiny.speech.codes import Codebook
 from tools.tiny.speech.requests import answer, request
 from tools.tiny.speech.shapes import PADDING, READER, TALKER_SIZE, talker_config
@@ -122,7 +122,7 @@ def learn(model: Reader, text: Text, data: list[Spoken], rng: random.Random) -> 
     for start in range(0, len(data), len(data) // PARTS):
         part = data[start : start + len(data) // PARTS]
         rows, codes, targets, words = batch(text, model.talker, part, rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             logits, said = model(rows, codes)
         told, place = (
             F.cross_entropy(found.float().flatten(0, 1), meant.flatten(), ignore_index=IGNORED)

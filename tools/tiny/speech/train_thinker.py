@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerForCondition
 
 from tools.tiny.common.muon import Optimizers
 from tools.tiny.common.tokenizer import trained_tokenizer
-from tools.tiny.common.training import Trainer
+from tools.tiny.common.training import Trainer, mixed_precision
 from tools.tiny.speech.requests import answer, request
 from tools.tiny.speech.shapes import ENDING, PADDING, SPECIAL_TOKENS, thinker_config
 from tools.tiny.speech.world import Sentence, sentence
@@ -130,7 +130,7 @@ def train(folder: Path, num_steps: int, batch_size: int, learning_rate: float, j
     rng = random.Random(seed + 1 + trainer.run.step)
     while trainer.begin():
         ids, targets, weights = batch(tokenizer, rng, batch_size)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             logits = model(input_ids=ids, attention_mask=(weights > 0).long()).logits
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         loss = (losses * weights.flatten()).sum() / weights.sum()

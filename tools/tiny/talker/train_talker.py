@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tools.tiny.common.muon import Optimizers
-from tools.tiny.common.training import AveragedWeights
+from tools.tiny.common.training import AveragedWeights, mixed_precision
 from tools.tiny.talker.clock import Clock
 from tools.tiny.talker.foretelling import first_logits, fresh_talker, layers, other_logits, rows_of
 from tools.tiny.talker.lessons import END, Lessons, drawn
@@ -103,7 +103,7 @@ def train(
     optimizer = Optimizers(learner, rate, WEIGHT_DECAY, matrices=("talker.decoder.",))
     average, saved = AveragedWeights(learner, 0.998), time.perf_counter()
     while clock.share < 1 or not clock.step:
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             loss, parts = learner(drawn(spoken, batch_size).to(device), codes)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
