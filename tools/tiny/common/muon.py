@@ -11,14 +11,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from vllm_omni.utils.device import multiplies_bfloat16
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """[m, n] -> roughly the nearest semi-orthogonal [m, n], in bfloat16: only the direction matters."""
+    """[m, n] -> roughly the nearest semi-orthogonal [m, n]. Only the direction matters: bfloat16 where it is faster."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.size(0) > matrix.size(1)
-    x = (matrix.T if tall else matrix).bfloat16()
+    x = (matrix.T if tall else matrix).to(torch.bfloat16 if multiplies_bfloat16(matrix.device) else torch.float32)
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         gram = x @ x.T

@@ -32,8 +32,10 @@ loose requests into the canonical words that the image model knows. Apache-2.0.
 """
 
 
-def assemble(runs: Path, folder: Path) -> None:
-    """`runs` holds text/, vae/ and image/ as the training scripts leave them."""
+def assemble(runs: Path, folder: Path, num_pictures: int = 200) -> None:
+    """`runs` holds text/, vae/ and image/ as the training scripts leave them; the map of previews is fitted to so many
+    pictures.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     text = Qwen3ForCausalLM.from_pretrained(runs / "text/text_encoder", dtype=torch.bfloat16)
     text.save_pretrained(folder / "text_encoder")
@@ -45,4 +47,4 @@ def assemble(runs: Path, folder: Path) -> None:
     export(folder / "transformer", state["average"], whitening_of(data))
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     (folder / "README.md").write_text(CARD)
-    fit_preview.main([str(folder)])
+    fit_preview.main([str(folder), "--count", str(num_pictures)])

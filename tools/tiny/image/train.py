@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, part in PARTS.items():
         given = ["--folder", str(folders[name]), "--seed", str(args.seed)]
         part([*given, *(QUICK[name] if args.quick else ())])
-    assemble(args.runs, args.asset)
+    assemble(args.runs, args.asset, num_pictures=10 if args.quick else 200)
 
 
 if __name__ == "__main__":
