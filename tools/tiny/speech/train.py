@@ -9,12 +9,19 @@ the folder.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from tools.tiny.speech import train_codes, train_dit, train_talker, train_thinker, train_vocoder
 from tools.tiny.speech.assemble import assemble
 
+PARTS = {
+    "train_thinker": train_thinker.main,
+    "train_codes": train_codes.main,
+    "train_talker": train_talker.main,
+    "train_dit": train_dit.main,
+    "train_vocoder": train_vocoder.main,
+}
 QUICK = {
     "train_thinker": ["--steps", "2", "--batch-size", "4", "--judged", "4"],
     "train_codes": ["--recordings", "24"],
@@ -24,24 +31,23 @@ QUICK = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny-speech"))
     parser.add_argument("--asset", type=Path, default=Path("vllm_omni/assets/tiny-speech"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     codebook = ["--codebook", args.runs / "codebook.safetensors"]
-    parts = {
+    given = {
         "train_thinker": ["--folder", args.runs / "thinker"],
         "train_codes": ["--folder", args.runs],
         "train_talker": ["--folder", args.runs / "talker", "--thinker", args.runs / "thinker", *codebook],
         "train_dit": ["--folder", args.runs / "dit", *codebook],
         "train_vocoder": ["--folder", args.runs / "vocoder", "--dit", args.runs / "dit", *codebook],
     }
-    for part, given in parts.items():
-        command = [sys.executable, "-m", f"tools.tiny.speech.{part}", "--seed", str(args.seed), *map(str, given)]
-        subprocess.run([*command, *(QUICK[part] if args.quick else ())], check=True)
+    for name, part in PARTS.items():
+        part([*map(str, given[name]), "--seed", str(args.seed), *(QUICK[name] if args.quick else ())])
     assemble(args.runs, args.asset)
 
 

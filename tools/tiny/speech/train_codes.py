@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools.tiny.speech.codes import NUM_CODES, Codebook
 from tools.tiny.speech.recordings import recordings
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-speech"))
     parser.add_argument("--recordings", type=int, default=800)
     parser.add_argument("--codes", type=int, default=NUM_CODES)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     path = args.folder / "codebook.safetensors"
     if path.exists():
         return

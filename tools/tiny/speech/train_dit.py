@@ -7,6 +7,7 @@ sampler integrates it. A share of the rows has no condition: codes 0, a silent v
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def train(
     save_file(voice, folder / "speaker.safetensors")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-speech/dit"))
     parser.add_argument("--codebook", type=Path, default=Path("runs/tiny-speech/codebook.safetensors"))
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     codebook = Codebook.load(args.codebook)
     train(args.folder, codebook, args.steps, args.recordings, args.batch_size, args.learning_rate, args.seed)
 

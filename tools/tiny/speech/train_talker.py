@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -187,7 +188,7 @@ def train(args: argparse.Namespace) -> None:
     trainer.run.log(final_likeness=likeness(model, text, held_out, 7))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-speech/talker"))
     parser.add_argument("--thinker", type=Path, default=Path("runs/tiny-speech/thinker"))
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--judged", type=int, default=24, help="held-out sentences in the final judgement")
     parser.add_argument("--seed", type=int, default=0)
-    train(parser.parse_args())
+    train(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -143,7 +144,7 @@ def train(folder: Path, num_steps: int, batch_size: int, learning_rate: float, j
     trainer.run.log(final=accuracy(model, tokenizer, 7, judged))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-speech/thinker"))
     parser.add_argument("--steps", type=int, default=1500)
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--judged", type=int, default=400, help="held-out requests in the final judgement")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     train(args.folder, args.steps, args.batch_size, args.learning_rate, args.judged, args.seed)
 
 

@@ -8,6 +8,7 @@ flow matching model makes of a recording's codes: such it will meet.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def train(
     save_file(vocoder.state_dict(), folder / "vocoder.safetensors")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny-speech/vocoder"))
     parser.add_argument("--dit", type=Path, default=Path("runs/tiny-speech/dit"))
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     data = recordings(args.recordings, args.seed)
     data += redrawn(data, args.dit, Codebook.load(args.codebook), args.seed)
     train(args.folder, data, args.steps, args.batch_size, args.learning_rate, args.seed)
