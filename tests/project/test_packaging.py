@@ -22,8 +22,10 @@ pytest.importorskip("setuptools", minversion="77")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the checkout, so that nothing is left behind in it; an asset of two levels is added."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "LICENSE"):
+    for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    quickly = (ROOT / "setup.py").read_text().replace('"-O3"', '"-O0"')  # these kernels never run
+    (source / "setup.py").write_text(quickly)
     (source / "README.md").write_text("# vllm_omni\n")
     ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.so")
     shutil.copytree(ROOT / "vllm_omni", source / "vllm_omni", ignore=ignored)

@@ -12,7 +12,7 @@ import torch
 from support.tiny_speech import assert_loads_whole
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from tools.tiny.speech import synthesise, train
+from tools.tiny.speech import synthesise, token2wav, train
 from tools.tiny.speech.evaluate import Judged, figures, held_out
 from tools.tiny.speech.judge import Verdict, hear, judge, pieces
 from tools.tiny.speech.requests import REQUESTS, answer, request
@@ -163,7 +163,10 @@ def test_a_row_learns_its_codes_and_the_end_and_nothing_of_the_prompt(text: Text
 
 
 @needs_voice
-def test_a_quick_training_gives_a_folder_that_transformers_loads_whole(tmp_path: Path) -> None:
+def test_a_quick_training_gives_parts_that_speak_and_a_folder_that_transformers_loads(tmp_path: Path) -> None:
     with torch.compiler.set_stance("force_eager"):
         train.main(["--runs", str(tmp_path / "runs"), "--asset", str(tmp_path / "asset"), "--quick"])
     assert_loads_whole(tmp_path / "asset")
+    model, voice = token2wav.trained(tmp_path / "runs"), token2wav.voice(tmp_path / "runs")
+    samples = token2wav.spoken(model, voice, torch.tensor([0, 5, 9, 0]), seed=1)
+    assert samples.shape == (4 * CODE_SAMPLES,) and bool(samples.isfinite().all())

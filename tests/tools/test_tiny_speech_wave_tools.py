@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniDiTConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavDiTModel
 
-from tools.tiny.speech import token2wav, train_dit, train_vocoder
+from tools.tiny.speech import train_dit, train_vocoder
 from tools.tiny.speech.codes import Codebook, features, k_means, paired
 from tools.tiny.speech.mel import CEILING, FLOOR, HOP, SAMPLE_RATE, filters, log_mel
 from tools.tiny.speech.quick_activation import with_quick_activations
@@ -123,10 +122,11 @@ def test_quick_activations_have_the_values_and_gradients_of_the_published_ones()
     quick = with_quick_activations(copy.deepcopy(published))
     assert list(quick.state_dict()) == list(published.state_dict())
     mel = torch.randn(2, 12, 80)
-    samples = [train_vocoder.decode(model, mel) for model in (published, quick)]
+    with torch.compiler.set_stance("force_eager"):
+        samples = [train_vocoder.decode(model, mel) for model in (published, quick)]
+        for found in samples:
+            found.square().sum().backward()
     torch.testing.assert_close(samples[1], samples[0], atol=2e-6, rtol=1e-4)
-    for found in samples:
-        found.square().sum().backward()
     for ours, theirs in zip(quick.parameters(), published.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5 * float(theirs.grad.abs().max()), rtol=1e-3)
 
@@ -199,17 +199,3 @@ def test_batches_begin_with_a_whole_code() -> None:
     mel, codes = train_dit.Batches(data, codebook, size=8, seed=0).next()
     assert mel.shape == (8, train_dit.PIECE, 80)
     assert all(torch.equal(codebook.encode(mel[row]), codes[row]) for row in range(8))
-
-
-@needs_voice
-def test_a_quick_training_gives_parts_that_speak(tmp_path: Path) -> None:
-    data = recordings(20, seed=0)
-    codebook = Codebook.fit([one.mel for one in data])
-    train_dit.train(tmp_path / "dit", codebook, 2, 4, 2, 1e-3, seed=0)
-    redrawn = train_dit.redrawn(data[:2], tmp_path / "dit", codebook, seed=0)
-    assert all(one.mel.shape == other.mel.shape for one, other in zip(redrawn, data, strict=False))
-    train_vocoder.train(tmp_path / "vocoder", data[:4] + redrawn, 2, 1, 1e-3, seed=0)
-    model, voice = token2wav.trained(tmp_path), token2wav.voice(tmp_path)
-    samples = token2wav.spoken(model, voice, torch.tensor([0, 5, 9, 0]), seed=1)
-    assert samples.shape == (4 * 480,) and bool(samples.isfinite().all())
-    assert load_file(tmp_path / "dit/speaker.safetensors")["cond"].shape == (1, 16)

@@ -26,8 +26,8 @@ QUICK = {
     "train_thinker": ["--steps", "2", "--batch-size", "4", "--judged", "4"],
     "train_codes": ["--recordings", "24"],
     "train_talker": ["--steps", "2", "--batch-size", "4", "--sentences", "8", "--judged", "1"],
-    "train_vocoder": ["--steps", "2", "--recordings", "8", "--batch-size", "2"],
-    "train_dit": ["--steps", "2", "--recordings", "8", "--batch-size", "2"],
+    "train_vocoder": ["--steps", "2", "--recordings", "2", "--batch-size", "2"],
+    "train_dit": ["--steps", "2", "--recordings", "4", "--batch-size", "2", "--judged", "1"],
 }
 
 

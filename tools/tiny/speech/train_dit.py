@@ -158,11 +158,12 @@ def train(
     num_recordings: int,
     batch_size: int,
     learning_rate: float,
+    num_judged: int,
     seed: int,
 ) -> None:
     """The results are the folder's `dit.safetensors` and `speaker.safetensors`."""
     torch.manual_seed(seed)
-    data, held = recordings(num_recordings, seed), recordings(4, seed, held_out=True)
+    data, held = recordings(num_recordings, seed), recordings(num_judged, seed, held_out=True)
     voice = speaker(seed)
     model = fresh_model(torch.cat([one.mel for one in data]).mean(dim=0))
     trainer = Trainer(folder, num_steps, model, Optimizers(model, learning_rate, 0.01, matrices=MUON_PREFIXES))
@@ -189,10 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recordings", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--judged", type=int, default=4, help="held-out recordings that judge it")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     codebook = Codebook.load(args.codebook)
-    train(args.folder, codebook, args.steps, args.recordings, args.batch_size, args.learning_rate, args.seed)
+    train(
+        args.folder, codebook, args.steps, args.recordings, args.batch_size, args.learning_rate, args.judged, args.seed
+    )
 
 
 if __name__ == "__main__":
