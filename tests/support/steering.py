@@ -14,6 +14,7 @@ def steer(engine: AREngine, token_ids: list[int]) -> list[Any]:
     (job,) = engine._jobs.values()
     (sample,) = job.samples.values()  # type: ignore[attr-defined]
     generation = sample.generation
+    generation.row._is_never_plain, generation.row.is_plain = True, False  # it has a bias from now on
     while is_busy(engine):
         if generation.num_written < len(token_ids):
             generation.row._bias = {token_ids[generation.num_written]: 1e6}
