@@ -26,8 +26,8 @@ def find_largest(logits: Tensor) -> Tensor | None:
 
 def find_top(logits: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     """logits: [R, V] -> values [R, count] float32 and places [R, count] int64: the largest of each row in falling
-    order, of equal ones the first first; None where there is no kernel for them. What a row lacks is -infinity; one with
-    NaN gives some of its numbers.
+    order, of equal ones the first first; None where there is no kernel for them. What a row lacks is -infinity; a row
+    with NaN gives some of its numbers.
     """
     functions = kernels(logits.dtype)
     if functions is None or count > MOST_TOP or not is_cpu(logits.device):
