@@ -45,13 +45,9 @@ class TextStream:
         self._num_given = 0
         self._state = self._state_with_tokens = 0  # of the automata of `_stop`
         self._is_finished = False
+        self.has_stop_strings = stop.has_any  # then tokens are to come one by one
         self.text = ""
         self.is_stopped = False
-
-    @property
-    def has_stop_strings(self) -> bool:
-        """Whether the text may end it: then tokens are to come one by one."""
-        return self._stop.has_any
 
     def push(self, token_ids: Sequence[int], can_stop: bool = True) -> None:
         """Takes the next tokens, at least one. `can_stop`: whether a stop string may end the text here."""
