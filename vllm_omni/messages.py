@@ -32,6 +32,7 @@ class StageTask:
     saved: Mapping[str, Any] | None = None  # what `StageEngine.save_state` gave of this task: it goes on from there
     size: float = 1.0  # as of `StageSpec.job_size`
     prefixes: tuple[int, ...] = ()  # hashes of ever longer beginnings of its prompt, where a replica may hold them
+    is_watched: bool = True  # whether a caller sees its words and rows as they come
 
     @property
     def request_id(self) -> str:
@@ -77,7 +78,7 @@ Order = StageTask | Feed | Pause | Resume | Skip
 
 @dataclass(frozen=True, slots=True)
 class StageProgress:
-    """`step` of `num_steps` is done."""
+    """`step` of `num_steps` is done. What is new may be that of several steps, where nobody watches the task."""
 
     request_id: str
     step: int
@@ -93,7 +94,9 @@ class StageProgress:
 
 @dataclass(frozen=True, slots=True)
 class StageWorked:
-    """Something was computed for a task that cannot be shown (part of its prompt, its conditions): it is not stuck."""
+    """Something was computed for a task, among others, and there is nothing to tell of it yet (part of a prompt, of
+    conditions, words that nobody waits for): the stage is not stuck.
+    """
 
     request_id: str
 

@@ -38,6 +38,7 @@ PROMPT_KEYS = frozenset({*TEXT_KEYS, *OWN_KEYS})
 MAX_ID_LENGTH = 256
 MAX_KEYS = 1_000  # of a prompt dict, of parameters by stage
 MAX_PROMPT_ITEMS = 1_000_000  # token ids or messages; what a stage takes is far less
+MAX_PLAIN_ID = 2**63  # an int below it is looked at no further: what a stage takes is far less
 
 
 def new_request_id() -> str:
@@ -173,9 +174,17 @@ def _checked_prompt(prompt: object) -> Prompt:
     if all(isinstance(item, Mapping) for item in items):
         return [_checked_message(f"prompt[{index}]", message) for index, message in enumerate(items)]
     return [
-        as_number(f"prompt[{index}]", token, 0, raises=InvalidRequestError, integer=True, hint=" (a token id)")
+        token if type(token) is int and 0 <= token < MAX_PLAIN_ID else _checked_id(index, token)
         for index, token in enumerate(items)
     ]
+
+
+def _checked_id(index: int, token: object) -> int:
+    """A token id of any kind of number, or the complaint about it."""
+    checked: int = as_number(
+        f"prompt[{index}]", token, 0, raises=InvalidRequestError, integer=True, hint=" (a token id)"
+    )
+    return checked
 
 
 def _checked_message(where: str, message: Mapping[Any, Any]) -> dict[str, Any]:

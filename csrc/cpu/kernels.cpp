@@ -36,6 +36,10 @@ using namespace omni;
   void find_largest_##NAME(const T* logits, int64_t rows, int64_t size, int64_t* found, int threads) {                 \
     TEAM find_largest(logits, rows, size, found);                                                                      \
   }                                                                                                                    \
+  void find_top_##NAME(const T* logits, int64_t rows, int64_t size, int64_t count, float* values, int64_t* places,     \
+                       int threads) {                                                                                  \
+    TEAM find_top(logits, rows, size, count, values, places);                                                          \
+  }                                                                                                                    \
   void run_layers_##NAME(const Layer<T>* layers, int64_t count, const Shape* shape, const Step* step, const T* cos,    \
                          const T* sin, const Cache<T>* caches, T* states, int threads) {                               \
     run_layers(layers, count, *shape, *step, cos, sin, caches, states, threads);                                       \

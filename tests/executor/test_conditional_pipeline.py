@@ -158,6 +158,7 @@ def written(loop: OmniExecutor, words: str, stage: str = "thinker") -> OmniOutpu
     while loop.has_work():
         for job in engine(loop, stage)._jobs.values():
             for sample in job.samples.values():
+                sample.generation.row._is_never_plain, sample.generation.row.is_plain = True, False
                 sample.generation.row._bias = {ids[sample.generation.num_written]: 1e6}
         outputs += loop.step()
         loop.check_integrity()

@@ -76,6 +76,32 @@ def test_a_token_is_what_one_by_one_gives(vocab_size: int, at_once: int, monkeyp
     assert num_near < len(rows) // 8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_and_without_kernels_a_rank_is_the_same_token(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 many logits of a large vocabulary are equal, also at the last place that top_k keeps."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [DrawSettings(temperature=1.5, top_k=1 + 7 * index, top_p=0.99) for index in range(20)]
+    logits = (torch.randn(len(rows), 30_011, generator=generator) * 3).to(dtype)
+    uniforms = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+    found = BatchedDraw(rows, 30_011, CPU).draw(logits, uniforms)
+    monkeypatch.setattr(batched_draw, "find_top", lambda logits, count: None)
+    assert torch.equal(found, BatchedDraw(rows, 30_011, CPU).draw(logits, uniforms))
+    for settings_of_row, row, uniform, token in zip(rows, logits, uniforms.tolist(), found.tolist(), strict=True):
+        expected, distance = defined(settings_of_row, row, uniform)
+        assert token == expected or distance < 1e-6
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 5.0, 50.0])
+def test_of_a_long_row_only_what_is_likely_is_sorted_and_the_least_is_the_same(scale: float) -> None:
+    logits = torch.randn(6, 20_000, generator=torch.Generator().manual_seed(4)) * scale
+    probabilities, top_p = logits.softmax(-1), torch.tensor([[0.5], [0.9], [0.999_999], [1e-6], [1.0], [0.0]])
+    ordered = probabilities.sort(descending=True).values
+    is_kept = ordered.cumsum(-1) - ordered < top_p
+    expected = ordered.masked_fill(~is_kept, torch.inf).amin(-1, keepdim=True).masked_fill(top_p >= 1, 0)
+    assert torch.equal(least_of_mass(probabilities, top_p), expected)
+    assert least_of_mass(torch.full((2, 50), torch.nan), torch.tensor([[0.5], [1.0]])).shape == (2, 1)
+
+
 @hypothesis.settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 500), scale=st.sampled_from([0.0, 0.5, 8.0]))
 def test_halving_finds_what_sorting_finds(seed: int, size: int, scale: float) -> None:

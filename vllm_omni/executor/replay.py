@@ -29,17 +29,15 @@ S = TypeVar("S", str, tuple[Any, ...])
 
 
 class Replay:
-    """Of one task, its inputs cut. is_watched: whether a caller sees words and rows as they are told. streamed_ports:
-    the outputs that another stage reads row by row.
-    """
+    """Of one task, its inputs cut. streamed_ports: the outputs that another stage reads row by row."""
 
-    def __init__(self, task: StageTask, is_watched: bool, streamed_ports: frozenset[str]) -> None:
+    def __init__(self, task: StageTask, streamed_ports: frozenset[str]) -> None:
         self.task = task
         self.is_paused = False
         self.can_run_again = True
         self.has_caught_up = True  # the run that is under way has told something new
         self.made: StagePayload | None = None  # what the last run had made when it was lost
-        self._is_watched = is_watched
+        self._is_watched = task.is_watched
         self._streamed_ports = streamed_ports
         self._is_again = False  # the run that is under way is not the first
         self._held_bytes = 0

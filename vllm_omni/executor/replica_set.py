@@ -105,10 +105,10 @@ class ReplicaSet:
 
     def submit(self, task: StageTask, is_watched: bool) -> Mapping[str, Any]:
         """Takes a task: what its inputs are, chunks cut. It begins on a replica, or waits for one. StageError, and the
-        task is dropped, when that fails. is_watched: whether a caller sees its words and rows as they come.
+        task is dropped, when that fails. is_watched: as of the StageTask that the replica is given.
         """
         inputs = self._rows.cut_inputs(task.request_id, task.inputs)
-        replay = Replay(dataclasses.replace(task, inputs=inputs), is_watched, self._streamed_ports)
+        replay = Replay(dataclasses.replace(task, inputs=inputs, is_watched=is_watched), self._streamed_ports)
         if all(host.is_hopeless for host in self.hosts):
             self.ensure_ready()
         self.tasks[task.request_id] = replay

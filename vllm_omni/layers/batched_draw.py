@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_omni.layers.native.vocabulary import find_top
 from vllm_omni.utils.device import is_cpu, numbers_at_once, to_device
 
 LEAST_TEMPERATURE = 1e-30  # a float32 that what is below the largest logit can be divided by
@@ -117,7 +118,8 @@ class _DrawnByRank(_Group):
         self._most = max(settings[place].top_k for place in places)
 
     def draw(self, logits: Tensor, uniforms: Tensor, part: slice) -> Tensor:
-        values, places = logits.topk(self._most)
+        found = find_top(logits, self._most)
+        values, places = logits.topk(self._most) if found is None else found
         ranks = torch.arange(self._most, device=logits.device)
         scores = values.float().masked_fill(ranks >= self.top_k[part], -torch.inf)
         probabilities = _probabilities(scores, scores[:, :1], self.temperature[part])
@@ -126,11 +128,14 @@ class _DrawnByRank(_Group):
         cumulated = probabilities.masked_fill_(is_out, 0).cumsum(-1, dtype=torch.float64)
         threshold = uniforms[:, None] * cumulated[:, -1:]
         rank = torch.searchsorted(cumulated, threshold, right=True).clamp_max_(self._most - 1)
+        tokens = places.gather(1, rank).squeeze(1)
+        if found is not None:
+            return tokens
         value = values.gather(1, rank)
         num_before = ((values == value) & (ranks < rank)).sum(-1, keepdim=True)  # equal ones of a lower rank
         if not is_cpu(logits.device):
             return Cumulated(logits == value).find(num_before.double())
-        tokens = places.gather(1, rank).squeeze(1)  # which of equal logits come first is left open by topk
+        # which of equal logits come first is left open by topk
         is_one_of_many = (((values == value).sum(-1, keepdim=True) > 1) | (value == values[:, -1:])).squeeze(1)
         if is_one_of_many.any():
             equal = Cumulated(logits[is_one_of_many] == value[is_one_of_many])
@@ -186,9 +191,23 @@ def least_of_mass(probabilities: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _sorted_least(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    ordered = probabilities.sort(descending=True).values
-    is_kept = ordered.cumsum(-1) - ordered < top_p
-    return ordered.masked_fill_(~is_kept, torch.inf).amin(-1, keepdim=True)
+    rows = zip(probabilities, top_p.squeeze(1).tolist(), strict=True)
+    return torch.stack([_sorted_least_of_row(row, mass) for row, mass in rows])[:, None]
+
+
+def _sorted_least_of_row(probabilities: Tensor, top_p: float) -> Tensor:
+    """Most of a row is too unlikely to be kept, and need not be sorted: what is below this share has together less than
+    half of the mass that may be left out.
+    """
+    if top_p >= 1:
+        return probabilities.new_zeros(())
+    share = (1 - top_p) / (2 * len(probabilities))
+    for some in (probabilities[probabilities > share], probabilities):
+        ordered = some.sort(descending=True).values
+        reached = ordered.cumsum(-1)
+        if len(ordered) and reached[-1] > top_p + (1 - top_p) / 4:  # nothing behind these would be kept
+            break
+    return ordered.masked_fill_(reached - ordered >= top_p, torch.inf).amin(-1)
 
 
 def bisected_least(probabilities: Tensor, top_p: Tensor) -> Tensor:

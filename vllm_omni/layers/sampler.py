@@ -62,7 +62,7 @@ class SamplingRow:
         self._bias = dict(params.logit_bias or {})
         self._stop_token_ids = sorted(set(stop_token_ids))
         shapes = self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
-        self._is_never_plain = bool(shapes or self.num_logprobs is not None)
+        self._is_never_plain = bool(shapes or self._bias or self.num_logprobs is not None)
         self._counts_written = bool(shapes or self.min_tokens)
         self._written: Counter[int] = Counter()
         self._seen = set(prompt_token_ids) if self.repetition_penalty != 1.0 else set()
@@ -72,18 +72,10 @@ class SamplingRow:
         else:
             self._generator.manual_seed(sample_seed(params.seed, sample_index))
         self._numbers: list[float] = []  # drawn, from the next one on
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the next token follows from its raw logits, the settings and a number, and nothing else is asked
-        for; once it does, all that follow do.
-        """
-        return not (self._is_never_plain or self._bias or self._suppresses_stops)
-
-    @property
-    def draws(self) -> bool:
-        """Whether its tokens need numbers."""
-        return self.settings.temperature > 0
+        self.draws = self.settings.temperature > 0  # whether its tokens need numbers
+        # whether the next token follows from its raw logits, the settings and a number, and nothing else is asked for;
+        # once it does, all that follow do
+        self.is_plain = not (self._is_never_plain or self._suppresses_stops)
 
     def number(self, ahead: int = 0) -> float:
         """In [0, 1): what the next token is drawn with, or that which comes so many tokens behind it; 0 where none is
@@ -115,6 +107,7 @@ class SamplingRow:
         if self._counts_written:
             self._written[token_id] += 1
             self._seen.add(token_id)
+            self.is_plain = not (self._is_never_plain or self._suppresses_stops)
         if self.draws:
             self.number()
             del self._numbers[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.ar import (
+    EOS,
     GREEDY,
     assert_clean,
     check,
@@ -30,11 +32,12 @@ from support.ar import (
 )
 
 from tests.support.steering import steer
-from vllm_omni.engine.ar.text_job import read_sections
+from vllm_omni.engine.ar.text_job import TOLD_TOGETHER, read_sections
 from vllm_omni.engine.ar.tokenizer import TextProcessor
 from vllm_omni.errors import ConfigError, InvalidRequestError, StageError
 from vllm_omni.messages import StageDone, StageProgress
 from vllm_omni.params import DiffusionParams, SamplingParams
+from vllm_omni.payload import StagePayload
 from vllm_omni.request import OmniRequest
 
 PROMPT = "a red circle left of a blue square"
@@ -58,6 +61,35 @@ def test_streamed_text_adds_up_and_never_holds_half_a_character(folder: Path) ->
     assert final.payload.meta["text"] == "".join(pieces) == words
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
     assert len(pieces) == len(ids)
+
+
+@pytest.mark.parametrize("stop", [None, ["zz"], ["好 2 "]])
+@pytest.mark.parametrize("ends", [False, True])
+def test_words_that_nobody_waits_for_are_told_together_and_are_the_same(
+    folder: Path, stop: list[str] | None, ends: bool
+) -> None:
+    """Also those so far, at any time, half characters and an ending token among them."""
+    ids = make_tokenizer()("".join(f"日本 é {number} 你好 {number} 🙂" for number in range(8)))["input_ids"]
+    ids = [*ids[:-1], *([EOS] if ends else [])]
+    params = SamplingParams(temperature=0, max_tokens=len(ids), ignore_eos=not ends, stop=stop, logprobs=1)
+    told: dict[bool, list[StageProgress]] = {}
+    payloads: dict[bool, Any] = {}
+    so_far: dict[bool, list[StagePayload | None]] = {True: [], False: []}
+    for is_watched, partials in so_far.items():
+        engine = make_engine(folder)
+        submit(engine, dataclasses.replace(make_task("a", params), is_watched=is_watched))
+        *events, end = steer(engine, ids, lambda: partials.append(engine.partial_result("r")))  # noqa: B023
+        payloads[is_watched] = end.payload.meta
+        told[is_watched] = [event for event in events if isinstance(event, StageProgress)]
+    assert so_far[True] == so_far[False] and so_far[True][5] is not None
+    assert payloads[True] == payloads[False]
+    assert payloads[True]["text"] == "".join(event.text for event in told[False])
+    for name in ("token_ids", "logprobs"):
+        apart, together = ([item for event in told[kind] for item in getattr(event, name)] for kind in (True, False))
+        assert apart == together
+    assert [event.finish_reason for event in told[False]][-1] == payloads[True]["finish_reason"]
+    num_written = len(payloads[True]["token_ids"])
+    assert len(told[True]) == num_written and len(told[False]) == -(-num_written // TOLD_TOGETHER)
 
 
 @pytest.mark.parametrize(

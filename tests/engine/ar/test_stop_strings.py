@@ -114,14 +114,15 @@ def test_the_text_is_that_before_the_first_stop_string(
     shown = ""
     tokens = [token for group in token_ids(processor, text, cuts) for token in group]
     for number, token in enumerate(tokens):
-        shown += stream.push(token)
+        shown += pushed(stream, token)
         assert wanted.startswith(shown), "no part of a stop string, no half character"
         known = processor.decode(tokens[: number + 1], False)
         if end is not None and known.startswith("".join(text[:end])):
             assert stream.is_stopped, "at the very token that brings its end"
         if stream.is_stopped:
             break
-    shown += stream.finish()
+    stream.finish()
+    shown += stream.give()
     assert shown == stream.text == wanted and stream.is_stopped == (end is not None)
 
 
@@ -178,18 +179,24 @@ def test_half_a_character_before_a_stopping_token_is_part_of_the_text(
         [processor.special_tokens["<|x|>"]],
     )
     stream = TextStream(processor, StopRules(processor, [stop], skips), skips)
-    pieces = [stream.push(token) for token in (a, half[0], x)]
+    pieces = [pushed(stream, token) for token in (a, half[0], x)]
     assert stream.is_stopped == (stop == "<|x|>")
-    pieces.append(stream.finish())
+    stream.finish()
+    pieces.append(stream.give())
     shown = "" if skips or stream.is_stopped else "<|x|>"
     assert stream.text == "".join(pieces) == f"a\N{REPLACEMENT CHARACTER}{shown}"
+
+
+def pushed(stream: TextStream, token: int) -> str:
+    stream.push([token])
+    return stream.give()
 
 
 def test_words_within_a_hidden_token_end_nothing(processor: TextProcessor) -> None:
     text = ["a", "<|x|>", "b"]
     stream = TextStream(processor, StopRules(processor, ["|x|"], True), True)
     for group in token_ids(processor, text, [1]):
-        stream.push(group[0])
+        stream.push([group[0]])
     assert stream.text == "ab" and not stream.is_stopped
 
 
@@ -199,7 +206,7 @@ def test_many_long_stop_strings_cost_a_step_nothing(processor: TextProcessor) ->
     (token,) = token_ids(processor, ["a"], [1])[0]
     began = time.perf_counter()
     for _ in range(2000):
-        stream.push(token)
+        pushed(stream, token)
     assert time.perf_counter() - began < 5 and stream.text == "a" * 2000
 
 

@@ -22,7 +22,7 @@ from vllm_omni.layers.linear import Embedding, Linear, pack_linears, quantize_li
 from vllm_omni.layers.moe import SparseMLP
 from vllm_omni.layers.native import library
 from vllm_omni.layers.native.packed import NativePacking
-from vllm_omni.layers.native.vocabulary import find_largest
+from vllm_omni.layers.native.vocabulary import MOST_TOP, find_largest, find_top
 from vllm_omni.layers.quantization import dequantize, multiply_quantized, quantize_weight
 from vllm_omni.layers.sampler import largest
 
@@ -168,6 +168,24 @@ def test_the_first_of_the_largest_is_found(rows: int, size: int, dtype: torch.dt
         expected[-1] = -1
     found = find_largest(logits)
     assert found is not None and found.tolist() == expected == largest(logits).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 64, 65, 5000])
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_the_top_are_the_first_of_a_stable_sort(dtype: torch.dtype, size: int, count: int) -> None:
+    logits = torch.randn(9, size).mul(4).round().to(dtype)
+    logits[1] = torch.arange(size)
+    logits[2, size // 2 :] = -torch.inf
+    logits[3] = 2.0
+    found = find_top(logits, count)
+    assert found is not None and find_top(logits, MOST_TOP + 1) is None
+    values, places = logits.float().sort(descending=True, stable=True)
+    is_there = values[:, :count] > -torch.inf
+    num_found = is_there.shape[1]
+    assert torch.equal(found[0][:, :num_found], values[:, :count])
+    assert torch.equal(found[1][:, :num_found][is_there], places[:, :count][is_there])
+    assert (found[0][:, num_found:] == -torch.inf).all() and not found[1][found[0] == -torch.inf].any()
 
 
 class Step:

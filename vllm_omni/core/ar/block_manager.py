@@ -168,6 +168,8 @@ class BlockManager:
 
     def _enter(self, sequence: Sequence) -> None:
         num_full = sequence.num_computed_tokens // self.block_size
+        if num_full == sequence.num_entered_blocks:
+            return
         for index in range(max(sequence.num_released_blocks, sequence.num_entered_blocks), num_full):
             block = self._blocks[sequence.block_table[index]]
             key = self._hash(sequence, index)

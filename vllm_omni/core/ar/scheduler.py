@@ -76,6 +76,7 @@ class ARScheduler:
         self._running: list[Sequence] = []
         self._budget = 0  # tokens that the step which is being filled may still take
         self._prompt_budget = 0  # of them those of prompts, and of what is computed again
+        self._has_prompts = False  # whether the step that was filled last computes such
         self.num_preemptions = 0
         self.num_drafted_tokens = self.num_accepted_tokens = 0
 
@@ -111,11 +112,14 @@ class ARScheduler:
 
     def _fill_step(self) -> list[Chunk]:
         chunks: list[Chunk] = []
-        self._budget = self._max_num_batched_tokens
-        self._prompt_budget = self._paced_budget()
-        for sequence in list(self._running):
+        self._budget = self._prompt_budget = self._max_num_batched_tokens
+        self._has_prompts = False
+        running = [(sequence, sequence.is_one_behind) for sequence in self._running]
+        if self._waiting or not all(is_one_behind for _, is_one_behind in running):
+            self._prompt_budget = self._paced_budget()
+        for sequence, is_one_behind in running:
             if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
-                self._continue(sequence, chunks)
+                self._continue(sequence, is_one_behind, chunks)
         self._admit(chunks)  # what was preempted just now finds no room: it lost at least one of the blocks it needs
         return chunks
 
@@ -137,7 +141,7 @@ class ARScheduler:
 
     def learn(self, chunks: list[Chunk], step_s: float) -> None:
         """What the step of these chunks has taken."""
-        if self._pace is not None and any(not chunk.sequence.is_one_behind for chunk in chunks):
+        if self._pace is not None and self._has_prompts:
             self._pace.learn(sum(chunk.num_tokens for chunk in chunks), step_s)
 
     def advance(self, chunk: Chunk) -> None:
@@ -204,13 +208,13 @@ class ARScheduler:
         paced = self._pace.prompt_tokens(num_writing)
         return self._max_num_batched_tokens if paced is None else paced
 
-    def _share(self, sequence: Sequence) -> int:
+    def _share(self, sequence: Sequence, is_one_behind: bool) -> int:
         """How many of its tokens run in the step that is being filled."""
-        limit = self._budget if sequence.is_one_behind else min(self._budget, self._prompt_budget)
+        limit = self._budget if is_one_behind else min(self._budget, self._prompt_budget)
         return min(sequence.num_computable_tokens, limit)
 
-    def _continue(self, sequence: Sequence, chunks: list[Chunk]) -> None:
-        num_tokens = self._share(sequence)
+    def _continue(self, sequence: Sequence, is_one_behind: bool, chunks: list[Chunk]) -> None:
+        num_tokens = self._share(sequence, is_one_behind)
         if num_tokens == 0:
             return
         end = sequence.num_computed_tokens + num_tokens
@@ -219,7 +223,7 @@ class ARScheduler:
             self._preempt(victim)
             if victim is sequence:
                 return
-        self._take(sequence, num_tokens, chunks)
+        self._take(sequence, num_tokens, is_one_behind, chunks)
 
     def _admit(self, chunks: list[Chunk]) -> None:
         for sequence in [sequence for sequence in self._waiting if sequence.num_computable_tokens]:
@@ -236,18 +240,21 @@ class ARScheduler:
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.num_reached_tokens = max(sequence.num_reached_tokens, sequence.num_computed_tokens)
-            num_tokens = self._share(sequence)
+            is_one_behind = sequence.is_one_behind
+            num_tokens = self._share(sequence, is_one_behind)
             if num_tokens:  # none when the prefix cache served all that is ready
-                self._take(sequence, num_tokens, chunks)
+                self._take(sequence, num_tokens, is_one_behind, chunks)
 
-    def _take(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk]) -> None:
+    def _take(self, sequence: Sequence, num_tokens: int, is_one_behind: bool, chunks: list[Chunk]) -> None:
         start = sequence.num_computed_tokens
         end = start + num_tokens
         if not self.blocks.holds(sequence, end):
             self.blocks.grow(sequence, end)
         self._budget -= num_tokens
-        self._prompt_budget -= 0 if sequence.is_one_behind else num_tokens
-        chunks.append(Chunk(sequence, start, end, sequence.is_writing and end == sequence.num_tokens))
+        if not is_one_behind:
+            self._prompt_budget -= num_tokens
+            self._has_prompts = True
+        chunks.append(Chunk(sequence, start, end, sequence.is_writing and end == len(sequence.token_ids)))
 
     def _with_drafts(self, chunks: list[Chunk], lookup: PromptLookup) -> list[Chunk]:
         room = min(self._budget, self._max_num_seqs - len(chunks))
@@ -275,7 +282,8 @@ class ARScheduler:
 
     def _commit(self, sequence: Sequence, num_computed: int) -> None:
         sequence.num_computed_tokens = num_computed
-        sequence.num_reached_tokens = max(sequence.num_reached_tokens, num_computed)
+        if num_computed > sequence.num_reached_tokens:
+            sequence.num_reached_tokens = num_computed
         self.blocks.commit(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -87,7 +87,8 @@ class Sequence:
     @property
     def is_one_behind(self) -> bool:
         """Whether its last known token, one that it has written, is all that is not computed."""
-        return len(self.token_ids) > self.num_prompt_tokens and self.num_uncomputed_tokens == 1
+        num_tokens = len(self.token_ids)
+        return num_tokens > self.num_prompt_tokens and num_tokens - self.num_computed_tokens == 1
 
     @property
     def num_computable_tokens(self) -> int:

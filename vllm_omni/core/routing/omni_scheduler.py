@@ -128,6 +128,8 @@ class OmniScheduler:
         self._start_waiting(now)
         orders: list[Order] = []
         for request_id, state in list(self._requests.running.items()):
+            if state.is_at_work:
+                continue
             while state.ready and request_id in self._requests.running:
                 orders += self._launch(state, next(iter(state.ready)), now)
             if request_id in self._requests.running:
@@ -147,6 +149,8 @@ class OmniScheduler:
         if self._graph is not None:
             urgent: set[str] = set()
             for state in self._requests.running.values():
+                if state.streams.is_empty:
+                    continue
                 urgent |= state.streams.on_first_chunk(state.running)
             for stage in urgent.intersection(busy):
                 before = self._graph.before({stage})

@@ -92,6 +92,12 @@ class RequestState:
         """Whether nothing that could still happen will bring this request further."""
         return bool(self.missing) and not self.ready and not self.running and not self.streams.is_caller_writing
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether all that it can do is to wait for the stages that run: there is nobody to begin, feed or pause."""
+        is_quiet = not (self.ready or self.missing or self.dropped_readers or self.is_caller_behind)
+        return is_quiet and self.streams.is_empty
+
     def from_the_start(self, now: float) -> RequestState:
         """The same request before its first stage, with the deadline that it has."""
         state = RequestState(self.request, self.plan, self.order, self.admitted_s, self.deadline_s - self.admitted_s)

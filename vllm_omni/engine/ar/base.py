@@ -34,7 +34,7 @@ class Generation:
 
     @property
     def num_written(self) -> int:
-        return self.sequence.num_tokens - self.sequence.num_prompt_tokens
+        return len(self.sequence.token_ids) - self.sequence.num_prompt_tokens
 
     def write(self, token_id: int) -> None:
         """Appends a sampled token, which may be the last."""

@@ -42,6 +42,8 @@ from vllm_omni.worker.parallel.links import Links
 if TYPE_CHECKING:
     from vllm_omni.engine.ar.spec import ARSpec
 
+NOTHING_SAMPLED: Many[None] = (None,)
+
 
 @dataclass(frozen=True, slots=True)
 class Preparing:
@@ -135,9 +137,8 @@ class AREngine(StageEngine):
         for request_id in computed:
             self._jobs[request_id].num_steps += 1
         for chunk in chunks:
-            events += self._postprocess(chunk, tokens.get(chunk.sequence.sequence_id, [None]))
-        silent = computed.difference(event.request_id for event in events)
-        return events + [StageWorked(request_id) for request_id in sorted(silent)]
+            events += self._postprocess(chunk, tokens.get(chunk.sequence.sequence_id, NOTHING_SAMPLED))
+        return events or [StageWorked(chunks[0].sequence.request_id)]
 
     def abort(self, request_id: str) -> None:
         self._events = [event for event in self._events if event.request_id != request_id]
@@ -251,18 +252,21 @@ class AREngine(StageEngine):
     def _gather(self, chunks: list[Chunk], events: list[StageEvent]) -> tuple[list[Chunk], dict[int, TokenInputs]]:
         """The inputs of all chunks by sequence id; a task whose inputs cannot be made fails, and its chunks go."""
         inputs: dict[int, TokenInputs] = {}
+        has_failed = False
         for chunk in chunks:
             sequence = chunk.sequence
-            if sequence.is_finished:  # it failed a moment ago, in another of its samples
+            job = self._jobs.get(sequence.request_id)
+            if job is None:  # it failed a moment ago, in another of its samples
                 continue
             try:
-                found = self._jobs[sequence.request_id].inputs_of(chunk)
+                found = job.inputs_of(chunk)
             except Exception as error:
                 events.append(self._fail(sequence.request_id, error))
+                has_failed = True
                 continue
             if found is not None:
                 inputs[sequence.sequence_id] = found
-        return [chunk for chunk in chunks if not chunk.sequence.is_finished], inputs
+        return [chunk for chunk in chunks if not chunk.sequence.is_finished] if has_failed else chunks, inputs
 
     def _compute(
         self, chunks: list[Chunk], inputs: dict[int, TokenInputs]
@@ -308,7 +312,8 @@ class AREngine(StageEngine):
 
     def _postprocess(self, chunk: Chunk, tokens: Many[SampledToken | StageError | None]) -> list[StageEvent]:
         """tokens: the sampled ones, or one that is None."""
-        sequence, events = chunk.sequence, list[StageEvent]()
+        sequence = chunk.sequence
+        events: list[StageEvent] = []
         job = self._jobs.get(sequence.request_id)
         if job is None:  # it failed a moment ago, in another of its samples
             return []
@@ -319,12 +324,13 @@ class AREngine(StageEngine):
                 if isinstance(token, StageError):
                     raise token
                 events += job.record(sequence, token)
-                if job.is_done:
-                    return [*events, self._finish(job)]
                 if job.is_over(sequence):
+                    if job.is_done:
+                        return [*events, self._finish(job)]
                     self._scheduler.remove(sequence)
                     return events
-            self._scheduler.settle(chunk)
+            if chunk.draft:
+                self._scheduler.settle(chunk)
             return events
         except Exception as error:
             return [*events, self._fail(sequence.request_id, error)]

@@ -48,6 +48,7 @@ class TappedStates:
         self._sequence = sequence
         self._ports = {port: tap for port, tap in ports.items() if port in reads}
         self._reads = reads
+        self.are_streamed = bool(reads.streamed)  # whether `rows` can have any
         self._runner = runner
         self._media = media
         self._num_dropped = num_dropped

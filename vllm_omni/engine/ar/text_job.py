@@ -21,6 +21,8 @@ from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageEvent, StageProgress, StageTask
 from vllm_omni.worker.ar.media_inputs import MediaInputs
 
+TOLD_TOGETHER = 32  # tokens of a sample that are told at once where nobody waits for them
+
 
 @dataclass(slots=True)
 class Sample:
@@ -32,6 +34,8 @@ class Sample:
     room_limit: str | None  # of PreparedPrompt
     runs_last_token: bool  # whether the token that max_tokens ended with is computed as well: its states are read
     logprobs: list[Mapping[int, float]] = field(default_factory=list)  # the chosen token first
+    num_read: int = 0  # written tokens that the stream has
+    num_told: int = 0  # that callers were told of
 
     @property
     def is_done(self) -> bool:
@@ -40,21 +44,46 @@ class Sample:
             return self.generation.sequence.num_uncomputed_tokens == 0
         return self.generation.finish_reason is not None
 
-    def write(self, token: SampledToken) -> str:
-        """Appends a sampled token; returns the text that is new."""
-        generation, text = self.generation, ""
+    def write(self, token: SampledToken) -> None:
+        """Appends a sampled token, which may be the last."""
+        generation = self.generation
         generation.write(token.token_id)
         if token.logprobs is not None:
             self.logprobs.append(token.logprobs)
-        if generation.finish_reason != "stop":  # an ending token is no part of the text
-            can_stop = generation.num_written >= generation.row.min_tokens
-            text = self.stream.push(token.token_id, can_stop)
+        if generation.finish_reason is not None or self.stream.has_stop_strings:
+            self._read()
             if self.stream.is_stopped:
                 generation.end("stop")
-        return text if generation.finish_reason is None else text + self.stream.finish()
+            if generation.finish_reason is not None:
+                self.stream.finish()
+
+    @property
+    def has_much_to_tell(self) -> bool:
+        """Whether enough has been written since the last `news`, or all of it."""
+        generation = self.generation
+        return generation.finish_reason is not None or generation.num_written - self.num_told >= TOLD_TOGETHER
+
+    def news(self, num_samples: int) -> StageProgress:
+        """What it has written since the last time."""
+        generation, start = self.generation, self.num_told
+        sequence = generation.sequence
+        self.num_told = generation.num_written
+        self._read()
+        return StageProgress(
+            sequence.request_id,
+            generation.num_written,
+            generation.max_new_tokens,
+            self.stream.give(),
+            token_ids=tuple(sequence.token_ids[sequence.num_prompt_tokens + start :]),
+            logprobs=None if generation.row.num_logprobs is None else tuple(self.logprobs[start:]),
+            finish_reason=generation.finish_reason,
+            sample=self.index,
+            num_samples=num_samples,
+        )
 
     def completion(self) -> dict[str, Any]:
         """The fields of a Completion as plain JSON; logprobs: for every position the pairs [token, log probability]."""
+        self._read()
         logprobs = [[[token, value] for token, value in position.items()] for position in self.logprobs]
         return {
             "text": self.stream.text,
@@ -63,6 +92,15 @@ class Sample:
             "logprobs": None if self.generation.row.num_logprobs is None else logprobs,
             "note": self._note(),
         }
+
+    def _read(self) -> None:
+        """Makes text of what has been written; a token that ends it is no part of it."""
+        generation = self.generation
+        stop = generation.num_written - (generation.finish_reason == "stop")
+        if self.num_read < stop:
+            sequence, start, self.num_read = generation.sequence, self.num_read, stop
+            written = sequence.token_ids[sequence.num_prompt_tokens + start : sequence.num_prompt_tokens + stop]
+            self.stream.push(written, can_stop=generation.num_written >= generation.row.min_tokens)
 
     def _note(self) -> str | None:
         """Why it has ended, where the request did not ask for that."""
@@ -103,27 +141,14 @@ class TextJob(ARJob):
 
     def record(self, sequence: Sequence, token: SampledToken | None) -> list[StageEvent]:
         events: list[StageEvent] = []
-        is_first = sequence is self.sequences[0]
         if token is not None:
-            events.append(self._write(sequence, token))
-        if is_first:
+            sample = self.samples[sequence.sequence_id]
+            sample.write(token)
+            if self.task.is_watched or sample.has_much_to_tell:
+                events.append(sample.news(len(self.samples)))
+        if self._states.are_streamed and sequence is self.sequences[0]:
             events += self._states.rows(self.is_over(sequence))
         return events
-
-    def _write(self, sequence: Sequence, token: SampledToken) -> StageProgress:
-        sample = self.samples[sequence.sequence_id]
-        text, generation = sample.write(token), sample.generation
-        return StageProgress(
-            sequence.request_id,
-            generation.num_written,
-            generation.max_new_tokens,
-            text,
-            token_ids=(token.token_id,),
-            logprobs=None if generation.row.num_logprobs is None else tuple(sample.logprobs[-1:]),
-            finish_reason=generation.finish_reason,
-            sample=sample.index,
-            num_samples=len(self.samples),
-        )
 
     @property
     def is_done(self) -> bool:

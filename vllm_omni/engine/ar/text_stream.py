@@ -1,6 +1,4 @@
-"""The text of one sample as it is written, token by token, cut before the first stop string. Knows no model and no
-sampling.
-"""
+"""The text of one sample as it is written, cut before the first stop string. Knows no model and no sampling."""
 
 from __future__ import annotations
 
@@ -46,29 +44,35 @@ class TextStream:
         self._num_ahead = 0  # characters of `text` that are of later tokens
         self._num_given = 0
         self._state = self._state_with_tokens = 0  # of the automata of `_stop`
+        self._is_finished = False
+        self.has_stop_strings = stop.has_any  # then tokens are to come one by one
         self.text = ""
         self.is_stopped = False
 
-    def push(self, token_id: int, can_stop: bool = True) -> str:
-        """Takes the next token; returns the text that is new and certain. `can_stop`: whether a stop string may end the
-        text here.
-        """
-        self._token_ids.append(token_id)
+    def push(self, token_ids: Sequence[int], can_stop: bool = True) -> None:
+        """Takes the next tokens, at least one. `can_stop`: whether a stop string may end the text here."""
+        self._token_ids.extend(token_ids)
         new = self._decode_new()
         certain = new.rstrip(UNFINISHED)
         self._take(certain[self._num_ahead :], can_stop)
         self._num_ahead = max(self._num_ahead, len(certain))
         if new and len(certain) == len(new):
             self._context_start, self._read, self._num_ahead = self._read, len(self._token_ids), 0
-        if token_id in self._stop.tokens and not self.is_stopped:
-            self._take_token(token_id, new[len(certain) :], can_stop)
-        return self._give(len(self.text) - self._held_back())
+        if token_ids[-1] in self._stop.tokens and not self.is_stopped:
+            self._take_token(token_ids[-1], new[len(certain) :], can_stop)
 
-    def finish(self) -> str:
-        """Ends the text; returns what was held back."""
+    def finish(self) -> None:
+        """Ends the text: nothing is held back."""
         if not self.is_stopped:
             self._take(self._decode_new()[self._num_ahead :], can_stop=False)
-        return self._give(len(self.text))
+        self._is_finished = True
+
+    def give(self) -> str:
+        """The text that has become certain since the last time."""
+        end = len(self.text) - self._held_back()
+        given = self.text[self._num_given : end]
+        self._num_given = max(self._num_given, end)
+        return given
 
     def _decode_new(self) -> str:
         old = self._decode(self._token_ids[self._context_start : self._read])
@@ -113,15 +117,10 @@ class TextStream:
         self.is_stopped = True
 
     def _held_back(self) -> int:
-        if self.is_stopped:
+        if self._is_finished or self.is_stopped or not self._stop.has_any:
             return 0
         stop = self._stop
         return max(stop.in_text.held(self._state), stop.with_tokens.held(self._state_with_tokens))
-
-    def _give(self, end: int) -> str:
-        given = self.text[self._num_given : end]
-        self._num_given = max(self._num_given, end)
-        return given
 
 
 def _symbols(string: str, tokens: dict[str, int]) -> list[Symbol]:

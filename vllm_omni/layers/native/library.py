@@ -45,6 +45,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
         THREADS,
     ),
     "find_largest": (POINTER, COUNT, COUNT, POINTER, THREADS),
+    "find_top": (POINTER, COUNT, COUNT, COUNT, POINTER, POINTER, THREADS),
     "run_layers": (
         *(POINTER, COUNT, ctypes.POINTER(ShapeStruct), ctypes.POINTER(StepStruct)),
         *(POINTER, POINTER, POINTER, POINTER, THREADS),
@@ -77,6 +78,7 @@ class Kernels:
         self.multiply = getattr(library, f"multiply_{dtype}")
         self.attend = getattr(library, f"attend_{dtype}")
         self.find_largest = getattr(library, f"find_largest_{dtype}")
+        self.find_top = getattr(library, f"find_top_{dtype}")
         self.run_layers = getattr(library, f"run_layers_{dtype}")
         self.mix_experts = getattr(library, f"mix_experts_{dtype}")
         self.modulate = getattr(library, f"modulate_{dtype}")

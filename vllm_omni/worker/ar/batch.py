@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,6 +97,7 @@ class DecodeBatch:
         columns = host_buffer(5, num_rows, device=pool.device)
         block_table = host_buffer(num_rows, max_num_blocks, device=pool.device)
         self._columns, self._block_table = columns.numpy(), block_table.numpy()  # written through these
+        self._row_numbers = np.arange(num_rows)
         self._host = (columns, block_table)
         self._on_device = (columns.to(pool.device), block_table.to(pool.device))  # the same tensors on a CPU
         self._fence = CopyFence(pool.device)
@@ -108,8 +110,12 @@ class DecodeBatch:
 
     def fits(self, chunks: Many[Chunk]) -> bool:
         """Whether every chunk is one known token and no pad, and all of them with their drafts have a row."""
-        is_decode = all(chunk.known_end - chunk.start == 1 and not chunk.sequence.num_pads for chunk in chunks)
-        return is_decode and sum(chunk.num_tokens for chunk in chunks) <= self._columns.shape[1]
+        num_drafted = 0
+        for chunk in chunks:
+            num_drafted += len(chunk.draft)
+            if chunk.end - chunk.start - len(chunk.draft) != 1 or chunk.sequence.num_pads:
+                return False
+        return len(chunks) + num_drafted <= self._columns.shape[1]
 
     def fills_buffers(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> bool:
         """Whether nothing of a step that `fits` stands outside the buffers, which alone a graph can read."""
@@ -123,18 +129,19 @@ class DecodeBatch:
 
     def fill(self, chunks: Many[Chunk], inputs: Mapping[int, TokenInputs]) -> StepBatch:
         """As `StepBatch.of`. Behind the blocks of a sequence its row of the block table holds any valid numbers."""
-        num_rows = sum(chunk.num_tokens for chunk in chunks)
+        num_rows = sum([chunk.end - chunk.start for chunk in chunks])
         size = self._bucket_size(num_rows)
-        columns, attention = self._filled(chunks, size)
-        sampling = _sampling_rows(chunks)
-        is_everyone = len(sampling) == num_rows
+        columns, attention = self._filled(chunks, num_rows, size)
+        is_everyone = all(chunk.samples for chunk in chunks)
         has_own = _has_own_positions(inputs)
         return StepBatch(
             token_ids=columns[0, :size],
             positions=_own_positions(chunks, inputs, self._pool.device, size) if has_own else columns[1, :size],
             attention=attention,
             input_rows=self._joined_rows(chunks, inputs, size) if inputs else None,
-            sampling_rows=self._every_row[:num_rows] if is_everyone else _tensor(sampling, self._pool.device),
+            sampling_rows=self._every_row[:num_rows]
+            if is_everyone
+            else _tensor(_sampling_rows(chunks), self._pool.device),
             samples_first_rows=is_everyone,
         )
 
@@ -146,32 +153,40 @@ class DecodeBatch:
         size = self._bucket_size(count)
         self._fence.wait()
         self._columns[4, :count] = sources
-        going = [(chunk.sequence.block_table, chunk.end) for chunk in chunks]
-        places = [place if does else (self._padding_table, 0) for place, does in zip(going, goes_on, strict=True)]
-        columns, attention = self._placed(places, [0] * count, size)
+        going = list(zip(chunks, goes_on, strict=True))
+        tables = [chunk.sequence.block_table if does else self._padding_table for chunk, does in going]
+        positions = [chunk.end if does else 0 for chunk, does in going]
+        columns, attention = self._placed(tables, positions, [0] * count, size)
         columns[0, :count] = chosen[columns[4, :count]].clamp_min(0)
         return StepBatch(columns[0, :size], columns[1, :size], attention, None, self._every_row[:count], True)
 
     def padding(self, size: int) -> StepBatch:
         """A batch of nothing but padding rows, in the places of a bucket's; all of them sample."""
-        columns, attention = self._placed([], [], size)
+        columns, attention = self._placed([], [], [], size)
         rows = None if self._input_rows is None else self._input_rows.first(size)
         return StepBatch(columns[0, :size], columns[1, :size], attention, rows, self._every_row[:size], True)
 
-    def _filled(self, chunks: Many[Chunk], size: int) -> tuple[Tensor, AttentionMetadata]:
+    def _filled(self, chunks: Many[Chunk], num_rows: int, size: int) -> tuple[Tensor, AttentionMetadata]:
         """The columns on the device, and what attention is told of their first `size` rows."""
-        places = [(chunk.sequence.block_table, place) for chunk in chunks for place in range(chunk.start, chunk.end)]
-        return self._placed(places, [token for chunk in chunks for token in chunk.token_ids], size)
+        tables = [chunk.sequence.block_table for chunk in chunks]
+        positions = [chunk.start for chunk in chunks]
+        if num_rows == len(chunks):
+            token_ids = [chunk.sequence.token_ids[chunk.start] for chunk in chunks]
+        else:
+            tables = [table for table, chunk in zip(tables, chunks, strict=True) for _ in range(chunk.num_tokens)]
+            positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
+            token_ids = [token for chunk in chunks for token in chunk.token_ids]
+        return self._placed(tables, positions, token_ids, size)
 
     def _placed(
-        self, places: Many[tuple[list[int], int]], token_ids: list[int], size: int
+        self, tables: list[list[int]], positions: list[int], token_ids: list[int], size: int
     ) -> tuple[Tensor, AttentionMetadata]:
-        """As `_filled`. places: the block table of each token's sequence, and its position."""
-        count = len(places)
-        context_lens = [position + 1 for _, position in places]
+        """As `_filled`. Of each token: the block table of its sequence, its position, and itself."""
+        count = len(tables)
+        context_lens = [position + 1 for position in positions]
         self._fence.wait()
-        if places:
-            self._fill_places(places, token_ids, context_lens)
+        if tables:
+            self._fill_places(tables, positions, token_ids)
         if size > count:
             self._fill_padding(count, size)
             context_lens += [1] * (size - count)
@@ -202,16 +217,15 @@ class DecodeBatch:
     def _bucket_size(self, count: int) -> int:
         return self._bucket_sizes[bisect_left(self._bucket_sizes, count)] if self._bucket_sizes else count
 
-    def _fill_places(self, places: Many[tuple[list[int], int]], token_ids: list[int], context_lens: list[int]) -> None:
-        block_size = self._pool.block_size
-        self._columns[:4, : len(places)] = (
-            token_ids,
-            [position for _, position in places],
-            [table[place // block_size] * block_size + place % block_size for table, place in places],
-            context_lens,
-        )
-        for row, (table, _) in enumerate(places):
+    def _fill_places(self, tables: list[list[int]], positions: list[int], token_ids: list[int]) -> None:
+        for row, table in enumerate(tables):
             self._fill_table(row, table)
+        count, block_size = len(tables), self._pool.block_size
+        columns = self._columns[:, :count]
+        columns[:2] = token_ids, positions
+        blocks = self._block_table[self._row_numbers[:count], columns[1] // block_size]
+        columns[2] = blocks * block_size + columns[1] % block_size
+        columns[3] = columns[1] + 1
 
     def _fill_padding(self, start: int, stop: int) -> None:
         assert self._pool.scratch_block is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -46,17 +47,22 @@ class Choice:
         """As `layers.sampler.sample`; tokens come from the device in one transfer, and in another the logits of rows
         that are not plain.
         """
-        places, start = list[int](), 0
-        for index, row in enumerate(self.rows):
-            stop = start + 1 + (len(self.drafts[index]) if self.drafts else 0)
-            if not row.is_plain:
-                places += range(start, stop)
-            start = stop
+        places = self._places_of_others()
         logits = {}
         if places:
             assert self.logits is not None
             logits = dict(zip(places, self.logits[places].cpu(), strict=True))
         return sample(logits, self.rows, self.drafts, self.chosen.tolist())
+
+    def _places_of_others(self) -> list[int]:
+        """Among the logits, those of rows that are not plain."""
+        if not any(self.drafts):
+            return [place for place, row in enumerate(self.rows) if not row.is_plain]
+        starts = accumulate((1 + len(draft) for draft in self.drafts), initial=0)
+        found = zip(starts, self.rows, self.drafts, strict=False)
+        return [
+            place for start, row, draft in found if not row.is_plain for place in range(start, start + 1 + len(draft))
+        ]
 
 
 @dataclass(frozen=True, slots=True)

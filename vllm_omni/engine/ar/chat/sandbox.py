@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,6 +26,7 @@ MAX_CPU_S = 1.0  # processor time of one rendering; a published template needs l
 MAX_WAIT_S = 20.0  # for an answer, where the system sets no such limit, or the machine is that busy
 MAX_MEMORY_BYTES = 512 * 2**20  # of the process, which begins with about 30 MB
 MAX_CHARS = 8_000_000  # of a rendered chat
+PIECE_BYTES = 2**16  # of an answer, that are read at once
 HOME = str(Path(__file__).parents[4])  # an editable installation need not be on the path
 # the modules of this interpreter are found, and nothing else of it: neither its environment nor start-up files
 START = (
@@ -43,7 +46,7 @@ class TemplateSandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[[subprocess.Popen[bytes], int], TemplateSandbox] | None = None
         self._owner = os.getpid()
-        self._is_late = threading.Event()  # whether the last rendering took longer than anybody waits
+        self._is_late = False  # whether the last rendering took longer than anybody waits
 
     def start(self) -> None:
         """Starts the process, and does not wait until it is ready."""
@@ -80,37 +83,40 @@ class TemplateSandbox:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            bufsize=0,
             start_new_session=True,  # an interrupt at the terminal is not meant for it
         )
         self._end = weakref.finalize(self, _end, self._process, self._owner)
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)  # else a long request could wait for ever
         return self._process
 
     def _exchange(self, request: bytes) -> bytes | None:
-        """The answer, or None where the process ended."""
-        process = self._running()
+        """The answer, or None where the process ended, or was ended because nobody waits longer. In this thread: to
+        start another for its time would take longer than to render.
+        """
+        process, until = self._running(), time.monotonic() + MAX_WAIT_S
         assert process.stdin is not None and process.stdout is not None
-        self._is_late = threading.Event()
-        timer = threading.Timer(MAX_WAIT_S, _give_up, [process, self._is_late])
-        timer.daemon = True
-        timer.start()
+        self._is_late = False
         try:
-            process.stdin.write(request)
-            process.stdin.flush()
-            return process.stdout.readline() or None
+            _write(process.stdin.fileno(), request, until)
+            return _read_line(process.stdout.fileno(), until)
+        except TimeoutError:
+            self._is_late = True
+            process.kill()
+            return None
         except OSError:
             return None
         except BaseException:  # an interrupt: the answer that comes later belongs to nobody
             self._stop()
             raise
-        finally:
-            timer.cancel()
 
     def _cause_of_death(self) -> str:
         """What the process that has just gone was ended for."""
         assert self._process is not None
         code = self._process.wait()
         self._stop()
-        if self._is_late.is_set():
+        if self._is_late:
             return f"gives no answer for {MAX_WAIT_S:g} s over these messages; it may never end"
         if code == -signal.SIGPROF:
             return f"takes more than {MAX_CPU_S:g} s of processor time over these messages; it may never end"
@@ -122,10 +128,32 @@ class TemplateSandbox:
         self._process = self._end = None
 
 
-def _give_up(process: subprocess.Popen[bytes], is_late: threading.Event) -> None:
-    """In a timer's thread, which must not keep the sandbox."""
-    is_late.set()
-    process.kill()
+def _write(pipe: int, request: bytes, until: float) -> None:
+    """Into a pipe that does not block."""
+    left = memoryview(request)
+    while left:
+        _wait_for(pipe, select.POLLOUT, until)
+        left = left[os.write(pipe, left) :]
+
+
+def _read_line(pipe: int, until: float) -> bytes | None:
+    """None where the pipe ends before the line."""
+    pieces: list[bytes] = []
+    while not pieces or not pieces[-1].endswith(b"\n"):
+        _wait_for(pipe, select.POLLIN, until)
+        piece = os.read(pipe, PIECE_BYTES)
+        if not piece:
+            return None
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _wait_for(pipe: int, event: int, until: float) -> None:
+    """TimeoutError where it is not ready by then; one whose other end is gone is ready."""
+    ready = select.poll()
+    ready.register(pipe, event)
+    if not ready.poll(max(until - time.monotonic(), 0.0) * 1000):
+        raise TimeoutError
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
