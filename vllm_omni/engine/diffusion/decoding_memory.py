@@ -71,7 +71,7 @@ class DecodingMemory:
         )
 
     def _remark_on_frames(self, size: DecodingSize) -> str:
-        if self.num_bytes == self._whole_bytes:
+        if self._granted_bytes is None or self.num_bytes == self._whole_bytes:
             return ""
         side = isqrt(self.num_bytes // size.pixel_bytes)
         return (

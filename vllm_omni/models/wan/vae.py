@@ -67,7 +67,7 @@ class VaeConfig:
         the channels that come in and go out: 14.2 numbers in Wan 2.1, 11.8 to 14.0 in Wan 2.2.
         """
         multiples = self.raw.get("dim_mult", [1, 2, 4, 4])
-        base = self.raw.get("decoder_base_dim") or self.raw.get("base_dim", BASE_WIDTH)
+        base = self.raw.get("decoder_base_dim") or self.raw.get("base_dim") or BASE_WIDTH
         before, last = multiples[min(1, len(multiples) - 1)], multiples[0]
         if len(multiples) > 1 and not self.raw.get("is_residual", False):  # the upsampling before it has halved them
             before /= 2
