@@ -127,7 +127,7 @@ class Diffusers:
 
         _draw_no_progress_bars()
         self._generator = torch.Generator
-        self._pipeline = AceStepPipeline.from_pretrained(folder, torch_dtype=DTYPES[dtype])
+        self._pipeline = AceStepPipeline.from_pretrained(folder, dtype=DTYPES[dtype])
         self._pipeline.set_progress_bar_config(disable=True)
 
     def run(self, case: Case, repeat: int) -> list[np.ndarray]:

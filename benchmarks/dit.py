@@ -118,7 +118,7 @@ class Diffusers:
 
         logging.set_verbosity_error()
         self._dtype = DTYPES[dtype]
-        parts = {"torch_dtype": self._dtype, "low_cpu_mem_usage": False}
+        parts = {"dtype": self._dtype, "low_cpu_mem_usage": False}
         self._transformer = ZImageTransformer2DModel.from_pretrained(Path(folder) / "transformer", **parts).eval()
         self._vae = AutoencoderKL.from_pretrained(Path(folder) / "vae", **parts).eval()
         if is_compiled:

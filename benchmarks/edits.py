@@ -283,9 +283,7 @@ class Diffusers(Side):
 
         super().__init__(name, folder, dtype, is_quick)
         logging.set_verbosity_error()
-        self._model = (
-            self._family.peer().from_pretrained(folder, torch_dtype=self._dtype, low_cpu_mem_usage=False).eval()
-        )
+        self._model = self._family.peer().from_pretrained(folder, dtype=self._dtype, low_cpu_mem_usage=False).eval()
 
     def run(self, case: Case, repeat: int) -> list[np.ndarray]:
         import torch

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = resolve_model_folder(args.checkpoint)
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         vae = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
     except (OmniError, OSError, ValueError) as error:
         raise SystemExit(f"{args.checkpoint}: {error}") from None

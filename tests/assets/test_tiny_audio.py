@@ -87,7 +87,7 @@ def test_a_sound_is_the_same_alone_in_a_crowd_in_another_order_and_on_replay(aud
 
 
 def test_diffusers_plays_the_same_from_the_shipped_folder() -> None:
-    pipeline = AceStepPipeline.from_pretrained(assets_folder() / "tiny-audio", torch_dtype=torch.float32)
+    pipeline = AceStepPipeline.from_pretrained(assets_folder() / "tiny-audio", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompt = "C4 then E4 then G4, square, fast"
     generator = torch.Generator().manual_seed(5)

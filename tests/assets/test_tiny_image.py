@@ -122,7 +122,7 @@ def test_loose_words_become_the_scene_and_its_picture(omni: Omni) -> None:
 
 def test_diffusers_draws_the_same_from_the_shipped_folder() -> None:
     prompt = "a red circle left of a blue square"
-    pipeline = ZImagePipeline.from_pretrained(assets_folder() / "tiny-image", torch_dtype=torch.float32)
+    pipeline = ZImagePipeline.from_pretrained(assets_folder() / "tiny-image", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     settings = {"height": 128, "width": 128, "num_inference_steps": 6, "guidance_scale": 1.0}
     expected = pipeline([prompt], generator=torch.Generator().manual_seed(5), **settings).images[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.ar import GREEDY, make_model_folder
+from support.ar import GREEDY, make_model_folder, shared_text_config
 from support.belongings import children, descendants
 
 from vllm_omni import Omni, SamplingParams
@@ -30,12 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, **stage: Any) -> dict[str, Any]:
-    text = {"kind": "ar", "model": str(folder), "device": "cpu", "dtype": "float32", "block_size": 4, **stage}
-    return {
-        "stages": {"text": {**text, "chat_template": False}},
-        "outputs": ["text"],
-        "resources": {"threads": 1},
-    }
+    return shared_text_config(folder, stage=stage, resources={"threads": 1})
 
 
 @contextmanager

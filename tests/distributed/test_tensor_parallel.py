@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.ar import GREEDY, make_model_folder, make_spec, make_stage
+from support.ar import GREEDY, make_model_folder, make_spec, make_stage, shared_text_config
 from support.language_models import TINY, load_model, save_random_model, write
 from support.ranks import ThreadGroup
 
@@ -120,12 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, **stage: Any) -> dict[str, Any]:
-    text = {"kind": "ar", "model": str(folder), "device": "cpu", "dtype": "float32", "block_size": 4, **stage}
-    return {
-        "stages": {"text": {**text, "chat_template": False}},
-        "outputs": ["text"],
-        "scheduler": {"worker_timeout_s": DEADLINE_S},
-    }
+    return shared_text_config(folder, stage=stage, scheduler={"worker_timeout_s": DEADLINE_S})
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def pixels(output: OmniOutput) -> np.ndarray[Any, Any]:
 
 
 def drawn_by_diffusers(folder: Path, dtype: torch.dtype) -> np.ndarray[Any, Any]:
-    pipeline = ZImagePipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipeline = ZImagePipeline.from_pretrained(folder, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": PICTURE.height, "width": PICTURE.width, "num_inference_steps": 4, "guidance_scale": 0.0}
     picture = pipeline(prompt=[WORDS], generator=torch.Generator().manual_seed(3), **size).images[0]
@@ -175,7 +175,7 @@ def test_each_stage_goes_by_its_own_weights(pictures: Path, tmp_path: Path, cpu:
     cpu(True)
     mixed = tmp_path / "mixed"
     shutil.copytree(pictures, mixed)
-    pipeline = ZImagePipeline.from_pretrained(mixed, torch_dtype=torch.float32)
+    pipeline = ZImagePipeline.from_pretrained(mixed, dtype=torch.float32)
     pipeline.vae.save_pretrained(mixed / "vae")
     pipeline.text_encoder.save_pretrained(mixed / "text_encoder")
     with opened(mixed) as omni:

@@ -41,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pictures").mkdir()
     (folder / "words").mkdir()
     transformer = ZImageTransformer2DModel.from_pretrained(
-        model / "transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
+        model / "transformer", dtype=torch.float32, low_cpu_mem_usage=False
     )
     random_lora(transformer, 1, std=0.3).save(folder / "pictures" / "wild.safetensors")
     encoder = Qwen3ForCausalLM.from_pretrained(model / "text_encoder", dtype=torch.float32)

@@ -130,6 +130,12 @@ def make_options(**options: Any) -> AROptions:
     return build(AROptions, options)
 
 
+def shared_text_config(folder: Path, *, stage: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """Of one language model that is compared with itself. stage: its keys besides; settings: of the whole config."""
+    text = {"kind": "ar", "model": str(folder), "device": "cpu", "dtype": "float32", "block_size": 4}
+    return {"stages": {"text": {**text, "chat_template": False, **stage}}, "outputs": ["text"], **settings}
+
+
 def make_spec(
     stage: StageConfig,
     *,

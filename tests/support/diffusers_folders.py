@@ -98,7 +98,7 @@ def saved(pipeline: Any, folder: Path) -> Any:
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     pipeline.save_pretrained(folder)
-    loaded = type(pipeline).from_pretrained(folder, torch_dtype=torch.float32)
+    loaded = type(pipeline).from_pretrained(folder, dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

@@ -57,7 +57,7 @@ PICTURE = picture(64, 96, 0)
         ("base", {"height": 8192, "width": 8192}, "height \\* width"),
         ("base", {**SIDES, "guidance_scale": -1.0}, "guidance_scale: got -1"),
         ("base", {**SIDES, "guidance_scale": 1.0, "negative_prompt": "fog"}, "raise guidance_scale above 1"),
-        ("base", {**SIDES, "duration_s": 3.0}, "duration_s: FLUX.2 makes images"),
+        ("base", {**SIDES, "duration_s": 3.0}, "duration_s: FLUX.2 does not read it"),
         ("base", {**SIDES, "extra": {"cfg_normalization": 1}}, "extra.cfg_normalization: unknown key"),
         ("base", {"image": PICTURE, "mask": PICTURE, "height": 128}, "height: got 128, expected 64, which the image"),
         ("base", {"image": PICTURE, "mask": PICTURE, "strength": 0.0}, "strength: got 0.0, which leaves none of 50"),

@@ -13,7 +13,8 @@ import soxr
 import torch
 from PIL import Image
 from support.media import RATE, picture, plan_media, read_media, reference_processor, sound_bytes, tone, video_bytes
-from support.speech import CHAT_TEMPLATE, PROCESSOR, SPECIAL, meta_thinker, save_readable
+from support.media_prompts import called
+from support.speech import PROCESSOR, SPECIAL, meta_thinker, save_readable
 from support.versions import needs
 from transformers import Qwen2_5OmniProcessor
 
@@ -28,7 +29,6 @@ from vllm_omni.worker.ar.media_reading.audio_parts import VIDEO_TOKENS
 from vllm_omni.worker.ar.media_reading.vision import VisionSettings
 
 FACTOR = 8
-VIDEO_SIZE = {"shortest_edge": 128 * FACTOR**2, "longest_edge": 768 * FACTOR**2}  # tokens, as published for factor 28
 WIDE = [picture(64, 136, seed) for seed in range(4)]  # 136 tokens: nothing is resized
 
 
@@ -57,15 +57,6 @@ def message(*parts: Any) -> list[dict[str, Any]]:
 
 def kinds(prompt: MediaPrompt) -> list[str]:
     return [item.kind for item in prompt.items]
-
-
-def called(reference: Any, messages: list[dict[str, Any]], fps: float = 2.0, **media: Any) -> Any:
-    """The reference's own call on the same template."""
-    text = reference.tokenizer.apply_chat_template(
-        messages, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
-    )
-    videos = {"videos_kwargs": {"size": VIDEO_SIZE, "fps": fps}} if "videos" in media else {}
-    return reference(text=[text], return_tensors="pt", **videos, **media)
 
 
 def check_equal(prompt: MediaPrompt, expected: Any, with_tracks: bool = False) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.media_prompts import expected_positions
 from support.speech import SPECIAL, meta_thinker
 
 from vllm_omni.worker.ar.media_reading.spans import MediaClock, MediaSpan, rope_index
 
 CLOCK = MediaClock(25, 2.0)
-MERGE = 2
 VISION_BOS, VISION_EOS = 106, 107
 
 grids = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
@@ -50,23 +50,9 @@ def prompts(draw: Any, with_tracks: bool) -> tuple[list[int], list[tuple[int, Me
 
 
 def check(ids: list[int], placed: list[tuple[int, MediaSpan]], sounds: list[int], with_tracks: bool) -> None:
-    def thw(kind: str) -> Any:
-        found = [[s.grid[0], s.grid[1] * MERGE, s.grid[2] * MERGE] for _, s in placed if s.kind == kind and s.grid]
-        return torch.tensor(found) if found else None
-
-    tokens = torch.tensor([ids])
-    rates = [span.second_per_grid for _, span in placed if span.kind == "video"]
-    expected, delta = meta_thinker().get_rope_index(
-        tokens,
-        image_grid_thw=thw("image"),
-        video_grid_thw=thw("video"),
-        attention_mask=torch.ones_like(tokens),
-        use_audio_in_video=with_tracks,
-        audio_seqlens=torch.tensor(sounds) if sounds else None,
-        second_per_grids=torch.tensor(rates) if rates else None,
-    )
+    expected, delta = expected_positions(meta_thinker(), ids, placed, sounds, with_tracks)
     positions, own_delta = rope_index(len(ids), placed, CLOCK)
-    assert torch.equal(positions, expected[:, 0].long())
+    assert torch.equal(positions, expected.long())
     assert own_delta == int(delta)
 
 

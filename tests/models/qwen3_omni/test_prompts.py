@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.media import RATE, AnyParts, FramesOneByOne, picture, read_media, tone, video_bytes
+from support.media_prompts import called, expected_positions
 from support.qwen3_omni import CLOCK, meta_thinker, tiny_config
-from support.speech import CHAT_TEMPLATE, SPECIAL, save_processor
+from support.speech import SPECIAL, save_processor
 from support.versions import needs
 from transformers import AutoTokenizer, Qwen3OmniMoeProcessor, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -28,9 +29,7 @@ from vllm_omni.worker.ar.media_prompt import MediaPrompt
 from vllm_omni.worker.ar.media_reading.spans import MediaSpan, rope_index
 from vllm_omni.worker.ar.media_reading.vision import VisionSettings
 
-VIDEO_SIZE = {"shortest_edge": 128 * 8**2, "longest_edge": 768 * 8**2}  # tokens, as published for factor 32
 WIDE = [picture(64, 136, seed) for seed in range(4)]  # 136 tokens: nothing is resized
-MERGE = 2
 
 
 class ProcessorOfAnyParts(AnyParts, Qwen3OmniMoeProcessor):
@@ -63,15 +62,6 @@ def media(folder: Path) -> Qwen3OmniPromptReader:
 def message(*parts: Any) -> list[dict[str, Any]]:
     content = [{"type": kind, kind: source} for kind, source in parts]
     return [{"role": "user", "content": [{"type": "text", "text": "See"}, *content]}]
-
-
-def called(theirs: Any, messages: list[dict[str, Any]], fps: float = 2.0, **media: Any) -> Any:
-    """The library's own call on the same template."""
-    text = theirs.tokenizer.apply_chat_template(
-        messages, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
-    )
-    videos = {"videos_kwargs": {"size": VIDEO_SIZE, "fps": fps}} if "videos" in media else {}
-    return theirs(text=[text], return_tensors="pt", **videos, **media)
 
 
 def check_equal(prompt: MediaPrompt, expected: Any, with_tracks: bool = False) -> None:
@@ -196,24 +186,9 @@ def prompts(draw: Any, with_tracks: bool) -> tuple[list[int], list[tuple[int, Me
 @given(st.booleans(), st.data())
 def test_positions_equal_the_library(with_tracks: bool, data: Any) -> None:
     ids, placed, sounds = data.draw(prompts(with_tracks))
-
-    def thw(kind: str) -> Any:
-        found = [[s.grid[0], s.grid[1] * MERGE, s.grid[2] * MERGE] for _, s in placed if s.kind == kind and s.grid]
-        return torch.tensor(found) if found else None
-
-    tokens = torch.tensor([ids])
-    rates = [span.second_per_grid for _, span in placed if span.kind == "video"]
-    expected, delta = meta_thinker().get_rope_index(
-        tokens,
-        image_grid_thw=thw("image"),
-        video_grid_thw=thw("video"),
-        attention_mask=torch.ones_like(tokens),
-        use_audio_in_video=with_tracks,
-        audio_seqlens=torch.tensor(sounds) if sounds else None,
-        second_per_grids=torch.tensor(rates) if rates else None,
-    )
+    expected, delta = expected_positions(meta_thinker(), ids, placed, sounds, with_tracks)
     positions, own_delta = rope_index(len(ids), placed, CLOCK)
-    torch.testing.assert_close(positions.float(), expected[:, 0].float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(positions.float(), expected.float(), rtol=0, atol=1e-4)
     assert own_delta == pytest.approx(float(delta), abs=1e-4)
 
 

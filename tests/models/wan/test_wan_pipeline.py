@@ -4,6 +4,8 @@ first frame.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from support.wan import BOTH, change_index, engine, euler, random_pipeline, refe
 from vllm_omni.engine.diffusion.engine import DiffusionEngine
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.messages import StageDone, StageEvent, StageProgress
+from vllm_omni.models.wan.vae import VaeConfig
 from vllm_omni.params import DiffusionParams
 
 
@@ -197,8 +200,55 @@ def test_a_shift_and_a_step_cache_change_the_video_and_nothing_else(folder: Path
     assert videos(events)[4].shape == crowd[4].shape
 
 
-def test_two_experts_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    random_pipeline(tmp_path)
-    change_index(tmp_path, boundary_ratio=0.875)
-    with pytest.raises(ConfigError, match=r"boundary_ratio: got 0\.875.*kind: diffusers"):
-        spec(tmp_path)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"boundary_ratio": 0.875, "transformer_2": ["diffusers", "WanTransformer3DModel"]},
+        {"boundary_ratio": 0.875},
+        {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+    ],
+)
+def test_two_experts_are_refused_with_the_way_out(
+    folder: Path, pipeline: Any, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    shutil.copytree(folder, tmp_path / "a14b")
+    change_index(tmp_path / "a14b", **values)
+    with pytest.raises(ConfigError, match=r"boundary_ratio: got (0\.875|None).*kind: diffusers"):
+        spec(tmp_path / "a14b")
+
+
+def test_decoding_is_planned_as_far_as_memory_goes(folder: Path, pipeline: Any) -> None:
+    known = spec(folder)
+    whole = known.plan_memory().wanted_bytes
+    pixel_bytes = int(14.5 * (2 + 1) * 4 * 4 / 2**2 * 4)
+    assert known.plan_memory().decoding_bytes == 0 and whole == 704 * 1280 * pixel_bytes
+    known.grant_memory(100 * 200 * pixel_bytes)
+    plan = known.plan_memory()
+    assert plan.decoding_bytes == 100 * 200 * pixel_bytes and plan.wanted_bytes == whole
+    assert "memory suffices for 141x141 pixels" in plan.remark
+    known.grant_memory(whole)
+    assert known.plan_memory().remark == "" and known.tiling() is None
+    with pytest.raises(ConfigError, match="decodes nothing in tiles"):
+        spec(folder, vae_tiling="always")
+
+
+@pytest.mark.parametrize(
+    ("widths", "pixel_bytes"),
+    [  # measured on a CPU: the rise of resident memory over the third frame of latents
+        ({"base_dim": 32}, 14625),
+        ({"base_dim": 16}, 7244),
+        ({"decoder_base_dim": 64, "is_residual": True, "patch_size": 2, "scale_factor_spatial": 16}, 9086),
+        ({"decoder_base_dim": 32, "is_residual": True, "patch_size": 2, "scale_factor_spatial": 16}, 5397),
+    ],
+)
+def test_what_is_planned_covers_what_was_measured(tmp_path: Path, widths: dict[str, Any], pixel_bytes: int) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"dim_mult": [1, 2, 4, 4], **widths}))
+    planned = VaeConfig.from_folder(tmp_path).decoding_size(1000).pixel_bytes
+    assert pixel_bytes <= planned <= 1.25 * pixel_bytes
+
+
+@pytest.mark.parametrize("config", [{"base_dim": 0}, {"decoder_base_dim": "x"}, {"dim_mult": [1, 2, 4, -1]}])
+def test_widths_that_are_none_are_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"config.json: {next(iter(config))}"):
+        VaeConfig.from_folder(tmp_path)

@@ -51,7 +51,7 @@ def omni(folder: Path) -> Iterator[Omni]:
 @pytest.fixture(scope="module")
 def references(folder: Path) -> dict[str, Any]:
     loaded = {
-        name: kind.from_pretrained(folder, torch_dtype=torch.float32)
+        name: kind.from_pretrained(folder, dtype=torch.float32)
         for name, kind in (("image", ZImageImg2ImgPipeline), ("mask", ZImageInpaintPipeline))
     }
     for pipeline in loaded.values():

@@ -32,11 +32,11 @@ def assemble(runs: Path, folder: Path) -> None:
     export(runs / "export", state, load_file(runs / "data.safetensors"))
     dtype = torch.bfloat16
     pipeline = AceStepPipeline(
-        vae=AutoencoderOobleck.from_pretrained(runs / "decoder/vae", torch_dtype=dtype),
+        vae=AutoencoderOobleck.from_pretrained(runs / "decoder/vae", dtype=dtype),
         text_encoder=Qwen3Model.from_pretrained(runs / "text/text_encoder", dtype=dtype),
         tokenizer=PreTrainedTokenizerFast.from_pretrained(runs / "text/tokenizer"),
-        transformer=AceStepTransformer1DModel.from_pretrained(runs / "export/transformer", torch_dtype=dtype),
-        condition_encoder=AceStepConditionEncoder.from_pretrained(runs / "export/condition_encoder", torch_dtype=dtype),
+        transformer=AceStepTransformer1DModel.from_pretrained(runs / "export/transformer", dtype=dtype),
+        condition_encoder=AceStepConditionEncoder.from_pretrained(runs / "export/condition_encoder", dtype=dtype),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -40,7 +40,7 @@ def assemble(runs: Path, folder: Path, num_pictures: int = 200) -> None:
     text = Qwen3ForCausalLM.from_pretrained(runs / "text/text_encoder", dtype=torch.bfloat16)
     text.save_pretrained(folder / "text_encoder")
     shutil.copytree(runs / "text/tokenizer", folder / "tokenizer")
-    AutoencoderKL.from_pretrained(runs / "vae/vae", torch_dtype=torch.bfloat16).save_pretrained(folder / "vae")
+    AutoencoderKL.from_pretrained(runs / "vae/vae", dtype=torch.bfloat16).save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=TIME_SHIFT).save_pretrained(folder / "scheduler")
     state = torch.load(runs / "image/checkpoint.pt", weights_only=True)
     data = load_file(runs / "data.safetensors")

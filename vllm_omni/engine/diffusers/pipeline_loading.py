@@ -22,7 +22,7 @@ def load_pipeline(folder: PipelineFolder, pipeline_type: Any, device: torch.devi
         with _no_progress_bars():
             pipeline = pipeline_type.from_pretrained(
                 folder.path,
-                torch_dtype=dtype,
+                dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 low_cpu_mem_usage=is_accelerate_available(),

@@ -17,15 +17,18 @@ class DecodingMemory:
     def __init__(self, mode: str, size: DecodingSize | None, max_pixels: int) -> None:
         self._mode = mode
         self._size = size
-        self._whole_bytes = 0 if size is None else max_pixels * size.pixel_bytes
+        self._has_tiles = size is not None and size.tile is not None
+        self._whole_bytes = 0 if size is None else min(max_pixels, size.most_pixels or max_pixels) * size.pixel_bytes
         self._granted_bytes: int | None = None  # besides the least; None: nobody has planned
 
     @property
     def least_bytes(self) -> int:
         """Without which the stage cannot be: the largest picture or, where it can be decoded in tiles, the smallest
-        tile.
+        tile. Frames of videos may be as small as a request says.
         """
-        if self._size is None or self._mode == "never":
+        if self._size is None or not self._has_tiles:
+            return 0
+        if self._mode == "never":
             return self._whole_bytes
         tile = self._size.tiles[0 if self._mode == "always" else -1]
         return min(self._size.num_bytes(tile, tile), self._whole_bytes)
@@ -33,7 +36,7 @@ class DecodingMemory:
     @property
     def wanted_bytes(self) -> int:
         """What it could use besides."""
-        return self._whole_bytes - self.least_bytes if self._mode == "auto" else 0
+        return self._whole_bytes - self.least_bytes if self._mode == "auto" or not self._has_tiles else 0
 
     @property
     def num_bytes(self) -> int:
@@ -43,14 +46,16 @@ class DecodingMemory:
         self._granted_bytes = num_bytes
 
     def tiling(self) -> Tiling | None:
-        """None for a decoder that bounds its memory itself."""
-        if self._size is None:
+        """None for a decoder without tiles."""
+        if self._size is None or not self._has_tiles:
             return None
         is_bounded = self._mode == "auto" and self._granted_bytes is not None and self.num_bytes < self._whole_bytes
         return Tiling(self._size, self.num_bytes if is_bounded else None, self._mode == "always")
 
     def remark(self) -> str:
-        """Which pictures are decoded in tiles, and of which size; empty where none are."""
+        """Which pictures are decoded in tiles, and of which size, or do not fit; empty where none are."""
+        if self._size is not None and not self._has_tiles:
+            return self._remark_on_frames(self._size)
         tiling = self.tiling()
         tile = None if tiling is None else tiling.tile_of(MANY, MANY)
         if tiling is None or tile is None:
@@ -63,4 +68,13 @@ class DecodingMemory:
         return (
             f"pictures of more than {side}x{side} pixels are {words}: memory does not suffice for the largest"
             " (limits.max_pixels)"
+        )
+
+    def _remark_on_frames(self, size: DecodingSize) -> str:
+        if self._granted_bytes is None or self.num_bytes == self._whole_bytes:
+            return ""
+        side = isqrt(self.num_bytes // size.pixel_bytes)
+        return (
+            f"decoding frames of the model's own size takes {self._whole_bytes / 2**30:.1f} GB; memory suffices for"
+            f" {side}x{side} pixels"
         )

@@ -76,7 +76,8 @@ class DiffusionSpec(StageSpec):
         if stage.variant is not None:
             parts = {part.name: variants_in(part) for part in self.model.weight_folders}
             check_variant(stage.variant, parts, self.folder)
-        if self.options.vae_tiling == "always" and self.model.decoding_size(torch.float32) is None:
+        size = self.model.decoding_size(torch.float32)
+        if self.options.vae_tiling == "always" and (size is None or size.tile is None):
             raise ConfigError("vae_tiling: got 'always', but this model decodes nothing in tiles; leave it out")
         self.signature = self.model.signature
         self.request_keys, self.media_keys = self.model.request_keys, self.model.media_keys
@@ -159,7 +160,7 @@ class DiffusionSpec(StageSpec):
         check_devices(self.stage)
 
     def tiling(self) -> Tiling | None:
-        """How it decodes pictures; None for a model whose decoder bounds its memory itself."""
+        """How it decodes pictures; None for a model that decodes nothing in tiles."""
         return self._decoding.tiling()
 
     @cached_property

@@ -35,11 +35,10 @@ from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.files import read_json
-from vllm_omni.worker.diffusion.diffusion_model import check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
-from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
+from vllm_omni.worker.diffusion.request_checks import check_negative, check_scale, check_size, check_unread
 from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.tiling import DecodingSize
 
@@ -132,13 +131,11 @@ class KleinSpec(SharedModelSpec):
     def check(
         self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig
     ) -> None:
-        if params.duration_s is not None:
-            raise InvalidRequestError("duration_s: FLUX.2 makes images and does not read it; leave it unset")
+        check_unread(params, ("duration_s",), "FLUX.2")
         for name in params.extra or {}:
             raise InvalidRequestError(f"extra.{name}: unknown key{did_you_mean(str(name), ())}")
         self._check_pictures(params, limits)
-        check_limit("guidance_scale", guidance_scale(params), 0, limits.max_guidance_scale)
-        check_guidance_interval(params, num_steps(params))
+        check_scale(params, guidance_scale(params), num_steps(params), limits)
         self._check_guidance(request, params, connected)
 
     def num_steps(self, params: DiffusionParams) -> int:
@@ -182,9 +179,7 @@ class KleinSpec(SharedModelSpec):
 
     def _check_size(self, params: DiffusionParams, pictures: list[Size], limits: LimitsConfig) -> None:
         height, width = self.geometry.size(params, pictures)
-        for name, value in (("height", height), ("width", width)):
-            if value % self.geometry.multiple:
-                raise InvalidRequestError(f"{name}: got {value}, expected a multiple of {self.geometry.multiple}")
+        check_size((height, width), (self.geometry.multiple, self.geometry.multiple), limits)
         if params.mask is not None:
             expected = self.geometry.size(DiffusionParams(), pictures)
             for name, value, side in zip(("height", "width"), (height, width), expected, strict=True):
@@ -192,7 +187,6 @@ class KleinSpec(SharedModelSpec):
                     raise InvalidRequestError(
                         f"{name}: got {value}, expected {side}, which the image has that is drawn anew; leave it out"
                     )
-        check_limit("height * width", height * width, 1, limits.max_pixels, integer=True)
 
     def _check_guidance(self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str]) -> None:
         scale = guidance_scale(params)
@@ -200,14 +194,7 @@ class KleinSpec(SharedModelSpec):
             raise InvalidRequestError(
                 f"guidance_scale: got {scale:g}, but this checkpoint is distilled and never reads it; leave it out"
             )
-        if not is_guided(params) and (params.negative_prompt or request.negative_prompt):
-            fix = "leave it out" if self.is_distilled else "raise guidance_scale above 1 or leave it out"
-            raise InvalidRequestError(f"negative_prompt: guidance_scale {scale:g} never reads it; {fix}")
-        if is_guided(params) and NEGATIVE_PORT not in connected:
-            raise InvalidRequestError(
-                f"guidance_scale: got {scale:g}, but the stage has no input {NEGATIVE_PORT};"
-                " add the edge or set it to 1"
-            )
+        check_negative(request, params, scale, NEGATIVE_PORT, connected, is_distilled=self.is_distilled)
 
 
 class KleinKVSpec(KleinSpec):

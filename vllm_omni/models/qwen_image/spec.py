@@ -31,11 +31,10 @@ from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, TensorSpec
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.files import read_json
-from vllm_omni.worker.diffusion.diffusion_model import check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
 from vllm_omni.worker.diffusion.flow_trajectory import NEGATIVE, POSITIVE
-from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
+from vllm_omni.worker.diffusion.request_checks import check_negative, check_scale, check_size, check_unread
 from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.source_image import check_source, first_step
 from vllm_omni.worker.diffusion.tiling import DecodingSize
@@ -123,16 +122,14 @@ class QwenImageSpec(SharedModelSpec):
     def check(
         self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig
     ) -> None:
-        for name in self.unused_fields:
-            if getattr(params, name) is not None:
-                raise InvalidRequestError(f"{name}: Qwen-Image does not read it; leave it unset")
+        check_unread(params, self.unused_fields, "Qwen-Image")
         for name in params.extra or {}:
             raise InvalidRequestError(f"extra.{name}: unknown key; Qwen-Image reads none")
-        self._check_size(params, self._check_pictures(params, limits), limits)
+        size = self.geometry.size(params, self._check_pictures(params, limits))
+        check_size(size, (self.geometry.multiple, self.geometry.multiple), limits)
         self._check_steps(params)
-        check_limit("guidance_scale", guidance_scale(params), 0, limits.max_guidance_scale)
-        check_guidance_interval(params, num_steps(params))
-        _check_guidance(request, params, connected)
+        check_scale(params, guidance_scale(params), num_steps(params), limits)
+        check_negative(request, params, guidance_scale(params), PORTS[NEGATIVE], connected)
 
     def num_steps(self, params: DiffusionParams) -> int:
         return num_steps(params)
@@ -182,13 +179,6 @@ class QwenImageSpec(SharedModelSpec):
                 )
         return size
 
-    def _check_size(self, params: DiffusionParams, given: tuple[int, int] | None, limits: LimitsConfig) -> None:
-        height, width = self.geometry.size(params, given)
-        for name, value in (("height", height), ("width", width)):
-            if value % self.geometry.multiple:
-                raise InvalidRequestError(f"{name}: got {value}, expected a multiple of {self.geometry.multiple}")
-        check_limit("height * width", height * width, 1, limits.max_pixels, integer=True)
-
     def _check_steps(self, params: DiffusionParams) -> None:
         """A sampler that ends above 0 stretches its sigmas between two ends, which one step at noise has not."""
         is_noise_alone = num_steps(params) == 1 and (params.sigmas is None or params.sigmas[0] == 1)
@@ -209,15 +199,3 @@ class QwenImageEditSpec(QwenImageEditPlusSpec):
     """Editing of one picture: diffusers' QwenImageEditPipeline."""
 
     max_edited = 1
-
-
-def _check_guidance(request: OmniRequest, params: DiffusionParams, connected: frozenset[str]) -> None:
-    if not is_guided(params) and (params.negative_prompt or request.negative_prompt):
-        raise InvalidRequestError(
-            f"negative_prompt: guidance_scale {guidance_scale(params):g} never reads it; raise it above 1"
-        )
-    if is_guided(params) and PORTS[NEGATIVE] not in connected:
-        raise InvalidRequestError(
-            f"guidance_scale: got {guidance_scale(params):g}, but the stage has no input {PORTS[NEGATIVE]};"
-            " add the edge, or set 1, which guides nothing"
-        )

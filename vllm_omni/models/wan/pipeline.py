@@ -85,6 +85,9 @@ class WanPipeline(DiffusionModel):
             first_frame=prepared.first_frame,
         )
 
+    def adapted(self) -> WanTransformer:
+        return self.transformer
+
     def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Condition]) -> Films:
         levels = torch.tensor(timesteps, dtype=torch.float32, device=self._device)
         return self.transformer.embed(latents, levels, conditions)

@@ -17,6 +17,7 @@ from vllm_omni.layers.weights import MakeCopies, allocate, load_weights
 from vllm_omni.media.image_input import image_size
 from vllm_omni.models.wan.config import WanConfig
 from vllm_omni.models.wan.geometry import T2V, TI2V, VideoGeometry
+from vllm_omni.models.wan.lora_names import lora_aliases
 from vllm_omni.models.wan.pipeline import PORTS, WanPipeline
 from vllm_omni.models.wan.sampler import MAX_SHIFT, read_sampler
 from vllm_omni.models.wan.trajectory import (
@@ -37,8 +38,9 @@ from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModelSpec, check_limit
 from vllm_omni.worker.diffusion.flow_trajectory import NEGATIVE, POSITIVE
-from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
+from vllm_omni.worker.diffusion.request_checks import check_negative, check_scale, check_size, check_unread
+from vllm_omni.worker.diffusion.tiling import DecodingSize
 
 UNUSED_FIELDS = ("mask", "strength", "duration_s", "sigmas")
 
@@ -51,6 +53,7 @@ class WanSpec(DiffusionModelSpec):
     gives_previews = True
     can_quantize = True
     can_offload = True
+    adapted_part = "transformer"
     request_keys = frozenset({"image"})
     media_keys = frozenset({"image"})
 
@@ -86,6 +89,9 @@ class WanSpec(DiffusionModelSpec):
         with torch.device("meta"):
             return WanTransformer(self.config)
 
+    def lora_aliases(self) -> Mapping[str, str]:
+        return lora_aliases(self.config)
+
     def published_quantization(self) -> str | None:
         return self._published_quantization
 
@@ -94,6 +100,10 @@ class WanSpec(DiffusionModelSpec):
         values with their normed copies, whichever is wider.
         """
         return (3 * self.config.dim + max(2 * self.config.ffn_dim, 5 * self.config.dim)) * dtype.itemsize
+
+    def decoding_size(self, dtype: torch.dtype) -> DecodingSize:
+        native = self.geometry.native
+        return self.vae_config.decoding_size(native.height * native.width)
 
     def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
         return DTYPE if folder.name == "vae" else dtype
@@ -114,9 +124,7 @@ class WanSpec(DiffusionModelSpec):
     def check(
         self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig
     ) -> None:
-        for name in UNUSED_FIELDS:
-            if getattr(params, name) is not None:
-                raise InvalidRequestError(f"{name}: Wan does not read it; leave it unset")
+        check_unread(params, UNUSED_FIELDS, "Wan")
         for name in params.extra or {}:
             if name != SHIFT:
                 raise InvalidRequestError(f"extra.{name}: unknown key; Wan reads {SHIFT!r} alone")
@@ -124,9 +132,8 @@ class WanSpec(DiffusionModelSpec):
         if shift is not None:
             check_number(f"extra.{SHIFT}", shift, 0, MAX_SHIFT, above_low=True, raises=InvalidRequestError)
         self._check_size(params, self._picture_size(params, limits), limits)
-        check_limit("guidance_scale", guidance_scale(params), 0, limits.max_guidance_scale)
-        check_guidance_interval(params, num_steps(params))
-        _check_guidance(request, params, connected)
+        check_scale(params, guidance_scale(params), num_steps(params), limits)
+        check_negative(request, params, guidance_scale(params), PORTS[NEGATIVE], connected)
 
     def num_steps(self, params: DiffusionParams) -> int:
         return num_steps(params)
@@ -163,10 +170,7 @@ class WanSpec(DiffusionModelSpec):
 
     def _check_size(self, params: DiffusionParams, picture: tuple[int, int] | None, limits: LimitsConfig) -> None:
         size, num_frames, step = self.geometry.size(params, picture), self.geometry.num_frames(params), self.geometry
-        for name, side, multiple in zip(("height", "width"), size, self.geometry.multiples, strict=True):
-            if side % multiple:
-                raise InvalidRequestError(f"{name}: got {side}, expected a multiple of {multiple}")
-        check_limit("height * width", size[0] * size[1], 1, limits.max_pixels, integer=True)
+        check_size(size, self.geometry.multiples, limits)
         check_limit("num_frames", num_frames, 1, limits.max_frames, integer=True)
         if (num_frames - 1) % step.frame_scale:
             below = (num_frames - 1) // step.frame_scale * step.frame_scale + 1
@@ -193,16 +197,4 @@ def _check_one_expert(index: Mapping[str, Any], where: str) -> None:
         raise ConfigError(
             f"{where}: boundary_ratio: got {brief(index.get('boundary_ratio'))}, expected none: a second transformer"
             " for the last steps (Wan 2.2 A14B) is not computed here; use kind: diffusers, which hosts such pipelines"
-        )
-
-
-def _check_guidance(request: OmniRequest, params: DiffusionParams, connected: frozenset[str]) -> None:
-    if not is_guided(params) and (params.negative_prompt or request.negative_prompt):
-        raise InvalidRequestError(
-            f"negative_prompt: guidance_scale {guidance_scale(params):g} never reads it; raise it above 1"
-        )
-    if is_guided(params) and PORTS[NEGATIVE] not in connected:
-        raise InvalidRequestError(
-            f"guidance_scale: got {guidance_scale(params):g}, but the stage has no input {PORTS[NEGATIVE]};"
-            " add the edge, or set 1, which guides nothing"
         )

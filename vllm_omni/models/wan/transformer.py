@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.linear import Linear
+from vllm_omni.layers.lora import packed
 from vllm_omni.layers.norm import LayerNorm
 from vllm_omni.layers.packing import linear
 from vllm_omni.layers.weights import Target, locate_merged
@@ -92,10 +93,13 @@ class WanTransformer(nn.Module):
         patches = torch.cat([self._patches(latents[row]) for row in order])
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
         is_any_continued = any(geometry.is_continued for geometry in geometries)
+        with packed(order, [1] * len(order)):
+            times = self._times(timesteps[list(order)])
+            resting = self._times(timesteps.new_zeros(1)) if is_any_continued else None
         return Films(
             hidden=linear(patches.to(self.dtype), weight, bias),
-            times=self._times(timesteps[list(order)]),
-            resting=self._times(timesteps.new_zeros(1)) if is_any_continued else None,
+            times=times,
+            resting=resting,
             groups=grouped([geometries[row] for row in order]),
             reads=tuple(reads[row] for row in order),
             order=order,
@@ -117,7 +121,9 @@ class WanTransformer(nn.Module):
         """Velocities [C, f, h, w] (noise minus clean latents), in the order of the rows that `embed` was given."""
         inputs = self._inputs(films)
         shift, scale = (self.scale_shift_table + films.vectors()[:, 6:]).unbind(1)
-        patches = self.proj_out(modulated_rows(films.hidden, self.norm_out, inputs.modulated, scale, shift))
+        modulated = modulated_rows(films.hidden, self.norm_out, inputs.modulated, scale, shift)
+        with packed(range(len(films.order)), films.lengths):
+            patches = self.proj_out(modulated)
         found = zip(films.order, patches.split(films.lengths), films.geometries, strict=True)
         placed = {row: self._unpatched(part, geometry) for row, part, geometry in found}
         return [placed[row] for row in range(len(placed))]

@@ -20,12 +20,15 @@ from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import check_finite
 from vllm_omni.worker.diffusion.published_part import load_part
+from vllm_omni.worker.diffusion.tiling import DecodingSize
 
 CLASS = "AutoencoderKLWan"
 DTYPE = torch.float32  # as diffusers' documentation has it: in 16 bits pictures lose detail
 NUM_CHANNELS = 16  # of a VAE that says nothing, with its moments
 MAX_CHANNELS = 1024
 MAX_SCALE, MAX_LEVELS = 64, 8
+BASE_WIDTH, MAX_WIDTH = 96, 2**14
+NUMBERS_OF_CHANNEL = 14.5  # that decoding holds at most, see `decoding_size`
 SCALES = ("scale_factor_spatial", "scale_factor_temporal")
 MAX_MOMENT = 1e6
 
@@ -37,6 +40,7 @@ class VaeConfig:
     num_channels: int  # C
     scale: int  # pixels of a latent, along each side
     frame_scale: int  # frames of every frame of latents but the first, which is one
+    raw: Mapping[str, Any]
 
     @classmethod
     def from_folder(cls, folder: Path) -> VaeConfig:
@@ -50,9 +54,27 @@ class VaeConfig:
         for key, low in {"latents_mean": -MAX_MOMENT, "latents_std": 0}.items():
             if key in raw or counts["z_dim"] != NUM_CHANNELS:
                 _check_moments(f"{where}: {key}", raw.get(key), counts["z_dim"], low)
-        config = cls(counts["z_dim"], counts["scale_factor_spatial"], counts["scale_factor_temporal"])
+        config = cls(counts["z_dim"], counts["scale_factor_spatial"], counts["scale_factor_temporal"], raw)
         config._check_scales(raw, where)
+        for key in ("base_dim", "decoder_base_dim"):
+            if raw.get(key) is not None:
+                check_number(f"{where}: {key}", raw[key], 1, MAX_WIDTH, integer=True, raises=ConfigError)
         return config
+
+    def decoding_size(self, most_pixels: int) -> DecodingSize:
+        """Of one frame of latents. What holds most is the last block, at full resolution: what its convolutions read,
+        their temporaries, and what all convolutions keep for the next frame. Measured for each pixel of each frame, by
+        the channels that come in and go out: 14.2 numbers in Wan 2.1, 11.8 to 14.0 in Wan 2.2.
+        """
+        multiples = self.raw.get("dim_mult", [1, 2, 4, 4])
+        base = self.raw.get("decoder_base_dim") or self.raw.get("base_dim") or BASE_WIDTH
+        before, last = multiples[min(1, len(multiples) - 1)], multiples[0]
+        if len(multiples) > 1 and not self.raw.get("is_residual", False):  # the upsampling before it has halved them
+            before /= 2
+        patch = self.raw.get("patch_size") or 1
+        frames = self.frame_scale / patch**2
+        num_bytes = NUMBERS_OF_CHANNEL * (before + last) * base * frames * DTYPE.itemsize
+        return DecodingSize(self.scale, None, int(num_bytes), most_pixels)
 
     def _check_scales(self, raw: Mapping[str, Any], where: str) -> None:
         """ConfigError where the scales are not those that the layers make."""
@@ -63,6 +85,8 @@ class VaeConfig:
             if not isinstance(values, list) or not 1 <= len(values) <= MAX_LEVELS:
                 raise ConfigError(f"{where}: {key}: got {brief(values)}, expected a list of 1 to {MAX_LEVELS}")
         made = 2 ** (len(levels) - 1) * patch, 2 ** sum(map(bool, halvings))
+        for multiple in levels:
+            check_number(f"{where}: dim_mult", multiple, 1, MAX_WIDTH, integer=True, raises=ConfigError)
         for key, got, expected in zip(SCALES, (self.scale, self.frame_scale), made, strict=True):
             if got != expected:
                 raise ConfigError(f"{where}: {key}: got {got}, expected {expected}, as its layers make it")

@@ -29,9 +29,9 @@ from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
-from vllm_omni.worker.diffusion.guidance import check_guidance_interval
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
+from vllm_omni.worker.diffusion.request_checks import check_scale, check_unread
 from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.source_image import check_source, first_step
 from vllm_omni.worker.diffusion.tiling import DecodingSize
@@ -119,13 +119,10 @@ class ZImageSpec(SharedModelSpec):
     def check(
         self, request: OmniRequest, params: DiffusionParams, connected: frozenset[str], limits: LimitsConfig
     ) -> None:
-        for name in UNUSED_FIELDS:
-            if getattr(params, name) is not None:
-                raise InvalidRequestError(f"{name}: Z-Image makes images and does not read it; leave it unset")
+        check_unread(params, UNUSED_FIELDS, "Z-Image")
         _check_extra(params.extra or {})
         self._check_size(params, check_source(params, num_steps(params), limits), limits)
-        check_limit("guidance_scale", guidance_scale(params), 0, limits.max_guidance_scale)
-        check_guidance_interval(params, num_steps(params))
+        check_scale(params, guidance_scale(params), num_steps(params), limits)
         _check_guidance(request, params, connected)
 
     def num_steps(self, params: DiffusionParams) -> int:

@@ -196,8 +196,8 @@ class DiffusionModelSpec(ABC):
         """Activation bytes of one token at the widest moment of a block."""
 
     def decoding_size(self, dtype: torch.dtype) -> DecodingSize | None:
-        """What decoding a picture takes, so that large ones can be decoded in tiles (`DiffusionModel.decode_pixels`).
-        None for a model that cannot, and for one whose decoder bounds its memory itself.
+        """What decoding a picture, or a frame of latents, takes; where it has a `tile`, large ones can be decoded in
+        tiles (`DiffusionModel.decode_pixels`). None for a decoder that bounds its memory itself.
         """
         return None
 

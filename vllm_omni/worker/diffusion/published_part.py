@@ -21,7 +21,7 @@ def load_part(part: Any, folder: Path, dtype: torch.dtype, variant: str | None =
     with reading(f"{folder}: {part.__name__}"):
         module, info = part.from_pretrained(
             folder,
-            torch_dtype=dtype,
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,

@@ -33,8 +33,10 @@ class DecodingSize:
     """What decoding takes, known of an autoencoder from its configuration alone."""
 
     scale: int  # pixels of a latent, along each side
-    tile: int  # latents along each side of the largest tile, a multiple of OVERLAP
+    # latents along each side of the largest tile, a multiple of OVERLAP; None: it decodes nothing in tiles
+    tile: int | None
     pixel_bytes: int  # of activations at the widest moment, for each pixel of the result
+    most_pixels: int | None = None  # that are planned for, of a model that may be asked for more; None: the limit's
 
     @classmethod
     def of_folder(cls, folder: Path, scale: int, dtype: torch.dtype) -> DecodingSize:
@@ -74,6 +76,7 @@ class DecodingSize:
     @property
     def tiles(self) -> list[int]:
         """The sides that a tile may have, the largest first."""
+        assert self.tile is not None
         sides = [self.tile]
         while sides[-1] % (2 * OVERLAP) == 0 and sides[-1] // 2 >= MIN_TILE:
             sides.append(sides[-1] // 2)
