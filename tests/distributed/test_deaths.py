@@ -36,12 +36,12 @@ def deaths(one_thread: None) -> Iterator[Deaths]:
     [
         ("writer", "prefill", "SIGKILL"),
         ("writer", "decode", "SIGSTOP"),
-        ("writer", "streaming", "SystemExit"),
+        ("writer", "streaming", "exception"),
         ("writer", "idle", "exception"),
         ("writer", "loading", "SIGKILL"),
-        ("image", "denoising", "SIGKILL"),
+        ("image", "denoising", "SystemExit"),
         ("image", "denoising", "exception"),
-        ("image", "idle", "SIGSTOP"),
+        ("image", "idle", "exception"),
     ],
 )
 def test_all_requests_end_and_all_is_as_before(deaths: Deaths, stage: str, phase: str, way: str) -> None:
