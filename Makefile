@@ -2,6 +2,7 @@
 # make wheel: dist/*.whl with the compiled kernels of this platform
 # make demo: pictures, sounds, speech · make test · make lint · make bench
 # make fuzz SECONDS=600: odd configs, requests, checkpoint folders and HTTP, so long each
+# make deaths: a hundred stages' processes killed, in every phase; SEED=4 repeats one hundred
 # make test-newest, make test-oldest: the suite in an environment of the newest, the oldest versions allowed
 # make test-plain: the tests of what is computed, as where no kernels are compiled
 # make pins: constraints.txt from the newest versions, when the suite has passed with them
@@ -19,7 +20,7 @@ PINS = $$($(BIN)/python -c 'import sys; print("--constraint constraints.txt" if 
 # fixtures are made once, and in order: by numbers of tests, long files of few tests would run last, beside nothing.
 SHARED := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup wheel demo test test-plain fuzz test-newest test-oldest pins lint bench
+.PHONY: setup wheel demo test test-plain fuzz deaths test-newest test-oldest pins lint bench
 
 setup: $(STAMP)
 
@@ -44,6 +45,9 @@ test-plain: setup
 
 fuzz: setup
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m fuzz --seconds $(SECONDS)
+
+deaths: setup
+	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m fuzz deaths --seconds 7200 --most 100 $(if $(SEED),--seed $(SEED))
 
 test-newest:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)

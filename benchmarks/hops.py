@@ -1,4 +1,5 @@
-"""What it costs to go from stage to stage, by where they run: in one thread, in a thread each, in a process each.
+"""What it costs to go from stage to stage, by where they run: in one thread, in a thread each, in a process each,
+and as actors of a Ray on this machine, where that is installed.
 
 First an edge alone, for a tensor of 1 kB, 1 MB and 64 MB: from the moment at which a stage gives it to that at which
 the next one has it; on a machine with a GPU also of tensors there. Then two small pipelines, one request and eight at
@@ -8,13 +9,15 @@ once: in one of them the stages of a request follow each other, in the other the
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.limits import Limits
 from benchmarks.measure import Options, Report, Table, median, with_spread
 
 EXECUTORS = ("inline", "thread", "process")
+RAY, LITTLE_CPU = "ray", 0.1
 SIZES = {"1 kB": 1 << 10, "1 MB": 1 << 20, "64 MB": 1 << 26}
 HOPS, QUICK_HOPS = 60, 3  # of each size
 DEVICE_SIZES = ("1 MB", "64 MB")
@@ -29,15 +32,18 @@ NOTE = (
     f" times the time of one thread, and {CROWD} at once sooner where stages overlap."
 )
 
+NOTE_WITHOUT_RAY = "Ray is not installed, so that nothing was measured of it."
+
 
 def run(options: Options, limits: Limits | None = None) -> Report:
     from vllm_omni.utils.device import set_threads
 
     set_threads(options.threads)
     copy_s = {name: _copy_s(size, options) for name, size in SIZES.items()}
-    hops = {executor: _hops(executor, SIZES, options) for executor in EXECUTORS}
+    executors = (*EXECUTORS, RAY) if find_spec(RAY) else EXECUTORS
+    hops = {executor: _hops(executor, SIZES, options) for executor in executors}
     device_hops = device_edges(options)
-    runs = {pipeline: _runs(pipeline, options) for pipeline in WORDS}
+    runs = {pipeline: _runs(pipeline, executors, options) for pipeline in WORDS}
     figures = {
         "copy_ms": {name: 1e3 * seconds for name, seconds in copy_s.items()},
         "hop_ms": _medians_ms(hops),
@@ -49,16 +55,17 @@ def run(options: Options, limits: Limits | None = None) -> Report:
         },
     }
     edges = [
-        [name, f"{1e3 * copy_s[name]:.3f}", *(with_spread([1e3 * s for s in hops[one][name]], 3) for one in EXECUTORS)]
+        [name, f"{1e3 * copy_s[name]:.3f}", *(with_spread([1e3 * s for s in hops[one][name]], 3) for one in executors)]
         for name in SIZES
     ]
-    tables = [Table("an edge, ms", ["size", "copy", *EXECUTORS], edges)]
+    tables = [Table("an edge, ms", ["size", "copy", *executors], edges)]
     if device_hops:
         tables.append(_device_table(device_hops))
     for pipeline, found in runs.items():
-        rows = [[one, *(with_spread(times, 3) for times in found[one])] for one in EXECUTORS]
+        rows = [[one, *(with_spread(times, 3) for times in found[one])] for one in executors]
         tables.append(Table(f"{pipeline}, s", ["stages", "one request", f"{CROWD} at once"], rows))
-    return Report("hops", tables, [NOTE], figures)
+    notes = [NOTE] if RAY in executors else [NOTE, NOTE_WITHOUT_RAY]
+    return Report("hops", tables, notes, figures)
 
 
 def _copy_s(size: int, options: Options) -> float:
@@ -97,7 +104,8 @@ def _hops(executor: str, sizes: Mapping[str, int], options: Options, **keys: Any
 
     count = QUICK_HOPS if options.is_quick else HOPS
     found: dict[str, list[float]] = {}
-    with Omni(hop_config(executor, **keys), progress=False) as omni:
+    config = hop_config(executor, **keys)
+    with Omni(config, overrides=_overrides(executor, config["stages"]), progress=False) as omni:
         for name, size in sizes.items():
             outputs = [omni.generate(str(size))[0] for _ in range(count + 2)]
             for output in outputs:
@@ -116,17 +124,25 @@ def _device_table(hops: Mapping[str, Mapping[str, list[float]]]) -> Table:
     return Table("an edge of a tensor on the GPU, ms", ["size", *hops], rows)
 
 
-def _runs(pipeline: str, options: Options) -> dict[str, tuple[list[float], list[float]]]:
+def _overrides(executor: str, stages: Iterable[str]) -> list[str]:
+    """Of Ray each stage asks for so little that all find room, whatever the machine has."""
+    room = [f"{stage}.ray.num_cpus={LITTLE_CPU}" for stage in stages] if executor == RAY else []
+    return [f"executor={executor}", *room]
+
+
+def _runs(pipeline: str, executors: Sequence[str], options: Options) -> dict[str, tuple[list[float], list[float]]]:
     """Executor -> seconds of one request, and of a crowd; the executors in turn."""
     from contextlib import ExitStack
 
     from vllm_omni import Omni
+    from vllm_omni.config.loader import load_config
 
-    times: dict[str, tuple[list[float], list[float]]] = {executor: ([], []) for executor in EXECUTORS}
+    times: dict[str, tuple[list[float], list[float]]] = {executor: ([], []) for executor in executors}
+    stages = load_config(pipeline).stages
     with ExitStack() as stack:
         sides = {
-            executor: stack.enter_context(Omni(pipeline, overrides=[f"executor={executor}"], progress=False))
-            for executor in EXECUTORS
+            executor: stack.enter_context(Omni(pipeline, overrides=_overrides(executor, stages), progress=False))
+            for executor in executors
         }
         begin = time.monotonic()
         for repeat in range(-1, options.repeats):

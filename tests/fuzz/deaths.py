@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from fuzz.mortal_loop import Given, MortalLoop
-from fuzz.mortal_pipeline import LIMIT_S
+from fuzz.mortal_pipeline import LIMIT_S, SPEECH, Scene, pictures_and_speech
 
 PHASES: Mapping[str, tuple[str, ...]] = {
     "writer": ("loading", "prefill", "decode", "idle"),
@@ -55,20 +55,17 @@ class Death:
 
 
 class Deaths:
-    """The arguments are MortalLoop's."""
+    """Of the stages of a scene."""
 
-    def __init__(self, speech: bool = True, replicas: int = 2) -> None:
-        self._world = MortalLoop(speech, replicas)
+    def __init__(self, scene: Scene | None = None) -> None:
+        self._world = MortalLoop(pictures_and_speech() if scene is None else scene)
         self._stages = list(self._world.statuses())
         self.deaths: list[Death] = []
 
     def __call__(self, random: Random) -> str:
         stage = random.choice(self._stages)
         death = Death(stage, random.choice(PHASES[stage]), random.choice(list(WAYS)))
-        try:
-            self.die(death, random)
-        finally:
-            self._world.forget()
+        self.die(death, random)
         return f"{death.phase}, {death.way}: {', '.join(sorted(death.ends)) or 'came too late'}"
 
     def close(self) -> None:
@@ -76,6 +73,12 @@ class Deaths:
 
     def die(self, death: Death, random: Random) -> None:
         """Raises AssertionError for whatever is not as it should be."""
+        try:
+            self._die(death, random)
+        finally:
+            self._world.forget()
+
+    def _die(self, death: Death, random: Random) -> None:
         world = self._world
         rebuilds, counts = self._rebuilds(), world.counts()
         given = self._draw(death, random)
@@ -127,7 +130,8 @@ class Deaths:
 
         def has_come() -> bool:
             if death.phase == "streaming":
-                return sum(bool(part.audios) for part in self._world.parts(given)) >= least
+                parts = self._world.parts(given)
+                return sum(bool(part.audios if given.asked.outputs == SPEECH else part.text) for part in parts) >= least
             return name in stage._replica_of and _num_told(stage.tasks[name]) >= least
 
         self._world.run(lambda: given.ended_s or has_come())

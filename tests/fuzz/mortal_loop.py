@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fuzz.mortal_pipeline import LIMIT_S, PICTURE, Asked, asked, calm_results, check_same, mortal_config
+from fuzz.mortal_pipeline import LIMIT_S, Asked, Scene, calm_results, check_same
 from fuzz.rest import Belongings, misplaced
 from support.driver import Driver
 
@@ -38,14 +38,13 @@ class Given:
 
 
 class MortalLoop:
-    """speech: whether that is in it beside pictures. replicas: of the stage that draws."""
+    """Ready, and all that is known has been asked once."""
 
-    def __init__(self, speech: bool = True, replicas: int = 1) -> None:
-        config = mortal_config(speech, replicas)
-        self.known = [each for each in asked() if speech or each.outputs == PICTURE]
-        self._calm = calm_results(self.known, config)
+    def __init__(self, scene: Scene) -> None:
+        self.known = scene.known
+        self._calm = calm_results(scene)
         self._num_requests = 0
-        self.loop = OmniExecutor(Pipeline(config))
+        self.loop = OmniExecutor(Pipeline(scene.config))
         self._driver = Driver(self.loop)
         self._given: list[Given] = []
         self.serve(self.known)  # what is made at the first request
@@ -152,6 +151,6 @@ class MortalLoop:
                 found.append(f"{name}: {status}")
             if any(replica["outstanding"] for replica in status["replicas"]):
                 found.append(f"{name}: work is outstanding")
-        if self.loop.scheduler.in_flight() or self.loop._partials:
+        if self.loop.scheduler.in_flight() or self.loop.has_work():
             found.append("a request is in flight")
         return found

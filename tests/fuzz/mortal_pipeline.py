@@ -1,5 +1,5 @@
-"""Two pipelines in one loop, each stage in a process that can be killed: words to text to a picture, and text to speech
-that is streamed from stage to stage. What their requests come to, undisturbed, is known before anything happens.
+"""Pipelines of which each stage is in a process that can be killed, and what is asked of them. What these requests come
+to, undisturbed, is known before anything happens.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import numpy as np
 import yaml
 from support.driver import Driver
 from support.mortal_stages import register_mortals
+from support.toy_engine import PictureParams
 
 from vllm_omni import DiffusionParams, OmniOutput, OmniRequest, SamplingParams
 from vllm_omni.config.loader import load_config
+from vllm_omni.config.schema import OmniConfig
 from vllm_omni.config.shipped import shipped_configs
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
@@ -39,36 +41,60 @@ class Asked:
         )
 
 
-def asked() -> list[Asked]:
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A pipeline, and the requests that it can be asked for."""
+
+    config: OmniConfig
+    known: Sequence[Asked]
+
+
+def pictures_and_speech() -> Scene:
+    """Words to text to a picture, drawn by two replicas, and text to speech that is streamed from stage to stage."""
+    stages = _stages("tiny_scene", "asset://tiny-image")
+    del stages["negative"], stages["image"]["inputs"]["negative_prompt_embeds"]
+    stages["image"]["replicas"] = 2
+    stages |= _stages("tiny_speech", "asset://tiny-speech")
     steps = DiffusionParams(seed=3, num_inference_steps=12)
     two = dataclasses.replace(steps, num_outputs=2, num_inference_steps=6)
     drawn = {"writer": SamplingParams(temperature=0.9, seed=11, max_tokens=24), "image": steps}
-    return [
+    known = [
         Asked("picture", "a violet star above a golden ring", PICTURE, steps),
         Asked("two pictures", "a red circle", PICTURE, two),
         Asked("words that are drawn", "a blue square", PICTURE, drawn),
         Asked("one word", "can you read out: 3?", SPEECH, {"token2wav": DiffusionParams(seed=1)}),
         Asked("three words", "can you read out: two red stars?", SPEECH, {"token2wav": DiffusionParams(seed=2)}),
     ]
+    return Scene(_config(stages, [*PICTURE, *SPEECH]), known)
 
 
-def mortal_config(speech: bool = True, replicas: int = 1, **changes: Any) -> Any:
-    """speech: whether that is in it too. replicas: of the stage that draws pictures."""
+def plain_pictures() -> Scene:
+    """Words to text to a plain picture. The image stage waits in its steps and needs no library of diffusion, of which
+    the import takes most of the time in which another process is there.
+    """
+    writer = _stages("tiny_scene", "asset://tiny-image")["writer"]
+    image = {"kind": "mortal_painter", "inputs": {"states": "writer.hidden_states"}, "step_s": 0.02}
+    drawn = {
+        "writer": SamplingParams(temperature=0.9, seed=11, max_tokens=24),
+        "image": PictureParams(steps=12, seed=3),
+    }
+    known = [
+        Asked("picture", "a violet star above a golden ring", PICTURE, {"image": PictureParams(steps=12)}),
+        Asked("words that are drawn", "a blue square", PICTURE, drawn),
+    ]
+    return Scene(_config({"writer": writer, "image": image}, PICTURE), known)
+
+
+def _config(stages: Mapping[str, Any], outputs: Sequence[str]) -> OmniConfig:
     register_mortals()
-    stages = _stages("tiny_scene", "asset://tiny-image")
-    del stages["negative"], stages["image"]["inputs"]["negative_prompt_embeds"]
-    stages["image"]["replicas"] = replicas
-    if speech:
-        stages |= _stages("tiny_speech", "asset://tiny-speech")
     return load_config(
         {
             "name": "mortal",
-            "stages": stages,
-            "outputs": [*PICTURE, *(SPEECH if speech else ())],
+            "stages": dict(stages),
+            "outputs": list(outputs),
             "executor": "process",
             "resources": {"threads": 1},
             "dit_cache": {"prompt_embeds_mb": 0},
-            **changes,
         },
         ["device=cpu", "dtype=float32"],
     )
@@ -82,11 +108,12 @@ def _stages(config: str, model: str) -> dict[str, Any]:
     return stages
 
 
-def calm_results(known: Sequence[Asked], config: Any) -> Mapping[str, OmniOutput]:
+def calm_results(scene: Scene) -> Mapping[str, OmniOutput]:
     """In this process, by name."""
+    config = scene.config
     stages = {name: dataclasses.replace(stage, executor="inline", replicas=1) for name, stage in config.stages.items()}
     driver = Driver(OmniExecutor(Pipeline(dataclasses.replace(config, stages=stages))))
-    found = {each.name: driver.answer(each.request(each.name)) for each in known}
+    found = {each.name: driver.answer(each.request(each.name)) for each in scene.known}
     driver.loop.shutdown()
     assert all(output.error is None for output in found.values()), found
     return found

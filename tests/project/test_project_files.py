@@ -138,7 +138,7 @@ def targets() -> set[str]:
 def test_the_makefile_has_its_targets_and_none_is_taken_for_a_file() -> None:
     (phony,) = re.findall(r"^\.PHONY: (.*)$", read("Makefile"), flags=re.MULTILINE)
     tests = {"test", "test-plain", "test-newest", "test-oldest"}
-    expected = {"setup", "wheel", "demo", "fuzz", "pins", "lint", "bench", *tests}
+    expected = {"setup", "wheel", "demo", "fuzz", "deaths", "pins", "lint", "bench", *tests}
     assert targets() == expected == set(phony.split())
     assert "constraints.txt" in read("Makefile") and "constraints-oldest.txt" in read("Makefile")
 

@@ -1,14 +1,17 @@
 """Stages of language models and diffusion models as they are, whose process can be told by a signal that something goes
-wrong: kinds `mortal_ar` and `mortal_dit`.
+wrong: kinds `mortal_ar` and `mortal_dit`; and `mortal_painter`, a toy that paints a plain picture.
 
 SIGUSR1: the next step (or the loading that is under way) raises. SIGUSR2: it ends the process by SystemExit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from types import FrameType
 from typing import Any
+
+from support.toy_engine import PictureSpecimen
 
 from vllm_omni import registry
 from vllm_omni.config.schema import OmniConfig, StageConfig
@@ -16,6 +19,7 @@ from vllm_omni.engine.ar.spec import ARSpec
 from vllm_omni.engine.base import EngineContext, StageEngine, StageSpec
 from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.executor.base import runs_apart
+from vllm_omni.payload import TensorSpec
 from vllm_omni.utils.files import ModelFolders
 
 DOOMS: dict[int, BaseException] = {
@@ -36,9 +40,22 @@ class MortalDiT(DiffusionSpec):
         return _mortal(super().describe(stage, config, folders))
 
 
+class MortalPainter(PictureSpecimen):
+    """Reads states of any width."""
+
+    @classmethod
+    def describe(cls, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> StageSpec:
+        return _mortal(super().describe(stage, config, folders))
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.signature = dataclasses.replace(self.signature, inputs={"states": TensorSpec(("T", "D"))})
+
+
 def register_mortals() -> None:
     registry.register("stage kind", "mortal_ar", f"{__name__}:MortalAR")
     registry.register("stage kind", "mortal_dit", f"{__name__}:MortalDiT")
+    registry.register("stage kind", "mortal_painter", f"{__name__}:MortalPainter")
 
 
 def _mortal(spec: Any) -> Any:

@@ -7,16 +7,14 @@ that are to be carried out, `rows_made`, `chunk_consumed`, `stage_done` and `sta
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 from vllm_omni.config.graph import Edge, StageGraph
 from vllm_omni.config.schema import OmniConfig
-from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
-from vllm_omni.core.routing.budgets import MIB
 from vllm_omni.core.routing.config_update import check_update
 from vllm_omni.core.routing.policies import make_policy
+from vllm_omni.core.routing.prompt_cache import PromptCache
 from vllm_omni.core.routing.request_plan import RequestPlan, default_plan
 from vllm_omni.core.routing.request_state import RequestEnd, RequestPosition, RequestState
 from vllm_omni.core.routing.request_table import RequestTable
@@ -33,8 +31,6 @@ from vllm_omni.payload import StagePayload
 from vllm_omni.request import OmniRequest, RequestStatus
 from vllm_omni.utils.checks import did_you_mean
 
-KEPT_COUNTS = ("prompt_tokens", "truncated_tokens")  # that a cached payload says of the prompt all the same
-
 
 class OmniScheduler:
     """Owns every unfinished request and the prompt embeddings that outlive one.
@@ -48,7 +44,7 @@ class OmniScheduler:
         self._config = config
         self._graph = graph
         self._policy = make_policy(config.scheduler)
-        self._embeddings = DiTCacheManager(max_bytes=int(config.dit_cache.prompt_embeds_mb * MIB))
+        self._prompts = PromptCache(config.dit_cache.prompt_embeds_mb)
         self._is_started = False
         self._is_stopped = False
         self._requests = RequestTable()
@@ -212,9 +208,7 @@ class OmniScheduler:
             return
         key = state.cache_keys.pop(stage, None)
         if key is not None:
-            num_bytes = payload.num_bytes + len(key) + len(repr(payload.meta))  # text takes memory too
-            counts = {name: metrics[name] for name in KEPT_COUNTS if name in metrics}
-            self._embeddings.set_cache((stage, key), (payload, counts), num_bytes)
+            self._prompts.put(stage, key, payload, metrics)
         self._complete(state, stage, payload, metrics, now)
 
     def stage_failed(self, request_id: str, stage: str, error: OmniError, made: StagePayload | None = None) -> None:
@@ -273,7 +267,7 @@ class OmniScheduler:
             "queue_size": len(self._requests.waiting),
             "running_requests": len(self._requests.running),
             "processed_requests": self._requests.counts["processed"],
-            "cache_hit_rate": self._embeddings.get_hit_rate(),
+            "cache_hit_rate": self._prompts.hit_rate,
             "policy": str.__str__(self._config.scheduler.policy),
             "max_queue_size": self._config.scheduler.max_queue_size,
             "max_running": self._config.scheduler.max_running,
@@ -288,7 +282,7 @@ class OmniScheduler:
             **ends,
             "timed_out": counts["timed_out"],
             "stray_events": counts["stray_events"],
-            "prompt_embeds": self._embeddings.get_stats(),
+            "prompt_embeds": self._prompts.get_stats(),
         }
 
     def get_config(self) -> OmniConfig:
@@ -305,13 +299,13 @@ class OmniScheduler:
         check_update(self._config, config, self._graph is not None, self._requests.unfinished())
         policy = make_policy(config.scheduler)
         if config.dit_cache.prompt_embeds_mb != self._config.dit_cache.prompt_embeds_mb:
-            self._embeddings = DiTCacheManager(max_bytes=int(config.dit_cache.prompt_embeds_mb * MIB))
+            self._prompts = PromptCache(config.dit_cache.prompt_embeds_mb)
         self._policy, self._config = policy, config
 
     def check_integrity(self) -> None:
         """Raises an OmniError when a request is in two places, a count is wrong or something is held in vain."""
         self._requests.check_integrity()
-        self._embeddings.check_integrity()
+        self._prompts.check_integrity()
 
     def _start_waiting(self, now: float) -> None:
         if len(self._requests.running) >= self._config.scheduler.max_running:
@@ -354,11 +348,9 @@ class OmniScheduler:
             self.fail(state.request.request_id, error)
             return []
         if key is not None and not state.is_again:  # else what is kept may be what was lost
-            kept: tuple[StagePayload, dict[str, Any]] | None = self._embeddings.get_cache((stage, key))
-            if kept is not None and not kept[0].is_lost:
-                payload, counts = kept
-                mine = dataclasses.replace(payload, request_id=state.request.request_id)
-                self._complete(state, stage, mine, {"cached": True, "steps": 0, **counts}, now)
+            kept = self._prompts.get(stage, key, state.request.request_id)
+            if kept is not None:
+                self._complete(state, stage, *kept, now)
                 return []
         if key is not None:
             state.cache_keys[stage] = key
