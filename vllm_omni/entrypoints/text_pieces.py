@@ -13,7 +13,7 @@ from vllm_omni.engine.boundary import describe
 from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.request import OmniRequest
 
-MAX_AHEAD = 64  # pieces that are read and not taken
+MAX_AHEAD = 64  # pieces of a text that are read and not taken
 
 
 def without_pieces(request: OmniRequest) -> OmniRequest:
@@ -41,7 +41,7 @@ def checked_piece(piece: object) -> str:
     return piece
 
 
-def broken_text(error: Exception) -> OmniError:
+def broken_text(error: BaseException) -> OmniError:
     """What ends a request whose iterator raised."""
     if isinstance(error, OmniError):
         return error
@@ -75,16 +75,21 @@ class PieceThread:
     def _read(self) -> None:
         end: OmniError | None = None
         try:
+            self._read_all()
+        except BaseException as error:  # whatever it is, the request would wait for the rest of its text
+            end = broken_text(error)
+        if not self._is_stopped:
+            self._put(end)
+
+    def _read_all(self) -> None:
+        try:
             for piece in self._pieces:
                 if self._is_stopped:
                     break
                 self._put(checked_piece(piece))
-        except Exception as error:
-            end = broken_text(error)
-        if isinstance(self._pieces, Generator):
-            self._pieces.close()
-        if not self._is_stopped:
-            self._put(end)
+        finally:
+            if isinstance(self._pieces, Generator):
+                self._pieces.close()
 
     def _put(self, item: str | OmniError | None) -> None:
         self._arrived.put(item)
