@@ -23,6 +23,7 @@ def without_pieces(request: OmniRequest) -> OmniRequest:
 
 def plain_pieces(request: OmniRequest) -> Iterator[str] | None:
     """Those of a caller in a thread; InvalidRequestError for others."""
+    _check_given(request)
     if request.pieces is not None and not isinstance(request.pieces, Iterator):
         raise InvalidRequestError("prompt: got an asynchronous iterator, expected a plain one here; or use AsyncOmni")
     return request.pieces
@@ -30,6 +31,7 @@ def plain_pieces(request: OmniRequest) -> Iterator[str] | None:
 
 def async_pieces(request: OmniRequest) -> AsyncIterator[str] | None:
     """Those of an asyncio caller; InvalidRequestError for others, which would hold up the event loop."""
+    _check_given(request)
     if request.pieces is not None and not isinstance(request.pieces, AsyncIterator):
         raise InvalidRequestError("prompt: got a plain iterator, expected an asynchronous one here; or use Omni")
     return request.pieces
@@ -48,6 +50,12 @@ def broken_text(error: BaseException) -> OmniError:
     wrong = InvalidRequestError(f"prompt: its text in pieces broke off, the iterator raised {describe(error)}")
     wrong.__cause__ = error
     return wrong
+
+
+def _check_given(request: OmniRequest) -> None:
+    """Nobody here could bring a text later."""
+    if request.is_open and request.pieces is None:
+        raise InvalidRequestError("is_open: got true without pieces, expected the iterator of the text in `pieces`")
 
 
 class PieceThread:

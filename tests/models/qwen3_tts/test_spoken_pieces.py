@@ -138,6 +138,11 @@ def test_what_cannot_be_said_in_pieces_is_refused(omni: Omni, pieces: Any, field
     assert_idle(omni)
 
 
+def test_a_text_that_nobody_brings_is_not_waited_for(omni: Omni) -> None:
+    (output,) = omni.generate(OmniRequest(prompt="", is_open=True, timeout_s=20.0))
+    assert output.status is RequestStatus.REJECTED and "is_open: got true without pieces" in str(output.error)
+
+
 def test_a_stage_that_reads_its_text_whole_refuses_pieces(tmp_path: Path) -> None:
     with Omni(model=str(make_model_folder(tmp_path)), device="cpu", progress=False) as omni:
         (output,) = omni.generate([iter(["Hello"])])
