@@ -66,6 +66,18 @@ def test_a_link_out_of_the_folder_is_not_followed(store: VoiceStore) -> None:
         store.get("anna")
 
 
+def test_a_file_that_goes_meanwhile_hides_no_other_voice_and_stops_no_new_one(
+    store: VoiceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process removes one between the look at the folder and that at the file; or a link leads to nothing."""
+    store.add("anna", SOUND, text=None, consent=CONSENT)
+    (Path(store.config.folder) / "broken.safetensors").symlink_to("nothing.safetensors")
+    assert [each.name for each in store.facts()] == ["anna"]
+    store.add("bert", SOUND, text=None, consent=CONSENT)
+    monkeypatch.setattr(store, "names", lambda: ["anna", "gone"])
+    assert [each.name for each in store.facts()] == ["anna"]
+
+
 @pytest.mark.parametrize("consent", [None, "", "  ", "x" * 501])
 def test_no_voice_is_kept_without_consent(store: VoiceStore, consent: str | None) -> None:
     with pytest.raises(InvalidRequestError, match="consent: got"):

@@ -77,6 +77,8 @@ class OmniRequest:
                 f"request_id: got {brief(self.request_id)}, expected 1 to {MAX_ID_LENGTH} characters"
             )
         object.__setattr__(self, "prompt", _checked_prompt(self.prompt))
+        if not isinstance(self.is_open, bool):
+            raise InvalidRequestError(f"is_open: got {brief(self.is_open)}, expected true or false")
         if self.pieces is not None:
             _check_pieces(self.pieces)
             object.__setattr__(self, "is_open", True)

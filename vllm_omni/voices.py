@@ -78,7 +78,7 @@ class VoiceStore:
 
     def facts(self) -> list[VoiceFacts]:
         """Of all voices, by name; headers alone are read."""
-        return [_read_facts(self._path(name)) for name in self.names()]
+        return [facts for name in self.names() if (facts := _facts_if_there(self._path(name))) is not None]
 
     def get(self, name: object) -> Voice:
         """InvalidRequestError for a voice that is not there, CheckpointError for a damaged file."""
@@ -128,7 +128,7 @@ class VoiceStore:
                 f"name: {len(taken)} voices are kept, expected at most {self.config.max_voices} (voices.max_voices); "
                 "remove one"
             )
-        total = num_bytes + sum(self._path(each).stat().st_size for each in taken)
+        total = num_bytes + sum(_size(self._path(each)) for each in taken)
         if total > self.config.max_mb * 1e6:
             raise ResourceError(
                 f"name: got {total / 1e6:.1f} MB of voices with this one, expected at most {self.config.max_mb:g} "
@@ -162,6 +162,23 @@ def check_reference(duration_s: float, sound: Samples | None = None) -> None:
         raise InvalidRequestError("sound: got samples that are NaN or infinite, expected finite numbers")
     if float(np.abs(sound).max()) < 1e-3:
         raise InvalidRequestError("sound: got silence (below -60 dB), expected a voice")
+
+
+def _facts_if_there(path: Path) -> VoiceFacts | None:
+    """None for a file that another process has removed meanwhile, and for a link to nothing."""
+    try:
+        return _read_facts(path)
+    except (CheckpointError, FileNotFoundError):
+        if path.exists():
+            raise
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # as above
+        return 0
 
 
 def _read_facts(path: Path) -> VoiceFacts:

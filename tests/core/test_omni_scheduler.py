@@ -488,3 +488,10 @@ def test_a_request_that_is_run_again_begins_from_its_first_stage_once_and_keeps_
     assert machine.run_again("late", 29.0) and machine.tick(30.0) == []
     (end,) = machine.take_ends()
     assert isinstance(end.error, RequestTimeoutError)
+
+
+def test_a_request_whose_text_comes_in_pieces_is_not_run_again_since_nobody_keeps_those_that_were_read() -> None:
+    machine = scheduler()
+    machine.schedule(dataclasses.replace(request(), prompt="", is_open=True), now=1.0)
+    machine.tick(1.0)
+    assert not machine.run_again("r", 2.0)

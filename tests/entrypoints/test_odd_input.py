@@ -23,6 +23,7 @@ TRIED = [
     *[(lambda value, name=name: DiffusionParams(**{name: value}), name) for name in ("height", "seed", "duration_s")],
     (lambda value: SamplingParams(ignore_eos=NoRepr() if value is True else value), "ignore_eos"),
     (lambda value: OmniRequest(prompt="x", timeout_s=value), "timeout_s"),
+    (lambda value: OmniRequest(prompt="", is_open=NoRepr() if value is True else value), "is_open"),
 ]
 
 

@@ -37,3 +37,13 @@ def test_tokens_come_as_often_as_their_probabilities_say() -> None:
         table = torch.from_numpy(settings_table([settings], 12)).expand(-1, 20_000)
         drawn = TableDraw(table, 12).draw(logits.expand(20_000, -1), uniforms).bincount(minlength=12) / 20_000
         torch.testing.assert_close(drawn.double(), expected_shares(logits, settings), rtol=0, atol=1e-3)
+
+
+def test_the_least_temperature_and_top_p_take_the_most_likely_token() -> None:
+    logits = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)) * 8
+    uniforms = torch.tensor([0.1, 0.5, 0.9, 0.999], dtype=torch.float64)
+    for settings in (DrawSettings(temperature=1e-300), DrawSettings(temperature=1e-40, top_k=9), DrawSettings(top_p=0)):
+        rows = [settings] * 4
+        table = torch.from_numpy(settings_table(rows, 64))
+        for drawn in (TableDraw(table, 64, rows), TableDraw(table, 64)):
+            assert drawn.draw(logits, uniforms).tolist() == logits.argmax(-1).tolist(), settings

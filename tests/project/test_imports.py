@@ -37,6 +37,11 @@ OTHER_NAMES = {
 ROPE_TYPES = {"llama3"}  # a value of `rope_parameters.rope_type`, in any family's config.json
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "jsonpickle"}
 DEVICE_MODULES = {"cuda", "mps", "xpu", "hpu", "npu"}
+SINCE_3_11 = {
+    *(f"asyncio.{name}" for name in ("Barrier", "Runner", "TaskGroup", "timeout")),
+    *(f"typing.{name}" for name in ("LiteralString", "Never", "NotRequired", "Required", "Self", "Unpack", "override")),
+    *("contextlib.chdir", "datetime.UTC", "enum.StrEnum", "hashlib.file_digest", "itertools.batched", "tomllib"),
+}
 
 Rule = Callable[[str, ast.AST], Iterator[str]]
 
@@ -128,6 +133,14 @@ def tensor_work_in_core(module: str, node: ast.AST) -> Iterator[str]:
                 yield f"core imports {name}"
 
 
+def newer_than_the_oldest_python(module: str, node: ast.AST) -> Iterator[str]:
+    """What Python 3.10 lacks. Files that a compiler takes may still ask for it."""
+    named = set(imported_modules(node))
+    if isinstance(node, ast.Attribute):
+        named.add(ast.unparse(node))
+    yield from sorted(named & SINCE_3_11)
+
+
 @functools.cache
 def families() -> dict[str, set[str]]:
     """Folder of a family -> the words by which code could name it."""
@@ -172,6 +185,7 @@ RULES: list[Rule] = [
     unpickling,
     unsafe_yaml,
     running_code,
+    newer_than_the_oldest_python,
 ]
 
 
@@ -225,6 +239,9 @@ def test_every_part_of_the_package_has_its_place_in_the_order() -> None:
         (device_names, "vllm_omni.worker.x", "from torch import cuda"),
         (device_names, "vllm_omni.worker.x", "import torch.cuda.graphs"),
         (device_names, "vllm_omni.worker.x", "tensor.cuda()"),
+        (newer_than_the_oldest_python, "vllm_omni.utils.x", "from datetime import UTC"),
+        (newer_than_the_oldest_python, "vllm_omni.utils.x", "import tomllib"),
+        (newer_than_the_oldest_python, "vllm_omni.utils.x", "asyncio.timeout(1)"),
         (unpickling, "vllm_omni.worker.x", "import pickle"),
         (unpickling, "vllm_omni.worker.x", "torch.load(path)"),
         (unpickling, "vllm_omni.worker.x", "torch.load(path, weights_only=False)"),

@@ -67,7 +67,7 @@ def clear_frames(error: BaseException) -> None:
         link = link.__cause__ or (link.__context__ if link.__suppress_context__ else None)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """The message alone for our own errors, 'ValueError: message' for others."""
     text = str(error)
     if isinstance(error, OmniError):

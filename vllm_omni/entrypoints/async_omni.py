@@ -7,6 +7,7 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeli
 from vllm_omni.entrypoints.loop_thread import LoopThread
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, rejected
 from vllm_omni.entrypoints.state_file import read_state, state_path, write_state
-from vllm_omni.entrypoints.text_pieces import async_pieces, broken_text, checked_piece, without_pieces
+from vllm_omni.entrypoints.text_pieces import MAX_AHEAD, async_pieces, broken_text, checked_piece, without_pieces
 from vllm_omni.errors import InvalidRequestError, RequestTimeoutError
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
@@ -229,13 +230,17 @@ class _Subscription:
 
     async def _read(self, pieces: AsyncIterator[str]) -> None:
         """Hands on the pieces of a text as they come, until nobody needs them any more."""
-        request_id = self._request.request_id
+        request_id, ahead = self._request.request_id, deque[Future[None]]()
         try:
             async for piece in pieces:
-                self._thread.extend(request_id, checked_piece(piece), is_last=False)
-            self._thread.extend(request_id, "", is_last=True)
-        except Exception as error:
-            self._thread.fail(request_id, broken_text(error))
+                ahead.append(self._thread.extend(request_id, checked_piece(piece), False, self._deliver))
+                if len(ahead) > MAX_AHEAD:  # others have their turn, also beside an iterator that never waits
+                    await asyncio.wrap_future(ahead.popleft())
+            self._thread.extend(request_id, "", True, self._deliver)
+        except BaseException as error:  # such as CancelledError of a task that the iterator waited for
+            self._thread.fail(request_id, broken_text(error), self._deliver)
+            if not isinstance(error, Exception):
+                raise
         finally:
             if isinstance(pieces, AsyncGenerator):
                 await pieces.aclose()

@@ -74,13 +74,30 @@ class LoopThread:
 
         self._in_order(plan_and_send)
 
-    def extend(self, request_id: str, piece: str, is_last: bool) -> None:
-        """As `OmniExecutor.extend`, behind the request itself."""
-        self._in_order(lambda: self._send(lambda: self._executor.extend(request_id, piece, is_last)))
+    def extend(self, request_id: str, piece: str, is_last: bool, deliver: Deliver) -> Future[None]:
+        """As `OmniExecutor.extend`, behind the request itself, which was submitted with `deliver`: its id may be
+        another's. Done when the piece was taken, or is not needed any more.
+        """
+        taken: Future[None] = Future()
 
-    def fail(self, request_id: str, error: OmniError) -> None:
-        """As `OmniExecutor.fail`, behind what was asked for before."""
-        self._in_order(lambda: self._send(lambda: self._executor.fail(request_id, error)))
+        def execute() -> None:
+            try:
+                if self._is_of(request_id, deliver):
+                    self._executor.extend(request_id, piece, is_last)
+            finally:
+                taken.set_result(None)
+
+        self._in_order(lambda: self._send(execute, lambda error: taken.set_result(None)))
+        return taken
+
+    def fail(self, request_id: str, error: OmniError, deliver: Deliver) -> None:
+        """As `OmniExecutor.fail`, behind what was asked for before; of the request that `deliver` came with."""
+
+        def execute() -> None:
+            if self._is_of(request_id, deliver):
+                self._executor.fail(request_id, error)
+
+        self._in_order(lambda: self._send(execute))
 
     def abort(self, request_id: str, deliver: Deliver | None = None) -> None:
         """Aborts a request; with `deliver`, only the one that was submitted with it."""
@@ -209,9 +226,13 @@ class LoopThread:
             self._delivers[request.request_id] = deliver
 
     def _abort(self, request_id: str, deliver: Deliver | None) -> None:
-        if deliver is None or self._delivers.get(request_id) == deliver:
+        if deliver is None or self._is_of(request_id, deliver):
             self._executor.abort(request_id)
             self._deliver(self._executor.take_outputs())  # before its id can be another request's
+
+    def _is_of(self, request_id: str, deliver: Deliver) -> bool:
+        """Whether the unfinished request of this id was submitted with `deliver`."""
+        return self._delivers.get(request_id) == deliver
 
     def _stop(self, drain: bool) -> None:
         self._is_stopping = True

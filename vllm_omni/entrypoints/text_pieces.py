@@ -13,7 +13,7 @@ from vllm_omni.engine.boundary import describe
 from vllm_omni.errors import InvalidRequestError, OmniError
 from vllm_omni.request import OmniRequest
 
-MAX_AHEAD = 64  # pieces that are read and not taken
+MAX_AHEAD = 64  # pieces of a text that are read and not taken
 
 
 def without_pieces(request: OmniRequest) -> OmniRequest:
@@ -23,6 +23,7 @@ def without_pieces(request: OmniRequest) -> OmniRequest:
 
 def plain_pieces(request: OmniRequest) -> Iterator[str] | None:
     """Those of a caller in a thread; InvalidRequestError for others."""
+    _check_given(request)
     if request.pieces is not None and not isinstance(request.pieces, Iterator):
         raise InvalidRequestError("prompt: got an asynchronous iterator, expected a plain one here; or use AsyncOmni")
     return request.pieces
@@ -30,6 +31,7 @@ def plain_pieces(request: OmniRequest) -> Iterator[str] | None:
 
 def async_pieces(request: OmniRequest) -> AsyncIterator[str] | None:
     """Those of an asyncio caller; InvalidRequestError for others, which would hold up the event loop."""
+    _check_given(request)
     if request.pieces is not None and not isinstance(request.pieces, AsyncIterator):
         raise InvalidRequestError("prompt: got a plain iterator, expected an asynchronous one here; or use Omni")
     return request.pieces
@@ -41,13 +43,19 @@ def checked_piece(piece: object) -> str:
     return piece
 
 
-def broken_text(error: Exception) -> OmniError:
+def broken_text(error: BaseException) -> OmniError:
     """What ends a request whose iterator raised."""
     if isinstance(error, OmniError):
         return error
     wrong = InvalidRequestError(f"prompt: its text in pieces broke off, the iterator raised {describe(error)}")
     wrong.__cause__ = error
     return wrong
+
+
+def _check_given(request: OmniRequest) -> None:
+    """Nobody here could bring a text later."""
+    if request.is_open and request.pieces is None:
+        raise InvalidRequestError("is_open: got true without pieces, expected the iterator of the text in `pieces`")
 
 
 class PieceThread:
@@ -75,16 +83,21 @@ class PieceThread:
     def _read(self) -> None:
         end: OmniError | None = None
         try:
+            self._read_all()
+        except BaseException as error:  # whatever it is, the request would wait for the rest of its text
+            end = broken_text(error)
+        if not self._is_stopped:
+            self._put(end)
+
+    def _read_all(self) -> None:
+        try:
             for piece in self._pieces:
                 if self._is_stopped:
                     break
                 self._put(checked_piece(piece))
-        except Exception as error:
-            end = broken_text(error)
-        if isinstance(self._pieces, Generator):
-            self._pieces.close()
-        if not self._is_stopped:
-            self._put(end)
+        finally:
+            if isinstance(self._pieces, Generator):
+                self._pieces.close()
 
     def _put(self, item: str | OmniError | None) -> None:
         self._arrived.put(item)

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vllm_omni.layers.batched_draw import MOST, Cumulated, DrawSettings, least_of_mass
+from vllm_omni.layers.batched_draw import LEAST_TEMPERATURE, MOST, Cumulated, DrawSettings, least_of_mass
 
 NUM_SETTINGS = 4
+LEAST_TOP_P = 1e-30  # a float32 above 0, which the most likely token reaches
 
 
 class TableDraw:
@@ -51,7 +52,15 @@ class TableDraw:
 
 def settings_table(rows: Sequence[DrawSettings], vocab_size: int) -> npt.NDArray[np.float64]:
     """[NUM_SETTINGS, B]: temperature, top_p, whether the largest logit is taken, how many may be drawn, less one."""
-    values = [(row.temperature or 1.0, row.top_p, row.temperature == 0, num_kept(row, vocab_size) - 1) for row in rows]
+    values = [
+        (
+            max(row.temperature, LEAST_TEMPERATURE) if row.temperature else 1.0,
+            max(row.top_p, LEAST_TOP_P),
+            row.temperature == 0,
+            num_kept(row, vocab_size) - 1,
+        )
+        for row in rows
+    ]
     return np.array(values, dtype=np.float64).T
 
 

@@ -81,10 +81,19 @@ class DeviceMemory(Protocol):
 class CudaMemory:
     """By the driver: torch's own way of it keeps counts in files, which stay when a process is killed."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, driver: ctypes.CDLL) -> None:
         self._device = device
         self._name = device_name(device)
-        self._driver = ctypes.CDLL(LIBRARY)
+        self._driver = driver
+
+    @classmethod
+    def find(cls, device: torch.device) -> CudaMemory | None:
+        """None where there is no such driver: torch calls GPUs of AMD `cuda`, too."""
+        try:
+            driver = ctypes.CDLL(LIBRARY)
+        except OSError:
+            return None
+        return cls(device, driver)
 
     def export(self, tensor: Tensor) -> DeviceHandle | None:
         if tensor.device != self._device and device_name(tensor.device) != self._name:

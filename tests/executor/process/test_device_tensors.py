@@ -23,6 +23,7 @@ from vllm_omni.executor.orders import Report, Submit
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.process.connection import FAR_ENTRY
 from vllm_omni.executor.process.device_tensors import LEAST_BYTES, DeviceTensors
+from vllm_omni.executor.process.service import device_tensors
 from vllm_omni.executor.servant import StageServant
 from vllm_omni.executor.stage_builder import StageBuilder
 from vllm_omni.executor.wire.base import WireError
@@ -31,6 +32,7 @@ from vllm_omni.messages import StageDone, StageFailed, StageTask
 from vllm_omni.params import StageParams
 from vllm_omni.payload import StagePayload
 from vllm_omni.request import OmniRequest
+from vllm_omni.utils import device_memory
 from vllm_omni.utils.device_memory import HANDLE_BYTES, DeviceHandle, FarTensor
 from vllm_omni.worker.background import Background
 
@@ -214,3 +216,13 @@ def test_only_what_processes_on_the_same_gpu_read_whole_stays_there() -> None:
     assert not staying(torch.device("cpu"), torch.device("cpu"))
     assert not staying(first, first, through_host=True)
     assert not staying(first, first, executor="inline")
+
+
+def test_where_there_is_no_driver_of_cuda_all_tensors_go_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls a GPU of AMD `cuda`, too."""
+    monkeypatch.setattr(device_memory, "LIBRARY", "libnothing.so.7")
+    monkeypatch.setattr(device_memory, "device_name", lambda device: "gpu")
+    config = load_config(hop_config("process", through_host=False))
+    blueprint = StageBuilder(Pipeline(config), Background(), Commons()).blueprint("source")
+    assert device_tensors(blueprint) is None
+    assert device_tensors(dataclasses.replace(blueprint, device=torch.device("cuda"))) is None

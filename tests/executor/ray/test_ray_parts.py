@@ -22,7 +22,7 @@ from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.ray.cluster import resources_of
 from vllm_omni.executor.ray.frame import memory_of, opened, opened_remotely, packed
 from vllm_omni.executor.ray.protocol import actor_types
-from vllm_omni.executor.ray.remote_tensor import RemoteTensor
+from vllm_omni.executor.ray.remote_tensor import Piece, RemoteTensor, content_of
 from vllm_omni.executor.row_buffer import RowBuffer
 from vllm_omni.executor.wire.base import INLINE_BYTES, WireError
 from vllm_omni.payload import RowRange, StreamChunk
@@ -156,3 +156,12 @@ def test_pieces_that_are_none_are_refused(pieces: Any) -> None:
     entries[0][2:] = [pieces]
     with pytest.raises(WireError):
         opened([msgpack.packb([entries, body]), ARRAY], TYPES)
+
+
+def test_no_rows_of_a_remote_tensor_are_no_rows() -> None:
+    def fetch(found: object) -> torch.Tensor:
+        raise AssertionError("nothing has to be fetched")
+
+    remote = RemoteTensor([Piece("object", 0, 24)], (3, 2), torch.float32, fetch)
+    empty = content_of(remote[1:1])
+    assert empty.shape == (0, 2) and empty.dtype == torch.float32 and type(empty) is torch.Tensor

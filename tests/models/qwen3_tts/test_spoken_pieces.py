@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,21 @@ def broken() -> Iterator[str]:
     raise OSError("the writer is gone")
 
 
+def left() -> Iterator[str]:
+    yield "Hello world, "
+    raise SystemExit("the writer leaves")
+
+
+class Untidy:
+    """Its generator cannot be closed in peace."""
+
+    def pieces(self) -> Iterator[Any]:
+        try:
+            yield from ("Hello ", 3)
+        finally:
+            raise OSError("nothing to close")
+
+
 @pytest.mark.parametrize(
     ("pieces", "fields", "words"),
     [
@@ -110,6 +125,8 @@ def broken() -> Iterator[str]:
         (iter(["a b " * 25_001]), {}, "expected at most 100000"),
         (iter(["Hello ", 3]), {}, "got a piece that is a int, expected a string"),
         (broken(), {}, "the iterator raised OSError: the writer is gone"),
+        (left(), {"timeout_s": 20.0}, "the iterator raised SystemExit: the writer leaves"),
+        (Untidy().pieces(), {"timeout_s": 20.0}, "the iterator raised OSError: nothing to close"),
         (Words().asynchronously(), {}, "got an asynchronous iterator"),
         (iter(["Hello"]), {"non_streaming_mode": True}, "non_streaming_mode: got true with a text in pieces"),
         (iter(["Hello"]), {"voice": "nobody"}, "voice"),
@@ -119,6 +136,11 @@ def test_what_cannot_be_said_in_pieces_is_refused(omni: Omni, pieces: Any, field
     (output,) = omni.generate({**prompt(pieces), **fields} | ({"speaker": None} if "voice" in fields else {}), PARAMS)
     assert isinstance(output.error, InvalidRequestError) and words in str(output.error), output.error
     assert_idle(omni)
+
+
+def test_a_text_that_nobody_brings_is_not_waited_for(omni: Omni) -> None:
+    (output,) = omni.generate(OmniRequest(prompt="", is_open=True, timeout_s=20.0))
+    assert output.status is RequestStatus.REJECTED and "is_open: got true without pieces" in str(output.error)
 
 
 def test_a_stage_that_reads_its_text_whole_refuses_pieces(tmp_path: Path) -> None:
@@ -185,6 +207,72 @@ def test_asyncio_callers_give_asynchronous_iterators(folder: Path, codes: torch.
             await asyncio.wait_for(talk(omni), PATIENCE_S)
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def run_async(folder: Path) -> Callable[[Callable[[AsyncOmni], Awaitable[None]]], None]:
+    def run(work: Callable[[AsyncOmni], Awaitable[None]]) -> None:
+        async def main() -> None:
+            async with AsyncOmni(model=str(folder), overrides=OVERRIDES, device="cpu", dtype="float32") as omni:
+                await asyncio.wait_for(work(omni), PATIENCE_S)
+
+        asyncio.run(main())
+
+    return run
+
+
+def test_pieces_go_to_their_own_request_also_where_another_has_its_id(run_async: Any, codes: torch.Tensor) -> None:
+    """One that is refused, since its id is in use, reads on until its caller looks: here two texts, one of which
+    breaks off.
+    """
+
+    async def intruding() -> AsyncIterator[str]:
+        yield "something else "
+        raise OSError("no more")
+
+    async def talk(omni: AsyncOmni) -> None:
+        words = Words()
+        async with aclosing(omni.stream(prompt(words.asynchronously(), request_id="same"), PARAMS)) as parts:
+            heard = [part async for part in _until_sound(parts)]
+            second = await omni.generate(prompt(intruding(), request_id="same"), PARAMS)
+            assert second.status is RequestStatus.REJECTED and "same" in str(second.error)
+            third = omni.stream(prompt(intruding(), request_id="same"), PARAMS)
+            assert (await anext(third)).status is RequestStatus.REJECTED
+            await asyncio.sleep(0.05)
+            await third.aclose()
+            words.go_on.set()
+            heard += [part async for part in parts]
+        assert heard[-1].error is None, heard[-1].error
+        assert torch.equal(heard[-1].tensors["talker.codes"], codes)
+
+    run_async(talk)
+
+
+def test_a_cancelled_task_of_the_iterator_ends_the_request(run_async: Any) -> None:
+    async def cancelled() -> AsyncIterator[str]:
+        yield "Hello "
+        waiting = asyncio.ensure_future(asyncio.sleep(PATIENCE_S))
+        asyncio.get_running_loop().call_soon(waiting.cancel)
+        await waiting
+        yield "world"
+
+    async def talk(omni: AsyncOmni) -> None:
+        output = await omni.generate(prompt(cancelled(), timeout_s=20.0), PARAMS)
+        assert isinstance(output.error, InvalidRequestError) and "CancelledError" in str(output.error), output.error
+
+    run_async(talk)
+
+
+def test_an_iterator_that_never_waits_lets_others_have_their_turn(run_async: Any) -> None:
+    async def endless() -> AsyncIterator[str]:
+        for _ in range(100_000):  # were it endless, a failure of this test would be, too
+            yield "a b c d e " * 20
+
+    async def talk(omni: AsyncOmni) -> None:
+        output = await omni.generate(prompt(endless()), SamplingParams(max_tokens=4000))
+        assert isinstance(output.error, InvalidRequestError) and "expected at most 100000" in str(output.error)
+
+    run_async(talk)
 
 
 async def _until_sound(parts: AsyncIterator[OmniOutput]) -> AsyncIterator[OmniOutput]:

@@ -223,10 +223,11 @@ class OmniScheduler:
 
     def run_again(self, request_id: str, now: float) -> bool:
         """Begins a running request from its first stage, where that has not been done for it: what its stages had made
-        is dropped, and what they still do is nobody's any more. Its deadline stays.
+        is dropped, and what they still do is nobody's any more. Its deadline stays. Not one whose text comes in
+        pieces: nobody keeps those that were read.
         """
         state = self._requests.running.get(request_id)
-        if state is None or state.is_again:
+        if state is None or state.is_again or state.request.is_open:
             return False
         self._requests.running[request_id] = state.from_the_start(now)
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from vllm_omni.entrypoints.cli.as_json import print_json
@@ -52,7 +52,7 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     rows = [("name", "s", "since", "consent", "text")]
     for each in facts:
-        since = datetime.fromtimestamp(each.created, UTC).date().isoformat()
+        since = datetime.fromtimestamp(each.created, timezone.utc).date().isoformat()
         rows.append((each.name, f"{each.duration_s:.1f}", since, each.consent, each.text or "-"))
     print("\n".join(aligned(rows)) if facts else "no voices")
     return 0

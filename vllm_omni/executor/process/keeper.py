@@ -110,5 +110,5 @@ class Keeper:
         with self._process.stdout as output:
             while content := output.read(65536):
                 self._tail = (self._tail + content)[-TAIL_BYTES:]
-                with suppress(OSError):
+                with suppress(OSError, ValueError):  # the latter where somebody has closed it
                     os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, content)

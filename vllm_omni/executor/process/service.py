@@ -7,7 +7,7 @@ import select
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_omni.engine.base import Activity, StageSpec
@@ -114,9 +114,8 @@ class Service:
         if wait and not self._connection.has_frame and not self._connection.is_closed:
             with self._sending:
                 self._connection.flush()
-            reads = [self._connection.file, self._waking]
-            writes = [self._connection.file] if self._connection.has_unsent else []
-            if self._waking in select.select(reads, writes, [])[0]:
+            news = select.POLLIN | (select.POLLOUT if self._connection.has_unsent else 0)
+            if self._waking in _ready({self._connection.file: news, self._waking: select.POLLIN}):
                 os.read(self._waking, 4096)
             self._connection.read()
         if self._connection.is_closed:
@@ -132,7 +131,7 @@ class Service:
             else:
                 self._connection.send(message, export)
             while self._connection.has_unsent and not self._connection.is_closed:
-                select.select([], [self._connection.file], [])
+                _ready({self._connection.file: select.POLLOUT})
                 self._connection.flush()
 
     def _finish(self) -> None:
@@ -153,10 +152,19 @@ class Service:
 
 
 def device_tensors(blueprint: StageBlueprint) -> DeviceTensors | None:
-    """None for a stage whose tensors all pass through the host's memory."""
-    if not is_cuda(blueprint.device):
-        return None
-    return DeviceTensors(blueprint.stays_on_device, CudaMemory(blueprint.device))
+    """None for a stage whose tensors all pass through the host's memory, as where there is no driver of CUDA."""
+    memory = CudaMemory.find(blueprint.device) if is_cuda(blueprint.device) else None
+    return None if memory is None else DeviceTensors(blueprint.stays_on_device, memory)
+
+
+def _ready(events: Mapping[int, int]) -> set[int]:
+    """Waits for one of these events of descriptors, and gives those that have some. Not by `select.select`, which knows
+    none from 1024 on: ours have the number that they have in a parent with many connections.
+    """
+    poll = select.poll()
+    for file, asked in events.items():
+        poll.register(file, asked)
+    return {file for file, _ in poll.poll()}
 
 
 class _PartedError(Exception):

@@ -44,6 +44,8 @@ class RemoteTensor(Tensor):
     def here(self) -> Tensor:
         """The same with its content, which is fetched now."""
         found = [self.fetch(piece.object)[piece.offset : piece.offset + piece.num_bytes] for piece in self.pieces]
+        if not found:
+            return torch.empty(self.shape, dtype=self.dtype)
         return (found[0] if len(found) == 1 else torch.cat(found)).view(self.dtype).view(self.shape)
 
     def numpy(self, *, force: bool = False) -> Any:

@@ -35,6 +35,7 @@ from vllm_omni.entrypoints.server.speaking.speech import Speaker, Speech, speake
 from vllm_omni.errors import OmniError
 
 MAX_EVENT_CHARS = 1_000_000
+MAX_QUEUED = 10_000  # sentences and ends of utterances that are not said
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,9 @@ class SpeechSession:
             await self._configure(event)
         elif self._speaker is None or self._config is None:
             raise ApiError(400, f"{event.type}: session.config must come before it", code="not_configured")
+        elif self._num_queued >= MAX_QUEUED:
+            words = f"{event.type}: {self._num_queued} sentences and ends wait to be said; send it again later"
+            raise ApiError(429, words, code="too_many_sentences")
         elif isinstance(event, InputText):
             self._add(event.text, self._speaker, self._config)
         elif isinstance(event, InputDone):
@@ -147,7 +151,7 @@ class SpeechSession:
 
     def _add(self, text: str, speaker: Speaker, config: SessionConfig) -> None:
         """More words of the utterance."""
-        if self._open is not None and self._open.is_over:  # what is wrong with it has been told
+        if not text or (self._open is not None and self._open.is_over):  # what is wrong with that one has been told
             return
         self._check_length(text, speaker)
         if self._open is not None:
