@@ -1,5 +1,9 @@
 """What HTTP costs: the same requests of a server and of the graph in a process without one, in turn; and how the
 server bears a crowd. One thread for each model, as all of it shares the cores with the clients.
+
+Without a server pictures and sounds end as `PIL.Image` and samples. Over HTTP they are encoded as well, previews too:
+that is a part of what HTTP adds here, though whoever saves a picture encodes it either way. So is the client, which
+takes its time from the same cores; what of the CPU's time is the server's and what the client's is told beside it.
 """
 
 from __future__ import annotations
@@ -70,7 +74,13 @@ def run(options: Options, limits: Limits | None = None) -> Report:
         refused = _storm(server, PICTURES.draw(crowd, 0))[0]
     return Report(
         "serving",
-        [_work_table([work, texts]), _first_table(first), _storm_table(storm, watch), _refusal_table(refused)],
+        [
+            _work_table([work, texts]),
+            _cpu_table([work, texts]),
+            _first_table(first),
+            _storm_table(storm, watch),
+            _refusal_table(refused),
+        ],
         notes=[work.note(), texts.note()],
         figures=_figures(work, texts, first, storm, watch, refused),
     )
@@ -104,16 +114,22 @@ class OfflineSide:
         self._target = OfflineTarget(open_pipeline(config, model=model, overrides=overrides), ())
         self._loop.run_until_complete(self._target.__aenter__())
 
-    def run(self, requests: Sequence[BenchRequest], concurrency: int) -> Run:
-        return self._loop.run_until_complete(Load(concurrency=concurrency).run(self._target, requests))
+    def run(self, requests: Sequence[BenchRequest], concurrency: int) -> tuple[Run, float]:
+        """The answers, and the seconds of CPU that they took."""
+        began_s = time.process_time()
+        found = self._loop.run_until_complete(Load(concurrency=concurrency).run(self._target, requests))
+        return found, time.process_time() - began_s
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One run of each side."""
+    """One run of each side, and the seconds of CPU that each process spent on it."""
 
     http: Run
     offline: Run
+    server_cpu_s: float
+    client_cpu_s: float
+    offline_cpu_s: float
 
     @property
     def http_s(self) -> float:
@@ -150,6 +166,9 @@ class Overhead:
             "http_s": [pair.http_s for pair in self.pairs],
             "offline_s": [pair.offline_s for pair in self.pairs],
             "ratio": median(self.ratios),
+            "server_cpu_s": [pair.server_cpu_s for pair in self.pairs],
+            "client_cpu_s": [pair.client_cpu_s for pair in self.pairs],
+            "offline_cpu_s": [pair.offline_cpu_s for pair in self.pairs],
         }
 
 
@@ -160,7 +179,12 @@ def _in_turn(
     pairs: list[Pair] = []
     spent_s = 0.0
     while not pairs or not options.is_enough(len(pairs) - 1, spent_s):
-        found = Pair(_over_http(server, requests, concurrency), offline.call("run", requests, concurrency)[1])
+        server_s, client_s = _cpu_s(server), time.process_time()
+        http = _over_http(server, requests, concurrency)
+        client_s = time.process_time() - client_s
+        server_s = _cpu_s(server) - server_s
+        without, offline_s = offline.call("run", requests, concurrency)[1]
+        found = Pair(http, without, server_s, client_s, offline_s)
         for side in (found.http, found.offline):
             failed = [answer for answer in side.answers if not answer.is_ok]
             if failed:
@@ -168,6 +192,13 @@ def _in_turn(
         spent_s += found.http_s + found.offline_s
         pairs.append(found)
     return pairs[1:]
+
+
+def _cpu_s(server: ServerProcess) -> float:
+    """Seconds of CPU of the server's process since it began, as it tells them itself."""
+    name = "process_cpu_seconds_total "
+    lines = server.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(name)).removeprefix(name))
 
 
 def _over_http(server: ServerProcess, requests: Sequence[BenchRequest], concurrency: int) -> Run:
@@ -234,6 +265,17 @@ def _work_table(found: Sequence[Overhead]) -> Table:
         rates = [with_spread([one.num_requests / seconds for seconds in side]) for side in sides]
         rows.append([one.case, *rates, with_spread(one.ratios, 3)])
     return Table("Requests per second", ("case", "HTTP", "offline", "time over HTTP / offline"), rows)
+
+
+def _cpu_table(found: Sequence[Overhead]) -> Table:
+    rows = []
+    for one in found:
+        sides = [
+            [getattr(pair, name) / one.num_requests * 1000 for pair in one.pairs]
+            for name in ("server_cpu_s", "client_cpu_s", "offline_cpu_s")
+        ]
+        rows.append([one.case, *(with_spread(side, 1) for side in sides)])
+    return Table("CPU of a request, ms", ("case", "server", "its client", "offline"), rows)
 
 
 def _first_table(pairs: Sequence[Pair]) -> Table:

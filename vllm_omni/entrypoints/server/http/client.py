@@ -72,20 +72,24 @@ class Begun(AsyncIterator[T], Generic[T]):
 
     async def ready(self) -> None:
         """Returns when the first part is there; raises what kept it from being made."""
-        await asyncio.wait({self.first})
+        await self._wait()
         if not isinstance(self.first.exception(), StopAsyncIteration):
             self.first.result()
 
     async def __anext__(self) -> T:
         if self._is_first_read:
             return await anext(self._parts)
-        await asyncio.wait({self.first})
+        await self._wait()
         self._is_first_read = True
         return self.first.result()
 
     async def aclose(self) -> None:
         await cancel(self.first)
         await self._parts.aclose()
+
+    async def _wait(self) -> None:
+        if not self.first.done():
+            await asyncio.wait({self.first})
 
 
 async def within(work: Awaitable[T], seconds: float) -> T:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
-from vllm_omni.entrypoints.server.http.client import Begun, cancel, until_gone, within
+from vllm_omni.entrypoints.server.http.client import Begun, cancel, until_gone
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.errors import OmniError
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": still at work\n\n"
 NO_BUFFERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # of proxies between us and the client
+TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # `json.dumps` makes one for every event
+MAX_UNSENT = 16  # parts that are sent together
 Event = Mapping[str, Any]  # its `type`, where it has one, becomes the event's name too
 T = TypeVar("T")
 
@@ -50,54 +53,77 @@ class PartStream(Response, Generic[T]):
         self._fail = fail
         self._last = last
         self._idle = idle
+        self._unsent: list[bytes] = []
+        self._has_news = asyncio.Event()  # something is unsent, or reading has ended
+        self._is_sent = asyncio.Event()
         self._is_sending = False
-        self._turn_s = 0.0  # of the event loop's clock: when sending last began or ended
+        self._turn_s = asyncio.get_running_loop().time()  # when sending last began or ended
+        self._timer: asyncio.TimerHandle | None = None
+        self._sign: asyncio.Future[None] | None = None  # of life, being sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
+        reading = asyncio.ensure_future(self._read())
+        reading.add_done_callback(lambda _: self._has_news.set())
+        writing = asyncio.ensure_future(self._write(send, reading))
         leaving = asyncio.ensure_future(until_gone(receive))
-        watching = asyncio.ensure_future(self._watch(send))
+        self._watch(send, leaving)
         try:
-            await asyncio.wait({writing, leaving, watching}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 writing.result()
         except OSError:
             pass
         finally:
-            await cancel(writing, leaving, watching)
+            if self._timer is not None:
+                self._timer.cancel()
+            await cancel(reading, writing, leaving, *([] if self._sign is None else [self._sign]))
             await self._source.aclose()
 
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def _read(self) -> None:
+        """Brings parts to `_write`, no more of them than the client reads."""
         try:
             async for part in self._source:
-                await self._send_body(send, self._encode(part), more=True)
-        except OSError:
-            raise
+                self._unsent.append(self._encode(part))
+                self._has_news.set()
+                if self._is_sending or len(self._unsent) >= MAX_UNSENT:
+                    self._is_sent.clear()
+                    await self._is_sent.wait()
         except Exception as error:
-            if self._fail is not None:
-                await self._send_body(send, self._fail(error), more=True)
-            elif isinstance(error, ApiError | OmniError):
-                return  # without an end, which breaks the connection off
-            else:
+            if self._fail is None:
                 raise
-        await self._send_body(send, self._last, more=False)
+            self._unsent.append(self._fail(error))
+        self._unsent.append(self._last)
 
-    async def _watch(self, send: Send) -> None:
-        """Returns when what was sent has not been read for too long; says now and then that there is nothing yet. One
-        for the whole stream, as a part must cost little.
+    async def _write(self, send: Send, reading: asyncio.Future[None]) -> None:
+        """All parts that are there at once: a message costs as much as making a small part."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        is_over = False
+        while not is_over:
+            await self._has_news.wait()
+            self._has_news.clear()
+            is_over = reading.done()
+            is_whole = is_over and reading.exception() is None
+            body = b"".join(self._unsent)
+            self._unsent.clear()
+            await self._send_body(send, body, more=not is_whole)
+        with suppress(ApiError, OmniError):  # without an end, which breaks the connection off
+            reading.result()
+
+    def _watch(self, send: Send, leaving: asyncio.Future[None]) -> None:
+        """Gives a client up that has left for too long what was sent, and says now and then that there is nothing yet.
+        One timer for the whole stream, as a part must cost little.
         """
-        now = asyncio.get_running_loop().time
-        self._turn_s = now()
-        while True:
-            patience_s, pause_s = self._settings.write_timeout_s, self._settings.keep_alive_s
-            since_s = now() - self._turn_s
-            if self._is_sending and since_s >= patience_s:
-                return
-            if not self._is_sending and since_s >= pause_s:
-                await within(self._send_body(send, self._idle, more=True), patience_s)
-                since_s = 0.0
-            await asyncio.sleep(patience_s - since_s if self._is_sending else min(patience_s, pause_s - since_s))
+        loop = asyncio.get_running_loop()
+        patience_s, pause_s = self._settings.write_timeout_s, self._settings.keep_alive_s
+        since_s = loop.time() - self._turn_s
+        if self._is_sending and since_s >= patience_s:
+            leaving.cancel()
+            return
+        if not self._is_sending and since_s >= pause_s:
+            self._sign = asyncio.ensure_future(self._send_body(send, self._idle, more=True))
+            since_s = 0.0
+        wait_s = patience_s - since_s if self._is_sending else min(patience_s, pause_s - since_s)
+        self._timer = loop.call_later(wait_s, self._watch, send, leaving)
 
     async def _send_body(self, send: Send, body: bytes, more: bool) -> None:
         if body or not more:
@@ -105,6 +131,7 @@ class PartStream(Response, Generic[T]):
             self._is_sending, self._turn_s = True, now()
             await send({"type": "http.response.body", "body": body, "more_body": more})
             self._is_sending, self._turn_s = False, now()
+        self._is_sent.set()
 
 
 def event_stream(source: Begun[Event], settings: ServerSettings) -> PartStream[Event]:
@@ -122,5 +149,4 @@ def event_stream(source: Begun[Event], settings: ServerSettings) -> PartStream[E
 
 def encode_event(event: Event) -> bytes:
     name = f"event: {event['type']}\n" if "type" in event else ""
-    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-    return f"{name}data: {data}\n\n".encode("utf-8", "backslashreplace")
+    return f"{name}data: {TO_JSON.encode(event)}\n\n".encode("utf-8", "backslashreplace")
