@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -27,13 +28,18 @@ class HttpTarget:
             raise ConfigError(f"--url: got {url!r:.200}, expected http://HOST:PORT")
         self._root = root
         self._model = model
-        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx.AsyncClient(headers=headers, timeout=timeout_s, limits=limits)
+        self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._timeout_s = timeout_s
+        self._tls = httpx.create_ssl_context()
+        self._idle: list[httpx.AsyncClient] = []  # each with a connection
 
     async def ask(self, request: BenchRequest, answer: Answer) -> None:
+        with self._client() as client:
+            await self._ask(client, request, answer)
+
+    async def _ask(self, client: httpx.AsyncClient, request: BenchRequest, answer: Answer) -> None:
         try:
-            async with self._client.stream("POST", self._root + ROUTES[request.kind], json=self._body(request)) as got:
+            async with client.stream("POST", self._root + ROUTES[request.kind], json=self._body(request)) as got:
                 if got.status_code != int(OK):
                     answer.fail(str(got.status_code), _message(await got.aread()))
                 elif request.kind == "speech":
@@ -49,6 +55,18 @@ class HttpTarget:
         except (httpx.HTTPError, ValueError) as error:
             answer.fail(type(error).__name__, str(error))
 
+    @contextmanager
+    def _client(self) -> Iterator[httpx.AsyncClient]:
+        """One for each request under way: a pool of many connections looks at all of them for every request."""
+        client = self._idle.pop() if self._idle else self._new_client()
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
+
+    def _new_client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(headers=self._headers, timeout=self._timeout_s, verify=self._tls)
+
     def _body(self, request: BenchRequest) -> dict[str, Any]:
         named = {} if self._model is None else {"model": self._model}
         if request.kind in ("speech", "video"):  # its bytes come as they are
@@ -62,7 +80,8 @@ class HttpTarget:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.aclose()
+        for client in self._idle:
+            await client.aclose()
 
 
 async def _read_events(response: httpx.Response, answer: Answer) -> None:
