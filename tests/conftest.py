@@ -1,7 +1,8 @@
 """What all tests need: random-operation tests do not fail because the machine is busy (no deadlines, no word about
-slow data), an interrupt interrupts, also where a shell started the tests in the background, processes that share the
-tests out do not wait for each other's threads, garbage is looked for among what tests made and not among what they
-imported, and Triton's kernels run in its interpreter where there is no GPU.
+slow data), nor are the lines counted that they run, which doubles their time; an interrupt interrupts, also where a
+shell started the tests in the background, processes that share the tests out do not wait for each other's threads,
+garbage is looked for among what tests made and not among what they imported, and Triton's kernels run in its
+interpreter where there is no GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("cuda") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.hookimpl(wrapper=True)
