@@ -20,6 +20,8 @@ from vllm_omni.errors import ConfigError
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
 # As torch calls what lets a CPU multiply bfloat16: of x86 the first two, of ARM the last.
 BFLOAT16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
+# Of x86: without all of one of these oneDNN refuses bfloat16.
+ONEDNN_BFLOAT16_FEATURES = ({"avx_ne_convert"}, {"avx512_bw", "avx512_vl", "avx512_dq"})
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -272,9 +274,12 @@ def wait_for(device: torch.device) -> None:
 
 
 def multiplies_with_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN is the faster one at products with weights of this dtype."""
-    is_x86_cpu = is_cpu(device) and platform.machine() in ("x86_64", "AMD64")
-    return is_x86_cpu and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    """Whether oneDNN takes weights of this dtype there, and is the faster one at products with them."""
+    if not (is_cpu(device) and platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()):
+        return False
+    if dtype == torch.bfloat16:
+        return any(features <= _cpu_features() for features in ONEDNN_BFLOAT16_FEATURES)
+    return dtype == torch.float32
 
 
 def free_memory_bytes(device: torch.device) -> int:
