@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for what a test starts
-    # Two threads on any machine, since with several sums round otherwise. They sleep while they have nothing to do:
-    # those that spin would take the cores from the other processes.
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    # One thread: of several each waits for the slowest, which waits for a core that another process has. Where there
+    # are more, as in tests of layers, they sleep while they have nothing to do: those that spin would take the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
