@@ -58,6 +58,18 @@ def test_packing_keeps_nothing_twice_and_may_be_repeated() -> None:
 
 
 @torch.inference_mode()
+def test_bfloat16_is_torchs_own_where_onednn_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor of x86 with AVX2 alone; the shape is none that the package's kernels take."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": False, "avx512_bw": True})
+    layer = Linear(8, 5).to(torch.bfloat16)
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    expected = F.linear(x, layer.weight, layer.bias)
+    layer.pack()
+    assert layer.packing is None and not multiplies_with_onednn(CPU, torch.bfloat16)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@torch.inference_mode()
 def test_other_dtypes_stay_as_they_are() -> None:
     layer = Linear(8, 4).to(torch.float64)
     layer.pack()
