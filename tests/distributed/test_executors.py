@@ -179,9 +179,9 @@ def test_several_requests_at_once_stay_apart(apart: Omni, inline: Inline) -> Non
 
 
 def test_deadlines_and_aborts_end_a_request_and_free_what_it_held(apart: Omni) -> None:
-    late = apart.generate(scene(timeout_s=0.15), LONG)[0]
+    late = apart.generate(scene(timeout_s=0.5), LONG)[0]
     assert late.status is RequestStatus.FAILED and isinstance(late.error, RequestTimeoutError)
-    assert "was not done within 0.15 s (it was in" in str(late.error)
+    assert "was not done within 0.5 s (it was in" in str(late.error)
     with closing(apart.stream(scene(), LONG)) as parts:
         next(parts)
     stages = apart.get_metrics()["stages"]
