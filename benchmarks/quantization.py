@@ -51,13 +51,13 @@ class Pictures:
 
 
 class Drawing:
-    """The random Z-Image, in bfloat16."""
+    """The random Z-Image."""
 
-    def __init__(self, folder: str, quantization: str) -> None:
+    def __init__(self, folder: str, quantization: str, dtype: str = "bfloat16") -> None:
         from vllm_omni import Omni
 
         overrides = [f"image.quantization={quantization}", "text.dtype=float32"]
-        self._omni = Omni("z_image", model=folder, device="cpu", dtype="bfloat16", overrides=overrides, progress=False)
+        self._omni = Omni("z_image", model=folder, device="cpu", dtype=dtype, overrides=overrides, progress=False)
 
     def run(self, case: Pictures, repeat: int) -> list[Any]:
         """The pixels of each, uint8."""

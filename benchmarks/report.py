@@ -27,6 +27,7 @@ ORDER = (
     "text",
     "text_peers",
     "quantization",
+    "halves",
     "startup",
     "cache",
     "audio_cache",

@@ -1,10 +1,11 @@
 // Products of rows with a packed weight. A weight [N, K] lies in panels of 32 of its rows: for each step of K the 32
 // values of a panel stand side by side, four bytes of each (float32: one k a step, bfloat16: two, int8: four, as the
-// dot-product instructions take them). N is a multiple of 32, and K one of a step. Every element of the product is summed over k in one order, whatever else is
-// computed with it: a row's result does not depend on how many rows there are.
+// dot-product instructions take them). N is a multiple of 32, and K one of a step. Every element of the product is summed
+// over k in one order, whatever else is computed with it: a row's result does not depend on how many rows there are.
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -32,10 +33,11 @@ inline void read_ahead(const void* weight) { __builtin_prefetch(static_cast<cons
 
 template <typename T>
 struct Linear {
-  const void* weight;   // of T, or of int8_t where there are scales
+  const void* weight;   // of T, or of int8_t where there are scales, or of bfloat16 where it is in halves
   const float* scales;  // of the outputs, or null; see quantized.h
   const T* bias;        // or null
   int64_t outputs, inputs;
+  int64_t is_in_halves;  // beside x in float32
 };
 
 // The sums of kRows rows with one panel, float32.
@@ -50,10 +52,32 @@ inline void multiply_panel(const float* x, int64_t stride, const float* panel, i
   }
 }
 
+// With a panel in bfloat16: its numbers are those of float32 whose lower half is zero, multiplied and added in the same
+// order, so that the sums are the same to the last bit.
+template <int kRows, typename T>
+inline void multiply_panel(const T* x, int64_t stride, const bfloat16* panel, int64_t inputs,
+                           Vec (&sums)[kRows][kVectors]) {
+  const auto add = [&](int64_t k, const auto& widen) {
+    Vec each[kRows];
+    for (int r = 0; r < kRows; r++) each[r] = splat(load_one(x + r * stride + k));
+    for (int v = 0; v < kVectors; v++) {
+      BitVec pairs;
+      std::memcpy(&pairs, panel + 2 * v * kWidth, sizeof(pairs));
+      const Vec w = bit_cast<Vec>(widen(pairs));
+      for (int r = 0; r < kRows; r++) sums[r][v] += each[r] * w;
+    }
+  };
+  for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel) {
+    for (int v = 0; v < kVectors; v++) read_ahead(panel + 2 * v * kWidth);
+    add(k, [](BitVec pairs) { return pairs << 16; });
+    add(k + 1, [](BitVec pairs) { return pairs & 0xffff0000u; });
+  }
+}
+
+#if defined(__AVX512BF16__)
 template <int kRows>
 inline void multiply_panel(const bfloat16* x, int64_t stride, const bfloat16* panel, int64_t inputs,
                            Vec (&sums)[kRows][kVectors]) {
-#if defined(__AVX512BF16__)
   for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel) {
     __m512bh w[kVectors];
     for (int v = 0; v < kVectors; v++) {
@@ -67,20 +91,8 @@ inline void multiply_panel(const bfloat16* x, int64_t stride, const bfloat16* pa
       for (int v = 0; v < kVectors; v++) sums[r][v] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][v], both, w[v]);
     }
   }
-#else
-  for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel) {
-    for (int v = 0; v < kVectors; v++) {
-      BitVec pairs;
-      std::memcpy(&pairs, panel + 2 * v * kWidth, sizeof(pairs));
-      const Vec even = bit_cast<Vec>(pairs << 16), odd = bit_cast<Vec>(pairs & 0xffff0000u);
-      for (int r = 0; r < kRows; r++) {
-        sums[r][v] += load_one(x + r * stride + k) * even;
-        sums[r][v] += load_one(x + r * stride + k + 1) * odd;
-      }
-    }
-  }
-#endif
 }
+#endif
 
 // Sums [rows, kPanel] of one panel on to `out`; with `residual`, which is shaped as `out`, its sum with what the product
 // is when it is rounded.
@@ -118,29 +130,66 @@ inline void in_passes(int64_t rows, const Work& work) {
   }
 }
 
-// Rows of the product with one panel, in one pass after the other over it.
+// Rows of the product with one panel, in one pass after the other over its numbers.
+template <typename W, typename T>
+inline void pass_panel(const T* x, int64_t rows, const Linear<T>& linear, int64_t panel, const W* numbers, T* out,
+                       const T* residual) {
+  in_passes(rows, [&](int64_t row, auto number) {
+    Vec sums[number.value][kVectors] = {};
+    multiply_panel<number.value>(x + row * linear.inputs, linear.inputs, numbers, linear.inputs, sums);
+    const int64_t at = row * linear.outputs;
+    finish_panel(reinterpret_cast<const float*>(sums), number.value, linear, panel, out + at,
+                 residual ? residual + at : nullptr);
+  });
+}
+
+// A panel in bfloat16 as one in float32.
+inline void widen_panel(const bfloat16* panel, int64_t inputs, float* to) {
+  for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel, to += 2 * kPanel)
+    for (int v = 0; v < kVectors; v++) {
+      BitVec pairs;
+      std::memcpy(&pairs, panel + 2 * v * kWidth, sizeof(pairs));
+      store(to + v * kWidth, bit_cast<Vec>(pairs << 16));
+      store(to + kPanel + v * kWidth, bit_cast<Vec>(pairs & 0xffff0000u));
+    }
+}
+
+// The same with a panel in bfloat16, which is widened once where many passes read it.
+inline void compute_panel_in_halves(const float* x, int64_t rows, const Linear<float>& linear, int64_t panel, float* out,
+                                    const float* residual) {
+  constexpr int64_t kFewPasses = 4;
+  const bfloat16* numbers = static_cast<const bfloat16*>(linear.weight) + panel * kPanel * linear.inputs;
+  if (rows <= kFewPasses * kMostRows) {
+    pass_panel(x, rows, linear, panel, numbers, out, residual);
+    return;
+  }
+  const std::unique_ptr<float[]> wide(new float[size_t(kPanel * linear.inputs)]);
+  widen_panel(numbers, linear.inputs, wide.get());
+  pass_panel(x, rows, linear, panel, static_cast<const float*>(wide.get()), out, residual);
+}
+
+// Rows of the product with one panel.
 template <typename T>
 inline void compute_panel(const T* x, int64_t rows, const Linear<T>& linear, int64_t panel, T* out, const T* residual) {
-  const T* weight = static_cast<const T*>(linear.weight) + panel * kPanel * linear.inputs;
+  if constexpr (sizeof(T) == 4)
+    if (linear.is_in_halves) {
+      compute_panel_in_halves(x, rows, linear, panel, out, residual);
+      return;
+    }
+  const T* numbers = static_cast<const T*>(linear.weight) + panel * kPanel * linear.inputs;
 #if defined(OMNI_TILES)
   if constexpr (sizeof(T) == 2)
     if (linear.inputs * int64_t(sizeof(T)) % kTileBytes == 0) {
       alignas(64) float sums[kTilePassRows * kPanel];
       for (int64_t row = 0; row < rows; row += kTilePassRows) {
         const int64_t count = rows - row < kTilePassRows ? rows - row : kTilePassRows, at = row * linear.outputs;
-        multiply_panel_by_tiles<kPanel>(x + row * linear.inputs, count, linear.inputs, weight, sums);
+        multiply_panel_by_tiles<kPanel>(x + row * linear.inputs, count, linear.inputs, numbers, sums);
         finish_panel(sums, count, linear, panel, out + at, residual ? residual + at : nullptr);
       }
       return;
     }
 #endif
-  in_passes(rows, [&](int64_t row, auto number) {
-    Vec sums[number.value][kVectors] = {};
-    multiply_panel<number.value>(x + row * linear.inputs, linear.inputs, weight, linear.inputs, sums);
-    const int64_t at = row * linear.outputs;
-    finish_panel(reinterpret_cast<const float*>(sums), number.value, linear, panel, out + at,
-                 residual ? residual + at : nullptr);
-  });
+  pass_panel(x, rows, linear, panel, numbers, out, residual);
 }
 
 // Calls `work` with each panel and some of the rows, by one thread of a team each; blocks of rows are as equal as can be,

@@ -115,18 +115,22 @@ def test_published_numbers_stay_as_they_are(words: Path, tmp_path: Path) -> None
     assert layer.scales.eq(scale).all()
 
 
+def chosen(asked: str, device: torch.device, published: str | None) -> str | None:
+    return choose_quantization(asked, device, torch.bfloat16, published, can_quantize=True)
+
+
 def test_it_is_for_gpus_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     with pytest.raises(ConfigError, match="got 'fp8' on cpu, expected none: fp8 is for CUDA"):
-        choose_quantization("fp8", CPU, None, can_quantize=True)
-    for capability, chosen in (((8, 0), None), ((9, 0), "fp8")):
+        chosen("fp8", CPU, None)
+    for capability, expected in (((8, 0), None), ((9, 0), "fp8")):
         monkeypatch.setattr(precision, "compute_capability", lambda device, found=capability: found)
-        assert choose_quantization("auto", gpu, "float8", can_quantize=True) == chosen
-        assert choose_quantization("auto", gpu, "int8", can_quantize=True) is None
-    assert choose_quantization("fp8", gpu, None, can_quantize=True) == "fp8"
+        assert chosen("auto", gpu, "float8") == expected
+        assert chosen("auto", gpu, "int8") is None
+    assert chosen("fp8", gpu, None) == "fp8"
     monkeypatch.setattr(precision, "compute_capability", lambda device: (8, 6))
     with pytest.raises(ConfigError, match=r"compute capability 8\.9"):
-        choose_quantization("fp8", gpu, None, can_quantize=True)
+        chosen("fp8", gpu, None)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")

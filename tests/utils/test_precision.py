@@ -9,7 +9,7 @@ import torch
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.device import multiplies_bfloat16
-from vllm_omni.utils.precision import DTYPES, Precision, choose_precision
+from vllm_omni.utils.precision import DTYPES, Precision, choose_precision, choose_quantization
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 AMD = {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True, "amx_bf16": False}
@@ -95,3 +95,25 @@ def test_auto_is_never_float16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_dtype_is_refused_with_what_there_is() -> None:
     with pytest.raises(ConfigError, match="dtype: got 'half', expected auto or one of float32, bfloat16, float16"):
         choose_precision("half", CPU, lambda: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("can_quantize", [True, False])
+def test_halves_are_kept_beside_float32_on_cpus_alone(
+    dtype: torch.dtype, device: torch.device, keeps: bool, can_quantize: bool
+) -> None:
+    def auto(published: str | None = None) -> str | None:
+        return choose_quantization(
+            "auto", device, dtype, published, can_quantize=can_quantize, keeps_halves=lambda: keeps
+        )
+
+    fits = dtype == torch.float32 and device == CPU
+    assert auto() == ("bfloat16" if fits and keeps and can_quantize else None)
+    assert auto("int8") == ("int8" if device == CPU and can_quantize else None)
+    if fits and can_quantize:
+        assert choose_quantization("bfloat16", device, dtype, None, can_quantize=True) == "bfloat16"
+    else:
+        with pytest.raises(ConfigError, match="quantization: got 'bfloat16'"):
+            choose_quantization("bfloat16", device, dtype, None, can_quantize=can_quantize)

@@ -24,7 +24,7 @@ from vllm_omni.config.schema import (
 from vllm_omni.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["auto", "none", "int8", "fp8"]
+Quantization = Literal["auto", "none", "int8", "fp8", "bfloat16"]
 Offload = Literal["none", "weights"]
 
 _DEFAULTS = OmniConfig()

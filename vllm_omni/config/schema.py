@@ -238,7 +238,7 @@ class StageConfig:
     device: str = "auto"  # or a device of torch: "cpu", "cuda:0"
     devices: tuple[str, ...] = ()  # of the replicas, in turn, in place of `device`
     dtype: str = "auto"  # or "float32", "bfloat16", "float16"
-    quantization: str = "auto"  # of weights: "int8", "fp8", "none", or "auto" for what was published
+    quantization: str = "auto"  # of weights: "int8", "fp8", "bfloat16", "none", or "auto"
     offload: str = "none"  # "weights": those of the blocks wait in the host's memory until each is computed
     revision: str | None = None  # of a hub id: a branch, a tag or a commit; None: its main branch
     variant: str | None = None  # which weight files: "fp16", "bf16"; None: plain ones, where there are none a variant

@@ -133,8 +133,14 @@ class StageSpec(ABC):
 
     def choose_quantization(self) -> str | None:
         """Of the weights, for `precision`; ConfigError for one that the stage cannot have."""
-        asked, device = self.stage.quantization, resolve_device(self.stage.device)
-        return choose_quantization(asked, device, self.published_quantization(), can_quantize=self.can_quantize)
+        return choose_quantization(
+            self.stage.quantization,
+            resolve_device(self.stage.device),
+            self.choose_dtype().dtype,
+            self.published_quantization(),
+            can_quantize=self.can_quantize,
+            keeps_halves=self.keeps_halves,
+        )
 
     @property
     def offloads(self) -> bool:
@@ -169,6 +175,12 @@ class StageSpec(ABC):
     def published_quantization(self) -> str | None:
         """ "int8" or "float8", where configuration files say that its weights were published so."""
         return None
+
+    def keeps_halves(self) -> bool:
+        """Whether all weights that can be quantised were published in bfloat16, by the safetensors headers, and are
+        multiplied so beside float32 without being slower.
+        """
+        return False
 
     def published_dtype(self) -> dtype | None:
         """What most of the weights that it reads were published in, from configuration files and safetensors headers;

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from vllm_omni.layers import float8
+from vllm_omni.layers import float8, halves
 from vllm_omni.layers.lora import acting
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.packing import (
@@ -23,23 +23,30 @@ from vllm_omni.layers.packing import (
 from vllm_omni.layers.quantization import fits, quantize_weight
 from vllm_omni.layers.shard import WHOLE, Cut, Shard
 
-NUMBERS = {"int8": torch.int8, "fp8": float8.DTYPE}  # by the key `quantization`
+# By the key `quantization`: what weights are held in, and which shapes may be
+NUMBERS = {"int8": torch.int8, "fp8": float8.DTYPE, "bfloat16": halves.HELD}
+FITS = {"int8": fits, "fp8": float8.fits, "bfloat16": halves.fits}
 
 
 class PackedLayer(nn.Module):
-    """What is common to layers whose weight [out, in] is packed for inference, and may be held in int8 or float8."""
+    """What is common to layers whose weight [out, in] is packed for inference, and may be held in other numbers than it
+    multiplies: in int8 or float8, or in bfloat16 beside float32.
+    """
 
     weight: Tensor
     scales: Tensor | None  # [out] float32, of a weight in int8 or float8
+    activations: torch.dtype | None = None  # that are multiplied, where the weight is held in something else
     packing: Packing | None = None
     can_quantize: bool  # whether what it computes stands 8 bits
     is_streamed: bool = False  # whether its weight comes and goes, and is multiplied where it does not lie now
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        return self.weight.dtype if self.activations is None else self.activations
+
     def takes(self, quantization: str) -> bool:
-        """Whether the weight may be held so: "int8" or "fp8"."""
-        outputs, inputs = self.weight.shape
-        shape_fits = fits(outputs, inputs) if quantization == "int8" else float8.fits(outputs, inputs)
-        return self.can_quantize and shape_fits
+        """Whether the weight may be held so: a key of NUMBERS."""
+        return self.can_quantize and FITS[quantization](*self.weight.shape)
 
     def quantize(self, quantization: str) -> None:
         """The weight will be held in such numbers. On the meta device, before there are any in it."""
@@ -47,23 +54,23 @@ class PackedLayer(nn.Module):
         shape, device = self.weight.shape, self.weight.device
         empty = torch.empty(shape, dtype=NUMBERS[quantization], device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
-        self.scales = torch.empty(shape[0], dtype=torch.float32, device=device)
+        if empty.itemsize == 1:
+            self.scales = torch.empty(shape[0], dtype=torch.float32, device=device)
 
     def fill(self, rows: slice, published: Tensor, scales: Tensor | None) -> None:
-        """Puts published rows of a quantised weight in their place; scales: of those that are such numbers already."""
-        assert self.scales is not None, "the weight is not quantised"
-        if scales is None:
-            quantize = quantize_weight if self.weight.dtype == torch.int8 else float8.quantize_float8
-            published, scales = quantize(published.to(self.weight.device))
-        numbers = published
-        self.weight.data[rows].copy_(numbers)
-        self.scales[rows].copy_(scales)
+        """Puts published rows of the weight in their place; scales: of those that are numbers of its 8 bits already."""
+        if self.scales is not None:
+            if scales is None:
+                quantize = quantize_weight if self.weight.dtype == torch.int8 else float8.quantize_float8
+                published, scales = quantize(published.to(self.weight.device))
+            self.scales[rows].copy_(scales)
+        self.weight.data[rows].copy_(published)
 
     def pack(self) -> None:
         """Lays the weight out as it is multiplied, where that helps; the published layout is gone."""
         if self.packing is None:
             weight = self.weight.detach()
-            if self.scales is not None:
+            if self.activations is not None:
                 self.packing = find_quantized_packing(weight, self.scales, self.activations)
             elif not self.is_streamed:
                 self.packing = self._find_packing(weight)

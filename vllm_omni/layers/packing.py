@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_omni.layers import float8
+from vllm_omni.layers import float8, halves
 from vllm_omni.layers.float8 import multiply_float8
+from vllm_omni.layers.halves import multiply_halves
 from vllm_omni.layers.native.library import built_variants
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.quantization import dequantize, multiply_quantized
@@ -86,8 +87,25 @@ class Float8Packing:
         return dequantize(numbers, self._scales[ids]).to(self._dtype)
 
 
-def find_quantized_packing(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> RowPacking:
-    """For int8 or float8 [out, in] with the scales [out] float32 of its outputs, and activations of a dtype."""
+class PlainHalves:
+    """Weights in bfloat16 as they are, multiplied by torch, for activations in float32."""
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        return multiply_halves(x, packed, bias)
+
+    def rows(self, packed: Tensor, ids: Tensor) -> Tensor:
+        return packed[ids].to(halves.ACTIVATIONS)
+
+
+def find_quantized_packing(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> RowPacking:
+    """For [out, in] of another dtype than the activations: int8 or float8 with the scales [out] float32 of its outputs,
+    or bfloat16.
+    """
+    if scales is None:
+        return NativePacking.find(weight, dtype) or PlainHalves()
     if weight.dtype == float8.DTYPE:
         return Float8Packing(dtype, scales)
     return NativePacking.find(weight, dtype, scales) or PlainQuantized(dtype, scales)

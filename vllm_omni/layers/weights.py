@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vllm_omni.errors import CheckpointError
 from vllm_omni.layers.blocks import WeightStream, lists_of
-from vllm_omni.layers.linear import MergedLinear, PackedLayer, pack_linears, quantize_linears
+from vllm_omni.layers.linear import NUMBERS, MergedLinear, PackedLayer, pack_linears, quantize_linears
 from vllm_omni.layers.published_quantization import restored, scale_names, scales_of_rows
 from vllm_omni.layers.shard import Cut
 from vllm_omni.utils.checkpoint_files import check_file
@@ -217,8 +217,8 @@ def allocate(
     quantization: str | None = None,
     make_copies: MakeCopies | None = None,
 ) -> None:
-    """Gives a model that was built on the meta device its memory, not filled. quantization: "int8" or "fp8" for the
-    weights that can be. make_copies: where those of its blocks are to wait in the host's memory, what brings them to a
+    """Gives a model that was built on the meta device its memory, not filled. quantization: what those weights are held
+    in that can be. make_copies: where those of its blocks are to wait in the host's memory, what brings them to a
     device.
     """
     choose_numbers(model, dtype, quantization)
@@ -299,7 +299,7 @@ def _fill(model: nn.Module, target: Target, published: Tensor, scales: Tensor | 
     owner, _, kind = target.parameter.rpartition(".")
     layer = model.get_submodule(owner)
     rows = slice(None) if target.rows is None else target.rows
-    if isinstance(layer, PackedLayer) and layer.scales is not None and kind == "weight":
+    if isinstance(layer, PackedLayer) and kind == "weight":
         is_kept = published.dtype == layer.weight.dtype and scales is not None
         layer.fill(rows, published if is_kept else restored(published, scales, where), scales if is_kept else None)
     else:
@@ -351,7 +351,9 @@ def weights_bytes(
 def saved_bytes(model: nn.Module, itemsize: int, quantization: str) -> int:
     """Bytes by which a model, on the meta device, is smaller quantised than with this item size."""
     layers = [part for part in model.modules() if isinstance(part, PackedLayer) and part.takes(quantization)]
-    return sum(layer.weight.numel() * (itemsize - 1) - SCALE_BYTES * len(layer.weight) for layer in layers)
+    held = NUMBERS[quantization].itemsize
+    scales = sum(len(layer.weight) for layer in layers) * SCALE_BYTES if held == 1 else 0
+    return sum(layer.weight.numel() for layer in layers) * (itemsize - held) - scales
 
 
 def _by_file(files: Mapping[str, Path]) -> dict[Path, list[str]]:

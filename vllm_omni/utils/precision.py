@@ -13,7 +13,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.utils.device import compute_capability, is_cpu, is_cuda, multiplies_bfloat16
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INT8, FP8 = "int8", "fp8"
+INT8, FP8, HELD_IN_HALVES = "int8", "fp8", "bfloat16"
 PUBLISHED = {"int8": INT8, "float8": FP8}  # what weights were published in -> what they may stay in
 FP8_CAPABILITY = (8, 9)  # Ada
 HALVES = (torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ class Precision:
 
     dtype: torch.dtype
     reason: str  # a few words
-    quantization: str | None = None  # "int8", "fp8": what the weights that can be are held in
+    quantization: str | None = None  # "int8", "fp8", "bfloat16": what weights are held in that can be
 
     @property
     def name(self) -> str:
@@ -59,28 +59,46 @@ def choose_precision(name: str, device: torch.device, published: Callable[[], to
     return Precision(torch.bfloat16, f"published in {dtype_name(found)}; this CPU multiplies {it}")
 
 
-def choose_quantization(asked: str, device: torch.device, published: str | None, *, can_quantize: bool) -> str | None:
-    """ "int8", "fp8" or None. asked: one of them, "none", or "auto" for what was published. published: None, "int8" or
-    "float8", which are read as numbers of the stage's dtype where the device multiplies something else. ConfigError
-    where it is asked of what cannot have it.
+def choose_quantization(
+    asked: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    published: str | None,
+    *,
+    can_quantize: bool,
+    keeps_halves: Callable[[], bool] = lambda: False,
+) -> str | None:
+    """What weights are held in, where it is not the stage's dtype: "int8", "fp8" or "bfloat16". asked: one of them,
+    "none", or "auto" for what was published, as far as that costs neither precision nor speed. ConfigError where it is
+    asked of what cannot have it.
+
+    published: None, "int8" or "float8", which are read as numbers of the stage's dtype where the device multiplies
+    something else. keeps_halves: whether they were published in bfloat16, and are multiplied so beside float32; asked
+    only where it decides.
     """
     if asked == "auto":
-        kept = None if published is None or not can_quantize else PUBLISHED[published]
-        return kept if kept is not None and _complaint(kept, device) is None else None
+        if not can_quantize:
+            return None
+        kept = HELD_IN_HALVES if published is None else PUBLISHED[published]
+        fits = _complaint(kept, device, dtype) is None and (published is not None or keeps_halves())
+        return kept if fits else None
     if asked == "none":
         return None
     if not can_quantize:
         raise ConfigError(
             f"quantization: got {asked!r}, expected none: of this stage no weights can be quantised; remove the key"
         )
-    complaint = _complaint(asked, device)
+    complaint = _complaint(asked, device, dtype)
     if complaint is not None:
         raise ConfigError(f"quantization: got {asked!r} on {device.type}, expected none: {complaint}; remove the key")
     return asked
 
 
-def _complaint(quantization: str, device: torch.device) -> str | None:
-    """Why weights are not held so on a device."""
+def _complaint(quantization: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why weights are not held so on a device, in a stage of this dtype."""
+    if quantization == HELD_IN_HALVES:
+        is_taken = is_cpu(device) and dtype == torch.float32
+        return None if is_taken else f"bfloat16 is for float32 on CPUs, not for {dtype_name(dtype)} on {device.type}"
     if quantization == INT8:
         return None if is_cpu(device) else "int8 is for CPUs"
     if not is_cuda(device):

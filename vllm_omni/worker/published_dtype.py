@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,28 @@ def dtype_of_headers(files: Iterable[Path], prefix: str = "", left_out: tuple[st
     tensors whose names begin with the prefix, and not with what is left out.
     """
     counts: Counter[torch.dtype] = Counter()
+    for stored, shape in _stored(files, prefix, left_out):
+        if stored in BY_HEADER:
+            counts[BY_HEADER[stored]] += math.prod(shape)
+    return max(counts, key=lambda dtype: (counts[dtype], dtype.itemsize), default=None)
+
+
+def dtypes_of_matrices(
+    files: Iterable[Path], prefix: str = "", left_out: tuple[str, ...] = ()
+) -> set[torch.dtype | None]:
+    """All of those that tensors of two dimensions are stored in, chosen as `dtype_of_headers` does; None for others."""
+    return {BY_HEADER.get(stored) for stored, shape in _stored(files, prefix, left_out) if len(shape) == 2}
+
+
+def _stored(files: Iterable[Path], prefix: str, left_out: tuple[str, ...]) -> Iterator[tuple[str, Sequence[int]]]:
+    """What the headers say of each tensor: the name of its dtype, and its shape."""
     for file in set(files):
         check_file(file)
         with reading(str(file)), safe_open(str(file), framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - it is no mapping
-                tensor = handle.get_slice(name)
-                dtype = BY_HEADER.get(tensor.get_dtype())
-                if dtype is not None and name.startswith(prefix) and not name.startswith(left_out):
-                    counts[dtype] += math.prod(tensor.get_shape())
-    return max(counts, key=lambda dtype: (counts[dtype], dtype.itemsize), default=None)
+                if name.startswith(prefix) and not name.startswith(left_out):
+                    tensor = handle.get_slice(name)
+                    yield tensor.get_dtype(), tensor.get_shape()
 
 
 def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -136,6 +136,27 @@ def test_who_breaks_the_protocol_in_mid_request_is_refused_in_silence(
     assert "Traceback" not in strict.errors[said:]
 
 
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_an_offer_of_http_2_is_passed_over_in_silence(strict: ServerProcess, is_chunked: bool) -> None:
+    """As Java's clients make it with every request, bodies included."""
+    said = len(strict.errors)
+    body = b'{"model": "tiny-omni", "messages": []}'
+    head = [
+        f"POST {CHAT} HTTP/1.1",
+        "Host: x",
+        "Connection: Upgrade, HTTP2-Settings",
+        "Upgrade: h2c",
+        "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+        f"Authorization: Bearer {KEYS[0]}",
+        "Content-Type: application/json",
+        "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(body)}",
+    ]
+    sent = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if is_chunked else body
+    answer = raw(strict, "\r\n".join(head).encode() + b"\r\n\r\n" + sent)
+    assert answer.startswith(b"HTTP/1.1 400") and b"messages" in answer.partition(b"\r\n\r\n")[2], answer
+    assert "upgrade" not in strict.errors[said:].lower()
+
+
 def test_a_flood_of_headers_is_refused(strict: ServerProcess) -> None:
     flood = b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"".join(b"x-%d: %s\r\n" % (n, b"y" * 100) for n in range(5_000))
     answer = raw(strict, flood + b"\r\n")

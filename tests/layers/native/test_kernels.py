@@ -18,6 +18,7 @@ from vllm_omni.layers.attention.native import NativeAttention
 from vllm_omni.layers.attention.reference import ReferenceAttention
 from vllm_omni.layers.decoder import Decoder, DecoderConfig, DecoderMLP
 from vllm_omni.layers.forward_context import ForwardContext
+from vllm_omni.layers.halves import multiply_halves
 from vllm_omni.layers.linear import Embedding, Linear, pack_linears, quantize_linears
 from vllm_omni.layers.moe import SparseMLP
 from vllm_omni.layers.native import library
@@ -91,6 +92,42 @@ def test_packed_embeddings_are_read_as_they_were(dtype: torch.dtype) -> None:
     embedding.pack()
     assert embedding.packing is not None and not torch.equal(embedding.weight, weight)
     assert torch.equal(embedding(ids), weight[ids])
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 70),
+    st.integers(1, 70) | st.sampled_from([16, 48, 96]),
+    st.integers(1, 5),
+    st.booleans(),
+    st.integers(0, 9),
+)
+@torch.inference_mode()
+def test_products_with_bfloat16_beside_float32_are_those_of_float32_bit_for_bit(
+    rows: int, half: int, panels: int, bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x, held = torch.randn(rows, 2 * half), torch.randn(32 * panels, 2 * half).bfloat16()
+    added = torch.randn(32 * panels) if bias else None
+    packing, whole = NativePacking.find(held, torch.float32), NativePacking.find(held.float())
+    assert packing is not None and whole is not None
+    product = packing.multiply(x, packing.pack(held.clone()), added)
+    assert torch.equal(product, whole.multiply(x, whole.pack(held.float()), added))
+    close(product, multiply_halves(x, held, added))
+
+
+def test_kernels_take_no_numbers_that_they_would_have_to_round() -> None:
+    weight = torch.zeros(32, 32)
+    assert NativePacking.find(weight, torch.bfloat16) is None
+    assert NativePacking.find(weight.half(), torch.float32) is None
+
+
+@torch.inference_mode()
+def test_packed_embeddings_in_bfloat16_are_read_in_float32() -> None:
+    held, ids = torch.randn(96, 34).bfloat16(), torch.tensor([0, 95, 31, 32, 33, 31])
+    packing = NativePacking.find(held, torch.float32)
+    assert packing is not None
+    assert torch.equal(packing.rows(packing.pack(held.clone()), ids), held[ids].float())
 
 
 @settings(max_examples=60)
@@ -244,10 +281,10 @@ def test_long_and_wide_steps_attend_as_the_definition_says(
         assert torch.equal(alone, native[rows])
 
 
-def quantised(decoder: Decoder) -> Decoder:
-    """The same with its projections in int8."""
+def quantised(decoder: Decoder, quantization: str = "int8") -> Decoder:
+    """The same with its projections held so."""
     published = {name: tensor.clone() for name, tensor in decoder.named_parameters()}
-    quantize_linears(decoder)
+    quantize_linears(decoder, quantization)
     for name, layer in decoder.named_modules():
         if isinstance(layer, Linear):
             layer.fill(slice(None), published[f"{name}.weight"], None)
@@ -319,6 +356,27 @@ def test_layers_in_one_call_equal_them_one_by_one(
     close(native_cache, plain_cache, steps=16 if in_int8 else 8)
     for index in range(len(shapes)):
         assert torch.equal(run(decoder, NativeAttention, step.cache.clone(), index), native[step.rows(index)])
+
+
+@torch.inference_mode()
+def test_layers_whose_weights_are_in_bfloat16_are_those_of_float32_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    step = Step([(20, 1), (0, 40), (16, 9)], 2, 32, torch.float32)
+    whole = make_decoder(torch.float32, biases=True, head_norms=True)
+    for part in whole.modules():
+        if isinstance(part, Linear):
+            part.weight.copy_(part.weight.bfloat16())
+    held = quantised(copy.deepcopy(whole), "bfloat16")
+    states = torch.randn(step.num_tokens, 64)
+
+    def run(model: Decoder) -> tuple[Tensor, Tensor]:
+        cache = step.cache.clone()
+        pack_linears(model)
+        assert model.native() is not None
+        return model(states, step.positions, ForwardContext(NativeAttention(step.metadata()), cache, 2)), cache
+
+    for found, expected in zip(run(held), run(whole), strict=True):
+        assert torch.equal(found, expected)
 
 
 @torch.inference_mode()

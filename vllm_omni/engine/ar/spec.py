@@ -182,6 +182,9 @@ class ARSpec(StageSpec):
     def published_quantization(self) -> str | None:
         return self.model.published_quantization
 
+    def keeps_halves(self) -> bool:
+        return self.model.keeps_halves()
+
     def weights_key(self) -> tuple[str, ...]:
         return (self.stage.kind, *self.model.key)
 

@@ -106,6 +106,9 @@ class DiffusionSpec(StageSpec):
     def published_quantization(self) -> str | None:
         return self.model.published_quantization()
 
+    def keeps_halves(self) -> bool:
+        return self.model.keeps_halves()
+
     def published_dtype(self) -> torch.dtype | None:
         return self.model.published_dtype()
 

@@ -16,7 +16,7 @@ from vllm_omni.layers.attention.base import AttentionMetadata
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.native.attention import fits, step_struct
 from vllm_omni.layers.native.library import Kernels, kernels, pointer, threads_for
-from vllm_omni.layers.native.packed import NativePacking
+from vllm_omni.layers.native.packed import NativePacking, linear_struct
 from vllm_omni.layers.native.structures import CacheStruct, HeadsStruct, LayerStruct, LinearStruct, ShapeStruct
 
 
@@ -41,7 +41,7 @@ class LayerParts:
     def struct(self) -> LayerStruct:
         """Pointers into the parts, which must outlive it."""
         norms = (self.attention_norm, self.query_norm, self.key_norm, self.mlp_norm)
-        return LayerStruct(*map(pointer, norms), *map(linear_struct, self.linears), self.window or 0)
+        return LayerStruct(*map(pointer, norms), *map(struct_of, self.linears), self.window or 0)
 
 
 class NativeLayers:
@@ -106,7 +106,6 @@ class NativeLayers:
         return self._caches[1]
 
 
-def linear_struct(linear: Linear) -> LinearStruct:
+def struct_of(linear: Linear) -> LinearStruct:
     """Pointers into a packed layer, which must outlive it."""
-    tensors = (linear.weight, linear.scales, linear.bias)
-    return LinearStruct(*map(pointer, tensors), linear.out_features, linear.in_features)
+    return linear_struct(linear.weight, linear.scales, linear.bias)

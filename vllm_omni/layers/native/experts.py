@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.layers.linear import Linear
-from vllm_omni.layers.native.decoder import linear_struct
+from vllm_omni.layers.native.decoder import struct_of
 from vllm_omni.layers.native.library import Kernels, kernels, pointer, threads_for
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.native.structures import ExpertStruct, MixtureShapeStruct
@@ -24,8 +24,8 @@ class NativeExperts:
         """experts: gate and up as one layer, and down."""
         gate_up, down = experts[0]
         self._kernels = functions
-        self._dtype = gate_up.weight.dtype
-        self._experts = (ExpertStruct * len(experts))(*(ExpertStruct(*map(linear_struct, pair)) for pair in experts))
+        self._dtype = gate_up.input_dtype
+        self._experts = (ExpertStruct * len(experts))(*(ExpertStruct(*map(struct_of, pair)) for pair in experts))
         self._hidden, self._intermediate = down.out_features, down.in_features
         self._weights = gate_up.weight.numel() + down.weight.numel()
 
@@ -35,7 +35,7 @@ class NativeExperts:
         for pair in experts:
             if not all(isinstance(linear.packing, NativePacking) and linear.scales is None for linear in pair):
                 return None
-        functions = kernels(experts[0][0].weight.dtype)
+        functions = kernels(experts[0][0].input_dtype)
         return None if functions is None else cls(experts, functions)
 
     def mix(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

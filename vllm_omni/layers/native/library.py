@@ -27,6 +27,7 @@ from vllm_omni.utils.device import instruction_sets, is_cpu
 
 VARIANTS = ("amx", "avx512bf16", "avx2")  # best first
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+HELD = {**DTYPES, torch.int8: "int8"}  # what weights may be held in
 SHARED_WORK = 2**20  # multiplications: some ten microseconds of one thread
 POINTER, COUNT, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 LAYOUT_ARGUMENTS: dict[str, tuple[type, ...]] = {
@@ -34,7 +35,6 @@ LAYOUT_ARGUMENTS: dict[str, tuple[type, ...]] = {
     "unpack_rows": (POINTER, COUNT, POINTER, COUNT, POINTER, THREADS),
 }
 ARGUMENTS: dict[str, tuple[type, ...]] = {
-    **LAYOUT_ARGUMENTS,
     "multiply": (POINTER, COUNT, ctypes.POINTER(LinearStruct), POINTER, THREADS),
     "attend": (
         ctypes.POINTER(StepStruct),
@@ -66,15 +66,25 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
 }
 
 
+class Layout:
+    """How weights of one element type are packed, and read by row."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: str) -> None:
+        for name, arguments in LAYOUT_ARGUMENTS.items():
+            function = getattr(library, f"{name}_{dtype}")
+            function.argtypes, function.restype = arguments, None
+        self.pack = getattr(library, f"pack_{dtype}")
+        self.unpack_rows = getattr(library, f"unpack_rows_{dtype}")
+
+
 class Kernels:
-    """The functions of one element type."""
+    """The functions of one element type of activations."""
 
     def __init__(self, library: ctypes.CDLL, dtype: str) -> None:
         for name, arguments in ARGUMENTS.items():
             function = getattr(library, f"{name}_{dtype}")
             function.argtypes, function.restype = arguments, None
-        self.pack = getattr(library, f"pack_{dtype}")
-        self.unpack_rows = getattr(library, f"unpack_rows_{dtype}")
+        self.layouts = {held: Layout(library, name) for held, name in HELD.items()}
         self.multiply = getattr(library, f"multiply_{dtype}")
         self.attend = getattr(library, f"attend_{dtype}")
         self.find_largest = getattr(library, f"find_largest_{dtype}")
@@ -87,11 +97,6 @@ class Kernels:
         self.gate = getattr(library, f"gate_{dtype}")
         self.snake = getattr(library, f"snake_{dtype}")
         self.attend_fully = getattr(library, f"attend_fully_{dtype}")
-        for name, arguments in LAYOUT_ARGUMENTS.items():
-            getattr(library, f"{name}_int8").argtypes = arguments
-            getattr(library, f"{name}_int8").restype = None
-        self.pack_int8 = library.pack_int8  # weights that stand beside activations of any type
-        self.unpack_rows_int8 = library.unpack_rows_int8
 
 
 def kernels(dtype: torch.dtype) -> Kernels | None:
@@ -142,8 +147,8 @@ def _multiplies(functions: Kernels, dtype: torch.dtype) -> bool:
     weight = (torch.arange(64 * 64) % 7 - 3).view(64, 64).to(dtype)
     expected = x @ weight.T
     out = torch.zeros_like(expected)  # memory that was used before may hold the very product
-    functions.pack(pointer(weight), 64, 64, 1)
-    functions.multiply(pointer(x), 40, LinearStruct(pointer(weight), None, None, 64, 64), pointer(out), 1)
+    functions.layouts[dtype].pack(pointer(weight), 64, 64, 1)
+    functions.multiply(pointer(x), 40, LinearStruct(pointer(weight), None, None, 64, 64, False), pointer(out), 1)
     return torch.equal(out, expected)
 
 

@@ -15,31 +15,35 @@ STEP_BYTES = 4  # of a row that stand side by side in a panel
 
 
 class NativePacking:
-    """Of weights beside activations of one element type; of weights in int8, whose scales are given, too."""
+    """Of weights beside activations of one element type: the same, int8 with scales, or bfloat16 beside float32."""
 
-    def __init__(self, dtype: torch.dtype, functions: Kernels, scales: Tensor | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, functions: Kernels, held: torch.dtype | None = None, scales: Tensor | None = None
+    ) -> None:
+        """dtype: of activations. held: of weights, where it is another one."""
         self._dtype = dtype
         self._kernels = functions
+        self._layout = functions.layouts[dtype if held is None else held]
         self._scales = scales
 
     @classmethod
     def find(
         cls, weight: Tensor, dtype: torch.dtype | None = None, scales: Tensor | None = None
     ) -> NativePacking | None:
-        """For a weight [out, in]; None where the kernels do not take it. dtype: of activations, where the weight is
-        int8, and scales: [out] float32.
+        """For a weight [out, in]; None where the kernels do not take it. dtype: of activations, where the weight is of
+        another one. scales: [out] float32, of int8.
         """
         dtype = weight.dtype if dtype is None else dtype
         functions = kernels(dtype)
         outputs, inputs = weight.shape
         fits = not outputs % PANEL and not inputs * weight.itemsize % STEP_BYTES
-        return cls(dtype, functions, scales) if functions is not None and is_cpu(weight.device) and fits else None
+        is_taken = functions is not None and is_cpu(weight.device) and fits and _goes_with(weight.dtype, dtype)
+        return cls(dtype, functions, weight.dtype, scales) if functions is not None and is_taken else None
 
     def pack(self, weight: Tensor) -> Tensor:
         """[out, in] -> the same memory in another order."""
         outputs, inputs = weight.shape
-        pack = self._kernels.pack if self._scales is None else self._kernels.pack_int8
-        pack(pointer(weight), outputs, inputs, threads_for(weight.numel()))
+        self._layout.pack(pointer(weight), outputs, inputs, threads_for(weight.numel()))
         return weight
 
     def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,15 +52,28 @@ class NativePacking:
         assert x.shape[-1] == inputs and x.dtype == self._dtype, f"got {list(x.shape)} of {x.dtype}"
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], outputs)
-        struct = LinearStruct(pointer(packed), pointer(self._scales), pointer(bias), outputs, inputs)
+        struct = linear_struct(packed, self._scales, bias)
         threads = threads_for(x.numel() * outputs)
         self._kernels.multiply(x.data_ptr(), x.numel() // inputs, struct, out.data_ptr(), threads)
         return out
 
     def rows(self, packed: Tensor, ids: Tensor) -> Tensor:
-        """ids: [N] int64 -> [N, in], rows of the weight as it was; those of int8 with their scales."""
+        """ids: [N] int64 -> [N, in] of the activations' dtype, rows of the weight as it was; those of int8 with their
+        scales.
+        """
         ids = ids.contiguous()
         out = packed.new_empty(len(ids), packed.shape[1])
-        unpack = self._kernels.unpack_rows if self._scales is None else self._kernels.unpack_rows_int8
-        unpack(pointer(packed), packed.shape[1], pointer(ids), len(ids), pointer(out), threads_for(out.numel()))
-        return out if self._scales is None else dequantize(out, self._scales[ids]).to(self._dtype)
+        threads = threads_for(out.numel())
+        self._layout.unpack_rows(pointer(packed), packed.shape[1], pointer(ids), len(ids), pointer(out), threads)
+        return (out if self._scales is None else dequantize(out, self._scales[ids])).to(self._dtype)
+
+
+def linear_struct(packed: Tensor, scales: Tensor | None, bias: Tensor | None) -> LinearStruct:
+    """Pointers into a packed weight [out, in] and what belongs to it, which must outlive it."""
+    is_in_halves = packed.dtype == torch.bfloat16
+    return LinearStruct(pointer(packed), pointer(scales), pointer(bias), *packed.shape, is_in_halves)
+
+
+def _goes_with(held: torch.dtype, activations: torch.dtype) -> bool:
+    """Whether the kernels multiply numbers of these types."""
+    return held in (activations, torch.int8) or (held == torch.bfloat16 and activations == torch.float32)

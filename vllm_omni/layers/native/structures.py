@@ -10,7 +10,7 @@ POINTER, COUNT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class LinearStruct(ctypes.Structure):
     _fields_ = (
         *(("weight", POINTER), ("scales", POINTER), ("bias", POINTER)),
-        *(("outputs", COUNT), ("inputs", COUNT)),
+        *(("outputs", COUNT), ("inputs", COUNT), ("is_in_halves", COUNT)),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vllm_omni import registry
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers import halves
 from vllm_omni.layers.blocks import StreamedBytes
 from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.published_quantization import read_quantization
@@ -37,7 +38,7 @@ from vllm_omni.utils.variants import check_variant, variants_in
 from vllm_omni.worker.ar.media_prompt import MediaItem
 from vllm_omni.worker.ar.prompt_reader import PromptReader
 from vllm_omni.worker.architecture import language_architecture
-from vllm_omni.worker.published_dtype import dtype_of_config, dtype_of_headers
+from vllm_omni.worker.published_dtype import dtype_of_config, dtype_of_headers, dtypes_of_matrices
 
 DECODER = "decoder"  # the attribute of a model that holds its layers
 
@@ -206,6 +207,12 @@ class LanguageModelFolder:
             return self.stated_dtype
         files = tensor_files(self.folder, self._tensor_prefix, self.weights_variant).values()
         return dtype_of_headers(files, self._tensor_prefix, self.model_class.other_parts)
+
+    def keeps_halves(self) -> bool:
+        """Whether all matrices of the part are stored in bfloat16, and are multiplied so beside float32."""
+        files = tensor_files(self.folder, self._tensor_prefix, self.weights_variant).values()
+        found = dtypes_of_matrices(files, self._tensor_prefix, self.model_class.other_parts)
+        return halves.is_fast() and found == {torch.bfloat16}
 
     def load(
         self,

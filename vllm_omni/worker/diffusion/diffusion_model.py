@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError, StageError
+from vllm_omni.layers import halves
 from vllm_omni.layers.blocks import StreamedBytes
-from vllm_omni.layers.weights import MakeCopies, choose_numbers, saved_bytes, weights_bytes
+from vllm_omni.layers.weights import MakeCopies, choose_numbers, saved_bytes, tensor_files, weights_bytes
 from vllm_omni.layers.weights_digest import weights_digest
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, StreamChunk
@@ -28,7 +29,7 @@ from vllm_omni.utils.checks import check_number
 from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 from vllm_omni.worker.diffusion.sampler_state import restore_sampler, sampler_state
 from vllm_omni.worker.diffusion.tiling import DecodingSize
-from vllm_omni.worker.published_dtype import dtype_of_folders
+from vllm_omni.worker.published_dtype import dtype_of_folders, dtypes_of_matrices
 
 FINGERPRINT_DIGITS = 16  # hexadecimal
 
@@ -152,7 +153,7 @@ class DiffusionModelSpec(ABC):
         self.weights_variant = weights_variant
 
     def weights_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
-        """Bytes of all weights, from the safetensors headers. quantization: "int8" or "fp8", where it can be."""
+        """Bytes of all weights, from the safetensors headers. quantization: what those are held in that can be."""
         total = sum(
             weights_bytes(folder, self.part_dtype(folder, dtype).itemsize, variant=self.weights_variant)
             for folder in self.weight_folders
@@ -187,6 +188,11 @@ class DiffusionModelSpec(ABC):
         """What most of these weights were published in, from the headers; None where nothing says."""
         return dtype_of_folders(self.weight_folders, self.weights_variant)
 
+    def keeps_halves(self) -> bool:
+        """Whether all matrices of the transformer are stored in bfloat16, and are multiplied so beside float32."""
+        files = tensor_files(self.weight_folders[0], variant=self.weights_variant).values()
+        return halves.is_fast() and dtypes_of_matrices(files) == {torch.bfloat16}
+
     def published_quantization(self) -> str | None:
         """ "int8" or "float8", where the blocks' weights were published so."""
         return None
@@ -209,8 +215,8 @@ class DiffusionModelSpec(ABC):
         quantization: str | None = None,
         make_copies: MakeCopies | None = None,
     ) -> DiffusionModel:
-        """The model, its checkpoint read. quantization: "int8" or "fp8", where it can be. make_copies: what brings the
-        weights of its blocks to the device, where they wait elsewhere and it `can_offload`.
+        """The model, its checkpoint read. quantization: what weights are held in that can be. make_copies: what brings
+        the weights of its blocks to the device, where they wait elsewhere and it `can_offload`.
         """
 
     @abstractmethod

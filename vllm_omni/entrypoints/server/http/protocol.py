@@ -41,6 +41,9 @@ class PatientH11Protocol(H11Protocol):
         else:
             self.transport.close()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Java's clients offer HTTP/2 with every request: it is answered as if they did not."""
+
     def handle_websocket_upgrade(self, event: Any) -> None:
         self._stop_timer()
         super().handle_websocket_upgrade(event)
