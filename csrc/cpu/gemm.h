@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -157,15 +156,16 @@ inline void widen_panel(const bfloat16* panel, int64_t inputs, float* to) {
 // The same with a panel in bfloat16, which is widened once where many passes read it.
 inline void compute_panel_in_halves(const float* x, int64_t rows, const Linear<float>& linear, int64_t panel, float* out,
                                     const float* residual) {
-  constexpr int64_t kFewPasses = 4;
+  constexpr int64_t kFewPasses = 2;
+  thread_local std::vector<float> wide;  // kept: its pages would be cleared anew for every panel
   const bfloat16* numbers = static_cast<const bfloat16*>(linear.weight) + panel * kPanel * linear.inputs;
   if (rows <= kFewPasses * kMostRows) {
     pass_panel(x, rows, linear, panel, numbers, out, residual);
     return;
   }
-  const std::unique_ptr<float[]> wide(new float[size_t(kPanel * linear.inputs)]);
-  widen_panel(numbers, linear.inputs, wide.get());
-  pass_panel(x, rows, linear, panel, static_cast<const float*>(wide.get()), out, residual);
+  if (int64_t(wide.size()) < kPanel * linear.inputs) wide.resize(size_t(kPanel * linear.inputs));
+  widen_panel(numbers, linear.inputs, wide.data());
+  pass_panel(x, rows, linear, panel, static_cast<const float*>(wide.data()), out, residual);
 }
 
 // Rows of the product with one panel.
