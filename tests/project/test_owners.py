@@ -5,6 +5,7 @@ that says it is written.
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,21 @@ OWNERS: dict[str, tuple[set[str], set[str], str]] = {
 
 def found_in(source: str, classes: set[str], attributes: set[str]) -> list[str]:
     """The calls of these names, and the writes to attributes of these names."""
-    found: list[str] = []
+    calls, writes = calls_and_writes(source)
+    return [name for name in calls if name in classes] + [name for name in writes if name in attributes]
+
+
+@functools.cache
+def calls_and_writes(source: str) -> tuple[list[str], list[str]]:
+    """The names of all that is called, and of all attributes that are written to."""
+    calls: list[str] = []
+    writes: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
-            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            found += [name] if name in classes else []
+            calls.append(node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", ""))
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        found += [part.attr for part in targets if isinstance(part, ast.Attribute) and part.attr in attributes]
-    return found
+        writes += [part.attr for part in targets if isinstance(part, ast.Attribute)]
+    return calls, writes
 
 
 @pytest.mark.parametrize("thing", OWNERS)
