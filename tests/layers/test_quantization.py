@@ -76,9 +76,10 @@ def test_only_layers_that_can_are_quantised() -> None:
 
 def test_layers_that_can_are_held_in_bfloat16_beside_float32() -> None:
     with torch.device("meta"):
-        model = torch.nn.ModuleList([Linear(8, 32), Linear(8, 32, can_quantize=True), Embedding(32, 8, is_head=True)])
+        layers = [Linear(8, 32), Linear(8, 32, can_quantize=True), Embedding(32, 8, is_head=True)]
+        model = torch.nn.ModuleList([*layers, Embedding(33, 7, is_head=False)])
     quantize_linears(model, "bfloat16")
-    assert [layer.weight.dtype for layer in model] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert [layer.weight.dtype for layer in model] == [torch.float32, *[torch.bfloat16] * 3]
     assert all(layer.scales is None and layer.input_dtype == torch.float32 for layer in model)
 
 
@@ -92,15 +93,17 @@ def test_a_layer_that_is_held_in_bfloat16_multiplies_in_float32(
     if not with_kernels:
         monkeypatch.setattr(library, "built_variants", dict)
     layer, embedding = Linear(8, 32, can_quantize=True), Embedding(32, 8, is_head=True)
+    looked_up = Embedding(32, 8, is_head=False)
     published = torch.randn(32, 8).bfloat16()
-    for part in (layer, embedding):
+    for part in (layer, embedding, looked_up):
         quantize_linears(part, "bfloat16")
         part.fill(slice(None), published, None)
         pack_linears(part)
     x = torch.randn(5, 8)
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, published.float(), layer.bias))
     torch.testing.assert_close(embedding.compute_logits(x), x @ published.float().T)
-    assert torch.equal(embedding(torch.arange(32)), published.float())
+    for part in (embedding, looked_up):
+        assert torch.equal(part(torch.arange(32)), published.float())
 
 
 def test_rows_of_quantised_embeddings_are_those_that_the_head_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:

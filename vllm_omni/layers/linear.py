@@ -149,6 +149,10 @@ class Embedding(nn.Embedding, PackedLayer):
         self.can_quantize = is_head
         self.register_buffer("scales", None, persistent=False)
 
+    def takes(self, quantization: str) -> bool:
+        """Those that are no head are only looked up, which loses nothing of bfloat16."""
+        return super().takes(quantization) or (quantization == "bfloat16" and not self.is_head)
+
     def reset_parameters(self) -> None:
         """Where there is no memory yet nothing is drawn: torch would import its compiler for that, a second or two."""
         if not self.weight.is_meta:
