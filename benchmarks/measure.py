@@ -80,6 +80,9 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
+INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16", "avx512f": "AVX-512", "avx2": "AVX2"}  # best first
+
+
 def machine(threads: int) -> dict[str, Any]:
     """The machine and the libraries, without a date."""
     return {
@@ -92,12 +95,14 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
+    """With the best of its instructions: processors of one name differ by a factor of many."""
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+    lines = [line.partition(":") for line in (info.read_text().splitlines() if info.is_file() else ())]
+    about = {key.strip(): value.strip() for key, _, value in lines}
+    model = about.get("model name") or platform.processor() or platform.machine()
+    flags = about.get("flags", "").split()
+    best = next((name for flag, name in INSTRUCTIONS.items() if flag in flags), None)
+    return model if best is None else f"{model} ({best})"
 
 
 def _version(name: str) -> str:

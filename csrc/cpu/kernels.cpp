@@ -1,5 +1,5 @@
-// What Python calls, by the name of the element type. Pointers and sizes are checked there; nothing but
-// room to work in is kept here.
+// What Python calls, by the name of the element type. Pointers and sizes are checked there; nothing is kept here but room
+// to work in.
 #include "decoder.h"
 #include "diffusion.h"
 #include "experts.h"
