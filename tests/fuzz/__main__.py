@@ -13,10 +13,11 @@ from fuzz.deaths import Deaths, summary
 from fuzz.requests import Requests
 from fuzz.server import Server
 from fuzz.soak import Soak
-from fuzz.tally import Tally, limit_memory
+from fuzz.tally import HANG_S, Tally, limit_memory
 
 FUZZERS = {"configs": Configs, "requests": Requests, "checkpoints": Checkpoints, "server": Server}
 LONG = {"deaths": Deaths, "soak": Soak}  # of stages in processes
+LIMITS_S = {"deaths": 150.0}  # a process that starts again imports all, which takes slow machines half a minute
 
 
 def main() -> int:
@@ -32,7 +33,9 @@ def main() -> int:
     for name in args.names:
         case = {**FUZZERS, **LONG}[name]()
         limit_memory(6 * 2**30)
-        tally = Tally(name, args.seed).run(case, seconds=args.seconds, first=args.first, most=args.most)
+        tally = Tally(name, args.seed, LIMITS_S.get(name, HANG_S)).run(
+            case, seconds=args.seconds, first=args.first, most=args.most
+        )
         print(tally.report(), flush=True)
         if isinstance(case, Deaths):
             print(summary(case.deaths))

@@ -30,6 +30,7 @@ class Tally:
 
     name: str
     seed: int
+    limit_s: float = HANG_S  # of one input
     num_inputs: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: list[tuple[str, int, str]] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Tally:
     def _one(self, case: Callable[[Random], str], index: int) -> None:
         started = time.monotonic()
         try:
-            with time_limit(HANG_S):
+            with time_limit(self.limit_s):
                 outcome = case(Random(f"{self.seed} {index}"))
         except OmniError as error:
             outcome = f"refused: {type(error).__name__}"
