@@ -58,8 +58,8 @@ def dtype_of_headers(files: Iterable[Path], prefix: str = "", left_out: tuple[st
 def dtypes_of_matrices(
     files: Iterable[Path], prefix: str = "", left_out: tuple[str, ...] = ()
 ) -> set[torch.dtype | None]:
-    """All of those that tensors of two dimensions are stored in, chosen as `dtype_of_headers` does; None for others."""
-    return {BY_HEADER.get(stored) for stored, shape in _stored(files, prefix, left_out) if len(shape) == 2}
+    """All that tensors of two dimensions or more are stored in, chosen as `dtype_of_headers` does; None for others."""
+    return {BY_HEADER.get(stored) for stored, shape in _stored(files, prefix, left_out) if len(shape) >= 2}
 
 
 def _stored(files: Iterable[Path], prefix: str, left_out: tuple[str, ...]) -> Iterator[tuple[str, Sequence[int]]]:

@@ -29,6 +29,8 @@ from vllm_omni.layers.sampler import largest
 
 DTYPES = (torch.float32, torch.bfloat16)
 SIZE = 16  # of a block
+# Rows, half of the inputs, panels of outputs, and whether there is a bias
+PRODUCTS = (st.integers(0, 70), st.integers(1, 70) | st.sampled_from([16, 48, 96]), st.integers(1, 5), st.booleans())
 
 
 def test_a_variant_is_used_that_gets_a_product_right(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,14 +54,7 @@ def close(result: Tensor, expected: Tensor, steps: float = 1.0) -> None:
 
 
 @settings(max_examples=40)
-@given(
-    st.integers(0, 70),
-    st.integers(1, 70) | st.sampled_from([16, 48, 96]),
-    st.integers(1, 5),
-    st.booleans(),
-    st.sampled_from(DTYPES),
-    st.integers(0, 9),
-)
+@given(*PRODUCTS, st.sampled_from(DTYPES), st.integers(0, 9))
 @torch.inference_mode()
 def test_products_equal_torchs(rows: int, half: int, panels: int, bias: bool, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
@@ -95,13 +90,7 @@ def test_packed_embeddings_are_read_as_they_were(dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=40)
-@given(
-    st.integers(0, 70),
-    st.integers(1, 70) | st.sampled_from([16, 48, 96]),
-    st.integers(1, 5),
-    st.booleans(),
-    st.integers(0, 9),
-)
+@given(*PRODUCTS, st.integers(0, 9))
 @torch.inference_mode()
 def test_products_with_bfloat16_beside_float32_are_those_of_float32_bit_for_bit(
     rows: int, half: int, panels: int, bias: bool, seed: int
