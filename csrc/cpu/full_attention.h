@@ -62,19 +62,16 @@ struct PackedHeads {
   }
 };
 
-// Rows of x [rows, inputs] with one panel: `take` is given a row, a column and the sums of kWidth columns.
+// Rows of x [rows, inputs], at most kQueries, with one panel: `take` is given a row, a column and the sums of kWidth columns.
 template <typename T, typename Take>
 inline void multiply_rows(const T* x, int64_t rows, int64_t inputs, const T* panel, const Take& take) {
 #if defined(OMNI_TILES)
   if constexpr (sizeof(T) == 2) {
     static_assert(kPanel * sizeof(T) == kTileBytes, "whole tiles");
     alignas(64) float sums[kTilePassRows * kPanel];
-    for (int64_t row = 0; row < rows; row += kTilePassRows) {
-      const int64_t count = std::min(kTilePassRows, rows - row);
-      multiply_panel_by_tiles<kPanel>(x + row * inputs, count, inputs, panel, sums);
-      for (int64_t r = 0; r < count; r++)
-        for (int64_t i = 0; i < kPanel; i += kWidth) take(row + r, i, load(sums + r * kPanel + i));
-    }
+    TileProduct<T>(rows).template multiply<false>(x, inputs, panel, sums);
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t i = 0; i < kPanel; i += kWidth) take(row, i, load(sums + row * kPanel + i));
     return;
   }
 #endif

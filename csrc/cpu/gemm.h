@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "panels.h"
 #include "simd.h"
 
 #if defined(__AVX512BF16__)
@@ -20,15 +21,9 @@
 
 namespace omni {
 
-constexpr int kPanel = 32;                       // rows of a weight in a panel
 constexpr int kVectors = kPanel / kWidth;        // of a panel's step
 constexpr int kMostRows = kWidth == 16 ? 12 : 3;  // of x in one pass over a panel: what the registers hold
 constexpr int64_t kRowsInCache = 512;            // of x while all panels pass by
-
-// Asks for a weight's bytes before they are multiplied: what the processor itself foresees ends with a page of 4 KiB, so
-// that memory rests while several rows are computed. Panels stand one behind the other, and behind the last nothing is
-// read in fact.
-inline void read_ahead(const void* weight) { __builtin_prefetch(static_cast<const char*>(weight) + 8192); }
 
 template <typename T>
 struct Linear {
@@ -180,12 +175,10 @@ inline void compute_panel(const T* x, int64_t rows, const Linear<T>& linear, int
 #if defined(OMNI_TILES)
   if constexpr (sizeof(T) == 2)
     if (linear.inputs * int64_t(sizeof(T)) % kTileBytes == 0) {
-      alignas(64) float sums[kTilePassRows * kPanel];
-      for (int64_t row = 0; row < rows; row += kTilePassRows) {
-        const int64_t count = rows - row < kTilePassRows ? rows - row : kTilePassRows, at = row * linear.outputs;
-        multiply_panel_by_tiles<kPanel>(x + row * linear.inputs, count, linear.inputs, numbers, sums);
+      multiply_panel_by_tiles(x, rows, linear.inputs, numbers, [&](const float* sums, int64_t row, int64_t count) {
+        const int64_t at = row * linear.outputs;
         finish_panel(sums, count, linear, panel, out + at, residual ? residual + at : nullptr);
-      }
+      });
       return;
     }
 #endif

@@ -145,12 +145,9 @@ inline void compute_panel(const QuantizedRows& x, int64_t first, int64_t rows, c
   const int8_t* numbers = x.numbers.data() + first * inputs;
 #if defined(OMNI_TILES)
   if (inputs % kTileBytes == 0) {
-    alignas(64) int32_t exact[kTilePassRows * kPanel];
-    for (int64_t row = 0; row < rows; row += kTilePassRows) {
-      const int64_t count = rows - row < kTilePassRows ? rows - row : kTilePassRows;
-      multiply_panel_by_tiles<kPanel>(numbers + row * inputs, count, inputs, weight, exact);
+    multiply_panel_by_tiles(numbers, rows, inputs, weight, [&](const int32_t* exact, int64_t row, int64_t count) {
       finish_exact_panel(exact, 0, x, first + row, count, linear, panel, out, residual);
-    }
+    });
     return;
   }
 #endif

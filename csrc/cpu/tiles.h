@@ -2,8 +2,10 @@
 // The layout of a panel is that of a tile already: steps of k one under the other, each with four bytes a column.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
+#include "panels.h"
 #include "simd.h"
 
 #if defined(__AMX_BF16__)
@@ -96,30 +98,60 @@ struct Tiles {
 
 #endif
 
-// Up to kTilePassRows rows of x with one panel -> sums [rows, kPanel].
-template <int kPanel, typename T>
-inline void multiply_panel_by_tiles(const T* x, int64_t rows, int64_t inputs, const T* panel, SumOf<T>* sums) {
+// Rows of x with one panel after the other. The tiles are set up once for all products of as many rows.
+template <typename T>
+class TileProduct {
   static_assert(kPanel == 2 * kTileRows, "two tiles a panel");
-  constexpr int64_t kInputs = kTileBytes / sizeof(T);
-  const int64_t upper = rows < kTileRows ? rows : kTileRows, lower = rows - upper;
-  const int64_t x_stride = inputs * int64_t(sizeof(T)), panel_stride = kPanel * 4, sums_stride = kPanel * 4;
-  Tiles tiles{TileShapes(upper, lower)};
-  tiles.clear<0>(), tiles.clear<1>();
-  if (lower) tiles.clear<2>(), tiles.clear<3>();
-  for (int64_t k = 0; k < inputs; k += kInputs) {
-    tiles.load<6>(panel + k * kPanel, panel_stride), tiles.load<7>(panel + k * kPanel + kInputs, panel_stride);
-    tiles.load<4>(x + k, x_stride);
-    tiles.multiply<T, 0, 4, 6>(), tiles.multiply<T, 1, 4, 7>();
-    if (lower) {
-      tiles.load<5>(x + kTileRows * inputs + k, x_stride);
-      tiles.multiply<T, 2, 5, 6>(), tiles.multiply<T, 3, 5, 7>();
+  static constexpr int64_t kInputs = kTileBytes / sizeof(T);  // of a tile
+  static constexpr int64_t kSumsStride = kPanel * 4;
+
+ public:
+  // rows: at most kTilePassRows.
+  explicit TileProduct(int64_t rows)
+      : lower_(std::max<int64_t>(rows - kTileRows, 0)), tiles_(TileShapes(rows - lower_, lower_)) {}
+
+  // x [rows, inputs] -> sums [rows, kPanel]. kReadsAhead: where the panel comes from memory, to be read once.
+  template <bool kReadsAhead>
+  void multiply(const T* x, int64_t inputs, const T* panel, SumOf<T>* sums) {
+    const int64_t x_stride = inputs * int64_t(sizeof(T));
+    tiles_.template clear<0>(), tiles_.template clear<1>();
+    if (lower_) tiles_.template clear<2>(), tiles_.template clear<3>();
+    for (int64_t k = 0; k < inputs; k += kInputs, panel += kPanel * kInputs) {
+      if constexpr (kReadsAhead)
+        for (int64_t line = 0; line < 2 * kTileRows; line++) read_ahead(panel + line * kInputs);
+      tiles_.template load<6>(panel, kPanel * 4), tiles_.template load<7>(panel + kInputs, kPanel * 4);
+      tiles_.template load<4>(x + k, x_stride);
+      tiles_.template multiply<T, 0, 4, 6>(), tiles_.template multiply<T, 1, 4, 7>();
+      if (lower_) {
+        tiles_.template load<5>(x + kTileRows * inputs + k, x_stride);
+        tiles_.template multiply<T, 2, 5, 6>(), tiles_.template multiply<T, 3, 5, 7>();
+      }
+    }
+    tiles_.template store<0>(sums, kSumsStride), tiles_.template store<1>(sums + kTileRows, kSumsStride);
+    if (lower_) {
+      SumOf<T>* second = sums + kTileRows * kPanel;
+      tiles_.template store<2>(second, kSumsStride), tiles_.template store<3>(second + kTileRows, kSumsStride);
     }
   }
-  tiles.store<0>(sums, sums_stride), tiles.store<1>(sums + kTileRows, sums_stride);
-  if (lower) {
-    SumOf<T>* second = sums + kTileRows * kPanel;
-    tiles.store<2>(second, sums_stride), tiles.store<3>(second + kTileRows, sums_stride);
-  }
+
+ private:
+  const int64_t lower_;  // rows behind the first kTileRows
+  Tiles tiles_;
+};
+
+// Any number of rows with one panel; `finish` is given sums [count, kPanel], the first of their rows and how many they are.
+template <typename T, typename Finish>
+inline void multiply_panel_by_tiles(const T* x, int64_t rows, int64_t inputs, const T* panel, const Finish& finish) {
+  alignas(64) SumOf<T> sums[kTilePassRows * kPanel];
+  int64_t row = 0;
+  if (rows > kTilePassRows)
+    for (TileProduct<T> product(kTilePassRows); row + kTilePassRows <= rows; row += kTilePassRows) {
+      product.template multiply<false>(x + row * inputs, inputs, panel, sums);
+      finish(sums, row, kTilePassRows);
+    }
+  if (row == rows) return;
+  TileProduct<T>(rows - row).template multiply<true>(x + row * inputs, inputs, panel, sums);
+  finish(sums, row, rows - row);
 }
 
 }  // namespace omni

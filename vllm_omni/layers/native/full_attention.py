@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_omni.layers.native.library import Kernels, threads_for
 from vllm_omni.layers.native.structures import FullShapeStruct, OperandStruct
 
-PANEL = 32  # csrc/cpu/gemm.h
+PANEL = 32  # csrc/cpu/panels.h
 MAX_HEAD_DIM, MAX_GROUP = 256, 16  # csrc/cpu/attention.h
 
 

@@ -10,7 +10,7 @@ from vllm_omni.layers.native.structures import LinearStruct
 from vllm_omni.layers.quantization import dequantize
 from vllm_omni.utils.device import is_cpu
 
-PANEL = 32  # rows of a weight that stand side by side; csrc/cpu/gemm.h
+PANEL = 32  # rows of a weight that stand side by side; csrc/cpu/panels.h
 STEP_BYTES = 4  # of a row that stand side by side in a panel
 
 
