@@ -175,15 +175,18 @@ class Overhead:
 def _in_turn(
     server: ServerProcess, offline: SideProcess, requests: Sequence[BenchRequest], concurrency: int, options: Options
 ) -> list[Pair]:
-    """One untimed run of each side, then timed ones in turn."""
+    """One untimed run of each side, then timed ones; each side is the first in every other pair, since a machine that
+    grows slower or faster meanwhile would else be counted for one of them.
+    """
     pairs: list[Pair] = []
     spent_s = 0.0
     while not pairs or not options.is_enough(len(pairs) - 1, spent_s):
-        server_s, client_s = _cpu_s(server), time.process_time()
-        http = _over_http(server, requests, concurrency)
-        client_s = time.process_time() - client_s
-        server_s = _cpu_s(server) - server_s
-        without, offline_s = offline.call("run", requests, concurrency)[1]
+        if len(pairs) % 2:
+            without, offline_s = offline.call("run", requests, concurrency)[1]
+            http, server_s, client_s = _measured(server, requests, concurrency)
+        else:
+            http, server_s, client_s = _measured(server, requests, concurrency)
+            without, offline_s = offline.call("run", requests, concurrency)[1]
         found = Pair(http, without, server_s, client_s, offline_s)
         for side in (found.http, found.offline):
             failed = [answer for answer in side.answers if not answer.is_ok]
@@ -192,6 +195,14 @@ def _in_turn(
         spent_s += found.http_s + found.offline_s
         pairs.append(found)
     return pairs[1:]
+
+
+def _measured(server: ServerProcess, requests: Sequence[BenchRequest], concurrency: int) -> tuple[Run, float, float]:
+    """The answers over HTTP, and the seconds of CPU of the server and of its client."""
+    server_s, client_s = _cpu_s(server), time.process_time()
+    found = _over_http(server, requests, concurrency)
+    client_s = time.process_time() - client_s
+    return found, _cpu_s(server) - server_s, client_s
 
 
 def _cpu_s(server: ServerProcess) -> float:
