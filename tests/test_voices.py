@@ -78,6 +78,19 @@ def test_a_file_that_goes_meanwhile_hides_no_other_voice_and_stops_no_new_one(
     assert [each.name for each in store.facts()] == ["anna"]
 
 
+def test_a_damaged_file_hides_no_other_voice_is_named_and_can_be_removed(
+    store: VoiceStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.add("anna", SOUND, text=None, consent=CONSENT)
+    (Path(store.config.folder) / "bert.safetensors").write_bytes(b"no voice")
+    assert [each.name for each in store.facts()] == ["anna"]
+    assert "bert.safetensors" in caplog.text and "remove the file" in caplog.text
+    with pytest.raises(CheckpointError, match=r"bert\.safetensors"):
+        store.get("bert")
+    store.remove("bert")
+    assert store.names() == ["anna"]
+
+
 @pytest.mark.parametrize("consent", [None, "", "  ", "x" * 501])
 def test_no_voice_is_kept_without_consent(store: VoiceStore, consent: str | None) -> None:
     with pytest.raises(InvalidRequestError, match="consent: got"):

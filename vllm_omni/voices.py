@@ -6,6 +6,7 @@ model, and no format of sounds but its own.
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -24,6 +25,8 @@ from vllm_omni.errors import CheckpointError, ConfigError, InvalidRequestError, 
 from vllm_omni.utils.checkpoint_files import check_file
 from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.files import user_path, write_whole
+
+logger = logging.getLogger(__name__)
 
 Samples = npt.NDArray[np.float32]
 
@@ -77,7 +80,7 @@ class VoiceStore:
         return sorted(path.stem for path in paths if path.suffix == SUFFIX and NAME.fullmatch(path.stem))
 
     def facts(self) -> list[VoiceFacts]:
-        """Of all voices, by name; headers alone are read."""
+        """Of all voices, by name; headers alone are read. A damaged file is left out, and a warning says which."""
         return [facts for name in self.names() if (facts := _facts_if_there(self._path(name))) is not None]
 
     def get(self, name: object) -> Voice:
@@ -165,12 +168,12 @@ def check_reference(duration_s: float, sound: Samples | None = None) -> None:
 
 
 def _facts_if_there(path: Path) -> VoiceFacts | None:
-    """None for a file that another process has removed meanwhile, and for a link to nothing."""
+    """None for a damaged file, for one that another process has removed meanwhile, and for a link to nothing."""
     try:
         return _read_facts(path)
-    except (CheckpointError, FileNotFoundError):
+    except (CheckpointError, FileNotFoundError) as error:
         if path.exists():
-            raise
+            logger.warning("%s", error)
         return None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,12 @@ def test_a_voice_is_added_listed_and_removed(tmp_path: Path, capsys: pytest.Capt
     assert main(["voices", "list", *folder]) == 0
     assert capsys.readouterr().out == "no voices\n"
     assert main(["voices", "remove", "anna", *folder]) == 1
+
+
+def test_a_damaged_file_is_named_beside_the_list(tmp_path: Path) -> None:
+    """As a user sees it: in a process of its own."""
+    (tmp_path / "bert.safetensors").write_bytes(b"no voice")
+    command = [sys.executable, "-m", "vllm_omni", "voices", "list", "--folder", str(tmp_path)]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (listed.returncode, listed.stdout) == (0, "no voices\n")
+    assert "bert.safetensors" in listed.stderr and "remove the file" in listed.stderr
