@@ -36,6 +36,7 @@ ORDER = (
     "random_cache",
     "serving",
     "routing",
+    "products",
     "limits",
 )
 

@@ -29,6 +29,7 @@ from benchmarks import (
     images,
     limits,
     lora,
+    products,
     quantization,
     random_cache,
     references,
@@ -50,6 +51,7 @@ from benchmarks.peers.environments import DEFAULT_FOLDER
 RESULTS = Path(__file__).resolve().parent / "results"
 SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "limits": limits.run,
+    "products": products.run,
     "images": images.run,
     "dit": dit.run,
     "videos": videos.run,
