@@ -17,7 +17,7 @@ from benchmarks.sides import SideProcess
 WEIGHTS = {"gate and up of Qwen3-0.6B": (6144, 1024), "down of Qwen3-0.6B": (1024, 3072)}  # [outputs, inputs]
 ROWS = (1, 8, 32, 128, 512)
 FEW_ROWS = 32  # up to here reading counts, and bytes are told
-COPIES_BYTES = 2**28
+COPIES_BYTES, MOST_COPIES = 2**28, 64
 OURS, ONEDNN, TORCH = "vllm_omni", "oneDNN, packed", "torch"
 COLUMNS = ("weight", "rows", OURS, ONEDNN, TORCH, "ours / the better of them")
 
@@ -53,7 +53,8 @@ class Probe:
         from vllm_omni.utils.device import multiplies_with_onednn
 
         weight = torch.randn(shape).to(getattr(torch, dtype))
-        count = max(1, COPIES_BYTES // (weight.numel() * weight.itemsize)) if rows <= FEW_ROWS else 1
+        fitting = COPIES_BYTES // (weight.numel() * weight.itemsize)
+        count = max(1, min(fitting, MOST_COPIES)) if rows <= FEW_ROWS else 1
         packings: dict[str, Packing | None] = {OURS: NativePacking.find(weight)}
         if multiplies_with_onednn(weight.device, weight.dtype):
             packings[ONEDNN] = OneDNNPacking()
