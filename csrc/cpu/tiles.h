@@ -140,18 +140,25 @@ class TileProduct {
 };
 
 // Any number of rows with one panel; `finish` is given sums [count, kPanel], the first of their rows and how many they are.
+// The first pass brings the panel from memory.
 template <typename T, typename Finish>
 inline void multiply_panel_by_tiles(const T* x, int64_t rows, int64_t inputs, const T* panel, const Finish& finish) {
   alignas(64) SumOf<T> sums[kTilePassRows * kPanel];
   int64_t row = 0;
-  if (rows > kTilePassRows)
-    for (TileProduct<T> product(kTilePassRows); row + kTilePassRows <= rows; row += kTilePassRows) {
+  const auto pass = [&](TileProduct<T>& product, int64_t count) {
+    if (row == 0)
+      product.template multiply<true>(x, inputs, panel, sums);
+    else
       product.template multiply<false>(x + row * inputs, inputs, panel, sums);
-      finish(sums, row, kTilePassRows);
-    }
-  if (row == rows) return;
-  TileProduct<T>(rows - row).template multiply<true>(x + row * inputs, inputs, panel, sums);
-  finish(sums, row, rows - row);
+    finish(sums, row, count);
+    row += count;
+  };
+  if (rows >= kTilePassRows)
+    for (TileProduct<T> whole(kTilePassRows); row + kTilePassRows <= rows;) pass(whole, kTilePassRows);
+  if (row < rows) {
+    TileProduct<T> rest(rows - row);
+    pass(rest, rows - row);
+  }
 }
 
 }  // namespace omni
