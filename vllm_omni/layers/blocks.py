@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vllm_omni.layers.meta_device import give_memory
 from vllm_omni.utils.device import Copies
 
 NUM_SLOTS = 2  # one block computes, the next one arrives
@@ -88,7 +89,7 @@ class WeightStream:
         self._current: int | None = None
         self._tensors: dict[int, list[Tensor]] = {}
         for index, block in enumerate(self._blocks):
-            block.to_empty(device="cpu")
+            give_memory(block, torch.device("cpu"))
             self._place(index, self._homes[index], tensors_of(block))
         for blocks in lists:
             blocks.stream = self

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vllm_omni.errors import CheckpointError
 from vllm_omni.layers.blocks import WeightStream, lists_of
 from vllm_omni.layers.linear import NUMBERS, MergedLinear, PackedLayer, pack_linears, quantize_linears
+from vllm_omni.layers.meta_device import give_memory
 from vllm_omni.layers.published_quantization import restored, scale_names, scales_of_rows
 from vllm_omni.layers.shard import Cut
 from vllm_omni.utils.checkpoint_files import check_file
@@ -228,7 +229,7 @@ def allocate(
     streamed = {id(part) for blocks in lists for part in blocks.modules() if part is not blocks}
     for part in model.modules():
         if id(part) not in streamed:
-            part.to_empty(device=device, recurse=False)
+            give_memory(part, device, recurse=False)
         elif isinstance(part, PackedLayer):
             part.is_streamed = True
     model.eval().requires_grad_(False)

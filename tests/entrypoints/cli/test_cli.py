@@ -84,6 +84,16 @@ def test_help_and_the_list_of_models_do_not_import_torch(arguments: list[str]) -
     assert done.returncode == 0 and done.stdout
 
 
+def test_a_language_model_is_loaded_without_what_compiles_and_draws() -> None:
+    heavy = "{'torch._dynamo', 'sympy', 'diffusers', 'scipy', 'transformers.modeling_utils'}"
+    script = (
+        "import sys; from vllm_omni import Omni\n"
+        f"with Omni(config='tiny_talker'): print(sorted({heavy} & set(sys.modules)))"
+    )
+    done = python("-c", script)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
 def test_help_shows_every_command_and_examples() -> None:
     done = python("-m", "vllm_omni", "--help")
     assert done.returncode == 0

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.linear import Linear, MergedLinear
+from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.packing import linear
 from vllm_omni.layers.rotary import rotary_frequencies
@@ -90,7 +91,7 @@ class AceStepTransformer(nn.Module):
     @classmethod
     def build(cls, config: AceStepConfig) -> AceStepTransformer:
         """On the meta device."""
-        with torch.device("meta"):
+        with on_meta_device():
             return cls(config)
 
     @torch.no_grad()

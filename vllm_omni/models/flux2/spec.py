@@ -14,6 +14,7 @@ import torch
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.group_norm import use_group_norms
+from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.shard import ALONE, Shards
 from vllm_omni.layers.weights import MakeCopies, allocate, load_weights, weights_bytes
@@ -93,7 +94,7 @@ class KleinSpec(SharedModelSpec):
         return {"tensor": {"heads": heads, "widths of the feed-forward": widths}}
 
     def build_transformer(self, shards: Shards = ALONE) -> Flux2Transformer:
-        with torch.device("meta"):
+        with on_meta_device():
             return Flux2Transformer(self.config, shards)
 
     def lora_aliases(self) -> Mapping[str, str]:

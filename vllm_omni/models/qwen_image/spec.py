@@ -11,6 +11,7 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.shard import ALONE, Shards
 from vllm_omni.layers.weights import MakeCopies, allocate, load_weights
@@ -87,7 +88,7 @@ class QwenImageSpec(SharedModelSpec):
         return {"tensor": {"heads": self.config.num_attention_heads, "widths of the feed-forward": 4 * self.config.dim}}
 
     def build_transformer(self, shards: Shards = ALONE) -> QwenImageTransformer:
-        with torch.device("meta"):
+        with on_meta_device():
             return QwenImageTransformer(self.config, shards)
 
     def published_quantization(self) -> str | None:

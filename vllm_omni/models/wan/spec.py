@@ -12,6 +12,7 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.weights import MakeCopies, allocate, load_weights
 from vllm_omni.media.image_input import image_size
@@ -86,7 +87,7 @@ class WanSpec(DiffusionModelSpec):
         )
 
     def build_transformer(self) -> WanTransformer:
-        with torch.device("meta"):
+        with on_meta_device():
             return WanTransformer(self.config)
 
     def lora_aliases(self) -> Mapping[str, str]:

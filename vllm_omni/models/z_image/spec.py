@@ -13,6 +13,7 @@ import torch
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.group_norm import use_group_norms
+from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.shard import ALONE, Shards
 from vllm_omni.layers.weights import MakeCopies, allocate, load_weights
@@ -79,7 +80,7 @@ class ZImageSpec(SharedModelSpec):
         return vae_dtype(read_json(folder / "config.json"), dtype) if folder.name == "vae" else dtype
 
     def build_transformer(self, shards: Shards = ALONE) -> ZImageTransformer:
-        with torch.device("meta"):
+        with on_meta_device():
             return ZImageTransformer(self.config, shards)
 
     def shared_counts(self) -> dict[str, dict[str, int]]:

@@ -20,6 +20,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.layers import halves
 from vllm_omni.layers.blocks import StreamedBytes
 from vllm_omni.layers.forward_context import ForwardContext
+from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.layers.weights import (
@@ -244,7 +245,7 @@ class LanguageModelFolder:
 
     def build(self, shard: Shard = WHOLE) -> nn.Module:
         """On the meta device. shard: of a model class that `can_shard`."""
-        with torch.device("meta"):
+        with on_meta_device():
             model: nn.Module = (
                 self.model_class(self.config) if shard.is_whole else self.model_class(self.config, shard=shard)
             )

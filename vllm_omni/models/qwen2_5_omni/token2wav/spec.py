@@ -14,6 +14,7 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import CheckpointError, InvalidRequestError
+from vllm_omni.layers.meta_device import give_memory, on_meta_device
 from vllm_omni.layers.weights import MakeCopies, load_weights, tensor_shapes
 from vllm_omni.models.qwen2_5_omni.speakers import Speakers
 from vllm_omni.models.qwen2_5_omni.token2wav.config import DiTConfig, Token2WavConfig
@@ -75,9 +76,10 @@ class Token2WavSpec(DiffusionModelSpec):
         quantization: str | None = None,
         make_copies: MakeCopies | None = None,
     ) -> Token2Wav:
-        with torch.device("meta"):
+        with on_meta_device():
             modules = Token2WavModules(self.config)
-        modules.to_empty(device=device).to(dtype).requires_grad_(False).eval()
+        give_memory(modules, device)
+        modules.to(dtype).requires_grad_(False).eval()
         modules.vocoder.fill_buffers()
         load_weights(modules, self.folder, variant=self.weights_variant)
         return Token2Wav(self.config, modules, self.speakers)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vllm_omni.layers.meta_device import give_memory, on_meta_device
 from vllm_omni.layers.weights import Target, allocate, load_weights
 from vllm_omni.models.qwen3_tts.codec.blocks import FeatureUpsampling, SampleUpsampling, Snake
 from vllm_omni.models.qwen3_tts.codec.codebooks import ResidualCodebooks, SummedCodebooks
@@ -66,10 +67,11 @@ class CodecDecoder(nn.Module):
         variant: str | None = None,
     ) -> CodecDecoder:
         """With the tensors of `folder` whose names begin with the prefix."""
-        with torch.device("meta"):
+        with on_meta_device():
             decoder = cls(config)
         allocate(decoder, device, dtype)
-        decoder.codebooks.to_empty(device=device).float()
+        give_memory(decoder.codebooks, device)
+        decoder.codebooks.float()
         load_weights(_Published(decoder, prefix), folder, prefix, variant)
         decoder.codebooks.finish(dtype)
         return decoder

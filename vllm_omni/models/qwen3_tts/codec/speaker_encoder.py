@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.ecapa import EcapaEncoder, check_ecapa
+from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.weights import Target, allocate, load_weights, weights_bytes
 from vllm_omni.models.qwen3_tts.codec.config import published_values
 from vllm_omni.models.qwen3_tts.codec.published import SAMPLE_RATE
@@ -69,7 +70,7 @@ class SpeakerEncoder(nn.Module):
     def load(cls, folder: Path, device: torch.device, variant: str | None = None) -> SpeakerEncoder:
         """folder: of a checkpoint that clones voices. CheckpointError where tensors are missing or misshapen."""
         config = SpeakerEncoderConfig.from_folder(folder)
-        with torch.device("meta"):
+        with on_meta_device():
             model = cls(config)
         allocate(model, device, torch.float32)
         load_weights(model, folder, PREFIX, variant)

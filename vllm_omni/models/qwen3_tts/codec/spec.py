@@ -10,6 +10,7 @@ import torch
 from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.base import EngineContext, MemoryPlan, StageSpec, model_folder
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.weights import tensor_files, tensor_shapes
 from vllm_omni.models.qwen3_tts.codec.convolution import MAX_WINDOW_NUMBERS
 from vllm_omni.models.qwen3_tts.codec.decoder import CodecDecoder
@@ -59,7 +60,7 @@ class SpeechCodecSpec(StageSpec):
             streamed_inputs=frozenset({PORT, REFERENCE}),
             streamed_outputs=frozenset({"audio"}),
         )
-        with torch.device("meta"):
+        with on_meta_device():
             self._blank = CodecDecoder(self.codec.decoder)
 
     def published_dtype(self) -> torch.dtype | None:

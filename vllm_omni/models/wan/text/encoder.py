@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
+from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.weights import Target, allocate, load_weights
 from vllm_omni.utils.files import read_json
 
@@ -49,7 +50,7 @@ class UMT5Encoder(nn.Module):
     def load(
         cls, folder: Path, config: Any, device: torch.device, dtype: torch.dtype, variant: str | None
     ) -> UMT5Encoder:
-        with torch.device("meta"):
+        with on_meta_device():
             model = cls(config)
         allocate(model, device, dtype)
         load_weights(model, folder, variant=variant)
