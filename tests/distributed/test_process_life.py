@@ -45,7 +45,7 @@ def loop_of(worker_timeout: float = 30.0, **options: Any) -> OmniExecutor:
 def driver() -> Iterator[Driver]:
     """One stage in a process of its own; each test leaves it ready."""
     before = children()  # of other files' tests
-    driver = Driver(loop_of(step_s=0.01))
+    driver = Driver(loop_of(step_s=0.01, load_s=0.3))  # so that one can die while it loads
     yield driver
     driver.loop.shutdown()
     assert children() <= before

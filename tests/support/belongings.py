@@ -9,9 +9,26 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+from vllm_omni.utils.children import fork_client
+
 
 def children(pid: int | str = "self") -> set[int]:
-    """Of a process, zombies included."""
+    """Of a process, zombies included; in place of a fork server, which lives on for a while, those that it forked."""
+    found: set[int] = set()
+    for child in _own_children(pid):
+        found |= _own_children(child) if is_fork_server(child) else {child}
+    return found
+
+
+def is_fork_server(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return fork_client.MODULE.encode() in command
+
+
+def _own_children(pid: int | str) -> set[int]:
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return {int(child) for task in tasks for child in task.read_text().split()}
 
@@ -19,7 +36,7 @@ def children(pid: int | str = "self") -> set[int]:
 def descendants(pid: int) -> set[int]:
     """Of a process, at any depth; zombies left out."""
     found: set[int] = set()
-    for child in children(pid):
+    for child in _own_children(pid):
         if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
             found |= {child, *descendants(child)}
     return found

@@ -25,6 +25,7 @@ from vllm_omni.executor.process.pulse import NUM_BYTES, Pulse
 from vllm_omni.executor.process.segments import create_memory
 from vllm_omni.executor.served import ServedExecutor
 from vllm_omni.executor.wire.base import WireError
+from vllm_omni.utils.children.fork_client import learn
 from vllm_omni.utils.processes import is_stopped
 
 LEAVE_S = 5.0  # the most that is waited for a child to free its engine and end
@@ -98,7 +99,8 @@ class ProcessExecutor(ServedExecutor):
         self._pulse = Pulse(pulse)
         self._started_s = time.monotonic()
         self._connection = Connection(ours, self._segments, wire_types())
-        self._keeper = Keeper(self._name, [theirs.detach(), pulse], self._wake)
+        forks = self._blueprint.device.type == "cpu"
+        self._keeper = Keeper(self._name, [theirs.detach(), pulse], self._wake, forks=forks)
         surroundings = Surroundings.of(self._blueprint.config)
         self._connection.send(surroundings)
         self._connection.types = wire_types(surroundings.kinds)
@@ -123,6 +125,7 @@ class ProcessExecutor(ServedExecutor):
                 elif isinstance(message, Loaded):
                     self.num_models = message.num_models
                     self._is_loaded, self._load_error = message.error is None, message.error
+                    learn(message.modules)
                 elif isinstance(message, LogLine):
                     logging.getLogger(message.logger).log(message.level, "%s: %s", self._name, message.text)
                 else:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
+from vllm_omni.utils.children.child import Child, start_child
 from vllm_omni.utils.processes import end_in_words
 
-MODULE = "vllm_omni.executor.process.child"
+MODULE, SERVICE = "vllm_omni.executor.process.child", "vllm_omni.executor.process.service"
 TAIL_BYTES = 4_000
 LAST_WORDS_S = 0.2  # that are waited for what an ended child has written; its own children may hold the pipe open
 
@@ -22,11 +21,13 @@ class Keeper:
     Linux a child dies with the thread that started it. on_end: called in that thread, once.
     """
 
-    def __init__(self, name: str, files: Sequence[int], on_end: Callable[[], None]) -> None:
-        """files: descriptors that the child gets, under the same numbers, as arguments; closed here once it has."""
+    def __init__(self, name: str, files: Sequence[int], on_end: Callable[[], None], *, forks: bool = True) -> None:
+        """files: descriptors that the child gets, as arguments; closed here once it has. forks: as of start_child."""
         self._files = files
         self._on_end = on_end
-        self._process: subprocess.Popen[bytes] | None = None
+        self._forks = forks
+        self._child: Child | None = None
+        self._status: int | None = None  # the return code, once it has ended
         self._failure: Exception | None = None
         self._is_wanted = True
         self._tail = bytearray()
@@ -37,7 +38,7 @@ class Keeper:
     @property
     def pid(self) -> int | None:
         """None before it is started."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.pid
 
     @property
     def has_ended(self) -> bool:
@@ -47,8 +48,8 @@ class Keeper:
         """At once, also where it is stopped; nothing where it has ended."""
         with self._guard:
             self._is_wanted = False
-            if self._process is not None and self._process.returncode is None:
-                self._process.kill()
+            if self._child is not None and self._status is None:
+                self._child.kill()
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it has ended within that time."""
@@ -59,56 +60,50 @@ class Keeper:
         """How it ended: 'was killed by SIGKILL (out of memory?)', and the last lines that it wrote."""
         if self._failure is not None:
             return f"could not be started ({type(self._failure).__name__}: {self._failure})"
-        status = None if self._process is None else self._process.returncode
-        words = "has ended" if status is None else end_in_words(status)
+        words = "has ended" if self._status is None else end_in_words(self._status)
         tail = bytes(self._tail).decode("utf-8", "replace").strip()
         return f"{words}; the last that it wrote: {tail}" if tail else words
 
     def _keep(self) -> None:
+        output: int | None = None
         try:
-            with self._guard:
-                if self._is_wanted:
-                    self._process = self._start()
+            if self._is_wanted:
+                output, child = self._start()
+                with self._guard:
+                    self._child = child
+                    if not self._is_wanted:  # any more: the first may take its time
+                        child.kill()
         except Exception as error:  # no memory for another process, no descriptors
             self._failure = error
         finally:
             for file in self._files:
                 os.close(file)
-        if self._process is not None:
-            reader = threading.Thread(target=self._read, name=f"{self._thread.name}-output", daemon=True)
+        if self._child is not None and output is not None:
+            reader = threading.Thread(
+                target=self._read, args=(output,), name=f"{self._thread.name}-output", daemon=True
+            )
             reader.start()
-            self._wait_for_end(self._process)
+            self._child.wait()
+            with self._guard:
+                self._status = self._child.reap()
             reader.join(LAST_WORDS_S)
         self._on_end()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        arguments = [*map(str, self._files), str(os.getpid())]
-        root = Path(__file__).resolve().parents[3]  # whose package it is to import; it goes elsewhere then
-        return subprocess.Popen(
-            [sys.executable, "-m", MODULE, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            bufsize=0,
-            pass_fds=self._files,
-            cwd=root,
-        )
+    def _start(self) -> tuple[int, Child]:
+        """The child, and where what it prints can be read."""
+        reading, writing = os.pipe()
+        try:
+            return reading, start_child(MODULE, self._files, output=writing, imports=[SERVICE], forks=self._forks)
+        except BaseException:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
 
-    def _wait_for_end(self, process: subprocess.Popen[bytes]) -> None:
-        """Not reaped before `kill` is shut out, so that no other process can have its number."""
-        if hasattr(os, "waitid"):
-            with suppress(ChildProcessError):
-                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        else:
-            process.wait()
-        with self._guard:
-            process.wait()
-
-    def _read(self) -> None:
+    def _read(self, output: int) -> None:
         """What it writes goes to our stderr; its end is kept."""
-        assert self._process is not None and self._process.stdout is not None
-        with self._process.stdout as output:
-            while content := output.read(65536):
+        with os.fdopen(output, "rb", buffering=0) as printed:
+            while content := printed.read(65536):
                 self._tail = (self._tail + content)[-TAIL_BYTES:]
                 with suppress(OSError, ValueError):  # the latter where somebody has closed it
                     os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, content)

@@ -42,10 +42,13 @@ class Loaded:
 
     error: BaseException | None = None
     num_models: int = 0  # that it has loaded
+    modules: Sequence[str] = ()  # that it has imported
 
     def __post_init__(self) -> None:
         if not isinstance(self.error, BaseException | None) or type(self.num_models) is not int:
             raise StageError(f"got {brief([self.error, self.num_models])}, expected an error and a count")
+        if not all(isinstance(name, str) for name in self.modules):
+            raise StageError(f"got {brief(self.modules)}, expected names of modules")
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class Service:
             self._send(Loaded(error))
             self._finish()
             return
-        self._send(Loaded(num_models=len(models)))
+        self._send(Loaded(num_models=len(models), modules=list(sys.modules)))
         self._tensors = device_tensors(blueprint)
         try:
             self._serve(StageServant(blueprint.stage, engine, self._preparing(spec, blueprint)))

@@ -18,19 +18,21 @@ import torch
 
 from vllm_omni import registry
 from vllm_omni.config.schema import ParallelConfig
+from vllm_omni.utils.children.messages import read_message, write_message
 from vllm_omni.utils.device import current_device, set_threads
 from vllm_omni.utils.processes import die_with
 from vllm_omni.worker.parallel.layout import Place
 from vllm_omni.worker.parallel.links import Links
 from vllm_omni.worker.parallel.part import FollowerPart
-from vllm_omni.worker.parallel.process import FAILED, READY, read_message, write_message
+from vllm_omni.worker.parallel.process import FAILED, READY
 from vllm_omni.worker.parallel.ranks import Meeting
 
 MAX_CAUSE = 2_000
 
 
-def main(descriptor: int, parent: int) -> None:
-    """descriptor: of the inherited end of a socket pair; parent: the process that started this one."""
+def main(arguments: list[str]) -> None:
+    """Descriptor of the inherited end of a socket pair; the process that started this one."""
+    descriptor, parent = map(int, arguments)
     die_with(parent)
     connection = socket.socket(fileno=descriptor)
     orders = read_message(connection)
@@ -48,6 +50,8 @@ def main(descriptor: int, parent: int) -> None:
 def run(orders: dict[str, Any], connection: socket.socket) -> None:
     """Loads and follows; returns only by an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the first rank decides
+    os.chdir(orders["folder"])
+    sys.path[:] = orders["sys_path"]  # where the first rank finds its modules
     set_threads(orders["threads"])
     tensor, sequence, guidance = orders["parallel"]
     place = Place(ParallelConfig(tensor, sequence, guidance), orders["rank"])
@@ -68,4 +72,4 @@ def _end_with(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1:])

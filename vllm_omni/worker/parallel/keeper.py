@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vllm_omni.worker.parallel.process import FAILED, READY, FollowerProcess, read_message
+from vllm_omni.utils.children.messages import read_message
+from vllm_omni.worker.parallel.process import FAILED, READY, FollowerProcess
 
 LAST_MOMENT_S = 1.0  # that one has to end by itself after it has closed its socket
 

@@ -1,0 +1,101 @@
+"""`python -m vllm_omni.utils.children.fork_server SOCKET PARENT`: a process that imports what its parent names, and
+forks children which have that from their first moment, and share its memory.
+
+It has one thread and computes nothing, so that no lock is held and no library has threads while it forks. It ends with
+its parent, its children end with it, and it ends by itself when it has had none for a while.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, NoReturn
+
+from vllm_omni.utils.children.messages import read_message, write_message
+from vllm_omni.utils.processes import die_with
+
+IDLE_S = 60.0  # without children and orders, after which it ends
+MAX_FILES = 16  # that an order brings
+
+
+def main(arguments: list[str]) -> None:
+    control, parent = map(int, arguments)
+    die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent decides
+    connection = socket.socket(fileno=control)
+    children: set[int] = set()
+    while children or _is_readable(connection, IDLE_S):
+        order = read_message(connection)
+        if order is None:
+            return
+        if "reap" in order:
+            pid, status = os.waitpid(order["reap"], 0)
+            children.discard(pid)
+            write_message(connection, {"status": os.waitstatus_to_exitcode(status)})
+        elif (child := _fork(connection, order)) is not None:
+            children.add(child)
+            write_message(connection, {"pid": child})
+        else:
+            write_message(connection, {"pid": None})
+
+
+def _fork(connection: socket.socket, order: Mapping[str, Any]) -> int | None:
+    """The new child's process id; None where there can be none."""
+    _, files, _, _ = socket.recv_fds(connection, 1, MAX_FILES)
+    for name in order["imports"]:
+        with suppress(Exception):  # the child says what it misses
+            import_module(name)
+    gc.collect()
+    gc.freeze()  # no child's search for garbage writes into memory that they share
+    try:
+        if threading.active_count() > 1:
+            return None
+        server, pid = os.getpid(), os.fork()
+        if pid == 0:
+            connection.close()
+            _run(order["module"], files, server)
+        return pid
+    except OSError:  # no memory for another process
+        return None
+    finally:
+        for file in files:
+            os.close(file)
+
+
+def _run(module: str, files: Sequence[int], server: int) -> NoReturn:
+    """In the child."""
+    status = 1
+    try:
+        die_with(server)
+        *own, output, errors = files
+        for number, file in ((1, output), (2, errors)):
+            os.dup2(file, number)
+            os.close(file)
+        sys.argv = [module, *map(str, own), str(server)]
+        import_module(module).main(sys.argv[1:])
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    with suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _is_readable(connection: socket.socket, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
