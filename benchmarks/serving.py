@@ -64,13 +64,13 @@ def run(options: Options, limits: Limits | None = None) -> Report:
     crowd = 12 if options.is_quick else 200
     mixed, words = Mix.read(MIX).draw(count, 0), WORDS.draw(count, 0)
     texts = language_model(options)
-    with ServerProcess([CONFIG]) as server, SideProcess("offline", THREADS, OfflineSide, CONFIG) as offline:
+    with ServerProcess([CONFIG], fresh=True) as server, SideProcess("offline", THREADS, OfflineSide, CONFIG) as offline:
         work = Overhead(f"tiny models, {count} mixed requests, {CONCURRENCY} at a time", count)
         work.pairs = _in_turn(server, offline, mixed, CONCURRENCY, options)
         first = _in_turn(server, offline, words, 1, options)
         storm, watch = _storm(server, Mix.read(MIX).draw(crowd, 1))
     few = ["--set", f"scheduler.max_running={RUNNING}", "--set", f"scheduler.max_queue_size={QUEUE}"]
-    with ServerProcess(["tiny_image"], few) as server:
+    with ServerProcess(["tiny_image"], few, fresh=True) as server:
         refused = _storm(server, PICTURES.draw(crowd, 0))[0]
     return Report(
         "serving",
@@ -96,7 +96,7 @@ def language_model(options: Options) -> Overhead:
         size = f"{decode_parameters(shape) / 1e6:.0f} M"
         found = Overhead(f"a language model of {size} ({DTYPE}), {count} texts, {WRITERS} at a time", count)
         with (
-            ServerProcess([], ["--model", folder, "--set", f"text.dtype={DTYPE}"]) as server,
+            ServerProcess([], ["--model", folder, "--set", f"text.dtype={DTYPE}"], fresh=True) as server,
             SideProcess("offline", THREADS, OfflineSide, None, folder, (f"text.dtype={DTYPE}",)) as offline,
         ):
             found.pairs = _in_turn(server, offline, TEXTS.draw(count, 0), WRITERS, options)

@@ -17,29 +17,41 @@ from typing import IO, Any
 import httpx
 import torch
 
+from vllm_omni.utils.children.fork_client import can_fork
+
+from .forked_program import ForkedProgram
+
 ADDRESS = "vllm-omni: listening on "
 TESTS = Path(__file__).parents[1]
 
 
 class ServerProcess:
     """`vllm-omni serve` with these configs ("tiny_speech", "NAME=path.yaml") and flags, ready when made. A context
-    manager that ends it, and shows what it complained of.
+    manager that ends it, and shows what it complained of. fresh: `python -m vllm_omni`, not forked.
     """
 
-    def __init__(self, configs: Sequence[str], flags: Sequence[str] = (), *, start_s: float = 240.0) -> None:
+    def __init__(
+        self, configs: Sequence[str], flags: Sequence[str] = (), *, start_s: float = 240.0, fresh: bool = False
+    ) -> None:
         named = [word for config in configs for word in ("--config", config)]
-        command = [sys.executable, "-m", "vllm_omni", "serve", "--port", "0", *named, *flags]
+        arguments = ["serve", "--port", "0", *named, *flags]
         # the tests' own threads and the server's share few cores
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         environment.pop("VLLM_OMNI_API_KEY", None)
         # so that a config may import support.X
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-        silent = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, env=environment, stdin=silent, stdout=silent, stderr=subprocess.PIPE)
+        reading, writing = os.pipe()
+        self._process: subprocess.Popen[bytes] | ForkedProgram
+        if fresh or not can_fork():
+            command = [sys.executable, "-m", "vllm_omni", *arguments]
+            silent = subprocess.DEVNULL
+            self._process = subprocess.Popen(command, env=environment, stdin=silent, stdout=silent, stderr=writing)
+        else:
+            self._process = ForkedProgram(arguments, environment, writing)
+        os.close(writing)
         self._lines: list[str] = []
         self._found: queue.Queue[str | None] = queue.Queue()
-        assert self._process.stderr is not None
-        threading.Thread(target=self._read, args=(self._process.stderr,), daemon=True).start()
+        threading.Thread(target=self._read, args=(os.fdopen(reading, "rb"),), daemon=True).start()
         try:
             self.address = self._address(start_s)
             self._wait_until_ready(start_s)
@@ -102,10 +114,11 @@ class ServerProcess:
             sys.stderr.write(self.errors)
 
     def _read(self, stream: IO[bytes]) -> None:
-        for line in (content.decode(errors="replace") for content in stream):
-            self._lines.append(line)
-            if line.startswith(ADDRESS):
-                self._found.put(line.removeprefix(ADDRESS).strip())
+        with stream:
+            for line in (content.decode(errors="replace") for content in stream):
+                self._lines.append(line)
+                if line.startswith(ADDRESS):
+                    self._found.put(line.removeprefix(ADDRESS).strip())
         self._found.put(None)
 
     def _address(self, timeout_s: float) -> str:

@@ -80,6 +80,9 @@ def _run(module: str, files: Sequence[int], server: int) -> NoReturn:
         for number, file in ((1, output), (2, errors)):
             os.dup2(file, number)
             os.close(file)
+        # anew, since the ones that are here may take what they write to for a file
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         sys.argv = [module, *map(str, own), str(server)]
         import_module(module).main(sys.argv[1:])
         status = 0

@@ -1,0 +1,102 @@
+"""The command line in a process that is forked where torch, diffusers and the server are imported already: it is the
+same program, but for the ten seconds that its imports take of a slow core.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from vllm_omni.utils.children.fork_client import ForkServer
+from vllm_omni.utils.children.messages import read_message, write_message
+from vllm_omni.utils.processes import die_with
+
+MODULE = "support.forked_program"  # where the tests are on the path, as they are for the program
+IMPORTS = (
+    "vllm_omni.entrypoints.cli.app",
+    "vllm_omni.entrypoints.server.app",
+    "vllm_omni.entrypoints.async_omni",
+    "vllm_omni.engine.ar.spec",
+    "vllm_omni.engine.diffusion.spec",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.schedulers.scheduling_flow_match_euler_discrete",
+    "uvicorn",
+)
+
+
+class ForkedProgram:
+    """`vllm-omni` with these arguments and this environment; both of its outputs go to `output`. As of Popen."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], output: int) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self._child = _fork_server(frozenset(_lasting(environment).items())).fork(
+                MODULE, [theirs.fileno()], output, IMPORTS
+            )
+            order = {"arguments": list(arguments), "environment": dict(environment)}
+            write_message(ours, {**order, "folder": str(Path.cwd())})
+            read_message(ours)
+        self.pid = self._child.pid
+
+    def terminate(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._child.kill()
+
+    def poll(self) -> int | None:
+        return self._child.reap() if self._child.wait(0) else None
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        if not self._child.wait(timeout_s):
+            raise subprocess.TimeoutExpired("vllm-omni", timeout_s or 0.0)
+        return self._child.reap()
+
+
+def _lasting(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+@lru_cache(2)
+def _fork_server(environment: frozenset[tuple[str, str]]) -> ForkServer:
+    """One for each environment, since libraries look into it when they are imported."""
+    return ForkServer(dict(environment))
+
+
+def main(arguments: list[str]) -> None:
+    """In the forked process."""
+    file, parent = map(int, arguments)
+    die_with(parent)
+    with socket.socket(fileno=file) as connection:
+        order = read_message(connection)
+        assert order is not None
+        os.environ.clear()
+        os.environ.update(order["environment"])
+        os.chdir(order["folder"])
+        path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [order["folder"], *(folder for folder in path if folder)]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv[:] = ["vllm-omni", *order["arguments"]]
+        write_message(connection, {"runs": True})
+    status: object = 0
+    try:
+        runpy.run_module("vllm_omni", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
