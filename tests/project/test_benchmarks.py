@@ -10,6 +10,7 @@ from typing import Any
 import diffusers.utils.logging
 import pytest
 import transformers.utils.logging
+from support.server import ServerProcess
 from support.sides import SideHere
 
 from benchmarks import audio, dit, images, references, serving, text, videos
@@ -23,11 +24,17 @@ def results() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in RESULTS.glob("*")} if RESULTS.is_dir() else {}
 
 
+def forked_server(*arguments: Any, fresh: bool) -> ServerProcess:
+    """The same one, sooner there."""
+    return ServerProcess(*arguments)
+
+
 @pytest.fixture
 def sides_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the sides tell the libraries to say is untold."""
     for suite in (audio, dit, images, references, serving, text, videos):
         monkeypatch.setattr(suite, "SideProcess", SideHere)
+    monkeypatch.setattr(serving, "ServerProcess", forked_server)
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [library.get_verbosity() for library in libraries]
     yield

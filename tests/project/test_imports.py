@@ -60,6 +60,15 @@ def imported_modules(node: ast.AST) -> Iterator[str]:
         yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def dotted(node: ast.AST) -> str:
+    """`a.b.c`; empty for what is no attribute of a name. `ast.unparse` of each would take most of the time."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if parts and isinstance(node, ast.Name) else ""
+
+
 def wrong_direction(module: str, node: ast.AST) -> Iterator[str]:
     part = part_of(module)
     for name in imported_modules(node):
@@ -80,12 +89,11 @@ def impure_core(module: str, node: ast.AST) -> Iterator[str]:
 def device_names(module: str, node: ast.AST) -> Iterator[str]:
     if module == "vllm_omni.utils.device":
         return
-    if isinstance(node, ast.Attribute):
-        dotted = ast.unparse(node)
-        if node.attr in DEVICE_MODULES and dotted in {f"torch.{node.attr}", f"torch.backends.{node.attr}"}:
-            yield dotted
-        if node.attr == "accelerator" and dotted == "torch.accelerator":
-            yield dotted
+    name = dotted(node)
+    if name.rpartition(".")[2] in DEVICE_MODULES and name.rpartition(".")[0] in {"torch", "torch.backends"}:
+        yield name
+    if name == "torch.accelerator":
+        yield name
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in DEVICE_MODULES:
         yield f".{node.func.attr}()"
     for name in imported_modules(node):
@@ -98,8 +106,9 @@ def unpickling(module: str, node: ast.AST) -> Iterator[str]:
         if name.split(".")[0] in UNPICKLERS:
             yield f"import {name}"
     if isinstance(node, ast.Call):
-        keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
-        if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
+        heeded = {"weights_only", "allow_pickle", "trust_remote_code"}
+        keywords = {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg in heeded}
+        if dotted(node.func) == "torch.load" and keywords.get("weights_only") != "True":
             yield "torch.load without weights_only=True"
         if keywords.get("allow_pickle", "False") != "False":
             yield "allow_pickle"
@@ -110,14 +119,14 @@ def unpickling(module: str, node: ast.AST) -> Iterator[str]:
 
 
 def unsafe_yaml(module: str, node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.Attribute) and ast.unparse(node) in {
+    if dotted(node) in {
         "yaml.unsafe_load",
         "yaml.full_load",
         "yaml.UnsafeLoader",
         "yaml.FullLoader",
         "yaml.Loader",
     }:
-        yield ast.unparse(node)
+        yield dotted(node)
 
 
 def running_code(module: str, node: ast.AST) -> Iterator[str]:
@@ -135,9 +144,7 @@ def tensor_work_in_core(module: str, node: ast.AST) -> Iterator[str]:
 
 def newer_than_the_oldest_python(module: str, node: ast.AST) -> Iterator[str]:
     """What Python 3.10 lacks. Files that a compiler takes may still ask for it."""
-    named = set(imported_modules(node))
-    if isinstance(node, ast.Attribute):
-        named.add(ast.unparse(node))
+    named = {*imported_modules(node), dotted(node)}
     yield from sorted(named & SINCE_3_11)
 
 
@@ -196,8 +203,12 @@ RULES: list[Rule] = [
 ]
 
 
+HEEDED = (ast.Attribute, ast.Call, ast.Constant, ast.Import, ast.ImportFrom, ast.Name)  # of these nodes rules speak
+
+
 def offences(rule: Rule, module: str, source: str) -> list[str]:
-    return [found for node in ast.walk(ast.parse(source)) for found in rule(module, node)]
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, HEEDED))
+    return [found for node in nodes for found in rule(module, node)]
 
 
 def module_name(path: Path) -> str:
@@ -214,6 +225,8 @@ def offences_of_package() -> dict[str, list[str]]:
     for path in paths:
         module = module_name(path)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, HEEDED):
+                continue
             for rule in RULES:
                 found[rule.__name__] += (f"{path}: {complaint}" for complaint in rule(module, node))
     return found
