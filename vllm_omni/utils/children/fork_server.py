@@ -31,6 +31,8 @@ def main(arguments: list[str]) -> None:
     control, parent = map(int, arguments)
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent decides
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have had its children's ends forgotten
+    gc.disable()  # it imports, and nothing of that is garbage
     connection = socket.socket(fileno=control)
     children: set[int] = set()
     while children or _is_readable(connection, IDLE_S):
@@ -54,7 +56,6 @@ def _fork(connection: socket.socket, order: Mapping[str, Any]) -> int | None:
     for name in order["imports"]:
         with suppress(Exception):  # the child says what it misses
             import_module(name)
-    gc.collect()
     gc.freeze()  # no child's search for garbage writes into memory that they share
     try:
         if threading.active_count() > 1:
@@ -76,6 +77,7 @@ def _run(module: str, files: Sequence[int], server: int) -> NoReturn:
     status = 1
     try:
         die_with(server)
+        gc.enable()
         *own, output, errors = files
         for number, file in ((1, output), (2, errors)):
             os.dup2(file, number)
