@@ -48,7 +48,7 @@ class Keeper:
         """At once, also where it is stopped; nothing where it has ended."""
         with self._guard:
             self._is_wanted = False
-            if self._child is not None and self._status is None:
+            if self._child is not None:
                 self._child.kill()
 
     def wait(self, timeout_s: float) -> bool:
@@ -83,9 +83,7 @@ class Keeper:
                 target=self._read, args=(output,), name=f"{self._thread.name}-output", daemon=True
             )
             reader.start()
-            self._child.wait()
-            with self._guard:
-                self._status = self._child.reap()
+            self._status = self._child.reap()
             reader.join(LAST_WORDS_S)
         self._on_end()
 

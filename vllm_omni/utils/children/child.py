@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]  # whose package a child is to import
 
 
 class Child(Protocol):
-    """Its process id is its own until `reap`: nothing else is killed. `reap` runs beside none of these."""
+    """Its process id is its own until `reap`: nothing else is killed. One thread reaps; any may kill."""
 
     @property
     def pid(self) -> int: ...
@@ -65,16 +66,18 @@ class FreshChild:
             pass_fds=files,
             cwd=ROOT,
         )
+        self._lock = threading.Lock()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def kill(self) -> None:
-        self._process.kill()
+        with self._lock:
+            self._process.kill()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        if timeout_s is None and hasattr(os, "waitid"):
+        if self._process.returncode is None and timeout_s is None and hasattr(os, "waitid"):
             with suppress(ChildProcessError):
                 os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             return True
@@ -84,4 +87,6 @@ class FreshChild:
         return False
 
     def reap(self) -> int:
-        return self._process.wait()
+        self.wait()
+        with self._lock:
+            return self._process.wait()

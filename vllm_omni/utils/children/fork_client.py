@@ -40,11 +40,15 @@ class ForkServer:
     def fork(self, module: str, files: Sequence[int], output: int | None, imports: Iterable[str]) -> ForkedChild:
         """NotForkedError where that cannot be."""
         outputs = (1, 2) if output is None else (output, output)
-        pid = self._ask({"module": module, "imports": list(imports)}, [*files, *outputs])["pid"]
-        if pid is None:
-            raise NotForkedError
         with self._lock:
             self._num_children += 1
+        try:
+            pid = self._ask({"module": module, "imports": list(imports)}, [*files, *outputs])["pid"]
+            if pid is None:
+                raise NotForkedError
+        except NotForkedError:
+            self._one_less()
+            raise
         try:
             return ForkedChild(pid, self)
         except OSError as error:  # no descriptor for it
@@ -58,15 +62,18 @@ class ForkServer:
             status: int = self._ask({"reap": pid})["status"]
         except NotForkedError:  # its children have ended with it
             status = -signal.SIGKILL
-        with self._lock:
-            self._num_children -= 1
-            self._end_when_left()
+        self._one_less()
         return status
 
     def leave(self) -> None:
         """It ends when its last child has been reaped."""
         with self._lock:
             self._is_left = True
+            self._end_when_left()
+
+    def _one_less(self) -> None:
+        with self._lock:
+            self._num_children -= 1
             self._end_when_left()
 
     def _end_when_left(self) -> None:
@@ -108,10 +115,11 @@ class ForkedChild:
         self._server = server
         self._file = os.pidfd_open(pid)  # the server reaps none unasked, so it is this one's
         self._status: int | None = None
+        self._lock = threading.Lock()  # no signal by a descriptor that is closed
 
     def kill(self) -> None:
-        if self._status is None:
-            with suppress(ProcessLookupError):
+        with self._lock, suppress(ProcessLookupError):
+            if self._status is None:
                 signal.pidfd_send_signal(self._file, signal.SIGKILL)
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -124,8 +132,10 @@ class ForkedChild:
     def reap(self) -> int:
         if self._status is None:
             self.wait()
-            self._status = self._server.reap(self.pid)
-            os.close(self._file)
+            status = self._server.reap(self.pid)
+            with self._lock:
+                self._status = status
+                os.close(self._file)
         return self._status
 
 
