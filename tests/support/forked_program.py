@@ -40,9 +40,8 @@ class ForkedProgram:
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], output: int) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            self._child = _fork_server(frozenset(_lasting(environment).items())).fork(
-                MODULE, [theirs.fileno()], output, IMPORTS
-            )
+            server = _fork_server(frozenset(_lasting(environment).items()))
+            self._child = server.fork(MODULE, [theirs.fileno()], output, IMPORTS)
             order = {"arguments": list(arguments), "environment": dict(environment)}
             write_message(ours, {**order, "folder": str(Path.cwd())})
             read_message(ours)
@@ -71,7 +70,7 @@ def _lasting(environment: Mapping[str, str]) -> dict[str, str]:
 @lru_cache(2)
 def _fork_server(environment: frozenset[tuple[str, str]]) -> ForkServer:
     """One for each environment, since libraries look into it when they are imported."""
-    return ForkServer(dict(environment))
+    return ForkServer(dict(environment), idle_s=7200)
 
 
 def main(arguments: list[str]) -> None:

@@ -223,15 +223,12 @@ def test_in_another_environment_there_is_another_and_the_first_stays_while_it_ha
     until(lambda: not Path(f"/proc/{first}").exists())
 
 
-def test_one_without_children_ends_by_itself() -> None:
-    ours, theirs = socket.socketpair()
-    code = f"from {fork_client.MODULE} import *; import {fork_client.MODULE} as it; it.IDLE_S = 0.1; "
-    code += f"main(['{theirs.fileno()}', '{os.getpid()}'])"
-    with ours, theirs:
-        done = subprocess.run(
-            [sys.executable, "-c", code], pass_fds=[theirs.fileno()], cwd=TESTS.parent, timeout=PATIENCE_S, check=False
-        )
-    assert done.returncode == 0
+def test_one_without_children_ends_by_itself_and_asks_for_another() -> None:
+    server = fork_client.ForkServer(os.environ, idle_s=0)
+    until(lambda: server.has_ended)
+    with pytest.raises(fork_client.NotForkedError):
+        server.fork(MODULE, [], None, [])
+    server.leave()
 
 
 def test_nothing_is_left_of_a_child() -> None:

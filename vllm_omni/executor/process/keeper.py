@@ -12,7 +12,9 @@ from vllm_omni.utils.children.child import Child, start_child
 from vllm_omni.utils.processes import end_in_words
 
 MODULE, SERVICE = "vllm_omni.executor.process.child", "vllm_omni.executor.process.service"
-TAIL_BYTES = 4_000
+TAIL_BYTES = 32_000  # of what a child has written, kept here
+MAX_WORDS = 4_000  # of its end, told
+NOISE = "Extension modules: "  # of a crash, a line with all that was imported
 LAST_WORDS_S = 0.2  # that are waited for what an ended child has written; its own children may hold the pipe open
 
 
@@ -61,7 +63,8 @@ class Keeper:
         if self._failure is not None:
             return f"could not be started ({type(self._failure).__name__}: {self._failure})"
         words = "has ended" if self._status is None else end_in_words(self._status)
-        tail = bytes(self._tail).decode("utf-8", "replace").strip()
+        lines = bytes(self._tail).decode("utf-8", "replace").splitlines()
+        tail = "\n".join(line for line in lines if not line.startswith(NOISE)).strip()[-MAX_WORDS:]
         return f"{words}; the last that it wrote: {tail}" if tail else words
 
     def _keep(self) -> None:

@@ -18,6 +18,7 @@ from vllm_omni.utils.children.messages import read_message, write_message
 
 MODULE = "vllm_omni.utils.children.fork_server"
 LIBRARIES = frozenset({"diffusers", "transformers", "vllm_omni"})  # that take long, and start no thread when imported
+IDLE_S = 60  # without children, after which a server ends
 UNREAD = frozenset({"PYTEST_CURRENT_TEST"})  # variables that say nothing to a child, and change all the time
 
 
@@ -28,9 +29,10 @@ class NotForkedError(Exception):
 class ForkServer:
     """Owns the process, in a thread that waits for its end: on Linux a child dies with the thread that started it."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        """environment: its own and its children's."""
+    def __init__(self, environment: Mapping[str, str], idle_s: int = IDLE_S) -> None:
+        """environment: its own and its children's. idle_s: seconds without children after which it ends."""
         self._environment = dict(environment)
+        self._idle_s = idle_s
         self._control, theirs = socket.socketpair()
         self._lock = threading.Lock()
         self._num_children = 0  # that are not reaped
@@ -96,7 +98,7 @@ class ForkServer:
     def _keep(self, theirs: socket.socket) -> None:
         with suppress(OSError), theirs:  # no memory for another process
             process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-m", MODULE, str(theirs.fileno()), str(os.getpid()), str(self._idle_s)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=self._environment,

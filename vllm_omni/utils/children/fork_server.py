@@ -1,8 +1,8 @@
-"""`python -m vllm_omni.utils.children.fork_server SOCKET PARENT`: a process that imports what its parent names, and
-forks children which have that from their first moment, and share its memory.
+"""A process that imports what its parent names, and forks children which have that from their first moment, and share
+its memory: `python -m vllm_omni.utils.children.fork_server SOCKET PARENT IDLE_S`.
 
 It has one thread and computes nothing, so that no lock is held and no library has threads while it forks. It ends with
-its parent, its children end with it, and it ends by itself when it has had none for a while.
+its parent, its children end with it, and it ends by itself when it has had no child and no order for IDLE_S seconds.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from typing import Any, NoReturn
 from vllm_omni.utils.children.messages import read_message, write_message
 from vllm_omni.utils.processes import die_with
 
-IDLE_S = 60.0  # without children and orders, after which it ends
 MAX_FILES = 16  # that an order brings
 
 
 def main(arguments: list[str]) -> None:
-    control, parent = map(int, arguments)
+    control, parent, idle_s = map(int, arguments)
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent decides
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have had its children's ends forgotten
     gc.disable()  # it imports, and nothing of that is garbage
     connection = socket.socket(fileno=control)
     children: set[int] = set()
-    while children or _is_readable(connection, IDLE_S):
+    while children or _is_readable(connection, idle_s):
         order = read_message(connection)
         if order is None:
             return
