@@ -34,10 +34,12 @@ def _own_children(pid: int | str) -> set[int]:
 
 
 def descendants(pid: int) -> set[int]:
-    """Of a process, at any depth; zombies left out."""
+    """Of a process, at any depth; zombies left out, and fork servers, which live on for a while."""
     found: set[int] = set()
     for child in _own_children(pid):
-        if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        if is_fork_server(child):
+            found |= descendants(child)
+        elif Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
             found |= {child, *descendants(child)}
     return found
 
