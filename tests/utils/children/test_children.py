@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,17 @@ def tell(*, imports: tuple[str, ...] = ()) -> dict[str, Any]:
         return about
 
 
+@contextmanager
+def sleeping() -> Iterator[Child]:
+    """A child that sleeps already; the caller ends it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        child = start_child(MODULE, [theirs.fileno()])
+        write_message(ours, {"do": "sleep"})
+        told(ours)
+        yield child
+
+
 def test_what_one_has_imported_the_next_has_from_its_first_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork_client, "_learned", {})
     monkeypatch.setenv("A_NEW", "fork server")
@@ -180,11 +192,7 @@ def test_the_fork_server_has_no_thread_when_it_has_imported_all_that_stages_need
 
 
 def test_children_end_with_a_fork_server_that_is_killed_and_another_takes_its_place() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        child = start_child(MODULE, [theirs.fileno()])
-        write_message(ours, {"do": "sleep"})
-        told(ours)
+    with sleeping() as child:
         first = the_fork_server()
         os.kill(first, signal.SIGKILL)
         assert child.wait(PATIENCE_S) and child.reap() == -signal.SIGKILL
@@ -209,11 +217,7 @@ def test_a_child_starts_afresh_where_the_fork_server_is_gone_in_that_moment(monk
 def test_in_another_environment_there_is_another_and_the_first_stays_while_it_has_children(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        child = start_child(MODULE, [theirs.fileno()])
-        write_message(ours, {"do": "sleep"})
-        told(ours)
+    with sleeping() as child:
         first = the_fork_server()
         monkeypatch.setenv("ANOTHER", "one")
         assert tell()["parent"] != first
@@ -229,6 +233,18 @@ def test_one_without_children_ends_by_itself_and_asks_for_another() -> None:
     with pytest.raises(fork_client.NotForkedError):
         server.fork(MODULE, [], None, [])
     server.leave()
+
+
+def test_a_descriptor_that_is_closed_costs_no_other_child_its_server() -> None:
+    about = tell()
+    server = fork_client._server
+    assert server is not None
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.close(writing)
+    with pytest.raises(fork_client.NotForkedError):
+        server.fork(MODULE, [writing], None, [])
+    assert tell()["parent"] == about["parent"]
 
 
 def test_nothing_is_left_of_a_child() -> None:

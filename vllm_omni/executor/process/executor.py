@@ -26,6 +26,7 @@ from vllm_omni.executor.process.segments import create_memory
 from vllm_omni.executor.served import ServedExecutor
 from vllm_omni.executor.wire.base import WireError
 from vllm_omni.utils.children.fork_client import learn
+from vllm_omni.utils.device import is_cpu
 from vllm_omni.utils.processes import is_stopped
 
 LEAVE_S = 5.0  # the most that is waited for a child to free its engine and end
@@ -99,7 +100,7 @@ class ProcessExecutor(ServedExecutor):
         self._pulse = Pulse(pulse)
         self._started_s = time.monotonic()
         self._connection = Connection(ours, self._segments, wire_types())
-        forks = self._blueprint.device.type == "cpu"
+        forks = is_cpu(self._blueprint.device)
         self._keeper = Keeper(self._name, [theirs.detach(), pulse], self._wake, forks=forks)
         surroundings = Surroundings.of(self._blueprint.config)
         self._connection.send(surroundings)

@@ -8,12 +8,9 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Protocol
 
-from vllm_omni.utils.children.fork_client import NotForkedError, fork_child
-
-ROOT = Path(__file__).resolve().parents[3]  # whose package a child is to import; it begins there
+from vllm_omni.utils.children.fork_client import ROOT, NotForkedError, fork_child
 
 
 class Child(Protocol):

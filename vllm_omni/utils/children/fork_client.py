@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_omni.utils.children.messages import read_message, write_message
 
+ROOT = Path(__file__).resolve().parents[3]  # whose package a child is to import; it begins there
 MODULE = "vllm_omni.utils.children.fork_server"
 LIBRARIES = frozenset({"diffusers", "transformers", "vllm_omni"})  # that take long, and start no thread when imported
 IDLE_S = 60  # without children, after which a server ends
@@ -45,7 +46,8 @@ class ForkServer:
         with self._lock:
             self._num_children += 1
         try:
-            pid = self._ask({"module": module, "imports": list(imports)}, [*files, *outputs])["pid"]
+            sent = [*files, *outputs]
+            pid = self._ask({"module": module, "imports": list(imports), "num_files": len(sent)}, sent)["pid"]
             if pid is None:
                 raise NotForkedError
         except NotForkedError:
@@ -87,13 +89,20 @@ class ForkServer:
             try:
                 write_message(self._control, order)
                 if files is not None:
-                    socket.send_fds(self._control, [b"f"], files)
+                    self._send(files)
             except OSError as error:
                 raise NotForkedError from error
             answer = read_message(self._control)
         if answer is None:
             raise NotForkedError
         return answer
+
+    def _send(self, files: Sequence[int]) -> None:
+        """Where one is closed, such as the stdout of a daemon, none: the server answers that it has too few."""
+        try:
+            socket.send_fds(self._control, [b"f"], files)
+        except OSError:
+            self._control.sendall(b"f")
 
     def _keep(self, theirs: socket.socket) -> None:
         with suppress(OSError), theirs:  # no memory for another process
@@ -102,7 +111,7 @@ class ForkServer:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=self._environment,
-                cwd=Path(__file__).resolve().parents[3],  # whose package it is to import
+                cwd=ROOT,
             )
             theirs.close()
             process.wait()

@@ -57,7 +57,7 @@ def _fork(connection: socket.socket, order: Mapping[str, Any]) -> int | None:
             import_module(name)
     gc.freeze()  # no child's search for garbage writes into memory that they share
     try:
-        if threading.active_count() > 1:
+        if len(files) < order["num_files"] or threading.active_count() > 1:
             return None
         server, pid = os.getpid(), os.fork()
         if pid == 0:

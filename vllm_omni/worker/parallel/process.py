@@ -14,6 +14,7 @@ import torch
 
 from vllm_omni.utils.children.child import start_child
 from vllm_omni.utils.children.messages import write_message
+from vllm_omni.utils.device import is_cpu
 from vllm_omni.utils.processes import end_in_words, is_stopped
 
 MODULE = "vllm_omni.worker.parallel.follower"
@@ -27,7 +28,7 @@ class FollowerProcess:
         self.rank = rank
         self.socket, theirs = socket.socketpair()
         with theirs:
-            forks = torch.device(orders["device"]).type == "cpu"
+            forks = is_cpu(torch.device(orders["device"]))
             self._child = start_child(MODULE, [theirs.fileno()], forks=forks)
         write_message(self.socket, {**orders, "folder": str(Path.cwd()), "sys_path": [str(path) for path in sys.path]})
 
