@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +136,12 @@ def test_measures_are_seconds_since_the_request_was_due() -> None:
 def test_a_summary_has_percentiles_errors_and_what_kept_to_the_limits() -> None:
     ends = [10 + index / 10 for index in range(1, 101)]
     answers = [answered(ended_s=end, first_text_s=10.1, last_text_s=10.1, num_deltas=1) for end in ends]
-    refused = [answered(status="429", error="the queue is full"), answered(status="ConnectError")]
+    refused = [answered(status="429", error="the queue is full"), answered(status="connection")]
     found = summarise(Run([*answers, *refused], 10.0, 20.0), parse_limits("ttft=0.5, e2e=5"))
     expected = np.percentile([end - 10 for end in ends], [50, 90, 95, 99])
     assert [found["latency_s"]["e2e"][name] for name in ("p50", "p90", "p95", "p99")] == pytest.approx(expected)
     assert (found["num_requests"], found["num_ok"], found["requests_per_s"]) == (102, 100, 5.0)
-    assert found["errors"] == {"429": 1, "ConnectError": 1}
+    assert found["errors"] == {"429": 1, "connection": 1}
     assert found["goodput"]["share"] == pytest.approx(50 / 102)
     assert found["works"]["words"]["latency_s"] == found["latency_s"]
 
@@ -208,7 +208,7 @@ def test_an_unknown_model_and_an_absent_server_are_errors_and_no_crash(server: S
     code, found = bench(tmp_path, "serve", "--url", server.address, "--model", "nobody", *load)
     assert (code, found["summary"]["errors"]) == (1, {"404": 3})
     code, found = bench(tmp_path, "serve", "--url", "http://127.0.0.1:9", *load)
-    assert (code, found["summary"]["errors"]) == (1, {"ConnectError": 3})
+    assert (code, found["summary"]["errors"]) == (1, {"connection": 3})
 
 
 @pytest.mark.parametrize(
@@ -236,28 +236,70 @@ def test_offline_says_which_kinds_it_does_not_know(tmp_path: Path, capsys: pytes
 
 
 def test_a_connection_serves_one_request_after_the_other() -> None:
-    connections = 0
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + b"e\r\ndata: [DONE]\n\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.01)  # its end comes by itself
+        writer.write(b"0\r\n\r\n")
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal connections
-        connections += 1
+    _, num_connections = asked_of(answer, 3)
+    assert num_connections == 1
+
+
+def test_an_event_may_be_longer_than_what_is_read_at_once() -> None:
+    event = json.dumps({"choices": [{"text": "a"}], "usage": {"completion_tokens": 7}, "picture": "p" * 2**20}).encode()
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        content = b"data: " + event + b"\r\n\r\ndata: [DONE]\n\n"
+        for start in range(0, len(content), 100_000):
+            piece = content[start : start + 100_000]
+            writer.write((CHUNKED if start == 0 else b"") + b"%x\r\n" % len(piece) + piece + b"\r\n")
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
+
+    (found,), _ = asked_of(answer, 1)
+    assert (found.status, found.num_deltas, found.num_tokens) == ("200", 1, 7)
+
+
+@pytest.mark.parametrize(("stays", "status"), [(True, "timeout"), (False, "connection")])
+def test_a_server_that_goes_silent_or_away_in_its_answer_is_an_error(stays: bool, status: str) -> None:
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + b'14\r\ndata: {"choices":[]}\r\n')
+        await writer.drain()
+        if stays:
+            await asyncio.sleep(0.5)
+        writer.close()
+
+    (found,), _ = asked_of(answer, 1, timeout_s=0.2)
+    assert found.status == status and found.error
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def asked_of(
+    answer: Callable[[asyncio.StreamWriter], Awaitable[None]], count: int, timeout_s: float = 10
+) -> tuple[list[Answer], int]:
+    """What `count` requests, one after the other, get of a server that answers so; and how many connections it saw."""
+    num_connections = 0
+    found = [answered(num_deltas=0) for _ in range(count)]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
         with contextlib.suppress(asyncio.IncompleteReadError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 await reader.readexactly(int(re.findall(rb"content-length: (\d+)", head.lower())[0]))
-                head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
-                writer.write(head + b"e\r\ndata: [DONE]\n\n\r\n")
-                await writer.drain()
-                await asyncio.sleep(0.01)  # its end comes by itself
-                writer.write(b"0\r\n\r\n")
+                await answer(writer)
         writer.close()
 
     async def main() -> None:
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             host, port = server.sockets[0].getsockname()
-            async with HttpTarget(f"http://{host}:{port}", None, None, 10) as target:
-                for request in words(3):
-                    await target.ask(request, answered())
+            async with HttpTarget(f"http://{host}:{port}", None, None, timeout_s) as target:
+                for request, each in zip(words(count), found, strict=True):
+                    await target.ask(request, each)
 
     asyncio.run(main())
-    assert connections == 1
+    return found, num_connections

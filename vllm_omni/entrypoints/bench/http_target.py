@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any
 
-import httpx
+import aiohttp
 
 from vllm_omni.entrypoints.bench.answer import OK, Answer
 from vllm_omni.entrypoints.bench.mix import ROUTES, BenchRequest
 from vllm_omni.errors import ConfigError
 
-DATA = "data:"
-DONE = "[DONE]"
+DATA = b"data:"
+DONE = b"[DONE]"
 HAVE_USAGE = ("chat", "completion")  # kinds whose streams tell their tokens when asked to
 
 
@@ -29,43 +28,28 @@ class HttpTarget:
         self._root = root
         self._model = model
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        self._timeout_s = timeout_s
-        self._tls = httpx.create_ssl_context()
-        self._idle: list[httpx.AsyncClient] = []  # each with a connection
+        self._timeout = aiohttp.ClientTimeout(sock_connect=timeout_s, sock_read=timeout_s, total=None)
+        self._session: aiohttp.ClientSession | None = None  # from entering to leaving: it belongs to an event loop
 
     async def ask(self, request: BenchRequest, answer: Answer) -> None:
-        with self._client() as client:
-            await self._ask(client, request, answer)
-
-    async def _ask(self, client: httpx.AsyncClient, request: BenchRequest, answer: Answer) -> None:
+        assert self._session is not None, "outside of `async with`"
         try:
-            async with client.stream("POST", self._root + ROUTES[request.kind], json=self._body(request)) as got:
-                if got.status_code != int(OK):
-                    answer.fail(str(got.status_code), _message(await got.aread()))
+            async with self._session.post(self._root + ROUTES[request.kind], json=self._body(request)) as got:
+                if got.status != int(OK):
+                    answer.fail(str(got.status), _message(await got.read()))
                 elif request.kind == "speech":
-                    async for piece in got.aiter_raw():
-                        if piece:
-                            answer.note_sound()
+                    async for _ in got.content.iter_any():
+                        answer.note_sound()
                 elif request.kind == "video":
-                    await got.aread()
+                    await got.read()
                 else:
                     await _read_events(got, answer)
-        except httpx.TimeoutException as error:
-            answer.fail("timeout", type(error).__name__)
-        except (httpx.HTTPError, ValueError) as error:
+        except aiohttp.ServerTimeoutError as error:
+            answer.fail("timeout", str(error))
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            answer.fail("connection", str(error))
+        except (aiohttp.ClientError, ValueError) as error:
             answer.fail(type(error).__name__, str(error))
-
-    @contextmanager
-    def _client(self) -> Iterator[httpx.AsyncClient]:
-        """One for each request under way: a pool of many connections looks at all of them for every request."""
-        client = self._idle.pop() if self._idle else self._new_client()
-        try:
-            yield client
-        finally:
-            self._idle.append(client)
-
-    def _new_client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(headers=self._headers, timeout=self._timeout_s, verify=self._tls)
 
     def _body(self, request: BenchRequest) -> dict[str, Any]:
         named = {} if self._model is None else {"model": self._model}
@@ -75,18 +59,21 @@ class HttpTarget:
         return {**named, **request.body, "stream": True, **usage}
 
     async def __aenter__(self) -> HttpTarget:
+        # a load has as many requests under way as it says
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=self._timeout)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for client in self._idle:
-            await client.aclose()
+        if self._session is not None:
+            await self._session.close()
 
 
-async def _read_events(response: httpx.Response, answer: Answer) -> None:
+async def _read_events(response: aiohttp.ClientResponse, answer: Answer) -> None:
     has_content = False
-    async for line in response.aiter_lines():
+    async for line in _lines(response.content):
         if not line.startswith(DATA):
             continue
         content = line[len(DATA) :].strip()
@@ -100,6 +87,18 @@ async def _read_events(response: httpx.Response, answer: Answer) -> None:
         _note(event, answer)
     if not has_content:
         answer.fail("empty", "the stream held no event")
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Of any length, as a picture is one of them."""
+    rest: list[bytes] = []
+    async for piece in content.iter_any():
+        end, *lines = piece.split(b"\n")
+        rest.append(end)
+        for line in lines:
+            yield b"".join(rest)
+            rest = [line]
+    yield b"".join(rest)
 
 
 def _note(event: Mapping[str, Any], answer: Answer) -> None:
