@@ -38,7 +38,7 @@ demo: setup
 	$(BIN)/python examples/tiny_talker.py "3 7 red" -o out/demo/speech.wav
 
 test: setup
-	$(BIN)/python -m pytest $(SHARED) --cov=vllm_omni --cov-fail-under=85
+	$(BIN)/python -m pytest $(SHARED) --min-coverage 85
 
 test-plain: setup
 	$(BIN)/python -m pytest $(SHARED) --plain tests/layers tests/engine tests/models tests/worker tests/assets

@@ -1,8 +1,7 @@
 """What all tests need: random-operation tests do not fail because the machine is busy (no deadlines, no word about
-slow data), nor are the lines counted that they run, which doubles their time; an interrupt interrupts, also where a
-shell started the tests in the background, processes that share the tests out do not wait for each other's threads,
-garbage is looked for among what tests made and not among what they imported, and Triton's kernels run in its
-interpreter where there is no GPU.
+slow data); an interrupt interrupts, also where a shell started the tests in the background, processes that share the
+tests out do not wait for each other's threads, garbage is looked for among what tests made and not among what they
+imported, and Triton's kernels run in its interpreter where there is no GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, is_hypothesis_test, settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +31,16 @@ settings.load_profile("busy")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cuda", help="where tests marked cuda run; cpu: a look at whether they would")
     parser.addoption("--plain", action="store_true", help="compute as where the CPU kernels are not compiled")
+    parser.addoption("--min-coverage", type=float, metavar="PERCENT", help="of the package's lines that tests run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not has_cuda():
         os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+    if config.getoption("--min-coverage") is not None:  # before the package is imported
+        from support.line_coverage import LineCoverage
+
+        config.pluginmanager.register(LineCoverage(config.getoption("--min-coverage")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,9 +48,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("cuda") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    for item in items:
-        if is_hypothesis_test(getattr(item, "obj", None)):
-            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.hookimpl(wrapper=True)
