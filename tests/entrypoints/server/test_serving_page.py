@@ -98,7 +98,7 @@ def test_every_flag_of_serve_and_no_other_stands_in_the_table() -> None:
     listed = {flag for row in rows("Flag") for flag in re.findall(r"--[a-z-]+", row[0])}
     assert listed == flags_of("serve")
     known = flags_of("serve") | flags_of("bench", "serve") | flags_of("bench", "offline")
-    of_others = {"--fail", "--no-progress-meter", "--rm", "--gpus", "--seconds", "--help"}
+    of_others = {"--fail", "--no-progress-meter", "--rm", "--gpus", "--format", "--seconds", "--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= known | of_others
 
 

@@ -158,7 +158,7 @@ def test_it_stands_still_without_the_next_word_and_holds_up_nobody(talkers: Talk
     spoken = drain(engine)
     assert len(codes_of(spoken, "waits")) == 3, "one of the prompt, one for each further word"
     assert not is_busy(engine) and engine.step() == []
-    submit(engine, make_task(case, SamplingParams(max_tokens=4), "other"))
+    submit(engine, make_task(case, SamplingParams(max_tokens=4, min_tokens=4), "other"))
     assert len(codes_of(drain(engine), "other")) == 4
     for name in ("waits", "has no word"):
         engine.abort(name)
