@@ -14,7 +14,6 @@ from vllm_omni.entrypoints.server.http.api_error import ApiError
 T = TypeVar("T")
 RECANCEL_S = 0.1
 REFUSAL_S = 0.5  # within which a request that is wrong is refused, before its job is begun
-FIRST_S = 2.0  # how long the first part of a stream may take before the answer's headers go out without it
 
 
 async def until_gone(receive: Receive) -> None:
@@ -45,7 +44,7 @@ async def all_of(works: Sequence[Coroutine[Any, Any, T]]) -> Sequence[T]:
         await cancel(*tasks)
 
 
-async def begun(parts: AsyncGenerator[T, None], wait_s: float = FIRST_S) -> Begun[T]:
+async def begun(parts: AsyncGenerator[T, None], wait_s: float = REFUSAL_S) -> Begun[T]:
     """The parts with the first one made, or begun: what refuses a request at once raises here, while the answer's
     status can still say so.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.server.http.api_error import ApiError, as_api_error
-from vllm_omni.entrypoints.server.http.client import Begun, cancel, until_gone
+from vllm_omni.entrypoints.server.http.client import cancel, until_gone
 from vllm_omni.entrypoints.server.settings import ServerSettings
 from vllm_omni.errors import OmniError
 
@@ -21,21 +21,24 @@ KEEP_ALIVE = b": still at work\n\n"
 NO_BUFFERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # of proxies between us and the client
 TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # `json.dumps` makes one for every event
 MAX_UNSENT = 16  # parts that are sent together
+FIRST_S = 2.0  # how long the first part may take before the answer's headers go out without it
 Event = Mapping[str, Any]  # its `type`, where it has one, becomes the event's name too
 T = TypeVar("T")
 
 
 class PartStream(Response, Generic[T]):
     """Parts as they are made. A client that goes away, or leaves them unread for `write_timeout_s`, closes their
-    source, which aborts the request behind it.
+    source, which aborts the request behind it. What goes wrong before anything was sent is raised: the answer's status
+    can still say so.
 
     encode: a part's bytes. fail: the bytes that say what went wrong; without it the connection breaks off. last: the
-    bytes behind a whole stream. idle: sent when there has been nothing for a while.
+    bytes behind a whole stream. idle: sent when there has been nothing for a while. headers: more of them, asked for
+    when the answer begins: with the first part, or after `first_s` without it (None: not without it).
     """
 
     def __init__(
         self,
-        source: Begun[T],
+        source: AsyncGenerator[T, None],
         settings: ServerSettings,
         media_type: str,
         encode: Callable[[T], bytes],
@@ -43,9 +46,10 @@ class PartStream(Response, Generic[T]):
         fail: Callable[[Exception], bytes] | None = None,
         last: bytes = b"",
         idle: bytes = b"",
-        headers: Mapping[str, str] | None = None,
+        headers: Callable[[], Mapping[str, str]] | None = None,
+        first_s: float | None = FIRST_S,
     ) -> None:
-        super().__init__(media_type=media_type, headers={**NO_BUFFERS, **(headers or {})})
+        super().__init__(media_type=media_type, headers=NO_BUFFERS)
         del self.headers["content-length"]
         self._source = source
         self._settings = settings
@@ -53,9 +57,12 @@ class PartStream(Response, Generic[T]):
         self._fail = fail
         self._last = last
         self._idle = idle
+        self._more_headers = headers
+        self._first_s = first_s
         self._unsent: list[bytes] = []
         self._has_news = asyncio.Event()  # something is unsent, or reading has ended
         self._is_sent = asyncio.Event()
+        self._has_begun = False  # the answer's status is sent
         self._is_sending = False
         self._turn_s = asyncio.get_running_loop().time()  # when sending last began or ended
         self._timer: asyncio.TimerHandle | None = None
@@ -89,14 +96,14 @@ class PartStream(Response, Generic[T]):
                     self._is_sent.clear()
                     await self._is_sent.wait()
         except Exception as error:
-            if self._fail is None:
+            if self._fail is None or not self._has_begun:
                 raise
             self._unsent.append(self._fail(error))
         self._unsent.append(self._last)
 
     async def _write(self, send: Send, reading: asyncio.Future[None]) -> None:
         """All parts that are there at once: a message costs as much as making a small part."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await self._begin(send, reading)
         is_over = False
         while not is_over:
             await self._has_news.wait()
@@ -109,6 +116,20 @@ class PartStream(Response, Generic[T]):
         with suppress(ApiError, OmniError):  # without an end, which breaks the connection off
             reading.result()
 
+    async def _begin(self, send: Send, reading: asyncio.Future[None]) -> None:
+        """Says that it goes well, as soon as there is something to show for it."""
+        timer = None
+        if self._first_s is not None:
+            timer = asyncio.get_running_loop().call_later(self._first_s, self._has_news.set)
+        await self._has_news.wait()
+        if timer is not None:
+            timer.cancel()
+        if reading.done():
+            reading.result()
+        self._has_begun = True
+        self.headers.update({} if self._more_headers is None else self._more_headers())
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
     def _watch(self, send: Send, leaving: asyncio.Future[None]) -> None:
         """Gives a client up that has left for too long what was sent, and says now and then that there is nothing yet.
         One timer for the whole stream, as a part must cost little.
@@ -120,7 +141,8 @@ class PartStream(Response, Generic[T]):
             leaving.cancel()
             return
         if not self._is_sending and since_s >= pause_s:
-            self._sign = asyncio.ensure_future(self._send_body(send, self._idle, more=True))
+            if self._has_begun:
+                self._sign = asyncio.ensure_future(self._send_body(send, self._idle, more=True))
             since_s = 0.0
         wait_s = patience_s - since_s if self._is_sending else min(patience_s, pause_s - since_s)
         self._timer = loop.call_later(wait_s, self._watch, send, leaving)
@@ -134,7 +156,7 @@ class PartStream(Response, Generic[T]):
         self._is_sent.set()
 
 
-def event_stream(source: Begun[Event], settings: ServerSettings) -> PartStream[Event]:
+def event_stream(source: AsyncGenerator[Event, None], settings: ServerSettings) -> PartStream[Event]:
     """Events as `text/event-stream`, ended by `[DONE]`. What goes wrong becomes an event with `error`."""
     return PartStream(
         source,

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from vllm_omni.entrypoints.server.answers.chat_answer import ChatAnswer
 from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
-from vllm_omni.entrypoints.server.http.client import begun, while_connected
+from vllm_omni.entrypoints.server.http.client import while_connected
 from vllm_omni.entrypoints.server.http.event_stream import event_stream
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.requests.building import build_request, require, voice_key
@@ -39,7 +39,7 @@ async def create_chat_completion(body: ChatBody, call: CallOf, request: Request)
         output = await while_connected(request, call.parts.runs.final(run))
         return JSONResponse(await answer.whole(output))
     chunks = answer.chunks(call.parts.runs.parts(run), body.stream_options or StreamOptions())
-    return event_stream(await begun(chunks), call.parts.settings)
+    return event_stream(chunks, call.parts.settings)
 
 
 def chat_outputs(body: ChatBody, model: ServedModel) -> Sequence[str]:

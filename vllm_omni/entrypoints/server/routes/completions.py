@@ -16,7 +16,7 @@ from vllm_omni.entrypoints.server.answers.merging import merged
 from vllm_omni.entrypoints.server.answers.usage import chat_usage
 from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
-from vllm_omni.entrypoints.server.http.client import all_of, begun, while_connected
+from vllm_omni.entrypoints.server.http.client import all_of, while_connected
 from vllm_omni.entrypoints.server.http.event_stream import event_stream
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.requests.building import build_request, require
@@ -40,7 +40,7 @@ async def create_completion(body: CompletionBody, call: CallOf, request: Request
         outputs = await while_connected(request, all_of([call.parts.runs.final(run) for run in runs]))
         return JSONResponse(answer.whole(outputs))
     parts = merged([call.parts.runs.parts(run) for run in runs])
-    return event_stream(await begun(answer.chunks(parts, len(runs))), call.parts.settings)
+    return event_stream(answer.chunks(parts, len(runs)), call.parts.settings)
 
 
 def completion_run(body: CompletionBody, prompt: Any, index: int, model: ServedModel, call: Call) -> Run:

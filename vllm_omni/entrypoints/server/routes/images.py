@@ -14,7 +14,7 @@ from vllm_omni.entrypoints.server.answers.image_answer import ImageAnswer
 from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
-from vllm_omni.entrypoints.server.http.client import begun, while_connected
+from vllm_omni.entrypoints.server.http.client import while_connected
 from vllm_omni.entrypoints.server.http.event_stream import event_stream
 from vllm_omni.entrypoints.server.http.form_body import form_schema, read_form
 from vllm_omni.entrypoints.server.models import ServedModel
@@ -59,7 +59,7 @@ async def _draw(
     made = Provenance.of(model, call.parts.settings, body.prompt)
     answer = ImageAnswer(made, body, stages, kind)
     if body.stream:
-        return event_stream(await begun(answer.events(call.parts.runs.parts(run))), call.parts.settings)
+        return event_stream(answer.events(call.parts.runs.parts(run)), call.parts.settings)
     output = await while_connected(request, call.parts.runs.final(run))
     return JSONResponse(await answer.whole(output))
 

@@ -13,7 +13,7 @@ from vllm_omni.entrypoints.server.answers.job_answer import POLL_HEADERS, After,
 from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.context import CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError
-from vllm_omni.entrypoints.server.http.client import REFUSAL_S, begun
+from vllm_omni.entrypoints.server.http.client import begun
 from vllm_omni.entrypoints.server.jobs import Encode, Job
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.requests.building import build_request, require
@@ -43,7 +43,7 @@ async def create_job(body: JobBody, call: CallOf) -> Response:
     made = build_request(call, model, body, {"prompt": body.prompt}, stages, diffusion=drawing, extra=body.extra_params)
     run = call.begin(made, model, wants_parts=True, wants_steps=True)
     made_by = Provenance.of(model, call.parts.settings, body.prompt, body.extra_params)
-    parts = await begun(call.parts.runs.parts(run), REFUSAL_S)
+    parts = await begun(call.parts.runs.parts(run))
     try:
         job = call.parts.jobs.start(run, kind, parts, _encoder(kind, suffix, stages, made_by))
     except ApiError:

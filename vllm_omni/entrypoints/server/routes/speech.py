@@ -14,7 +14,7 @@ from vllm_omni.entrypoints.server.answers.encoding import AUDIO_TYPES, sample_he
 from vllm_omni.entrypoints.server.answers.usage import media_usage
 from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import as_api_error
-from vllm_omni.entrypoints.server.http.client import Begun, all_of, begun, while_connected
+from vllm_omni.entrypoints.server.http.client import all_of, while_connected
 from vllm_omni.entrypoints.server.http.event_stream import PartStream, event_stream
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.schemas.speech import SpeechBatchBody, SpeechBody, SpeechItem
@@ -30,11 +30,19 @@ async def create_speech(body: SpeechBody, call: CallOf, request: Request) -> Res
     speaker = await speaker_of(call, model, body, body)
     speech = speaker.say(speaker.run(body.input))
     if body.wants_events:
-        return event_stream(await begun(_events(speech, model)), call.parts.settings)
-    source = await _heard(request, speech)
-    headers = {} if speech.first is None else sample_headers(speech.first, body.response_format)
-    media_type = AUDIO_TYPES[body.response_format]
-    return PartStream(source, call.parts.settings, media_type, lambda piece: piece, headers=headers)
+        return event_stream(_events(speech, model), call.parts.settings)
+
+    def headers() -> Mapping[str, str]:
+        return {} if speech.first is None else sample_headers(speech.first, body.response_format)
+
+    return PartStream(
+        speech.pieces(),
+        call.parts.settings,
+        AUDIO_TYPES[body.response_format],
+        encode=lambda piece: piece,
+        headers=headers,
+        first_s=None,
+    )
 
 
 @router.post("/v1/audio/speech/batch", tags=["audio"])
@@ -46,17 +54,6 @@ async def create_speech_batch(body: SpeechBatchBody, call: CallOf, request: Requ
     succeeded = sum(result["status"] == "success" for result in results)
     counts = {"total": len(results), "succeeded": succeeded, "failed": len(results) - succeeded}
     return {"id": f"speech-batch-{call.run_id}", "results": list(results), **counts}
-
-
-async def _heard(request: Request, speech: Speech) -> Begun[bytes]:
-    """The sound's bytes with the first of them there, so that the answer's headers can say what it is."""
-    source = Begun(speech.pieces())
-    try:
-        await while_connected(request, source.ready())
-    except BaseException:
-        await source.aclose()
-        raise
-    return source
 
 
 async def _events(speech: Speech, model: ServedModel) -> AsyncGenerator[Mapping[str, Any], None]:

@@ -15,7 +15,7 @@ from vllm_omni.entrypoints.server.answers.job_answer import POLL_HEADERS, After,
 from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
-from vllm_omni.entrypoints.server.http.client import REFUSAL_S, begun, while_connected
+from vllm_omni.entrypoints.server.http.client import begun, while_connected
 from vllm_omni.entrypoints.server.http.form_body import form_schema, read_form_or_json
 from vllm_omni.entrypoints.server.jobs import Job
 from vllm_omni.entrypoints.server.models import ServedModel
@@ -36,7 +36,7 @@ SCHEMA = form_schema(VideoBody, FILE_FIELDS, or_json=True)
 async def create_video(call: CallOf, request: Request) -> Response:
     """Begins a video, and answers at once."""
     order = await _order(call, request)
-    parts = await begun(call.parts.runs.parts(order.run), REFUSAL_S)
+    parts = await begun(call.parts.runs.parts(order.run))
     facts = {"prompt": order.body.prompt, "seconds": order.seconds, "size": order.body.size or "auto"}
 
     async def encode(output: OmniOutput) -> Sequence[tuple[bytes, str]]:
