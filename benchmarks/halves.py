@@ -15,7 +15,7 @@ from benchmarks.limits import Limits, decode_parameters
 from benchmarks.measure import Options, Report, Table
 from benchmarks.quantization import MIDDLE_Z_IMAGE, Drawing, Pictures, Text, psnr
 from benchmarks.sides import SideProcess, duels, rounds
-from benchmarks.text import LARGE, SMALL, Case, ModelMaker, Transformers, equal_share
+from benchmarks.text import LARGE, SMALL, Case, ModelMaker, Transformers, equal_share, pool_of
 
 OURS, WHOLE, PEER = "held in bfloat16", "made float32", "transformers"
 HELD, MADE = "bfloat16", "none"  # by the key `quantization`
@@ -52,9 +52,10 @@ def _texts(
     with SideProcess("model maker", options.threads, ModelMaker) as maker:
         maker.call("make", Path(target), config, "bfloat16")
     rates, ratios, figures = [], [], []
+    pool = pool_of(case for _, _, case in cases)
     with (
-        SideProcess(OURS, options.threads, Text, target, "float32", HELD) as held,
-        SideProcess(WHOLE, options.threads, Text, target, "float32", MADE) as made,
+        SideProcess(OURS, options.threads, Text, target, "float32", pool, HELD) as held,
+        SideProcess(WHOLE, options.threads, Text, target, "float32", pool, MADE) as made,
         SideProcess(PEER, options.threads, Transformers, target, "float32") as peer,
     ):
         sides = [held, made, peer]

@@ -16,7 +16,7 @@ from benchmarks.gpu_shapes import TINY_QWEN3, TINY_VAE, TINY_Z_IMAGE, Z_IMAGE
 from benchmarks.limits import Limits, decode_parameters
 from benchmarks.measure import Options, Report, Table
 from benchmarks.sides import SideProcess, duels
-from benchmarks.text import LARGE, SMALL, TINY, Case, ModelMaker, Ours, equal_share
+from benchmarks.text import LARGE, SMALL, TINY, Case, ModelMaker, Ours, equal_share, pool_of
 
 QUANTIZATIONS = ("int8", "none")
 MIDDLE_Z_IMAGE = {**Z_IMAGE, "dim": 768, "n_layers": 24, "n_heads": 6, "n_kv_heads": 6, "cap_feat_dim": 32}
@@ -34,11 +34,8 @@ UNLIKELY = -12.0  # for a token that is not among those
 class Text(Ours):
     """All requests in one call, with weights of one kind."""
 
-    def __init__(self, folder: str, dtype: str, quantization: str) -> None:
-        from vllm_omni import Omni
-
-        overrides = [f"text.quantization={quantization}"]
-        self._omni = Omni(model=folder, device="cpu", dtype=dtype, overrides=overrides, progress=False)
+    def __init__(self, folder: str, dtype: str, pool: Sequence[str], quantization: str) -> None:
+        super().__init__(folder, dtype, [*pool, f"text.quantization={quantization}"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +98,7 @@ class Writer(Text):
     """The shipped language model that puts loose words plainly."""
 
     def __init__(self, quantization: str) -> None:
-        super().__init__(TINY, "float32", quantization)
+        super().__init__(TINY, "float32", [], quantization)
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Greedy, to their end."""
@@ -159,7 +156,7 @@ def _speed(folder: Path, options: Options) -> tuple[list[list[str]], list[list[s
         maker.call("make", target, config, "bfloat16")
     found, memory = [], []
     for case in cases:
-        with _pair(options, Text, str(target), "bfloat16") as (ours, plain):
+        with _pair(options, Text, str(target), "bfloat16", pool_of([case[2]])) as (ours, plain):
             found += duels(ours, plain, [case], equal_share, options)
             memory.append([f"{case[0]}, bfloat16", *(f"{side.peak_memory_mb():.0f}" for side in (ours, plain))])
     return [duel.cells()[:4] for duel in found], memory

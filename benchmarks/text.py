@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ LARGE = {
 }
 SMALL = {**MIDDLE, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 PROMPT_LENGTHS = (17, 64, 5, 120, 33, 90, 48, 9)
+BLOCK = 16  # tokens
 COLUMNS = ("case", "ours, tokens/s", "transformers, tokens/s", "ours / transformers", "equal tokens")
 
 
@@ -64,6 +65,12 @@ class Case:
     def prompts(self, repeat: int) -> list[list[int]]:
         rng = random.Random(repeat)
         return [[rng.randrange(8, self.vocab_size) for _ in range(length)] for length in self.prompt_lengths]
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the KV pool, while all sequences are at their ends."""
+        lengths = zip(self.prompt_lengths, self.new_tokens, strict=True)
+        return sum(-(-(prompt + new) // BLOCK) for prompt, new in lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +104,10 @@ class ModelMaker:
 class Ours:
     """All requests in one call of Omni.generate."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, overrides: Sequence[str] = ()) -> None:
         from vllm_omni import Omni
 
-        self._omni = Omni(model=folder, device="cpu", dtype=dtype, progress=False)
+        self._omni = Omni(model=folder, device="cpu", dtype=dtype, overrides=overrides, progress=False)
 
     def run(self, case: Case, repeat: int) -> list[list[int]]:
         return self.write(case.prompts(repeat), case.new_tokens)
@@ -155,6 +162,13 @@ class Transformers:
         return [row[:count] for row, count in zip(written, new_tokens, strict=True)]
 
 
+def pool_of(cases: Iterable[Case]) -> list[str]:
+    """The setting of a KV pool for the largest of the cases. By default it holds as many sequences as may run, each of
+    the length that the model takes.
+    """
+    return [f"text.block_size={BLOCK}", f"text.num_blocks={max(case.num_blocks for case in cases)}"]
+
+
 def run(options: Options, limits: Limits | None = None) -> Report:
     found: list[Duel] = []
     memory: list[list[str]] = []
@@ -164,8 +178,9 @@ def run(options: Options, limits: Limits | None = None) -> Report:
                 (f"{contest.words}, {contest.dtype}: {name}", sum(case.new_tokens), case)
                 for name, case in contest.cases.items()
             ]
+            pool = pool_of(contest.cases.values())
             with (
-                SideProcess("vllm_omni", options.threads, Ours, contest.folder, contest.dtype) as us,
+                SideProcess("vllm_omni", options.threads, Ours, contest.folder, contest.dtype, pool) as us,
                 SideProcess("transformers", options.threads, Transformers, contest.folder, contest.dtype) as peer,
             ):
                 found += duels(us, peer, cases, equal_share, options)

@@ -19,7 +19,7 @@ from benchmarks.measure import Options, Report, Table, with_spread
 from benchmarks.peers.environments import DEFAULT_FOLDER, TEXT_PEERS, PeerEnvironment
 from benchmarks.peers.process import PeerProcess
 from benchmarks.sides import Asked, Duel, SideError, SideProcess, rounds
-from benchmarks.text import LARGE, SMALL, Case, Ours, Transformers, equal_share, written_model
+from benchmarks.text import LARGE, SMALL, Case, Ours, Transformers, equal_share, pool_of, written_model
 
 PROMPT_LENGTH = 128
 NEW_TOKENS = 64
@@ -73,7 +73,8 @@ def run(
     notes = [MEANING]
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = str(written_model(Path(temporary), config, dtype, options.threads))
-        us = stack.enter_context(SideProcess("ours", options.threads, Ours, folder, dtype))
+        pool = pool_of(load.case for load in chosen.values())
+        us = stack.enter_context(SideProcess("ours", options.threads, Ours, folder, dtype, pool))
         peers: list[SideProcess | PeerProcess] = [
             stack.enter_context(SideProcess("transformers", options.threads, Transformers, folder, dtype)),
             *_processes(environments, folder, dtype, options, stack, notes),
