@@ -33,6 +33,21 @@ async def main():
     sys.exit(3)
 asyncio.run(main())
 """
+DROP = """
+import time
+from vllm_omni import AsyncOmni, Omni
+from vllm_omni.executor.omni_executor import OmniExecutor
+shutdown = OmniExecutor.shutdown
+def slow_shutdown(self):
+    time.sleep(0.5)
+    shutdown(self)
+    print(self.owner, flush=True)
+OmniExecutor.shutdown = slow_shutdown
+def main():
+    for kind in (Omni, AsyncOmni):
+        kind("tiny_image")._executor.owner = kind.__name__
+main()
+"""
 FORK = """
 child = os.fork()
 if not child:
@@ -59,6 +74,12 @@ def program(text: str) -> subprocess.CompletedProcess[str]:
 def test_the_interpreter_can_end_while_a_request_is_at_work() -> None:
     found = program(BEGIN + LEAVE)
     assert found.returncode == 3, found.stderr
+
+
+def test_the_interpreter_ends_once_what_was_dropped_is_freed() -> None:
+    """As where a script's `main` returns: a thread that frees tensors while the interpreter ends would abort it."""
+    found = program(DROP)
+    assert found.returncode == 0 and set(found.stdout.split()) == {"Omni", "AsyncOmni"}, found.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

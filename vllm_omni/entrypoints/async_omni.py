@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import weakref
 from collections import deque
@@ -14,6 +13,7 @@ from typing import Any
 
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.routing.request_state import RequestPosition
+from vllm_omni.entrypoints.dropping import end_when_dropped
 from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeline
 from vllm_omni.entrypoints.loop_thread import LoopThread
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, rejected
@@ -52,9 +52,7 @@ class AsyncOmni:
         self._arrivals: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, _Arrivals] = (
             weakref.WeakValueDictionary()
         )
-        # Whoever drops it frees its thread and weights. The collector runs in the middle of anything, with any lock
-        # held that ending the loop may need (`threading` has such locks itself): so in a thread of its own.
-        weakref.finalize(self, _thread.start_new_thread, self._loop.end, ()).atexit = False
+        end_when_dropped(self, self._loop.end)
 
     @property
     def config(self) -> OmniConfig:

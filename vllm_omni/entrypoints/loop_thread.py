@@ -203,7 +203,6 @@ class LoopThread:
         with self._wake:
             self._has_ended = True
         self._planning.shutdown(wait=False)
-        atexit.unregister(self._leave)
         for command in self._commands:
             command.refuse(self._ended_error())
         for request_id, deliver in self._delivers.items():
@@ -213,6 +212,7 @@ class LoopThread:
             self._executor.shutdown()
         except BaseException as error:
             self.cause_of_death = self.cause_of_death or error
+        atexit.unregister(self._leave)  # which waits until all is freed
         self.finished.set_result(None)
 
     def _add(

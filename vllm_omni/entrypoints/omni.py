@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
-import threading
-import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -14,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_omni.config.schema import OmniConfig
+from vllm_omni.entrypoints.dropping import end_when_dropped
 from vllm_omni.entrypoints.loading import ConfigLike, load_executor, open_pipeline
 from vllm_omni.entrypoints.progress import LoadingBar, ProgressBar
 from vllm_omni.entrypoints.prompts import Params, PromptLike, make_request, pair, rejected
@@ -21,7 +19,6 @@ from vllm_omni.entrypoints.state_file import read_state, state_path, write_state
 from vllm_omni.entrypoints.text_pieces import PieceThread, plain_pieces, without_pieces
 from vllm_omni.entrypoints.turn import Turn
 from vllm_omni.errors import InvalidRequestError, OmniError, QueueFullError, SchedulerError
-from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.request import OmniOutput, OmniRequest
 
@@ -55,9 +52,7 @@ class Omni:
         self._turn = Turn()
         self._mailboxes: dict[str, deque[OmniOutput]] = {}
         self._is_closed = False
-        # As AsyncOmni's: whoever drops it frees its threads and weights, not in the collector, which may hold any lock.
-        self._end = weakref.finalize(self, _thread.start_new_thread, _shut_down_elsewhere, (self._executor,))
-        self._end.atexit = False
+        self._end = end_when_dropped(self, self._executor.shutdown)
 
     @property
     def config(self) -> OmniConfig:
@@ -257,8 +252,3 @@ class Omni:
 def _stop_reading(texts: dict[str, PieceThread], request_ids: list[str]) -> None:
     for text in [texts.pop(request_id) for request_id in request_ids if request_id in texts]:
         text.stop()
-
-
-def _shut_down_elsewhere(executor: OmniExecutor) -> None:
-    """In a thread that `threading` knows: one that it meets by chance is listed for ever."""
-    threading.Thread(target=executor.shutdown, daemon=True).start()
