@@ -72,6 +72,45 @@ def test_a_stream_is_the_whole_answer_in_pieces(client: OpenAI) -> None:
     assert usage == whole.usage
 
 
+@pytest.mark.parametrize("modalities", [["text"], ["text", "audio"], ["text", "image", "audio"]])
+def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI, modalities: list[Any]) -> None:
+    """Of its sounds and pictures, which this model does not read, the words count."""
+    options: dict[str, Any] = {"model": "tiny-omni", "modalities": ["text"], "temperature": 0}
+    audio: Any = {"format": "wav"} if "audio" in modalities else openai.NOT_GIVEN
+    answer: Any = client.chat.completions.create(
+        model="tiny-omni", messages=said(SCENE), modalities=modalities, audio=audio
+    )
+    message: Any = answer.choices[0].message
+    words = message.content if isinstance(message.content, str) else message.content[0]["text"]
+    histories: list[Any] = [message, {"role": "assistant", "content": words}]
+    given, plain = (
+        client.chat.completions.create(messages=[*said(SCENE), back, *said("thank you")], **options)
+        for back in histories
+    )
+    assert words and given.choices[0].message == plain.choices[0].message
+
+
+def test_what_an_assistant_said_may_be_its_transcript_alone_and_a_user_has_content(client: OpenAI) -> None:
+    heard: Any = {"role": "assistant", "content": None, "audio": {"id": "audio-1", "transcript": "hello"}}
+    told: Any = {"role": "assistant", "content": "hello", "refusal": None, "tool_calls": None, "annotations": []}
+    options: dict[str, Any] = {"model": "tiny-omni", "modalities": ["text"], "temperature": 0}
+    one, other = (
+        client.chat.completions.create(messages=[*said("hi"), message, *said("thank you")], **options)
+        for message in (heard, told)
+    )
+    assert one.choices[0].message == other.choices[0].message
+    assert one.usage and other.usage and one.usage.prompt_tokens == other.usage.prompt_tokens
+    wrong: dict[str, Any] = {
+        "content: missing": {"role": "assistant", "content": None, "audio": {"id": "audio-1"}},
+        "messages[1]: .*content: missing": {"role": "user", "content": None},
+        "audio: is of the assistant": {"role": "user", "content": "x", "audio": {"id": "audio-1"}},
+        "messages[1].tool_calls": {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
+    }
+    for words, message in wrong.items():
+        with pytest.raises(openai.BadRequestError, match=words.replace("[", r"\[")):
+            client.chat.completions.create(model="tiny-omni", messages=[*said("hi"), message])
+
+
 def test_other_outputs_are_not_computed_unless_asked_for(client: OpenAI, server: ServerProcess) -> None:
     response = httpx.post(
         f"{server.base_url}/chat/completions",

@@ -66,10 +66,18 @@ def _with_media(messages: Sequence[Message], model: ServedModel, settings: Serve
     for number, message in enumerate(messages):
         content: Any = message.content
         if isinstance(content, list):
-            wheres = (f"messages[{number}].content[{index}]" for index in range(len(content)))
-            content = [_part(part, where, model, settings) for part, where in zip(content, wheres, strict=True)]
+            content = [
+                _part(part, f"messages[{number}].content[{index}]", model, settings)
+                for index, part in enumerate(content)
+                if message.role != "assistant" or _is_read(part, model)
+            ] or ""
         found.append(_message(message, content))
     return found
+
+
+def _is_read(part: AnyPart, model: ServedModel) -> bool:
+    """Otherwise it is left out of an answer that comes back: what a model drew it may never have seen itself."""
+    return isinstance(part, TextPart) or _media_of(part)[0] in model.abilities.input_media
 
 
 def _message(message: Message, content: Any) -> dict[str, Any]:

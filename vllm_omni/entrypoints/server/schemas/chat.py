@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from vllm_omni.entrypoints.server.schemas.base import MAX_TEXT, DiffusionFields, Label, SamplingFields
+from vllm_omni.entrypoints.server.schemas.base import MAX_TEXT, DiffusionFields, Fields, Label, SamplingFields
 
 MAX_MESSAGES = 10_000
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
@@ -15,41 +16,37 @@ Source = str  # a data URI, an allowed URL; its size is the body's
 AudioFormat = Literal["wav", "mp3", "flac", "opus", "aac", "pcm16", "pcm"]
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class MediaUrl(Part):
+class MediaUrl(Fields):
     url: Source
     detail: Literal["auto"] | None = None  # the model's own resolution
 
 
-class InputAudio(Part):
+class InputAudio(Fields):
     data: Source
     format: Label | None = None  # what the file is shows in its bytes
 
 
-class TextPart(Part):
+class TextPart(Fields):
     type: Literal["text", "input_text"]
     text: Text
 
 
-class ImagePart(Part):
+class ImagePart(Fields):
     type: Literal["image_url"]
     image_url: MediaUrl | Source
 
 
-class AudioPart(Part):
+class AudioPart(Fields):
     type: Literal["input_audio"]
     input_audio: InputAudio
 
 
-class AudioUrlPart(Part):
+class AudioUrlPart(Fields):
     type: Literal["audio_url"]
     audio_url: MediaUrl | Source
 
 
-class VideoPart(Part):
+class VideoPart(Fields):
     type: Literal["video_url"]
     video_url: MediaUrl | Source
     fps: float | None = Field(None, gt=0)
@@ -58,22 +55,47 @@ class VideoPart(Part):
 AnyPart = Annotated[TextPart | ImagePart | AudioPart | AudioUrlPart | VideoPart, Field(discriminator="type")]
 
 
-class Message(Part):
+class SaidAudio(Fields):
+    """The sound of an answer that comes back: its words are what counts, for no sound is kept."""
+
+    id: Label | None = None
+    data: Source | None = None
+    expires_at: int | None = None
+    transcript: Text | None = None
+    sample_rate: int | None = None
+
+
+class Message(Fields):
+    """Also an answer as it was given: clients send it back with the next question."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],), "tool_calls": ([],)}
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[AnyPart]
+    content: Text | list[AnyPart] | None = None
     name: Label | None = None
+    audio: SaidAudio | None = Field(None, description="of an answer; `transcript` stands in for a missing `content`")
+
+    @model_validator(mode="after")
+    def _check(self) -> Message:
+        if self.audio is not None and self.role != "assistant":
+            raise PydanticCustomError("misplaced", "audio: is of the assistant; say input_audio in a part of content")
+        if self.content is None and self.audio is not None:
+            self.content = self.audio.transcript
+        if self.content is None:
+            raise PydanticCustomError("no_content", "content: missing; of what was heard, say the words")
+        return self
 
 
-class Voice(Part):
+class Voice(Fields):
     id: Label
 
 
-class AudioOptions(Part):
+class AudioOptions(Fields):
     voice: Label | Voice | None = None
     format: AudioFormat = "wav"
 
 
-class StreamOptions(Part):
+class StreamOptions(Fields):
     include_usage: bool = False
     include_progress: bool = Field(default=False, description="chunks with `progress`: steps by stage")
     include_obfuscation: Literal[False] = False
