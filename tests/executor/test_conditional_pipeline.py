@@ -211,6 +211,9 @@ def test_words_that_a_reader_cannot_take_name_who_wrote_them(folder: Path) -> No
 def test_several_samples_are_refused_where_sections_feed_others(folder: Path) -> None:
     output = answer(executor(ar_config(folder)), request(params=SamplingParams(n=2)))
     assert output.status is RequestStatus.REJECTED and "n: got 2, expected 1" in str(output.error)
+    both = SamplingParams(n=2, max_tokens=3, seed=1)
+    words = answer(executor(ar_config(folder)), request(params={"thinker": both}, outputs=["thinker"]))
+    assert len(words.completions) == 2, "whoever reads sections does not run for this one"
     alone = OmniConfig(stages={"thinker": make_stage(folder, name="thinker", sections=["scene"])}, outputs=("thinker",))
     many = answer(executor(alone), request(params=SamplingParams(n=2, max_tokens=3, seed=1)))
     assert len(many.completions) == 2

@@ -200,10 +200,10 @@ def make_task(
     return StageTask(OmniRequest(prompt=prompt, request_id=request_id, params=params), "text", params, inputs or {})
 
 
-def check(engine: AREngine, request: OmniRequest, params: StageParams) -> Any:
-    """What its spec makes of a request, or raises."""
+def check(engine: AREngine, request: OmniRequest, params: StageParams, *, by_stages: bool = False) -> Any:
+    """What its spec makes of a request, or raises. by_stages: whether other stages read it for this one."""
     spec, reads = KNOWN[engine]
-    return spec.check(request, params, reads)
+    return spec.check(request, params, dataclasses.replace(reads, by_stages=by_stages))
 
 
 def submit(engine: AREngine, *tasks: StageTask) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from vllm_omni.config.graph import CALLER, Edge
 from vllm_omni.config.schema import StreamConfig
 from vllm_omni.core.routing.request_plan import RequestPlan, StagePlan, kept_ports
-from vllm_omni.engine.base import StageSpec
+from vllm_omni.engine.base import ReadPorts, StageSpec
 from vllm_omni.engine.boundary import clear_frames, describe, stage_boundary
 from vllm_omni.engine.lora import loras_of
 from vllm_omni.errors import InvalidRequestError, OmniError, SchedulerError, StageError
@@ -63,7 +63,7 @@ class RequestPlanner:
                 seed = _seed(spec, params[name], request_seed)
                 _check_loras(spec, params[name])
                 asked = request if isinstance(params[name], DiffusionParams) else words
-                prepared = spec.check(asked, params[name], self._reads[name])
+                prepared = spec.check(asked, params[name], self._reads_in(name, demand))
                 size = _checked_size(name, spec.job_size(request, params[name], prepared))
                 prefixes = spec.prefixes(params[name], prepared) if spec.stage.replicas > 1 else ()
                 text_edges = self._text_edges(name) if request.is_open else ()
@@ -84,6 +84,12 @@ class RequestPlanner:
                 _guarded_cache_key(spec),
             )
         return RequestPlan(stages, kept_ports(self._graph, outputs), outputs, job_size)
+
+    def _reads_in(self, name: str, demand: Mapping[str, Collection[str]]) -> ReadPorts:
+        """Who reads a stage, with only those stages that run for the request."""
+        edges = self._graph.edges_from(name)
+        is_read = any(edge.target_port in demand.get(edge.target, ()) for edge in edges)
+        return dataclasses.replace(self._reads[name], by_stages=is_read)
 
     def _check_open(self, request: OmniRequest, demand: Mapping[str, Collection[str]]) -> None:
         """InvalidRequestError where a stage would read the text of an open request before it is complete."""

@@ -90,6 +90,20 @@ def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI, modalities: list[
     assert words and given.choices[0].message == plain.choices[0].message
 
 
+def test_several_answers_in_words_alone_each_stream(client: OpenAI) -> None:
+    """Of a graph whose other stages read what the first writes, but do not run for this."""
+    options: dict[str, Any] = {"model": "tiny-omni", "messages": said("hello there"), "n": 3, "seed": 5}
+    options["modalities"] = ["text"]
+    whole = client.chat.completions.create(**options)
+    texts = ["", "", ""]
+    for chunk in client.chat.completions.create(**options, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices] and all(texts)
+    with pytest.raises(openai.BadRequestError, match="n: got 3, expected 1"):
+        client.chat.completions.create(**options | {"modalities": ["text", "image"]})
+
+
 def test_what_an_assistant_said_may_be_its_transcript_alone_and_a_user_has_content(client: OpenAI) -> None:
     heard: Any = {"role": "assistant", "content": None, "audio": {"id": "audio-1", "transcript": "hello"}}
     told: Any = {"role": "assistant", "content": "hello", "refusal": None, "tool_calls": None, "annotations": []}

@@ -65,9 +65,6 @@ class TextSpec(ARSpec):
         self._reads_request = self.options.prompt == "prompt" and "prompt" not in stage.inputs
         if self._reads_request:
             self.request_keys |= prompt_keys(self.options)
-        self._feeds_others = any(
-            edge.stage == stage.name for other in config.stages.values() for edge in other.edges.values()
-        )
         self._text_is_read = any(
             edge.source == f"{stage.name}.text" for other in config.stages.values() for edge in other.edges.values()
         )
@@ -195,7 +192,7 @@ class TextSpec(ARSpec):
         if not self.can_write:  # it samples nothing; the other parameters are meant for other stages
             assert isinstance(params, SamplingParams)
             return params
-        is_read = self._feeds_others or any(port in reads for port in self.tapped)
+        is_read = reads.by_stages or any(port in reads for port in self.tapped)
         checked = self.ar_limits.check_params(params, why_one=ONE_READER if is_read else None)
         if checked.stop and self._tokenizer_folder is None:
             raise InvalidRequestError("stop: got strings, but the checkpoint has no tokenizer; give stop_token_ids")
