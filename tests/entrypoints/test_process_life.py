@@ -18,6 +18,7 @@ import pytest
 from support.toy_engine import TextEngine, text_config, toy_config, toy_stage
 
 from vllm_omni import AsyncOmni, Omni
+from vllm_omni.entrypoints import dropping
 
 BEGIN = """
 import asyncio, os, sys
@@ -80,6 +81,27 @@ def test_the_interpreter_ends_once_what_was_dropped_is_freed() -> None:
     """As where a script's `main` returns: a thread that frees tensors while the interpreter ends would abort it."""
     found = program(DROP)
     assert found.returncode == 0 and set(found.stdout.split()) == {"Omni", "AsyncOmni"}, found.stderr
+
+
+class Owner:
+    """Something to be dropped."""
+
+
+def test_what_is_dropped_while_no_thread_can_be_started_is_ended_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from Python 3.12 on while the interpreter ends."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    has_ended = threading.Event()
+    owner = Owner()
+    dropping.end_when_dropped(owner, has_ended.set)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        del owner
+        assert has_ended.wait(10)
+    dropping._wait()
+    assert not dropping._under_way
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

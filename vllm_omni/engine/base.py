@@ -68,7 +68,7 @@ class ReadPorts:
 
     whole: frozenset[str] = frozenset()  # when the stage is done
     streamed: frozenset[str] = frozenset()  # row by row, as they are made
-    by_stages: bool = False  # whether another stage is among the readers: of the graph, or of one request's part of it
+    by_stages: bool = False  # whether a stage that runs for the request at hand is among the readers
 
     def __contains__(self, port: str) -> bool:
         return port in self.whole or port in self.streamed

@@ -32,12 +32,18 @@ def _begin(box: list[Callable[[], object]]) -> None:
     lock = _thread.allocate_lock()
     lock.acquire()
     _under_way.append(lock)
-    _thread.start_new_thread(_hand_over, (box, lock))
+    try:
+        _thread.start_new_thread(_hand_over, (box, lock))
+    except RuntimeError:  # the interpreter ends: what is left goes with it
+        _under_way.remove(lock)
 
 
 def _hand_over(box: list[Callable[[], object]], lock: _thread.LockType) -> None:
     """To a thread that `threading` knows: one that it meets by chance is listed for ever."""
-    threading.Thread(target=_end, args=(box, lock), daemon=True).start()
+    try:
+        threading.Thread(target=_end, args=(box, lock), daemon=True).start()
+    except RuntimeError:  # from Python 3.12 on none is started any more while the interpreter ends
+        _end(box, lock)
 
 
 def _end(box: list[Callable[[], object]], lock: _thread.LockType) -> None:
