@@ -20,6 +20,6 @@ def invalid_field(error: Mapping[str, Any]) -> ApiError:
     kind = error["type"]
     where = [part for part in error["loc"] if part != "body"]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
-    words = WORDS.get(kind, error["msg"])
+    words = WORDS.get(kind, error["msg"].removeprefix("Value error, "))  # of checks of ours
     got = "" if kind == "missing" else f"got {brief(error.get('input'))}; "
     return ApiError(400, f"{param or 'body'}: {got}{words}", code=CODES.get(kind, "invalid_value"), param=param or None)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from vllm_omni.entrypoints.server.schemas.base import MAX_TEXT, DiffusionFields, Fields, Label, SamplingFields
 
@@ -78,11 +77,11 @@ class Message(Fields):
     @model_validator(mode="after")
     def _check(self) -> Message:
         if self.audio is not None and self.role != "assistant":
-            raise PydanticCustomError("misplaced", "audio: is of the assistant; say input_audio in a part of content")
+            raise ValueError("audio: is of the assistant; say input_audio in a part of content")
         if self.content is None and self.audio is not None:
             self.content = self.audio.transcript
         if self.content is None:
-            raise PydanticCustomError("no_content", "content: missing; of what was heard, say the words")
+            raise ValueError("content: missing; of what was heard, say the words")
         return self
 
 
