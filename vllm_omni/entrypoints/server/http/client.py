@@ -44,15 +44,15 @@ async def all_of(works: Sequence[Coroutine[Any, Any, T]]) -> Sequence[T]:
         await cancel(*tasks)
 
 
-async def begun(parts: AsyncGenerator[T, None], wait_s: float = REFUSAL_S) -> Begun[T]:
+async def begun(parts: AsyncGenerator[T, None]) -> Begun[T]:
     """The parts with the first one made, or begun: what refuses a request at once raises here, while the answer's
     status can still say so.
     """
     found = Begun(parts)
     try:
-        await asyncio.wait({found.first}, timeout=wait_s)
-        if found.first.done():
-            await found.ready()
+        await asyncio.wait({found.first}, timeout=REFUSAL_S)
+        if found.first.done() and not isinstance(found.first.exception(), StopAsyncIteration):
+            found.first.result()
     except BaseException:
         await found.aclose()
         raise
@@ -69,26 +69,17 @@ class Begun(AsyncIterator[T], Generic[T]):
         self.first: asyncio.Future[T] = asyncio.ensure_future(anext(parts))
         self._is_first_read = False
 
-    async def ready(self) -> None:
-        """Returns when the first part is there; raises what kept it from being made."""
-        await self._wait()
-        if not isinstance(self.first.exception(), StopAsyncIteration):
-            self.first.result()
-
     async def __anext__(self) -> T:
         if self._is_first_read:
             return await anext(self._parts)
-        await self._wait()
+        if not self.first.done():
+            await asyncio.wait({self.first})
         self._is_first_read = True
         return self.first.result()
 
     async def aclose(self) -> None:
         await cancel(self.first)
         await self._parts.aclose()
-
-    async def _wait(self) -> None:
-        if not self.first.done():
-            await asyncio.wait({self.first})
 
 
 async def within(work: Awaitable[T], seconds: float) -> T:

@@ -84,7 +84,7 @@ def _message(message: Message, content: Any) -> dict[str, Any]:
     """`developer` is the newer word for `system`; templates know the older one."""
     role = "system" if message.role == "developer" else message.role
     named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": "" if content is None else content, **named}
+    return {"role": role, "content": content, **named}
 
 
 def _part(part: AnyPart, where: str, model: ServedModel, settings: ServerSettings) -> dict[str, Any]:
