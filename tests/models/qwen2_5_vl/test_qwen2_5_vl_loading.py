@@ -22,6 +22,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from vllm_omni import Omni, SamplingParams
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.config.shipped import config_for_model
+from vllm_omni.engine.base import ReadPorts
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.models.qwen2_5_vl.model import Qwen2_5_VL, Qwen2_5_VLText
 from vllm_omni.request import OmniRequest
@@ -215,7 +216,7 @@ def test_text_behind_a_video_follows_its_largest_position(folder: Path) -> None:
     """
     frames = np.stack([picture(8, 16, seed) for seed in range(12)])
     spec = make_spec(make_stage(folder, chat_template=True))
-    planned: Any = spec.check(OmniRequest(prompt=user(frames, "?")), SamplingParams(), None)  # type: ignore[arg-type]
+    planned: Any = spec.check(OmniRequest(prompt=user(frames, "?")), SamplingParams(), ReadPorts())
     prompt = spec.input.read(planned, SamplingParams(), lambda: None).media
     places = prompt.items[0].indices
     start, steps = int(places[0]), torch.arange(6).repeat_interleave(2) * 2  # two tokens a second, a step a second
@@ -239,13 +240,13 @@ def test_limits_are_checked_before_anything_is_decoded(messages: Any, complaint:
     limits = LimitsConfig(max_images=2, max_image_pixels=90_000)
     spec = make_spec(make_stage(folder, chat_template=True, max_model_len=200), limits=limits)
     with pytest.raises(InvalidRequestError, match=complaint):
-        spec.check(OmniRequest(prompt=messages), SamplingParams(max_tokens=1), None)  # type: ignore[arg-type]
+        spec.check(OmniRequest(prompt=messages), SamplingParams(max_tokens=1), ReadPorts())
 
 
 def test_a_resized_picture_differs_by_no_more_than_a_grey_level(folder: Path) -> None:
     spec = make_spec(make_stage(folder, chat_template=True))
     for size in ((30, 50), (11, 9)):
-        planned: Any = spec.check(OmniRequest(prompt=user(picture(*size))), SamplingParams(), None)  # type: ignore[arg-type]
+        planned: Any = spec.check(OmniRequest(prompt=user(picture(*size))), SamplingParams(), ReadPorts())
         prompt = spec.input.read(planned, SamplingParams(), lambda: None).media
         expected = vl_processor(folder).image_processor([picture(*size)], return_tensors="pt")
         assert torch.equal(prompt.items[0].inputs["grid_thw"], expected["image_grid_thw"][0])
