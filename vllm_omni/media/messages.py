@@ -14,7 +14,8 @@ from vllm_omni.utils.plain import num_json_chars
 TEXT = "text"
 PART_TYPES = (TEXT, "image", "video", "audio")
 MAX_FPS = 240.0
-OWN_KEYS = {"video": ("fps",), "audio": ("sampling_rate",)}  # what may stand beside the source
+# what may stand beside the source
+OWN_KEYS = {"image": ("max_pixels",), "video": ("fps",), "audio": ("sampling_rate",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class MediaPart:
     source: Any  # what the caller gave
     name: str  # what error messages call it
     fps: float | None = None  # frames per second that the model is to see; None: as many as it usually does
+    max_pixels: int | None = None  # of the image as the model sees it; None: as many as it usually does
 
 
 def is_messages(prompt: Prompt) -> TypeGuard[Messages]:
@@ -39,7 +41,7 @@ def has_media(messages: Messages) -> bool:
 def media_parts(messages: Messages) -> list[MediaPart]:
     """All parts but texts, in order; InvalidRequestError for a part that is none."""
     return [
-        MediaPart(part["type"], _source(part), f"{where}.{part['type']}", _fps(part, where))
+        MediaPart(part["type"], _source(part), f"{where}.{part['type']}", _fps(part, where), _max_pixels(part, where))
         for where, part in _parts(messages)
         if part["type"] != TEXT
     ]
@@ -134,6 +136,14 @@ def _fps(part: Mapping[str, Any], where: str) -> float | None:
         f"{where}.fps", fps, 0, MAX_FPS, above_low=True, raises=InvalidRequestError, hint=" (frames per second)"
     )
     return float(fps)
+
+
+def _max_pixels(part: Mapping[str, Any], where: str) -> int | None:
+    most = part.get("max_pixels")
+    if most is None:
+        return None
+    check_number(f"{where}.max_pixels", most, 1, raises=InvalidRequestError, integer=True)
+    return int(most)
 
 
 def _bare(part: Mapping[str, Any]) -> dict[str, Any]:

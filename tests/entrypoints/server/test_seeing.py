@@ -26,12 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[ServerProcess]:
-    stage = {"kind": "ar", "model": str(folder), "task": "generate", "dtype": "float32"}
-    config = folder.parent / "seeing.yaml"
-    config.write_text(
-        yaml.safe_dump({"name": "seeing", "stages": {"text": stage}, "outputs": ["text"], "limits": {"max_images": 1}})
-    )
-    with ServerProcess([f"seeing={config}"]) as process:
+    large = save_tiny_vl(folder.parent / "large", patch_size=14)  # which sees more than 512x512 pixels
+    configs = {name: folder.parent / f"{name}.yaml" for name in ("seeing", "large")}
+    for model, config in zip((folder, large), configs.values(), strict=True):
+        stage = {"kind": "ar", "model": str(model), "task": "generate", "dtype": "float32"}
+        graph = {"name": "a", "stages": {"text": stage}, "outputs": ["text"], "limits": {"max_images": 1}}
+        config.write_text(yaml.safe_dump(graph))
+    with ServerProcess([f"{name}={config}" for name, config in configs.items()]) as process:
         yield process
 
 
@@ -65,8 +66,21 @@ def test_a_chat_with_a_picture_is_answered_as_by_the_reference(client: OpenAI, f
 
 
 def test_the_list_of_models_says_that_it_sees(server: ServerProcess) -> None:
-    (model,) = server.get("/v1/models").json()["data"]
-    assert set(model["input_modalities"]) == {"text", "image", "video"}
+    for model in server.get("/v1/models").json()["data"]:
+        assert set(model["input_modalities"]) == {"text", "image", "video"}
+
+
+def test_little_detail_is_as_many_pixels_as_512_times_512(client: OpenAI) -> None:
+    content = image_bytes(picture(600, 840))
+    tokens = {}
+    for detail in ("auto", "high", "low"):
+        part = image_part(content)
+        part["image_url"]["detail"] = detail
+        answer = client.chat.completions.create(model="large", messages=messages(part), max_tokens=1)
+        assert answer.usage is not None
+        tokens[detail] = answer.usage.prompt_tokens
+    assert tokens["auto"] - tokens["low"] == (588 * 840 - 420 * 588) / 28**2  # a token has 28x28 pixels
+    assert tokens["high"] == tokens["auto"]
 
 
 @pytest.mark.parametrize(

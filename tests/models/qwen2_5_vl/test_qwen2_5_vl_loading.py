@@ -254,6 +254,28 @@ def test_a_resized_picture_differs_by_no_more_than_a_grey_level(folder: Path) ->
         assert difference <= 1.001 / 255 / 0.26
 
 
+@pytest.mark.parametrize("most", [64, 700, 1200, 100_000])
+def test_a_message_may_say_how_many_pixels_of_a_picture_are_seen(most: int, folder: Path) -> None:
+    spec = make_spec(make_stage(folder, chat_template=True))
+    messages = user(picture(30, 50))
+    messages[0]["content"][0]["max_pixels"] = most
+    planned: Any = spec.check(OmniRequest(prompt=messages), SamplingParams(), ReadPorts())
+    prompt = spec.input.read(planned, SamplingParams(), lambda: None).media
+    size = {"shortest_edge": 64, "longest_edge": most}
+    expected = vl_processor(folder).image_processor([picture(30, 50)], return_tensors="pt", size=size)
+    assert torch.equal(prompt.items[0].inputs["grid_thw"], expected["image_grid_thw"][0])
+    assert len(prompt.token_ids) == planned.num_tokens
+
+
+def test_a_number_of_pixels_that_is_none_is_named(folder: Path) -> None:
+    spec = make_spec(make_stage(folder, chat_template=True))
+    for bad in (0, 0.5, "1"):
+        messages = user(picture(30, 50))
+        messages[0]["content"][0]["max_pixels"] = bad
+        with pytest.raises(InvalidRequestError, match=r"content\[0\]\.max_pixels: got"):
+            spec.check(OmniRequest(prompt=messages), SamplingParams(), ReadPorts())
+
+
 def test_omni_answers_about_a_picture_of_a_folder_without_a_config(folder: Path) -> None:
     assert config_for_model(folder).stem == "language_model"
     messages = user("See ", picture(24, 40), " what?")

@@ -15,12 +15,15 @@ from vllm_omni.entrypoints.server.schemas.chat import (
     AudioUrlPart,
     ChatBody,
     ImagePart,
+    ImageUrl,
     MediaUrl,
     Message,
     TextPart,
     VideoPart,
 )
 from vllm_omni.entrypoints.server.settings import ServerSettings
+
+LOW_DETAIL_PIXELS = 512 * 512  # OpenAI's `detail: low`
 
 
 async def chat_prompt(body: ChatBody, model: ServedModel, settings: ServerSettings) -> dict[str, Any]:
@@ -99,7 +102,8 @@ def _part(part: AnyPart, where: str, model: ServedModel, settings: ServerSetting
 def _media_of(part: AnyPart) -> tuple[str, str, str, Mapping[str, Any]]:
     """(kind, the field that holds it, its source, what else is said of it)."""
     if isinstance(part, ImagePart):
-        return "image", "image_url", _url(part.image_url), {}
+        is_low = isinstance(part.image_url, ImageUrl) and part.image_url.detail == "low"
+        return "image", "image_url", _url(part.image_url), {"max_pixels": LOW_DETAIL_PIXELS} if is_low else {}
     if isinstance(part, AudioPart):
         return "audio", "input_audio.data", part.input_audio.data, {}
     if isinstance(part, AudioUrlPart):

@@ -17,7 +17,12 @@ AudioFormat = Literal["wav", "mp3", "flac", "opus", "aac", "pcm16", "pcm"]
 
 class MediaUrl(Fields):
     url: Source
-    detail: Literal["auto"] | None = None  # the model's own resolution
+
+
+class ImageUrl(MediaUrl):
+    detail: Literal["auto", "low", "high"] | None = Field(
+        None, description="low: as many pixels as 512x512 at most; else the model's own resolution"
+    )
 
 
 class InputAudio(Fields):
@@ -32,7 +37,7 @@ class TextPart(Fields):
 
 class ImagePart(Fields):
     type: Literal["image_url"]
-    image_url: MediaUrl | Source
+    image_url: ImageUrl | Source
 
 
 class AudioPart(Fields):

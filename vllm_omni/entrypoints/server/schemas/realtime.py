@@ -74,7 +74,7 @@ class SessionOptions(Answering):
 class Part(Fields):
     """A piece of an item. `text`, `audio` or `image_url`, as its type says."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"detail": ("auto",)}
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"detail": ("auto", "high")}
 
     type: Literal["input_text", "input_audio", "input_image", "output_text", "output_audio"]
     text: Text | None = None

@@ -99,13 +99,13 @@ class VisionParts:
     def _measure_image(self, part: MediaPart) -> PlannedPart:
         grid = self._settings.image
         size = self._first_size(*image_size(part.source, self._limits, part.name))
-        return PlannedPart(part, MediaSpan("image", grid.tokens(1, grid.fit(*size, part.name))))
+        return PlannedPart(part, MediaSpan("image", grid.tokens(1, grid.fit(*size, part.name, part.max_pixels))))
 
     def _read_image(self, part: MediaPart) -> MediaContent:
         grid = self._settings.image
         pixels = read_image(part.source, self._limits, part.name)
         pixels = fitted(pixels, self._first_size(pixels.shape[0], pixels.shape[1]))
-        size = grid.fit(pixels.shape[0], pixels.shape[1], part.name)
+        size = grid.fit(pixels.shape[0], pixels.shape[1], part.name, part.max_pixels)
         inputs = _grid_inputs(grid, resized(pixels, size)[None], size)
         return MediaContent(MediaSpan("image", grid.tokens(1, size)), {"image": inputs})
 

@@ -63,9 +63,9 @@ class VisionGrid:
         """Pixels at the side of a token."""
         return self.patch_size * self.merge_size
 
-    def fit(self, height: int, width: int, name: str) -> tuple[int, int]:
+    def fit(self, height: int, width: int, name: str, max_pixels: int | None = None) -> tuple[int, int]:
         """The size to which a picture is resized, sides of at least one token; InvalidRequestError for one that no
-        patches cover well.
+        patches cover well. max_pixels: the caller's, where it is the smaller one.
         """
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
             raise InvalidRequestError(
@@ -73,10 +73,11 @@ class VisionGrid:
                 "cut it"
             )
         sides = [round(side / self.factor) * self.factor for side in (height, width)]
-        if sides[0] * sides[1] > self.max_pixels:
-            scale = math.sqrt(height * width / self.max_pixels)
+        most = self.max_pixels if max_pixels is None else min(max_pixels, self.max_pixels)
+        if sides[0] * sides[1] > most:
+            scale = math.sqrt(height * width / most)
             sides = [max(1, math.floor(side / scale / self.factor)) * self.factor for side in (height, width)]
-        elif sides[0] * sides[1] < self.min_pixels:
+        elif sides[0] * sides[1] < self.min_pixels <= most:
             scale = math.sqrt(self.min_pixels / (height * width))
             sides = [math.ceil(side * scale / self.factor) * self.factor for side in (height, width)]
         return sides[0], sides[1]
