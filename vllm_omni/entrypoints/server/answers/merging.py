@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import TypeVar
 
 from vllm_omni.entrypoints.server.http.client import cancel
@@ -13,6 +14,11 @@ T = TypeVar("T")
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """(number of the stream, part). What one raises ends them all, and so does closing it early."""
+    if len(streams) == 1:  # as most are: no task for each part
+        async with aclosing(streams[0]) as parts:
+            async for part in parts:
+                yield 0, part
+        return
     waiting = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
     try:
         while waiting:
