@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -112,31 +111,12 @@ async def _load(table: ModelTable, on_loaded: Callable[[Exception | None], None]
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
-        return _invalid(request, error).response()
+        return invalid_field(error.errors()[0]).response()
     if isinstance(error, HTTPException):
         return _of_framework(error).response()
     return as_api_error(error).response()
 
 
-def _invalid(request: Request, error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body; clients of OpenAI's know no 422."""
-    first: dict[str, Any] = error.errors()[0]
-    where = [part for part in first["loc"] if part != "body"]
-    kind = first["type"]
-    if not where and not _is_json(request):
-        got = request.headers.get("content-type", "none")
-        return ApiError(415, f"content-type: got {got!r:.80}, expected application/json", code="unsupported_media_type")
-    if kind == "json_invalid":
-        return ApiError(400, "the body is no JSON", code="invalid_json")
-    return invalid_field(first)
-
-
-def _is_json(request: Request) -> bool:
-    return "json" in request.headers.get("content-type", "").lower()
-
-
 def _of_framework(error: HTTPException) -> ApiError:
-    if isinstance(error.__cause__, ApiError):  # what the gate refused while the body was being read
-        return error.__cause__
     words = {404: "there is no such path", 405: "the path does not take this method", 400: "the body cannot be read"}
     return ApiError(error.status_code, words.get(error.status_code, str(error.detail)), code="invalid_request")

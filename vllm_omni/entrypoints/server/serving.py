@@ -13,11 +13,10 @@ from fastapi import FastAPI
 
 from vllm_omni.entrypoints.garbage import keep_what_is_there
 from vllm_omni.entrypoints.server.app import create_app
-from vllm_omni.entrypoints.server.http.protocol import PatientH11Protocol
+from vllm_omni.entrypoints.server.http.protocol import PatientProtocol
 from vllm_omni.entrypoints.server.models import ModelTable
 from vllm_omni.entrypoints.server.settings import ServerSettings
 
-MAX_HEADER_BYTES = 32_768
 MAX_WEBSOCKET_BYTES = 16 * 1024**2
 # After how long a thread that computes nothing gives way to one that waits. The thread of the models waits whenever a
 # kernel has ended and the event loop is at work: with Python's 5 ms that was half of what HTTP cost a language model.
@@ -36,8 +35,7 @@ class Server(uvicorn.Server):
                 self._app,
                 host=settings.host,
                 port=settings.port,
-                http=PatientH11Protocol,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                http=PatientProtocol,
                 ws_max_size=MAX_WEBSOCKET_BYTES,
                 limit_concurrency=settings.max_connections,
                 timeout_graceful_shutdown=max(1, round(settings.drain_s)),

@@ -12,6 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.http.json_body import is_json, read_json
 from vllm_omni.entrypoints.server.schemas.base import Body
 
 MAX_FILES = 16
@@ -33,16 +34,9 @@ async def read_form_or_json(
     request: Request, body_type: type[B], file_fields: Mapping[str, str]
 ) -> tuple[B, dict[str, list[bytes]]]:
     """As `read_form`, or of JSON, without files."""
-    if "json" not in request.headers.get("content-type", "").lower():
-        return await read_form(request, body_type, file_fields)
-    try:
-        return body_type.model_validate(json.loads(await request.body())), {}
-    except ClientDisconnect:
-        raise ApiError(499, "the client closed the connection", code="request_aborted") from None
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from None
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is no JSON", code="invalid_json") from None
+    if is_json(request):
+        return await read_json(request, body_type), {}
+    return await read_form(request, body_type, file_fields)
 
 
 async def read_form(

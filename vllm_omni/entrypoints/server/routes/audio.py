@@ -12,13 +12,14 @@ from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.http.client import while_connected
+from vllm_omni.entrypoints.server.http.json_body import JsonRoute
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.requests.building import build_request, graph_keys, require
 from vllm_omni.entrypoints.server.schemas.speech import GenerateBody
 from vllm_omni.params import DiffusionParams
 from vllm_omni.request import OmniOutput
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 DURATION_KEY = "duration_s"
 
 

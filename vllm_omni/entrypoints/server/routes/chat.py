@@ -13,6 +13,7 @@ from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.http.client import while_connected
 from vllm_omni.entrypoints.server.http.event_stream import event_stream
+from vllm_omni.entrypoints.server.http.json_body import JsonRoute
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.requests.building import build_request, require, voice_key
 from vllm_omni.entrypoints.server.requests.chat_prompt import chat_prompt
@@ -21,7 +22,7 @@ from vllm_omni.entrypoints.server.schemas.base import diffusion
 from vllm_omni.entrypoints.server.schemas.chat import ChatBody, StreamOptions, Voice
 from vllm_omni.params import DiffusionParams, SamplingParams
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", tags=["chat"])

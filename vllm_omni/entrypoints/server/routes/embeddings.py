@@ -16,12 +16,13 @@ from vllm_omni.entrypoints.server.answers.usage import num_read
 from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.http.client import all_of, while_connected
+from vllm_omni.entrypoints.server.http.json_body import JsonRoute
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.requests.building import build_request, require
 from vllm_omni.entrypoints.server.runs import Run
 from vllm_omni.entrypoints.server.schemas.embeddings import EmbeddingBody
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/embeddings", tags=["embeddings"])

@@ -17,6 +17,7 @@ from vllm_omni.entrypoints.server.http.api_error import ApiError, unsupported
 from vllm_omni.entrypoints.server.http.client import while_connected
 from vllm_omni.entrypoints.server.http.event_stream import event_stream
 from vllm_omni.entrypoints.server.http.form_body import form_schema, read_form
+from vllm_omni.entrypoints.server.http.json_body import JsonRoute
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.requests.building import build_request, require
 from vllm_omni.entrypoints.server.runs import Run
@@ -24,7 +25,7 @@ from vllm_omni.entrypoints.server.schemas.base import diffusion
 from vllm_omni.entrypoints.server.schemas.images import ImageBody, VariationBody
 from vllm_omni.media.image_input import read_image
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 FILE_FIELDS = {"image": "image", "image[]": "image", "mask": "mask", "mask_image": "mask"}
 
 

@@ -14,6 +14,7 @@ from vllm_omni.entrypoints.server.answers.provenance import Provenance
 from vllm_omni.entrypoints.server.context import CallOf
 from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.http.client import begun
+from vllm_omni.entrypoints.server.http.json_body import JsonRoute
 from vllm_omni.entrypoints.server.jobs import Encode, Job
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.requests.building import build_request, require
@@ -21,7 +22,7 @@ from vllm_omni.entrypoints.server.schemas.base import diffusion
 from vllm_omni.entrypoints.server.schemas.jobs import JobBody
 from vllm_omni.request import OmniOutput
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/jobs", tags=["jobs"])

@@ -16,11 +16,12 @@ from vllm_omni.entrypoints.server.context import Call, CallOf
 from vllm_omni.entrypoints.server.http.api_error import as_api_error
 from vllm_omni.entrypoints.server.http.client import all_of, while_connected
 from vllm_omni.entrypoints.server.http.event_stream import PartStream, event_stream
+from vllm_omni.entrypoints.server.http.json_body import JsonRoute
 from vllm_omni.entrypoints.server.models import ServedModel
 from vllm_omni.entrypoints.server.schemas.speech import SpeechBatchBody, SpeechBody, SpeechItem
 from vllm_omni.entrypoints.server.speaking.speech import Speech, speaker_of
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/audio/speech", tags=["audio"])
