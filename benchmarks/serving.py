@@ -13,8 +13,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.first_token import FirstTokens, first_tokens, over_socket
 from benchmarks.limits import Limits, decode_parameters
 from benchmarks.measure import ROOT, Options, Report, Table, median, with_spread
 from benchmarks.sides import SideProcess
@@ -37,6 +39,7 @@ MIX = ROOT / "benchmarks" / "mixes" / "omni.yaml"
 WORDS = Mix.of({"works": {"words": {"kind": "chat", "prompts": ["hello there"], "body": {"modalities": ["text"]}}}})
 THREADS = 1
 CONCURRENCY = 16
+SOCKET, CLIENT, OFFLINE = "a plain socket", "the client of `vllm-omni bench`", "offline"  # ways to a first token
 PICTURES = Mix.of(
     {"works": {"picture": {"kind": "image", "prompts": ["a red circle"], "body": {"num_inference_steps": 30}}}}
 )
@@ -67,7 +70,12 @@ def run(options: Options, limits: Limits | None = None) -> Report:
     with ServerProcess([CONFIG], fresh=True) as server, SideProcess("offline", THREADS, OfflineSide, CONFIG) as offline:
         work = Overhead(f"tiny models, {count} mixed requests, {CONCURRENCY} at a time", count)
         work.pairs = _in_turn(server, offline, mixed, CONCURRENCY, options)
-        first = _in_turn(server, offline, words, 1, options)
+        ways: dict[str, Callable[[], float]] = {
+            SOCKET: partial(over_socket, server.address, words),
+            CLIENT: lambda: _first_token_s(_over_http(server, words, 1)),
+            OFFLINE: lambda: _first_token_s(offline.call("run", words, 1)[1][0]),
+        }
+        first = first_tokens(ways, OFFLINE, options)
         storm, watch = _storm(server, Mix.read(MIX).draw(crowd, 1))
     few = ["--set", f"scheduler.max_running={RUNNING}", "--set", f"scheduler.max_queue_size={QUEUE}"]
     with ServerProcess(["tiny_image"], few, fresh=True) as server:
@@ -77,7 +85,7 @@ def run(options: Options, limits: Limits | None = None) -> Report:
         [
             _work_table([work, texts]),
             _cpu_table([work, texts]),
-            _first_table(first),
+            first.table(),
             _storm_table(storm, watch),
             _refusal_table(refused),
         ],
@@ -138,10 +146,6 @@ class Pair:
     @property
     def offline_s(self) -> float:
         return self.offline.wall_s
-
-    @property
-    def added_to_first_token_s(self) -> float:
-        return _first_token_s(self.http) - _first_token_s(self.offline)
 
 
 @dataclass(slots=True)
@@ -289,13 +293,6 @@ def _cpu_table(found: Sequence[Overhead]) -> Table:
     return Table("CPU of a request, ms", ("case", "server", "its client", "offline"), rows)
 
 
-def _first_table(pairs: Sequence[Pair]) -> Table:
-    sides = [[_first_token_s(pair.http) for pair in pairs], [_first_token_s(pair.offline) for pair in pairs]]
-    added = [pair.added_to_first_token_s for pair in pairs]
-    cells = ["words alone", *(with_spread([s * 1000 for s in side]) for side in (*sides, added))]
-    return Table("Time to the first token, ms", ("case", "HTTP", "offline", "HTTP adds"), [cells])
-
-
 def _storm_table(storm: Run, watch: Watch) -> Table:
     answered = sum(answer.is_ok for answer in storm.answers)
     row = [f"{len(storm.answers)} mixed requests at once", f"{answered}"]
@@ -318,12 +315,12 @@ def _refusal_table(refused: Run) -> Table:
 
 
 def _figures(
-    work: Overhead, texts: Overhead, first: Sequence[Pair], storm: Run, watch: Watch, refused: Run
+    work: Overhead, texts: Overhead, first: FirstTokens, storm: Run, watch: Watch, refused: Run
 ) -> dict[str, Any]:
     return {
         **work.figures(),
         "language_model": texts.figures(),
-        "first_token_added_s": [pair.added_to_first_token_s for pair in first],
+        "first_token_added_s": {way: first.added_s(way) for way in (SOCKET, CLIENT)},
         "crowd": dict(Counter(answer.status for answer in storm.answers)),
         "p99_ms": {path: watch.p99_ms(path) for path in watch.seconds},
         "refused": dict(Counter(answer.status for answer in refused.answers)),

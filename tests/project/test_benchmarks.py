@@ -74,6 +74,7 @@ def test_a_crowd_is_answered_to_the_last_and_beyond_the_queue_refused(tmp_path: 
     refused = figures["refused"]
     # four may wait; who of the rest may run at once depends on how many come before the first step ends
     assert refused.keys() == {"200", "429"} and sum(refused.values()) == 12 and refused["200"] >= 4
+    assert all(len(added) >= 1 for added in figures["first_token_added_s"].values())
     assert figures["ratio"] > 0 and set(figures["p99_ms"]) == {"/health", "/metrics"}
     assert results() == before
 

@@ -157,6 +157,30 @@ def test_an_offer_of_http_2_is_passed_over_in_silence(strict: ServerProcess, is_
     assert "upgrade" not in strict.errors[said:].lower()
 
 
+def test_a_head_that_never_ends_is_refused_once_it_is_too_long(strict: ServerProcess) -> None:
+    began_s = time.monotonic()
+    assert raw(strict, b"GET /health HTTP/1.1\r\nhost: x\r\nlong: " + b"y" * 100_000).startswith(b"HTTP/1.1 400")
+    assert time.monotonic() - began_s < 10
+
+
+def test_a_wish_for_a_tunnel_is_refused(strict: ServerProcess) -> None:
+    assert raw(strict, b"CONNECT there:443 HTTP/1.1\r\nhost: there\r\n\r\nanything").startswith(b"HTTP/1.1 400")
+
+
+def test_requests_that_come_in_pieces_or_together_are_answered_in_turn(strict: ServerProcess) -> None:
+    head = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    last = b"GET /nothing HTTP/1.1\r\nhost: x\r\nx-api-key: " + KEYS[0].encode() + b"\r\nconnection: close\r\n\r\n"
+    host, port = strict.address.removeprefix("http://").rsplit(":", 1)
+    found = b""
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        for index in range(len(head)):
+            connection.sendall(head[index : index + 1])
+        connection.sendall(head + head + last)
+        while chunk := connection.recv(65_536):
+            found += chunk
+    assert found.count(b"HTTP/1.1 200") == 3 and found.rindex(b"HTTP/1.1 404") > found.rindex(b"HTTP/1.1 200")
+
+
 def test_a_flood_of_headers_is_refused(strict: ServerProcess) -> None:
     flood = b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"".join(b"x-%d: %s\r\n" % (n, b"y" * 100) for n in range(5_000))
     answer = raw(strict, flood + b"\r\n")
