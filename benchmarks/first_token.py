@@ -18,6 +18,7 @@ from vllm_omni.entrypoints.bench.mix import ROUTES, BenchRequest
 
 CONTENT = b'"content":"'  # of an event with words
 END = b"\r\n0\r\n\r\n"  # of an answer in chunks
+TIMEOUT_S = 60.0  # without a byte, as after an error, which does not come in chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def first_tokens(ways: Mapping[str, Callable[[], float]], offline: str, options:
 def over_socket(address: str, requests: Sequence[BenchRequest]) -> float:
     """Seconds, the median of the requests, over one connection."""
     place = urlsplit(address)
-    with socket.create_connection((place.hostname or "", place.port or 80)) as connection:
+    with socket.create_connection((place.hostname or "", place.port or 80), TIMEOUT_S) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return median([_ask(connection, request) for request in requests])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar, get_type_hints
 
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +17,7 @@ from vllm_omni.entrypoints.server.http.api_error import ApiError
 from vllm_omni.entrypoints.server.schemas.base import Body
 
 B = TypeVar("B", bound=Body)
+OTHERS: Mapping[str, Callable[[Request], Any]] = {"call": call_of, "request": lambda request: request}
 
 
 class JsonRoute(APIRoute):
@@ -27,14 +28,14 @@ class JsonRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         endpoint, hints = self.endpoint, get_type_hints(self.endpoint)
-        if "body" not in hints:
+        if "body" not in hints or not hints.keys() <= {"body", "return", *OTHERS}:
             return super().get_route_handler()
-        body_type, takes_request = hints["body"], "request" in hints
+        others = {name: make for name, make in OTHERS.items() if name in hints}
 
         async def handle(request: Request) -> Response:
-            given = {"body": await read_json(request, body_type), "call": call_of(request)}
-            answer = await endpoint(**given, **({"request": request} if takes_request else {}))
-            return answer if isinstance(answer, Response) else JSONResponse(answer)
+            body = await read_json(request, hints["body"])
+            answer = await endpoint(body=body, **{name: make(request) for name, make in others.items()})
+            return answer if isinstance(answer, Response) else JSONResponse(answer, self.status_code or 200)
 
         return handle
 
