@@ -53,7 +53,7 @@ class ResourcesGroup:
 
 @dataclass(frozen=True, slots=True)
 class ConfigDocument:
-    """The whole file. revision, device, dtype and executor are the default of stages that do not say their own."""
+    """The whole file. revision, device, dtype, executor, process: the default of stages that do not say their own."""
 
     stages: Mapping[str, Mapping[str, Any]]
     outputs: tuple[str, ...]
@@ -63,6 +63,7 @@ class ConfigDocument:
     device: str = "auto"
     dtype: DType = "auto"
     executor: str = "auto"
+    process: str | None = None
     imports: str | tuple[str, ...] = field(default=(), metadata={"key": "import"})  # modules that add to the registry
     scheduler: SchedulerGroup = field(default_factory=SchedulerGroup)
     resources: ResourcesGroup = field(default_factory=ResourcesGroup)

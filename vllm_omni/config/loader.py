@@ -147,12 +147,18 @@ def _build_stage(name: str, section: Mapping[str, Any], document: ConfigDocument
         "device": document.device,
         "dtype": document.dtype,
         "executor": document.executor,
+        "process": document.process,
         "revision": document.revision,
     }
     values = {**shared, **common, "name": name}
     stage = build(StageConfig, {**values, "options": build(options_type, own, key)}, key)
     if stage.executor != "auto":
         _registered("executor", stage.executor, f"{key}.executor")
+    if stage.process == "" or (stage.process is not None and stage.executor != "process" and "process" in section):
+        raise ConfigError(
+            f"{key}.process: got {stage.process!r} beside executor {stage.executor!r}, expected the name of a process "
+            "beside `executor: process`"
+        )
     convert(DType, stage.dtype, f"{key}.dtype")
     convert(Quantization, stage.quantization, f"{key}.quantization")
     convert(Offload, stage.offload, f"{key}.offload")

@@ -234,6 +234,7 @@ class StageConfig:
     inputs: Mapping[str, EdgeLike] = field(default_factory=dict)  # input port -> "stage.port", or an EdgeConfig
     defaults: Mapping[str, Any] = field(default_factory=dict)  # fields of the kind's params class
     executor: str = "auto"  # "auto" (a thread each where stages are on several devices), or a row of the registry
+    process: str | None = None  # by which name stages with executor "process" share one; None: it has one of its own
     replicas: int = 1  # engines that share the stage's tasks
     device: str = "auto"  # or a device of torch: "cpu", "cuda:0"
     devices: tuple[str, ...] = ()  # of the replicas, in turn, in place of `device`

@@ -95,6 +95,7 @@ class StageSpec(ABC):
 
     options_type: ClassVar[type]  # frozen dataclass of the kind's own YAML keys
     params_type: ClassVar[type[StageParams]]  # what requests use for it
+    portable_types: ClassVar[tuple[type, ...]] = ()  # what `portable` may return, besides None
 
     stage: StageConfig
     limits: LimitsConfig
@@ -197,6 +198,10 @@ class StageSpec(ABC):
         """What the request means to this stage (tokens, media plans), kept for its task; InvalidRequestError (or
         ResourceError) for a request that the stage could not run. params: with their defaults.
         """
+        return None
+
+    def portable(self, prepared: Any) -> Any:
+        """What of `check`'s result an engine in another process is given; None: it checks again there."""
         return None
 
     def draws(self, params: StageParams) -> bool:

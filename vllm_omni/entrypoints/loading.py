@@ -15,10 +15,12 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.executor.loading_step import OnLoading
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
+from vllm_omni.utils.device import is_cpu, resolve_device
 from vllm_omni.utils.files import ModelFolders
 
 logger = logging.getLogger(__name__)
 
+SHARED_PROCESS = "models"  # the name of what `set_apart` makes
 ConfigLike = str | Path | Mapping[str, Any] | OmniConfig
 
 
@@ -30,12 +32,13 @@ def open_pipeline(
     device: str | None = None,
     dtype: str | None = None,
     headers_only: bool = False,
+    apart: bool = False,
 ) -> Pipeline:
     """What runs: of a file, a shipped name, a mapping, or the shipped config that fits the checkpoint `model`. Every
     folder is looked up once.
 
     device, dtype: for every stage, whatever the config says. headers_only: where nothing will be loaded, so that no
-    weights need to be fetched. Raises ConfigError.
+    weights need to be fetched. apart: see `set_apart`. Raises ConfigError.
     """
     if isinstance(config, Pipeline):
         if model is not None or overrides or device is not None or dtype is not None:
@@ -47,7 +50,22 @@ def open_pipeline(
     if placed:
         stages = {name: dataclasses.replace(stage, **placed) for name, stage in loaded.stages.items()}
         loaded = dataclasses.replace(loaded, stages=stages)
-    return Pipeline(loaded, folders)
+    return Pipeline(set_apart(loaded) if apart else loaded, folders)
+
+
+def set_apart(config: OmniConfig) -> OmniConfig:
+    """Stages that do not say where they run share a process of their own, apart from whoever answers callers: neither
+    waits for the other's Python, and a crash of the one leaves the other. Only where all compute on the CPU.
+    """
+    stages = config.stages.values()
+    if not all(is_cpu(resolve_device(device)) for stage in stages for device in stage.replica_devices):
+        return config
+    moved = {
+        stage.name: dataclasses.replace(stage, executor="process", process=SHARED_PROCESS)
+        for stage in stages
+        if stage.executor == "auto" and stage.replicas == 1
+    }
+    return dataclasses.replace(config, stages={**config.stages, **moved})
 
 
 def load_executor(pipeline: Pipeline, on_loading: OnLoading | None = None) -> OmniExecutor:

@@ -14,6 +14,8 @@ from vllm_omni.executor.commons import Commons
 from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.payload import StagePayload, StreamChunk
 
+Home = tuple[str, str, int]
+
 
 class StageExecutor(ABC):
     """Hosts the engine of one stage, from `start` to `shutdown`, once; a stage that is rebuilt has another one.
@@ -112,3 +114,10 @@ def runs_apart(stage: StageConfig) -> bool:
         return False
     executor: type[StageExecutor] = registry.resolve("executor", stage.executor)
     return not executor.shares_memory
+
+
+def home_of(stage: StageConfig, replica: int) -> Home | None:
+    """Which process a replica of the stage is in; None: that of the loop."""
+    if not runs_apart(stage):
+        return None
+    return ("stage", stage.name, replica) if stage.process is None else ("process", stage.process, replica)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vllm_omni.executor.process.hosts import Hosts
 from vllm_omni.executor.process.segments import Segments
 from vllm_omni.executor.ray.cluster import RayCluster
 from vllm_omni.executor.wake import Wake
@@ -15,6 +16,7 @@ class Commons:
 
     wake: Wake = field(default_factory=Wake)  # to be called when there is something to poll; waits on connections
     cluster: RayCluster = field(default_factory=RayCluster)  # where actors run; connects when one is started
+    hosts: Hosts = field(default_factory=Hosts)  # processes of stages, which some share
     segments: Segments = field(default_factory=Segments)  # a tensor of one process goes on to another without a copy
 
     def close(self) -> None:

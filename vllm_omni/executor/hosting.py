@@ -24,13 +24,15 @@ def settle(surroundings: Surroundings, log: Callable[[LogLine], None]) -> None:
 
 
 class Preparing:
-    """`StageTask.prepared` does not travel: it may be anything, so it is made again here, of the same request."""
+    """What did not travel of `StageTask.prepared` is made again here, of the same request."""
 
     def __init__(self, spec: StageSpec, blueprint: StageBlueprint) -> None:
         self._spec = spec
         self._reads = blueprint.reads
 
     def __call__(self, task: StageTask) -> StageTask:
+        if task.prepared is not None:
+            return task
         return dataclasses.replace(task, prepared=self._spec.check(task.request, task.params, self._reads))
 
 

@@ -10,7 +10,7 @@ from torch import device as Device
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.routing.budgets import GIB, MIB, MemoryBudget
 from vllm_omni.engine.base import MemoryPlan
-from vllm_omni.executor.base import runs_apart
+from vllm_omni.executor.base import Home, home_of
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.device import free_memory_bytes, rank_device, resolve_device, total_memory_bytes
 
@@ -38,14 +38,13 @@ def plan_memory(pipeline: Pipeline) -> dict[str, MemoryPlan]:
 
 def _plans(pipeline: Pipeline) -> dict[str, MemoryPlan]:
     plans: dict[str, MemoryPlan] = {}
-    homes: dict[tuple[str, ...], set[str]] = {}  # weights -> the replicas that alone have them; "": what is shared
+    homes: dict[tuple[str, ...], set[Home | None]] = {}  # weights -> the processes, or first ranks, that have them
     for name, spec in pipeline.specs.items():
         plan, replicas = spec.plan_memory(), list[MemoryPlan]()
         for number, device in enumerate(map(resolve_device, spec.stage.replica_devices)):
             key = (*spec.weights_key(), str(device), spec.precision.name, spec.stage.offload)
             loaded = homes.setdefault(key, set())
-            is_alone = runs_apart(spec.stage) or spec.stage.parallel.size > 1
-            home = f"{name} {number}" if is_alone else ""
+            home = ("ranks", name, number) if spec.stage.parallel.size > 1 else home_of(spec.stage, number)
             replica = plan
             if home in loaded:
                 replica = dataclasses.replace(plan, weights_bytes=0, offloaded_bytes=0)

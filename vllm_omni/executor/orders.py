@@ -29,11 +29,11 @@ class Submit:
     def request_id(self) -> str:
         return self.task.request_id
 
-    def for_another_process(self) -> Submit:
-        """What a stage's `check` prepared may be anything, so it does not travel: the host makes it again. Nor does
-        what the request saved of other stages.
+    def for_another_process(self, prepared: Any) -> Submit:
+        """What a stage's `check` prepared may be anything: `prepared` is what travels of it. What the request saved of
+        other stages does not.
         """
-        task = dataclasses.replace(self.task, prepared=None)
+        task = dataclasses.replace(self.task, prepared=prepared)
         if task.request.saved:
             task = dataclasses.replace(task, request=dataclasses.replace(task.request, saved={}))
         return Submit(task)

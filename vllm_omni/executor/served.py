@@ -149,6 +149,12 @@ class ServedExecutor(StageExecutor):
             self._send(order)
             self._num_sent += 1
 
+    def _portable(self, order: StageOrder) -> StageOrder:
+        """What another process is sent of an order."""
+        if not isinstance(order, Submit):
+            return order
+        return order.for_another_process(self._spec.portable(order.task.prepared))
+
     def _collect(self) -> None:
         for report in self._receive():
             self._take_in(report)

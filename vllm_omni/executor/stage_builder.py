@@ -11,7 +11,7 @@ from vllm_omni import registry
 from vllm_omni.config.graph import Edge
 from vllm_omni.config.schema import StageConfig
 from vllm_omni.engine.base import EngineContext
-from vllm_omni.executor.base import StageExecutor, runs_apart
+from vllm_omni.executor.base import Home, StageExecutor, home_of
 from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.pipeline import Pipeline
@@ -88,11 +88,11 @@ class StageBuilder:
         """Processes that compute on the CPU share its cores out: with more threads than cores each waits for others."""
         if not is_cpu(device):
             return None
-        processes: set[tuple[str, int] | None] = set()
+        homes: set[Home | None] = set()
         for name, devices in self.devices.items():
-            is_apart = runs_apart(self._pipeline.specs[name].stage)
-            processes |= {(name, number) if is_apart else None for number, each in enumerate(devices) if is_cpu(each)}
-        return max(1, current_threads() // len(processes))
+            stage = self._pipeline.specs[name].stage
+            homes |= {home_of(stage, number) for number, each in enumerate(devices) if is_cpu(each)}
+        return max(1, current_threads() // len(homes))
 
     def _executor_of(self, stage: StageConfig) -> str:
         """Stages on several devices, and several replicas, have a thread each, so that none waits for another."""

@@ -23,7 +23,7 @@ from vllm_omni.executor.orders import Report, Submit
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.executor.process.connection import FAR_ENTRY
 from vllm_omni.executor.process.device_tensors import LEAST_BYTES, DeviceTensors
-from vllm_omni.executor.process.service import device_tensors
+from vllm_omni.executor.process.session import device_tensors
 from vllm_omni.executor.servant import StageServant
 from vllm_omni.executor.stage_builder import StageBuilder
 from vllm_omni.executor.wire.base import WireError

@@ -14,7 +14,7 @@ from vllm_omni.core.ar.cache_window import CacheWindow
 from vllm_omni.engine.ar.base import ARStage
 from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.engine.ar.options import AROptions
-from vllm_omni.engine.ar.prompt import ARLimits
+from vllm_omni.engine.ar.prompt import ARLimits, PreparedPrompt
 from vllm_omni.engine.base import EngineContext, MemoryPlan, ReadPorts, StageSpec, model_folder
 from vllm_omni.engine.lora import LoRASource
 from vllm_omni.engine.parallel import check_devices, check_divisible
@@ -40,6 +40,7 @@ class ARSpec(StageSpec):
 
     options_type = AROptions
     params_type = SamplingParams
+    portable_types = (PreparedPrompt,)
     can_quantize = True
     can_offload = True
     parallel_axes = ("tensor",)

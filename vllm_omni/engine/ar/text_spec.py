@@ -109,6 +109,10 @@ class TextSpec(ARSpec):
             return None
         return self.input.prepare(read_prompt(self.options, request, {}), request, checked)
 
+    def portable(self, prepared: Any) -> PreparedPrompt | None:
+        is_text = isinstance(prepared, PreparedPrompt) and prepared.media is None
+        return prepared if is_text else None
+
     def close(self) -> None:
         with self._input_lock:
             if "_processor" in self.__dict__:  # else it was never needed

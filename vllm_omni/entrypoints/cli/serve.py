@@ -144,7 +144,7 @@ def served_configs(given: Sequence[str], model: str | None, overrides: Sequence[
     found: dict[str, Pipeline] = {}
     for item in given or ["" if model is not None else DEFAULT_CONFIG]:
         name, equals, place = item.rpartition("=")
-        pipeline = open_pipeline(place or None, model=model, overrides=overrides)
+        pipeline = open_pipeline(place or None, model=model, overrides=overrides, apart=True)
         name = name if equals else pipeline.config.name
         if not name or name in found:
             raise ConfigError(f"--config: got the name {name!r} twice, or an empty one; write NAME=PATH")

@@ -1,6 +1,7 @@
-"""The process of one stage: `python -m vllm_omni.executor.process.child SOCKET PULSE PARENT`, started by its parent.
+"""A process that hosts stages, as its parent starts it: `python -m vllm_omni.executor.process.child CONTROL PULSE
+PARENT`.
 
-SOCKET and PULSE are descriptors, PARENT is the parent's process id. It ends with its parent, however that ends. What
+CONTROL and PULSE are descriptors, PARENT is the parent's process id. It ends with its parent, however that ends. What
 takes long to import is imported after that is made sure.
 """
 

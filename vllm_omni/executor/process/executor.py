@@ -1,4 +1,5 @@
-"""The parent's half of a stage in a process of its own: a crash, a hang or a lack of memory there is the stage's alone.
+"""The parent's half of a stage in another process, its own or one that stages share: a crash, a hang or a lack of
+memory there is theirs alone.
 
 Orders go out and reports come in without waiting. Tensors pass through memory that both processes map: on the CPU one
 copy into it and none out of it, or none at all where they lie in such memory already. Tensors of an accelerator pass
@@ -8,7 +9,6 @@ through the CPU's memory, or stay there where all that read them are processes o
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,28 +17,18 @@ from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.errors import StageError
 from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.commons import Commons
-from vllm_omni.executor.orders import Report, StageOrder, Submit
+from vllm_omni.executor.orders import Report, StageOrder
 from vllm_omni.executor.process.connection import Connection
-from vllm_omni.executor.process.keeper import Keeper
+from vllm_omni.executor.process.hosts import LOOK_S, STOPPED_S, Host
 from vllm_omni.executor.process.protocol import Loaded, LogLine, Surroundings, wire_types
-from vllm_omni.executor.process.pulse import NUM_BYTES, Pulse
-from vllm_omni.executor.process.segments import create_memory
 from vllm_omni.executor.served import ServedExecutor
 from vllm_omni.executor.wire.base import WireError
 from vllm_omni.utils.children.fork_client import learn
-from vllm_omni.utils.device import is_cpu
-from vllm_omni.utils.processes import is_stopped
-
-LEAVE_S = 5.0  # the most that is waited for a child to free its engine and end
-KILL_S = 2.0  # ... for one that was killed
-STOPPED_S = 0.5  # without a sign of life, after which one that is stopped counts as hanging
-SILENT_S = 10.0  # ... after which any does; on a machine that is busy threads wait for each other
-IMPORT_S = 60.0  # ... while it loads, when large libraries are read from a slow disk
-LOOK_S = 0.1  # between two looks at it
+from vllm_omni.utils.device import is_cpu, resolve_device
 
 
 class ProcessExecutor(ServedExecutor):
-    """Starts the process, and ends it. All that the child needs is the blueprint.
+    """Joins the process that hosts it, and leaves it. All that the child needs is the blueprint.
 
     A child that ended, was stopped or shows no sign of life is a breakdown, as is one that sends what is no message.
     """
@@ -48,19 +38,19 @@ class ProcessExecutor(ServedExecutor):
     def __init__(self, spec: StageSpec, context: EngineContext, commons: Commons, blueprint: StageBlueprint) -> None:
         super().__init__(spec, context, commons, blueprint)
         self._segments = commons.segments
+        self._hosts = commons.hosts
         self._name = spec.stage.name
-        self._keeper: Keeper | None = None
+        self._host: Host | None = None
         self._connection: Connection | None = None
-        self._pulse: Pulse | None = None
         self._is_loaded = False
         self._load_error: BaseException | None = None
+        self._is_beyond = False  # its process can be of no more use
         self._is_watched_for_writing: bool | None = None  # None: its connection is not watched
-        self._started_s = self._looked_s = 0.0
         self._closed_s: float | None = None  # when it closed its connection
 
     def start(self) -> None:
         with self._lock:
-            if self._keeper is None and self._breakdown is None:
+            if self._host is None and self._breakdown is None:
                 self._start()
 
     def is_loaded(self) -> bool:
@@ -78,47 +68,53 @@ class ProcessExecutor(ServedExecutor):
 
     def shutdown(self, *, wait: bool = True) -> None:
         with self._lock:
-            keeper, connection = self._keeper, self._connection
-            if keeper is None or connection is None:
+            host, connection = self._host, self._connection
+            if host is None or connection is None:
                 return
             self._forget()
-            connection.close()  # which tells the child to leave
-            if not wait or not self._is_loaded or self._breakdown is not None or not keeper.wait(LEAVE_S):
-                keeper.kill()
-            if wait:
-                keeper.wait(KILL_S)
+            connection.close()  # which tells the child to free the engine
             self._connection = None
-            if self._pulse is not None:
-                self._pulse.close()
+            self._hosts.leave(host, wait=wait, kill=self._needs_kill(wait))
 
     def place(self) -> Mapping[str, Any]:
-        return {"pid": None if self._keeper is None else self._keeper.pid}
+        return {"pid": None if self._host is None else self._host.pid}
+
+    def _needs_kill(self, wait: bool) -> bool:
+        """Whether its process would not hear that the stage is gone; it does after a breakdown that it told itself."""
+        assert self._host is not None
+        if self._is_beyond or (not self._is_loaded and self._load_error is None):
+            return True
+        is_at_work = self._num_done < self._num_sent or self._activity is Activity.BUSY
+        return not wait and is_at_work and self._breakdown is None
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        pulse = create_memory(NUM_BYTES)
-        self._pulse = Pulse(pulse)
-        self._started_s = time.monotonic()
-        self._connection = Connection(ours, self._segments, wire_types())
-        forks = is_cpu(self._blueprint.device)
-        self._keeper = Keeper(self._name, [theirs.detach(), pulse], self._wake, forks=forks)
+        stage = self._spec.stage
+        key = None if stage.process is None else (stage.process, self._context.replica)
+        self._host = self._hosts.join(key, stage.process or self._name, self._wake, forks=self._forks())
+        self._connection = Connection(self._host.connect(), self._segments, wire_types())
         surroundings = Surroundings.of(self._blueprint.config)
         self._connection.send(surroundings)
         self._connection.types = wire_types(surroundings.kinds)
         self._connection.send(self._blueprint)
         self._watch()
 
+    def _forks(self) -> bool:
+        """Not where it, or a stage that it shares its process with, uses an accelerator."""
+        own, stages = self._spec.stage, self._blueprint.config.stages.values()
+        sharing = [own] if own.process is None else [each for each in stages if each.process == own.process]
+        return all(is_cpu(resolve_device(device)) for each in sharing for device in each.replica_devices)
+
     def _send(self, order: StageOrder) -> None:
         if self._connection is None:
             raise StageError(f"stage {self._name!r}: not started, or shut down")
-        self._connection.send(order.for_another_process() if isinstance(order, Submit) else order)
+        self._connection.send(self._portable(order))
         self._watch()
 
     def _receive(self) -> list[Report]:
         if self._connection is None or self._breakdown is not None:
             return []
         reports: list[Report] = []
-        has_ended = self._keeper is not None and self._keeper.has_ended  # first, so that its last words are heard
+        has_ended = self._host is not None and self._host.has_ended  # first, so that its last words are heard
         try:
             for message in self._connection.receive():
                 if isinstance(message, Report):
@@ -160,32 +156,25 @@ class ProcessExecutor(ServedExecutor):
 
     def _look(self, has_ended: bool) -> None:
         """Whether the child lives and moves."""
-        keeper, pulse, connection = self._keeper, self._pulse, self._connection
-        assert keeper is not None and pulse is not None and connection is not None
+        host, connection = self._host, self._connection
+        assert host is not None and connection is not None
         if self._breakdown is not None:
             return
         if has_ended:
-            self._broken_by(keeper.end())
-            return
-        now = time.monotonic()
-        if now - self._looked_s < LOOK_S:
-            return
-        self._looked_s = now
-        if connection.is_closed:
+            self._broken_by(host.end())
+        elif connection.is_closed:
+            now = time.monotonic()
             self._closed_s = self._closed_s or now
             if now - self._closed_s > STOPPED_S:
                 self._broken_by("closed its connection")
-            return
-        silent_s = min(pulse.silent_s(), now - self._started_s)
-        if silent_s > STOPPED_S and keeper.pid is not None and is_stopped(keeper.pid):
-            self._broken_by(f"was stopped, and gave no sign of life for {silent_s:.1f} s")
-        elif silent_s > (SILENT_S if self._is_loaded else IMPORT_S):
-            self._broken_by(f"gave no sign of life for {silent_s:.1f} s")
+        elif (trouble := host.trouble(is_loading=not self._is_loaded)) is not None:
+            self._broken_by(trouble)
 
     def _broken_by(self, what: str, cause: Exception | None = None) -> None:
-        pid = None if self._keeper is None else self._keeper.pid
+        pid = None if self._host is None else self._host.pid
         error = StageError(f"its process {pid} {what}")
         error.__cause__ = cause
+        self._is_beyond = True
         self._breakdown = self._breakdown or error
         self._activity = Activity.IDLE
         self._forget()

@@ -21,7 +21,7 @@ from vllm_omni.errors import StageError
 from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.commons import Commons
 from vllm_omni.executor.heard import SHUTDOWN_S, HeardExecutor
-from vllm_omni.executor.orders import Report, StageOrder, Submit
+from vllm_omni.executor.orders import Report, StageOrder
 from vllm_omni.executor.process.protocol import Loaded, LogLine, Surroundings
 from vllm_omni.executor.ray.cluster import EXECUTOR, PlacedActor, num_gpus_of, resources_of
 from vllm_omni.executor.ray.connection import check_installed
@@ -76,7 +76,7 @@ class RayExecutor(HeardExecutor):
             self._thread.join(SHUTDOWN_S)
 
     def _send(self, order: StageOrder) -> None:
-        content, *parts = packed(order.for_another_process() if isinstance(order, Submit) else order, self._types)
+        content, *parts = packed(self._portable(order), self._types)
         with self._changed:
             if self._actor is None:
                 raise StageError(f"stage {self._stage.name!r}: not started, or shut down")

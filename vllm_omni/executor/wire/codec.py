@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import numpy as np
@@ -119,12 +120,17 @@ class _Writer:
         )
 
     def _record(self, value: Any, depth: int) -> list[Any]:
-        name, fields = self._types.name(type(value)), {}
-        for field in dataclasses.fields(value):
+        """A field that has its default is left out."""
+        kind = type(value)
+        name, fields = self._types.name(kind), {}
+        for key, default in _fields(cast(Hashable, kind)):
+            item = getattr(value, key)
+            if item is default:
+                continue
             try:
-                fields[field.name] = self.plain(getattr(value, field.name), depth + 1)
+                fields[key] = self.plain(item, depth + 1)
             except WireError as error:
-                raise WireError(f"{field.name}: {error}") from None
+                raise WireError(f"{key}: {error}") from None
         return [Tag.RECORD, name, fields]
 
     def _mapping(self, value: Mapping[Any, Any], depth: int) -> Any:
@@ -146,6 +152,12 @@ class _Writer:
         if len(value) <= INLINE_BYTES:
             return value
         return [Tag.BYTES, self._put(torch.frombuffer(bytearray(value), dtype=torch.uint8))]
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[tuple[str, Any], ...]:
+    """Name and default of each field of a dataclass; MISSING where it has none."""
+    return tuple((field.name, field.default) for field in dataclasses.fields(kind))
 
 
 def _packed(items: Sequence[int]) -> bytes | None:

@@ -58,8 +58,8 @@ SHARED: tuple[type, ...] = (
 
 
 class WireTypes:
-    """The shared types, and the options and parameters of some stage kinds: those of the pipeline whose messages are
-    read. Kinds are looked at when a name is met that is none of the shared ones.
+    """The shared types, and what some stage kinds add, those of the pipeline whose messages are read: options,
+    parameters, prepared inputs. Kinds are looked at when a name is met that is none of the shared ones.
     """
 
     def __init__(self, kinds: Iterable[str] = (), more: Iterable[type] = ()) -> None:
@@ -85,7 +85,7 @@ class WireTypes:
         found: dict[str, type] = {kind.__name__: kind for kind in (*SHARED, *self._more)}
         for kind in self._kinds:
             spec: Any = registry.resolve("stage kind", kind)
-            for each in (*_reachable(spec.options_type), spec.params_type):
+            for each in (*_reachable(spec.options_type), spec.params_type, *spec.portable_types):
                 if each not in found.values():
                     found[f"{each.__module__}:{each.__qualname__}"] = each
         return found
