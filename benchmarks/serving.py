@@ -210,10 +210,10 @@ def _measured(server: ServerProcess, requests: Sequence[BenchRequest], concurren
 
 
 def _cpu_s(server: ServerProcess) -> float:
-    """Seconds of CPU of the server's process since it began, as it tells them itself."""
-    name = "process_cpu_seconds_total "
+    """Seconds of CPU of the server's process and of those of its stages, since they began, as it tells itself."""
     lines = server.get("/metrics").text.splitlines()
-    return float(next(line for line in lines if line.startswith(name)).removeprefix(name))
+    names = ("process_cpu_seconds_total", "vllm_omni_stage_processes_cpu_seconds")
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(names))
 
 
 def _over_http(server: ServerProcess, requests: Sequence[BenchRequest], concurrency: int) -> Run:

@@ -29,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.support.belongings import descendants
 from tests.support.server import ServerProcess
 from vllm_omni.entrypoints.bench.mix import ROUTES, BenchRequest, Mix
 
@@ -46,6 +47,7 @@ SMALL_POOLS = [
     for stage in ("thinker", "scene_text", "sound_text", "lyrics")
     for word in ("--set", f"{stage}.kv_memory_mb=16")
 ]
+RESIDENT = ("process_resident_memory_bytes", "vllm_omni_stage_processes_resident_bytes")  # the server's, its stages'
 # libraries keep kernels of all shapes that they have seen, and memory for each thread; without that, what grows is ours
 ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "MALLOC_ARENA_MAX": "1"}
 
@@ -170,9 +172,11 @@ class Soak:
         return Level(
             held_blocks=round(values["vllm_omni_kv_blocks"] - values["vllm_omni_kv_blocks_free"]),
             tasks=round(values["vllm_omni_event_loop_tasks"]),
-            descriptors=sum(1 for _ in Path(f"/proc/{self._pid}/fd").iterdir()),
+            descriptors=sum(
+                1 for pid in (self._pid, *descendants(self._pid)) for _ in Path(f"/proc/{pid}/fd").iterdir()
+            ),
             temporary_files=sum(len(files) for _, _, files in os.walk(self._folder)),
-            memory_mb=round(values["process_resident_memory_bytes"] / 2**20, 1),
+            memory_mb=round(sum(values[name] for name in RESIDENT) / 2**20, 1),
         )
 
 

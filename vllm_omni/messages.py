@@ -140,6 +140,7 @@ class StageFailed:
     error: OmniError
     made: StagePayload | None = None  # what there was of a result, as of `StageEngine.partial_result`
     is_lost: bool = False  # the engine broke, perhaps over another task: it may be run again
+    is_blameless: bool = False  # lost over a task of another stage
 
 
 StageEvent = StageProgress | StageWorked | StageRows | ChunkConsumed | StageDone | StageFailed

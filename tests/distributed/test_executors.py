@@ -1,6 +1,7 @@
 """Whole pipelines under every executor: words, pictures, sounds, streams, errors and ends are those of one process.
 
-One graph of everything is loaded three times: all in this process, its stages in processes, some of them on Ray.
+One graph of everything is loaded four times: all in this process, its stages in processes, all of them in one other,
+some of them on Ray.
 """
 
 from __future__ import annotations
@@ -129,6 +130,14 @@ def processes() -> Iterator[Omni]:
 
 
 @pytest.fixture(scope="module")
+def together() -> Iterator[Omni]:
+    apart = ["executor=process", "process=models"]
+    with Omni(everywhere_config(), progress=False, dtype="float32", device="cpu", overrides=apart) as omni:
+        assert len({stage["pid"] for stage in omni.get_status()["stages"].values()}) == 1
+        yield omni
+
+
+@pytest.fixture(scope="module")
 def ray(ray_settings: None) -> Iterator[Omni]:
     """A Ray that is started for this, and ended."""
     if find_spec("ray") is None:
@@ -148,7 +157,7 @@ def ray(ray_settings: None) -> Iterator[Omni]:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module", params=["processes", "ray"])
+@pytest.fixture(scope="module", params=["processes", "together", "ray"])
 def apart(request: pytest.FixtureRequest) -> Omni:
     omni: Omni = request.getfixturevalue(request.param)
     return omni
@@ -156,7 +165,10 @@ def apart(request: pytest.FixtureRequest) -> Omni:
 
 @pytest.mark.parametrize(
     ("apart", "name"),
-    [*(("processes", name) for name in ANSWERED), *(("ray", name) for name in ON_RAY_TOO)],
+    [
+        *((where, name) for where in ("processes", "together") for name in ANSWERED),
+        *(("ray", name) for name in ON_RAY_TOO),
+    ],
     indirect=["apart"],
 )
 def test_a_request_is_answered_or_refused_as_in_one_process(apart: Omni, name: str, inline: Inline) -> None:
@@ -229,6 +241,12 @@ def test_edges_count_what_crosses_them_alike(processes: Omni, inline: Inline) ->
         return {edge: {key: after[edge][key] - before[edge][key] for key in after[edge]} for edge in after}
 
     assert crossed(processes) == crossed(inline.omni)
+
+
+def test_stages_that_share_a_process_share_their_weights(together: Omni, inline: Inline) -> None:
+    found, expected = together.get_metrics(), inline.omni.get_metrics()
+    assert found["num_models"] == expected["num_models"]
+    assert found["memory"]["planned_bytes"] == expected["memory"]["planned_bytes"]
 
 
 def test_models_of_all_processes_are_counted(processes: Omni, inline: Inline) -> None:

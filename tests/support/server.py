@@ -27,14 +27,21 @@ TESTS = Path(__file__).parents[1]
 
 class ServerProcess:
     """`vllm-omni serve` with these configs ("tiny_speech", "NAME=path.yaml") and flags, ready when made. A context
-    manager that ends it, and shows what it complained of. fresh: `python -m vllm_omni`, not forked.
+    manager that ends it, and shows what it complained of. fresh: `python -m vllm_omni`, not forked. apart: its stages
+    have a process, as they do unless told otherwise; without, a server is ready sooner.
     """
 
     def __init__(
-        self, configs: Sequence[str], flags: Sequence[str] = (), *, start_s: float = 240.0, fresh: bool = False
+        self,
+        configs: Sequence[str],
+        flags: Sequence[str] = (),
+        *,
+        start_s: float = 240.0,
+        fresh: bool = False,
+        apart: bool = False,
     ) -> None:
         named = [word for config in configs for word in ("--config", config)]
-        arguments = ["serve", "--port", "0", *named, *flags]
+        arguments = ["serve", "--port", "0", *named, *flags, *([] if apart else ["--in-process"])]
         # the tests' own threads and the server's share few cores
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         environment.pop("VLLM_OMNI_API_KEY", None)

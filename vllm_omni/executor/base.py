@@ -25,6 +25,7 @@ class StageExecutor(ABC):
     """
 
     shares_memory: ClassVar[bool] = True  # whether its engine is in this process, and shares weights with others here
+    is_bystander: bool = False  # whether it has broken down over another stage, with which it shares a process
     num_models: int = 0  # that its engine has loaded in another process
 
     @abstractmethod

@@ -301,7 +301,9 @@ class ReplicaSet:
             if self.hosts[replica].takes_tasks:
                 self._forget(request_id)
                 raise
-            self._failures += self._lost(replica, [StageFailed(request_id, error, is_lost=True)])
+            is_blameless = self.hosts[replica].executor.is_bystander
+            lost = StageFailed(request_id, error, is_lost=True, is_blameless=is_blameless)
+            self._failures += self._lost(replica, [lost])
 
     def _received(self, event: StageEvent) -> list[StageEvent]:
         """What of an event is new. One that tells something else than before, or is no event, ends its task."""
@@ -328,7 +330,7 @@ class ReplicaSet:
         if not self.hosts[replica].takes_tasks:
             self._router.forget(replica)
         able = {event.request_id for event in lost if self.tasks[event.request_id].can_run_again}
-        again = set() if self._is_shut_down else self._retries.lose(replica, able)
+        again = set() if self._is_shut_down else self._to_run_again(replica, able, lost)
         failures: list[StageEvent] = []
         for event in lost:
             request_id, replay = event.request_id, self.tasks[event.request_id]
@@ -343,6 +345,12 @@ class ReplicaSet:
         if again:
             logger.warning("%d tasks will be run again: %s", len(again), lost[0].error)
         return failures
+
+    def _to_run_again(self, replica: int, able: set[str], lost: Sequence[StageFailed]) -> set[str]:
+        if not all(event.is_blameless for event in lost):
+            return self._retries.lose(replica, able)
+        self._retries.excuse(replica, able)
+        return able
 
     def _forget(self, request_id: str) -> None:
         """Nothing is kept of a task any more."""

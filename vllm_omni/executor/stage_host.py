@@ -347,18 +347,20 @@ class StageHost:
         cause = self._cause
         if cause is None or not self.is_ready:
             return []
-        failures = self._fail(self.tasks, cause, is_lost=True)
+        failures = self._fail(self.tasks, cause, is_lost=True, is_blameless=self.executor.is_bystander)
         self.executor.shutdown(wait=False)
         self._broken, self._num_failures, self._quiet_since = None, 0.0, None
         self._recovery.begin(cause, self._clock())
         return failures
 
-    def _fail(self, tasks: Iterable[str], cause: Exception, is_lost: bool) -> list[StageEvent]:
+    def _fail(
+        self, tasks: Iterable[str], cause: Exception, is_lost: bool, is_blameless: bool = False
+    ) -> list[StageEvent]:
         made = {request_id: self.partial_result(request_id) for request_id in sorted(tasks)}
         for request_id in made:
             self.abort(request_id)
         error = stage_error(self.name, cause)
-        return [StageFailed(request_id, error, each, is_lost) for request_id, each in made.items()]
+        return [StageFailed(request_id, error, each, is_lost, is_blameless) for request_id, each in made.items()]
 
     def _loading(self, go_on: Callable[[], None]) -> None:
         try:

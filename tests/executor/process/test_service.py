@@ -36,29 +36,44 @@ def large_numbers() -> Iterator[int]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def socketpair(least: int) -> tuple[socket.socket, socket.socket]:
+    """The other side with such a large number."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        return ours, socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, least))
+
+
 def test_descriptors_have_large_numbers_where_the_parent_has_many(large_numbers: int) -> None:
     """Of a server, for example: its children have the ends of their connections under the same numbers."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    service = Service(socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, large_numbers)))
-    theirs.close()
+    control, its_control = socketpair(large_numbers)
+    ours, theirs = socketpair(large_numbers)
+    service = Service(its_control)
     parent = Connection(ours, Segments(), wire_types())
+    socket.send_fds(control, [b"+"], [theirs.fileno()])
+    theirs.close()
+    running = threading.Thread(target=service.run, daemon=True)
+    running.start()
     told = [LogLine("vllm_omni", 20, "x" * 1_000_000) for _ in range(4)]  # more than a socket holds
+    until = time.monotonic() + PATIENCE_S
+    while not service.num_stages and time.monotonic() < until:
+        time.sleep(0.001)
     telling = threading.Thread(target=lambda: [service.log(line) for line in told], daemon=True)
     telling.start()
     heard: list[object] = []
-    until = time.monotonic() + PATIENCE_S
     while len(heard) < len(told) and time.monotonic() < until:
         heard += parent.receive()
         time.sleep(0.001)
     assert len(heard) == len(told)
-    running = threading.Thread(target=service.run, daemon=True)
-    running.start()
     running.join(0.2)
     assert running.is_alive(), "it waits for its first message"
     parent.close()
+    while service.num_stages and time.monotonic() < until:
+        time.sleep(0.001)
+    running.join(0.2)
+    assert running.is_alive(), "another stage may come"
+    control.close()
     running.join(PATIENCE_S)
     assert not running.is_alive()
-    service._connection.close()
     os.close(service._waking)
     os.close(service._wakes)
 

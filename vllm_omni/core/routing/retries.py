@@ -34,6 +34,11 @@ class Retries:
         self.total += len(again)
         return again
 
+    def excuse(self, replica: int, lost: Collection[str]) -> None:
+        """The engine of a replica was lost over a task of another stage: these run again, and it does not count."""
+        self._trials.pop(replica, None)
+        self.total += len(lost)
+
     def closed_to(self, task: str) -> Collection[int]:
         """The replicas on which a task may not begin now: to a suspect those that try another."""
         return self._trials.keys() if task in self._suspects else ()

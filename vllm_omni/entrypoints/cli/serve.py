@@ -66,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embed-prompt", action="store_true", help="files carry the prompt that made them")
     parser.add_argument("--otel", metavar="URL", help="OpenTelemetry spans go there (OTLP over HTTP)")
     parser.add_argument("--ui", action="store_true", help="the playground at /")
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="stages on the CPU run in the server's process, not in one of their own: less memory, slower beside HTTP",
+    )
     parser.add_argument("--allow-restart", action="store_true", help="whoever has a key may restart stages")
     _add_numbers(parser)
 
@@ -88,7 +93,7 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Until it is told to end."""
     settings = settings_of(args)
-    configs = served_configs(args.config, args.model, args.set)
+    configs = served_configs(args.config, args.model, args.set, apart=not args.in_process)
     try:
         from vllm_omni.entrypoints.server.models import ModelTable
         from vllm_omni.entrypoints.server.serving import serve
@@ -134,8 +139,10 @@ def read_keys(file: Path | None) -> list[str]:
     return keys
 
 
-def served_configs(given: Sequence[str], model: str | None, overrides: Sequence[str]) -> dict[str, Pipeline]:
-    """Name -> what is to be loaded; ConfigError where two have one name."""
+def served_configs(
+    given: Sequence[str], model: str | None, overrides: Sequence[str], *, apart: bool = False
+) -> dict[str, Pipeline]:
+    """Name -> what is to be loaded; ConfigError where two have one name. apart: as of `open_pipeline`."""
     from vllm_omni.entrypoints.loading import open_pipeline
 
     if len(given) > 1 and (model is not None or overrides):
@@ -144,7 +151,7 @@ def served_configs(given: Sequence[str], model: str | None, overrides: Sequence[
     found: dict[str, Pipeline] = {}
     for item in given or ["" if model is not None else DEFAULT_CONFIG]:
         name, equals, place = item.rpartition("=")
-        pipeline = open_pipeline(place or None, model=model, overrides=overrides, apart=True)
+        pipeline = open_pipeline(place or None, model=model, overrides=overrides, apart=apart)
         name = name if equals else pipeline.config.name
         if not name or name in found:
             raise ConfigError(f"--config: got the name {name!r} twice, or an empty one; write NAME=PATH")

@@ -20,15 +20,16 @@ from vllm_omni.utils.processes import die_with
 
 
 def main(arguments: list[str]) -> NoReturn:
-    end, pulse, parent = map(int, arguments)
+    control, pulse, parent = map(int, arguments)
     die_with(parent)  # where there is no Linux, its pulse does that
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent decides
-    Pulse(pulse).beat_on(parent, lambda: os._exit(1))
+    life = Pulse(pulse)
+    life.beat_on(parent, lambda: os._exit(1))
     os.close(pulse)
     from vllm_omni.executor.process.service import Service
 
-    Service(socket.socket(fileno=end)).run()
+    Service(socket.socket(fileno=control), life.give_turn).run()
     # threads that still decode a file would keep it
     atexit._run_exitfuncs()
     sys.stdout.flush()

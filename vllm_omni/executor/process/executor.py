@@ -41,6 +41,7 @@ class ProcessExecutor(ServedExecutor):
         self._hosts = commons.hosts
         self._name = spec.stage.name
         self._host: Host | None = None
+        self._number = 0  # by which the host knows it
         self._connection: Connection | None = None
         self._is_loaded = False
         self._load_error: BaseException | None = None
@@ -74,7 +75,16 @@ class ProcessExecutor(ServedExecutor):
             self._forget()
             connection.close()  # which tells the child to free the engine
             self._connection = None
-            self._hosts.leave(host, wait=wait, kill=self._needs_kill(wait))
+            why = f"was ended, since its stage {self._name!r} gave no answer" if self._needs_kill(wait) else None
+            self._hosts.leave(host, wait=wait, kill=why)
+
+    def activity(self) -> Activity:
+        """While another stage of its process is at work, it is not this one that keeps the loop waiting."""
+        with self._lock:
+            found = super().activity()
+            host = self._host
+            waits = found is Activity.STEPPING and host is not None and host.is_turn_of_another(self._number)
+            return Activity.PENDING if waits else found
 
     def place(self) -> Mapping[str, Any]:
         return {"pid": None if self._host is None else self._host.pid}
@@ -85,13 +95,14 @@ class ProcessExecutor(ServedExecutor):
         if self._is_beyond or (not self._is_loaded and self._load_error is None):
             return True
         is_at_work = self._num_done < self._num_sent or self._activity is Activity.BUSY
-        return not wait and is_at_work and self._breakdown is None
+        return not wait and self._breakdown is None and is_at_work and self._host.is_turn_of(self._number)
 
     def _start(self) -> None:
         stage = self._spec.stage
         key = None if stage.process is None else (stage.process, self._context.replica)
         self._host = self._hosts.join(key, stage.process or self._name, self._wake, forks=self._forks())
-        self._connection = Connection(self._host.connect(), self._segments, wire_types())
+        self._number, end = self._host.connect()
+        self._connection = Connection(end, self._segments, wire_types())
         surroundings = Surroundings.of(self._blueprint.config)
         self._connection.send(surroundings)
         self._connection.types = wire_types(surroundings.kinds)
@@ -171,7 +182,9 @@ class ProcessExecutor(ServedExecutor):
             self._broken_by(trouble)
 
     def _broken_by(self, what: str, cause: Exception | None = None) -> None:
-        pid = None if self._host is None else self._host.pid
+        host = self._host
+        self.is_bystander = host is not None and host.is_turn_of_another(self._number)
+        pid = None if host is None else host.pid
         error = StageError(f"its process {pid} {what}")
         error.__cause__ = cause
         self._is_beyond = True

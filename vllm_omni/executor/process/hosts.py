@@ -32,6 +32,8 @@ class Host:
         """name: of the thread that keeps it. on_end: called in that thread. forks: as of `start_child`."""
         self.num_stages = 0
         self.is_left = False  # nobody else is let in
+        self._num_connected = 0
+        self._why_killed: str | None = None
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         memory = create_memory(NUM_BYTES)
         self._pulse = Pulse(memory)
@@ -48,16 +50,24 @@ class Host:
     def has_ended(self) -> bool:
         return self._keeper.has_ended
 
-    def connect(self) -> socket.socket:
-        """Our end of a connection for one more stage, also before the process has started."""
+    def connect(self) -> tuple[int, socket.socket]:
+        """Our end of a connection for one more stage, and its number; also before the process has started."""
+        self._num_connected += 1
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs, suppress(OSError):  # of one that has ended, which will be said of it
             socket.send_fds(self._control, [b"+"], [theirs.fileno()])
-        return ours
+        return self._num_connected, ours
+
+    def is_turn_of(self, number: int) -> bool:
+        """Whether the stage of that number is at work there, or was when the process ended."""
+        return self._pulse.turn == number
+
+    def is_turn_of_another(self, number: int) -> bool:
+        return self._pulse.turn not in (0, number)
 
     def end(self) -> str:
         """How it ended."""
-        return self._keeper.end()
+        return self._why_killed or self._keeper.end()
 
     def trouble(self, is_loading: bool) -> str | None:
         """In what state it is if not alive and at work, as far as it shows; looked at now and then."""
@@ -79,9 +89,10 @@ class Host:
         if not wait or not self._keeper.wait(LEAVE_S):
             self.kill(wait=wait)
 
-    def kill(self, *, wait: bool) -> None:
-        """It ends at once, with all its stages."""
+    def kill(self, *, wait: bool, why: str | None = None) -> None:
+        """It ends at once, with all its stages. why: how `end` is to call that."""
         self.is_left = True
+        self._why_killed = self._why_killed or why
         self._keeper.kill()
         if wait:
             self._keeper.wait(KILL_S)
@@ -110,15 +121,17 @@ class Hosts:
             host.num_stages += 1
             return host
 
-    def leave(self, host: Host, *, wait: bool, kill: bool) -> None:
-        """A stage that had joined is gone: the last one ends the process. wait: for the end. kill: with all others."""
+    def leave(self, host: Host, *, wait: bool, kill: str | None) -> None:
+        """A stage that had joined is gone: the last one ends the process. wait: for the end. kill: why the others have
+        to end with it.
+        """
         with self._lock:
             host.num_stages -= 1
             is_last = host.num_stages == 0
             if is_last:
                 self._shared = {key: each for key, each in self._shared.items() if each is not host}
-        if kill:
-            host.kill(wait=wait)
+        if kill is not None:
+            host.kill(wait=wait, why=kill)
         elif is_last:
             host.dismiss(wait=wait)
         if is_last:

@@ -1,4 +1,5 @@
 """A sign of life that costs the loop nothing: the time, which a small thread of the child writes into shared memory.
+Beside it stands which of its stages has its turn.
 
 A long step stops it as little as long loading does; a process that is stopped or dead-locked shows none.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable
 PERIOD_S = 0.2
 NUM_BYTES = mmap.PAGESIZE
 TIME = struct.Struct("=d")  # monotonic seconds, which processes of one machine share
+TURN = struct.Struct("=q")  # behind it
 
 
 class Pulse:
@@ -31,6 +33,16 @@ class Pulse:
         """Seconds since the last beat."""
         (last,) = TIME.unpack_from(self._memory, 0)
         return max(0.0, time.monotonic() - last)
+
+    def give_turn(self, number: int) -> None:
+        """The stage of this number is at work in the child, 0: none."""
+        TURN.pack_into(self._memory, TIME.size, number)
+
+    @property
+    def turn(self) -> int:
+        """Which stage it is, or was when the child ended."""
+        (number,) = TURN.unpack_from(self._memory, TIME.size)
+        return int(number)
 
     def close(self) -> None:
         """Lets go of the memory; nothing is asked any more."""

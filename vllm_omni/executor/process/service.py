@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+from collections.abc import Callable
 
 from vllm_omni.executor.process.protocol import LogLine
 from vllm_omni.executor.process.session import Belongings, Session, ready
@@ -12,10 +13,14 @@ from vllm_omni.worker.background import Background
 
 
 class Service:
-    """control: over which the parent sends the connections of its stages, and which it closes behind the last."""
+    """control: over which the parent sends the connections of its stages, and which it closes behind the last. tell:
+    is told whose turn it is, by the number in which the stage has come, 0 being nobody's.
+    """
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, tell: Callable[[int], None] = lambda number: None) -> None:
         self._control = control
+        self._tell = tell
+        self._num_let_in = 0
         self._waking, self._wakes = os.pipe()
         os.set_blocking(self._waking, False)
         os.set_blocking(self._wakes, False)
@@ -24,13 +29,19 @@ class Service:
         self._current: Session | None = None  # whose turn it is
         self._is_left = False  # no other stage will come
 
+    @property
+    def num_stages(self) -> int:
+        return len(self._sessions)
+
     def run(self) -> None:
         """Returns when the parent says so or is gone, and all stages are."""
         while self._sessions or not self._is_left:
             is_woken = self._wait()
             for session in self._sessions:
                 self._current = session
+                self._tell(session.number)
                 session.turn(is_woken)
+            self._tell(0)
             self._sessions = [session for session in self._sessions if not session.has_ended]
         self._belongings.background.shutdown()
 
@@ -60,7 +71,9 @@ class Service:
         """One more stage, or the word that there will be none."""
         said, files, _, _ = socket.recv_fds(self._control, 1, 1)
         if said:
-            self._sessions += [Session(socket.socket(fileno=file), self._belongings) for file in files]
+            for file in files:
+                self._num_let_in += 1
+                self._sessions.append(Session(self._num_let_in, socket.socket(fileno=file), self._belongings))
         else:
             self._is_left = True
             self._control.close()

@@ -50,7 +50,9 @@ class Belongings:
 class Session:
     """Everything is done in the main thread, but for log lines, which any thread may send."""
 
-    def __init__(self, end: socket.socket, belongings: Belongings) -> None:
+    def __init__(self, number: int, end: socket.socket, belongings: Belongings) -> None:
+        """number: in which it has come."""
+        self.number = number
         self._connection = Connection(end, belongings.segments, wire_types())
         self._belongings = belongings
         self._sending = threading.Lock()

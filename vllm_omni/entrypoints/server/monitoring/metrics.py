@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from prometheus_client import (
@@ -30,6 +31,10 @@ RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8, 16)
 COUNTS = {
     **{"prompt_tokens": "prompt", "tokens": "generated", "cache_hits": "cached"},
     **{"drafted_tokens": "drafted", "accepted_tokens": "accepted"},
+}
+PROCESS_GAUGES = {  # of the library's collector -> our name and what it is
+    "process_resident_memory_bytes": ("resident_bytes", "Resident memory of the processes apart that stages have"),
+    "process_cpu_seconds": ("cpu_seconds", "CPU time of the processes apart that stages have now"),
 }
 GAUGES = {  # of an engine's own counters and gauges -> our name and what it is
     "num_running": ("stage_sequences_running", "Sequences or samples in the stage's batch"),
@@ -156,7 +161,26 @@ class _Gauges(Collector):
         loop_tasks = GaugeMetricFamily("vllm_omni_event_loop_tasks", "Tasks of the server's event loop")
         loop_tasks.add_metric([], len(asyncio.all_tasks()))
         yield from (served, waiting, running, alive, tasks, retries, alive_replicas, work, loop_tasks)
+        yield from self._of_processes()
         yield from self._of_engines()
+
+    def _of_processes(self) -> Iterator[Metric]:
+        """Those apart from the server's, which stages may share; nothing where the system does not tell."""
+        families = {
+            source: GaugeMetricFamily(f"vllm_omni_stage_processes_{name}", words, labels=["model"])
+            for source, (name, words) in PROCESS_GAUGES.items()
+        }
+        for model in self._models:
+            stages = (model.get_status() or {}).get("stages", {}).values()
+            pids = {replica.get("pid") for stage in stages for replica in stage["replicas"]} - {None}
+            found = [
+                metric for pid in pids for metric in ProcessCollector(registry=None, pid=partial(int, pid)).collect()
+            ]
+            for source, family in families.items():
+                told = [metric.samples[0].value for metric in found if metric.name == source]
+                if told or not pids:
+                    family.add_metric([model.name], sum(told))
+        yield from families.values()
 
     def _of_engines(self) -> Iterator[Metric]:
         for key, (name, words) in GAUGES.items():
