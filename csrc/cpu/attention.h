@@ -15,7 +15,7 @@ constexpr int64_t kTile = kPanel;        // tokens at once
 constexpr int64_t kMostSize = 256;       // of a head
 constexpr int64_t kMostGroup = 16;       // query heads of a key-value head
 constexpr int64_t kMostQueries = 64;     // of a task: rows times heads
-constexpr int64_t kManyQueries = 8;      // from which on a tile is packed, and multiplied as a weight is
+constexpr int64_t kManyQueries = 8;      // of a sequence, from which on tiles are packed, and multiplied as weights are
 constexpr int64_t kPartTokens = 1024;
 
 // Where the tokens of a step stand; see AttentionMetadata.
@@ -43,6 +43,7 @@ struct Task {
   int64_t sequence, head, first_row, num_rows;
   int64_t position;  // of the first row; the others follow
   int64_t begin, end, part;
+  bool is_of_many;  // how it is computed is a matter of its whole sequence: where that was cut shows in no bit
 };
 
 // sums[i] = the sum of parts[i], kWidth of them at once: pairs of neighbours are added until one vector is left.
@@ -350,7 +351,7 @@ void attend_task(const Task& task, const Step& step, const Heads& heads, const T
                  Running* running) {
   const int64_t count = task.num_rows * (heads.queries / heads.keys);
   for (int64_t r = 0; r < count; r++) running[r].clear(kMostSize);
-  if (count >= kManyQueries && heads.size % kPanel == 0)
+  if (task.is_of_many)
     attend_many(task, step, heads, query, cache, running);
   else
     attend_few(task, step, heads, query, cache, running);
@@ -380,20 +381,22 @@ struct Plan {
   void add(const Step& step, const Heads& heads, int64_t sequence, int64_t head) {
     const int64_t start = step.query_starts[sequence], stop = step.query_starts[sequence + 1];
     const int64_t length = step.context_lens[sequence], group = heads.queries / heads.keys;
-    const int64_t most = (heads.size % kPanel == 0 ? kMostQueries : kMostGroup) / group;
+    const bool is_packable = heads.size % kPanel == 0, is_of_many = is_packable && (stop - start) * group >= kManyQueries;
+    const int64_t most = (is_packable ? kMostQueries : kMostGroup) / group;
     for (int64_t row = start; row < stop; row += most) {
       const int64_t rows = stop - row < most ? stop - row : most;
       const int64_t first = length - (stop - row), end = first + rows;  // from the first row's position to the last one's
       const int64_t begin = heads.window && first - heads.window + 1 > 0 ? first - heads.window + 1 : 0;
       if (stop - start > 1 || end - begin <= kPartTokens) {
-        tasks.push_back({sequence, head, row, rows, first, begin, end, -1});
+        tasks.push_back({sequence, head, row, rows, first, begin, end, -1, is_of_many});
         continue;
       }
       const int64_t count = (end - begin + kPartTokens - 1) / kPartTokens;
       joins.push_back({sequence, head, num_parts_, count});
       for (int64_t part = 0; part < count; part++) {
         const int64_t at = begin + part * kPartTokens;
-        tasks.push_back({sequence, head, row, 1, first, at, part + 1 < count ? at + kPartTokens : end, num_parts_ + part});
+        const int64_t stops = part + 1 < count ? at + kPartTokens : end;
+        tasks.push_back({sequence, head, row, 1, first, at, stops, num_parts_ + part, is_of_many});
       }
       num_parts_ += count;
     }

@@ -19,8 +19,10 @@ import yaml
 from fuzz.http_inputs import BODIES, body_bytes, form_bytes, head, odd_target
 from fuzz.mutation import mutate_bytes
 from fuzz.raw_http import Answer, Connection
+from fuzz.rest import SHARED
 from fuzz.web_sockets import converse
 from support.ar import make_model_folder
+from support.belongings import descriptors
 from support.server import ServerProcess
 
 FLAGS = {
@@ -204,7 +206,9 @@ class Server:
                 self.slowest_health_s = max(self.slowest_health_s, time.monotonic() - began_s)
 
     def _num_descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self._server.pid}/fd").iterdir()))
+        """But for memory that it shares with its stages."""
+        kinds = descriptors(self._server.pid)
+        return sum(number for kind, number in kinds.items() if not kind.startswith(SHARED))
 
     def _peak_mb(self) -> int:
         lines = Path(f"/proc/{self._server.pid}/status").read_text().splitlines()

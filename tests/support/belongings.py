@@ -21,11 +21,14 @@ def children(pid: int | str = "self") -> set[int]:
 
 
 def is_fork_server(pid: int) -> bool:
+    """What it has forked has its command line, and another parent than that names."""
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
     except OSError:
         return False
-    return fork_client.MODULE.encode() in command
+    at = command.index(fork_client.MODULE) if fork_client.MODULE in command else None
+    return at is not None and command[at + 2] == parent
 
 
 def _own_children(pid: int | str) -> set[int]:

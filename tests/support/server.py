@@ -38,7 +38,7 @@ class ServerProcess:
         *,
         start_s: float = 240.0,
         fresh: bool = False,
-        apart: bool = False,
+        apart: bool = True,
     ) -> None:
         named = [word for config in configs for word in ("--config", config)]
         arguments = ["serve", "--port", "0", *named, *flags, *([] if apart else ["--in-process"])]

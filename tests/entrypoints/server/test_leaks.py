@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 from fuzz.raw_http import Connection
+from fuzz.rest import SHARED
+from support.belongings import descendants
 from support.server import ServerProcess
 from support.toy_engine import text_config
 from websockets.sync.client import connect
@@ -81,14 +83,15 @@ def nothing_stays(server: ServerProcess) -> Iterator[None]:
 
 
 def descriptors(server: ServerProcess) -> list[str]:
-    """What they stand for; one that is closed meanwhile is left out."""
+    """What they stand for, of the server and of its stages' processes. One that is closed meanwhile is left out, and so
+    is memory that these share, which they keep for the next tensors.
+    """
     found = []
-    for entry in Path(f"/proc/{server.pid}/fd").iterdir():
-        try:
-            found.append(str(entry.readlink()))
-        except OSError:
-            continue
-    return found
+    for pid in (server.pid, *descendants(server.pid)):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                found.append(str(entry.readlink()))
+    return [name for name in found if not name.startswith(SHARED)]
 
 
 def post(path: str, body: bytes, kind: str = "application/json", length: int | None = None) -> bytes:

@@ -270,6 +270,23 @@ def test_long_and_wide_steps_attend_as_the_definition_says(
         assert torch.equal(alone, native[rows])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (16, 2)])
+@torch.inference_mode()
+def test_rows_of_a_prompt_have_the_same_bits_wherever_it_is_cut(dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    """As when its beginning was computed for another request. 60 rows leave a rest of two in tasks of 21 each."""
+    torch.manual_seed(0)
+    whole = Step([(0, 60)], heads[1], 32, dtype)
+    query = torch.randn(60, heads[0], 32).to(dtype)
+    key, value = torch.randn(2, 60, heads[1], 32).to(dtype)
+    cache = whole.cache[0].clone()
+    expected = NativeAttention(whole.metadata())(query, key, value, cache, None)
+    for cut in (1, 16, 17, 33, 52):
+        whole.shapes = [(cut, 60 - cut)]
+        rest = NativeAttention(whole.metadata())(query[cut:], key[cut:], value[cut:], cache, None)
+        assert torch.equal(rest, expected[cut:]), cut
+
+
 def quantised(decoder: Decoder, quantization: str = "int8") -> Decoder:
     """The same with its projections held so."""
     published = {name: tensor.clone() for name, tensor in decoder.named_parameters()}
