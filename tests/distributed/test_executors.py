@@ -249,6 +249,12 @@ def test_stages_that_share_a_process_share_their_weights(together: Omni, inline:
     assert found["memory"]["planned_bytes"] == expected["memory"]["planned_bytes"]
 
 
+def test_what_reads_prompts_is_there_before_the_first_request(together: Omni) -> None:
+    """Its engine, which reads them too, is elsewhere; nobody is to wait for a tokenizer."""
+    specs = together._executor.pipeline.specs
+    assert "_processor" in vars(specs["writer"]) and "_processor" not in vars(specs["talker"])
+
+
 def test_models_of_all_processes_are_counted(processes: Omni, inline: Inline) -> None:
     """In one process the writer shares its weights; they are in two of those apart, and in the loop's."""
     assert processes.get_metrics()["num_models"] == inline.omni.get_metrics()["num_models"] + 2 == 9

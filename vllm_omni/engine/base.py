@@ -194,6 +194,12 @@ class StageSpec(ABC):
     def load(self, context: EngineContext) -> StageEngine:
         """The engine, its weights loaded."""
 
+    def warm_up(self) -> None:
+        """Loads what `check` reads, such as a tokenizer, which comes with the first request otherwise. For stages whose
+        engines are elsewhere, while these load.
+        """
+        return
+
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> Any:
         """What the request means to this stage (tokens, media plans), kept for its task; InvalidRequestError (or
         ResourceError) for a request that the stage could not run. params: with their defaults.

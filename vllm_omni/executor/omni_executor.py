@@ -73,6 +73,9 @@ class OmniExecutor:
         try:
             for name in pipeline.specs:
                 self._load(name, plans[name], on_loading)
+            for name, stage in self._stages.items():
+                if stage.is_apart:
+                    pipeline.specs[name].warm_up()
             for stage in self._stages.values():
                 stage.ensure_loaded()
         except BaseException:

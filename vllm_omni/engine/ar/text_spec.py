@@ -100,6 +100,10 @@ class TextSpec(ARSpec):
         assert found is not None, "checked when the spec was made"
         return found
 
+    def warm_up(self) -> None:
+        if "prompt" not in self.stage.inputs:
+            _ = self.input
+
     def check(self, request: OmniRequest, params: StageParams, reads: ReadPorts) -> Prepared | None:
         """The prompt's tokens, or what its media's headers say; None where an edge brings the prompt."""
         checked = self._checked_params(params, reads)

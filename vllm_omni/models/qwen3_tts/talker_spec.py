@@ -140,6 +140,10 @@ class TalkerSpec(ARSpec):
         said += [f"{name} {value} ({FILE})" for name, value in self.defaults.items() if name not in self.stage.defaults]
         return "; ".join([super().note(), *said])
 
+    def warm_up(self) -> None:
+        with self._lock:
+            _ = self._encode
+
     @property
     def _reader(self) -> SpeechReader:
         with self._lock:

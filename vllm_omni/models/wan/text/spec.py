@@ -92,6 +92,10 @@ class UMT5Spec(StageSpec):
     def load(self, context: EngineContext) -> UMT5Engine:
         return UMT5Engine(self, context)
 
+    def warm_up(self) -> None:
+        with self._lock:
+            _ = self._processor
+
     def tokens(self, words: object) -> list[int]:
         """InvalidRequestError for what are no words, or too many."""
         if not isinstance(words, str):
