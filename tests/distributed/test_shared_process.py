@@ -103,6 +103,7 @@ def test_a_stage_that_hangs_ends_the_process_and_alone_is_called_stuck(driver: D
     guilty, innocent = driver.final("guilty"), driver.final("innocent")
     assert guilty is not None and "no progress" in str(guilty.error)
     assert innocent is not None and innocent.error is None and innocent.text == 60 * "x"
+    assert status(driver, "other")["num_rebuilds"] >= 1
     assert pids(driver)[0] != first[0]
 
 
@@ -138,6 +139,16 @@ def test_a_name_without_processes_is_refused(said: dict[str, str]) -> None:
     stage = {"kind": "ar", "model": "asset://tiny-scene/text_encoder", **said}
     with pytest.raises(ConfigError, match=r"stages\.text\.process: got .* expected the name of a process"):
         load_config({"stages": {"text": stage}, "outputs": ["text"]})
+
+
+def test_a_name_at_the_top_is_for_stages_with_processes_of_which_there_are_some() -> None:
+    named = load_config("tiny_omni", ["process=models", "image.executor=process", "image.process=drawing"])
+    assert {stage.process for stage in named.stages.values()} == {None, "drawing"}
+    shared = load_config("tiny_omni", ["process=models", "executor=process", "image.executor=inline"])
+    assert {stage.process for name, stage in shared.stages.items() if name != "image"} == {"models"}
+    assert shared.stages["image"].process is None
+    with pytest.raises(ConfigError, match="process: got 'models', but no stage has `executor: process`"):
+        load_config("tiny_omni", ["process=models"])
 
 
 def test_stages_that_say_where_they_run_are_not_set_apart() -> None:

@@ -24,7 +24,7 @@ from vllm_omni.config.document import (
 )
 from vllm_omni.config.parsing import parse_value, read_yaml, resolve
 from vllm_omni.config.plugins import import_modules, load_entry_points
-from vllm_omni.config.schema import OmniConfig, StageConfig
+from vllm_omni.config.schema import PROCESS, OmniConfig, StageConfig
 from vllm_omni.config.shipped import find_config
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, did_you_mean
@@ -121,6 +121,8 @@ def _build(tree: dict[str, Any], folder: Path | None) -> OmniConfig:
     document = build(ConfigDocument, resolve(tree))
     import_modules([document.imports] if isinstance(document.imports, str) else document.imports, folder)
     stages = {name: _build_stage(name, section, document) for name, section in document.stages.items()}
+    if document.process is not None and not any(stage.process for stage in stages.values()):
+        raise ConfigError(f"process: got {document.process!r}, but no stage has `executor: process`")
     config = document.with_stages(stages)
     config.validate()
     return config
@@ -154,11 +156,13 @@ def _build_stage(name: str, section: Mapping[str, Any], document: ConfigDocument
     stage = build(StageConfig, {**values, "options": build(options_type, own, key)}, key)
     if stage.executor != "auto":
         _registered("executor", stage.executor, f"{key}.executor")
-    if stage.process == "" or (stage.process is not None and stage.executor != "process" and "process" in section):
+    if stage.process == "" or ("process" in section and stage.process is not None and stage.executor != PROCESS):
         raise ConfigError(
             f"{key}.process: got {stage.process!r} beside executor {stage.executor!r}, expected the name of a process "
             "beside `executor: process`"
         )
+    if stage.executor != PROCESS:  # the top level's is not meant for it
+        stage = dataclasses.replace(stage, process=None)
     convert(DType, stage.dtype, f"{key}.dtype")
     convert(Quantization, stage.quantization, f"{key}.quantization")
     convert(Offload, stage.offload, f"{key}.offload")

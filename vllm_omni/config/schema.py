@@ -21,6 +21,7 @@ MAX_RANK = 4096  # of an adapter
 MAX_RANKS = 64  # that share one model
 MAX_REPLICAS = 1024
 MAX_RAY = 10_000  # of a resource
+PROCESS = "process"  # the executor whose processes are all of this machine, and may be shared
 INPUT = "{input}"
 
 

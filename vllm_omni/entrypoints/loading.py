@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.config.loader import load_config
-from vllm_omni.config.schema import OmniConfig
+from vllm_omni.config.schema import PROCESS, OmniConfig
 from vllm_omni.config.shipped import config_for_model
 from vllm_omni.errors import ConfigError
 from vllm_omni.executor.loading_step import OnLoading
@@ -61,7 +61,7 @@ def set_apart(config: OmniConfig) -> OmniConfig:
     if not all(is_cpu(resolve_device(device)) for stage in stages for device in stage.replica_devices):
         return config
     moved = {
-        stage.name: dataclasses.replace(stage, executor="process", process=SHARED_PROCESS)
+        stage.name: dataclasses.replace(stage, executor=PROCESS, process=SHARED_PROCESS)
         for stage in stages
         if stage.executor == "auto" and stage.replicas == 1
     }

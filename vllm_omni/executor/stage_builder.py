@@ -9,7 +9,7 @@ from torch import device as Device
 
 from vllm_omni import registry
 from vllm_omni.config.graph import Edge
-from vllm_omni.config.schema import StageConfig
+from vllm_omni.config.schema import PROCESS, StageConfig
 from vllm_omni.engine.base import EngineContext
 from vllm_omni.executor.base import Home, StageExecutor, home_of
 from vllm_omni.executor.blueprint import StageBlueprint
@@ -18,8 +18,6 @@ from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.device import current_threads, is_cpu, is_cuda, is_same_device, resolve_device
 from vllm_omni.worker.background import Background
 from vllm_omni.worker.model_pool import ModelPool
-
-PROCESS = "process"  # the row whose processes are all of this machine
 
 
 class StageBuilder:

@@ -75,16 +75,16 @@ class ProcessExecutor(ServedExecutor):
             self._forget()
             connection.close()  # which tells the child to free the engine
             self._connection = None
-            why = f"was ended, since its stage {self._name!r} gave no answer" if self._needs_kill(wait) else None
+            why = f"was ended over its stage {self._name!r}" if self._needs_kill(wait) else None
             self._hosts.leave(host, wait=wait, kill=why)
 
     def activity(self) -> Activity:
         """While another stage of its process is at work, it is not this one that keeps the loop waiting."""
         with self._lock:
-            found = super().activity()
-            host = self._host
-            waits = found is Activity.STEPPING and host is not None and host.is_turn_of_another(self._number)
-            return Activity.PENDING if waits else found
+            found, host = super().activity(), self._host
+            if found is not Activity.STEPPING or host is None or self._connection is None:
+                return found
+            return Activity.PENDING if host.is_turn_of_another(self._number) else found
 
     def place(self) -> Mapping[str, Any]:
         return {"pid": None if self._host is None else self._host.pid}

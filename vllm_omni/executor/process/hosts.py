@@ -92,7 +92,8 @@ class Host:
     def kill(self, *, wait: bool, why: str | None = None) -> None:
         """It ends at once, with all its stages. why: how `end` is to call that."""
         self.is_left = True
-        self._why_killed = self._why_killed or why
+        if not self.has_ended:
+            self._why_killed = self._why_killed or why
         self._keeper.kill()
         if wait:
             self._keeper.wait(KILL_S)

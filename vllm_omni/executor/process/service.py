@@ -7,6 +7,7 @@ import select
 import socket
 from collections.abc import Callable
 
+from vllm_omni.executor.process.connection import CLOSE_ON_EXEC
 from vllm_omni.executor.process.protocol import LogLine
 from vllm_omni.executor.process.session import Belongings, Session, ready
 from vllm_omni.worker.background import Background
@@ -69,7 +70,7 @@ class Service:
 
     def _let_in(self) -> None:
         """One more stage, or the word that there will be none."""
-        said, files, _, _ = socket.recv_fds(self._control, 1, 1)
+        said, files, _, _ = socket.recv_fds(self._control, 1, 1, CLOSE_ON_EXEC)
         if said:
             for file in files:
                 self._num_let_in += 1
