@@ -21,6 +21,12 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def heed_parent_alone() -> None:
+    """A terminal, or a service manager, signals all processes of a program that is to end: the parent decides."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process was stopped by a signal (SIGSTOP); as far as the system says, which is on Linux."""
     try:

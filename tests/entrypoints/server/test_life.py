@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.belongings import descendants
 from support.server import ServerProcess
 
 from vllm_omni.config.loader import load_config
@@ -55,12 +56,15 @@ def begin(
     return thread, found
 
 
-def test_sigterm_lets_what_runs_end_and_takes_nothing_new() -> None:
+@pytest.mark.parametrize("whom", ["it", "all"])
+def test_sigterm_lets_what_runs_end_and_takes_nothing_new(whom: str) -> None:
+    """A service manager may signal all processes of a service."""
     with ServerProcess(["tiny_omni"]) as server:
         with httpx.Client(base_url=server.address) as kept:  # a connection that stays open
             kept.get("/health")
             thread, found = begin(server, CHAT, {**BODY, "max_tokens": 400, "ignore_eos": True})
-            os.kill(server.pid, signal.SIGTERM)
+            for pid in {server.pid, *(descendants(server.pid) if whom == "all" else ())}:
+                os.kill(pid, signal.SIGTERM)
             thread.join(120)
             (response,) = found
             assert isinstance(response, httpx.Response) and response.status_code == 200

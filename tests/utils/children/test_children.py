@@ -207,13 +207,15 @@ def test_children_end_with_a_fork_server_that_is_killed_and_another_takes_its_pl
 
 
 def test_a_child_starts_afresh_where_the_fork_server_is_gone_in_that_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    tell()
+    pid = tell()["parent"]
     server = fork_client._server
     assert server is not None
+    os.kill(pid, signal.SIGSTOP)  # else it may end, and be known to have, before it is asked
     server._control.shutdown(socket.SHUT_RDWR)  # as if it were gone
     ours, theirs = socket.socketpair()
     with ours, theirs:
         child = start_child(MODULE, [theirs.fileno()])
+        os.kill(pid, signal.SIGCONT)
         write_message(ours, {"do": "tell"})
         assert isinstance(child, FreshChild) and told(ours)["parent"] == os.getpid()
         assert child.reap() == 0

@@ -10,20 +10,19 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import os
-import signal
 import socket
 import sys
 from typing import NoReturn
 
 from vllm_omni.executor.process.pulse import Pulse
-from vllm_omni.utils.processes import die_with
+from vllm_omni.utils.processes import die_with, heed_parent_alone
 
 
 def main(arguments: list[str]) -> NoReturn:
     control, pulse, parent = map(int, arguments)
     die_with(parent)  # where there is no Linux, its pulse does that
     faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent decides
+    heed_parent_alone()
     life = Pulse(pulse)
     life.beat_on(parent, lambda: os._exit(1))
     os.close(pulse)
