@@ -30,9 +30,9 @@ def test_killed_clients_leave_no_block_no_task_no_socket_no_file_and_no_memory(
 
 
 def test_whatever_is_left_behind_is_told() -> None:
-    before = Level(held_blocks=0, tasks=3, descriptors=7, temporary_files=0, memory_mb=700)
+    before = Level(held_blocks=0, tasks=3, descriptors=7, segments=1, temporary_files=0, memory_mb=700)
     assert before.leaks(before) == []
-    after = Level(held_blocks=2, tasks=4, descriptors=8, temporary_files=1, memory_mb=900)
+    after = Level(held_blocks=2, tasks=4, descriptors=8, segments=40, temporary_files=1, memory_mb=900)
     assert [leak.split(":")[0] for leak in after.leaks(before)] == [
-        *("held_blocks", "tasks", "descriptors", "temporary_files", "memory_mb")
+        *("held_blocks", "tasks", "descriptors", "segments", "temporary_files", "memory_mb")
     ]
