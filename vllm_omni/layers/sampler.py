@@ -180,13 +180,17 @@ def sample(
     same tokens, and draws as often, as if each of them had been sampled in a step of its own.
     """
     if not any(drafts):
-        return [[_sample_one(logits, place, token, rows[place])] for place, token in enumerate(chosen)]
+        return [
+            [_sample_one(logits, place, token, row, was_plain=row.is_plain)]
+            for place, (token, row) in enumerate(zip(chosen, rows, strict=True))
+        ]
     sampled: list[list[SampledToken | StageError]] = []
     first = 0
     for row, draft in zip(rows, drafts, strict=True):
         tokens: list[SampledToken | StageError] = []
+        was_plain = row.is_plain  # when its tokens were chosen: one that is plain from here on has been given no draw
         for place, expected in enumerate((*draft, None), first):
-            token = _sample_one(logits, place, chosen[place], row)
+            token = _sample_one(logits, place, chosen[place], row, was_plain=was_plain)
             tokens.append(token)
             if isinstance(token, StageError) or token.token_id != expected:
                 break
@@ -196,13 +200,13 @@ def sample(
 
 
 def _sample_one(
-    logits: Tensor | Mapping[int, Tensor] | None, place: int, chosen: int, row: SamplingRow
+    logits: Tensor | Mapping[int, Tensor] | None, place: int, chosen: int, row: SamplingRow, *, was_plain: bool
 ) -> SampledToken | StageError:
-    """The next token of a row, recorded."""
+    """The next token of a row, recorded. was_plain: whether `chosen` is it."""
     if chosen < 0:
         return StageError("logits: got NaN or infinity, expected finite numbers; try dtype float32")
     token = SampledToken(chosen)
-    if not row.is_plain:
+    if not was_plain:
         assert logits is not None
         try:
             token = row.sample(logits[place].to(torch.float32, copy=True))
