@@ -4,6 +4,7 @@
 // kPartTokens tokens, which are tasks of their own and joined afterwards: where, depends on the sequence alone.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "gemm.h"
@@ -38,11 +39,12 @@ struct Cache {
   T *keys, *values;              // [blocks, block_size, K, D]
 };
 
-// One task, and where its sums go when it is a part: the largest score, the sum of the weights, the weighted values.
+// One task: rows of a sequence, and key-value heads that stand side by side, so that what is read of a token is one piece.
+// Where it is a part of its rows' keys, its sums go to `part` for its first head, and `next_part` further for each other.
 struct Task {
-  int64_t sequence, head, first_row, num_rows;
+  int64_t sequence, head, num_heads, first_row, num_rows;
   int64_t position;  // of the first row; the others follow
-  int64_t begin, end, part;
+  int64_t begin, end, part, next_part;
   bool is_of_many;  // how it is computed is a matter of its whole sequence: where that was cut shows in no bit
 };
 
@@ -61,28 +63,33 @@ inline Vec sum_each(Vec* parts) {
   return parts[0];
 }
 
-// A tile's rows of keys and values, and the tokens in it.
-template <typename T>
+// Tokens of a task, at most kTile, and where each one's first head stands in the keys and in the values.
 struct Tile {
-  const T *keys[kTile], *values[kTile];
+  int64_t at[kTile];
   int64_t begin, count;
 
-  Tile(const Step& step, const Heads& heads, const Cache<T>& cache, const Task& task, int64_t begin)
-      : begin(begin), count(task.end - begin < kTile ? task.end - begin : kTile) {
+  Tile(const Step& step, const Heads& heads, const Task& task, int64_t begin)
+      : begin(begin), count(std::clamp<int64_t>(task.end - begin, 0, kTile)) {
     const int64_t* table = step.block_table + task.sequence * step.table_stride;
     for (int64_t i = 0; i < count; i++) {
       const int64_t slot = table[(begin + i) / step.block_size] * step.block_size + (begin + i) % step.block_size;
-      const int64_t at = (slot * heads.keys + task.head) * heads.size;
-      keys[i] = cache.keys + at, values[i] = cache.values + at;
+      at[i] = slot * heads.keys * heads.size;
     }
   }
+};
 
-  void prefetch(int64_t size) const {
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t byte = 0; byte < size * int64_t(sizeof(T)); byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(keys[i]) + byte);
-        __builtin_prefetch(reinterpret_cast<const char*>(values[i]) + byte);
-      }
+// Keys or values of a tile's tokens for one head.
+template <typename T>
+struct Rows {
+  const T* first;  // of the head in slot 0
+  const Tile* tile;
+
+  const T* operator[](int64_t i) const { return first + tile->at[i]; }
+
+  void prefetch(int64_t i, int64_t size) const {
+    if (i < tile->count)
+      for (int64_t byte = 0; byte < size * int64_t(sizeof(T)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>((*this)[i]) + byte);
   }
 };
 
@@ -155,39 +162,44 @@ inline void hide(float* scores, int64_t position, int64_t window, int64_t begin,
     for (int64_t i = 0; i < kTile && begin + i <= position - window; i++) scores[i] = -INFINITY;
 }
 
-// Few queries: each key is multiplied where it stands, by kQueries at once, [kQueries, kMostSize] each.
+// Few queries: keys and values of one head are multiplied where they stand, by kQueries at once, [kQueries, kMostSize]
+// each. What comes next is asked for token by token: so much at once as a tile is more than a core can wait for.
 template <typename T>
 struct DirectTile {
-  Tile<T> tile;
+  Rows<T> keys, values, next_keys, next_values;
+  int64_t count, size;
 
   template <int kQueries>
-  void score(const T* queries, int64_t size, float factor, float* scores) const {
+  void score(const T* queries, float factor, float* scores) const {
     const int64_t whole = size / kStep * kStep;
-    for (int64_t first = 0; first < tile.count; first += kWidth) {
-      Vec parts[kQueries][kWidth] = {};
-      const int64_t count = tile.count - first < kWidth ? tile.count - first : kWidth;
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t d = 0; d < whole; d += kStep) add_product<kQueries>(queries + d, tile.keys[first + i] + d, parts, i);
+    for (int64_t first = 0; first < count; first += kWidth) {
+      alignas(64) Vec parts[kQueries][kWidth];
+      const int64_t stop = count - first < kWidth ? count - first : kWidth;
+      for (int64_t i = 0; i < stop; i++) {
+        next_keys.prefetch(first + i, size);
+        add_products<kQueries>(queries, keys[first + i], whole, parts, i);
+      }
+      for (int64_t i = stop; i < kWidth; i++)
+        for (int r = 0; r < kQueries; r++) parts[r][i] = Vec{};
       for (int r = 0; r < kQueries; r++) {
         store(scores + r * kTile + first, sum_each(parts[r]) * factor);
-        for (int64_t i = 0; i < count; i++)
+        for (int64_t i = 0; i < stop; i++)
           for (int64_t d = whole; d < size; d++)
             scores[r * kTile + first + i] +=
-                load_one(queries + r * kMostSize + d) * load_one(tile.keys[first + i] + d) * factor;
+                load_one(queries + r * kMostSize + d) * load_one(keys[first + i] + d) * factor;
       }
     }
   }
 
   // sums: of the first query; those of the others follow in the array.
   template <int kQueries>
-  void add_values(const float* weights, int64_t size, Running* running) const {
+  void add_values(const float* weights, Running* running) const {
     int64_t d = 0;
     for (; d + kHeld * kWidth <= size; d += kHeld * kWidth) add_columns<kQueries, kHeld>(weights, d, running);
     for (; d + kWidth <= size; d += kWidth) add_columns<kQueries, 1>(weights, d, running);
     for (; d < size; d++)
       for (int r = 0; r < kQueries; r++)
-        for (int64_t i = 0; i < tile.count; i++)
-          running[r].sums[d] += weights[r * kTile + i] * load_one(tile.values[i] + d);
+        for (int64_t i = 0; i < count; i++) running[r].sums[d] += weights[r * kTile + i] * load_one(values[i] + d);
   }
 
  private:
@@ -199,17 +211,21 @@ struct DirectTile {
   static constexpr int kHeld = kWidth == 16 ? 8 : 4;  // vectors of a value's columns in registers, for each query
 
   template <int kQueries>
-  static void add_product(const T* queries, const T* key, Vec (&parts)[kQueries][kWidth], int64_t i) {
-    if constexpr (kStep == 2 * kWidth) {
+  static void add_products(const T* queries, const T* key, int64_t whole, Vec (&parts)[kQueries][kWidth], int64_t i) {
+    Vec sums[kQueries] = {};
+    for (int64_t d = 0; d < whole; d += kStep) {
+      if constexpr (kStep == 2 * kWidth) {
 #if defined(__AVX512BF16__)
-      const __m512bh k = (__m512bh)_mm512_loadu_si512(key);
-      for (int r = 0; r < kQueries; r++)
-        parts[r][i] = (Vec)_mm512_dpbf16_ps((__m512)parts[r][i], (__m512bh)_mm512_loadu_si512(queries + r * kMostSize), k);
+        const __m512bh k = (__m512bh)_mm512_loadu_si512(key + d);
+        for (int r = 0; r < kQueries; r++)
+          sums[r] = (Vec)_mm512_dpbf16_ps((__m512)sums[r], (__m512bh)_mm512_loadu_si512(queries + r * kMostSize + d), k);
 #endif
-    } else {
-      const Vec k = load(key);
-      for (int r = 0; r < kQueries; r++) parts[r][i] += load(queries + r * kMostSize) * k;
+      } else {
+        const Vec k = load(key + d);
+        for (int r = 0; r < kQueries; r++) sums[r] += load(queries + r * kMostSize + d) * k;
+      }
     }
+    for (int r = 0; r < kQueries; r++) parts[r][i] = sums[r];
   }
 
   template <int kQueries, int kVecs>
@@ -217,11 +233,14 @@ struct DirectTile {
     Vec held[kQueries][kVecs];
     for (int r = 0; r < kQueries; r++)
       for (int v = 0; v < kVecs; v++) held[r][v] = load(running[r].sums + d + v * kWidth);
-    for (int64_t i = 0; i < tile.count; i++)
+    for (int64_t i = 0; i < count; i++) {
+      if (d == 0) next_values.prefetch(i, size);
+      const T* from = values[i] + d;
       for (int v = 0; v < kVecs; v++) {
-        const Vec value = load(tile.values[i] + d + v * kWidth);
+        const Vec value = load(from + v * kWidth);
         for (int r = 0; r < kQueries; r++) held[r][v] += weights[r * kTile + i] * value;
       }
+    }
     for (int r = 0; r < kQueries; r++)
       for (int v = 0; v < kVecs; v++) store(running[r].sums + d + v * kWidth, held[r][v]);
   }
@@ -229,37 +248,50 @@ struct DirectTile {
 
 // A tile of one key-value head and kQueries queries of one row, at `position`.
 template <int kQueries, typename T>
-void attend_tile(const DirectTile<T>& direct, const Heads& heads, const T* queries, int64_t position, Running* running) {
+void attend_tile(const DirectTile<T>& direct, const Heads& heads, const T* queries, int64_t position, int64_t begin,
+                 Running* running) {
   alignas(64) float scores[kQueries * kTile];
-  direct.template score<kQueries>(queries, heads.size, heads.scale, scores);
+  direct.template score<kQueries>(queries, heads.scale, scores);
   for (int r = 0; r < kQueries; r++) {
-    hide(scores + r * kTile, position, heads.window, direct.tile.begin, direct.tile.count);
+    hide(scores + r * kTile, position, heads.window, begin, direct.count);
     running[r].weigh(scores + r * kTile, heads.size);
   }
-  direct.template add_values<kQueries>(scores, heads.size, running);
+  direct.template add_values<kQueries>(scores, running);
 }
 
+// Tile by tile, and in each head by head.
 template <typename T>
 void attend_few(const Task& task, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache,
-                Running* running) {
+                Running* running, T* queries) {
   const int64_t group = heads.queries / heads.keys, size = heads.size, count = task.num_rows * group;
-  alignas(64) T queries[kMostGroup * kMostSize];
-  for (int64_t r = 0; r < count; r++) {
-    const T* from = query + ((task.first_row + r / group) * heads.queries + task.head * group + r % group) * size;
-    std::memcpy(queries + r * kMostSize, from, size_t(size) * sizeof(T));
+  for (int64_t r = 0; r < task.num_heads * count; r++) {
+    const int64_t head = task.head + r / count, row = task.first_row + r % count / group;
+    std::memcpy(queries + r * kMostSize, query + (row * heads.queries + head * group + r % group) * size,
+                size_t(size) * sizeof(T));
   }
+  const auto rows = [&](const T* all, int64_t head, const Tile& tile) {
+    return Rows<T>{all + (task.head + head) * size, &tile};
+  };
+  const Tile nothing(step, heads, task, task.end);
+  Tile tile(step, heads, task, task.begin);
   for (int64_t begin = task.begin; begin < task.end; begin += kTile) {
-    const DirectTile<T> direct{Tile<T>(step, heads, cache, task, begin)};
-    if (begin + kTile < task.end) Tile<T>(step, heads, cache, task, begin + kTile).prefetch(size);
-    for (int64_t r = 0; r < count;) {
-      const int64_t row = r / group, position = task.position + row;
-      const bool is_pair = r + 1 < count && (r + 1) / group == row;
-      if (is_pair)
-        attend_tile<2>(direct, heads, queries + r * kMostSize, position, running + r);
-      else
-        attend_tile<1>(direct, heads, queries + r * kMostSize, position, running + r);
-      r += is_pair ? 2 : 1;
+    const Tile after(step, heads, task, begin + kTile);
+    for (int64_t head = 0; head < task.num_heads; head++) {
+      const bool is_last = head + 1 == task.num_heads;
+      const Tile& next = is_last ? after : tile;
+      const int64_t next_head = is_last ? 0 : head + 1;
+      DirectTile<T> direct{rows(cache.keys, head, tile), rows(cache.values, head, tile),
+                           rows(cache.keys, next_head, next), rows(cache.values, next_head, next), tile.count, size};
+      for (int64_t r = 0; r < count;) {
+        const int64_t row = r / group, at = head * count + r;
+        const bool is_pair = r + 1 < count && (r + 1) / group == row;
+        const auto attend_queries = is_pair ? attend_tile<2, T> : attend_tile<1, T>;
+        attend_queries(direct, heads, queries + at * kMostSize, task.position + row, begin, running + at);
+        r += is_pair ? 2 : 1;
+        direct.next_keys.tile = direct.next_values.tile = &nothing;  // it was asked for
+      }
     }
+    tile = after;
   }
 }
 
@@ -296,12 +328,12 @@ struct PackedTile {
   alignas(64) T keys[kTile * kMostSize];
   alignas(64) T values[kTile * kMostSize];
 
-  void fill(const Tile<T>& tile, int64_t size) {
+  void fill(const Tile& tile, const Rows<T>& its_keys, const Rows<T>& its_values, int64_t size) {
     alignas(64) static const T zeros[kMostSize] = {};
     const T *key_rows[kTile], *value_rows[kTile];
     for (int64_t i = 0; i < kTile; i++) {
-      key_rows[i] = i < tile.count ? tile.keys[i] : zeros;
-      value_rows[i] = i < tile.count ? tile.values[i] : zeros;
+      key_rows[i] = i < tile.count ? its_keys[i] : zeros;
+      value_rows[i] = i < tile.count ? its_values[i] : zeros;
     }
     pack_rows(key_rows, size, keys), pack_columns(value_rows, size, kTile, values);
   }
@@ -309,9 +341,9 @@ struct PackedTile {
 
 template <typename T>
 void attend_many(const Task& task, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache,
-                 Running* running) {
+                 Running* running, T* queries) {
   const int64_t group = heads.queries / heads.keys, size = heads.size, count = task.num_rows * group;
-  alignas(64) T queries[kMostQueries * kMostSize], weights[kMostQueries * kTile];
+  alignas(64) T weights[kMostQueries * kTile];
   alignas(64) float scores[kMostQueries * kTile];
   PackedTile<T> packed;
   for (int64_t r = 0; r < count; r++) {
@@ -319,8 +351,8 @@ void attend_many(const Task& task, const Step& step, const Heads& heads, const T
     std::memcpy(queries + r * size, from, size_t(size) * sizeof(T));
   }
   for (int64_t begin = task.begin; begin < task.end; begin += kTile) {
-    const Tile<T> tile(step, heads, cache, task, begin);
-    packed.fill(tile, size);
+    const Tile tile(step, heads, task, begin);
+    packed.fill(tile, {cache.keys + task.head * size, &tile}, {cache.values + task.head * size, &tile}, size);
     in_passes(count, [&](int64_t row, auto number) {
       Vec sums[number.value][kVectors] = {};
       multiply_panel<number.value>(queries + row * size, size, packed.keys, size, sums);
@@ -345,16 +377,17 @@ void attend_many(const Task& task, const Step& step, const Heads& heads, const T
   }
 }
 
-// query [rows, H, D]; running: [num_rows * group] of the task.
+// query [rows, H, D]; running: [num_heads, num_rows * group] of the task.
 template <typename T>
 void attend_task(const Task& task, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache,
                  Running* running) {
-  const int64_t count = task.num_rows * (heads.queries / heads.keys);
-  for (int64_t r = 0; r < count; r++) running[r].clear(kMostSize);
+  alignas(64) T queries[kMostQueries * kMostSize];
+  const int64_t count = task.num_heads * task.num_rows * (heads.queries / heads.keys);
+  for (int64_t r = 0; r < count; r++) running[r].clear((heads.size + kWidth - 1) / kWidth * kWidth);
   if (task.is_of_many)
-    attend_many(task, step, heads, query, cache, running);
+    attend_many(task, step, heads, query, cache, running, queries);
   else
-    attend_few(task, step, heads, query, cache, running);
+    attend_few(task, step, heads, query, cache, running, queries);
 }
 
 // All tasks of a step, for one window, and the parts that are joined afterwards.
@@ -367,55 +400,75 @@ struct Plan {
   std::vector<Join> joins;
   std::vector<Running> parts;  // [parts, group]
 
-  void make(const Step& step, const Heads& heads) {
+  void make(const Step& step, const Heads& heads, int64_t threads) {
     tasks.clear(), joins.clear();
     num_parts_ = 0;
-    for (int64_t sequence = 0; sequence < step.sequences; sequence++)
-      for (int64_t head = 0; head < heads.keys; head++) add(step, heads, sequence, head);
+    const int64_t together = heads_together(step, heads, threads);
+    for (int64_t sequence = 0; sequence < step.sequences; sequence++) {
+      const int64_t rows = step.query_starts[sequence + 1] - step.query_starts[sequence];
+      const bool is_of_many = heads.size % kPanel == 0 && rows * (heads.queries / heads.keys) >= kManyQueries;
+      const int64_t num_heads = rows > 1 ? 1 : together;
+      for (int64_t head = 0; head < heads.keys; head += num_heads) add(step, heads, sequence, head, num_heads, is_of_many);
+    }
     parts.resize(size_t(num_parts_ * (heads.queries / heads.keys)));
   }
 
  private:
+  static constexpr int64_t kTasksPerThread = 4;  // at least, so that threads end together
+
   int64_t num_parts_ = 0;
 
-  void add(const Step& step, const Heads& heads, int64_t sequence, int64_t head) {
+  // How many key-value heads of a single row make a task: what is computed does not depend on it.
+  static int64_t heads_together(const Step& step, const Heads& heads, int64_t threads) {
+    int64_t number = heads.keys;
+    while (number > 1 && (heads.keys % number || number * (heads.queries / heads.keys) > kMostQueries ||
+                          step.sequences * heads.keys < number * threads * kTasksPerThread))
+      number--;
+    return number;
+  }
+
+  void add(const Step& step, const Heads& heads, int64_t sequence, int64_t head, int64_t num_heads, bool is_of_many) {
     const int64_t start = step.query_starts[sequence], stop = step.query_starts[sequence + 1];
     const int64_t length = step.context_lens[sequence], group = heads.queries / heads.keys;
-    const bool is_packable = heads.size % kPanel == 0, is_of_many = is_packable && (stop - start) * group >= kManyQueries;
-    const int64_t most = (is_packable ? kMostQueries : kMostGroup) / group;
+    const int64_t most = (heads.size % kPanel == 0 ? kMostQueries : kMostGroup) / group;
     for (int64_t row = start; row < stop; row += most) {
       const int64_t rows = stop - row < most ? stop - row : most;
       const int64_t first = length - (stop - row), end = first + rows;  // from the first row's position to the last one's
       const int64_t begin = heads.window && first - heads.window + 1 > 0 ? first - heads.window + 1 : 0;
       if (stop - start > 1 || end - begin <= kPartTokens) {
-        tasks.push_back({sequence, head, row, rows, first, begin, end, -1, is_of_many});
+        tasks.push_back({sequence, head, num_heads, row, rows, first, begin, end, -1, 0, is_of_many});
         continue;
       }
       const int64_t count = (end - begin + kPartTokens - 1) / kPartTokens;
-      joins.push_back({sequence, head, num_parts_, count});
+      for (int64_t i = 0; i < num_heads; i++) joins.push_back({sequence, head + i, num_parts_ + i * count, count});
       for (int64_t part = 0; part < count; part++) {
         const int64_t at = begin + part * kPartTokens;
         const int64_t stops = part + 1 < count ? at + kPartTokens : end;
-        tasks.push_back({sequence, head, row, 1, first, at, stops, num_parts_ + part, is_of_many});
+        tasks.push_back({sequence, head, num_heads, row, 1, first, at, stops, num_parts_ + part, count, is_of_many});
       }
-      num_parts_ += count;
+      num_parts_ += num_heads * count;
     }
   }
 };
 
-// query, out: [rows, H, D]. To be called by every thread of a team, which shares the tasks.
+// query: [rows, H, D]; out: the same, rows `stride` elements apart. To be called by every thread of a team, which shares the tasks.
 template <typename T>
-void attend(Team& team, Plan& plan, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache, T* out) {
+void attend(Team& team, Plan& plan, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache, T* out,
+            int64_t stride) {
   const int64_t group = heads.queries / heads.keys, size = heads.size;
   Running own[kMostQueries];
 #pragma omp for schedule(dynamic, 1) nowait
   for (size_t index = 0; index < plan.tasks.size(); index++) {
     const Task& task = plan.tasks[index];
-    Running* running = task.part < 0 ? own : &plan.parts[size_t(task.part * group)];
-    attend_task(task, step, heads, query, cache, running);
-    if (task.part < 0)
-      for (int64_t r = 0; r < task.num_rows * group; r++)
-        running[r].write(out + ((task.first_row + r / group) * heads.queries + task.head * group + r % group) * size, size);
+    attend_task(task, step, heads, query, cache, own);
+    const int64_t count = task.num_rows * group;
+    for (int64_t r = 0; r < task.num_heads * count; r++) {
+      const int64_t head = r / count, row = task.first_row + r % count / group;
+      if (task.part < 0)
+        own[r].write(out + row * stride + ((task.head + head) * group + r % group) * size, size);
+      else
+        plan.parts[size_t((task.part + head * task.next_part) * group + r % group)] = own[r];
+    }
   }
   if (plan.joins.empty()) return;
   team.meet();
@@ -426,7 +479,7 @@ void attend(Team& team, Plan& plan, const Step& step, const Heads& heads, const 
       Running& whole = plan.parts[size_t(join.first_part * group + g)];
       for (int64_t part = 1; part < join.num_parts; part++)
         whole.join(plan.parts[size_t((join.first_part + part) * group + g)], size);
-      whole.write(out + (step.query_starts[join.sequence] * heads.queries + join.head * group + g) * size, size);
+      whole.write(out + step.query_starts[join.sequence] * stride + (join.head * group + g) * size, size);
     }
   }
 }

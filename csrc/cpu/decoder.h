@@ -27,14 +27,15 @@ struct Shape {
 
 template <typename T>
 struct Room {
-  std::vector<T> normed, qkv, query, attended, gate_up, gated;
+  SpreadRows<T> normed, attended, gated;  // what is multiplied
+  std::vector<T> qkv, query, gate_up;
   QuantizedRows quantized;
 
   Room(const Shape& shape, int64_t rows) {
     const int64_t queries = shape.heads.queries * shape.heads.size, keys = shape.heads.keys * shape.heads.size;
-    normed.resize(size_t(rows * shape.hidden)), qkv.resize(size_t(rows * (queries + 2 * keys)));
-    query.resize(size_t(rows * queries)), attended.resize(size_t(rows * queries));
-    gate_up.resize(size_t(rows * 2 * shape.intermediate)), gated.resize(size_t(rows * shape.intermediate));
+    normed.reserve(rows, shape.hidden), attended.reserve(rows, queries), gated.reserve(rows, shape.intermediate);
+    qkv.resize(size_t(rows * (queries + 2 * keys))), query.resize(size_t(rows * queries));
+    gate_up.resize(size_t(rows * 2 * shape.intermediate));
     quantized.reserve(rows, std::max({shape.hidden, queries, shape.intermediate}));
   }
 };
@@ -71,31 +72,34 @@ void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const
   Plan plan;
   Team team;
   Heads heads = shape.heads;
+  const auto multiply_by = [&](const Linear<T>& linear, const SpreadRows<T>& x, T* out, const T* residual = nullptr) {
+    project(team, x.row(0), x.stride, step.rows, linear, room.quantized, out, residual);
+  };
 #pragma omp parallel num_threads(threads)
   for (int64_t index = 0; index < count; index++) {
     const Layer<T>& layer = layers[index];
 #pragma omp single nowait
     if (index == 0 || heads.window != layer.window) {
       heads.window = layer.window;
-      plan.make(step, heads);
+      plan.make(step, heads, threads);
     }
-    norm(states, layer.attention_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.data());
+    norm(states, layer.attention_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.row(0), room.normed.stride);
     team.meet();
-    project(team, room.normed.data(), step.rows, layer.qkv, room.quantized, room.qkv.data());
+    multiply_by(layer.qkv, room.normed, room.qkv.data());
     team.meet();
     place_heads(layer, shape, step, room.qkv.data(), cos, sin, caches[index], room.query.data());
     team.meet();
-    attend(team, plan, step, heads, room.query.data(), caches[index], room.attended.data());
+    attend(team, plan, step, heads, room.query.data(), caches[index], room.attended.row(0), room.attended.stride);
     team.meet();
-    project(team, room.attended.data(), step.rows, layer.output, room.quantized, states, states);
+    multiply_by(layer.output, room.attended, states, states);
     team.meet();
-    norm(states, layer.mlp_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.data());
+    norm(states, layer.mlp_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.row(0), room.normed.stride);
     team.meet();
-    project(team, room.normed.data(), step.rows, layer.gate_up, room.quantized, room.gate_up.data());
+    multiply_by(layer.gate_up, room.normed, room.gate_up.data());
     team.meet();
-    gate(room.gate_up.data(), step.rows, shape.intermediate, room.gated.data());
+    gate(room.gate_up.data(), step.rows, shape.intermediate, room.gated.row(0), room.gated.stride);
     team.meet();
-    project(team, room.gated.data(), step.rows, layer.down, room.quantized, states, states);
+    multiply_by(layer.down, room.gated, states, states);
     team.meet();
   }
 }

@@ -29,10 +29,11 @@ inline void norm_row(const T* x, const T* weight, int64_t size, float epsilon, T
   for (; i < size; i++) store_one(out + i, rounded_one<T>(load_one(x + i) * scale) * load_one(weight + i));
 }
 
+// out: rows `stride` elements apart.
 template <typename T>
-void norm(const T* x, const T* weight, int64_t rows, int64_t size, float epsilon, T* out) {
+void norm(const T* x, const T* weight, int64_t rows, int64_t size, float epsilon, T* out, int64_t stride) {
 #pragma omp for schedule(static) nowait
-  for (int64_t row = 0; row < rows; row++) norm_row(x + row * size, weight, size, epsilon, out + row * size);
+  for (int64_t row = 0; row < rows; row++) norm_row(x + row * size, weight, size, epsilon, out + row * stride);
 }
 
 // x * cos + (-second half, first half) * sin; `out` may not be x. Both products are rounded, then their sum.
@@ -53,9 +54,9 @@ inline void rotate_row(const T* x, const T* cos, const T* sin, int64_t size, T* 
   }
 }
 
-// silu(gate) * up of rows [gate, up] -> [rows, width].
+// silu(gate) * up of rows [gate, up] -> [rows, width], rows `stride` elements apart.
 template <typename T>
-void gate(const T* gate_up, int64_t rows, int64_t width, T* out) {
+void gate(const T* gate_up, int64_t rows, int64_t width, T* out, int64_t stride) {
   constexpr int64_t kPiece = 1024;
   const int64_t pieces = (width + kPiece - 1) / kPiece;
 #pragma omp for schedule(static) nowait
@@ -63,7 +64,7 @@ void gate(const T* gate_up, int64_t rows, int64_t width, T* out) {
     const int64_t row = task / pieces, begin = task % pieces * kPiece;
     const int64_t stop = begin + kPiece < width ? begin + kPiece : width;
     const T *gates = gate_up + row * 2 * width, *ups = gates + width;
-    T* to = out + row * width;
+    T* to = out + row * stride;
     int64_t i = begin;
     for (; i + kWidth <= stop; i += kWidth) {
       const Vec x = load(gates + i);

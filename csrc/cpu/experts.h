@@ -44,15 +44,14 @@ inline Gathering gather(const MixtureShape& shape, const int64_t* chosen) {
 
 // The products of gathered rows with one of each active expert's weights. To be called by every thread of a team.
 template <typename T, typename Choose>
-void multiply_gathered(const Gathering& gathering, const T* x, int64_t inputs, int64_t outputs, const Choose& choose,
-                       T* out) {
+void multiply_gathered(const Gathering& gathering, const SpreadRows<T>& x, int64_t outputs, const Choose& choose, T* out) {
   constexpr int64_t kShare = 4;  // panels that a thread takes at once: experts have unlike numbers of rows
   const int64_t panels = outputs / kPanel, tasks = int64_t(gathering.active.size()) * panels;
 #pragma omp for schedule(dynamic, kShare) nowait
   for (int64_t task = 0; task < tasks; task++) {
     const int64_t index = task / panels, start = gathering.starts[size_t(index)];
     const int64_t rows = gathering.starts[size_t(index) + 1] - start;
-    compute_panel<T>(x + start * inputs, rows, choose(gathering.active[size_t(index)]), task % panels,
+    compute_panel<T>(x.row(start), x.stride, rows, choose(gathering.active[size_t(index)]), task % panels,
                      out + start * outputs, nullptr);
   }
 }
@@ -80,25 +79,25 @@ void mix_experts(const Expert<T>* experts, const MixtureShape& shape, const T* x
                  const T* weights, T* out, int threads) {
   const Gathering gathering = gather(shape, chosen);
   const int64_t count = shape.rows * shape.chosen;
-  std::vector<T> rows(size_t(count * shape.hidden)), gate_up(size_t(count * 2 * shape.intermediate));
-  std::vector<T> gated(size_t(count * shape.intermediate));
+  SpreadRows<T> rows, gated;
+  rows.reserve(count, shape.hidden), gated.reserve(count, shape.intermediate);
+  std::vector<T> gate_up(size_t(count * 2 * shape.intermediate)), parts(size_t(count * shape.hidden));
   Team team;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < count; i++)
-      std::memcpy(rows.data() + gathering.place[size_t(i)] * shape.hidden, x + i / shape.chosen * shape.hidden,
-                  size_t(shape.hidden) * sizeof(T));
+      std::memcpy(rows.row(gathering.place[size_t(i)]), x + i / shape.chosen * shape.hidden, size_t(shape.hidden) * sizeof(T));
     team.meet();
-    multiply_gathered(gathering, rows.data(), shape.hidden, 2 * shape.intermediate,
+    multiply_gathered(gathering, rows, 2 * shape.intermediate,
                       [&](int64_t expert) -> const Linear<T>& { return experts[expert].gate_up; }, gate_up.data());
     team.meet();
-    gate(gate_up.data(), count, shape.intermediate, gated.data());
+    gate(gate_up.data(), count, shape.intermediate, gated.row(0), gated.stride);
     team.meet();
-    multiply_gathered(gathering, gated.data(), shape.intermediate, shape.hidden,
-                      [&](int64_t expert) -> const Linear<T>& { return experts[expert].down; }, rows.data());
+    multiply_gathered(gathering, gated, shape.hidden,
+                      [&](int64_t expert) -> const Linear<T>& { return experts[expert].down; }, parts.data());
     team.meet();
-    add_parts(shape, gathering, rows.data(), weights, out);
+    add_parts(shape, gathering, parts.data(), weights, out);
   }
 }
 

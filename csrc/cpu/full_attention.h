@@ -69,7 +69,7 @@ inline void multiply_rows(const T* x, int64_t rows, int64_t inputs, const T* pan
   if constexpr (sizeof(T) == 2) {
     static_assert(kPanel * sizeof(T) == kTileBytes, "whole tiles");
     alignas(64) float sums[kTilePassRows * kPanel];
-    TileProduct<T>(rows).template multiply<false>(x, inputs, panel, sums);
+    TileProduct<T>(rows).template multiply<false>(x, inputs, inputs, panel, sums);
     for (int64_t row = 0; row < rows; row++)
       for (int64_t i = 0; i < kPanel; i += kWidth) take(row, i, load(sums + row * kPanel + i));
     return;

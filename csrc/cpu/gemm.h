@@ -24,6 +24,7 @@ namespace omni {
 constexpr int kVectors = kPanel / kWidth;        // of a panel's step
 constexpr int kMostRows = kWidth == 16 ? 12 : 3;  // of x in one pass over a panel: what the registers hold
 constexpr int64_t kRowsInCache = 512;            // of x while all panels pass by
+constexpr int64_t kLine = 64;                    // bytes of a cache line
 
 template <typename T>
 struct Linear {
@@ -32,6 +33,36 @@ struct Linear {
   const T* bias;        // or null
   int64_t outputs, inputs;
   int64_t is_in_halves;  // beside x in float32
+};
+
+// Elements from one row of x to the next, so that rows are an odd number of cache lines apart: those that are a power of
+// two apart have the same few places in the nearest cache, and drive each other out.
+template <typename T>
+inline int64_t stride_of(int64_t inputs) {
+  const int64_t lines = (inputs * int64_t(sizeof(T)) + kLine - 1) / kLine;
+  return (lines | 1) * kLine / int64_t(sizeof(T));
+}
+
+// Rows of x with room between them.
+template <typename T>
+struct SpreadRows {
+  std::vector<T> numbers;
+  int64_t stride = 0;
+
+  void reserve(int64_t rows, int64_t inputs) {
+    stride = stride_of<T>(inputs);
+    numbers.resize(size_t(rows * stride));
+  }
+
+  T* row(int64_t index) { return numbers.data() + index * stride; }
+  const T* row(int64_t index) const { return numbers.data() + index * stride; }
+
+  // x [rows, inputs], by every thread of a team.
+  void fill(const T* x, int64_t rows, int64_t inputs) {
+#pragma omp for schedule(static) nowait
+    for (int64_t index = 0; index < rows; index++)
+      std::copy(x + index * inputs, x + (index + 1) * inputs, row(index));
+  }
 };
 
 // The sums of kRows rows with one panel, float32.
@@ -126,11 +157,11 @@ inline void in_passes(int64_t rows, const Work& work) {
 
 // Rows of the product with one panel, in one pass after the other over its numbers.
 template <typename W, typename T>
-inline void pass_panel(const T* x, int64_t rows, const Linear<T>& linear, int64_t panel, const W* numbers, T* out,
-                       const T* residual) {
+inline void pass_panel(const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, int64_t panel, const W* numbers,
+                       T* out, const T* residual) {
   in_passes(rows, [&](int64_t row, auto number) {
     Vec sums[number.value][kVectors] = {};
-    multiply_panel<number.value>(x + row * linear.inputs, linear.inputs, numbers, linear.inputs, sums);
+    multiply_panel<number.value>(x + row * stride, stride, numbers, linear.inputs, sums);
     const int64_t at = row * linear.outputs;
     finish_panel(reinterpret_cast<const float*>(sums), number.value, linear, panel, out + at,
                  residual ? residual + at : nullptr);
@@ -149,40 +180,41 @@ inline void widen_panel(const bfloat16* panel, int64_t inputs, float* to) {
 }
 
 // The same with a panel in bfloat16, which is widened once where many passes read it.
-inline void compute_panel_in_halves(const float* x, int64_t rows, const Linear<float>& linear, int64_t panel, float* out,
-                                    const float* residual) {
+inline void compute_panel_in_halves(const float* x, int64_t stride, int64_t rows, const Linear<float>& linear,
+                                    int64_t panel, float* out, const float* residual) {
   constexpr int64_t kFewPasses = 2;
   thread_local std::vector<float> wide;  // kept: its pages would be cleared anew for every panel
   const bfloat16* numbers = static_cast<const bfloat16*>(linear.weight) + panel * kPanel * linear.inputs;
   if (rows <= kFewPasses * kMostRows) {
-    pass_panel(x, rows, linear, panel, numbers, out, residual);
+    pass_panel(x, stride, rows, linear, panel, numbers, out, residual);
     return;
   }
   if (int64_t(wide.size()) < kPanel * linear.inputs) wide.resize(size_t(kPanel * linear.inputs));
   widen_panel(numbers, linear.inputs, wide.data());
-  pass_panel(x, rows, linear, panel, static_cast<const float*>(wide.data()), out, residual);
+  pass_panel(x, stride, rows, linear, panel, static_cast<const float*>(wide.data()), out, residual);
 }
 
-// Rows of the product with one panel.
+// Rows of the product with one panel; x: rows that are `stride` elements apart.
 template <typename T>
-inline void compute_panel(const T* x, int64_t rows, const Linear<T>& linear, int64_t panel, T* out, const T* residual) {
+inline void compute_panel(const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, int64_t panel, T* out,
+                          const T* residual) {
   if constexpr (sizeof(T) == 4)
     if (linear.is_in_halves) {
-      compute_panel_in_halves(x, rows, linear, panel, out, residual);
+      compute_panel_in_halves(x, stride, rows, linear, panel, out, residual);
       return;
     }
   const T* numbers = static_cast<const T*>(linear.weight) + panel * kPanel * linear.inputs;
 #if defined(OMNI_TILES)
   if constexpr (sizeof(T) == 2)
     if (linear.inputs * int64_t(sizeof(T)) % kTileBytes == 0) {
-      multiply_panel_by_tiles(x, rows, linear.inputs, numbers, [&](const float* sums, int64_t row, int64_t count) {
+      multiply_panel_by_tiles(x, stride, rows, linear.inputs, numbers, [&](const float* sums, int64_t row, int64_t count) {
         const int64_t at = row * linear.outputs;
         finish_panel(sums, count, linear, panel, out + at, residual ? residual + at : nullptr);
       });
       return;
     }
 #endif
-  pass_panel(x, rows, linear, panel, numbers, out, residual);
+  pass_panel(x, stride, rows, linear, panel, numbers, out, residual);
 }
 
 // Calls `work` with each panel and some of the rows, by one thread of a team each; blocks of rows are as equal as can be,
@@ -197,12 +229,13 @@ inline void share_panels(int64_t rows, int64_t outputs, const Work& work) {
   }
 }
 
-// x [rows, inputs] -> out [rows, outputs]. To be called by every thread of a team, which shares the panels.
+// x [rows, inputs], rows `stride` elements apart -> out [rows, outputs]. To be called by every thread of a team, which
+// shares the panels.
 template <typename T>
-void multiply(const T* x, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
+void multiply(const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
   share_panels(rows, linear.outputs, [&](int64_t panel, int64_t row, int64_t count) {
     const int64_t at = row * linear.outputs;
-    compute_panel(x + row * linear.inputs, count, linear, panel, out + at, residual ? residual + at : nullptr);
+    compute_panel(x + row * stride, stride, count, linear, panel, out + at, residual ? residual + at : nullptr);
   });
 }
 

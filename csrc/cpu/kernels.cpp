@@ -22,17 +22,14 @@ using namespace omni;
 #define EXPORTS(NAME, T)                                                                                               \
   LAYOUT_EXPORTS(NAME, T)                                                                                              \
   void multiply_##NAME(const T* x, int64_t rows, const Linear<T>* linear, T* out, int threads) {                       \
-    Team team;                                                                                                         \
-    QuantizedRows quantized;                                                                                           \
-    if (linear->scales) quantized.reserve(rows, linear->inputs);                                                       \
-    TEAM project(team, x, rows, *linear, quantized, out);                                                              \
+    multiply_all(x, rows, *linear, out, threads);                                                                      \
   }                                                                                                                    \
   void attend_##NAME(const Step* step, const Heads* heads, const T* query, const Cache<T>* cache, T* out,              \
                      int threads) {                                                                                    \
     Plan plan;                                                                                                         \
     Team team;                                                                                                         \
-    plan.make(*step, *heads);                                                                                          \
-    TEAM attend(team, plan, *step, *heads, query, *cache, out);                                                              \
+    plan.make(*step, *heads, threads);                                                                                 \
+    TEAM attend(team, plan, *step, *heads, query, *cache, out, heads->queries * heads->size);                          \
   }                                                                                                                    \
   void find_largest_##NAME(const T* logits, int64_t rows, int64_t size, int64_t* found, int threads) {                 \
     TEAM find_largest(logits, rows, size, found);                                                                      \
@@ -63,7 +60,7 @@ using namespace omni;
     TEAM place(heads, *tokens, *row, turns);                                                                           \
   }                                                                                                                    \
   void gate_##NAME(const T* gate_up, int64_t rows, int64_t width, T* out, int threads) {                               \
-    TEAM gate(gate_up, rows, width, out);                                                                              \
+    TEAM gate(gate_up, rows, width, out, width);                                                                       \
   }                                                                                                                    \
   void snake_##NAME(const T* x, const T* frequency, const T* amplitude, int64_t outer, int64_t channels,               \
                     int64_t inner, T* out, int threads) {                                                              \

@@ -31,12 +31,12 @@ inline Vec rounded_product(Vec x) {
 
 // Rows of x in int8, each with its scale and the sum of its numbers.
 struct QuantizedRows {
-  std::vector<int8_t> numbers;
+  SpreadRows<int8_t> numbers;
   std::vector<float> scales;
   std::vector<int32_t> sums;
 
   void reserve(int64_t rows, int64_t inputs) {
-    numbers.resize(size_t(rows * inputs)), scales.resize(size_t(rows)), sums.resize(size_t(rows));
+    numbers.reserve(rows, inputs), scales.resize(size_t(rows)), sums.resize(size_t(rows));
   }
 };
 
@@ -140,12 +140,12 @@ inline void finish_exact_panel(const int32_t* exact, int32_t shift, const Quanti
 template <typename T>
 inline void compute_panel(const QuantizedRows& x, int64_t first, int64_t rows, const Linear<T>& linear, int64_t panel,
                           T* out, const T* residual) {
-  const int64_t inputs = linear.inputs;
+  const int64_t inputs = linear.inputs, stride = x.numbers.stride;
   const int8_t* weight = static_cast<const int8_t*>(linear.weight) + panel * kPanel * inputs;
-  const int8_t* numbers = x.numbers.data() + first * inputs;
+  const int8_t* numbers = x.numbers.row(first);
 #if defined(OMNI_TILES)
   if (inputs % kTileBytes == 0) {
-    multiply_panel_by_tiles(numbers, rows, inputs, weight, [&](const int32_t* exact, int64_t row, int64_t count) {
+    multiply_panel_by_tiles(numbers, stride, rows, inputs, weight, [&](const int32_t* exact, int64_t row, int64_t count) {
       finish_exact_panel(exact, 0, x, first + row, count, linear, panel, out, residual);
     });
     return;
@@ -153,28 +153,49 @@ inline void compute_panel(const QuantizedRows& x, int64_t first, int64_t rows, c
 #endif
   in_passes(rows, [&](int64_t row, auto number) {
     IntVec exact[number.value][kVectors] = {};
-    multiply_panel<number.value>(numbers + row * inputs, inputs, weight, inputs, exact);
+    multiply_panel<number.value>(numbers + row * stride, stride, weight, inputs, exact);
     finish_exact_panel(reinterpret_cast<const int32_t*>(exact), kIsShifted ? 128 : 0, x, first + row, number.value,
                        linear, panel, out, residual);
   });
 }
 
-// x [rows, inputs] -> out [rows, outputs], by either kind of weight. To be called by every thread of a team.
+// x [rows, inputs], rows `stride` elements apart -> out [rows, outputs], by either kind of weight. To be called by every
+// thread of a team.
 template <typename T>
-void project(Team& team, const T* x, int64_t rows, const Linear<T>& linear, QuantizedRows& quantized, T* out,
-             const T* residual = nullptr) {
+void project(Team& team, const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, QuantizedRows& quantized,
+             T* out, const T* residual = nullptr) {
   if (!linear.scales) {
-    multiply(x, rows, linear, out, residual);
+    multiply(x, stride, rows, linear, out, residual);
     return;
   }
 #pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < rows; row++)
-    quantize_row(x + row * linear.inputs, linear.inputs, quantized.numbers.data() + row * linear.inputs,
-                 &quantized.scales[size_t(row)], &quantized.sums[size_t(row)]);
+    quantize_row(x + row * stride, linear.inputs, quantized.numbers.row(row), &quantized.scales[size_t(row)],
+                 &quantized.sums[size_t(row)]);
   team.meet();
   share_panels(rows, linear.outputs, [&](int64_t panel, int64_t row, int64_t count) {
     compute_panel(quantized, row, count, linear, panel, out, residual);
   });
+}
+
+// x [rows, inputs] -> out [rows, outputs], by a team of its own. Rows that crowd are spread if they pass more than once.
+template <typename T>
+void multiply_all(const T* x, int64_t rows, const Linear<T>& linear, T* out, int threads) {
+  constexpr int64_t kCrowding = 2048;  // bytes: rows so far apart share two of the nearest cache's 64 sets
+  Team team;
+  QuantizedRows quantized;
+  SpreadRows<T> spread;
+  const bool is_spread = !linear.scales && rows > kMostRows && linear.inputs * int64_t(sizeof(T)) % kCrowding == 0;
+  if (linear.scales) quantized.reserve(rows, linear.inputs);
+  if (is_spread) spread.reserve(rows, linear.inputs);
+#pragma omp parallel num_threads(threads)
+  {
+    if (is_spread) {
+      spread.fill(x, rows, linear.inputs);
+      team.meet();
+    }
+    project(team, is_spread ? spread.row(0) : x, is_spread ? spread.stride : linear.inputs, rows, linear, quantized, out);
+  }
 }
 
 }  // namespace omni

@@ -110,10 +110,10 @@ class TileProduct {
   explicit TileProduct(int64_t rows)
       : lower_(std::max<int64_t>(rows - kTileRows, 0)), tiles_(TileShapes(rows - lower_, lower_)) {}
 
-  // x [rows, inputs] -> sums [rows, kPanel]. kReadsAhead: where the panel comes from memory, to be read once.
+  // x [rows, inputs], rows `stride` elements apart -> sums [rows, kPanel]. kReadsAhead: where the panel comes from memory, to be read once.
   template <bool kReadsAhead>
-  void multiply(const T* x, int64_t inputs, const T* panel, SumOf<T>* sums) {
-    const int64_t x_stride = inputs * int64_t(sizeof(T));
+  void multiply(const T* x, int64_t stride, int64_t inputs, const T* panel, SumOf<T>* sums) {
+    const int64_t x_stride = stride * int64_t(sizeof(T));
     tiles_.template clear<0>(), tiles_.template clear<1>();
     if (lower_) tiles_.template clear<2>(), tiles_.template clear<3>();
     for (int64_t k = 0; k < inputs; k += kInputs, panel += kPanel * kInputs) {
@@ -123,7 +123,7 @@ class TileProduct {
       tiles_.template load<4>(x + k, x_stride);
       tiles_.template multiply<T, 0, 4, 6>(), tiles_.template multiply<T, 1, 4, 7>();
       if (lower_) {
-        tiles_.template load<5>(x + kTileRows * inputs + k, x_stride);
+        tiles_.template load<5>(x + kTileRows * stride + k, x_stride);
         tiles_.template multiply<T, 2, 5, 6>(), tiles_.template multiply<T, 3, 5, 7>();
       }
     }
@@ -142,14 +142,15 @@ class TileProduct {
 // Any number of rows with one panel; `finish` is given sums [count, kPanel], the first of their rows and how many they are.
 // The first pass brings the panel from memory.
 template <typename T, typename Finish>
-inline void multiply_panel_by_tiles(const T* x, int64_t rows, int64_t inputs, const T* panel, const Finish& finish) {
+inline void multiply_panel_by_tiles(const T* x, int64_t stride, int64_t rows, int64_t inputs, const T* panel,
+                                    const Finish& finish) {
   alignas(64) SumOf<T> sums[kTilePassRows * kPanel];
   int64_t row = 0;
   const auto pass = [&](TileProduct<T>& product, int64_t count) {
     if (row == 0)
-      product.template multiply<true>(x, inputs, panel, sums);
+      product.template multiply<true>(x, stride, inputs, panel, sums);
     else
-      product.template multiply<false>(x + row * inputs, inputs, panel, sums);
+      product.template multiply<false>(x + row * stride, stride, inputs, panel, sums);
     finish(sums, row, count);
     row += count;
   };

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vllm_omni.utils.memory_pages import in_huge_pages
+
 
 @contextmanager
 def on_meta_device() -> Iterator[None]:
@@ -24,7 +26,7 @@ def give_memory(model: nn.Module, device: torch.device, *, recurse: bool = True)
     """As `nn.Module.to_empty`, which on its way imports half of torch's compiler too."""
 
     def empty(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        return in_huge_pages(torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
     for module in model.modules() if recurse else (model,):
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):

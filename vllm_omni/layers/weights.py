@@ -30,7 +30,7 @@ from vllm_omni.utils.checkpoint_files import check_file
 from vllm_omni.utils.checks import brief
 from vllm_omni.utils.device import Copies
 from vllm_omni.utils.files import read_json
-from vllm_omni.utils.mapped_files import give_back
+from vllm_omni.utils.memory_pages import give_back
 from vllm_omni.utils.variants import is_weights, of_one_variant, variant_of, variants_in
 
 MakeCopies = Callable[[torch.device], Copies]  # for a device
