@@ -346,6 +346,7 @@ void attend_many(const Task& task, const Step& step, const Heads& heads, const T
   alignas(64) T weights[kMostQueries * kTile];
   alignas(64) float scores[kMostQueries * kTile];
   PackedTile<T> packed;
+  Near near;
   for (int64_t r = 0; r < count; r++) {
     const T* from = query + ((task.first_row + r / group) * heads.queries + task.head * group + r % group) * size;
     std::memcpy(queries + r * size, from, size_t(size) * sizeof(T));
@@ -355,7 +356,7 @@ void attend_many(const Task& task, const Step& step, const Heads& heads, const T
     packed.fill(tile, {cache.keys + task.head * size, &tile}, {cache.values + task.head * size, &tile}, size);
     in_passes(count, [&](int64_t row, auto number) {
       Vec sums[number.value][kVectors] = {};
-      multiply_panel<number.value>(queries + row * size, size, packed.keys, size, sums);
+      multiply_panel<number.value>(queries + row * size, size, packed.keys, size, sums, near);
       for (int r = 0; r < number.value; r++)
         for (int v = 0; v < kVectors; v++) store(scores + (row + r) * kTile + v * kWidth, sums[r][v] * heads.scale);
     });
@@ -370,7 +371,7 @@ void attend_many(const Task& task, const Step& step, const Heads& heads, const T
         Vec sums[number.value][kVectors];
         for (int r = 0; r < number.value; r++)
           for (int v = 0; v < kVectors; v++) sums[r][v] = load(running[row + r].sums + d + v * kWidth);
-        multiply_panel<number.value>(weights + row * kTile, kTile, packed.values + d * kTile, kTile, sums);
+        multiply_panel<number.value>(weights + row * kTile, kTile, packed.values + d * kTile, kTile, sums, near);
         for (int r = 0; r < number.value; r++)
           for (int v = 0; v < kVectors; v++) store(running[row + r].sums + d + v * kWidth, sums[r][v]);
       });
@@ -407,7 +408,7 @@ struct Plan {
     for (int64_t sequence = 0; sequence < step.sequences; sequence++) {
       const int64_t rows = step.query_starts[sequence + 1] - step.query_starts[sequence];
       const bool is_of_many = heads.size % kPanel == 0 && rows * (heads.queries / heads.keys) >= kManyQueries;
-      const int64_t num_heads = rows > 1 ? 1 : together;
+      const int64_t num_heads = rows > 1 || is_of_many ? 1 : together;
       for (int64_t head = 0; head < heads.keys; head += num_heads) add(step, heads, sequence, head, num_heads, is_of_many);
     }
     parts.resize(size_t(num_parts_ * (heads.queries / heads.keys)));

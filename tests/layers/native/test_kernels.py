@@ -68,12 +68,13 @@ def test_products_equal_torchs(rows: int, half: int, panels: int, bias: bool, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", [96, 1024])  # rows of 1024 are copied apart
 @torch.inference_mode()
-def test_a_row_is_the_same_alone_and_among_others(dtype: torch.dtype) -> None:
-    packing = NativePacking.find(torch.empty(160, 96, dtype=dtype))
+def test_a_row_is_the_same_alone_and_among_others(dtype: torch.dtype, inputs: int) -> None:
+    packing = NativePacking.find(torch.empty(160, inputs, dtype=dtype))
     assert packing is not None
-    packed = packing.pack(torch.randn(160, 96).to(dtype))
-    x = torch.randn(1100, 96).to(dtype)
+    packed = packing.pack(torch.randn(160, inputs).to(dtype))
+    x = torch.randn(1100, inputs).to(dtype)
     together = packing.multiply(x, packed, None)
     for start, stop in ((0, 1), (7, 9), (100, 116), (43, 1000)):
         assert torch.equal(packing.multiply(x[start:stop], packed, None), together[start:stop])
@@ -254,8 +255,10 @@ class Step:
 def test_long_and_wide_steps_attend_as_the_definition_says(
     dtype: torch.dtype, heads: tuple[int, int], head_dim: int, window: int | None
 ) -> None:
+    """With so many sequences a task is all heads of one; alone, where no thread is to be idle, a head of it."""
     torch.manual_seed(0)
-    step = Step([(1500, 1), (0, 70), (33, 20), (5, 1), (1023, 1), (1024, 1)], heads[1], head_dim, dtype)
+    crowd = [(past, 1) for past in range(20)]
+    step = Step([(1500, 1), (0, 70), (33, 20), (5, 1), (1023, 1), (1024, 1), *crowd], heads[1], head_dim, dtype)
     query = torch.randn(step.num_tokens, heads[0], head_dim).to(dtype)
     key, value = torch.randn(2, step.num_tokens, heads[1], head_dim).to(dtype)
     native, definition = (
