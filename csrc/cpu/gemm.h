@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -42,19 +43,19 @@ inline int64_t stride_of(int64_t inputs) {
   return (lines | 1) * kLine / int64_t(sizeof(T));
 }
 
-// Rows of x with room between them.
+// Rows of x with room between them; not filled at first.
 template <typename T>
 struct SpreadRows {
-  std::vector<T> numbers;
+  std::unique_ptr<T[]> numbers;
   int64_t stride = 0;
 
   void reserve(int64_t rows, int64_t inputs) {
     stride = stride_of<T>(inputs);
-    numbers.resize(size_t(rows * stride));
+    numbers.reset(new T[size_t(rows * stride)]);
   }
 
-  T* row(int64_t index) { return numbers.data() + index * stride; }
-  const T* row(int64_t index) const { return numbers.data() + index * stride; }
+  T* row(int64_t index) { return numbers.get() + index * stride; }
+  const T* row(int64_t index) const { return numbers.get() + index * stride; }
 
   // x [rows, inputs], by every thread of a team.
   void fill(const T* x, int64_t rows, int64_t inputs) {

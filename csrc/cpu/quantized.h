@@ -179,7 +179,7 @@ void project(Team& team, const T* x, int64_t stride, int64_t rows, const Linear<
 // x [rows, inputs] -> out [rows, outputs], by a team of its own. Rows that crowd are spread if they pass more than once.
 template <typename T>
 void multiply_all(const T* x, int64_t rows, const Linear<T>& linear, T* out, int threads) {
-  constexpr int64_t kCrowding = 2048;  // bytes: rows so far apart share two of the nearest cache's 64 sets
+  constexpr int64_t kCrowding = 4096;  // bytes: rows so far apart share one of the nearest cache's 64 sets
   Team team;
   QuantizedRows quantized;
   SpreadRows<T> spread;

@@ -20,8 +20,9 @@ def give_back(address: int, num_bytes: int) -> None:
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
-    """The same tensor, new and not yet written: on a CPU its memory comes in pages of 2 MiB if the system has them. What
-    is read from end to end at each step is read faster so: an address is looked up once where it would be 512 times.
+    """The same tensor, new and not yet written: on a CPU its memory comes in pages of 2 MiB if the system has them.
+    What is read from end to end at each step is read faster so: an address is looked up once where it would be 512
+    times.
     """
     num_bytes = tensor.untyped_storage().nbytes()
     if tensor.device.type == "cpu" and num_bytes >= HUGE_PAGE:
