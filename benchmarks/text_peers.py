@@ -7,6 +7,7 @@ run goes on. All are given token ids and asked for token ids.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -82,7 +83,10 @@ def run(
             *_processes(environments, folder, dtype, options, stack, notes),
         ]
         cases = [(name, load.amount, load) for name, load in chosen.items()]
-        found = list(rounds(us, peers, cases, equal_share, options, ask))
+        found = []
+        for row in rounds(us, peers, cases, equal_share, options, ask):
+            found.append(row)
+            _tell([peer.name for peer in peers], row)
         memory = [[side.name, f"{side.peak_memory_mb():.0f}"] for side in (us, *peers)]
     bounds = {name: load.limit(limits, config, dtype) for name, load in chosen.items()} if limits else {}
     names = [peer.name for peer in peers]
@@ -149,6 +153,12 @@ def _processes(
         found.append(process)
         notes.append(f"{peer.name} {peer.version(place)}, in an environment of its own.")
     return found
+
+
+def _tell(names: list[str], row: list[Duel]) -> None:
+    """One case, when it has ended: all of them take half an hour on a slow machine."""
+    told = ", ".join(f"{with_spread(duel.ratios)} times {name}" for name, duel in zip(names, row, strict=True))
+    print(f"{row[0].case}: {told}", file=sys.stderr, flush=True)
 
 
 def _rates(title: str, names: list[str], found: list[list[Duel]], bounds: Mapping[str, float]) -> Table:
