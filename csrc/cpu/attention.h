@@ -452,7 +452,8 @@ struct Plan {
   }
 };
 
-// query: [rows, H, D]; out: the same, rows `stride` elements apart. To be called by every thread of a team, which shares the tasks.
+// query: [rows, H, D]; out: the same, rows `stride` elements apart. To be called by every thread of a team, which shares
+// the tasks.
 template <typename T>
 void attend(Team& team, Plan& plan, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache, T* out,
             int64_t stride) {

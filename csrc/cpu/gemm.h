@@ -65,7 +65,7 @@ struct SpreadRows {
   }
 };
 
-// The sums of kRows rows with one panel, float32.
+// The sums of kRows rows with one panel, float32. Nothing is asked for ahead.
 template <int kRows, typename Ahead>
 inline void multiply_panel(const float* x, int64_t stride, const float* panel, int64_t inputs,
                            Vec (&sums)[kRows][kVectors], Ahead&) {

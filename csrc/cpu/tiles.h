@@ -110,7 +110,8 @@ class TileProduct {
   explicit TileProduct(int64_t rows)
       : lower_(std::max<int64_t>(rows - kTileRows, 0)), tiles_(TileShapes(rows - lower_, lower_)) {}
 
-  // x [rows, inputs], rows `stride` elements apart -> sums [rows, kPanel]. kReadsAhead: where the panel comes from memory, to be read once.
+  // x [rows, inputs], rows `stride` elements apart -> sums [rows, kPanel]. kReadsAhead: where the panel comes from memory,
+  // to be read once.
   template <bool kReadsAhead>
   void multiply(const T* x, int64_t stride, int64_t inputs, const T* panel, SumOf<T>* sums) {
     const int64_t x_stride = stride * int64_t(sizeof(T));

@@ -8,6 +8,8 @@ import sys
 
 from torch import Tensor
 
+from vllm_omni.utils.device import is_cpu
+
 HUGE_PAGE = 2**21  # bytes, on x86-64 and mostly on ARM
 
 
@@ -25,7 +27,7 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
     times.
     """
     num_bytes = tensor.untyped_storage().nbytes()
-    if tensor.device.type == "cpu" and num_bytes >= HUGE_PAGE:
+    if is_cpu(tensor.device) and num_bytes >= HUGE_PAGE:
         first = tensor.untyped_storage().data_ptr()
         start = first // mmap.PAGESIZE * mmap.PAGESIZE
         _advise(start, -(-(first + num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE, "MADV_HUGEPAGE")

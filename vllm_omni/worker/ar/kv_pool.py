@@ -17,7 +17,6 @@ from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.errors import ConfigError
 from vllm_omni.layers.forward_context import HiddenStateTaps
 from vllm_omni.layers.shard import WHOLE, Shard
-from vllm_omni.utils.memory_pages import in_huge_pages
 from vllm_omni.worker.ar.language_model import LanguageModelConfig
 
 MAX_DEFAULT_BLOCKS = 65_536  # unasked; each costs some memory of its own, which a config's numbers must not blow up
@@ -89,7 +88,7 @@ class KVPool:
         allocated = num_blocks + has_scratch
         shape = (layout.num_layers, 2, allocated, block_size, layout.num_kv_heads, layout.head_dim)
         # Not zeroed: nothing reads a slot before it is written, and pages that are never touched take no memory.
-        self.kv_cache = in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
+        self.kv_cache = torch.empty(shape, dtype=dtype, device=device)
         num_slots = allocated * block_size
         self.taps = (
             HiddenStateTaps(layout.tapped_layers, num_slots, layout.hidden_size, dtype, device)
