@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,19 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def heed_parent_alone() -> None:
-    """A terminal, or a service manager, signals all processes of a program that is to end: the parent decides."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+@contextmanager
+def heedless_children() -> Iterator[None]:
+    """What this thread starts in it takes no heed of SIGINT and SIGTERM from its first moment on, nor do children of its
+    own: a terminal, or a service manager, signals all processes of a program that is to end, and the parent decides.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # what is blocked is inherited
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def is_stopped(pid: int) -> bool:

@@ -58,6 +58,18 @@ def sandbox() -> Any:
     sandbox.close()
 
 
+def test_a_signal_to_all_processes_of_a_server_ends_no_rendering() -> None:
+    """A service manager may send it: what runs has time to end."""
+    sandbox = TemplateSandbox()
+    sandbox.start()
+    assert sandbox._process is not None
+    os.kill(sandbox._process.pid, signal.SIGTERM)  # before it has imported anything
+    assert sandbox.render(MODEST, {"messages": [{"content": "hello"}]}) == "hello"
+    os.kill(sandbox._process.pid, signal.SIGTERM)
+    assert sandbox.render(MODEST, {"messages": [{"content": "again"}]}) == "again"
+    sandbox.close()
+
+
 @pytest.mark.parametrize("name", SLOW)
 def test_a_template_that_takes_too_long_is_ended(sandbox: TemplateSandbox, name: str) -> None:
     began = time.process_time()

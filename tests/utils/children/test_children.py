@@ -127,6 +127,17 @@ def test_it_is_killed_at_once_also_where_it_is_stopped(start: Start, stopped: bo
     assert child.wait(PATIENCE_S) and child.reap() == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_program_is_its_parents_from_its_first_moment_on(
+    start: Start, number: signal.Signals
+) -> None:
+    child, connection = start({"do": "tell"})
+    os.kill(child.pid, number)  # long before a fresh one could say that it does not heed it
+    assert told(connection)["pid"] == child.pid
+    assert child.wait(PATIENCE_S) and child.reap() == 0
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}  # those of the parent
+
+
 def test_how_it_ended_is_told(start: Start) -> None:
     child, _ = start({"do": "exit", "status": 7})
     assert child.reap() == 7

@@ -15,14 +15,13 @@ import sys
 from typing import NoReturn
 
 from vllm_omni.executor.process.pulse import Pulse
-from vllm_omni.utils.processes import die_with, heed_parent_alone
+from vllm_omni.utils.processes import die_with
 
 
 def main(arguments: list[str]) -> NoReturn:
     control, pulse, parent = map(int, arguments)
     die_with(parent)  # where there is no Linux, its pulse does that
     faulthandler.enable()
-    heed_parent_alone()
     life = Pulse(pulse)
     life.beat_on(parent, lambda: os._exit(1))
     os.close(pulse)

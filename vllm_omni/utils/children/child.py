@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from vllm_omni.utils.children.fork_client import ROOT, NotForkedError, fork_child
+from vllm_omni.utils.processes import heedless_children
 
 
 class Child(Protocol):
@@ -39,8 +40,8 @@ def start_child(
 ) -> Child:
     """A process that calls `main` of the module, as `python -m` of it does, with strings: the numbers that these
     descriptors have there, and the process id of its parent, which it is to end with. They stay open here. It begins in
-    another folder, and is told nothing else. output: descriptor of what it prints; None: as this process. imports:
-    modules that it will want beside its own.
+    another folder, is told nothing else, and leaves SIGINT and SIGTERM to its parent. output: descriptor of what it
+    prints; None: as this process. imports: modules that it will want beside its own.
 
     On Linux it is forked from a process that has imported them, so that only the first of several takes that time and
     memory. forks: not where it uses an accelerator, whose driver does not outlive a fork.
@@ -55,14 +56,15 @@ class FreshChild:
     """One that imports everything itself. On Linux it dies with the thread that started it, if it asks for that."""
 
     def __init__(self, module: str, files: Sequence[int], output: int | None) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, files), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=files,
-            cwd=ROOT,
-        )
+        with heedless_children():
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, files), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=files,
+                cwd=ROOT,
+            )
         self._lock = threading.Lock()
 
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.utils.children.messages import read_message, write_message
+from vllm_omni.utils.processes import heedless_children
 
 ROOT = Path(__file__).resolve().parents[3]  # whose package a child is to import; it begins there
 MODULE = "vllm_omni.utils.children.fork_server"
@@ -106,13 +107,14 @@ class ForkServer:
 
     def _keep(self, theirs: socket.socket) -> None:
         with suppress(OSError), theirs:  # no memory for another process
-            process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, str(theirs.fileno()), str(os.getpid()), str(self._idle_s)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=self._environment,
-                cwd=ROOT,
-            )
+            with heedless_children():
+                process = subprocess.Popen(
+                    [sys.executable, "-m", MODULE, str(theirs.fileno()), str(os.getpid()), str(self._idle_s)],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env=self._environment,
+                    cwd=ROOT,
+                )
             theirs.close()
             process.wait()
         self.has_ended = True

@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from vllm_omni.utils.children.messages import read_message, write_message
-from vllm_omni.utils.processes import die_with, heed_parent_alone
+from vllm_omni.utils.processes import die_with
 
 MAX_FILES = 16  # that an order brings
 
@@ -29,7 +29,6 @@ MAX_FILES = 16  # that an order brings
 def main(arguments: list[str]) -> None:
     control, parent, idle_s = map(int, arguments)
     die_with(parent)
-    heed_parent_alone()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have had its children's ends forgotten
     gc.disable()  # it imports, and nothing of that is garbage
     connection = socket.socket(fileno=control)
@@ -76,7 +75,6 @@ def _run(module: str, files: Sequence[int], server: int) -> NoReturn:
     status = 1
     try:
         die_with(server)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         gc.enable()
         *own, output, errors = files
         for number, file in ((1, output), (2, errors)):

@@ -19,7 +19,7 @@ from vllm_omni import registry
 from vllm_omni.config.schema import ParallelConfig
 from vllm_omni.utils.children.messages import read_message, write_message
 from vllm_omni.utils.device import current_device, set_threads
-from vllm_omni.utils.processes import die_with, heed_parent_alone
+from vllm_omni.utils.processes import die_with
 from vllm_omni.worker.parallel.layout import Place
 from vllm_omni.worker.parallel.links import Links
 from vllm_omni.worker.parallel.part import FollowerPart
@@ -48,7 +48,6 @@ def main(arguments: list[str]) -> None:
 
 def run(orders: dict[str, Any], connection: socket.socket) -> None:
     """Loads and follows; returns only by an error."""
-    heed_parent_alone()
     os.chdir(orders["folder"])
     sys.path[:] = orders["sys_path"]  # where the first rank finds its modules
     set_threads(orders["threads"])

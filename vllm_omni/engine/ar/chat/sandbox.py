@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.utils.processes import heedless_children
 
 MAX_CPU_S = 1.0  # processor time of one rendering; a published template needs less than a thousandth of it
 MAX_WAIT_S = 20.0  # for an answer, where the system sets no such limit, or the machine is that busy
@@ -78,14 +79,14 @@ class TemplateSandbox:
         self._stop()
         self._owner = os.getpid()
         limits = (MAX_CPU_S, MAX_MEMORY_BYTES, MAX_CHARS)
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", START, json.dumps([HOME, *sys.path]), json.dumps(limits)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,  # an interrupt at the terminal is not meant for it
-        )
+        with heedless_children():
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", START, json.dumps([HOME, *sys.path]), json.dumps(limits)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+            )
         self._end = weakref.finalize(self, _end, self._process, self._owner)
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)  # else a long request could wait for ever
