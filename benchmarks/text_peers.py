@@ -28,10 +28,9 @@ MEANING = (
     f"Prefill counts the tokens of prompts; decode those written after the first, {NEW_TOKENS} a sequence of "
     f"{PROMPT_LENGTH} tokens, without the time of the prompts; mixed (prompts of 16 to 256 tokens, 16 to 128 new ones) "
     "all that are written, prompts in the time. Limit: all products at this machine's peak, every weight read once a "
-    "step at its memory's rate, attention left out. All sides read prompts as fast as can be while others "
-    "write: nobody reads along (max_decode_wait_s: null)."
+    "step at its memory's rate, attention left out. Nobody reads along, so that all sides read prompts as "
+    "fast as can be while others write."
 )
-AS_FAST_AS_CAN_BE = "text.max_decode_wait_s=null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ def run(
     notes = [MEANING]
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = str(written_model(Path(temporary), config, dtype, options.threads))
-        settings = [*pool_of(load.case for load in chosen.values()), AS_FAST_AS_CAN_BE]
+        settings = pool_of(load.case for load in chosen.values())
         us = stack.enter_context(SideProcess("ours", options.threads, Ours, folder, dtype, settings))
         peers: list[SideProcess | PeerProcess] = [
             stack.enter_context(SideProcess("transformers", options.threads, Transformers, folder, dtype)),

@@ -22,10 +22,11 @@ class Machine:
         self.fixed_s, self.token_s = fixed_s, token_s
         self.count = 0
 
-    def add(self, num_prompt: int, num_new: int = 400) -> Sequence:
+    def add(self, num_prompt: int, num_new: int = 400, is_watched: bool = True) -> Sequence:
         self.count += 1
         prompt = [self.count + index for index in range(num_prompt)]
-        sequence = Sequence(self.count, f"r{self.count}", prompt, max_tokens=num_prompt + num_new)
+        most = num_prompt + num_new
+        sequence = Sequence(self.count, f"r{self.count}", prompt, max_tokens=most, is_watched=is_watched)
         self.scheduler.add(sequence)
         return sequence
 
@@ -74,6 +75,18 @@ def test_paused_texts_do_not_wait() -> None:
     writer.is_paused = True
     reader = machine.add(1500)
     assert machine.step()[0] == {reader.sequence_id: 1500}
+
+
+def test_texts_that_nobody_reads_along_wait_and_one_that_is_read_holds_back_the_prompts_beside_all() -> None:
+    machine = Machine(0.0, 0.001)
+    machine.add(10, is_watched=False)
+    machine.step()
+    reader = machine.add(300, is_watched=False)
+    assert machine.step()[0][reader.sequence_id] == 300
+    machine.add(10)
+    machine.step()
+    reader = machine.add(300, is_watched=False)
+    assert machine.step()[0][reader.sequence_id] == 100 - 3
 
 
 def test_a_prompt_goes_on_though_steps_are_too_long_without_it() -> None:

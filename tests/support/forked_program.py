@@ -86,9 +86,7 @@ def main(arguments: list[str]) -> None:
         path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [order["folder"], *(folder for folder in path if folder)]
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM}
-        )  # no child's
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # no child's
         sys.argv[:] = ["vllm-omni", *order["arguments"]]
         write_message(connection, {"runs": True})
     status: object = 0

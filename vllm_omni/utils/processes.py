@@ -25,8 +25,8 @@ def die_with(parent: int) -> None:
 
 @contextmanager
 def heedless_children() -> Iterator[None]:
-    """What this thread starts in it takes no heed of SIGINT and SIGTERM from its first moment on, nor do children of its
-    own: a terminal, or a service manager, signals all processes of a program that is to end, and the parent decides.
+    """What this thread starts in it takes no heed of SIGINT and SIGTERM from its first moment on, nor do its children:
+    a terminal, or a service manager, signals all processes of a program that is to end, and the parent decides.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield

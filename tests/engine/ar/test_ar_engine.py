@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -223,19 +224,21 @@ requests = st.fixed_dictionaries(
 operations = st.lists(st.one_of(requests, st.integers(1, 4), st.just("abort")), min_size=4, max_size=24)
 
 
-def test_a_long_prompt_comes_in_small_steps_beside_a_running_text_and_changes_no_answer(folder: Path) -> None:
+def test_a_long_prompt_comes_in_small_steps_beside_a_text_that_is_read_along_and_changes_no_answer(
+    folder: Path,
+) -> None:
     short, long = [60, 61, 62], [60 + index % 7 for index in range(100)]
     answers, steps = [], []
-    for wait_s in (1e-6, None):
+    for wait_s, is_watched in ((1e-6, True), (1e-6, False), (None, True)):
         engine = make_engine(folder, max_decode_wait_s=wait_s)
-        submit(engine, make_task(short, GREEDY, "writer"))
+        submit(engine, dataclasses.replace(make_task(short, GREEDY, "writer"), is_watched=is_watched))
         events = engine.step()
         submit(engine, make_task(long, GREEDY, "reader"))
         ended = {event.request_id: event for event in [*events, *drain(engine)] if isinstance(event, StageDone)}
         answers.append([tokens_of(ended[name]) for name in ("writer", "reader")])
         steps.append(done(ended["reader"]).metrics["steps"])
-    assert answers[0] == answers[1]
-    assert steps == [100 // 16 + 1 + 11, 12], "no more than sixteen tokens of the prompt a step"
+    assert answers[0] == answers[1] == answers[2]
+    assert steps == [100 // 16 + 1 + 11, 12, 12], "no more than sixteen tokens of the prompt a step"
 
 
 @pytest.fixture(scope="module")

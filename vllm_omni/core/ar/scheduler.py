@@ -46,9 +46,9 @@ class ARScheduler:
     """First come, first served. A step holds at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
 
     Running sequences are served in the order of their arrival, then waiting ones are admitted. A prompt takes all of
-    the budget that is left, so a long prompt holds up nobody who writes; beside those that write, prompts take no more
-    than a pace allows, so that the step is not too long for them. When blocks run out the newest is preempted
-    and will be computed again, so that the oldest never lacks any.
+    the budget that is left, so a long prompt holds up nobody who writes; beside one that writes and is watched, prompts
+    take no more than a pace allows, so that the step is not too long for who reads along. When blocks run out the
+    newest is preempted and will be computed again, so that the oldest never lacks any.
 
     A sequence may be idle: paused, or nothing of it is ready to be computed. It keeps its blocks and its place, and
     others overtake it. When all the blocks or places that someone needs are held by idle ones, and nothing else can
@@ -202,10 +202,10 @@ class ARScheduler:
         self.blocks.check_integrity([*self._running, *self._waiting])
 
     def _paced_budget(self) -> int:
-        num_writing = sum(s.is_one_behind and s.num_computable_tokens > 0 for s in self._running)
-        if self._pace is None or not num_writing:
+        writing = [s for s in self._running if s.is_one_behind and s.num_computable_tokens > 0]
+        if self._pace is None or not any(s.is_watched for s in writing):
             return self._max_num_batched_tokens
-        paced = self._pace.prompt_tokens(num_writing)
+        paced = self._pace.prompt_tokens(len(writing))
         return self._max_num_batched_tokens if paced is None else paced
 
     def _share(self, sequence: Sequence, is_one_behind: bool) -> int:

@@ -45,6 +45,7 @@ class Sequence:
     adapter: str | None = None  # the LoRA adapter that computes it; blocks are shared under the same adapter alone
     num_ready_tokens: int | None = None  # tokens that have all their inputs and may be computed; None: every known one
     is_paused: bool = False  # nothing of it is computed for now
+    is_watched: bool = False  # somebody reads along, and does not want to wait for others' prompts
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0  # tokens, from the first on, whose keys and values are in the pool
     num_reached_tokens: int = 0  # the most that ever were

@@ -18,6 +18,7 @@ from vllm_omni import registry
 from vllm_omni.core.ar.block_manager import BlockManager
 from vllm_omni.core.ar.prefill_pace import PrefillPace
 from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
+from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.base import ARJob, Written
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, made_so_far
@@ -104,8 +105,7 @@ class AREngine(StageEngine):
         num_queued = len(job.sequences)
         try:
             self._events += job.feed(port, chunk)
-            for sequence in job.sequences[num_queued:]:
-                self._scheduler.add(sequence)
+            self._add(job, job.sequences[num_queued:])
             if job.is_done:  # the chunk was the last, and left nothing to compute
                 self._events.append(self._finish(job))
         except Exception as error:
@@ -231,17 +231,22 @@ class AREngine(StageEngine):
 
     def _start(self, task: StageTask) -> None:
         try:
-            adapters = self._adapters(task.request_id)
             job = self._jobs[task.request_id] = self._stage.start(task, self._sequence_ids)
-            for sequence in job.sequences:
-                sequence.adapter = None if adapters is None else adapters.key
-                self._scheduler.add(sequence)
+            self._add(job, job.sequences)
         except Exception as error:
             self._events.append(self._fail(task.request_id, error))
             return
         for port, value in task.inputs.items():
             if isinstance(value, StreamChunk):
                 self.feed(task.request_id, port, value)
+
+    def _add(self, job: ARJob, sequences: Many[Sequence]) -> None:
+        """Queues sequences of a job, which know what the scheduler is to know of their task."""
+        adapters = self._adapters(job.task.request_id)
+        for sequence in sequences:
+            sequence.adapter = None if adapters is None else adapters.key
+            sequence.is_watched = job.task.is_watched
+            self._scheduler.add(sequence)
 
     def _set_paused(self, request_id: str, is_paused: bool) -> None:
         """A job without sequences has given no rows yet that a reader could be behind with."""

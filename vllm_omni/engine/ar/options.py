@@ -102,7 +102,8 @@ class AROptions:
     pad_prompt_to: int | None = None
     max_num_seqs: int = 64  # sequences of one step
     max_num_batched_tokens: int = 2048  # tokens of one step
-    # the longest, about, that running texts wait for a step in which prompts are computed; None: as long as it takes
+    # the longest, about, that running texts wait for a step in which prompts are computed, while somebody reads one of
+    # them as it is written; None: as long as it takes
     max_decode_wait_s: float | None = 0.25
     block_size: int = 16  # tokens of a block of the KV pool
     # the pool's most; None: what the memory budget leaves, at least a sequence of max_model_len (4096 by default)
