@@ -85,11 +85,22 @@ struct Rows {
   const Tile* tile;
 
   const T* operator[](int64_t i) const { return first + tile->at[i]; }
+};
 
-  void prefetch(int64_t i, int64_t size) const {
-    if (i < tile->count)
-      for (int64_t byte = 0; byte < size * int64_t(sizeof(T)); byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>((*this)[i]) + byte);
+// Keys or values of a tile that comes later, for all heads of its task. They are asked for in the order of memory, as much
+// with each call as one token has of one head: into the second cache, since the nearest waits for few lines at once, and
+// what is computed would wait with it.
+template <typename T>
+struct Coming {
+  Rows<T> rows;  // of the task's first head
+  int64_t heads, size;
+  int64_t token = 0, head = 0;
+
+  void ask() {
+    if (token >= rows.tile->count) return;
+    const char* from = reinterpret_cast<const char*>(rows[token] + head * size);
+    for (int64_t byte = 0; byte < size * int64_t(sizeof(T)); byte += kLine) __builtin_prefetch(from + byte, 0, 2);
+    if (++head == heads) head = 0, token++;
   }
 };
 
@@ -163,10 +174,11 @@ inline void hide(float* scores, int64_t position, int64_t window, int64_t begin,
 }
 
 // Few queries: keys and values of one head are multiplied where they stand, by kQueries at once, [kQueries, kMostSize]
-// each. What comes next is asked for token by token: so much at once as a tile is more than a core can wait for.
+// each.
 template <typename T>
 struct DirectTile {
-  Rows<T> keys, values, next_keys, next_values;
+  Rows<T> keys, values;
+  Coming<T>&coming_keys, &coming_values;
   int64_t count, size;
 
   template <int kQueries>
@@ -176,7 +188,7 @@ struct DirectTile {
       alignas(64) Vec parts[kQueries][kWidth];
       const int64_t stop = count - first < kWidth ? count - first : kWidth;
       for (int64_t i = 0; i < stop; i++) {
-        next_keys.prefetch(first + i, size);
+        coming_keys.ask();
         add_products<kQueries>(queries, keys[first + i], whole, parts, i);
       }
       for (int64_t i = stop; i < kWidth; i++)
@@ -234,7 +246,7 @@ struct DirectTile {
     for (int r = 0; r < kQueries; r++)
       for (int v = 0; v < kVecs; v++) held[r][v] = load(running[r].sums + d + v * kWidth);
     for (int64_t i = 0; i < count; i++) {
-      if (d == 0) next_values.prefetch(i, size);
+      if (d == 0) coming_values.ask();
       const T* from = values[i] + d;
       for (int v = 0; v < kVecs; v++) {
         const Vec value = load(from + v * kWidth);
@@ -259,36 +271,32 @@ void attend_tile(const DirectTile<T>& direct, const Heads& heads, const T* queri
   direct.template add_values<kQueries>(scores, running);
 }
 
-// Tile by tile, and in each head by head.
+// Tile by tile, and in each head by head. next: the task that is likely to come after it, or null.
 template <typename T>
-void attend_few(const Task& task, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache,
-                Running* running, T* queries) {
+void attend_few(const Task& task, const Task* next, const Step& step, const Heads& heads, const T* query,
+                const Cache<T>& cache, Running* running, T* queries) {
   const int64_t group = heads.queries / heads.keys, size = heads.size, count = task.num_rows * group;
   for (int64_t r = 0; r < task.num_heads * count; r++) {
     const int64_t head = task.head + r / count, row = task.first_row + r % count / group;
     std::memcpy(queries + r * kMostSize, query + (row * heads.queries + head * group + r % group) * size,
                 size_t(size) * sizeof(T));
   }
-  const auto rows = [&](const T* all, int64_t head, const Tile& tile) {
-    return Rows<T>{all + (task.head + head) * size, &tile};
-  };
-  const Tile nothing(step, heads, task, task.end);
   Tile tile(step, heads, task, task.begin);
   for (int64_t begin = task.begin; begin < task.end; begin += kTile) {
-    const Tile after(step, heads, task, begin + kTile);
+    const bool is_last = begin + kTile >= task.end;
+    const Task& owner = is_last && next ? *next : task;
+    const Tile after(step, heads, owner, is_last && next ? next->begin : begin + kTile);
+    Coming<T> keys{{cache.keys + owner.head * size, &after}, owner.num_heads, size};
+    Coming<T> values{{cache.values + owner.head * size, &after}, owner.num_heads, size};
     for (int64_t head = 0; head < task.num_heads; head++) {
-      const bool is_last = head + 1 == task.num_heads;
-      const Tile& next = is_last ? after : tile;
-      const int64_t next_head = is_last ? 0 : head + 1;
-      DirectTile<T> direct{rows(cache.keys, head, tile), rows(cache.values, head, tile),
-                           rows(cache.keys, next_head, next), rows(cache.values, next_head, next), tile.count, size};
+      const int64_t first = (task.head + head) * size;
+      const DirectTile<T> direct{{cache.keys + first, &tile}, {cache.values + first, &tile}, keys, values, tile.count, size};
       for (int64_t r = 0; r < count;) {
         const int64_t row = r / group, at = head * count + r;
         const bool is_pair = r + 1 < count && (r + 1) / group == row;
         const auto attend_queries = is_pair ? attend_tile<2, T> : attend_tile<1, T>;
         attend_queries(direct, heads, queries + at * kMostSize, task.position + row, begin, running + at);
         r += is_pair ? 2 : 1;
-        direct.next_keys.tile = direct.next_values.tile = &nothing;  // it was asked for
       }
     }
     tile = after;
@@ -346,7 +354,6 @@ void attend_many(const Task& task, const Step& step, const Heads& heads, const T
   alignas(64) T weights[kMostQueries * kTile];
   alignas(64) float scores[kMostQueries * kTile];
   PackedTile<T> packed;
-  Near near;
   for (int64_t r = 0; r < count; r++) {
     const T* from = query + ((task.first_row + r / group) * heads.queries + task.head * group + r % group) * size;
     std::memcpy(queries + r * size, from, size_t(size) * sizeof(T));
@@ -356,7 +363,7 @@ void attend_many(const Task& task, const Step& step, const Heads& heads, const T
     packed.fill(tile, {cache.keys + task.head * size, &tile}, {cache.values + task.head * size, &tile}, size);
     in_passes(count, [&](int64_t row, auto number) {
       Vec sums[number.value][kVectors] = {};
-      multiply_panel<number.value>(queries + row * size, size, packed.keys, size, sums, near);
+      multiply_panel<number.value>(queries + row * size, size, packed.keys, size, sums);
       for (int r = 0; r < number.value; r++)
         for (int v = 0; v < kVectors; v++) store(scores + (row + r) * kTile + v * kWidth, sums[r][v] * heads.scale);
     });
@@ -371,7 +378,7 @@ void attend_many(const Task& task, const Step& step, const Heads& heads, const T
         Vec sums[number.value][kVectors];
         for (int r = 0; r < number.value; r++)
           for (int v = 0; v < kVectors; v++) sums[r][v] = load(running[row + r].sums + d + v * kWidth);
-        multiply_panel<number.value>(weights + row * kTile, kTile, packed.values + d * kTile, kTile, sums, near);
+        multiply_panel<number.value>(weights + row * kTile, kTile, packed.values + d * kTile, kTile, sums);
         for (int r = 0; r < number.value; r++)
           for (int v = 0; v < kVectors; v++) store(running[row + r].sums + d + v * kWidth, sums[r][v]);
       });
@@ -380,15 +387,15 @@ void attend_many(const Task& task, const Step& step, const Heads& heads, const T
 
 // query [rows, H, D]; running: [num_heads, num_rows * group] of the task.
 template <typename T>
-void attend_task(const Task& task, const Step& step, const Heads& heads, const T* query, const Cache<T>& cache,
-                 Running* running) {
+void attend_task(const Task& task, const Task* next, const Step& step, const Heads& heads, const T* query,
+                 const Cache<T>& cache, Running* running) {
   alignas(64) T queries[kMostQueries * kMostSize];
   const int64_t count = task.num_heads * task.num_rows * (heads.queries / heads.keys);
   for (int64_t r = 0; r < count; r++) running[r].clear((heads.size + kWidth - 1) / kWidth * kWidth);
   if (task.is_of_many)
     attend_many(task, step, heads, query, cache, running, queries);
   else
-    attend_few(task, step, heads, query, cache, running, queries);
+    attend_few(task, next, step, heads, query, cache, running, queries);
 }
 
 // All tasks of a step, for one window, and the parts that are joined afterwards.
@@ -462,7 +469,8 @@ void attend(Team& team, Plan& plan, const Step& step, const Heads& heads, const 
 #pragma omp for schedule(dynamic, 1) nowait
   for (size_t index = 0; index < plan.tasks.size(); index++) {
     const Task& task = plan.tasks[index];
-    attend_task(task, step, heads, query, cache, own);
+    const size_t likely = index + size_t(omp_get_num_threads());  // the threads take turns, about
+    attend_task(task, likely < plan.tasks.size() ? &plan.tasks[likely] : nullptr, step, heads, query, cache, own);
     const int64_t count = task.num_rows * group;
     for (int64_t r = 0; r < task.num_heads * count; r++) {
       const int64_t head = r / count, row = task.first_row + r % count / group;

@@ -76,9 +76,8 @@ inline void multiply_rows(const T* x, int64_t rows, int64_t inputs, const T* pan
   }
 #endif
   in_passes(rows, [&](int64_t row, auto number) {
-    Near near;
     Vec sums[number.value][kVectors] = {};
-    multiply_panel<number.value>(x + row * inputs, inputs, panel, inputs, sums, near);
+    multiply_panel<number.value>(x + row * inputs, inputs, panel, inputs, sums);
     for (int r = 0; r < number.value; r++)
       for (int v = 0; v < kVectors; v++) take(row + r, v * kWidth, sums[r][v]);
   });

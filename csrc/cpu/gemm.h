@@ -65,10 +65,10 @@ struct SpreadRows {
   }
 };
 
-// The sums of kRows rows with one panel, float32. Nothing is asked for ahead.
-template <int kRows, typename Ahead>
+// The sums of kRows rows with one panel, float32. Nothing is asked for ahead: it costs what it gains.
+template <int kRows>
 inline void multiply_panel(const float* x, int64_t stride, const float* panel, int64_t inputs,
-                           Vec (&sums)[kRows][kVectors], Ahead&) {
+                           Vec (&sums)[kRows][kVectors]) {
   for (int64_t k = 0; k < inputs; k++, panel += kPanel) {
     Vec w[kVectors];
     for (int v = 0; v < kVectors; v++) w[v] = load(panel + v * kWidth);
@@ -79,9 +79,9 @@ inline void multiply_panel(const float* x, int64_t stride, const float* panel, i
 
 // With a panel in bfloat16: its numbers are those of float32 whose lower half is zero, multiplied and added in the same
 // order, so that the sums are the same to the last bit.
-template <int kRows, typename T, typename Ahead>
+template <int kRows, typename T>
 inline void multiply_panel(const T* x, int64_t stride, const bfloat16* panel, int64_t inputs,
-                           Vec (&sums)[kRows][kVectors], Ahead& ahead) {
+                           Vec (&sums)[kRows][kVectors]) {
   const auto add = [&](int64_t k, const auto& widen) {
     Vec each[kRows];
     for (int r = 0; r < kRows; r++) each[r] = splat(load_one(x + r * stride + k));
@@ -93,18 +93,18 @@ inline void multiply_panel(const T* x, int64_t stride, const bfloat16* panel, in
     }
   };
   for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel) {
-    ahead.ask(panel);
+    read_ahead<kRows>(panel);
     add(k, [](BitVec pairs) { return pairs << 16; });
     add(k + 1, [](BitVec pairs) { return pairs & 0xffff0000u; });
   }
 }
 
 #if defined(__AVX512BF16__)
-template <int kRows, typename Ahead>
+template <int kRows>
 inline void multiply_panel(const bfloat16* x, int64_t stride, const bfloat16* panel, int64_t inputs,
-                           Vec (&sums)[kRows][kVectors], Ahead& ahead) {
+                           Vec (&sums)[kRows][kVectors]) {
   for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel) {
-    ahead.ask(panel);
+    read_ahead<kRows>(panel);
     __m512bh w[kVectors];
     for (int v = 0; v < kVectors; v++) w[v] = (__m512bh)_mm512_loadu_si512(panel + 2 * v * kWidth);
     for (int r = 0; r < kRows; r++) {
@@ -153,25 +153,13 @@ inline void in_passes(int64_t rows, const Work& work) {
   }
 }
 
-// The same over one panel of a weight; `work` is also given what to ask for meanwhile.
-template <typename Work>
-inline void in_passes(int64_t rows, const void* panel, int64_t bytes, const Work& work) {
-  const int64_t passes = (rows + kMostRows - 1) / kMostRows;
-  int64_t pass = 0;
-  if (passes == 1 || passes > Share::kMostPasses)
-    in_passes(rows, [&](int64_t row, auto count) { work(row, count, Near{}); });
-  else
-    in_passes(rows, [&](int64_t row, auto count) { work(row, count, Share(panel, bytes, pass++, passes)); });
-}
-
 // Rows of the product with one panel, in one pass after the other over its numbers.
 template <typename W, typename T>
 inline void pass_panel(const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, int64_t panel, const W* numbers,
                        T* out, const T* residual) {
-  const int64_t bytes = linear.inputs * kPanel * int64_t(sizeof(W));
-  in_passes(rows, numbers, bytes, [&](int64_t row, auto number, auto ahead) {
+  in_passes(rows, [&](int64_t row, auto number) {
     Vec sums[number.value][kVectors] = {};
-    multiply_panel<number.value>(x + row * stride, stride, numbers, linear.inputs, sums, ahead);
+    multiply_panel<number.value>(x + row * stride, stride, numbers, linear.inputs, sums);
     const int64_t at = row * linear.outputs;
     finish_panel(reinterpret_cast<const float*>(sums), number.value, linear, panel, out + at,
                  residual ? residual + at : nullptr);

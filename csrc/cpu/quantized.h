@@ -78,12 +78,12 @@ inline void quantize_row(const T* x, int64_t size, int8_t* numbers, float* scale
 #if defined(__AVX512VNNI__)
 constexpr bool kIsShifted = true;  // one factor of the instruction has no sign
 
-template <int kRows, typename Ahead>
+template <int kRows>
 inline void multiply_panel(const int8_t* x, int64_t stride, const int8_t* panel, int64_t inputs,
-                           IntVec (&sums)[kRows][kVectors], Ahead& ahead) {
+                           IntVec (&sums)[kRows][kVectors]) {
   const __m512i shift = _mm512_set1_epi8(-128);
   for (int64_t k = 0; k < inputs; k += 4, panel += 4 * kPanel) {
-    ahead.ask(panel);
+    read_ahead<kRows>(panel);
     __m512i w[kVectors];
     for (int v = 0; v < kVectors; v++) w[v] = _mm512_loadu_si512(panel + 4 * v * kWidth) ^ shift;
     for (int r = 0; r < kRows; r++) {
@@ -98,9 +98,9 @@ inline void multiply_panel(const int8_t* x, int64_t stride, const int8_t* panel,
 constexpr bool kIsShifted = false;
 
 // |w| (x with the sign of w): pairs of products are at most 2 * 128 * 127, so that no sum of 16 bits is cut.
-template <int kRows, typename Ahead>
+template <int kRows>
 inline void multiply_panel(const int8_t* x, int64_t stride, const int8_t* panel, int64_t inputs,
-                           IntVec (&sums)[kRows][kVectors], Ahead&) {
+                           IntVec (&sums)[kRows][kVectors]) {
   static_assert(kWidth == 8, "AVX2");
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t k = 0; k < inputs; k += 4, panel += 4 * kPanel)
@@ -149,9 +149,9 @@ inline void compute_panel(const QuantizedRows& x, int64_t first, int64_t rows, c
     return;
   }
 #endif
-  in_passes(rows, weight, inputs * kPanel, [&](int64_t row, auto number, auto ahead) {
+  in_passes(rows, [&](int64_t row, auto number) {
     IntVec exact[number.value][kVectors] = {};
-    multiply_panel<number.value>(numbers + row * stride, stride, weight, inputs, exact, ahead);
+    multiply_panel<number.value>(numbers + row * stride, stride, weight, inputs, exact);
     finish_exact_panel(reinterpret_cast<const int32_t*>(exact), kIsShifted ? 128 : 0, x, first + row, number.value,
                        linear, panel, out, residual);
   });
