@@ -25,7 +25,8 @@ MIN_REPEATS = 3
 class Options:
     """repeats: timed runs of each side of each case. budget_s: after this long a case is not repeated further (but at
     least three times). dtype: of both sides. is_quick: tiny counts, which show that it runs and nothing else. peers:
-    the folder of the environments of peers, None for where they are made by default.
+    the folder of the environments of peers, None for where they are made by default. beside: the peers of text_peers
+    that are measured, () for all.
     """
 
     threads: int
@@ -34,6 +35,7 @@ class Options:
     dtype: str = "float32"
     is_quick: bool = False
     peers: str | None = None
+    beside: Sequence[str] = ()
 
     def is_enough(self, done: int, spent_s: float) -> bool:
         """Whether a case has been repeated often enough."""

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--write: the figures of --quick are none; leave out one of them")
     names = list(SUITES) if "all" in args.suites else [name for name in SUITES if name in args.suites]
     repeats = 1 if args.quick else args.repeats
-    options = Options(args.threads, repeats, args.budget, args.dtype, args.quick, args.peers)
+    options = Options(args.threads, repeats, args.budget, args.dtype, args.quick, args.peers, args.beside)
     console, about = Console(), machine(options.threads)
     console.print(", ".join(f"{name} {value}" for name, value in about.items()))
     bounds = None if args.quick and "limits" not in names else limits.measure(options)
@@ -123,6 +123,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--peers",
         metavar="FOLDER",
         help=f"of the suites with peers: where tools/peers.py made them (default {DEFAULT_FOLDER})",
+    )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        choices=text_peers.PEERS,
+        metavar="PEER",
+        help=f"of text_peers: the peers that are measured, of {', '.join(text_peers.PEERS)} (default all)",
     )
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     parser.add_argument("--threads", type=int, default=threads, help=f"of both sides (default {threads})")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from benchmarks.text import LARGE, SMALL, Case, Ours, Transformers, equal_share,
 
 PROMPT_LENGTH = 128
 NEW_TOKENS = 64
+PEERS = ("transformers", *TEXT_PEERS)
 MEANING = (
     f"Prefill counts the tokens of prompts; decode those written after the first, {NEW_TOKENS} a sequence of "
     f"{PROMPT_LENGTH} tokens, without the time of the prompts; mixed (prompts of 16 to 256 tokens, 16 to 128 new ones) "
@@ -77,10 +78,12 @@ def run(
         folder = str(written_model(Path(temporary), config, dtype, options.threads))
         settings = pool_of(load.case for load in chosen.values())
         us = stack.enter_context(SideProcess("ours", options.threads, Ours, folder, dtype, settings))
-        peers: list[SideProcess | PeerProcess] = [
-            stack.enter_context(SideProcess("transformers", options.threads, Transformers, folder, dtype)),
-            *_processes(environments, folder, dtype, options, stack, notes),
-        ]
+        wanted = options.beside or ("transformers", *environments)
+        peers: list[SideProcess | PeerProcess] = []
+        if "transformers" in wanted:
+            peers.append(stack.enter_context(SideProcess("transformers", options.threads, Transformers, folder, dtype)))
+        others = [peer for name, peer in environments.items() if name in wanted]
+        peers += _processes(others, folder, dtype, options, stack, notes)
         cases = [(name, load.amount, load) for name, load in chosen.items()]
         found = []
         for row in rounds(us, peers, cases, equal_share, options, ask):
@@ -128,7 +131,7 @@ def ask(side: Asked, load: Load, repeat: int) -> tuple[float, Any]:
 
 
 def _processes(
-    environments: Mapping[str, PeerEnvironment],
+    environments: Iterable[PeerEnvironment],
     folder: str,
     dtype: str,
     options: Options,
@@ -138,7 +141,7 @@ def _processes(
     """Those that are there and load the model; `notes` says what became of each."""
     place = Path(options.peers) if options.peers else DEFAULT_FOLDER
     found = []
-    for peer in environments.values():
+    for peer in environments:
         if peer.versions(place) is None:
             notes.append(peer.how_to_make(place))
             continue
