@@ -112,6 +112,14 @@ def test_a_run_measures_the_peers_that_are_there_and_names_the_others(
     assert all(f"python -m tools.peers {name}" in note for name, note in zip(TEXT_PEERS, missing, strict=True))
 
 
+def test_peers_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_peers, "SideProcess", SideHere)
+    environments = {name: fake_environment(tmp_path, name) for name in ("one", "other")}
+    options = Options(threads=1, repeats=1, is_quick=True, peers=str(tmp_path), beside=["other"])
+    report = text_peers.run(options, None, environments)
+    assert {duel["peer"] for duel in report.figures["duels"]} == {"other"}
+
+
 def test_a_decode_is_timed_without_its_prompts() -> None:
     class Clock:
         """A second for each prompt token, ten for each written."""
