@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.write and args.quick:
         parser.error("--write: the figures of --quick are none; leave out one of them")
     names = list(SUITES) if "all" in args.suites else [name for name in SUITES if name in args.suites]
+    if args.beside and "text_peers" not in names:
+        parser.error("--beside: chooses the peers of text_peers, which is not among the suites")
     repeats = 1 if args.quick else args.repeats
     options = Options(args.threads, repeats, args.budget, args.dtype, args.quick, args.peers, args.beside)
     console, about = Console(), machine(options.threads)

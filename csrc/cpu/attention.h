@@ -99,7 +99,7 @@ struct Coming {
   void ask() {
     if (token >= rows.tile->count) return;
     const char* from = reinterpret_cast<const char*>(rows[token] + head * size);
-    for (int64_t byte = 0; byte < size * int64_t(sizeof(T)); byte += kLine) __builtin_prefetch(from + byte, 0, 2);
+    for (int64_t byte = 0; byte < size * int64_t(sizeof(T)); byte += kLine) __builtin_prefetch(from + byte, 0, kSecondCache);
     if (++head == heads) head = 0, token++;
   }
 };

@@ -93,7 +93,7 @@ inline void multiply_panel(const T* x, int64_t stride, const bfloat16* panel, in
     }
   };
   for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel) {
-    read_ahead<kRows>(panel);
+    read_ahead<cache_for(kRows)>(panel);
     add(k, [](BitVec pairs) { return pairs << 16; });
     add(k + 1, [](BitVec pairs) { return pairs & 0xffff0000u; });
   }
@@ -104,7 +104,7 @@ template <int kRows>
 inline void multiply_panel(const bfloat16* x, int64_t stride, const bfloat16* panel, int64_t inputs,
                            Vec (&sums)[kRows][kVectors]) {
   for (int64_t k = 0; k < inputs; k += 2, panel += 2 * kPanel) {
-    read_ahead<kRows>(panel);
+    read_ahead<cache_for(kRows)>(panel);
     __m512bh w[kVectors];
     for (int v = 0; v < kVectors; v++) w[v] = (__m512bh)_mm512_loadu_si512(panel + 2 * v * kWidth);
     for (int r = 0; r < kRows; r++) {

@@ -8,16 +8,20 @@ namespace omni {
 constexpr int kPanel = 32;       // rows of a weight that stand side by side
 constexpr int64_t kLine = 64;    // bytes of a cache line
 
-// Asks for two lines of a weight before they are multiplied with kRows rows: what the processor itself foresees ends with a
-// page of 4 KiB, so that memory would rest. Where reading is most of the work they come into the nearest cache; else into
-// the second, since the nearest waits for few lines at once, and products would wait with it. Panels stand one behind the
-// other, and behind the last nothing is read in fact.
-template <int kRows>
+// Which cache something is asked for into, as __builtin_prefetch has it.
+constexpr int kNearestCache = 3, kSecondCache = 2;
+
+// For a weight that is multiplied with so many rows: where reading is most of the work, the nearest; else the second, since
+// the nearest waits for few lines at once, and products would wait with it.
+constexpr int cache_for(int rows) { return rows > 4 ? kSecondCache : kNearestCache; }
+
+// Asks for two lines of a weight before they are multiplied: what the processor itself foresees ends with a page of 4 KiB,
+// so that memory would rest. Panels stand one behind the other, and behind the last nothing is read in fact.
+template <int kCache>
 inline void read_ahead(const void* weight) {
-  constexpr int64_t kDistance = 8192;
-  constexpr int kFewRows = 4, kNearest = 3, kSecond = 2;
-  const char* from = static_cast<const char*>(weight) + kDistance;
-  for (int64_t line = 0; line < 2; line++) __builtin_prefetch(from + line * kLine, 0, kRows > kFewRows ? kSecond : kNearest);
+  const char* from = static_cast<const char*>(weight) + 8192;
+  __builtin_prefetch(from, 0, kCache);
+  __builtin_prefetch(from + kLine, 0, kCache);
 }
 
 }  // namespace omni

@@ -83,7 +83,7 @@ inline void multiply_panel(const int8_t* x, int64_t stride, const int8_t* panel,
                            IntVec (&sums)[kRows][kVectors]) {
   const __m512i shift = _mm512_set1_epi8(-128);
   for (int64_t k = 0; k < inputs; k += 4, panel += 4 * kPanel) {
-    read_ahead<kRows>(panel);
+    read_ahead<cache_for(kRows)>(panel);
     __m512i w[kVectors];
     for (int v = 0; v < kVectors; v++) w[v] = _mm512_loadu_si512(panel + 4 * v * kWidth) ^ shift;
     for (int r = 0; r < kRows; r++) {

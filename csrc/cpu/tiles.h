@@ -119,7 +119,7 @@ class TileProduct {
     if (lower_) tiles_.template clear<2>(), tiles_.template clear<3>();
     for (int64_t k = 0; k < inputs; k += kInputs, panel += kPanel * kInputs) {
       if constexpr (kReadsAhead)
-        for (int64_t line = 0; line < 2 * kTileRows; line += 2) read_ahead<1>(panel + line * kInputs);
+        for (int64_t line = 0; line < 2 * kTileRows; line += 2) read_ahead<kNearestCache>(panel + line * kInputs);
       tiles_.template load<6>(panel, kPanel * 4), tiles_.template load<7>(panel + kInputs, kPanel * 4);
       tiles_.template load<4>(x + k, x_stride);
       tiles_.template multiply<T, 0, 4, 6>(), tiles_.template multiply<T, 1, 4, 7>();

@@ -25,7 +25,7 @@ from support.ar import (
 from support.graphs import CalledGraphs
 
 from vllm_omni import registry
-from vllm_omni.engine.ar import engine as ar_engine
+from vllm_omni.engine.ar import loading
 from vllm_omni.errors import ConfigError
 from vllm_omni.messages import StageDone, StageFailed, StageTask
 from vllm_omni.params import SamplingParams
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> CalledGraphs:
     """As if the CPU were a GPU that captures."""
     graphs = CalledGraphs()
-    monkeypatch.setattr(ar_engine, "CudaGraphs", lambda device: graphs)
+    monkeypatch.setattr(loading, "CudaGraphs", lambda device: graphs)
     monkeypatch.setattr(decode_graphs, "is_cuda", lambda device: True)
     monkeypatch.setitem(registry.TABLES["attention"], "capturable", "support.attention:CapturableAttention")
     return graphs

@@ -26,7 +26,7 @@ from support.ar import (
 from support.graphs import CalledGraphs
 
 from vllm_omni import registry
-from vllm_omni.engine.ar import engine as ar_engine
+from vllm_omni.engine.ar import loading
 from vllm_omni.engine.ar.engine import AREngine
 from vllm_omni.errors import ConfigError
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageProgress, StageRows
@@ -224,7 +224,7 @@ def test_a_mate_with_a_long_prompt_is_answered_beside_drafts(folder: Path) -> No
 def test_drafts_run_in_captured_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CPU were a GPU that captures."""
     graphs = CalledGraphs()
-    monkeypatch.setattr(ar_engine, "CudaGraphs", lambda device: graphs)
+    monkeypatch.setattr(loading, "CudaGraphs", lambda device: graphs)
     monkeypatch.setattr(decode_graphs, "is_cuda", lambda device: True)
     monkeypatch.setitem(registry.TABLES["attention"], "capturable", "support.attention:CapturableAttention")
     requests = [

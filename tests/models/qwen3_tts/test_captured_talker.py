@@ -13,7 +13,7 @@ from support.talkers import CROWD, Talkers, codes_of, crowd, make_task, stage_of
 from torch import Tensor
 
 from vllm_omni import registry
-from vllm_omni.engine.ar import engine as engines
+from vllm_omni.engine.ar import loading
 from vllm_omni.engine.ar import spec as specs
 from vllm_omni.errors import ConfigError
 from vllm_omni.messages import StageFailed
@@ -34,7 +34,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CalledGraphs]:
     called = CalledGraphs()
     monkeypatch.setitem(registry.TABLES["attention"], "capturable", "support.attention:CapturableAttention")
     monkeypatch.setattr(specs, "capture_complaint", lambda *_, **__: None)
-    monkeypatch.setattr(engines, "CudaGraphs", lambda device: called)
+    monkeypatch.setattr(loading, "CudaGraphs", lambda device: called)
     yield called
 
 

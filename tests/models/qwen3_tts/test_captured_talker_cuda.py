@@ -13,7 +13,7 @@ from support.talkers import CROWD, Talkers, codes_of, crowd
 from torch import Tensor
 
 from vllm_omni import registry
-from vllm_omni.engine.ar import engine as engines
+from vllm_omni.engine.ar import loading
 from vllm_omni.engine.ar import spec as specs
 from vllm_omni.layers.attention.base import AttentionUse
 from vllm_omni.layers.attention.triton import TritonAttention
@@ -46,7 +46,7 @@ def test_captured_frames_equal_launched_ones_and_the_cpus(
     else:
         monkeypatch.setitem(registry.TABLES["attention"], "capturable", "support.attention:CapturableAttention")
         monkeypatch.setattr(specs, "capture_complaint", lambda *_, **__: None)
-        monkeypatch.setattr(engines, "CudaGraphs", lambda device: CalledGraphs())
+        monkeypatch.setattr(loading, "CudaGraphs", lambda device: CalledGraphs())
         options = {"attention": "capturable"}
     talkers = Talkers({SPEAKER.task: write_folder(tmp_path, SPEAKER.task)})
     captured, how = say(talkers, gpu, max_num_seqs=6, **options)

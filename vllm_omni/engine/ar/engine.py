@@ -7,38 +7,29 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from vllm_omni import registry
 from vllm_omni.core.ar.block_manager import BlockManager
 from vllm_omni.core.ar.prefill_pace import PrefillPace
 from vllm_omni.core.ar.scheduler import ARScheduler, Chunk
 from vllm_omni.core.ar.sequence import Sequence
 from vllm_omni.engine.ar.base import ARJob, Written
+from vllm_omni.engine.ar.loading import load_shared_model, make_runner
 from vllm_omni.engine.base import Activity, EngineContext, StageEngine
 from vllm_omni.engine.boundary import as_stage_error, made_so_far
 from vllm_omni.engine.lora import AdapterDesk, loras_of
-from vllm_omni.engine.shared_model import SharedModel
 from vllm_omni.errors import StageError
 from vllm_omni.layers.lora import AdapterMix
 from vllm_omni.layers.sampler import SampledToken, Sampler, SamplingRow
-from vllm_omni.layers.shard import WHOLE
 from vllm_omni.layers.token_inputs import TokenInputs
 from vllm_omni.messages import StageDone, StageEvent, StageFailed, StageTask, StageWorked
 from vllm_omni.payload import StagePayload, StreamChunk
-from vllm_omni.utils.device import CudaGraphs, is_out_of_memory, release_memory
-from vllm_omni.worker.ar.bucket_graphs import bucket_sizes
-from vllm_omni.worker.ar.kv_pool import KVLayout
-from vllm_omni.worker.ar.language_model import LanguageModel
-from vllm_omni.worker.ar.model_runner import ModelRunner
+from vllm_omni.utils.device import is_out_of_memory, release_memory
 from vllm_omni.worker.background import BackgroundJob
-from vllm_omni.worker.parallel.decoder import DecoderLead, decoder_orders
-from vllm_omni.worker.parallel.links import Links
 
 if TYPE_CHECKING:
     from vllm_omni.engine.ar.spec import ARSpec
@@ -67,9 +58,9 @@ class AREngine(StageEngine):
         lookup = None if options.speculation is None else options.speculation.make_lookup()
         pace = None if options.max_decode_wait_s is None else PrefillPace(options.max_decode_wait_s)
         self._scheduler = ARScheduler(blocks, options.max_num_seqs, options.max_num_batched_tokens, lookup, pace)
-        shared = _load_model(spec, context)
+        shared = load_shared_model(spec, context)
         self._group = shared.group
-        self._runner = _make_runner(spec, context, shared)
+        self._runner = make_runner(spec, context, shared)
         module = cast(nn.Module, shared.model)
         self._desk = None if spec.lora is None else AdapterDesk(spec.lora, context, shared.key, module)
         self._kernels = {
@@ -362,46 +353,3 @@ class AREngine(StageEngine):
         job = self._jobs.pop(request_id, None)
         for sequence in job.sequences if job else ():
             self._scheduler.remove(sequence)
-
-
-def _load_model(spec: ARSpec, context: EngineContext) -> SharedModel[LanguageModel]:
-    quantization = spec.precision.quantization
-
-    def load(links: Links | None) -> LanguageModel:
-        shard = WHOLE if links is None else links.shard("tensor")
-        return spec.model.load(context.device, context.dtype, quantization, spec.make_copies(), shard)
-
-    def orders(links: Links) -> Mapping[str, Any]:
-        tapped = spec.tapped_layers(context.reads)
-        return decoder_orders(
-            spec.model,
-            KVLayout.of(spec.model.config, can_write=spec.can_write, tapped_layers=tapped),
-            num_blocks=spec.pool.num_blocks,
-            block_size=spec.options.block_size,
-            attention=spec.attention,
-            dtype=context.dtype,
-            quantization=quantization,
-        )
-
-    key = (*spec.model.key, str(context.device), spec.precision.name, spec.sharing_key)
-    return SharedModel.load(spec, context, key, load, orders)
-
-
-def _make_runner(spec: ARSpec, context: EngineContext, shared: SharedModel[LanguageModel]) -> ModelRunner:
-    group = shared.group
-    return ModelRunner(
-        shared.model,
-        num_blocks=spec.pool.num_blocks,
-        block_size=spec.options.block_size,
-        max_num_seqs=spec.options.max_num_seqs,
-        tapped_layers=sorted(spec.tapped_layers(context.reads)),
-        can_sample=spec.can_write,
-        device=context.device,
-        dtype=context.dtype,
-        attention=registry.resolve("attention", spec.attention),
-        max_model_len=spec.model_len,
-        decode_buckets=bucket_sizes(spec.options.max_num_seqs) if spec.captures_steps else (),
-        graphs=CudaGraphs(context.device) if spec.uses_graphs else None,
-        shard=WHOLE if group is None else group.links.shard("tensor"),
-        lead=None if group is None else DecoderLead(group),
-    )
