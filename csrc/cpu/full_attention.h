@@ -62,27 +62,6 @@ struct PackedHeads {
   }
 };
 
-// Rows of x [rows, inputs], at most kQueries, with one panel: `take` is given a row, a column and the sums of kWidth columns.
-template <typename T, typename Take>
-inline void multiply_rows(const T* x, int64_t rows, int64_t inputs, const T* panel, const Take& take) {
-#if defined(OMNI_TILES)
-  if constexpr (sizeof(T) == 2) {
-    static_assert(kPanel * sizeof(T) == kTileBytes, "whole tiles");
-    alignas(64) float sums[kTilePassRows * kPanel];
-    TileProduct<T>(rows).template multiply<false>(x, inputs, inputs, panel, sums);
-    for (int64_t row = 0; row < rows; row++)
-      for (int64_t i = 0; i < kPanel; i += kWidth) take(row, i, load(sums + row * kPanel + i));
-    return;
-  }
-#endif
-  in_passes(rows, [&](int64_t row, auto number) {
-    Vec sums[number.value][kVectors] = {};
-    multiply_panel<number.value>(x + row * inputs, inputs, panel, inputs, sums);
-    for (int r = 0; r < number.value; r++)
-      for (int v = 0; v < kVectors; v++) take(row + r, v * kWidth, sums[r][v]);
-  });
-}
-
 // A task: some queries of one sample and key-value head, those of a group's heads side by side.
 template <typename T>
 struct FullTask {
@@ -113,8 +92,8 @@ struct FullTask {
   void block(int64_t panel, int64_t panels) {
     const int64_t width = panels * kPanel, begin = panel * kPanel;
     for (int64_t p = 0; p < panels; p++)
-      multiply_rows(queries, rows(), shape.size, keys + (begin + p * kPanel) * shape.size,
-                    [&](int64_t row, int64_t i, Vec sum) { store(scores + row * width + p * kPanel + i, sum * shape.scale); });
+      multiply_rows(queries, shape.size, rows(), shape.size, keys + (begin + p * kPanel) * shape.size,
+                  [&](int64_t row, int64_t i, Vec sum) { store(scores + row * width + p * kPanel + i, sum * shape.scale); });
     float shrinks[kQueries];
     for (int64_t row = 0; row < rows(); row++) {
       float* own = scores + row * width;
@@ -122,11 +101,11 @@ struct FullTask {
       running[row].weigh(own, width, weights + row * width, shrinks[row]);
     }
     for (int64_t d = 0; d < shape.size; d += kPanel)
-      multiply_rows(weights, rows(), width, values + d * shape.panels() * kPanel + begin * kPanel,
-                    [&](int64_t row, int64_t i, Vec sum) {
-                      float* sums = running[row].sums + d + i;
-                      store(sums, load(sums) * shrinks[row] + sum);
-                    });
+      multiply_rows(weights, width, rows(), width, values + d * shape.panels() * kPanel + begin * kPanel,
+                  [&](int64_t row, int64_t i, Vec sum) {
+                    float* sums = running[row].sums + d + i;
+                    store(sums, load(sums) * shrinks[row] + sum);
+                  });
   }
 
   // -infinity behind the last key and outside of the window.

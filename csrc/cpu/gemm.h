@@ -117,20 +117,22 @@ inline void multiply_panel(const bfloat16* x, int64_t stride, const bfloat16* pa
 }
 #endif
 
-// Sums [rows, kPanel] of one panel on to `out`; with `residual`, which is shaped as `out`, its sum with what the product
-// is when it is rounded.
+// Where the sums of rows with one panel go, `out` [rows, outputs]; with `residual`, which is shaped as `out`, its sum with
+// what the product is when it is rounded.
 template <typename T>
-inline void finish_panel(const float* sums, int64_t rows, const Linear<T>& linear, int64_t panel, T* out,
-                         const T* residual) {
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t i = 0; i < kPanel; i += kWidth) {
-      const int64_t column = panel * kPanel + i, at = r * linear.outputs + column;
-      Vec y = load(sums + r * kPanel + i);
-      if (linear.bias) y += load(linear.bias + column);
-      if (residual) y = rounded<T>(y) + load(residual + at);
-      store(out + at, y);
-    }
-}
+struct Finish {
+  const Linear<T>& linear;
+  int64_t panel;
+  T* out;
+  const T* residual;
+
+  void operator()(int64_t row, int64_t i, Vec y) const {
+    const int64_t column = panel * kPanel + i, at = row * linear.outputs + column;
+    if (linear.bias) y += load(linear.bias + column);
+    if (residual) y = rounded<T>(y) + load(residual + at);
+    store(out + at, y);
+  }
+};
 
 // Calls `work` with the number of rows as a constant.
 template <int kRows, typename Work>
@@ -153,17 +155,32 @@ inline void in_passes(int64_t rows, const Work& work) {
   }
 }
 
-// Rows of the product with one panel, in one pass after the other over its numbers.
-template <typename W, typename T>
-inline void pass_panel(const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, int64_t panel, const W* numbers,
-                       T* out, const T* residual) {
+// Rows of x with one panel, in one pass after the other over its numbers; rows are `stride` elements apart. `take` is given
+// a row, a column of the panel and the sums of kWidth columns, which have not left the registers then.
+template <typename T, typename W, typename Take>
+inline void pass_rows(const T* x, int64_t stride, int64_t rows, int64_t inputs, const W* panel, const Take& take) {
   in_passes(rows, [&](int64_t row, auto number) {
     Vec sums[number.value][kVectors] = {};
-    multiply_panel<number.value>(x + row * stride, stride, numbers, linear.inputs, sums);
-    const int64_t at = row * linear.outputs;
-    finish_panel(reinterpret_cast<const float*>(sums), number.value, linear, panel, out + at,
-                 residual ? residual + at : nullptr);
+    multiply_panel<number.value>(x + row * stride, stride, panel, inputs, sums);
+    for (int r = 0; r < number.value; r++)
+      for (int v = 0; v < kVectors; v++) take(row + r, v * kWidth, sums[r][v]);
   });
+}
+
+// The same by tiles, where the processor has them.
+template <typename T, typename Take>
+inline void multiply_rows(const T* x, int64_t stride, int64_t rows, int64_t inputs, const T* panel, const Take& take) {
+#if defined(OMNI_TILES)
+  if constexpr (sizeof(T) == 2)
+    if (inputs * int64_t(sizeof(T)) % kTileBytes == 0) {
+      multiply_panel_by_tiles(x, stride, rows, inputs, panel, [&](const float* sums, int64_t first, int64_t count) {
+        for (int64_t row = 0; row < count; row++)
+          for (int64_t i = 0; i < kPanel; i += kWidth) take(first + row, i, load(sums + row * kPanel + i));
+      });
+      return;
+    }
+#endif
+  pass_rows(x, stride, rows, inputs, panel, take);
 }
 
 // A panel in bfloat16 as one in float32.
@@ -177,42 +194,33 @@ inline void widen_panel(const bfloat16* panel, int64_t inputs, float* to) {
     }
 }
 
-// The same with a panel in bfloat16, which is widened once where many passes read it.
-inline void compute_panel_in_halves(const float* x, int64_t stride, int64_t rows, const Linear<float>& linear,
-                                    int64_t panel, float* out, const float* residual) {
+// A panel in bfloat16 beside rows in float32, which is widened once where many passes read it.
+template <typename Take>
+inline void multiply_rows_in_halves(const float* x, int64_t stride, int64_t rows, int64_t inputs, const bfloat16* panel,
+                                    const Take& take) {
   constexpr int64_t kFewPasses = 2;
   thread_local std::vector<float> wide;  // kept: its pages would be cleared anew for every panel
-  const bfloat16* numbers = static_cast<const bfloat16*>(linear.weight) + panel * kPanel * linear.inputs;
   if (rows <= kFewPasses * kMostRows) {
-    pass_panel(x, stride, rows, linear, panel, numbers, out, residual);
+    pass_rows(x, stride, rows, inputs, panel, take);
     return;
   }
-  if (int64_t(wide.size()) < kPanel * linear.inputs) wide.resize(size_t(kPanel * linear.inputs));
-  widen_panel(numbers, linear.inputs, wide.data());
-  pass_panel(x, stride, rows, linear, panel, static_cast<const float*>(wide.data()), out, residual);
+  if (int64_t(wide.size()) < kPanel * inputs) wide.resize(size_t(kPanel * inputs));
+  widen_panel(panel, inputs, wide.data());
+  pass_rows(x, stride, rows, inputs, static_cast<const float*>(wide.data()), take);
 }
 
 // Rows of the product with one panel; x: rows that are `stride` elements apart.
 template <typename T>
 inline void compute_panel(const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, int64_t panel, T* out,
                           const T* residual) {
+  const Finish<T> finish{linear, panel, out, residual};
+  const int64_t before = panel * kPanel * linear.inputs;
   if constexpr (sizeof(T) == 4)
     if (linear.is_in_halves) {
-      compute_panel_in_halves(x, stride, rows, linear, panel, out, residual);
+      multiply_rows_in_halves(x, stride, rows, linear.inputs, static_cast<const bfloat16*>(linear.weight) + before, finish);
       return;
     }
-  const T* numbers = static_cast<const T*>(linear.weight) + panel * kPanel * linear.inputs;
-#if defined(OMNI_TILES)
-  if constexpr (sizeof(T) == 2)
-    if (linear.inputs * int64_t(sizeof(T)) % kTileBytes == 0) {
-      multiply_panel_by_tiles(x, stride, rows, linear.inputs, numbers, [&](const float* sums, int64_t row, int64_t count) {
-        const int64_t at = row * linear.outputs;
-        finish_panel(sums, count, linear, panel, out + at, residual ? residual + at : nullptr);
-      });
-      return;
-    }
-#endif
-  pass_panel(x, stride, rows, linear, panel, numbers, out, residual);
+  multiply_rows(x, stride, rows, linear.inputs, static_cast<const T*>(linear.weight) + before, finish);
 }
 
 // Calls `work` with each panel and some of the rows, by one thread of a team each; blocks of rows are as equal as can be,

@@ -1,9 +1,11 @@
 // What Python calls, by the name of the element type. Pointers and sizes are checked there; nothing is kept here but room
 // to work in.
+#include "convolution.h"
 #include "decoder.h"
 #include "diffusion.h"
 #include "experts.h"
 #include "full_attention.h"
+#include "group_norm.h"
 #include "snake.h"
 #include "vocabulary.h"
 
@@ -65,6 +67,16 @@ using namespace omni;
   void snake_##NAME(const T* x, const T* frequency, const T* amplitude, int64_t outer, int64_t channels,               \
                     int64_t inner, T* out, int threads) {                                                              \
     TEAM snake(x, frequency, amplitude, outer, channels, inner, out);                                                  \
+  }                                                                                                                    \
+  void convolve_##NAME(const T* x, const Pictures* pictures, const Filter<T>* filter, bool is_doubled, T* out,           \
+                       int threads) {                                                                                  \
+    TEAM convolve(x, *pictures, *filter, is_doubled, out);                                                             \
+  }                                                                                                                    \
+  void group_norm_##NAME(const T* x, const GroupNormShape* shape, const T* weight, const T* bias, T* out,              \
+                         int threads) {                                                                                \
+    GroupNorm<T> norm(*shape, weight, bias);                                                                           \
+    Team team;                                                                                                         \
+    TEAM norm.run(team, x, out);                                                                                       \
   }                                                                                                                    \
   void attend_fully_##NAME(const FullShape* shape, const Operand<T>* query, const Operand<T>* key,                     \
                            const Operand<T>* value, T* out, int threads) {                                             \

@@ -117,22 +117,20 @@ inline void multiply_panel(const int8_t* x, int64_t stride, const int8_t* panel,
 }
 #endif
 
-// Exact sums [count, kPanel] of some rows, from `row` on, to the product; see finish_panel.
+// Exact sums of rows to the product, as Finish has it. shift: of the sums of a row, what is too much; first: of the rows.
 template <typename T>
-inline void finish_exact_panel(const int32_t* exact, int32_t shift, const QuantizedRows& x, int64_t row, int64_t count,
-                               const Linear<T>& linear, int64_t panel, T* out, const T* residual) {
-  float sums[32 * kPanel];
-  for (int64_t r = 0; r < count; r++)
-    for (int64_t i = 0; i < kPanel; i += kWidth) {
-      IntVec whole;
-      std::memcpy(&whole, exact + r * kPanel + i, sizeof(whole));
-      const Vec sum = __builtin_convertvector(whole - shift * x.sums[size_t(row + r)], Vec);
-      const Vec scale = rounded_product(x.scales[size_t(row + r)] * load(linear.scales + panel * kPanel + i));
-      store(sums + r * kPanel + i, rounded_product(sum * scale));
-    }
-  const int64_t at = row * linear.outputs;
-  finish_panel(sums, count, linear, panel, out + at, residual ? residual + at : nullptr);
-}
+struct FinishExact {
+  const Finish<T>& finish;
+  const QuantizedRows& x;
+  int64_t first;
+  int32_t shift;
+
+  void operator()(int64_t row, int64_t i, IntVec exact) const {
+    const Vec sum = __builtin_convertvector(exact - shift * x.sums[size_t(first + row)], Vec);
+    const float* scales = finish.linear.scales + finish.panel * kPanel + i;
+    finish(row, i, rounded_product(sum * rounded_product(x.scales[size_t(first + row)] * load(scales))));
+  }
+};
 
 // The rows from `first` on with one panel.
 template <typename T>
@@ -141,19 +139,27 @@ inline void compute_panel(const QuantizedRows& x, int64_t first, int64_t rows, c
   const int64_t inputs = linear.inputs, stride = x.numbers.stride;
   const int8_t* weight = static_cast<const int8_t*>(linear.weight) + panel * kPanel * inputs;
   const int8_t* numbers = x.numbers.row(first);
+  const Finish<T> finish{linear, panel, out, residual};
 #if defined(OMNI_TILES)
   if (inputs % kTileBytes == 0) {
-    multiply_panel_by_tiles(numbers, stride, rows, inputs, weight, [&](const int32_t* exact, int64_t row, int64_t count) {
-      finish_exact_panel(exact, 0, x, first + row, count, linear, panel, out, residual);
+    const FinishExact<T> take{finish, x, first, 0};
+    multiply_panel_by_tiles(numbers, stride, rows, inputs, weight, [&](const int32_t* sums, int64_t begin, int64_t count) {
+      for (int64_t row = 0; row < count; row++)
+        for (int64_t i = 0; i < kPanel; i += kWidth) {
+          IntVec exact;
+          std::memcpy(&exact, sums + row * kPanel + i, sizeof(exact));
+          take(begin + row, i, exact);
+        }
     });
     return;
   }
 #endif
+  const FinishExact<T> take{finish, x, first, kIsShifted ? 128 : 0};
   in_passes(rows, [&](int64_t row, auto number) {
     IntVec exact[number.value][kVectors] = {};
     multiply_panel<number.value>(numbers + row * stride, stride, weight, inputs, exact);
-    finish_exact_panel(reinterpret_cast<const int32_t*>(exact), kIsShifted ? 128 : 0, x, first + row, number.value,
-                       linear, panel, out, residual);
+    for (int r = 0; r < number.value; r++)
+      for (int v = 0; v < kVectors; v++) take(row + r, v * kWidth, exact[r][v]);
   });
 }
 

@@ -1,22 +1,42 @@
-"""Group normalisation of pictures whose channels lie last in memory: on CUDA by kernels that read them as they lie,
-where torch would copy them first. Knows no model.
+"""Group normalisation of pictures whose channels lie last in memory, by kernels that read them as they lie, where torch
+would copy them first (CUDA) or pass over them once more for what follows (CPU). Knows no model.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.layers.native import group_norm as native
+from vllm_omni.layers.native.library import kernels_for
 from vllm_omni.layers.triton import glue, library
 
 MAX_CHANNELS = 4096  # of which a kernel holds one pixel
 
 
 class GroupNorm(nn.GroupNorm):
-    """As torch's, rounded once at the end as well."""
+    """As torch's, rounded once at the end as well. activated: SiLU of it, which is rounded alone."""
+
+    activated = False
+
+    @classmethod
+    def of(cls, norm: nn.GroupNorm, *, activated: bool = False) -> GroupNorm:
+        """With the parameters of another."""
+        own = cls(norm.num_groups, norm.num_channels, norm.eps, norm.affine, device="meta")
+        own.weight, own.bias, own.activated = norm.weight, norm.bias, activated
+        return own
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [R, C, H, W] -> the same shape, dtype and memory."""
+        functions = kernels_for(input, self.weight) if self.affine and native.fits(input) else None
+        if functions is not None:
+            numbers = self.num_groups, self.weight, self.bias, self.eps
+            return native.group_norm(functions, input, *numbers, activated=self.activated)
+        normed = self._normed(input)
+        return F.silu(normed) if self.activated else normed
+
+    def _normed(self, input: Tensor) -> Tensor:
         is_fit = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
         if is_fit and self._is_fit and library.takes(input.permute(0, 2, 3, 1), self.weight, self.bias):
             return glue.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
@@ -24,7 +44,7 @@ class GroupNorm(nn.GroupNorm):
 
     @property
     def _is_fit(self) -> bool:
-        """Whether the kernels take so many channels and groups: powers of two."""
+        """Whether the kernels of CUDA take so many channels and groups: powers of two."""
         numbers = (self.num_channels, self.num_groups)
         return self.affine and self.num_channels <= MAX_CHANNELS and all(number.bit_count() == 1 for number in numbers)
 
@@ -34,6 +54,4 @@ def use_group_norms(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.GroupNorm:
-                norm = GroupNorm(child.num_groups, child.num_channels, child.eps, child.affine, device="meta")
-                norm.weight, norm.bias = child.weight, child.bias
-                setattr(parent, name, norm)
+                setattr(parent, name, GroupNorm.of(child))

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from vllm_omni.layers.native.structures import (
     CacheStruct,
+    FilterStruct,
     FullShapeStruct,
+    GroupNormStruct,
     HeadRowStruct,
     HeadsStruct,
     LinearStruct,
@@ -19,6 +21,7 @@ from vllm_omni.layers.native.structures import (
     NormStruct,
     OperandStruct,
     PerSampleStruct,
+    PicturesStruct,
     ShapeStruct,
     StepStruct,
     TokensStruct,
@@ -62,6 +65,11 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "place": (POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(HeadRowStruct), POINTER, THREADS),
     "gate": (POINTER, COUNT, COUNT, POINTER, THREADS),
     "snake": (POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, THREADS),
+    "group_norm": (POINTER, ctypes.POINTER(GroupNormStruct), POINTER, POINTER, POINTER, THREADS),
+    "convolve": (
+        *(POINTER, ctypes.POINTER(PicturesStruct), ctypes.POINTER(FilterStruct)),
+        *(ctypes.c_bool, POINTER, THREADS),
+    ),
     "attend_fully": (ctypes.POINTER(FullShapeStruct), *[ctypes.POINTER(OperandStruct)] * 3, POINTER, THREADS),
 }
 
@@ -96,6 +104,8 @@ class Kernels:
         self.place = getattr(library, f"place_{dtype}")
         self.gate = getattr(library, f"gate_{dtype}")
         self.snake = getattr(library, f"snake_{dtype}")
+        self.group_norm = getattr(library, f"group_norm_{dtype}")
+        self.convolve = getattr(library, f"convolve_{dtype}")
         self.attend_fully = getattr(library, f"attend_fully_{dtype}")
 
 

@@ -77,3 +77,18 @@ class FullShapeStruct(ctypes.Structure):
         *((name, COUNT) for name in ("samples", "queries", "keys", "query_heads", "key_heads", "size", "window")),
         ("scale", FLOAT),
     )
+
+
+class PicturesStruct(ctypes.Structure):
+    _fields_ = tuple((name, COUNT) for name in ("count", "height", "width", "inputs", "outputs"))
+
+
+class FilterStruct(ctypes.Structure):
+    _fields_ = tuple((name, POINTER) for name in ("weight", "bias", "residual"))
+
+
+class GroupNormStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, COUNT) for name in ("pictures", "pixels", "channels", "groups")),
+        *(("epsilon", FLOAT), ("activated", ctypes.c_int32)),
+    )

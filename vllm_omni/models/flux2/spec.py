@@ -13,7 +13,6 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
-from vllm_omni.layers.group_norm import use_group_norms
 from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.shard import ALONE, Shards
@@ -37,8 +36,9 @@ from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import brief, did_you_mean
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
+from vllm_omni.worker.diffusion.picture_autoencoder import load_autoencoder
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
-from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
+from vllm_omni.worker.diffusion.published_part import vae_dtype
 from vllm_omni.worker.diffusion.request_checks import check_negative, check_scale, check_size, check_unread
 from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.tiling import DecodingSize
@@ -122,9 +122,8 @@ class KleinSpec(SharedModelSpec):
         transformer = self.build_transformer(shards)
         allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
-        vae = load_part(AutoencoderKLFlux2, self.folder / "vae", self._vae_dtype(dtype), self.weights_variant)
-        use_group_norms(vae)
-        vae = vae.to(device=device, memory_format=torch.channels_last)
+        own = self._vae_dtype(dtype)
+        vae = load_autoencoder(AutoencoderKLFlux2, self.folder / "vae", device, own, self.weights_variant)
         return KleinPipeline(
             transformer, vae, self.sampler_config, self.geometry, self.preview_map, self.keeps_references
         )

@@ -12,7 +12,6 @@ import torch
 
 from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
-from vllm_omni.layers.group_norm import use_group_norms
 from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.shard import ALONE, Shards
@@ -30,8 +29,9 @@ from vllm_omni.utils.checks import brief, check_number, did_you_mean
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
+from vllm_omni.worker.diffusion.picture_autoencoder import load_autoencoder
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
-from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
+from vllm_omni.worker.diffusion.published_part import vae_dtype
 from vllm_omni.worker.diffusion.request_checks import check_scale, check_unread
 from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.source_image import check_source, first_step
@@ -112,9 +112,7 @@ class ZImageSpec(SharedModelSpec):
         allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         folder = self.folder / "vae"
-        vae = load_part(AutoencoderKL, folder, self.part_dtype(folder, dtype), self.weights_variant)
-        use_group_norms(vae)
-        vae = vae.to(device=device, memory_format=torch.channels_last)
+        vae = load_autoencoder(AutoencoderKL, folder, device, self.part_dtype(folder, dtype), self.weights_variant)
         return ZImagePipeline(transformer, vae, self.sampler_config, self.geometry, self.preview_map)
 
     def check(

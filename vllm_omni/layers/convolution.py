@@ -1,0 +1,51 @@
+"""Convolutions of 3 x 3 with pictures whose channels lie last in memory, on a CPU by kernels that make 16 products of
+what are 36, or 9 where the picture is doubled first. Knows no model.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_omni.layers.native import convolution as native
+from vllm_omni.layers.native.library import Kernels, kernels_for
+
+
+class Convolution(nn.Module):
+    """A convolution as the kernels compute it: packed, and with the sum that may follow.
+
+    In float32 it is torch's to rounding. In bfloat16 neighbours are added and rounded before they are multiplied: it is
+    3e-3 from the exact result, where torch's, which rounds the result alone, is 1.7e-3.
+    """
+
+    def __init__(self, plain: nn.Conv2d, functions: Kernels, *, doubled: bool) -> None:
+        """doubled: every pixel is read as two by two."""
+        super().__init__()
+        self._functions, self._doubled = functions, doubled
+        packed = native.pack(functions, plain.weight.detach(), doubled=doubled)
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.bias = plain.bias
+
+    @classmethod
+    def find(cls, plain: nn.Module, *, doubled: bool = False) -> Convolution | None:
+        """In place of one of torch's; None where no kernels compute it."""
+        if type(plain) is not nn.Conv2d or plain.weight.requires_grad or not _is_plain(plain):
+            return None
+        functions = kernels_for(plain.weight) if native.fits(plain.out_channels, plain.in_channels) else None
+        return None if functions is None else cls(plain, functions, doubled=doubled)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [R, C, h, w] -> [R, C', h, w], or with both sides doubled. residual: what is added to it."""
+        return native.convolve(self._functions, x, self.packed, self.bias, residual, doubled=self._doubled)
+
+
+def convolve(x: Tensor, plain: nn.Conv2d, residual: Tensor | None = None, *, doubled: bool = False) -> Tensor:
+    """What a Convolution is, in torch."""
+    found: Tensor = plain(F.interpolate(x, scale_factor=2.0, mode="nearest") if doubled else x)
+    return found if residual is None else residual + found
+
+
+def _is_plain(plain: nn.Conv2d) -> bool:
+    """Whether it is of 3 x 3 at every pixel, with as many zeros around as keep the size."""
+    sizes = (plain.kernel_size, plain.stride, plain.padding, plain.dilation)
+    return sizes == ((3, 3), (1, 1), (1, 1), (1, 1)) and plain.groups == 1 and plain.padding_mode == "zeros"

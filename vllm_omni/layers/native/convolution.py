@@ -1,0 +1,56 @@
+"""Convolutions of 3 x 3 as the kernels take them: weights as the products of a tile need them, packed.
+
+Legend: R pictures, C channels, h, w pixels of a side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_omni.layers.native.library import Kernels, pointer, threads_for
+from vllm_omni.layers.native.structures import FilterStruct, PicturesStruct
+
+PANEL = 32  # csrc/cpu/panels.h
+WIDTH = 16  # csrc/cpu/simd.h: channels of a vector, at most
+# Three weights of a line -> the factors of a tile's products; csrc/cpu/convolution.h has the other two parts.
+PLAIN = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+DOUBLED = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))
+
+
+def fits(outputs: int, inputs: int) -> bool:
+    """Whether the kernels take so many channels."""
+    return outputs % PANEL == 0 and inputs % WIDTH == 0
+
+
+def pack(functions: Kernels, weight: Tensor, *, doubled: bool) -> Tensor:
+    """[out, in, 3, 3] -> [out / 32, products of a tile, 32, in], packed."""
+    outputs, inputs = weight.shape[:2]
+    turn = weight.new_tensor(DOUBLED if doubled else PLAIN, dtype=torch.float32)
+    factors = torch.einsum("xi, ocij, yj -> xyoc", turn, weight.float(), turn).flatten(0, 1).to(weight.dtype)
+    panels = factors.unflatten(1, (outputs // PANEL, PANEL)).transpose(0, 1).contiguous()
+    rows = panels.numel() // inputs
+    functions.layouts[weight.dtype].pack(pointer(panels), rows, inputs, threads_for(panels.numel()))
+    return panels
+
+
+def convolve(
+    functions: Kernels, x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, *, doubled: bool
+) -> Tensor:
+    """x: [R, C, h, w], its channels last in memory -> [R, C', h, w] so, or with both sides doubled. residual: of the
+    result's shape and memory, which is added to it.
+    """
+    count, inputs, height, width = x.shape
+    outputs = packed.shape[0] * PANEL
+    scale = 2 if doubled else 1
+    out = x.new_empty(count, height * scale, width * scale, outputs)
+    pictures = PicturesStruct(count, height, width, inputs, outputs)
+    filters = FilterStruct(pointer(packed), pointer(bias), None if residual is None else last(residual).data_ptr())
+    threads = threads_for(out.numel() * inputs)
+    functions.convolve(last(x).data_ptr(), pictures, filters, doubled, out.data_ptr(), threads)
+    return out.permute(0, 3, 1, 2)
+
+
+def last(x: Tensor) -> Tensor:
+    """[R, C, h, w] -> [R, h, w, C], contiguous."""
+    return x.permute(0, 2, 3, 1).contiguous()
