@@ -32,11 +32,14 @@ struct DoubledTile {
 };
 
 struct Pictures {
-  int64_t count, height, width;  // of what is read, in pixels
+  int64_t count, height, width;  // of what is written, and pixels of what is read
   int64_t inputs, outputs;       // channels: a multiple of kWidth, and of kPanel
+  int64_t frames;                // that each reads: itself and those behind it, of which there are frames - 1 more
+
+  int64_t depth() const { return frames * inputs; }
 };
 
-// weight: panels [outputs / kPanel][kPoints * kPoints][kPanel, inputs], each packed. bias, residual: or null.
+// weight: panels [outputs / kPanel][kPoints * kPoints][kPanel, frames * inputs], each packed. bias, residual: or null.
 template <typename T>
 struct Filter {
   const T *weight, *bias, *residual;
@@ -54,7 +57,7 @@ class Convolution {
   Convolution(const Pictures& pictures, const Filter<T>& filter) : pictures_(pictures), filter_(filter) {
     rows_ = (pictures.height + Tile::kStep - 1) / Tile::kStep;
     columns_ = (pictures.width + Tile::kStep - 1) / Tile::kStep;
-    stride_ = stride_of<T>(pictures.inputs);
+    stride_ = stride_of<T>(pictures.depth());
     const int64_t fitting = kFactorBytes / (kProducts * stride_ * int64_t(sizeof(T)));
     at_once_ = std::clamp(fitting / kMostRows * kMostRows, int64_t(kMostRows), kMostTiles / kMostRows * kMostRows);
   }
@@ -72,7 +75,8 @@ class Convolution {
       Place places[kMostTiles];
       for (int64_t tile = 0; tile < count; tile++) {
         places[tile] = place(first + tile);
-        take(x, places[tile], factors.data() + tile * stride_);
+        for (int64_t frame = 0; frame < pictures_.frames; frame++)
+          take(x, places[tile], frame, factors.data() + tile * stride_ + frame * pictures_.inputs);
       }
       for (int64_t panel = 0; panel < pictures_.outputs / kPanel; panel++) {
         multiply(factors.data(), count, panel, sums.data());
@@ -90,15 +94,15 @@ class Convolution {
     return {tile / columns_ / rows_, tile / columns_ % rows_, tile % columns_};
   }
 
-  // A tile's factors, those of the products at_once_ * stride_ apart.
-  void take(const T* x, const Place& at, T* factors) const {
+  // A tile's factors of one frame, those of the products at_once_ * stride_ apart.
+  void take(const T* x, const Place& at, int64_t frame, T* factors) const {
     alignas(64) static const T zeros[kWidth] = {};
     const T* pixels[kPoints][kPoints];
     for (int i = 0; i < kPoints; i++)
       for (int j = 0; j < kPoints; j++) {
         const int64_t row = at.row * Tile::kStep + i - 1, column = at.column * Tile::kStep + j - 1;
         const bool is_there = row >= 0 && row < pictures_.height && column >= 0 && column < pictures_.width;
-        const int64_t pixel = (at.picture * pictures_.height + row) * pictures_.width + column;
+        const int64_t pixel = ((at.picture + frame) * pictures_.height + row) * pictures_.width + column;
         pixels[i][j] = is_there ? x + pixel * pictures_.inputs : nullptr;
       }
     for (int64_t channel = 0; channel < pictures_.inputs; channel += kWidth) {
@@ -118,10 +122,10 @@ class Convolution {
 
   // -> sums [kProducts][at_once_, kPanel].
   void multiply(const T* factors, int64_t count, int64_t panel, float* sums) const {
-    const T* weight = filter_.weight + panel * kProducts * kPanel * pictures_.inputs;
-    for (int64_t product = 0; product < kProducts; product++, weight += kPanel * pictures_.inputs) {
+    const T* weight = filter_.weight + panel * kProducts * kPanel * pictures_.depth();
+    for (int64_t product = 0; product < kProducts; product++, weight += kPanel * pictures_.depth()) {
       float* own = sums + product * at_once_ * kPanel;
-      multiply_rows(factors + product * at_once_ * stride_, stride_, count, pictures_.inputs, weight,
+      multiply_rows(factors + product * at_once_ * stride_, stride_, count, pictures_.depth(), weight,
                     [&](int64_t row, int64_t i, Vec sum) { store(own + row * kPanel + i, sum); });
     }
   }

@@ -5,7 +5,7 @@
 #include "diffusion.h"
 #include "experts.h"
 #include "full_attention.h"
-#include "group_norm.h"
+#include "picture_norms.h"
 #include "snake.h"
 #include "vocabulary.h"
 
@@ -77,6 +77,10 @@ using namespace omni;
     GroupNorm<T> norm(*shape, weight, bias);                                                                           \
     Team team;                                                                                                         \
     TEAM norm.run(team, x, out);                                                                                       \
+  }                                                                                                                    \
+  void norm_pixels_##NAME(const T* x, const T* weight, int64_t pixels, int64_t channels, float epsilon, bool activated,  \
+                          T* out, int threads) {                                                                       \
+    TEAM norm_pixels(x, weight, pixels, channels, epsilon, activated, out);                                            \
   }                                                                                                                    \
   void attend_fully_##NAME(const FullShape* shape, const Operand<T>* query, const Operand<T>* key,                     \
                            const Operand<T>* value, T* out, int threads) {                                             \

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vllm_omni.layers.group_norm import GroupNorm, use_group_norms
 from vllm_omni.layers.heads import HeadShape, placed_heads, placed_rows, plain_placed_heads
 from vllm_omni.layers.modulation import (
     Norm,
@@ -25,6 +24,7 @@ from vllm_omni.layers.modulation import (
     swiglu,
 )
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
+from vllm_omni.layers.picture_norms import GroupNorm, use_group_norms
 from vllm_omni.layers.triton import glue, library
 
 CPU = torch.device("cpu")

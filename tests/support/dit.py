@@ -45,13 +45,13 @@ def random_transformer(seed: int = 0, **overrides: Any) -> ZImageTransformer2DMo
     return model
 
 
-def random_vae() -> AutoencoderKL:
+def random_vae(widths: tuple[int, ...] = (8, 8, 16, 16)) -> AutoencoderKL:
     torch.manual_seed(1)
     return (
         AutoencoderKL(
-            block_out_channels=(8, 8, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=widths,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
             layers_per_block=1,
             latent_channels=16,
             norm_num_groups=4,

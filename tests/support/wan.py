@@ -57,13 +57,13 @@ def random_transformer(seed: int = 0, **overrides: Any) -> WanTransformer3DModel
     return model
 
 
-def random_vae(is_residual: bool) -> AutoencoderKLWan:
+def random_vae(is_residual: bool, base_dim: int = 4) -> AutoencoderKLWan:
     """is_residual: as Wan 2.2 has it, its pixels in patches; else as Wan 2.1."""
     torch.manual_seed(1)
     of_patches = dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
     vae = AutoencoderKLWan(
-        base_dim=4,
-        decoder_base_dim=4,
+        base_dim=base_dim,
+        decoder_base_dim=base_dim,
         z_dim=CHANNELS,
         dim_mult=[1, 2, 2, 2],
         num_res_blocks=1,

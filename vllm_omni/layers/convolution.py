@@ -18,24 +18,30 @@ class Convolution(nn.Module):
     3e-3 from the exact result, where torch's, which rounds the result alone, is 1.7e-3.
     """
 
-    def __init__(self, plain: nn.Conv2d, functions: Kernels, *, doubled: bool) -> None:
-        """doubled: every pixel is read as two by two."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, functions: Kernels, *, doubled: bool = False) -> None:
+        """weight: [C', C, f, 3, 3], of f frames. doubled: every pixel is read as two by two."""
         super().__init__()
         self._functions, self._doubled = functions, doubled
-        packed = native.pack(functions, plain.weight.detach(), doubled=doubled)
-        self.packed = nn.Parameter(packed, requires_grad=False)
-        self.bias = plain.bias
+        self.packed = nn.Parameter(native.pack(functions, weight.detach(), doubled=doubled), requires_grad=False)
+        self.bias = bias
 
     @classmethod
     def find(cls, plain: nn.Module, *, doubled: bool = False) -> Convolution | None:
         """In place of one of torch's; None where no kernels compute it."""
-        if type(plain) is not nn.Conv2d or plain.weight.requires_grad or not _is_plain(plain):
+        if type(plain) is not nn.Conv2d or not _is_plain(plain):
             return None
-        functions = kernels_for(plain.weight) if native.fits(plain.out_channels, plain.in_channels) else None
-        return None if functions is None else cls(plain, functions, doubled=doubled)
+        return cls.of_weight(plain.weight[:, :, None], plain.bias, doubled=doubled)
+
+    @classmethod
+    def of_weight(cls, weight: Tensor, bias: Tensor | None, *, doubled: bool = False) -> Convolution | None:
+        """weight: [C', C, f, 3, 3]; None where no kernels compute it, or its gradient is asked for."""
+        functions = kernels_for(weight) if native.fits(*weight.shape[:2]) and not weight.requires_grad else None
+        return None if functions is None else cls(weight, bias, functions, doubled=doubled)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: [R, C, h, w] -> [R, C', h, w], or with both sides doubled. residual: what is added to it."""
+        """x: [R, C, h, w], with f - 1 frames before the first that has a result -> [R, C', h, w], or with both sides
+        doubled. residual: what is added to it.
+        """
         return native.convolve(self._functions, x, self.packed, self.bias, residual, doubled=self._doubled)
 
 

@@ -39,7 +39,7 @@ from vllm_omni.params import DiffusionParams, StageParams, layered
 from vllm_omni.registry import names, resolve
 from vllm_omni.request import OmniRequest
 from vllm_omni.utils.checks import did_you_mean
-from vllm_omni.utils.device import resolve_device
+from vllm_omni.utils.device import is_cpu, resolve_device
 from vllm_omni.utils.files import ModelFolders, read_json
 from vllm_omni.utils.precision import Precision
 from vllm_omni.utils.variants import check_variant, variants_in
@@ -141,9 +141,11 @@ class DiffusionSpec(StageSpec):
     def _weights_bytes(self) -> int:
         """Of the first rank."""
         tensor, of_weights = self.stage.parallel.tensor, (self.precision.dtype, self.precision.quantization)
+        is_on_cpu = is_cpu(resolve_device(self.stage.device))
+        packing = self.model.packing_bytes(self.precision.dtype) if is_on_cpu else 0
         if tensor > 1 and isinstance(self.model, SharedModelSpec):
-            return self.model.rank_bytes(*of_weights, Shards(tensor=Shard(0, tensor)))
-        return self.model.weights_bytes(*of_weights)
+            return packing + self.model.rank_bytes(*of_weights, Shards(tensor=Shard(0, tensor)))
+        return packing + self.model.weights_bytes(*of_weights)
 
     def _check_parallel(self) -> None:
         """ConfigError for ranks that could not share this model."""

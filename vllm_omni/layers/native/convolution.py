@@ -1,6 +1,6 @@
 """Convolutions of 3 x 3 as the kernels take them: weights as the products of a tile need them, packed.
 
-Legend: R pictures, C channels, h, w pixels of a side.
+Legend: R pictures, or frames of a film, C channels, f frames that a result reads, h, w pixels of a side.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from vllm_omni.layers.native.structures import FilterStruct, PicturesStruct
 
 PANEL = 32  # csrc/cpu/panels.h
 WIDTH = 16  # csrc/cpu/simd.h: channels of a vector, at most
+NUM_WEIGHTS, NUM_PRODUCTS = 9, 16  # of a filter, and what is packed in their place; 9 where the picture is doubled
 # Three weights of a line -> the factors of a tile's products; csrc/cpu/convolution.h has the other two parts.
 PLAIN = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 DOUBLED = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))
@@ -24,30 +25,33 @@ def fits(outputs: int, inputs: int) -> bool:
 
 
 def pack(functions: Kernels, weight: Tensor, *, doubled: bool) -> Tensor:
-    """[out, in, 3, 3] -> [out / 32, products of a tile, 32, in], packed."""
-    outputs, inputs = weight.shape[:2]
+    """[out, in, f, 3, 3] -> [out / 32, products of a tile, 32, f in], packed."""
+    outputs = weight.shape[0]
     turn = weight.new_tensor(DOUBLED if doubled else PLAIN, dtype=torch.float32)
-    factors = torch.einsum("xi, ocij, yj -> xyoc", turn, weight.float(), turn).flatten(0, 1).to(weight.dtype)
-    panels = factors.unflatten(1, (outputs // PANEL, PANEL)).transpose(0, 1).contiguous()
-    rows = panels.numel() // inputs
-    functions.layouts[weight.dtype].pack(pointer(panels), rows, inputs, threads_for(panels.numel()))
+    factors = torch.einsum("xi, ocfij, yj -> xyofc", turn, weight.float(), turn).to(weight.dtype)
+    panels = factors.flatten(0, 1).flatten(2).unflatten(1, (outputs // PANEL, PANEL)).transpose(0, 1).contiguous()
+    depth = panels.shape[-1]
+    layout = functions.layouts[weight.dtype]
+    layout.pack(pointer(panels), panels.numel() // depth, depth, threads_for(panels.numel()))
     return panels
 
 
 def convolve(
     functions: Kernels, x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, *, doubled: bool
 ) -> Tensor:
-    """x: [R, C, h, w], its channels last in memory -> [R, C', h, w] so, or with both sides doubled. residual: of the
-    result's shape and memory, which is added to it.
+    """x: [R + f - 1, C, h, w], its channels last in memory -> [R, C', h, w] so, or with both sides doubled. residual:
+    of the result's shape and memory, which is added to it.
     """
-    count, inputs, height, width = x.shape
-    outputs = packed.shape[0] * PANEL
+    frames, (inputs, height, width) = packed.shape[-1] // x.shape[1], x.shape[1:]
+    count, outputs = len(x) - frames + 1, packed.shape[0] * PANEL
     scale = 2 if doubled else 1
     out = x.new_empty(count, height * scale, width * scale, outputs)
-    pictures = PicturesStruct(count, height, width, inputs, outputs)
-    filters = FilterStruct(pointer(packed), pointer(bias), None if residual is None else last(residual).data_ptr())
+    pictures = PicturesStruct(count, height, width, inputs, outputs, frames)
+    read = last(x)
+    added = None if residual is None else last(residual)
+    filters = FilterStruct(pointer(packed), pointer(bias), pointer(added))
     threads = threads_for(out.numel() * inputs)
-    functions.convolve(last(x).data_ptr(), pictures, filters, doubled, out.data_ptr(), threads)
+    functions.convolve(pointer(read), pictures, filters, doubled, pointer(out), threads)
     return out.permute(0, 3, 1, 2)
 
 

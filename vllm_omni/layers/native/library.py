@@ -66,6 +66,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "gate": (POINTER, COUNT, COUNT, POINTER, THREADS),
     "snake": (POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, THREADS),
     "group_norm": (POINTER, ctypes.POINTER(GroupNormStruct), POINTER, POINTER, POINTER, THREADS),
+    "norm_pixels": (POINTER, POINTER, COUNT, COUNT, ctypes.c_float, ctypes.c_bool, POINTER, THREADS),
     "convolve": (
         *(POINTER, ctypes.POINTER(PicturesStruct), ctypes.POINTER(FilterStruct)),
         *(ctypes.c_bool, POINTER, THREADS),
@@ -105,6 +106,7 @@ class Kernels:
         self.gate = getattr(library, f"gate_{dtype}")
         self.snake = getattr(library, f"snake_{dtype}")
         self.group_norm = getattr(library, f"group_norm_{dtype}")
+        self.norm_pixels = getattr(library, f"norm_pixels_{dtype}")
         self.convolve = getattr(library, f"convolve_{dtype}")
         self.attend_fully = getattr(library, f"attend_fully_{dtype}")
 

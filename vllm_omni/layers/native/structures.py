@@ -80,7 +80,7 @@ class FullShapeStruct(ctypes.Structure):
 
 
 class PicturesStruct(ctypes.Structure):
-    _fields_ = tuple((name, COUNT) for name in ("count", "height", "width", "inputs", "outputs"))
+    _fields_ = tuple((name, COUNT) for name in ("count", "height", "width", "inputs", "outputs", "frames"))
 
 
 class FilterStruct(ctypes.Structure):

@@ -16,7 +16,7 @@ from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.layers.meta_device import on_meta_device
 from vllm_omni.layers.published_quantization import read_quantization
 from vllm_omni.layers.shard import ALONE, Shards
-from vllm_omni.layers.weights import MakeCopies, allocate, load_weights, weights_bytes
+from vllm_omni.layers.weights import MakeCopies, allocate, load_weights
 from vllm_omni.models.flux2.config import Flux2Config
 from vllm_omni.models.flux2.lora_names import lora_aliases
 from vllm_omni.models.flux2.pictures import Size, check_pictures, pictures_of
@@ -54,6 +54,7 @@ class KleinSpec(SharedModelSpec):
     gives_previews = True
     can_quantize = True
     can_offload = True
+    packs_vae = True
     adapted_part = "transformer"
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})
@@ -82,12 +83,8 @@ class KleinSpec(SharedModelSpec):
             results=frozenset({"image"}),
         )
 
-    def weights_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
-        of_vae = {
-            part: weights_bytes(self.folder / "vae", part.itemsize, variant=self.weights_variant)
-            for part in (dtype, self._vae_dtype(dtype))
-        }
-        return super().weights_bytes(dtype, quantization) - of_vae[dtype] + of_vae[self._vae_dtype(dtype)]
+    def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
+        return vae_dtype(read_json(folder / "config.json"), dtype) if folder.name == "vae" else dtype
 
     def shared_counts(self) -> dict[str, dict[str, int]]:
         heads, widths = self.config.num_attention_heads, self.config.mlp_dim
@@ -122,8 +119,9 @@ class KleinSpec(SharedModelSpec):
         transformer = self.build_transformer(shards)
         allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
-        own = self._vae_dtype(dtype)
-        vae = load_autoencoder(AutoencoderKLFlux2, self.folder / "vae", device, own, self.weights_variant)
+        folder = self.folder / "vae"
+        own = self.part_dtype(folder, dtype)
+        vae = load_autoencoder(AutoencoderKLFlux2, folder, device, own, self.weights_variant)
         return KleinPipeline(
             transformer, vae, self.sampler_config, self.geometry, self.preview_map, self.keeps_references
         )
@@ -161,9 +159,6 @@ class KleinSpec(SharedModelSpec):
         if not isinstance(value, bool):
             raise ConfigError(f"{file}: is_distilled: got {brief(value)}, expected true or false")
         return value, f"by its model_index.json, is_distilled {str(value).lower()}"
-
-    def _vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return vae_dtype(read_json(self.folder / "vae" / "config.json"), dtype)
 
     def _check_pictures(self, params: DiffusionParams, limits: LimitsConfig) -> None:
         sizes = check_pictures(params, limits)

@@ -51,6 +51,7 @@ class QwenImageSpec(SharedModelSpec):
     gives_previews = True
     can_quantize = True
     can_offload = True
+    packs_vae = True
     adapted_part = "transformer"
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})

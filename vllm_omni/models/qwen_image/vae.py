@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.files import read_json
+from vllm_omni.worker.diffusion.film_autoencoder import use_kernels
 from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
 from vllm_omni.worker.diffusion.tiling import DecodingSize
 
@@ -76,6 +76,7 @@ class PictureVae:
         """module: an AutoencoderKLQwenImage, which is changed."""
         flatten(module)
         self._module = module.to(device=device, memory_format=torch.channels_last)
+        use_kernels(self._module)
         self._device = device
         self._mean = torch.tensor(module.config.latents_mean, device=device)[:, None, None]
         self._deviation = torch.tensor(module.config.latents_std, device=device)[:, None, None]
@@ -108,13 +109,16 @@ class FrameConvolution(nn.Module):
 
     def __init__(self, film: nn.Conv3d) -> None:
         super().__init__()
-        self.weight = nn.Parameter(film.weight[:, :, -1].clone(), requires_grad=False)
-        self.bias = film.bias
-        self.padding = tuple(size // 2 for size in film.kernel_size[1:])
+        height, width = film.kernel_size[1:]
+        shape = film.in_channels, film.out_channels, (height, width)
+        self.of_pictures = nn.Conv2d(*shape, padding=(height // 2, width // 2), device="meta")
+        self.of_pictures.weight = nn.Parameter(film.weight[:, :, -1].clone(), requires_grad=False)
+        self.of_pictures.bias = film.bias
 
     def forward(self, film: Tensor) -> Tensor:
         """[1, C, 1, h, w] -> [1, C', 1, h, w]."""
-        return F.conv2d(film[:, :, 0], self.weight, self.bias, padding=self.padding)[:, :, None]
+        found: Tensor = self.of_pictures(film[:, :, 0])
+        return found[:, :, None]
 
 
 def flatten(module: nn.Module) -> None:

@@ -54,6 +54,7 @@ class WanSpec(DiffusionModelSpec):
     gives_previews = True
     can_quantize = True
     can_offload = True
+    packs_vae = True
     adapted_part = "transformer"
     request_keys = frozenset({"image"})
     media_keys = frozenset({"image"})

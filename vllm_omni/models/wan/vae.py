@@ -19,6 +19,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import check_finite
+from vllm_omni.worker.diffusion.film_autoencoder import use_kernels
 from vllm_omni.worker.diffusion.published_part import load_part
 from vllm_omni.worker.diffusion.tiling import DecodingSize
 
@@ -96,12 +97,13 @@ class FilmVae:
     """Frames to latents as the sampler has them, and back."""
 
     def __init__(self, module: Any, device: torch.device) -> None:
-        """module: an AutoencoderKLWan."""
+        """module: an AutoencoderKLWan, which is changed."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
         self._module = module.to(device=device)
         self._device = device
         self._num_kept = sum(isinstance(part, WanCausalConv3d) for part in module.decoder.modules())
+        use_kernels(self._module)
         self._mean, self._deviation = (
             torch.tensor(values, device=device)[:, None, None, None]
             for values in (module.config.latents_mean, module.config.latents_std)

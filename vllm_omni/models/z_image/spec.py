@@ -51,6 +51,7 @@ class ZImageSpec(SharedModelSpec):
     gives_previews = True
     can_quantize = True
     can_offload = True
+    packs_vae = True
     request_keys = frozenset({"image", "mask", "strength"})
     media_keys = frozenset({"image", "mask"})
     adapted_part = "transformer"

@@ -8,6 +8,7 @@ pictures, [C, f, h, w] for videos and [T, C] for audio. Every tensor argument an
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,16 @@ from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.layers import halves
 from vllm_omni.layers.blocks import StreamedBytes
-from vllm_omni.layers.weights import MakeCopies, choose_numbers, saved_bytes, tensor_files, weights_bytes
+from vllm_omni.layers.native.convolution import NUM_PRODUCTS, NUM_WEIGHTS
+from vllm_omni.layers.native.library import kernels
+from vllm_omni.layers.weights import (
+    MakeCopies,
+    choose_numbers,
+    saved_bytes,
+    tensor_files,
+    tensor_shapes,
+    weights_bytes,
+)
 from vllm_omni.layers.weights_digest import weights_digest
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, StreamChunk
@@ -143,6 +153,7 @@ class DiffusionModelSpec(ABC):
     only_dtype: ClassVar[torch.dtype | None] = None  # that it computes in, whatever its stage's `dtype` says
     can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in 8 bits
     can_offload: ClassVar[bool] = False  # whether weights of its blocks may wait in the host's memory
+    packs_vae: ClassVar[bool] = False  # whether the kernels of a CPU hold the convolutions of its folder `vae` packed
     adapted_part: ClassVar[str | None] = None  # the folder of the transformer, where LoRA may adapt it
     defaults: Mapping[str, Any] = {}  # of DiffusionParams, as this checkpoint (a distilled one, say) wants them
     frame_rate: float | None = None  # frames per second of its videos, where the request says none; None: it makes none
@@ -163,6 +174,16 @@ class DiffusionModelSpec(ABC):
             if quantization is None
             else total - saved_bytes(self.build_transformer(), dtype.itemsize, quantization)
         )
+
+    def packing_bytes(self, dtype: torch.dtype) -> int:
+        """By which what the kernels of a CPU hold of its VAE is more than its weights: at most so many."""
+        folder = self.folder / "vae"
+        dtype = self.part_dtype(folder, dtype)
+        if not self.packs_vae or kernels(dtype) is None:
+            return 0
+        shapes = tensor_shapes(folder, variant=self.weights_variant).values()
+        packed = sum(math.prod(shape) for shape in shapes if shape[-2:] == (3, 3))
+        return packed * (NUM_PRODUCTS - NUM_WEIGHTS) // NUM_WEIGHTS * dtype.itemsize
 
     def streamed_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> StreamedBytes:
         """Of its blocks, where they are streamed."""

@@ -6,6 +6,7 @@ Legend: R pictures, C channels, h, w pixels of a side.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.layers.convolution import Convolution
-from vllm_omni.layers.group_norm import GroupNorm, use_group_norms
+from vllm_omni.layers.picture_norms import GroupNorm, use_group_norms
 from vllm_omni.worker.diffusion.published_part import load_part
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: None = None) -> Tensor:
         """x: [R, C, h, w] -> [R, C', h, w]. temb: the embedding of a time, which autoencoders have none of."""
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        hidden: Tensor = self.conv2(self.norm2(self.conv1(self.norm1(x))), shortcut)
-        return hidden
+        hidden = self.norm2(self.conv1(self.norm1(x)))
+        shortcut = x if self.shortcut is None else self.shortcut(x)  # last: until now it would lie beside the rest
+        found: Tensor = self.conv2(hidden, shortcut)
+        return found
 
 
 class Doubling(nn.Module):
@@ -77,15 +79,16 @@ class Doubling(nn.Module):
 
 def use_kernels(module: nn.Module) -> None:
     """Puts the package's parts in the place of diffusers' and torch's in a loaded autoencoder, where it has them."""
-    _replace(module)
+    replace(module, _found)
     use_group_norms(module)
 
 
-def _replace(module: nn.Module) -> None:
+def replace(module: nn.Module, find: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Each part within by what `find` has for it; where that is nothing, the parts of that one."""
     for name, child in list(module.named_children()):
-        found = _found(child)
+        found = find(child)
         if found is None:
-            _replace(child)
+            replace(child, find)
         else:
             setattr(module, name, found)
 

@@ -1,4 +1,7 @@
-"""Group normalisation of pictures, as the kernels take it."""
+"""Norms of pictures and films, as the kernels take them.
+
+Legend: R pictures or films, C channels, h, w pixels of a side.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ WIDTH = 16  # csrc/cpu/simd.h: channels of a vector, at most
 
 
 def fits(x: Tensor) -> bool:
-    """x: [R, C, h, w]. Whether the kernels take so many channels, as they lie."""
-    return x.ndim == 4 and x.shape[1] % WIDTH == 0 and x.permute(0, 2, 3, 1).is_contiguous()
+    """x: [R, C, h, w], of films [R, C, frames, h, w]. Whether the kernels take so many channels, as they lie."""
+    return x.ndim >= 4 and x.shape[1] % WIDTH == 0 and x.movedim(1, -1).is_contiguous()
 
 
 def group_norm(
@@ -21,8 +24,17 @@ def group_norm(
 ) -> Tensor:
     """x: [R, C, h, w], its channels last in memory -> the same shape and memory. activated: SiLU of it."""
     pictures, channels, height, width = x.shape
-    pixels = x.permute(0, 2, 3, 1)
+    pixels = x.movedim(1, -1)
     out = x.new_empty(pixels.shape)
     shape = GroupNormStruct(pictures, height * width, channels, num_groups, epsilon, activated)
     functions.group_norm(pointer(pixels), shape, pointer(weight), pointer(bias), pointer(out), glue_threads(x))
-    return out.permute(0, 3, 1, 2)
+    return out.movedim(-1, 1)
+
+
+def norm_pixels(functions: Kernels, x: Tensor, weight: Tensor, epsilon: float, *, activated: bool) -> Tensor:
+    """x: [R, C, ..], its channels last in memory -> the same shape and memory. weight: [C]. activated: SiLU of it."""
+    pixels = x.movedim(1, -1)
+    out = x.new_empty(pixels.shape)
+    sizes = x.numel() // x.shape[1], x.shape[1], epsilon, activated
+    functions.norm_pixels(pointer(pixels), pointer(weight), *sizes, pointer(out), glue_threads(x))
+    return out.movedim(-1, 1)

@@ -1,14 +1,28 @@
-// Group normalisation of pictures whose channels lie last, and SiLU of it, by float32 numbers that are rounded once.
-// Moments are summed pixel by pixel in blocks of one size, whatever the threads, as distances from a channel's first
-// number, so that a mean far from zero costs no digits.
+// Norms of pictures whose channels lie last, and SiLU of them, in float32 and rounded once.
 #pragma once
 
 #include <vector>
 
-#include "simd.h"
+#include "elementwise.h"
 #include "team.h"
 
 namespace omni {
+
+inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+
+// x / rms(x) * weight of every pixel by itself; channels: a multiple of kWidth. To be called by every thread of a team.
+template <typename T>
+void norm_pixels(const T* x, const T* weight, int64_t pixels, int64_t channels, float epsilon, bool activated, T* out) {
+#pragma omp for schedule(static) nowait
+  for (int64_t pixel = 0; pixel < pixels; pixel++) {
+    const T* from = x + pixel * channels;
+    const float scale = inverse_rms(from, channels, epsilon);
+    for (int64_t channel = 0; channel < channels; channel += kWidth) {
+      const Vec y = load(from + channel) * scale * load(weight + channel);
+      store(out + pixel * channels + channel, activated ? silu(y) : y);
+    }
+  }
+}
 
 struct GroupNormShape {
   int64_t pictures, pixels, channels, groups;  // channels: a multiple of kWidth and of groups
@@ -16,7 +30,8 @@ struct GroupNormShape {
   int32_t activated;
 };
 
-// Of all pictures; what a norm is made of is kept here while a team works on it.
+// Of all pictures; what a norm is made of is kept here while a team works on it. Moments are summed pixel by pixel in blocks
+// of one size, whatever the threads, as distances from a channel's first number: a mean far from zero costs no digits.
 template <typename T>
 class GroupNorm {
   static constexpr int64_t kPixels = 128;  // of a block
@@ -92,7 +107,7 @@ class GroupNorm {
         const int64_t at = begin + pixel * shape_.channels + channel;
         const Vec distance = load(x + at) - load(line + channel);
         const Vec y = distance * load(line + shape_.channels + channel) + load(bias_ + channel);
-        store(out + at, shape_.activated ? y / (1.0f + exp(-y)) : y);
+        store(out + at, shape_.activated ? silu(y) : y);
       }
   }
 

@@ -1,5 +1,5 @@
-"""Group normalisation of pictures whose channels lie last in memory, by kernels that read them as they lie, where torch
-would copy them first (CUDA) or pass over them once more for what follows (CPU). Knows no model.
+"""Norms of pictures and films whose channels lie last in memory, by kernels that read them as they lie, where torch
+would copy them first (CUDA), or pass over them for each part of a norm and for what follows it (CPU). Knows no model.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.layers.native import group_norm as native
+from vllm_omni.layers.native import picture_norms as native
 from vllm_omni.layers.native.library import kernels_for
 from vllm_omni.layers.triton import glue, library
 
 MAX_CHANNELS = 4096  # of which a kernel holds one pixel
+TINY = 1e-24  # beside a mean of squares: what is all zero stays so
 
 
 class GroupNorm(nn.GroupNorm):
@@ -47,6 +48,32 @@ class GroupNorm(nn.GroupNorm):
         """Whether the kernels of CUDA take so many channels and groups: powers of two."""
         numbers = (self.num_channels, self.num_groups)
         return self.affine and self.num_channels <= MAX_CHANNELS and all(number.bit_count() == 1 for number in numbers)
+
+
+class PixelNorm(nn.Module):
+    """`x / rms(x) * weight` over the channels of every pixel, and SiLU of it if it is activated."""
+
+    def __init__(self, weight: Tensor, *, activated: bool) -> None:
+        """weight: [C]."""
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.activated = activated
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [R, C, ..], of any dtype -> the same shape and dtype."""
+        functions = kernels_for(x, self.weight) if native.fits(x) else None
+        return (
+            self.plain(x)
+            if functions is None
+            else native.norm_pixels(functions, x, self.weight, TINY, activated=self.activated)
+        )
+
+    def plain(self, x: Tensor) -> Tensor:
+        """By operations of torch."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(1, keepdim=True) + TINY)
+        normed = wide * scale * self.weight.float().view(-1, *[1] * (x.ndim - 2))
+        return (F.silu(normed) if self.activated else normed).to(x.dtype)
 
 
 def use_group_norms(module: nn.Module) -> None:
