@@ -1,9 +1,8 @@
-"""Denoising steps and decoding of a Z-Image of middle size with random weights, made for the suite and thrown away: the
-transformer and the VAE alone, against those of diffusers, both in one dtype.
+"""Denoising steps of a Z-Image of middle size with random weights, made for the suite and thrown away: the transformer
+alone, against that of diffusers, both in one dtype.
 
 A step is one forward pass of all requests' rows, as each library runs it for one step. The peer gets its best use:
-rows of one size in one call. It is measured twice, as it is and through torch.compile, whose wait stands apart. The VAE
-is of the published shape.
+rows of one size in one call. It is measured twice, as it is and through torch.compile, whose wait stands apart.
 """
 
 from __future__ import annotations
@@ -37,18 +36,16 @@ SIZES = {  # dtype -> (pixels of a side, numbers of requests)
     "float32": ((256, (1, 4)), (512, (1,))),
 }
 COMPILED_PIXELS = (256, 512)
-DECODED_PIXELS = (256, 512)
 TEXT_TOKENS, LATENT_CHANNELS, LATENT_PIXELS, PATCH_PIXELS = 24, 16, 8, 16
 COLUMNS = ("case", "ours, a second", "diffusers, a second", "ours / diffusers", "largest difference")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """count: rows of one step, or latents that are decoded one after the other."""
+    """count: rows of a step."""
 
     count: int
     pixels: int
-    is_step: bool = True
 
     def latents(self, repeat: int) -> Any:
         import torch
@@ -73,12 +70,11 @@ class Weights:
     """Writes the random checkpoint, in a process of its own."""
 
     def write(self, folder: str, is_quick: bool) -> None:
-        from benchmarks.gpu_shapes import TINY_QWEN3, TINY_VAE, TINY_Z_IMAGE, VAE
+        from benchmarks.gpu_shapes import TINY_QWEN3, TINY_VAE, TINY_Z_IMAGE
         from benchmarks.random_weights import z_image_folder
 
         transformer = {**TINY_Z_IMAGE, "cap_feat_dim": MIDDLE["cap_feat_dim"]} if is_quick else MIDDLE
-        vae = TINY_VAE if is_quick else VAE
-        z_image_folder(Path(folder), transformer=transformer, vae=vae, text_encoder=TINY_QWEN3)
+        z_image_folder(Path(folder), transformer=transformer, vae=TINY_VAE, text_encoder=TINY_QWEN3)
 
 
 class Ours:
@@ -97,9 +93,6 @@ class Ours:
         import torch
 
         with torch.inference_mode():
-            if not case.is_step:
-                latents = list(case.latents(repeat))
-                return [next(self._pipeline.decode(latent, slice(None))).numpy() for latent in latents]
             if case not in self._encoded:
                 self._encoded[case] = [self._pipeline._encode_text(text) for text in case.texts()]
             found = self._pipeline.transformer(case.latents(repeat), case.times(), self._encoded[case])
@@ -111,7 +104,7 @@ class Diffusers:
 
     def __init__(self, folder: str, dtype: str, is_compiled: bool) -> None:
         import torch
-        from diffusers import AutoencoderKL, ZImageTransformer2DModel
+        from diffusers import ZImageTransformer2DModel
         from diffusers.utils import logging
 
         from vllm_omni.utils.precision import DTYPES
@@ -120,7 +113,6 @@ class Diffusers:
         self._dtype = DTYPES[dtype]
         parts = {"dtype": self._dtype, "low_cpu_mem_usage": False}
         self._transformer = ZImageTransformer2DModel.from_pretrained(Path(folder) / "transformer", **parts).eval()
-        self._vae = AutoencoderKL.from_pretrained(Path(folder) / "vae", **parts).eval()
         if is_compiled:
             self._transformer = torch.compile(self._transformer)
 
@@ -129,19 +121,10 @@ class Diffusers:
 
         latents = case.latents(repeat)
         with torch.inference_mode():
-            if not case.is_step:
-                return [self._decode(latent) for latent in latents]
             rows = [latent[:, None].to(self._dtype) for latent in latents]
             texts = list(case.texts().to(self._dtype))
             found = self._transformer(rows, case.times().to(self._dtype), texts, return_dict=False)[0]
         return [velocity[:, 0].float().numpy() for velocity in found]
-
-    def _decode(self, latent: Any) -> np.ndarray:
-        config = self._vae.config
-        scaled = (latent[None] / config.scaling_factor + config.shift_factor).to(self._dtype)
-        colours = self._vae.decode(scaled).sample[0].float() / 2 + 0.5
-        pixels: np.ndarray = (colours.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        return pixels
 
 
 def run(options: Options, limits: Limits | None = None) -> Report:
@@ -165,7 +148,6 @@ def contests(folder: str, dtype: str, options: Options) -> Iterator[tuple[str, l
         us = stack.enter_context(SideProcess("vllm_omni", options.threads, Ours, folder, dtype))
         with SideProcess("diffusers", options.threads, Diffusers, folder, dtype, False) as peer:
             yield "Denoising steps", duels(us, peer, step_cases(dtype, options), largest_difference, options)
-            yield "Pictures decoded", duels(us, peer, decode_cases(options), largest_difference, options)
         if dtype == "bfloat16" and not options.is_quick:
             with SideProcess("compiled diffusers", options.threads, Diffusers, folder, dtype, True) as peer:
                 yield "Denoising steps against torch.compile", compiled_duels(us, peer, options)
@@ -175,11 +157,6 @@ def step_cases(dtype: str, options: Options) -> list[tuple[str, int, Case]]:
     """(name, rows, case)."""
     sizes = ((64, (2,)),) if options.is_quick else SIZES[dtype]
     return [(f"{count} x {pixels} px", count, Case(count, pixels)) for pixels, counts in sizes for count in counts]
-
-
-def decode_cases(options: Options) -> list[tuple[str, int, Case]]:
-    pixels = (64,) if options.is_quick else DECODED_PIXELS
-    return [(f"{side} px", 1, Case(1, side, is_step=False)) for side in pixels]
 
 
 def compiled_duels(us: SideProcess, peer: SideProcess, options: Options) -> list[Duel]:
@@ -194,10 +171,10 @@ def compiled_duels(us: SideProcess, peer: SideProcess, options: Options) -> list
 
 
 def largest_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> str:
-    """Of velocities of their peak, of pixels of 255."""
-    peak = max(255.0 if b.dtype == np.uint8 else float(np.abs(b).max()) for b in theirs)
+    """Of velocities, of their peak."""
+    peak = max(float(np.abs(b).max()) for b in theirs)
     pairs = zip(ours, theirs, strict=True)
-    return f"{max(float(np.abs(a.astype(float) - b.astype(float)).max()) for a, b in pairs) / peak:.1e} of the peak"
+    return f"{max(float(np.abs(a - b).max()) for a, b in pairs) / peak:.1e} of the peak"
 
 
 def step_note(limits: Limits, dtype: str) -> str:

@@ -20,6 +20,7 @@ from rich.console import Console
 from benchmarks import (
     audio,
     audio_cache,
+    autoencoders,
     cache,
     decode_memory,
     dit,
@@ -54,6 +55,7 @@ SUITES: dict[str, Callable[[Options, Limits | None], Report]] = {
     "products": products.run,
     "images": images.run,
     "dit": dit.run,
+    "autoencoders": autoencoders.run,
     "videos": videos.run,
     "lora": lora.run,
     "edits": edits.run,

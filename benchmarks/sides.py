@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -181,5 +182,15 @@ def duels(
     compare: Callable[[Any, Any], str],
     options: Options,
 ) -> list[Duel]:
-    """As `rounds` with one peer."""
-    return [duel for (duel,) in rounds(us, [peer], cases, compare, options)]
+    """As `rounds` with one peer, each told when it has ended."""
+    found = []
+    for row in rounds(us, [peer], cases, compare, options):
+        tell([peer.name], row)
+        found += row
+    return found
+
+
+def tell(peers: Sequence[str], row: Sequence[Duel]) -> None:
+    """One case, when it has ended: some suites take half an hour on a slow machine."""
+    told = ", ".join(f"{with_spread(duel.ratios)} times {name}" for name, duel in zip(peers, row, strict=True))
+    print(f"{row[0].case}: {told}", file=sys.stderr, flush=True)

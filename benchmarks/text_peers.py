@@ -7,7 +7,6 @@ run goes on. All are given token ids and asked for token ids.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from benchmarks.limits import Limits, decode_parameters, layer_parameters
 from benchmarks.measure import Options, Report, Table, with_spread
 from benchmarks.peers.environments import DEFAULT_FOLDER, TEXT_PEERS, PeerEnvironment
 from benchmarks.peers.process import PeerProcess
-from benchmarks.sides import Asked, Duel, SideError, SideProcess, rounds
+from benchmarks.sides import Asked, Duel, SideError, SideProcess, rounds, tell
 from benchmarks.text import LARGE, SMALL, Case, Ours, Transformers, equal_share, pool_of, written_model
 
 PROMPT_LENGTH = 128
@@ -88,7 +87,7 @@ def run(
         found = []
         for row in rounds(us, peers, cases, equal_share, options, ask):
             found.append(row)
-            _tell([peer.name for peer in peers], row)
+            tell([peer.name for peer in peers], row)
         memory = [[side.name, f"{side.peak_memory_mb():.0f}"] for side in (us, *peers)]
     bounds = {name: load.limit(limits, config, dtype) for name, load in chosen.items()} if limits else {}
     names = [peer.name for peer in peers]
@@ -155,12 +154,6 @@ def _processes(
         found.append(process)
         notes.append(f"{peer.name} {peer.version(place)}, in an environment of its own.")
     return found
-
-
-def _tell(names: list[str], row: list[Duel]) -> None:
-    """One case, when it has ended: all of them take half an hour on a slow machine."""
-    told = ", ".join(f"{with_spread(duel.ratios)} times {name}" for name, duel in zip(names, row, strict=True))
-    print(f"{row[0].case}: {told}", file=sys.stderr, flush=True)
 
 
 def _rates(title: str, names: list[str], found: list[list[Duel]], bounds: Mapping[str, float]) -> Table:

@@ -13,7 +13,7 @@ import transformers.utils.logging
 from support.server import ServerProcess
 from support.sides import SideHere
 
-from benchmarks import audio, dit, images, references, serving, text, videos
+from benchmarks import audio, autoencoders, dit, images, references, serving, text, videos
 from benchmarks.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def forked_server(*arguments: Any, fresh: bool) -> ServerProcess:
 @pytest.fixture
 def sides_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the sides tell the libraries to say is untold."""
-    for suite in (audio, dit, images, references, serving, text, videos):
+    for suite in (audio, autoencoders, dit, images, references, serving, text, videos):
         monkeypatch.setattr(suite, "SideProcess", SideHere)
     monkeypatch.setattr(serving, "ServerProcess", forked_server)
     libraries = (diffusers.utils.logging, transformers.utils.logging)
@@ -45,13 +45,16 @@ def sides_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_both_sides_make_the_same_pictures_steps_sounds_and_tokens(tmp_path: Path, sides_here: None) -> None:
     before = results()
-    suites = ["images", "dit", "references", "videos", "audio", "text"]
+    suites = ["images", "dit", "autoencoders", "references", "videos", "audio", "text"]
     assert main([*suites, "--quick", "--threads", "1", "--json", str(tmp_path / "found.json")]) == 0
     found = duels(tmp_path / "found.json")
     assert all(int(duel["agreement"].split()[0]) <= 2 for duel in found["images"])
     assert [float(duel["agreement"].split()[0]) for duel in found["references"]] == [0.0]
     steps = [duel for duel in found["dit"] if duel["dtype"] == "float32"]
     assert steps and all(float(duel["agreement"].split()[0]) < 1e-2 for duel in steps)
+    assert all(
+        int(duel["agreement"].split()[0]) <= (6 if "bfloat16" in duel["case"] else 1) for duel in found["autoencoders"]
+    )
     assert all(float(duel["agreement"].split()[0]) < 2e-2 for duel in found["videos"])
     assert all(float(duel["agreement"].split()[0]) < 1e-3 for duel in found["audio"])
     assert all(duel["agreement"] == "100%" for duel in found["text"])
