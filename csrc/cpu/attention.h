@@ -104,10 +104,11 @@ struct Coming {
   }
 };
 
-// The running softmax of one query: what it needs so that tiles can come one after the other.
-struct Running {
+// The running softmax of one query: what it needs so that tiles can come one after the other. kSize: of a head, at most.
+template <int64_t kSize>
+struct RunningOf {
   float largest, total;
-  alignas(64) float sums[kMostSize];
+  alignas(64) float sums[kSize];
 
   void clear(int64_t size) {
     largest = -INFINITY, total = 0;
@@ -148,7 +149,7 @@ struct Running {
     return sees;
   }
 
-  void join(const Running& other, int64_t size) {
+  void join(const RunningOf& other, int64_t size) {
     if (other.largest == -INFINITY) return;
     const float most = largest > other.largest ? largest : other.largest;
     const float mine = largest == -INFINITY ? 0.0f : exp(splat(largest - most))[0];
@@ -164,6 +165,8 @@ struct Running {
     for (; d < size; d++) store_one(out + d, sums[d] / total);
   }
 };
+
+using Running = RunningOf<kMostSize>;
 
 // -infinity where the query at `position` does not see, and behind the tile's tokens.
 inline void hide(float* scores, int64_t position, int64_t window, int64_t begin, int64_t count) {

@@ -15,6 +15,7 @@ constexpr int64_t kQueries = kTilePassRows;  // of a task
 constexpr int64_t kQueries = 24;
 #endif
 constexpr int64_t kBlockKeys = 512;  // at once
+constexpr int64_t kMostFullSize = 512;  // of a head: pictures' autoencoders have one head of all channels
 static_assert(kQueries >= kMostGroup, "a token at least");
 
 // Heads of tokens of samples; how many numbers apart the next of each stands.
@@ -49,7 +50,7 @@ struct PackedHeads {
   T* values(int64_t index) const { return keys(index) + head(); }
 
   void fill_panel(const Operand<T>& keys_from, const Operand<T>& values_from, int64_t index, int64_t panel) {
-    alignas(64) static const T zeros[kMostSize] = {};
+    alignas(64) static const T zeros[kMostFullSize] = {};
     const int64_t sample = index / shape.key_heads, kv_head = index % shape.key_heads, first = panel * kPanel;
     const T *key_rows[kPanel], *value_rows[kPanel];
     for (int64_t i = 0; i < kPanel; i++) {
@@ -68,10 +69,10 @@ struct FullTask {
   const FullShape& shape;
   const T *keys, *values;  // packed
   int64_t first, count;    // tokens
-  alignas(64) T queries[kQueries * kMostSize];
+  alignas(64) T queries[kQueries * kMostFullSize];
   alignas(64) T weights[kQueries * kBlockKeys];
   alignas(64) float scores[kQueries * kBlockKeys];
-  Running running[kQueries];
+  RunningOf<kMostFullSize> running[kQueries];
 
   FullTask(const FullShape& shape) : shape(shape) {}
 

@@ -1,4 +1,4 @@
-"""Convolutions of 3 x 3 with pictures whose channels lie last in memory, on a CPU by kernels that make 16 products of
+"""Convolutions with pictures whose channels lie last in memory, by kernels of a CPU: those of 3 x 3 make 16 products of
 what are 36, or 9 where the picture is doubled first. Knows no model.
 """
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vllm_omni.layers.native import convolution as native
 from vllm_omni.layers.native.library import Kernels, kernels_for
+from vllm_omni.layers.native.packed import NativePacking
 
 
 class Convolution(nn.Module):
@@ -43,6 +44,34 @@ class Convolution(nn.Module):
         doubled. residual: what is added to it.
         """
         return native.convolve(self._functions, x, self.packed, self.bias, residual, doubled=self._doubled)
+
+
+class PixelProduct(nn.Module):
+    """A convolution of 1 x 1: the channels of each pixel, multiplied with one packed weight."""
+
+    def __init__(self, packing: NativePacking, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: [C', C]."""
+        super().__init__()
+        self._packing = packing
+        self.weight = nn.Parameter(packing.pack(weight.clone()), requires_grad=False)
+        self.bias = bias
+
+    @classmethod
+    def find(cls, plain: nn.Module) -> PixelProduct | None:
+        """In place of one of torch's; None where no kernels compute it."""
+        if type(plain) is not nn.Conv2d or plain.kernel_size != (1, 1) or plain.stride != (1, 1) or plain.groups != 1:
+            return None
+        return cls.of_weight(plain.weight[:, :, 0, 0], plain.bias) if plain.padding == (0, 0) else None
+
+    @classmethod
+    def of_weight(cls, weight: Tensor, bias: Tensor | None) -> PixelProduct | None:
+        """weight: [C', C]; None where no kernels compute it, or its gradient is asked for."""
+        packing = NativePacking.find(weight) if kernels_for(weight) is not None and not weight.requires_grad else None
+        return None if packing is None else cls(packing, weight.detach(), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [R, C, h, w] -> [R, C', h, w], its channels last in memory."""
+        return self._packing.multiply(x.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
 
 
 def convolve(x: Tensor, plain: nn.Conv2d, residual: Tensor | None = None, *, doubled: bool = False) -> Tensor:

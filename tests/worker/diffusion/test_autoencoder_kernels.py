@@ -10,6 +10,7 @@ import support.dit
 import support.qwen_image
 import support.wan
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from vllm_omni.layers.picture_norms import PixelNorm
 from vllm_omni.models.qwen_image.vae import PictureVae
 from vllm_omni.models.wan.vae import FilmVae
 from vllm_omni.worker.diffusion import film_autoencoder, picture_autoencoder
-from vllm_omni.worker.diffusion.picture_autoencoder import Doubling, ResidualBlock
+from vllm_omni.worker.diffusion.picture_autoencoder import Doubling, PictureAttention, ResidualBlock
 
 CPU = torch.device("cpu")
 WIDTHS = (32, 64)  # of which the kernels take all
@@ -64,6 +65,7 @@ def test_every_block_of_a_picture_is_replaced() -> None:
     plain, ours = (picture_vae(torch.float32, has_kernels=value) for value in (False, True))
     assert count(plain, ResnetBlock2D) == count(ours, ResidualBlock) and not count(ours, ResnetBlock2D)
     assert count(plain, Upsample2D) == count(ours, Doubling) and not count(ours, Upsample2D)
+    assert count(plain, Attention) == count(ours, PictureAttention) == 2 and not count(ours, Attention)
 
 
 def test_bfloat16_loses_little_more_than_diffusers_parts_do() -> None:
@@ -86,6 +88,20 @@ def test_a_block_that_is_more_stays_diffusers() -> None:
         block = ResnetBlock2D(in_channels=32, groups=8, **kind).requires_grad_(False)
         assert ResidualBlock.find(block) is None, kind
     assert ResidualBlock.find(ResnetBlock2D(in_channels=32, groups=8, temb_channels=None).requires_grad_(False))
+
+
+def test_attention_that_is_more_stays_diffusers() -> None:
+    own: dict[str, Any] = dict(
+        query_dim=64, heads=2, dim_head=32, norm_num_groups=8, residual_connection=True, bias=True
+    )
+    x = torch.randn(2, 64, 5, 7).contiguous(memory_format=torch.channels_last)
+    plain = Attention(**own).requires_grad_(False)
+    found = PictureAttention.find(plain)
+    assert found is not None
+    torch.testing.assert_close(found(x), plain(x), rtol=0, atol=2e-5)
+    kinds = (dict(qk_norm="layer_norm"), dict(residual_connection=False), dict(rescale_output_factor=2.0))
+    for kind in (*kinds, dict(norm_num_groups=None), dict(cross_attention_dim=32), dict(spatial_norm_dim=16)):
+        assert PictureAttention.find(Attention(**{**own, **kind}).requires_grad_(False)) is None, kind
 
 
 @pytest.mark.parametrize("is_residual", [False, True])

@@ -11,7 +11,7 @@ from vllm_omni.layers.native.library import Kernels, threads_for
 from vllm_omni.layers.native.structures import FullShapeStruct, OperandStruct
 
 PANEL = 32  # csrc/cpu/panels.h
-MAX_HEAD_DIM, MAX_GROUP = 256, 16  # csrc/cpu/attention.h
+MAX_HEAD_DIM, MAX_GROUP = 512, 16  # csrc/cpu/full_attention.h, attention.h
 
 
 def fits(num_heads: int, num_kv_heads: int, head_dim: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vllm_omni.layers.convolution import Convolution
+from vllm_omni.layers.convolution import Convolution, PixelProduct
 from vllm_omni.layers.native.library import kernels_for
 from vllm_omni.layers.picture_norms import PixelNorm
 from vllm_omni.worker.diffusion.picture_autoencoder import replace
@@ -46,7 +46,9 @@ def _found(part: nn.Module) -> nn.Module | None:
         is_causal = getattr(part, "_padding", None) == CAUSAL_PADDING and part.stride == (1, 1, 1)
         convolution = Convolution.of_weight(part.weight, part.bias) if is_causal else None
         return None if convolution is None else CausalConvolution(convolution)
-    return Convolution.find(part) if not isinstance(part, nn.Sequential) else _doubling(part)
+    if isinstance(part, nn.Sequential):
+        return _doubling(part)
+    return Convolution.find(part) or PixelProduct.find(part)
 
 
 def _doubling(part: nn.Sequential) -> nn.Module | None:
