@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vllm_omni.layers.native.library import Kernels, pointer, threads_for
 from vllm_omni.layers.native.structures import FilterStruct, PicturesStruct
-from vllm_omni.utils.memory_pages import in_huge_pages
 
 PANEL = 32  # csrc/cpu/panels.h
 WIDTH = 16  # csrc/cpu/simd.h: channels of a vector, at most
@@ -46,7 +45,7 @@ def convolve(
     frames, (inputs, height, width) = packed.shape[-1] // x.shape[1], x.shape[1:]
     count, outputs = len(x) - frames + 1, packed.shape[0] * PANEL
     scale = 2 if doubled else 1
-    out = in_huge_pages(x.new_empty(count, height * scale, width * scale, outputs))
+    out = x.new_empty(count, height * scale, width * scale, outputs)
     pictures = PicturesStruct(count, height, width, inputs, outputs, frames)
     read = last(x)
     added = None if residual is None else last(residual)
