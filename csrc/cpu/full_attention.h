@@ -94,7 +94,7 @@ struct FullTask {
     const int64_t width = panels * kPanel, begin = panel * kPanel;
     for (int64_t p = 0; p < panels; p++)
       multiply_rows(queries, shape.size, rows(), shape.size, keys + (begin + p * kPanel) * shape.size,
-                  [&](int64_t row, int64_t i, Vec sum) { store(scores + row * width + p * kPanel + i, sum * shape.scale); });
+                    [&](int64_t row, int64_t i, Vec sum) { store(scores + row * width + p * kPanel + i, sum * shape.scale); });
     float shrinks[kQueries];
     for (int64_t row = 0; row < rows(); row++) {
       float* own = scores + row * width;
