@@ -46,7 +46,13 @@ struct Filter {
 };
 
 constexpr int64_t kFactorBytes = 320 << 10;  // of a task, which stay in the second cache
-constexpr int64_t kMostTiles = 96;
+constexpr int64_t kMostTiles = 96;           // of a task
+#if defined(OMNI_TILES)
+constexpr int64_t kPassTiles = kTilePassRows;  // that are multiplied in one pass
+#else
+constexpr int64_t kPassTiles = kMostRows;
+#endif
+static_assert(kMostTiles % kPassTiles == 0, "whole passes");
 
 template <typename T, typename Tile>
 class Convolution {
@@ -59,7 +65,7 @@ class Convolution {
     columns_ = (pictures.width + Tile::kStep - 1) / Tile::kStep;
     stride_ = stride_of<T>(pictures.depth());
     const int64_t fitting = kFactorBytes / (kProducts * stride_ * int64_t(sizeof(T)));
-    at_once_ = std::clamp(fitting / kMostRows * kMostRows, int64_t(kMostRows), kMostTiles / kMostRows * kMostRows);
+    at_once_ = std::clamp(fitting / kPassTiles * kPassTiles, kPassTiles, kMostTiles);
   }
 
   // To be called by every thread of a team, which shares the tiles.

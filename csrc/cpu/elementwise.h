@@ -54,6 +54,8 @@ inline void rotate_row(const T* x, const T* cos, const T* sin, int64_t size, T* 
   }
 }
 
+inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+
 // silu(gate) * up of rows [gate, up] -> [rows, width], rows `stride` elements apart.
 template <typename T>
 void gate(const T* gate_up, int64_t rows, int64_t width, T* out, int64_t stride) {
@@ -67,12 +69,10 @@ void gate(const T* gate_up, int64_t rows, int64_t width, T* out, int64_t stride)
     T* to = out + row * stride;
     int64_t i = begin;
     for (; i + kWidth <= stop; i += kWidth) {
-      const Vec x = load(gates + i);
-      store(to + i, rounded<T>(x / (1.0f + exp(-x))) * load(ups + i));
+      store(to + i, rounded<T>(silu(load(gates + i))) * load(ups + i));
     }
     for (; i < stop; i++) {
-      const float x = load_one(gates + i);
-      store_one(to + i, rounded_one<T>(x / (1.0f + exp(splat(-x))[0])) * load_one(ups + i));
+      store_one(to + i, rounded_one<T>(silu(splat(load_one(gates + i)))[0]) * load_one(ups + i));
     }
   }
 }

@@ -8,8 +8,6 @@
 
 namespace omni {
 
-inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
-
 // x / rms(x) * weight of every pixel by itself; channels: a multiple of kWidth. To be called by every thread of a team.
 template <typename T>
 void norm_pixels(const T* x, const T* weight, int64_t pixels, int64_t channels, float epsilon, bool activated, T* out) {

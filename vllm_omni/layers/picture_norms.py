@@ -30,7 +30,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [R, C, H, W] -> the same shape, dtype and memory."""
-        functions = kernels_for(input, self.weight) if self.affine and native.fits(input) else None
+        functions = kernels_for(input, self.weight) if self.affine and native.fits(input, self.weight) else None
         if functions is not None:
             numbers = self.num_groups, self.weight, self.bias, self.eps
             return native.group_norm(functions, input, *numbers, activated=self.activated)
@@ -61,12 +61,10 @@ class PixelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [R, C, ..], of any dtype -> the same shape and dtype."""
-        functions = kernels_for(x, self.weight) if native.fits(x) else None
-        return (
-            self.plain(x)
-            if functions is None
-            else native.norm_pixels(functions, x, self.weight, TINY, activated=self.activated)
-        )
+        functions = kernels_for(x, self.weight) if native.fits(x, self.weight) else None
+        if functions is None:
+            return self.plain(x)
+        return native.norm_pixels(functions, x, self.weight, TINY, activated=self.activated)
 
     def plain(self, x: Tensor) -> Tensor:
         """By operations of torch."""

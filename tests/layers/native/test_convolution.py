@@ -143,3 +143,12 @@ def test_norms_of_pixels_equal_torchs(dtype: torch.dtype) -> None:
     assert result.stride() == film.stride() and not result[1, :, 2, 3, 4].any()
     assert deviation(result, norm.plain(film).double()) < (1e-6 if dtype == torch.float32 else 1e-3)
     assert torch.equal(result[1:], norm(film[1:]))
+
+
+@torch.inference_mode()
+def test_norms_with_weights_of_another_type_are_torchs() -> None:
+    """The kernels read weights of the pictures' type alone."""
+    x = channels_last(1, 32, 5, 7, dtype=torch.bfloat16)
+    norm = GroupNorm.of(nn.GroupNorm(4, 32).requires_grad_(False))
+    torch.testing.assert_close(norm(x), F.group_norm(x, 4, norm.weight, norm.bias, norm.eps))
+    assert deviation(PixelNorm(torch.ones(32), activated=False)(x), F.normalize(x.double(), dim=1) * 32**0.5) < 4e-3

@@ -43,6 +43,7 @@ def convolve(
     of the result's shape and memory, which is added to it.
     """
     frames, (inputs, height, width) = packed.shape[-1] // x.shape[1], x.shape[1:]
+    assert x.dtype == packed.dtype and frames * inputs == packed.shape[-1], f"got {list(x.shape)} of {x.dtype}"
     count, outputs = len(x) - frames + 1, packed.shape[0] * PANEL
     scale = 2 if doubled else 1
     out = x.new_empty(count, height * scale, width * scale, outputs)

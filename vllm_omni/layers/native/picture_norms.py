@@ -14,9 +14,12 @@ from vllm_omni.layers.native.structures import GroupNormStruct
 WIDTH = 16  # csrc/cpu/simd.h: channels of a vector, at most
 
 
-def fits(x: Tensor) -> bool:
-    """x: [R, C, h, w], of films [R, C, frames, h, w]. Whether the kernels take so many channels, as they lie."""
-    return x.ndim >= 4 and x.shape[1] % WIDTH == 0 and x.movedim(1, -1).is_contiguous()
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """x: [R, C, h, w], of films [R, C, frames, h, w]. Whether the kernels take so many channels, as they lie, and a
+    weight [C] beside them.
+    """
+    is_taken = x.ndim >= 4 and x.shape[1] % WIDTH == 0 and x.dtype == weight.dtype
+    return is_taken and x.movedim(1, -1).is_contiguous()
 
 
 def group_norm(

@@ -34,21 +34,27 @@ class CausalConvolution(nn.Module):
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         """x: [1, C, f, h, w] -> [1, C', f, h, w]. cache_x: [1, C, up to 2, h, w], the frames before it."""
+        (film,) = x  # one at a time, as it is decoded
         kept = [] if cache_x is None else list(cache_x[0].unbind(1))
-        before = [torch.zeros_like(x[0, :, 0])] * (2 - len(kept)) + kept
-        film = torch.stack([frame.movedim(0, -1) for frame in (*before, *x[0].unbind(1))])
-        found: Tensor = self.convolution(film.movedim(-1, 1))
+        before = [torch.zeros_like(film[:, 0])] * (2 - len(kept)) + kept
+        frames = torch.stack([frame.movedim(0, -1) for frame in (*before, *film.unbind(1))])
+        found: Tensor = self.convolution(frames.movedim(-1, 1))
         return found.transpose(0, 1)[None]
 
 
 def _found(part: nn.Module) -> nn.Module | None:
     if isinstance(part, nn.Conv3d):
-        is_causal = getattr(part, "_padding", None) == CAUSAL_PADDING and part.stride == (1, 1, 1)
-        convolution = Convolution.of_weight(part.weight, part.bias) if is_causal else None
+        convolution = Convolution.of_weight(part.weight, part.bias) if _is_causal(part) else None
         return None if convolution is None else CausalConvolution(convolution)
     if isinstance(part, nn.Sequential):
         return _doubling(part)
     return Convolution.find(part) or PixelProduct.find(part)
+
+
+def _is_causal(part: nn.Conv3d) -> bool:
+    """Whether it reads 3 x 3 pixels of a frame and of the two before it."""
+    is_plain = part.kernel_size == (3, 3, 3) and part.stride == part.dilation == (1, 1, 1) and part.groups == 1
+    return is_plain and getattr(part, "_padding", None) == CAUSAL_PADDING
 
 
 def _doubling(part: nn.Sequential) -> nn.Module | None:

@@ -94,26 +94,6 @@ class PictureAttention(nn.Module):
         return found
 
 
-class Doubling(nn.Module):
-    """The picture doubled, and a convolution, in one."""
-
-    def __init__(self, convolution: Convolution) -> None:
-        super().__init__()
-        self.convolution = convolution
-
-    @classmethod
-    def find(cls, block: Upsample2D) -> Doubling | None:
-        """In place of diffusers'; None where it is something else, or no kernels compute it."""
-        is_doubling = block.use_conv and block.interpolate and block.norm is None and block.name == "conv"
-        convolution = Convolution.find(block.conv, doubled=True) if is_doubling else None
-        return None if convolution is None else cls(convolution)
-
-    def forward(self, x: Tensor, output_size: None = None) -> Tensor:
-        """x: [R, C, h, w] -> [R, C', 2 h, 2 w]. output_size: another one, which autoencoders never ask for."""
-        doubled: Tensor = self.convolution(x)
-        return doubled
-
-
 def use_kernels(module: nn.Module) -> None:
     """Puts the package's parts in the place of diffusers' and torch's in a loaded autoencoder, where it has them."""
     replace(module, _found)
@@ -143,4 +123,10 @@ def _found(part: nn.Module) -> nn.Module | None:
         return ResidualBlock.find(part)
     if isinstance(part, Attention):
         return PictureAttention.find(part)
-    return Doubling.find(part) if isinstance(part, Upsample2D) else Convolution.find(part) or PixelProduct.find(part)
+    return _doubling(part) if isinstance(part, Upsample2D) else Convolution.find(part) or PixelProduct.find(part)
+
+
+def _doubling(block: Upsample2D) -> nn.Module | None:
+    """The picture doubled, and a convolution, in one; None where it is something else, or no kernels compute it."""
+    is_doubling = block.use_conv and block.interpolate and block.norm is None and block.name == "conv"
+    return Convolution.find(block.conv, doubled=True) if is_doubling else None
