@@ -88,10 +88,10 @@ inline Vec normed(const Norm<T>& norm, const typename Norm<T>::Moments& found, c
   return norm.weight ? rounded<T>(y * load_within(norm.weight, at, size)) : y;
 }
 
-// norm(x) * (1 + scale) + shift.
+// norm(x) * (1 + scale) + shift; out: tokens `stride` numbers apart.
 template <typename T>
 void modulate(const T* x, const Tokens& tokens, const Norm<T>& norm, const PerSample<T>& scales,
-              const PerSample<T>& shifts, T* out) {
+              const PerSample<T>& shifts, T* out, int64_t stride) {
   const int64_t size = tokens.size;
 #pragma omp for schedule(static) nowait
   for (int64_t token = 0; token < tokens.count(); token++) {
@@ -101,12 +101,12 @@ void modulate(const T* x, const Tokens& tokens, const Norm<T>& norm, const PerSa
       Vec y = normed(norm, found, from, i, size);
       if (scale) y *= 1.0f + load_within(scale, i, size);
       if (shift) y += load_within(shift, i, size);
-      store_within(out + token * size, y, i, size);
+      store_within(out + token * stride, y, i, size);
     }
   }
 }
 
-// x + gate * update, with `norm` x + gate * norm(update).
+// x + gate * update, with `norm` x + gate * norm(update); `out` may be x.
 template <typename T>
 void add_gated(const T* x, const T* update, const Tokens& tokens, const Norm<T>* norm, const PerSample<T>& gates,
                T* out) {

@@ -121,10 +121,11 @@ struct FullTask {
   }
 };
 
-// out: [samples, queries, query_heads * size]. To be called by every thread of a team, which shares the work.
+// out: [samples, queries, query_heads * size], tokens `stride` numbers apart. To be called by every thread of a team, which
+// shares the work.
 template <typename T>
 void attend_fully(Team& team, const FullShape& shape, const Operand<T>& query, const Operand<T>& key,
-                  const Operand<T>& value, PackedHeads<T>& packed, T* out) {
+                  const Operand<T>& value, PackedHeads<T>& packed, T* out, int64_t stride) {
   const int64_t heads = shape.samples * shape.key_heads, panels = shape.panels(), group = shape.group();
 #pragma omp for schedule(static) nowait
   for (int64_t index = 0; index < heads * panels; index++) packed.fill_panel(key, value, index / panels, index % panels);
@@ -140,10 +141,10 @@ void attend_fully(Team& team, const FullShape& shape, const Operand<T>& query, c
       std::memcpy(task->queries + row * shape.size, query.at(sample, task->position(row), first_head + row % group),
                   size_t(shape.size) * sizeof(T));
     task->run();
-    for (int64_t row = 0; row < task->rows(); row++)
-      task->running[row].write(
-          out + ((sample * shape.queries + task->position(row)) * shape.query_heads + first_head + row % group) * shape.size,
-          shape.size);
+    for (int64_t row = 0; row < task->rows(); row++) {
+      T* token = out + (sample * shape.queries + task->position(row)) * stride;
+      task->running[row].write(token + (first_head + row % group) * shape.size, shape.size);
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 #include "convolution.h"
 #include "decoder.h"
 #include "diffusion.h"
+#include "diffusion_blocks.h"
 #include "experts.h"
 #include "full_attention.h"
 #include "picture_norms.h"
@@ -52,7 +53,7 @@ using namespace omni;
 #define DIFFUSION_EXPORTS(NAME, T)                                                                                     \
   void modulate_##NAME(const T* x, const Tokens* tokens, const Norm<T>* norm, const PerSample<T>* scales,              \
                        const PerSample<T>* shifts, T* out, int threads) {                                              \
-    TEAM modulate(x, *tokens, *norm, *scales, *shifts, out);                                                           \
+    TEAM modulate(x, *tokens, *norm, *scales, *shifts, out, tokens->size);                                             \
   }                                                                                                                    \
   void add_gated_##NAME(const T* x, const T* update, const Tokens* tokens, const Norm<T>* norm,                        \
                         const PerSample<T>* gates, T* out, int threads) {                                              \
@@ -63,6 +64,11 @@ using namespace omni;
   }                                                                                                                    \
   void gate_##NAME(const T* gate_up, int64_t rows, int64_t width, T* out, int threads) {                               \
     TEAM gate(gate_up, rows, width, out, width);                                                                       \
+  }                                                                                                                    \
+  void run_blocks_##NAME(const DiffusionBlock<T>* blocks, int64_t count, const TokenSpan* spans, int64_t span_count,   \
+                         const Modulations<T>* modulations, T* states, int threads) {                                  \
+    BlockRun<T> run(*blocks, spans, span_count, *modulations, states);                                                 \
+    TEAM run.run(blocks, count);                                                                                       \
   }                                                                                                                    \
   void snake_##NAME(const T* x, const T* frequency, const T* amplitude, int64_t outer, int64_t channels,               \
                     int64_t inner, T* out, int threads) {                                                              \
@@ -86,7 +92,7 @@ using namespace omni;
                            const Operand<T>* value, T* out, int threads) {                                             \
     PackedHeads<T> packed(*shape);                                                                                     \
     Team team;                                                                                                         \
-    TEAM attend_fully(team, *shape, *query, *key, *value, packed, out);                                                \
+    TEAM attend_fully(team, *shape, *query, *key, *value, packed, out, shape->query_heads * shape->size);              \
   }
 
 extern "C" {

@@ -45,16 +45,20 @@ def placed_heads(
     functions = kernels_for(qkv)
     if functions is None or not qkv.is_contiguous():
         return plain_placed_heads(qkv, shape, norms, rope)
+    diffusion.place(functions, qkv, head_row(shape, norms), rope.contiguous())
+    return _split(qkv, shape)
+
+
+def head_row(shape: HeadShape, norms: tuple[RMSNorm, RMSNorm] | None) -> HeadRowStruct:
+    """What kernels are given of heads; pointers into the norms, which must outlive it."""
     query_norm, key_norm = norms or (None, None)
-    row = HeadRowStruct(
+    return HeadRowStruct(
         *(shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.head_dim),
         None if query_norm is None else query_norm.weight.data_ptr(),
         None if key_norm is None else key_norm.weight.data_ptr(),
         0.0 if query_norm is None else query_norm.eps,
         shape.are_neighbours,
     )
-    diffusion.place(functions, qkv, row, rope.contiguous())
-    return _split(qkv, shape)
 
 
 def plain_placed_heads(

@@ -18,6 +18,7 @@ from vllm_omni.layers.native.structures import (
     HeadsStruct,
     LinearStruct,
     MixtureShapeStruct,
+    ModulationsStruct,
     NormStruct,
     OperandStruct,
     PerSampleStruct,
@@ -64,6 +65,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     ),
     "place": (POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(HeadRowStruct), POINTER, THREADS),
     "gate": (POINTER, COUNT, COUNT, POINTER, THREADS),
+    "run_blocks": (POINTER, COUNT, POINTER, COUNT, ctypes.POINTER(ModulationsStruct), POINTER, THREADS),
     "snake": (POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, THREADS),
     "group_norm": (POINTER, ctypes.POINTER(GroupNormStruct), POINTER, POINTER, POINTER, THREADS),
     "norm_pixels": (POINTER, POINTER, COUNT, COUNT, ctypes.c_float, ctypes.c_bool, POINTER, THREADS),
@@ -104,6 +106,7 @@ class Kernels:
         self.add_gated = getattr(library, f"add_gated_{dtype}")
         self.place = getattr(library, f"place_{dtype}")
         self.gate = getattr(library, f"gate_{dtype}")
+        self.run_blocks = getattr(library, f"run_blocks_{dtype}")
         self.snake = getattr(library, f"snake_{dtype}")
         self.group_norm = getattr(library, f"group_norm_{dtype}")
         self.norm_pixels = getattr(library, f"norm_pixels_{dtype}")

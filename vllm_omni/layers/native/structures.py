@@ -68,6 +68,22 @@ class HeadRowStruct(ctypes.Structure):
     )
 
 
+class DiffusionBlockStruct(ctypes.Structure):
+    _fields_ = (
+        *((f"{name}_norm", NormStruct) for name in ("attention", "attended", "mlp", "computed")),
+        ("heads", HeadRowStruct),
+        *((name, LinearStruct) for name in ("qkv", "output", "gate_up", "down")),
+    )
+
+
+class TokenSpanStruct(ctypes.Structure):
+    _fields_ = (("sample", COUNT), ("token", COUNT), ("tokens", TokensStruct), ("turns", POINTER))
+
+
+class ModulationsStruct(ctypes.Structure):
+    _fields_ = (("data", POINTER), ("samples", COUNT))
+
+
 class OperandStruct(ctypes.Structure):
     _fields_ = (("data", POINTER), ("sample", COUNT), ("token", COUNT), ("head", COUNT))
 

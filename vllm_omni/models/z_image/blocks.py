@@ -8,13 +8,18 @@ Legend: R rows, N packed tokens of all rows, L tokens of a row, D width, H heads
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.layers.heads import HeadShape
+from vllm_omni.layers.blocks import Blocks
+from vllm_omni.layers.heads import HeadShape, head_row
 from vllm_omni.layers.linear import Linear, MergedLinear, RowLinear
+from vllm_omni.layers.lora import acting
 from vllm_omni.layers.modulation import swiglu
+from vllm_omni.layers.native.diffusion_blocks import BlockParts, NativeBlocks
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
 from vllm_omni.layers.shard import ALONE, Shard, Shards
 from vllm_omni.models.z_image.config import ZImageConfig
@@ -78,6 +83,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ZImageConfig, modulated: bool = True, shards: Shards = ALONE) -> None:
         super().__init__()
+        self.is_whole = shards.tensor.is_whole and shards.sequence.is_whole
         self.attention = Attention(config, shards)
         self.feed_forward = FeedForward(config, shards.tensor)
         self.attention_norm1 = RMSNorm(config.dim, config.norm_eps)
@@ -100,6 +106,59 @@ class Block(nn.Module):
     def modulated_input(self, x: Tensor, spans: Sequence[Span], scale: Tensor | None) -> Tensor:
         """What a block attends with: [N, D] normed, scaled by [R, D]."""
         return modulated_rows(x, self.attention_norm1, spans, scale)
+
+    def parts(self) -> BlockParts | None:
+        """For kernels that run whole blocks; None where ranks exchange something within them."""
+        if not self.is_whole:
+            return None
+        attention, mlp = self.attention, self.feed_forward
+        return BlockParts(
+            (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2),
+            head_row(attention.shape, attention.norms),
+            (attention.qkv, attention.out, mlp.w13, mlp.w2),
+        )
+
+
+class Stack(Blocks):
+    """Blocks one after the other, by one call of the kernels where their weights are packed for that."""
+
+    _native: NativeBlocks | Literal[False] | None = False
+
+    def run(
+        self,
+        x: Tensor,
+        spans: Sequence[Span],
+        condition: Tensor | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Blocks start .. stop - 1: [N, D] -> [N, D]. condition: [R, A], of those that are modulated."""
+        native = self.native() if acting() is None else None  # adapters act on layers one by one
+        functions = None if native is None else native.functions(x, condition)
+        if native is None or functions is None:
+            for block in self.present(start, stop):
+                x = block(x, spans, condition)
+            return x
+        first, last, _ = slice(start, stop).indices(len(self))
+        if first >= last:
+            return x
+        modulations = None if condition is None else self._modulations(first, last, condition)
+        return native.run(functions, first, last, x, spans, modulations)
+
+    def native(self) -> NativeBlocks | None:
+        """What runs all blocks in one call; looked for once."""
+        if self._native is False:
+            parts = [cast(Block, block).parts() for block in self]
+            known = [part for part in parts if part is not None]
+            self._native = NativeBlocks.find(known) if len(known) == len(parts) else None
+        return self._native
+
+    def _modulations(self, first: int, last: int, condition: Tensor) -> Tensor:
+        """[last - first, R, 4, D]: what each block makes of the condition, the gates bounded."""
+        made = torch.stack([block.adaLN_modulation(condition) for block in list(self)[first:last]])  # type: ignore[operator]
+        made = made.unflatten(-1, (4, -1))
+        made[:, :, 1::2].tanh_()
+        return made
 
 
 class FinalLayer(nn.Module):

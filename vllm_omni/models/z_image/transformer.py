@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.lora import packed
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.shard import ALONE, Shards
 from vllm_omni.layers.weights import Target, locate_merged
-from vllm_omni.models.z_image.blocks import Block, FinalLayer, TimestepEmbedder
+from vllm_omni.models.z_image.blocks import Block, FinalLayer, Stack, TimestepEmbedder
 from vllm_omni.models.z_image.config import ZImageConfig
 from vllm_omni.models.z_image.packing import Group, Tokens, grouped, padded
 from vllm_omni.worker.diffusion.packing import Span, joined
@@ -47,9 +46,9 @@ class ZImageTransformer(nn.Module):
         self.cap_norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
         self.cap_embedder = Linear(config.cap_feat_dim, config.dim)
         self.t_embedder = TimestepEmbedder(config.modulation_width)
-        self.noise_refiner = Blocks(Block(config) for _ in range(config.n_refiner_layers))
-        self.context_refiner = Blocks(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
-        self.layers = Blocks(Block(config, shards=shards) for _ in range(config.n_layers))
+        self.noise_refiner = Stack(Block(config) for _ in range(config.n_refiner_layers))
+        self.context_refiner = Stack(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
+        self.layers = Stack(Block(config, shards=shards) for _ in range(config.n_layers))
         self.final_layer = FinalLayer(config)
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
@@ -63,9 +62,7 @@ class ZImageTransformer(nn.Module):
         hidden = torch.where(is_padding[..., None], self.cap_pad_token.to(hidden.dtype), hidden)
         rows, length = is_padding.shape
         span = self._span(slice(0, rows), 0, length, self._rope(0, 0, length))
-        hidden = hidden.flatten(0, 1)
-        for block in self.context_refiner.present():
-            hidden = block(hidden, (span,))
+        hidden = self.context_refiner.run(hidden.flatten(0, 1), (span,))
         return hidden.unflatten(0, (rows, length))
 
     def embed(self, latents: Rows, timesteps: Tensor, texts: Rows) -> Tokens:
@@ -88,8 +85,7 @@ class ZImageTransformer(nn.Module):
         """Blocks start .. stop - 1 of the main stack."""
         hidden, spans = tokens.hidden, self._spans(tokens)
         with split_sequence(hidden, spans, self._sequence) as split:
-            for block in self.layers.present(start, stop):
-                split.hidden = block(split.hidden, split.spans, tokens.condition)
+            split.hidden = self.layers.run(split.hidden, split.spans, tokens.condition, start, stop)
         return replace(tokens, hidden=split.hidden)
 
     def read_tokens(self, plain: Any, tensors: Sequence[Tensor]) -> Tokens:
@@ -141,9 +137,7 @@ class ZImageTransformer(nn.Module):
             rope = self._rope(group.height, group.width, group.num_text)[: group.num_image]
             spans.append(self._span(group.rows, start, group.num_image, rope))
             start = spans[-1].tokens.stop
-        hidden = joined(parts)
-        for block in self.noise_refiner.present():
-            hidden = block(hidden, spans, time)
+        hidden = self.noise_refiner.run(joined(parts), spans, time)
         return [hidden[span.tokens].unflatten(0, (span.num_rows, span.length)) for span in spans]
 
     def _spans(self, tokens: Tokens) -> list[Span]:
