@@ -3,6 +3,7 @@
 // gemm.h give that are called one by one: the same to the last bit.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -56,8 +57,8 @@ class BlockRun {
     for (const FullShape& shape : shapes_) packed_.emplace_back(shape);
     const int64_t attended = first.output.inputs, gated = first.down.inputs;
     normed_.reserve(rows_, hidden_), attended_.reserve(rows_, attended), gated_.reserve(rows_, gated);
-    qkv_.reset(new T[size_t(rows_ * first.qkv.outputs)]), update_.reset(new T[size_t(rows_ * hidden_)]);
-    gate_up_.reset(new T[size_t(rows_ * first.gate_up.outputs)]);
+    products_.reset(new T[size_t(rows_ * std::max(first.qkv.outputs, first.gate_up.outputs))]);
+    update_.reset(new T[size_t(rows_ * hidden_)]);
     if (first.qkv.scales || first.output.scales || first.gate_up.scales || first.down.scales)
       quantized_.reserve(rows_, std::max({hidden_, attended, gated}));
   }
@@ -75,7 +76,7 @@ class BlockRun {
   void attend(const DiffusionBlock<T>& block, int64_t index) {
     modulate_all(block.attention_norm, index, 0);
     team_.meet();
-    multiply_by(block.qkv, normed_, qkv_.get());
+    multiply_by(block.qkv, normed_, products_.get());
     team_.meet();
     for (const TokenSpan& span : spans_) place(heads_of(span), span.tokens, block.heads, span.turns);
     team_.meet();
@@ -89,9 +90,9 @@ class BlockRun {
   void feed_forward(const DiffusionBlock<T>& block, int64_t index) {
     modulate_all(block.mlp_norm, index, 2);
     team_.meet();
-    multiply_by(block.gate_up, normed_, gate_up_.get());
+    multiply_by(block.gate_up, normed_, products_.get());
     team_.meet();
-    gate(gate_up_.get(), rows_, block.down.inputs, gated_.row(0), gated_.stride);
+    gate(products_.get(), rows_, block.down.inputs, gated_.row(0), gated_.stride);
     team_.meet();
     multiply_by(block.down, gated_, update_.get());
     team_.meet();
@@ -123,7 +124,7 @@ class BlockRun {
 
   T* heads_of(const TokenSpan& span) {
     const FullShape& shape = shapes_[0];
-    return qkv_.get() + span.token * (shape.query_heads + 2 * shape.key_heads) * shape.size;
+    return products_.get() + span.token * (shape.query_heads + 2 * shape.key_heads) * shape.size;
   }
 
   void multiply_by(const Linear<T>& linear, const SpreadRows<T>& x, T* out) {
@@ -136,10 +137,10 @@ class BlockRun {
   T* states_;
   const int64_t hidden_;
   int64_t rows_ = 0;
-  std::vector<FullShape> shapes_;        // of the spans
+  std::vector<FullShape> shapes_;            // of the spans
   std::vector<PackedHeads<T>> packed_;
   SpreadRows<T> normed_, attended_, gated_;  // what is multiplied
-  std::unique_ptr<T[]> qkv_, update_, gate_up_;
+  std::unique_ptr<T[]> products_, update_;   // qkv, then gates and ups; what is added to the states
   QuantizedRows quantized_;
 };
 

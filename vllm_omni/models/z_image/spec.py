@@ -41,8 +41,9 @@ EXTRA_KEYS = ("cfg_normalization", "cfg_truncation")
 UNUSED_FIELDS = ("duration_s",)
 MAX_SIDE = 2**16  # pixels
 MAX_VAE_BLOCKS = 10
-# Hidden states, their normed copy, q, k, v, both halves of the feed-forward's input (8/3 each) and its product.
-ACTIVATION_WIDTHS = 14
+# Hidden states before and behind blocks, their normed copy, packed keys and values, what attention gives and what is
+# added, both halves of the feed-forward's input (8/3 each; q, k, v before them) and its product, and what pads rows.
+ACTIVATION_WIDTHS = 16
 
 
 class ZImageSpec(SharedModelSpec):
