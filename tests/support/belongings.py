@@ -21,14 +21,21 @@ def children(pid: int | str = "self") -> set[int]:
 
 
 def is_fork_server(pid: int) -> bool:
-    """What it has forked has its command line, and another parent than that names."""
+    """What it has forked has its command line, and another parent than that names; one that was forked has a name."""
     try:
+        if Path(f"/proc/{pid}/comm").read_text().strip() == forked_server_name(pid):
+            return True
         command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
     except OSError:
         return False
     at = command.index(fork_client.MODULE) if fork_client.MODULE in command else None
     return at is not None and command[at + 2] == parent
+
+
+def forked_server_name(pid: int) -> str:
+    """Of a fork server that was not started afresh: its children have it too, but not its process id."""
+    return f"forks-{pid}"
 
 
 def _own_children(pid: int | str) -> set[int]:

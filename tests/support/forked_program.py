@@ -1,10 +1,12 @@
 """The command line in a process that is forked where torch, diffusers and the server are imported already: it is the
-same program, but for the ten seconds that its imports take of a slow core.
+same program, but for the ten seconds that its imports take of a slow core. So is the fork server of its own children,
+which would take them once more.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import runpy
 import signal
@@ -12,16 +14,21 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from vllm_omni.utils.children import fork_client, fork_server
 from vllm_omni.utils.children.fork_client import ForkServer
 from vllm_omni.utils.children.messages import read_message, write_message
-from vllm_omni.utils.processes import die_with
+from vllm_omni.utils.processes import die_with, heedless_children
+
+from .belongings import forked_server_name
 
 MODULE = "support.forked_program"  # where the tests are on the path, as they are for the program
+PR_SET_NAME = 15
 IMPORTS = (
     "vllm_omni.entrypoints.cli.app",
     "vllm_omni.entrypoints.server.app",
@@ -63,6 +70,28 @@ class ForkedProgram:
         return self._child.reap()
 
 
+class _ForkedServer(ForkServer):
+    """One that has imported what this process has, which waits meanwhile: it is to hold no lock."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._has_begun = threading.Event()
+        super().__init__(environment)
+        self._has_begun.wait()
+
+    def _begin(self, theirs: socket.socket) -> Callable[[], object]:
+        parent = os.getpid()
+        with heedless_children():
+            server = os.fork()
+        if server == 0:
+            self._control.close()
+            libc: Any = ctypes.CDLL(None)
+            libc.prctl(PR_SET_NAME, forked_server_name(os.getpid()).encode())
+            fork_server.main([str(theirs.fileno()), str(parent), str(self._idle_s)])
+            os._exit(0)
+        self._has_begun.set()
+        return lambda: os.waitpid(server, 0)
+
+
 def _lasting(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"}
 
@@ -88,6 +117,7 @@ def main(arguments: list[str]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # no child's
         sys.argv[:] = ["vllm-omni", *order["arguments"]]
+        fork_client.use(_ForkedServer(os.environ))
         write_message(connection, {"runs": True})
     status: object = 0
     try:

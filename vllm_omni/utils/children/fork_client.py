@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -107,17 +107,22 @@ class ForkServer:
 
     def _keep(self, theirs: socket.socket) -> None:
         with suppress(OSError), theirs:  # no memory for another process
-            with heedless_children():
-                process = subprocess.Popen(
-                    [sys.executable, "-m", MODULE, str(theirs.fileno()), str(os.getpid()), str(self._idle_s)],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    env=self._environment,
-                    cwd=ROOT,
-                )
+            wait = self._begin(theirs)
             theirs.close()
-            process.wait()
+            wait()
         self.has_ended = True
+
+    def _begin(self, theirs: socket.socket) -> Callable[[], object]:
+        """The process; what waits for its end."""
+        with heedless_children():
+            process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(theirs.fileno()), str(os.getpid()), str(self._idle_s)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=self._environment,
+                cwd=ROOT,
+            )
+        return process.wait
 
 
 class ForkedChild:
@@ -170,6 +175,13 @@ def fork_child(module: str, files: Sequence[int], output: int | None, imports: S
         raise
 
 
+def use(server: ForkServer) -> None:
+    """For children that are begun in the surroundings of this moment."""
+    global _server, _served
+    with _guard:
+        _server, _served = server, _surroundings()
+
+
 def learn(modules: Iterable[str]) -> None:
     """What a child has imported: those that are forked later have it. Modules of large libraries alone count."""
     _learned.update((name, None) for name in modules if name.partition(".")[0] in LIBRARIES)
@@ -190,13 +202,17 @@ def _current_server() -> ForkServer:
     """One that was begun in the surroundings of this moment, which a child is to have from its parent."""
     global _server, _served
     with _guard:
-        variables = {name: value for name, value in os.environ.items() if name not in UNREAD}
-        now = os.getpid(), sys.executable, variables, os.sched_getaffinity(0)
+        now = _surroundings()
         if _server is None or _server.has_ended or _served != now:
             if _server is not None:
                 _server.leave()
             _server, _served = ForkServer(os.environ), now
         return _server
+
+
+def _surroundings() -> object:
+    variables = {name: value for name, value in os.environ.items() if name not in UNREAD}
+    return os.getpid(), sys.executable, variables, os.sched_getaffinity(0)
 
 
 def _part_with(server: ForkServer) -> None:
