@@ -25,6 +25,12 @@ struct Shape {
   float norm_epsilon;
 };
 
+// The rows of a step whose last states are wanted, ascending; null where all are.
+struct Wanted {
+  const int64_t* rows;
+  int64_t count;
+};
+
 template <typename T>
 struct Room {
   SpreadRows<T> normed, attended, gated;  // what is multiplied
@@ -64,16 +70,25 @@ void place_heads(const Layer<T>& layer, const Shape& shape, const Step& step, co
   }
 }
 
-// states [rows, hidden], in place; cos, sin: [rows, D]; cache: of each layer.
+// The wanted rows move to the front, elements of `size`, `stride` apart. By one thread: each moves to where another stood.
+template <typename T>
+void keep(const Wanted& wanted, T* x, int64_t size, int64_t stride) {
+  for (int64_t row = 0; row < wanted.count; row++)
+    if (wanted.rows[row] != row) std::copy_n(x + wanted.rows[row] * stride, size, x + row * stride);
+}
+
+// states [rows, hidden], in place; cos, sin: [rows, D]; cache: of each layer. Behind the keys and values of the last one go
+// on the wanted rows alone, which stand in front in the end.
 template <typename T>
 void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const Step& step, const T* cos, const T* sin,
-                const Cache<T>* caches, T* states, int threads) {
+                const Cache<T>* caches, const Wanted& wanted, T* states, int threads) {
   Room<T> room(shape, step.rows);
   Plan plan;
   Team team;
   Heads heads = shape.heads;
-  const auto multiply_by = [&](const Linear<T>& linear, const SpreadRows<T>& x, T* out, const T* residual = nullptr) {
-    project(team, x.row(0), x.stride, step.rows, linear, room.quantized, out, residual);
+  const auto multiply_by = [&](const Linear<T>& linear, const SpreadRows<T>& x, int64_t rows, T* out,
+                               const T* residual = nullptr) {
+    project(team, x.row(0), x.stride, rows, linear, room.quantized, out, residual);
   };
 #pragma omp parallel num_threads(threads)
   for (int64_t index = 0; index < count; index++) {
@@ -85,21 +100,31 @@ void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const
     }
     norm(states, layer.attention_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.row(0), room.normed.stride);
     team.meet();
-    multiply_by(layer.qkv, room.normed, room.qkv.data());
+    multiply_by(layer.qkv, room.normed, step.rows, room.qkv.data());
     team.meet();
     place_heads(layer, shape, step, room.qkv.data(), cos, sin, caches[index], room.query.data());
     team.meet();
     attend(team, plan, step, heads, room.query.data(), caches[index], room.attended.row(0), room.attended.stride);
     team.meet();
-    multiply_by(layer.output, room.attended, states, states);
+    int64_t rows = step.rows;
+    if (index + 1 == count && wanted.count < rows) {
+      rows = wanted.count;
+#pragma omp single nowait
+      {
+        keep(wanted, states, shape.hidden, shape.hidden);
+        keep(wanted, room.attended.row(0), heads.queries * heads.size, room.attended.stride);
+      }
+      team.meet();
+    }
+    multiply_by(layer.output, room.attended, rows, states, states);
     team.meet();
-    norm(states, layer.mlp_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.row(0), room.normed.stride);
+    norm(states, layer.mlp_norm, rows, shape.hidden, shape.norm_epsilon, room.normed.row(0), room.normed.stride);
     team.meet();
-    multiply_by(layer.gate_up, room.normed, room.gate_up.data());
+    multiply_by(layer.gate_up, room.normed, rows, room.gate_up.data());
     team.meet();
-    gate(room.gate_up.data(), step.rows, shape.intermediate, room.gated.row(0), room.gated.stride);
+    gate(room.gate_up.data(), rows, shape.intermediate, room.gated.row(0), room.gated.stride);
     team.meet();
-    multiply_by(layer.down, room.gated, states, states);
+    multiply_by(layer.down, room.gated, rows, states, states);
     team.meet();
   }
 }

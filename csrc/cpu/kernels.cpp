@@ -42,8 +42,8 @@ using namespace omni;
     TEAM find_top(logits, rows, size, count, values, places);                                                          \
   }                                                                                                                    \
   void run_layers_##NAME(const Layer<T>* layers, int64_t count, const Shape* shape, const Step* step, const T* cos,    \
-                         const T* sin, const Cache<T>* caches, T* states, int threads) {                               \
-    run_layers(layers, count, *shape, *step, cos, sin, caches, states, threads);                                       \
+                         const T* sin, const Cache<T>* caches, const Wanted* wanted, T* states, int threads) {         \
+    run_layers(layers, count, *shape, *step, cos, sin, caches, *wanted, states, threads);                              \
   }                                                                                                                    \
   void mix_experts_##NAME(const Expert<T>* experts, const MixtureShape* shape, const T* x, const int64_t* chosen,      \
                           const T* weights, T* out, int threads) {                                                     \

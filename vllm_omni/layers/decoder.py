@@ -1,7 +1,8 @@
 """The pre-norm transformer decoder over a paged KV cache, its projections fused: grouped-query attention and SwiGLU
 between RMS norms. What a family has of its own (biases, norms on heads) its config says.
 
-Legend: N tokens of a step, D hidden size, H query heads, K key-value heads, d head size.
+Legend: N tokens of a step, R of them whose last states are wanted, D hidden size, H query heads, K key-value heads, d
+head size.
 """
 
 from __future__ import annotations
@@ -169,22 +170,24 @@ class Decoder(nn.Module):
     def forward(
         self, states: Tensor, positions: Tensor, context: ForwardContext, deep: DeepRows | None = None
     ) -> Tensor:
-        """states: [N, D]; positions: [N] or [3, N]; deep: what joins the states behind the first layers -> [N, D]:
+        """states: [N, D]; positions: [N] or [3, N]; deep: what joins the states behind the first layers -> [R, D]:
         normed when all layers run, else the state after the last that did. A tapped state is that before the joining.
         """
         context.tap(0, states)
+        cut = self._cut(context, deep)
         if context.followers is not None:
-            context.followers.follow(states, positions, context)
+            context.followers.follow(states, positions, context, cut)
         cos, sin = self.rotary(positions, states.dtype, context.rope_lengths)
         runs_natively = context.attention.runs_layers and acting() is None  # adapters act on layers one by one
         native = self.native() if runs_natively else None
         done = 0
         for stop in self._stops(context, deep):
+            wanted = cut if stop == context.num_layers else None
             if native is not None:
-                states = native.run(done, stop, states, cos, sin, context.attention.metadata, context.kv_cache)
+                states = native.run(done, stop, states, cos, sin, context.attention.metadata, context.kv_cache, wanted)
             else:
                 for index, layer in enumerate(self.layers.present(done, stop), done):
-                    states = layer(states, cos, sin, context, index)
+                    states = layer(states, cos, sin, context, index, wanted if index + 1 == stop else None)
             done = stop
             if stop < self.config.num_layers:
                 context.tap(stop, states)
@@ -193,7 +196,15 @@ class Decoder(nn.Module):
         if context.num_layers == self.config.num_layers:
             states = self.norm(states)
             context.tap(context.num_layers, states)
-        return states
+        return states if cut is not None or context.wanted_rows is None else states[context.wanted_rows]
+
+    def _cut(self, context: ForwardContext, deep: DeepRows | None) -> Tensor | None:
+        """The wanted rows, where the last layer that runs may compute them alone behind its keys and values; None
+        where something needs all of its rows, as adapters, which know those of a whole step, do.
+        """
+        last = context.num_layers
+        needs_all = context.taps_all(last) or (deep is not None and last in deep.stops) or acting() is not None
+        return None if needs_all or last == 0 else context.wanted_rows
 
     def _stops(self, context: ForwardContext, deep: DeepRows | None) -> list[int]:
         """Behind which layers something is to be done."""
@@ -224,8 +235,18 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
-    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(states), cos, sin, context, index)
+    def forward(
+        self,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        context: ForwardContext,
+        index: int,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """states: [N, D] -> [N, D]; wanted: [R] int64, the rows that go on behind the keys and values -> [R, D]."""
+        attended = self.self_attn(self.input_layernorm(states), cos, sin, context, index, wanted)
+        states = states if wanted is None else states[wanted]
         states, normed = self.post_attention_layernorm.after_sum(states, attended)
         return states + self.mlp(normed)
 
@@ -261,11 +282,19 @@ class DecoderAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
 
-    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
+    def forward(
+        self,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        context: ForwardContext,
+        index: int,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         query, key, value = placed_rows(self.qkv_proj(states), *self.num_heads, norms, cos, sin)
         attended = context.attention(query, key, value, context.kv_cache[index], self.window)
-        return self.o_proj(attended.flatten(1))
+        return self.o_proj((attended if wanted is None else attended[wanted]).flatten(1))
 
 
 class DecoderMLP(nn.Module):

@@ -52,8 +52,10 @@ class HiddenStateTaps:
 class Followers(Protocol):
     """The other ranks of a decoder of which this one has a share."""
 
-    def follow(self, states: Tensor, positions: Tensor, context: ForwardContext) -> None:
-        """Has them run the pass that begins: as the arguments of a Decoder."""
+    def follow(self, states: Tensor, positions: Tensor, context: ForwardContext, wanted_rows: Tensor | None) -> None:
+        """Has them run the pass that begins: as the arguments of a Decoder. wanted_rows: those that the last layer is
+        cut to; None: it is not.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class ForwardContext:
     input_rows: InputRows | None = None  # what joins or replaces embeddings, for models that are fed such
     rope_lengths: Tensor | None = None  # [N] int64, as RotaryEmbedding's, for models whose rotary positions need them
     followers: Followers | None = None  # whom the decoder's first rank tells of each pass
+    wanted_rows: Tensor | None = None  # [R] int64, ascending: the tokens whose last states are wanted; None: all
 
     def stops(self, depth: int) -> list[int]:
         """Behind which layers of a model of this depth something is to be done: those that are tapped, and the last
@@ -74,6 +77,10 @@ class ForwardContext:
         """
         tapped = self.taps.layers if self.taps is not None else ()
         return sorted({layer for layer in tapped if 0 < layer < min(self.num_layers, depth)} | {self.num_layers} - {0})
+
+    def taps_all(self, layer: int) -> bool:
+        """Whether the states of all tokens are kept at an index of `hidden_states`."""
+        return self.taps is not None and layer in self.taps.layers
 
     def tap(self, layer: int, states: Tensor) -> None:
         """Offers the states of one index of `hidden_states`, [N, D]."""

@@ -344,9 +344,11 @@ def test_layers_in_one_call_equal_them_one_by_one(
         attention: type[NativeAttention] | type[ReferenceAttention],
         cache: Tensor,
         only: int | None = None,
+        wanted: list[int] | None = None,
     ) -> Tensor:
         rows = slice(None) if only is None else step.rows(only)
-        context = ForwardContext(attention(step.metadata(only=only)), cache, 2)
+        wanted_rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
+        context = ForwardContext(attention(step.metadata(only=only)), cache, 2, wanted_rows=wanted_rows)
         result: Tensor = model(states[rows], step.positions[rows], context)
         return result
 
@@ -365,6 +367,11 @@ def test_layers_in_one_call_equal_them_one_by_one(
     close(native_cache, plain_cache, steps=16 if in_int8 else 8)
     for index in range(len(shapes)):
         assert torch.equal(run(decoder, NativeAttention, step.cache.clone(), index), native[step.rows(index)])
+    last = [step.rows(index).stop - 1 for index in range(len(shapes))]
+    for wanted in ([], last, last[-1:], list(range(step.num_tokens))):
+        cache = step.cache.clone()
+        assert torch.equal(run(decoder, NativeAttention, cache, wanted=wanted), native[wanted])
+        assert torch.equal(cache, native_cache)
 
 
 @torch.inference_mode()

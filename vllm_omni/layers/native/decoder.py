@@ -1,6 +1,6 @@
 """The layers of a decoder run by one call of the kernels. What they compute is `layers.decoder`'s to say.
 
-Legend: N tokens of a step, D hidden size, d head size.
+Legend: N tokens of a step, R of them whose last states are wanted, D hidden size, d head size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.native.attention import fits, step_struct
 from vllm_omni.layers.native.library import Kernels, kernels, pointer, threads_for
 from vllm_omni.layers.native.packed import NativePacking, linear_struct
-from vllm_omni.layers.native.structures import CacheStruct, HeadsStruct, LayerStruct, LinearStruct, ShapeStruct
+from vllm_omni.layers.native.structures import (
+    CacheStruct,
+    HeadsStruct,
+    LayerStruct,
+    LinearStruct,
+    ShapeStruct,
+    WantedStruct,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +85,11 @@ class NativeLayers:
         sin: Tensor,
         metadata: AttentionMetadata,
         kv_cache: Tensor,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """The layers [first, last) from states [N, D], the model's dtype; cos, sin: [N, 1, d]; kv_cache: [layers, 2,
-        blocks, block_size, kv heads, d] -> [N, D].
+        blocks, block_size, kv heads, d]; wanted: [R] int64, ascending, the rows that go on behind the keys and values
+        of the last layer; None: all -> [R, D].
         """
         assert states.dtype == kv_cache.dtype == cos.dtype == self._dtype
         states = states.clone(memory_format=torch.contiguous_format)
@@ -92,10 +101,11 @@ class NativeLayers:
             pointer(cos),
             pointer(sin),
             ctypes.byref(self._cache_structs(kv_cache), first * ctypes.sizeof(CacheStruct)),
+            WantedStruct(pointer(wanted), len(states) if wanted is None else len(wanted)),
             states.data_ptr(),
             threads_for(len(states) * self._weights),
         )
-        return states
+        return states if wanted is None else states[: len(wanted)]
 
     def _cache_structs(self, kv_cache: Tensor) -> ctypes.Array[CacheStruct]:
         """Made once for a pool; another one may lie where it was."""

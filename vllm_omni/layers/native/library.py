@@ -26,6 +26,7 @@ from vllm_omni.layers.native.structures import (
     ShapeStruct,
     StepStruct,
     TokensStruct,
+    WantedStruct,
 )
 from vllm_omni.utils.device import instruction_sets, is_cpu
 
@@ -52,7 +53,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "find_top": (POINTER, COUNT, COUNT, COUNT, POINTER, POINTER, THREADS),
     "run_layers": (
         *(POINTER, COUNT, ctypes.POINTER(ShapeStruct), ctypes.POINTER(StepStruct)),
-        *(POINTER, POINTER, POINTER, POINTER, THREADS),
+        *(POINTER, POINTER, POINTER, ctypes.POINTER(WantedStruct), POINTER, THREADS),
     ),
     "mix_experts": (POINTER, ctypes.POINTER(MixtureShapeStruct), POINTER, POINTER, POINTER, POINTER, THREADS),
     "modulate": (

@@ -41,6 +41,10 @@ class ShapeStruct(ctypes.Structure):
     _fields_ = (("hidden", COUNT), ("intermediate", COUNT), ("heads", HeadsStruct), ("norm_epsilon", FLOAT))
 
 
+class WantedStruct(ctypes.Structure):
+    _fields_ = (("rows", POINTER), ("count", COUNT))
+
+
 class ExpertStruct(ctypes.Structure):
     _fields_ = (("gate_up", LinearStruct), ("down", LinearStruct))
 

@@ -106,7 +106,7 @@ class LanguageModel(Protocol):
 
     def __call__(self, token_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """token_ids: [N], positions: [N] or, where sequences have positions of three axes, [3, N], int64 -> the last
-        states that were computed, [N, D].
+        states that were computed, [N, D], or [R, D] of the R rows that the context wants.
         """
 
     def compute_logits(self, states: Tensor) -> Tensor:

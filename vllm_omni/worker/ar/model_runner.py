@@ -178,6 +178,7 @@ class ModelRunner:
         """The logits of the rows that sample, and their states. lengths: as a ForwardContext's `rope_lengths`. chunks:
         where adapters act, those of the batch; None: a row of padding.
         """
+        is_every = batch.samples_first_rows and len(batch.sampling_rows) == len(batch.token_ids)
         context = ForwardContext(
             self._attention(batch.attention),
             self._pool.kv_cache,
@@ -186,16 +187,15 @@ class ModelRunner:
             batch.input_rows,
             lengths,
             self._lead,
+            None if is_every else batch.sampling_rows,
         )
         with packed(range(len(chunks)), [1 if chunk is None else chunk.num_tokens for chunk in chunks]):
             states = self._model(batch.token_ids, batch.positions, context)
-        if not len(batch.sampling_rows):
-            return StepLogits(states.new_empty(0, self._model.config.vocab_size), states=states[:0])
-        is_every = batch.samples_first_rows and len(batch.sampling_rows) == len(states)
+        if not len(states):
+            return StepLogits(states.new_empty(0, self._model.config.vocab_size), states=states)
         sampling = [(row, 1 + len(chunk.draft)) for row, chunk in enumerate(chunks) if chunk and chunk.samples]
         with packed([row for row, _ in sampling], [count for _, count in sampling]):
-            sampled = states if is_every else states[batch.sampling_rows]
-            return StepLogits(self._model.compute_logits(sampled), states=sampled)
+            return StepLogits(self._model.compute_logits(states), states=states)
 
     @torch.inference_mode()
     def _capture(self, graphs: StepGraphs, sizes: Many[int]) -> DecodeAhead:

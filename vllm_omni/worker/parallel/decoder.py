@@ -62,7 +62,7 @@ class DecoderLead:
         """Around a step."""
         return self._group.guarded()
 
-    def follow(self, states: Tensor, positions: Tensor, context: ForwardContext) -> None:
+    def follow(self, states: Tensor, positions: Tensor, context: ForwardContext, wanted_rows: Tensor | None) -> None:
         metadata = context.attention.metadata
         most = -(-max(metadata.context_lens) // metadata.block_size)
         plain = [
@@ -72,10 +72,11 @@ class DecoderLead:
             metadata.block_size,
             sorted(metadata.query_only),
             context.rope_lengths is not None,
+            wanted_rows is not None,
         ]
-        lengths = [] if context.rope_lengths is None else [context.rope_lengths]
+        others = [tensor for tensor in (context.rope_lengths, wanted_rows) if tensor is not None]
         tables = metadata.block_table[:, :most]
-        self._group.send(plain, [states, positions, metadata.slot_mapping, tables, *lengths])
+        self._group.send(plain, [states, positions, metadata.slot_mapping, tables, *others])
 
 
 class DecoderPart(FollowerPart):
@@ -104,8 +105,8 @@ class DecoderPart(FollowerPart):
         )
 
     def step(self, plain: Any, tensors: Sequence[Tensor]) -> None:
-        num_layers, query_starts, context_lens, block_size, query_only, has_lengths = plain
-        states, positions, slots, block_table = tensors[:4]
+        num_layers, query_starts, context_lens, block_size, query_only, has_lengths, has_wanted = plain
+        states, positions, slots, block_table, *others = tensors
         metadata = AttentionMetadata(
             slot_mapping=slots,
             query_starts=tuple(query_starts),
@@ -116,6 +117,11 @@ class DecoderPart(FollowerPart):
             context_lens_tensor=torch.tensor(context_lens, device=slots.device),
             query_only=frozenset(query_only),
         )
-        lengths = tensors[4] if has_lengths else None
-        context = ForwardContext(self._attention(metadata), self._pool.kv_cache, num_layers, rope_lengths=lengths)
+        context = ForwardContext(
+            self._attention(metadata),
+            self._pool.kv_cache,
+            num_layers,
+            rope_lengths=others[0] if has_lengths else None,
+            wanted_rows=others[-1] if has_wanted else None,
+        )
         self._decoder(states, positions, context)
