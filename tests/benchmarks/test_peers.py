@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def peer(folder: str) -> Any:
     with PeerProcess("fake", FAKE_PEER, {}) as process:
         process.call("load", folder, "float32", 1)

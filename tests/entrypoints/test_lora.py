@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ import yaml
 from diffusers import ZImageTransformer2DModel
 from openai import BadRequestError, OpenAI
 from PIL import Image
+from support.loopback import http
 from support.lora import random_lora
 from support.server import ServerProcess
 from transformers import Qwen3ForCausalLM
@@ -210,7 +210,7 @@ def test_a_form_takes_adapters_as_json(server: ServerProcess) -> None:
     for lora in ('[{"name": "wild"}]', "[]", "no json"):
         fields = {"model": "adapted", "prompt": PROMPT, "seed": "3", "num_inference_steps": "2", "size": "64x64"}
         answers.append(
-            httpx.post(
+            http.post(
                 f"{server.base_url}/images/edits",
                 data={**fields, "lora": lora},
                 files={"image": ("x.png", picture.getvalue(), "image/png")},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.diffusers_folders import random_stable_audio
 from support.loop import executor
+from support.programs import run_program
 from support.toy_engine import PictureParams, TextParams, text_config, toy_config
 
 from vllm_omni import Omni
@@ -96,15 +96,13 @@ def test_bars_show_in_a_notebook_whose_stderr_is_no_terminal(monkeypatch: pytest
 
 def test_without_v_nothing_is_logged_and_with_it_what_is_loaded() -> None:
     for flags, is_said in (([], False), (["-v"], True)):
-        command = [sys.executable, "-m", "vllm_omni", "generate", "a red circle", "-q", "--steps", "1", *flags]
-        done = subprocess.run(
-            [*command, "-o", "/dev/null/x.png"], capture_output=True, text=True, check=False, timeout=120
-        )
+        command = ["-m", "vllm_omni", "generate", "a red circle", "-q", "--steps", "1", *flags]
+        done = run_program(*command, "-o", "/dev/null/x.png")
         assert done.returncode == 1  # the place cannot be written: refused before the work
         assert "loading" not in done.stderr
-        command = [sys.executable, "-m", "vllm_omni", "generate", "please paint a crimson ball", "-q", *flags]
+        command = ["-m", "vllm_omni", "generate", "please paint a crimson ball", "-q", *flags]
         more = ["--config", "tiny_scene", "--set", "outputs=[writer]", "--max-tokens", "2"]
-        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, timeout=120)
+        done = run_program(*command, *more)
         assert done.returncode == 0 and ("INFO vllm_omni" in done.stderr) is is_said
         assert ("loading writer: ar from asset://tiny-image/text_encoder" in done.stderr) is is_said
 
@@ -128,5 +126,5 @@ def test_threads_hold_in_the_threads_of_the_loop() -> None:
         "thread.start(); thread.join()\n"
         "print(torch.get_num_threads(), found)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    done = run_program("-c", script)
     assert done.stdout == "1 [1]\n", done.stderr

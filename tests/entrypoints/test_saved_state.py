@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.programs import run_program
 
 from vllm_omni import AsyncOmni, DiffusionParams, Omni, OmniOutput, SamplingParams, read_state
 from vllm_omni.entrypoints.state_file import KIND
@@ -44,7 +42,9 @@ CASES: dict[str, tuple[str, DiffusionParams]] = {
 RESUME = """
 import json, sys
 import numpy as np
+import torch
 from vllm_omni import Omni
+torch.set_num_threads(int(sys.argv[2]))
 for folder, overrides in json.loads(sys.argv[1]):
     with Omni("tiny_image", overrides=overrides, progress=False) as omni:
         from pathlib import Path
@@ -95,10 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 save_after(omni, root / case / f"{step}.safetensors", params, step)
     work = json.dumps([(str(root / case), overrides(policy)) for case, (policy, _) in CASES.items()])
     threads = str(torch.get_num_threads())  # with another number sums round otherwise
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
-    done = subprocess.run(
-        [sys.executable, "-c", RESUME, work], env=environment, capture_output=True, text=True, check=False, timeout=160
-    )
+    done = run_program("-c", RESUME, work, threads, timeout_s=160)
     assert done.returncode == 0, done.stderr
     return root
 

@@ -23,6 +23,7 @@ from fuzz.rest import SHARED
 from fuzz.web_sockets import converse
 from support.ar import make_model_folder
 from support.belongings import descriptors
+from support.loopback import http
 from support.server import ServerProcess
 
 FLAGS = {
@@ -82,7 +83,7 @@ class Server:
         found = LEAKS.search(said)
         assert found is None, f"{found.group()!r} in {said[max(0, found.start() - 200) :][:6_000]}"
         for job in self._server.get("/v1/jobs", params={"limit": 100}).json()["data"]:
-            httpx.delete(f"{self._server.base_url}/jobs/{job['id']}", timeout=30)
+            http.delete(f"{self._server.base_url}/jobs/{job['id']}", timeout=30)
         self._server.wait_until_idle(30)
         deadline_s = time.monotonic() + 5
         while self._num_descriptors() > self._descriptors + 4:  # connections that are being closed
@@ -194,15 +195,15 @@ class Server:
         assert found is None or found.group() in given, f"{found.group()!r} in {text[:1_000]}"
 
     def _good(self) -> Any:
-        answer = httpx.post(f"{self._server.base_url}/completions", json=GOOD, timeout=30)
+        answer = http.post(f"{self._server.base_url}/completions", json=GOOD, timeout=30)
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"]
 
     def _watch_health(self) -> None:
-        with httpx.Client(base_url=self._server.address, timeout=30) as http:
+        with httpx.Client(base_url=self._server.address, timeout=30) as kept:
             while not self._is_over.wait(0.1):
                 began_s = time.monotonic()
-                assert http.get("/health").status_code == 200
+                assert kept.get("/health").status_code == 200
                 self.slowest_health_s = max(self.slowest_health_s, time.monotonic() - began_s)
 
     def _num_descriptors(self) -> int:

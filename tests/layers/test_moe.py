@@ -37,7 +37,7 @@ def make_layer(num_experts: int = 5, num_chosen: int = 2, normalises: bool = Fal
 
 
 @settings(max_examples=40, deadline=None)
-@given(num_rows=st.integers(1, 9), num_chosen=st.integers(1, 5), normalises=st.booleans(), seed=st.integers(0, 99))
+@given(num_rows=st.integers(0, 9), num_chosen=st.integers(1, 5), normalises=st.booleans(), seed=st.integers(0, 99))
 def test_a_token_is_the_weighted_sum_of_its_likeliest_experts(
     num_rows: int, num_chosen: int, normalises: bool, seed: int
 ) -> None:

@@ -1,6 +1,6 @@
-"""The command line in a process that is forked where torch, diffusers and the server are imported already: it is the
-same program, but for the ten seconds that its imports take of a slow core. So is the fork server of its own children,
-which would take them once more.
+"""Python programs in processes that are forked where torch, diffusers and the server are imported already: they are the
+same programs, but for the ten seconds that their imports take of a slow core. So are the fork servers of their own
+children, which would take them once more.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ IMPORTS = (
 
 
 class ForkedProgram:
-    """`vllm-omni` with these arguments and this environment; both of its outputs go to `output`. As of Popen."""
+    """`python` with these arguments, which begin with `-m` or `-c`, and this environment. As of Popen."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], output: int) -> None:
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], output: int, errors: int) -> None:
+        """output, errors: descriptors of what it prints."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             server = _fork_server(frozenset(_lasting(environment).items()))
-            self._child = server.fork(MODULE, [theirs.fileno()], output, IMPORTS)
+            self._child = server.fork(MODULE, [theirs.fileno(), errors], output, IMPORTS)
             order = {"arguments": list(arguments), "environment": dict(environment)}
             write_message(ours, {**order, "folder": str(Path.cwd())})
             read_message(ours)
@@ -66,7 +67,7 @@ class ForkedProgram:
 
     def wait(self, timeout_s: float | None = None) -> int:
         if not self._child.wait(timeout_s):
-            raise subprocess.TimeoutExpired("vllm-omni", timeout_s or 0.0)
+            raise subprocess.TimeoutExpired("python", timeout_s or 0.0)
         return self._child.reap()
 
 
@@ -104,8 +105,10 @@ def _fork_server(environment: frozenset[tuple[str, str]]) -> ForkServer:
 
 def main(arguments: list[str]) -> None:
     """In the forked process."""
-    file, parent = map(int, arguments)
+    file, errors, parent = map(int, arguments)
     die_with(parent)
+    os.dup2(errors, 2)
+    os.close(errors)
     with socket.socket(fileno=file) as connection:
         order = read_message(connection)
         assert order is not None
@@ -116,12 +119,16 @@ def main(arguments: list[str]) -> None:
         sys.path[:0] = [order["folder"], *(folder for folder in path if folder)]
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # no child's
-        sys.argv[:] = ["vllm-omni", *order["arguments"]]
+        kind, program, *words = order["arguments"]
+        sys.argv[:] = [program if kind == "-m" else kind, *words]
         fork_client.use(_ForkedServer(os.environ))
         write_message(connection, {"runs": True})
     status: object = 0
     try:
-        runpy.run_module("vllm_omni", run_name="__main__", alter_sys=True)
+        if kind == "-m":
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
         status = end.code
     threading._shutdown()  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -20,9 +19,10 @@ import torch
 from vllm_omni.utils.children.fork_client import can_fork
 
 from .forked_program import ForkedProgram
+from .loopback import http
+from .programs import program_environment
 
 ADDRESS = "vllm-omni: listening on "
-TESTS = Path(__file__).parents[1]
 
 
 class ServerProcess:
@@ -41,20 +41,17 @@ class ServerProcess:
         apart: bool = True,
     ) -> None:
         named = [word for config in configs for word in ("--config", config)]
-        arguments = ["serve", "--port", "0", *named, *flags, *([] if apart else ["--in-process"])]
-        # the tests' own threads and the server's share few cores
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        environment.pop("VLLM_OMNI_API_KEY", None)
-        # so that a config may import support.X
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+        own = ["serve", "--port", "0", *named, *flags, *([] if apart else ["--in-process"])]
+        arguments = ["-m", "vllm_omni", *own]
+        environment = program_environment()
         reading, writing = os.pipe()
         self._process: subprocess.Popen[bytes] | ForkedProgram
         if fresh or not can_fork():
-            command = [sys.executable, "-m", "vllm_omni", *arguments]
+            command = [sys.executable, *arguments]
             silent = subprocess.DEVNULL
             self._process = subprocess.Popen(command, env=environment, stdin=silent, stdout=silent, stderr=writing)
         else:
-            self._process = ForkedProgram(arguments, environment, writing)
+            self._process = ForkedProgram(arguments, environment, writing, writing)
         os.close(writing)
         self._lines: list[str] = []
         self._found: queue.Queue[str | None] = queue.Queue()
@@ -81,7 +78,7 @@ class ServerProcess:
         return "".join(self._lines)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.address + path, timeout=60, **options)
+        return http.get(self.address + path, timeout=60, **options)
 
     def requests(self) -> list[dict[str, Any]]:
         """Those that wait or run."""

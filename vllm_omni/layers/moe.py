@@ -79,7 +79,8 @@ class SparseMLP(nn.Module):
             if count:
                 parts[start : start + count] = expert(rows[start : start + count])
                 start += count
-        placed = torch.empty_like(parts).index_copy_(0, by_expert, parts).view(*chosen.shape, -1)  # [N, k, D]
+        placed = torch.empty_like(parts).index_copy_(0, by_expert, parts)
+        placed = placed.view(*chosen.shape, states.shape[1])  # [N, k, D]
         total = placed[:, 0] * weights[:, :1]
         for index in range(1, self.num_chosen):
             total = total + placed[:, index] * weights[:, index : index + 1]

@@ -8,14 +8,14 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
 import termios
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.forked_program import ForkedProgram
+from support.programs import program_environment
 
 from vllm_omni.entrypoints.cli import main
 
@@ -61,20 +61,20 @@ def test_what_was_saved_and_how_to_go_on_is_said(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
 def test_ctrl_c_leaves_a_state() -> None:
-    command = [sys.executable, "-m", "vllm_omni", *PICTURE[:4], "--steps", "300", "--save-state", "x.safetensors"]
+    command = ["-m", "vllm_omni", *PICTURE[:4], "--steps", "300", "--save-state", "x.safetensors"]
     terminal, end = os.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # what is shown has a place
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=end) as run:
-        os.close(end)
-        said, is_asked = b"", False
-        with contextlib.suppress(OSError):  # which says that the other end is closed
-            while piece := os.read(terminal, 4096):
-                said += piece
-                if not is_asked and b"image 3/300" in said:
-                    run.send_signal(signal.SIGINT)
-                    is_asked = True
+    run = ForkedProgram(command, program_environment(), end, end)
+    os.close(end)
+    said, is_asked = b"", False
+    with contextlib.suppress(OSError):  # which says that the other end is closed
+        while piece := os.read(terminal, 4096):
+            said += piece
+            if not is_asked and b"image 3/300" in said:
+                os.kill(run.pid, signal.SIGINT)
+                is_asked = True
     os.close(terminal)
-    assert run.returncode == 130 and b"/300); go on with" in said
+    assert run.wait(60) == 130 and b"/300); go on with" in said
     assert main(["resume", "x.safetensors", "-o", "x.png", "-q"]) == 0
     assert Path("x.png").exists()
 

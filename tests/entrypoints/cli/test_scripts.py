@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.programs import run_program
 
 from vllm_omni.config.shipped import shipped_configs
 from vllm_omni.entrypoints.cli import build_parser, main
@@ -147,12 +147,11 @@ def test_a_size_that_no_machine_has_is_refused(key: str, value: str, capsys: pyt
     assert f"{key}: got " in capsys.readouterr().err
 
 
-def test_the_second_snippet_of_the_readme_runs_by_itself(tmp_path: Path) -> None:
+def test_the_second_snippet_of_the_readme_runs_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     snippets = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
     (snippet,) = (text for text in snippets if "omni.stream(" in text)
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
-    )
+    monkeypatch.chdir(tmp_path)
+    done = run_program("-c", snippet)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("None (128, 128)\n")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +11,8 @@ import pytest
 import soundfile
 from support.ace_step import SAMPLE_RATE, random_pipeline
 from support.music import sound
+from support.programs import run_program
 
-import vllm_omni
 from vllm_omni import DiffusionParams, Omni
 from vllm_omni.entrypoints.cli import main
 
@@ -45,18 +42,12 @@ def command(folder: Path, *arguments: str) -> list[str]:
     return ["generate", *arguments, "--model", str(folder), "--steps", "2"]
 
 
-def test_a_sound_comes_out_as_the_file_that_was_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_a_sound_comes_out_as_the_file_that_was_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = ["--input", "duration_s=0.5", "--input", "lyrics=[verse] la", "--seed", "3"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(vllm_omni.__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_omni", *command(folder, "slow bells", "-o", "bells.flac", *inputs)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    monkeypatch.chdir(tmp_path)
+    done = run_program("-m", "vllm_omni", *command(folder, "slow bells", "-o", "bells.flac", *inputs))
     assert (done.returncode, done.stderr) == (0, "wrote bells.flac\n")
     with Omni(model=str(folder), progress=False) as omni:
         prompt = {"prompt": "slow bells", "duration_s": 0.5, "lyrics": "[verse] la"}

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from support.belongings import descendants, resident_bytes
+from support.loopback import http
 from support.server import ServerProcess, threads_of_the_server
 
 from vllm_omni import DiffusionParams, Omni
@@ -60,7 +61,7 @@ def ends(server: ServerProcess) -> Counter[str]:
 
 
 def draw(server: ServerProcess, **body: object) -> httpx.Response:
-    return httpx.post(f"{server.base_url}/images/generations", json=body, timeout=120)
+    return http.post(f"{server.base_url}/images/generations", json=body, timeout=120)
 
 
 def pixels(answer: httpx.Response) -> bytes:
@@ -103,7 +104,7 @@ def test_a_process_that_dies_is_another_one_and_its_requests_end_as_ever(server:
 def test_a_client_that_goes_takes_its_request_along(server: ServerProcess) -> None:
     before = ends(server)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.base_url}/images/generations", json=LONG, timeout=0.3)
+        http.post(f"{server.base_url}/images/generations", json=LONG, timeout=0.3)
     server.wait_until_idle()
     assert ends(server) - before == {"cancelled": 1}
 

@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from support.ace_step import random_pipeline
+from support.loopback import http
 from support.server import ServerProcess, threads_of_the_server
 from support.sound_files import comment_of, read_file, read_integers, read_pcm
 
@@ -27,7 +28,7 @@ ASKED: dict[str, Any] = {"model": "tiny-audio", "prompt": TUNE, "seed": 3, "num_
 
 
 def post(server: ServerProcess, body: dict[str, Any]) -> httpx.Response:
-    return httpx.post(f"{server.base_url}/audio/generate", json=body, timeout=120)
+    return http.post(f"{server.base_url}/audio/generate", json=body, timeout=120)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
+from support.loopback import http
 from support.media import image_bytes, picture, sound_bytes, tone
 from support.server import ServerProcess, threads_of_the_server
 
@@ -128,7 +129,7 @@ def test_what_an_assistant_said_may_be_its_transcript_alone_and_a_user_has_conte
 
 
 def test_other_outputs_are_not_computed_unless_asked_for(client: OpenAI, server: ServerProcess) -> None:
-    response = httpx.post(
+    response = http.post(
         f"{server.base_url}/chat/completions",
         json={"model": "tiny-omni", "messages": said(SCENE), "modalities": ["text"]},
         timeout=60,
@@ -327,13 +328,13 @@ def test_closing_a_stream_aborts_its_request(client: OpenAI, server: ServerProce
 def test_closing_a_plain_request_aborts_it_too(server: ServerProcess) -> None:
     body = {"model": "tiny-omni", "messages": said("hello"), "modalities": ["text"], "max_tokens": 500}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.base_url}/chat/completions", json={**body, "ignore_eos": True}, timeout=0.05)
+        http.post(f"{server.base_url}/chat/completions", json={**body, "ignore_eos": True}, timeout=0.05)
     assert server.wait_until_idle() < 5
 
 
 def test_the_raw_events_are_as_openai_sends_them(server: ServerProcess) -> None:
     body = {"model": "words", "messages": said("hello"), "max_tokens": 3, "stream": True}
-    with httpx.stream("POST", f"{server.base_url}/chat/completions", json=body, timeout=60) as response:
+    with http.stream("POST", f"{server.base_url}/chat/completions", json=body, timeout=60) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         blocks = [block for block in "".join(response.iter_text()).split("\n\n") if block]
     assert all(block.startswith("data: ") for block in blocks)

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
+from support.loopback import http
 from support.server import ServerProcess
 
 KEYS = ("first-key-of-two", "second-key-of-two")
@@ -78,8 +79,8 @@ def test_health_and_the_page_itself_need_no_key(strict: ServerProcess) -> None:
 
 def test_a_key_alone_restarts_no_stage(strict: ServerProcess) -> None:
     path = f"{strict.base_url}/models/tiny-omni/stages/image/restart"
-    assert httpx.post(path, timeout=30).status_code == 401
-    refused = httpx.post(path, headers={"x-api-key": KEYS[0]}, timeout=30)
+    assert http.post(path, timeout=30).status_code == 401
+    refused = http.post(path, headers={"x-api-key": KEYS[0]}, timeout=30)
     assert refused.status_code == 403 and "--allow-restart" in error_of(refused)["message"]
     assert strict.get("/ready").json()["models"]["tiny-omni"]["stages"]["image"]["num_to_restart"] == 0
 
@@ -93,7 +94,7 @@ def test_keys_are_not_in_what_the_server_writes(strict: ServerProcess) -> None:
 
 def post(server: ServerProcess, content: Any, **headers: str) -> httpx.Response:
     given = {"authorization": f"Bearer {KEYS[0]}", "content-type": "application/json", **headers}
-    return httpx.post(server.address + CHAT, content=content, headers=given, timeout=30)
+    return http.post(server.address + CHAT, content=content, headers=given, timeout=30)
 
 
 def test_a_body_that_is_too_large_is_refused(strict: ServerProcess) -> None:
@@ -222,7 +223,7 @@ def test_another_kind_of_body_is_named(strict: ServerProcess) -> None:
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("PUT", CHAT, 405), ("GET", CHAT, 405)])
 def test_paths_and_methods_that_are_not_there(strict: ServerProcess, method: str, path: str, status: int) -> None:
-    response = httpx.request(method, strict.address + path, headers={"x-api-key": KEYS[0]}, timeout=30)
+    response = http.request(method, strict.address + path, headers={"x-api-key": KEYS[0]}, timeout=30)
     assert response.status_code == status
     assert error_of(response)["message"]
 

@@ -16,6 +16,7 @@ import pytest
 from fuzz.raw_http import Connection
 from fuzz.rest import SHARED
 from support.belongings import descendants
+from support.loopback import http
 from support.server import ServerProcess
 from support.toy_engine import text_config
 from websockets.sync.client import connect
@@ -65,7 +66,7 @@ def server(files: Path) -> Iterator[ServerProcess]:
     with ServerProcess(["tiny_omni", "tiny_speech"], flags) as process:
         for path, body in REQUESTS.values():  # pools are filled
             with suppress(httpx.RemoteProtocolError):  # sound that is not ready in time breaks off
-                httpx.post(process.address + path, json={**body, "timeout": 0.5}, timeout=60)
+                http.post(process.address + path, json={**body, "timeout": 0.5}, timeout=60)
         yield process
         assert "Traceback" not in process.errors, process.errors
 
@@ -115,7 +116,7 @@ def test_sound_that_fails_on_its_way_breaks_off(server: ServerProcess) -> None:
     """Its status is out, and bytes cannot say what went wrong: a whole file must look otherwise."""
     body = {**SPEECH, "input": "read out: " + "1 2 3 4 5 6 7 8 9 " * 20, "timeout": 1.5, "response_format": "pcm"}
     with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
-        httpx.post(f"{server.base_url}/audio/speech", json=body, timeout=60)
+        http.post(f"{server.base_url}/audio/speech", json=body, timeout=60)
 
 
 @pytest.mark.parametrize("ends", ["early", "late"])
@@ -176,16 +177,16 @@ def frame_of(content: bytes) -> bytes:
 def test_jobs_deleted_at_any_moment_leave_no_file(server: ServerProcess, files: Path) -> None:
     body = {"model": "tiny-omni", "kind": "image", "prompt": "a red ball", "n": 4, "num_inference_steps": 2}
     for wait_s in [0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0]:
-        job = httpx.post(f"{server.base_url}/jobs", json=body, timeout=30).json()
+        job = http.post(f"{server.base_url}/jobs", json=body, timeout=30).json()
         time.sleep(wait_s)
-        assert httpx.delete(f"{server.base_url}/jobs/{job['id']}", timeout=30).json()["deleted"]
+        assert http.delete(f"{server.base_url}/jobs/{job['id']}", timeout=30).json()["deleted"]
     server.wait_until_idle()
     assert not list(files.iterdir()) and not server.get("/v1/jobs").json()["data"]
 
 
 def test_a_file_that_somebody_else_deleted_is_not_found(server: ServerProcess, files: Path) -> None:
     body = {"model": "tiny-omni", "kind": "image", "prompt": "a red ball", "num_inference_steps": 2}
-    job = httpx.post(f"{server.base_url}/jobs", json=body, timeout=30).json()
+    job = http.post(f"{server.base_url}/jobs", json=body, timeout=30).json()
     while job["status"] != "completed":
         job = server.get(f"/v1/jobs/{job['id']}").json()
         assert job["status"] != "failed"
@@ -193,7 +194,7 @@ def test_a_file_that_somebody_else_deleted_is_not_found(server: ServerProcess, f
         path.unlink()
     content = server.get(f"/v1/jobs/{job['id']}/content")
     assert (content.status_code, content.json()["error"]["code"]) == (404, "file_not_found")
-    httpx.delete(f"{server.base_url}/jobs/{job['id']}", timeout=30)
+    http.delete(f"{server.base_url}/jobs/{job['id']}", timeout=30)
 
 
 # The parts alone

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from support.belongings import descendants
+from support.loopback import http
 from support.server import ServerProcess
 
 from vllm_omni.config.loader import load_config
@@ -45,7 +46,7 @@ def begin(
 
     def ask() -> None:
         try:
-            found.append(httpx.post(server.address + path, json=body, timeout=120))
+            found.append(http.post(server.address + path, json=body, timeout=120))
         except Exception as error:
             found.append(error)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import httpx
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from support.loopback import http
 from support.server import ServerProcess
 
 STATUSES = {200, 400, 404, 405, 409, 413, 415, 429, 499, 503, 504}
@@ -48,4 +48,4 @@ def test_the_service_goes_on(server: ServerProcess) -> None:
     server.wait_until_idle()
     assert server.get("/ready").status_code == 200
     body = {"model": "tiny-image", "prompt": "a red circle"}
-    assert httpx.post(f"{server.base_url}/images/generations", json=body, timeout=LIMIT_S).status_code == 200
+    assert http.post(f"{server.base_url}/images/generations", json=body, timeout=LIMIT_S).status_code == 200

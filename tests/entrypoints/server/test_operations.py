@@ -13,6 +13,7 @@ import soundfile
 from openai import OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from support.loopback import http
 from support.server import ServerProcess, threads_of_the_server
 
 from vllm_omni import DiffusionParams, Omni
@@ -35,34 +36,34 @@ def test_ready_tells_every_stage_of_every_model(server: ServerProcess) -> None:
 
 
 def test_a_running_request_can_be_watched_and_cancelled(server: ServerProcess) -> None:
-    with httpx.stream("POST", server.address + CHAT, json=LONG, timeout=60) as response:
+    with http.stream("POST", server.address + CHAT, json=LONG, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         (listed,) = server.requests()
         assert listed["status"] == "running" and listed["route"] == CHAT
         found = server.get(f"/v1/requests/{listed['id']}").json()
         assert 0 < found["stages"]["thinker"]["step"] < found["stages"]["thinker"]["num_steps"] == 500
-        gone = httpx.delete(f"{server.address}/v1/requests/{listed['id']}", timeout=30).json()
+        gone = http.delete(f"{server.address}/v1/requests/{listed['id']}", timeout=30).json()
         assert gone == {"id": listed["id"], "object": "request.cancelled", "cancelled": True}
         rest = "\n".join(lines)
     assert '"code":"request_aborted"' in rest and rest.rstrip().endswith("data: [DONE]")
     ended = server.get(f"/v1/requests/{listed['id']}").json()
     assert ended["status"] == "aborted" and ended["error"]["code"] == "request_aborted"
-    again = httpx.delete(f"{server.address}/v1/requests/{listed['id']}", timeout=30).json()
+    again = http.delete(f"{server.address}/v1/requests/{listed['id']}", timeout=30).json()
     assert again["cancelled"] is False
     assert server.get("/v1/requests/nobody").status_code == 404
 
 
 def test_a_request_is_found_by_the_id_of_its_call_of_its_answer_or_its_own(server: ServerProcess) -> None:
     def open_stream(**headers: str) -> Any:
-        return httpx.stream("POST", server.address + CHAT, json=LONG, headers=headers, timeout=60)
+        return http.stream("POST", server.address + CHAT, json=LONG, headers=headers, timeout=60)
 
     def find(name: str, rest: str = "") -> httpx.Response:
         return server.get(f"/v1/requests/{name}{rest}")
 
     mine = "job:mine-1.a_"
     with open_stream(**{"x-request-id": mine}) as first, open_stream(**{"x-request-id": mine}):
-        clashes = [find(mine), httpx.delete(f"{server.address}/v1/requests/{mine}")]
+        clashes = [find(mine), http.delete(f"{server.address}/v1/requests/{mine}")]
         assert first.headers["x-request-id"] == mine
     for clash in clashes:
         assert clash.status_code == 409 and clash.json()["error"]["code"] == "ambiguous_id"
@@ -74,7 +75,7 @@ def test_a_request_is_found_by_the_id_of_its_call_of_its_answer_or_its_own(serve
 
     with open_stream() as made:
         answer = json.loads(next(made.iter_lines()).removeprefix("data: "))["id"]
-        gone = httpx.delete(f"{server.address}/v1/requests/{made.headers['x-request-id']}").json()
+        gone = http.delete(f"{server.address}/v1/requests/{made.headers['x-request-id']}").json()
     assert find(answer).json()["id"] == find(made.headers["x-request-id"]).json()["id"] == gone["id"]
     for odd in ("%00", "a%20b", "%C3%A4", "%ED%A0%80", "mine", "-", "x" * 3000, gone["id"] + "-7"):
         assert find(odd).status_code == 404 and find(odd).json()["error"]["message"]
@@ -83,11 +84,11 @@ def test_a_request_is_found_by_the_id_of_its_call_of_its_answer_or_its_own(serve
 def test_a_deadline_ends_a_request_with_504(server: ServerProcess) -> None:
     body = {**LONG, "stream": False}
     for options in ({"json": {**body, "timeout": 0.05}}, {"json": body, "headers": {"timeout": "0.05"}}):
-        response = httpx.post(server.address + CHAT, timeout=60, **options)  # type: ignore[arg-type]
+        response = http.post(server.address + CHAT, timeout=60, **options)  # type: ignore[arg-type]
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "deadline_exceeded"
         assert response.headers["x-should-retry"] == "false"
-    assert httpx.post(server.address + CHAT, json=body, headers={"timeout": "soon"}).status_code == 400
+    assert http.post(server.address + CHAT, json=body, headers={"timeout": "soon"}).status_code == 400
 
 
 def test_a_timeline_is_a_chrome_trace_of_the_stages(server: ServerProcess, client: OpenAI) -> None:
@@ -134,14 +135,14 @@ def test_metrics_count_requests_tokens_and_steps(server: ServerProcess, client: 
 
 
 def test_metrics_and_health_do_not_wait_for_a_step(server: ServerProcess) -> None:
-    with httpx.stream("POST", server.address + CHAT, json=LONG, timeout=60) as response:
+    with http.stream("POST", server.address + CHAT, json=LONG, timeout=60) as response:
         next(response.iter_lines())
-        with httpx.Client(base_url=server.address) as http:
-            http.get("/health")
+        with httpx.Client(base_url=server.address) as kept:
+            kept.get("/health")
             took = []
             for path in ("/health", "/metrics") * 10:
                 began_s = time.monotonic()
-                assert http.get(path).status_code == 200
+                assert kept.get(path).status_code == 200
                 took.append(time.monotonic() - began_s)
     assert sorted(took)[len(took) // 2] < 0.5  # a slow machine, shared by many: that it answers at all is shown
     server.wait_until_idle()
@@ -151,7 +152,7 @@ def test_metrics_and_health_do_not_wait_for_a_step(server: ServerProcess) -> Non
 
 
 def post_job(server: ServerProcess, **body: Any) -> httpx.Response:
-    return httpx.post(f"{server.base_url}/jobs", json=body, timeout=30)
+    return http.post(f"{server.base_url}/jobs", json=body, timeout=30)
 
 
 def wait_for(server: ServerProcess, job_id: str, status: str = "completed") -> dict[str, Any]:
@@ -180,7 +181,7 @@ def test_a_job_is_queued_watched_fetched_and_deleted(server: ServerProcess) -> N
         whole = omni.generate("a red circle", DiffusionParams(seed=4, num_outputs=2))[0].images[0]
     assert Image.open(io.BytesIO(content.content)).tobytes() == whole.tobytes()
     assert server.get(f"/v1/jobs/{job['id']}/content", params={"index": 2}).status_code == 404
-    deleted = httpx.delete(f"{server.base_url}/jobs/{job['id']}").json()
+    deleted = http.delete(f"{server.base_url}/jobs/{job['id']}").json()
     assert deleted == {"id": job["id"], "object": "job.deleted", "deleted": True}
     assert server.get(f"/v1/jobs/{job['id']}").status_code == 404
 
@@ -224,5 +225,5 @@ def test_a_job_that_cannot_be_is_refused_before_it_is_one(
 def test_deleting_a_job_aborts_it(server: ServerProcess) -> None:
     job = post_job(server, model="tiny-image", prompt="a red circle", num_inference_steps=900).json()
     assert server.get(f"/v1/jobs/{job['id']}/content").status_code == 409
-    httpx.delete(f"{server.base_url}/jobs/{job['id']}", timeout=30)
+    http.delete(f"{server.base_url}/jobs/{job['id']}", timeout=30)
     assert server.wait_until_idle() < 20

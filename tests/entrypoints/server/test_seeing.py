@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import yaml
 from openai import OpenAI
+from support.loopback import http
 from support.media import image_bytes, picture, sound_bytes, tone, video_bytes
 from support.seeing import Reference, save_tiny_vl, user
 from support.server import ServerProcess
@@ -121,7 +121,7 @@ def test_damaged_media_are_the_callers_fault_and_end_no_other_request(
         "max_tokens": 2,
         "stream": stream,
     }
-    answer = httpx.post(f"{server.base_url}/chat/completions", json=body, timeout=60)
+    answer = http.post(f"{server.base_url}/chat/completions", json=body, timeout=60)
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["type"] == "invalid_request_error", answer.text
     assert error["code"] == "invalid_media" and error["param"] == f"messages[0].content[0].{field}"

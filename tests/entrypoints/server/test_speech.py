@@ -12,6 +12,7 @@ import numpy as np
 import openai
 import pytest
 from openai import OpenAI
+from support.loopback import http
 from support.server import ServerProcess
 from support.sound_files import read_file, read_integers, read_pcm
 
@@ -30,7 +31,7 @@ def spoken(server: ServerProcess) -> bytes:
 
 
 def post(server: ServerProcess, body: dict[str, Any], path: str = "/audio/speech") -> httpx.Response:
-    answer = httpx.post(server.base_url + path, json=body, timeout=120)
+    answer = http.post(server.base_url + path, json=body, timeout=120)
     answer.raise_for_status()
     return answer
 
@@ -87,7 +88,7 @@ def test_compressed_formats_sound_the_same(server: ServerProcess, spoken: bytes,
 
 
 def test_the_first_bytes_are_sent_while_it_still_speaks(server: ServerProcess) -> None:
-    with httpx.stream("POST", f"{server.base_url}/audio/speech", json=LONG, timeout=120) as answer:
+    with http.stream("POST", f"{server.base_url}/audio/speech", json=LONG, timeout=120) as answer:
         pieces = answer.iter_raw()
         assert next(pieces)
         assert [run["route"] for run in server.requests()] == ["/v1/audio/speech"]
@@ -155,7 +156,7 @@ def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
 
 
 def test_a_listener_who_goes_aborts_the_run(server: ServerProcess) -> None:
-    with httpx.stream("POST", f"{server.base_url}/audio/speech", json=LONG, timeout=120) as answer:
+    with http.stream("POST", f"{server.base_url}/audio/speech", json=LONG, timeout=120) as answer:
         pieces = answer.iter_raw()
         next(pieces)
         (run,) = server.requests()
@@ -166,21 +167,21 @@ def test_a_listener_who_goes_aborts_the_run(server: ServerProcess) -> None:
 def test_an_error_in_the_middle_breaks_the_bytes_off(server: ServerProcess) -> None:
     with (
         pytest.raises(httpx.RemoteProtocolError),
-        httpx.stream("POST", f"{server.base_url}/audio/speech", json=LONG, timeout=120) as answer,
+        http.stream("POST", f"{server.base_url}/audio/speech", json=LONG, timeout=120) as answer,
     ):
         pieces = answer.iter_raw()
         next(pieces)
-        httpx.delete(f"{server.base_url}/requests/{server.requests()[0]['id']}")
+        http.delete(f"{server.base_url}/requests/{server.requests()[0]['id']}")
         list(pieces)
     server.wait_until_idle()
 
 
 def test_an_error_in_the_middle_is_an_event(server: ServerProcess) -> None:
     body = {**LONG, "stream_format": "sse"}
-    with httpx.stream("POST", f"{server.base_url}/audio/speech", json=body, timeout=120) as answer:
+    with http.stream("POST", f"{server.base_url}/audio/speech", json=body, timeout=120) as answer:
         pieces = answer.iter_text()
         text = next(pieces)
-        httpx.delete(f"{server.base_url}/requests/{server.requests()[0]['id']}")
+        http.delete(f"{server.base_url}/requests/{server.requests()[0]['id']}")
         text += "".join(pieces)
     last = events_of(text)[-1]
     assert last["type"] == "error" and last["error"]["code"] == "request_aborted"
@@ -212,7 +213,7 @@ def test_a_batch_answers_each_item_by_itself(server: ServerProcess, spoken: byte
 @pytest.mark.parametrize("items", [[], [{"input": "red"}] * 129, [{}], "red", [7], [{"input": "red", "speed": 9}]])
 def test_a_batch_that_is_none_is_refused_whole(server: ServerProcess, items: Any) -> None:
     body = {"model": "tiny-speech", "items": items}
-    answer = httpx.post(f"{server.base_url}/audio/speech/batch", json=body, timeout=60)
+    answer = http.post(f"{server.base_url}/audio/speech/batch", json=body, timeout=60)
     assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("items"), answer.text
 
 
@@ -229,7 +230,7 @@ def test_voices_are_those_of_the_models(server: ServerProcess) -> None:
     assert every["models"]["tiny-speech"] == ["Reader"] and every["models"]["tiny-audio"] == []
     assert server.get("/v1/audio/voices", params={"model": "tiny-audio"}).json()["voices"] == []
     assert server.get("/v1/audio/voices", params={"model": "nobody"}).status_code == 404
-    upload = httpx.post(f"{server.base_url}/audio/voices", files={"audio_sample": b"RIFF"}, data={"name": "me"})
-    removal = httpx.delete(f"{server.base_url}/audio/voices/Reader")
+    upload = http.post(f"{server.base_url}/audio/voices", files={"audio_sample": b"RIFF"}, data={"name": "me"})
+    removal = http.delete(f"{server.base_url}/audio/voices/Reader")
     assert upload.status_code == removal.status_code == 400
     assert upload.json()["error"]["code"] == "unsupported_by_model"

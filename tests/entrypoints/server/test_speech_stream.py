@@ -6,9 +6,9 @@ import base64
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
+from support.loopback import http
 from support.server import ServerProcess
 from support.sound_files import read_file
 from support.speech_socket import listening
@@ -35,7 +35,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 def spoken(server: ServerProcess, words: str) -> bytes:
     body = {"model": "tiny-speech", "input": words, "voice": "Reader", "seed": 1, "response_format": "pcm"}
-    return httpx.post(f"{server.base_url}/audio/speech", json=body, timeout=120).content
+    return http.post(f"{server.base_url}/audio/speech", json=body, timeout=120).content
 
 
 def test_sentences_are_said_in_order_as_the_plain_route_says_them(server: ServerProcess) -> None:
@@ -167,7 +167,7 @@ def test_text_that_waits_is_bounded(narrow: ServerProcess) -> None:
 
 def test_a_model_that_replies_does_not_claim_to_read_out(narrow: ServerProcess) -> None:
     body = {"model": "replies", "input": "red"}
-    answer = httpx.post(f"{narrow.base_url}/audio/speech", json=body, headers=HEADERS, timeout=60)
+    answer = http.post(f"{narrow.base_url}/audio/speech", json=body, headers=HEADERS, timeout=60)
     assert answer.status_code == 400 and "prompts.speech" in answer.json()["error"]["message"]
     with listening(narrow, additional_headers=HEADERS) as listener:
         assert "prompts.speech" in listener.complaint(**{**CONFIG, "model": "replies"})["message"]

@@ -12,7 +12,9 @@ import openai
 import pytest
 from openai import OpenAI
 from support.failing_stages import RUBBISH, SECRET, SLEEP_S
-from support.server import TESTS, ServerProcess
+from support.loopback import http
+from support.programs import TESTS
+from support.server import ServerProcess
 
 from vllm_omni.entrypoints.async_omni import GRACE_S
 
@@ -41,15 +43,15 @@ def healthy(server: ServerProcess) -> Iterator[None]:
 
 def ask(server: ServerProcess, prompt: str, model: str = "failing", **more: Any) -> httpx.Response:
     body = {"model": model, "prompt": prompt, **more}
-    return httpx.post(f"{server.base_url}/completions", json=body, timeout=60)
+    return http.post(f"{server.base_url}/completions", json=body, timeout=60)
 
 
 def draw(server: ServerProcess, prompt: str = "ab", model: str = "failing") -> httpx.Response:
     """A picture; of `failing` by way of stages that have nothing to do with `words`."""
     body = {"model": model, "messages": [{"role": "user", "content": prompt}], "modalities": ["image"]}
     if model != "failing":
-        return httpx.post(f"{server.base_url}/images/generations", json={"model": model, "prompt": prompt}, timeout=60)
-    return httpx.post(f"{server.base_url}/chat/completions", json=body, timeout=60)
+        return http.post(f"{server.base_url}/images/generations", json={"model": model, "prompt": prompt}, timeout=60)
+    return http.post(f"{server.base_url}/chat/completions", json=body, timeout=60)
 
 
 def said(response: httpx.Response) -> str:
@@ -125,7 +127,7 @@ def test_a_stage_that_gives_nothing_is_no_empty_answer(server: ServerProcess, st
 
 @pytest.mark.parametrize("do", ["raise", "lose", "no_memory", "bad_image", "picture_is_nan", "picture_is_flat"])
 def test_a_picture_that_fails_fails_alone(server: ServerProcess, do: str) -> None:
-    response = httpx.post(
+    response = http.post(
         f"{server.base_url}/jobs", json={"model": "failing", "kind": "image", "prompt": f"do={do} x"}, timeout=60
     )
     if response.status_code == 200:  # it had begun by the time it failed
@@ -193,7 +195,7 @@ def test_a_loop_that_is_stuck_in_a_step_is_seen_and_nobody_waits_for_it(server: 
         assert draw(server).status_code == 200 and draw(server, model="tiny-image").status_code == 200
         assert said(ask(server, "ab")) == "abab"
         for path in ("/health", "/metrics"):
-            assert httpx.get(server.address + path, timeout=ENOUGH_S).status_code == 200
+            assert http.get(server.address + path, timeout=ENOUGH_S).status_code == 200
         for response in [each.result() for each in (*asked, behind)]:
             assert "stuck" in response.text and "deadline_exceeded" in response.text
         assert time.monotonic() - began_s < SLEEP_S + GRACE_S + ENOUGH_S
@@ -207,7 +209,7 @@ def test_a_restart_loses_no_request_and_is_told_until_it_is_over(server: ServerP
     before = stage(server)["num_rebuilds"]
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, server, f"w{number}") for number in range(8)]
-        answer = httpx.post(path, timeout=60)
+        answer = http.post(path, timeout=60)
         assert answer.status_code == 202 and answer.json()["stage"] == "words" and answer.json()["num_to_restart"] == 1
         told = wait_until_not_ready(server, 5.0)["status"]
         assert told in {"stage 'words' is draining", "stage 'words' is restarting"}
@@ -222,10 +224,10 @@ def test_a_restart_loses_no_request_and_is_told_until_it_is_over(server: ServerP
 def test_a_restart_is_refused_of_what_is_not_there_and_from_other_sites(server: ServerProcess) -> None:
     before = stage(server)["num_rebuilds"]
     for path in ("models/failing/stages/word", "models/failin/stages/words"):
-        answer = httpx.post(f"{server.base_url}/{path}/restart", timeout=60)
+        answer = http.post(f"{server.base_url}/{path}/restart", timeout=60)
         assert answer.status_code == 404 and "did you mean" in answer.json()["error"]["message"]
     path = f"{server.base_url}/models/failing/stages/words/restart"
-    answer = httpx.post(path, headers={"origin": "http://elsewhere.example"}, timeout=60)
+    answer = http.post(path, headers={"origin": "http://elsewhere.example"}, timeout=60)
     assert answer.status_code == 403 and "elsewhere.example" in answer.json()["error"]["message"]
     assert stage(server)["num_rebuilds"] == before and stage(server)["num_to_restart"] == 0
 

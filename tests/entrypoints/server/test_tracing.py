@@ -6,10 +6,10 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from support.loopback import http
 from support.server import ServerProcess
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -51,8 +51,8 @@ def test_a_request_and_its_stages_are_spans_of_the_callers_trace(collector: Coll
     with ServerProcess(["tiny_image"], ["--otel", endpoint]) as server:
         good, bad = ({"model": "tiny-image", "prompt": "a red circle", "num_inference_steps": n} for n in (3, 10**6))
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-        httpx.post(f"{server.base_url}/images/generations", json=good, headers=headers, timeout=60).raise_for_status()
-        httpx.post(f"{server.base_url}/images/generations", json=bad, timeout=60)
+        http.post(f"{server.base_url}/images/generations", json=good, headers=headers, timeout=60).raise_for_status()
+        http.post(f"{server.base_url}/images/generations", json=bad, timeout=60)
     spans = {span.name: span for span in collector.spans if span.trace_id.hex() == TRACE}
     request, image = spans["/v1/images/generations"], spans["image"]
     assert request.parent_span_id.hex() == PARENT

@@ -19,6 +19,7 @@ import torch
 import yaml
 from openai import OpenAI
 from playwright.sync_api import sync_playwright
+from support.loopback import http
 from support.media import image_bytes, picture
 from support.server import ServerProcess
 from support.tiny_pipelines import save
@@ -62,7 +63,7 @@ def client(videos: ServerProcess) -> OpenAI:
 
 
 def post(server: ServerProcess, path: str = "", **fields: Any) -> httpx.Response:
-    return httpx.post(f"{server.base_url}/videos{path}", json={"model": "films", **fields}, timeout=60)
+    return http.post(f"{server.base_url}/videos{path}", json={"model": "films", **fields}, timeout=60)
 
 
 def frames(content: bytes) -> np.ndarray:
@@ -136,7 +137,7 @@ def test_a_reference_comes_as_a_data_uri_too(videos: ServerProcess) -> None:
     answers = [
         post(videos, "/sync", **wanted, input_reference=uri),
         post(videos, "/sync", **wanted, input_reference={"image_url": uri}),
-        httpx.post(
+        http.post(
             f"{videos.base_url}/videos/sync",
             data={**{key: str(value) for key, value in wanted.items()}},
             files={"input_reference": ("a.png", image_bytes(picture(SIDE, SIDE)), "image/png")},
@@ -150,7 +151,7 @@ def test_a_reference_comes_as_a_data_uri_too(videos: ServerProcess) -> None:
 def test_a_part_of_the_file_can_be_asked_for(videos: ServerProcess, client: OpenAI) -> None:
     made = client.videos.create_and_poll(model="films", prompt="a cat", extra_body=SMALL)
     whole = videos.get(f"/v1/videos/{made.id}/content")
-    part = httpx.get(f"{videos.base_url}/videos/{made.id}/content", headers={"range": "bytes=10-29"}, timeout=30)
+    part = http.get(f"{videos.base_url}/videos/{made.id}/content", headers={"range": "bytes=10-29"}, timeout=30)
     assert part.status_code == 206 and part.content == whole.content[10:30]
     assert part.headers["content-range"] == f"bytes 10-29/{len(whole.content)}"
     assert whole.headers["accept-ranges"] == "bytes" and whole.headers["content-type"] == "video/mp4"
@@ -185,24 +186,24 @@ def test_bodies_of_other_types_are_refused(videos: ServerProcess) -> None:
         ("[]", "application/json", 400),
         ("x", "text/plain", 415),
     ):
-        assert httpx.post(address, content=content, headers={"content-type": kind}, timeout=30).status_code == status
+        assert http.post(address, content=content, headers={"content-type": kind}, timeout=30).status_code == status
 
 
 def test_a_model_of_videos_says_so_and_takes_no_chat(videos: ServerProcess) -> None:
     models = {each["id"]: each for each in videos.get("/v1/models").json()["data"]}
     assert models["films"]["output_modalities"] == ["video"]
     body = {"model": "films", "messages": [{"role": "user", "content": "a cat"}]}
-    answer = httpx.post(f"{videos.base_url}/chat/completions", json=body, timeout=30)
+    answer = http.post(f"{videos.base_url}/chat/completions", json=body, timeout=30)
     assert answer.status_code == 400 and "makes video" in answer.json()["error"]["message"]
 
 
 def test_a_deleted_video_is_aborted_and_pictures_are_no_videos(videos: ServerProcess) -> None:
     job = post(videos, prompt="a cat", **{**SMALL, "num_inference_steps": 1000}).json()
     address = f"{videos.base_url}/videos/{job['id']}"
-    assert httpx.get(f"{address}/content", timeout=30).status_code == 409
-    assert httpx.delete(address, timeout=30).json() == {"id": job["id"], "object": "video.deleted", "deleted": True}
-    assert httpx.get(address, timeout=30).status_code == 404
-    other = httpx.post(
+    assert http.get(f"{address}/content", timeout=30).status_code == 409
+    assert http.delete(address, timeout=30).json() == {"id": job["id"], "object": "video.deleted", "deleted": True}
+    assert http.get(address, timeout=30).status_code == 404
+    other = http.post(
         f"{videos.base_url}/jobs", json={"model": "tiny-image", "prompt": "a red circle"}, timeout=30
     ).json()
     assert videos.get(f"/v1/videos/{other['id']}").status_code == 404
@@ -213,7 +214,7 @@ def test_a_deleted_video_is_aborted_and_pictures_are_no_videos(videos: ServerPro
 def test_a_client_that_goes_away_aborts_what_it_waits_for(videos: ServerProcess) -> None:
     body = {"model": "films", "prompt": "a cat", **SMALL, "num_inference_steps": 1000}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{videos.base_url}/videos/sync", json=body, timeout=1.0)
+        http.post(f"{videos.base_url}/videos/sync", json=body, timeout=1.0)
     videos.wait_until_idle()
 
 

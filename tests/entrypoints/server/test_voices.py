@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import yaml
 from openai import OpenAI
+from support.loopback import http
 from support.qwen3_tts import sound
 from support.server import ServerProcess
 from support.sound_files import read_pcm
@@ -45,11 +46,11 @@ def add(server: ServerProcess, sample: bytes | None = None, **fields: str) -> ht
     data = {"name": "anna", "consent": CONSENT, "model": "cloner", **fields}
     files = {"audio_sample": ("a.wav", file_of(SOUND) if sample is None else sample)}
     sent = {name: value for name, value in data.items() if value}
-    return httpx.post(f"{server.base_url}/audio/voices", files=files, data=sent, timeout=30)
+    return http.post(f"{server.base_url}/audio/voices", files=files, data=sent, timeout=30)
 
 
 def remove(server: ServerProcess, name: str, **query: str) -> httpx.Response:
-    return httpx.delete(f"{server.base_url}/audio/voices/{name}", params=query)
+    return http.delete(f"{server.base_url}/audio/voices/{name}", params=query)
 
 
 def say(server: ServerProcess, voice: str) -> np.ndarray:

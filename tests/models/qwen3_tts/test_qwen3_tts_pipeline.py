@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -17,6 +16,7 @@ import yaml
 from openai import BadRequestError, OpenAI
 from support.examples import sound as read_sound
 from support.examples import succeed
+from support.loopback import http
 from support.qwen3_tts import Case, answers, cases, sound, write_folder
 from support.qwen3_tts_configs import TASKS
 from support.server import ServerProcess
@@ -155,7 +155,7 @@ def test_a_kept_voice_speaks_as_a_request_that_brings_its_recording(server: Serv
     file = io.BytesIO()
     soundfile.write(file, sound(0.9), 24_000, format="WAV")
     fields = {"name": "anna", "consent": "Anna, by letter", "text": "hello world", "model": "base"}
-    kept = httpx.post(
+    kept = http.post(
         f"{server.base_url}/audio/voices", data=fields, files={"audio_sample": file.getvalue()}, timeout=60
     )
     assert kept.status_code == 200, kept.text
@@ -168,7 +168,7 @@ def test_a_kept_voice_speaks_as_a_request_that_brings_its_recording(server: Serv
         for voice, own in (("anna", {}), ("default", brought), ("anna", {"x_vector_only_mode": True}))
     ]
     assert said[0] and said[0] == said[1] != said[2]
-    assert httpx.delete(f"{server.base_url}/audio/voices/anna").json()["deleted"]
+    assert http.delete(f"{server.base_url}/audio/voices/anna").json()["deleted"]
 
 
 SAID = {"voice": "vivian", "language": "english", "subtalker_temperature": 0.0, "seed": 3}
@@ -195,7 +195,7 @@ def test_the_speech_socket_speaks_before_the_last_word_comes(server: ServerProce
                 "non_streaming_mode": False,
                 **SAID,
             }
-            whole = httpx.post(f"{server.base_url}/audio/speech", json=body, timeout=60).content
+            whole = http.post(f"{server.base_url}/audio/speech", json=body, timeout=60).content
             assert b"".join([*sound, *frames]) == whole and len(whole)  # type: ignore[list-item]
 
 

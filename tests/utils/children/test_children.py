@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(not fork_client.can_fork(), reason="this system 
 @pytest.fixture(autouse=True)
 def path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setattr(fork_client, "_learned", {})  # a new server would import all that others have been told
 
 
 @pytest.fixture(params=[True, False], ids=["forked", "fresh"])
@@ -193,7 +194,6 @@ def sleeping() -> Iterator[Child]:
 
 
 def test_what_one_has_imported_the_next_has_from_its_first_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fork_client, "_learned", {})
     monkeypatch.setenv("A_NEW", "fork server")
     assert not {"calendar", "vllm_omni.voices"} & set(tell()["modules"])
     fork_client.learn(["vllm_omni.voices", "calendar"])  # which is of no large library
