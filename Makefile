@@ -16,9 +16,11 @@ OLDEST := .venv-oldest
 # Much that is pinned does not run on Python 3.10, where what does run has stopped moving: it takes the last of each.
 PINS = $$($(BIN)/python -c 'import sys; print("--constraint constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-# The files of tests are shared out among processes, since most tests keep one core busy at most. Whole files, so that their
-# fixtures are made once, and in order: by numbers of tests, long files of few tests would run last, beside nothing.
-SHARED := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# The files of tests are shared out among processes, one more than cores, since most tests keep one core busy at most and some
+# wait. Whole files, so that their fixtures are made once, and in order: by numbers of tests, long files of few tests would run
+# last, beside nothing.
+PROCESSES ?= $$($(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+SHARED = --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup wheel demo test test-plain fuzz deaths test-newest test-oldest pins lint bench
 

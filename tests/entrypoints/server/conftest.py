@@ -33,7 +33,7 @@ def words_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(words_config: Path) -> Iterator[ServerProcess]:
     vectors = words_config.with_name("vectors.yaml")
     with ServerProcess(
-        [*CONFIGS, f"words={words_config}", f"vectors={vectors}"], ["--ui", "--allow-restart"], fresh=True
+        [*CONFIGS, f"words={words_config}", f"vectors={vectors}"], ["--ui", "--allow-restart"]
     ) as process:
         yield process
 

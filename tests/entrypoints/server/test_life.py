@@ -59,8 +59,8 @@ def begin(
 
 @pytest.mark.parametrize("whom", ["it", "all"])
 def test_sigterm_lets_what_runs_end_and_takes_nothing_new(whom: str) -> None:
-    """A service manager may signal all processes of a service."""
-    with ServerProcess(["tiny_omni"]) as server:
+    """A service manager may signal all processes of a service. One server is begun as users begin it."""
+    with ServerProcess(["tiny_omni"], fresh=whom == "it") as server:
         with httpx.Client(base_url=server.address) as kept:  # a connection that stays open
             kept.get("/health")
             thread, found = begin(server, CHAT, {**BODY, "max_tokens": 400, "ignore_eos": True})

@@ -18,6 +18,7 @@ from support.qwen_image import random_pipeline, random_transformer
 
 from vllm_omni import DiffusionParams, LoRA
 from vllm_omni.config.schema import LoRAConfig
+from vllm_omni.models.qwen_image import geometry
 
 KINDS = {"words": ("QwenImagePipeline", {}), "edits": ("QwenImageEditPlusPipeline", {"zero_cond_t": True})}
 MIXES: list[list[tuple[str, float]]] = [[], [("all", 1.0)], [("blocks", 0.7)], [("all", -0.5), ("blocks", 0.5)]]
@@ -28,6 +29,12 @@ SIZES = [(64, 64), (64, 64), (32, 96), (64, 96)]
 def random_image(seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8 + 4 * seed, 3), dtype=np.uint8)
     return Image.fromarray(pixels.repeat(8, 0).repeat(8, 1))
+
+
+@pytest.fixture(autouse=True)
+def small_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures to edit are so small that the tests are quick."""
+    monkeypatch.setattr(geometry, "EDITED_AREA", 192 * 192)
 
 
 @pytest.fixture(scope="module", params=KINDS)
