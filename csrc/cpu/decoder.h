@@ -34,14 +34,13 @@ struct Wanted {
 template <typename T>
 struct Room {
   SpreadRows<T> normed, attended, gated;  // what is multiplied
-  std::vector<T> qkv, query, gate_up;
+  std::vector<T> qkv, query;
   QuantizedRows quantized;
 
   Room(const Shape& shape, int64_t rows) {
     const int64_t queries = shape.heads.queries * shape.heads.size, keys = shape.heads.keys * shape.heads.size;
     normed.reserve(rows, shape.hidden), attended.reserve(rows, queries), gated.reserve(rows, shape.intermediate);
     qkv.resize(size_t(rows * (queries + 2 * keys))), query.resize(size_t(rows * queries));
-    gate_up.resize(size_t(rows * 2 * shape.intermediate));
     quantized.reserve(rows, std::max({shape.hidden, queries, shape.intermediate}));
   }
 };
@@ -86,9 +85,8 @@ void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const
   Plan plan;
   Team team;
   Heads heads = shape.heads;
-  const auto multiply_by = [&](const Linear<T>& linear, const SpreadRows<T>& x, int64_t rows, T* out,
-                               const T* residual = nullptr) {
-    project(team, x.row(0), x.stride, rows, linear, room.quantized, out, residual);
+  const auto factor = [&](const SpreadRows<T>& x, int64_t rows) {
+    return Factor<T>{x.row(0), x.stride, rows, room.quantized};
   };
 #pragma omp parallel num_threads(threads)
   for (int64_t index = 0; index < count; index++) {
@@ -100,7 +98,7 @@ void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const
     }
     norm(states, layer.attention_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.row(0), room.normed.stride);
     team.meet();
-    multiply_by(layer.qkv, room.normed, step.rows, room.qkv.data());
+    project(team, factor(room.normed, step.rows), layer.qkv, room.qkv.data());
     team.meet();
     place_heads(layer, shape, step, room.qkv.data(), cos, sin, caches[index], room.query.data());
     team.meet();
@@ -116,15 +114,13 @@ void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const
       }
       team.meet();
     }
-    multiply_by(layer.output, room.attended, rows, states, states);
+    project(team, factor(room.attended, rows), layer.output, states, states);
     team.meet();
     norm(states, layer.mlp_norm, rows, shape.hidden, shape.norm_epsilon, room.normed.row(0), room.normed.stride);
     team.meet();
-    multiply_by(layer.gate_up, room.normed, rows, room.gate_up.data());
+    project_gated(team, factor(room.normed, rows), layer.gate_up, room.gated.row(0), room.gated.stride);
     team.meet();
-    gate(room.gate_up.data(), rows, shape.intermediate, room.gated.row(0), room.gated.stride);
-    team.meet();
-    multiply_by(layer.down, room.gated, rows, states, states);
+    project(team, factor(room.gated, rows), layer.down, states, states);
     team.meet();
   }
 }

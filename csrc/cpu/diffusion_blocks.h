@@ -57,7 +57,7 @@ class BlockRun {
     for (const FullShape& shape : shapes_) packed_.emplace_back(shape);
     const int64_t attended = first.output.inputs, gated = first.down.inputs;
     normed_.reserve(rows_, hidden_), attended_.reserve(rows_, attended), gated_.reserve(rows_, gated);
-    products_.reset(new T[size_t(rows_ * std::max(first.qkv.outputs, first.gate_up.outputs))]);
+    products_.reset(new T[size_t(rows_ * first.qkv.outputs)]);
     update_.reset(new T[size_t(rows_ * hidden_)]);
     if (first.qkv.scales || first.output.scales || first.gate_up.scales || first.down.scales)
       quantized_.reserve(rows_, std::max({hidden_, attended, gated}));
@@ -76,13 +76,13 @@ class BlockRun {
   void attend(const DiffusionBlock<T>& block, int64_t index) {
     modulate_all(block.attention_norm, index, 0);
     team_.meet();
-    multiply_by(block.qkv, normed_, products_.get());
+    project(team_, factor(normed_), block.qkv, products_.get());
     team_.meet();
     for (const TokenSpan& span : spans_) place(heads_of(span), span.tokens, block.heads, span.turns);
     team_.meet();
     for (size_t i = 0; i < spans_.size(); i++) attend_span(block.heads, i);
     team_.meet();
-    multiply_by(block.output, attended_, update_.get());
+    project(team_, factor(attended_), block.output, update_.get());
     team_.meet();
     add_all(block.attended_norm, index, 1);
   }
@@ -90,11 +90,9 @@ class BlockRun {
   void feed_forward(const DiffusionBlock<T>& block, int64_t index) {
     modulate_all(block.mlp_norm, index, 2);
     team_.meet();
-    multiply_by(block.gate_up, normed_, products_.get());
+    project_gated(team_, factor(normed_), block.gate_up, gated_.row(0), gated_.stride);
     team_.meet();
-    gate(products_.get(), rows_, block.down.inputs, gated_.row(0), gated_.stride);
-    team_.meet();
-    multiply_by(block.down, gated_, update_.get());
+    project(team_, factor(gated_), block.down, update_.get());
     team_.meet();
     add_all(block.computed_norm, index, 3);
   }
@@ -127,9 +125,7 @@ class BlockRun {
     return products_.get() + span.token * (shape.query_heads + 2 * shape.key_heads) * shape.size;
   }
 
-  void multiply_by(const Linear<T>& linear, const SpreadRows<T>& x, T* out) {
-    project(team_, x.row(0), x.stride, rows_, linear, quantized_, out);
-  }
+  Factor<T> factor(const SpreadRows<T>& x) { return {x.row(0), x.stride, rows_, quantized_}; }
 
   Team team_;
   std::vector<TokenSpan> spans_;
@@ -140,7 +136,7 @@ class BlockRun {
   std::vector<FullShape> shapes_;            // of the spans
   std::vector<PackedHeads<T>> packed_;
   SpreadRows<T> normed_, attended_, gated_;  // what is multiplied
-  std::unique_ptr<T[]> products_, update_;   // qkv, then gates and ups; what is added to the states
+  std::unique_ptr<T[]> products_, update_;   // qkv; what is added to the states
   QuantizedRows quantized_;
 };
 

@@ -51,8 +51,9 @@ void multiply_gathered(const Gathering& gathering, const SpreadRows<T>& x, int64
   for (int64_t task = 0; task < tasks; task++) {
     const int64_t index = task / panels, start = gathering.starts[size_t(index)];
     const int64_t rows = gathering.starts[size_t(index) + 1] - start;
-    compute_panel<T>(x.row(start), x.stride, rows, choose(gathering.active[size_t(index)]), task % panels,
-                     out + start * outputs, nullptr);
+    const Linear<T>& linear = choose(gathering.active[size_t(index)]);
+    compute_panel(x.row(start), x.stride, rows, linear, task % panels,
+                  Finish<T>{linear, task % panels, out + start * outputs, nullptr});
   }
 }
 

@@ -209,18 +209,17 @@ inline void multiply_rows_in_halves(const float* x, int64_t stride, int64_t rows
   pass_rows(x, stride, rows, inputs, static_cast<const float*>(wide.data()), take);
 }
 
-// Rows of the product with one panel; x: rows that are `stride` elements apart.
-template <typename T>
-inline void compute_panel(const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, int64_t panel, T* out,
-                          const T* residual) {
-  const Finish<T> finish{linear, panel, out, residual};
+// Rows of the product with one panel; x: rows that are `stride` elements apart. take: as of `pass_rows`.
+template <typename T, typename Take>
+inline void compute_panel(const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, int64_t panel,
+                          const Take& take) {
   const int64_t before = panel * kPanel * linear.inputs;
   if constexpr (sizeof(T) == 4)
     if (linear.is_in_halves) {
-      multiply_rows_in_halves(x, stride, rows, linear.inputs, static_cast<const bfloat16*>(linear.weight) + before, finish);
+      multiply_rows_in_halves(x, stride, rows, linear.inputs, static_cast<const bfloat16*>(linear.weight) + before, take);
       return;
     }
-  multiply_rows(x, stride, rows, linear.inputs, static_cast<const T*>(linear.weight) + before, finish);
+  multiply_rows(x, stride, rows, linear.inputs, static_cast<const T*>(linear.weight) + before, take);
 }
 
 // Calls `work` with each panel and some of the rows, by one thread of a team each; blocks of rows are as equal as can be,
@@ -233,16 +232,6 @@ inline void share_panels(int64_t rows, int64_t outputs, const Work& work) {
     const int64_t block = task / panels, row = block * rows / blocks;
     work(task % panels, row, (block + 1) * rows / blocks - row);
   }
-}
-
-// x [rows, inputs], rows `stride` elements apart -> out [rows, outputs]. To be called by every thread of a team, which
-// shares the panels.
-template <typename T>
-void multiply(const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, T* out, const T* residual = nullptr) {
-  share_panels(rows, linear.outputs, [&](int64_t panel, int64_t row, int64_t count) {
-    const int64_t at = row * linear.outputs;
-    compute_panel(x + row * stride, stride, count, linear, panel, out + at, residual ? residual + at : nullptr);
-  });
 }
 
 // [outputs, inputs] -> panels, each in the place of its rows.

@@ -3,6 +3,7 @@
 // vllm_omni/layers/quantization.py says in torch.
 #pragma once
 
+#include "elementwise.h"
 #include "gemm.h"
 #include "team.h"
 
@@ -117,68 +118,105 @@ inline void multiply_panel(const int8_t* x, int64_t stride, const int8_t* panel,
 }
 #endif
 
-// Exact sums of rows to the product, as Finish has it. shift: of the sums of a row, what is too much; first: of the rows.
-template <typename T>
-struct FinishExact {
-  const Finish<T>& finish;
+// Exact sums of rows to those of the product. shift: of the sums of a row, what is too much; first: of the rows.
+template <typename Take>
+struct TakeExact {
+  const Take& take;
+  const float* weight_scales;  // of the panel
   const QuantizedRows& x;
   int64_t first;
   int32_t shift;
 
   void operator()(int64_t row, int64_t i, IntVec exact) const {
     const Vec sum = __builtin_convertvector(exact - shift * x.sums[size_t(first + row)], Vec);
-    const float* scales = finish.linear.scales + finish.panel * kPanel + i;
-    finish(row, i, rounded_product(sum * rounded_product(x.scales[size_t(first + row)] * load(scales))));
+    take(row, i, rounded_product(sum * rounded_product(x.scales[size_t(first + row)] * load(weight_scales + i))));
   }
 };
 
 // The rows from `first` on with one panel.
-template <typename T>
+template <typename T, typename Take>
 inline void compute_panel(const QuantizedRows& x, int64_t first, int64_t rows, const Linear<T>& linear, int64_t panel,
-                          T* out, const T* residual) {
+                          const Take& take) {
   const int64_t inputs = linear.inputs, stride = x.numbers.stride;
   const int8_t* weight = static_cast<const int8_t*>(linear.weight) + panel * kPanel * inputs;
   const int8_t* numbers = x.numbers.row(first);
-  const Finish<T> finish{linear, panel, out, residual};
+  const float* scales = linear.scales + panel * kPanel;
 #if defined(OMNI_TILES)
   if (inputs % kTileBytes == 0) {
-    const FinishExact<T> take{finish, x, first, 0};
+    const TakeExact<Take> take_exact{take, scales, x, first, 0};
     multiply_panel_by_tiles(numbers, stride, rows, inputs, weight, [&](const int32_t* sums, int64_t begin, int64_t count) {
       for (int64_t row = 0; row < count; row++)
         for (int64_t i = 0; i < kPanel; i += kWidth) {
           IntVec exact;
           std::memcpy(&exact, sums + row * kPanel + i, sizeof(exact));
-          take(begin + row, i, exact);
+          take_exact(begin + row, i, exact);
         }
     });
     return;
   }
 #endif
-  const FinishExact<T> take{finish, x, first, kIsShifted ? 128 : 0};
+  const TakeExact<Take> take_exact{take, scales, x, first, kIsShifted ? 128 : 0};
   in_passes(rows, [&](int64_t row, auto number) {
     IntVec exact[number.value][kVectors] = {};
     multiply_panel<number.value>(numbers + row * stride, stride, weight, inputs, exact);
     for (int r = 0; r < number.value; r++)
-      for (int v = 0; v < kVectors; v++) take(row + r, v * kWidth, exact[r][v]);
+      for (int v = 0; v < kVectors; v++) take_exact(row + r, v * kWidth, exact[r][v]);
   });
 }
 
-// x [rows, inputs], rows `stride` elements apart -> out [rows, outputs], by either kind of weight. To be called by every
-// thread of a team.
+// x [rows, inputs], rows `stride` elements apart, as either kind of weight is multiplied with it.
 template <typename T>
-void project(Team& team, const T* x, int64_t stride, int64_t rows, const Linear<T>& linear, QuantizedRows& quantized,
-             T* out, const T* residual = nullptr) {
-  if (!linear.scales) {
-    multiply(x, stride, rows, linear, out, residual);
-    return;
-  }
+struct Factor {
+  const T* x;
+  int64_t stride, rows;
+  QuantizedRows& quantized;
+
+  // Before panels of such a weight are computed; by every thread of a team.
+  void prepare(Team& team, const Linear<T>& linear) const {
+    if (!linear.scales) return;
 #pragma omp for schedule(static) nowait
-  for (int64_t row = 0; row < rows; row++)
-    quantize_row(x + row * stride, linear.inputs, quantized.numbers.row(row), &quantized.scales[size_t(row)],
-                 &quantized.sums[size_t(row)]);
-  team.meet();
-  share_panels(rows, linear.outputs, [&](int64_t panel, int64_t row, int64_t count) {
-    compute_panel(quantized, row, count, linear, panel, out, residual);
+    for (int64_t row = 0; row < rows; row++)
+      quantize_row(x + row * stride, linear.inputs, quantized.numbers.row(row), &quantized.scales[size_t(row)],
+                   &quantized.sums[size_t(row)]);
+    team.meet();
+  }
+
+  template <typename Take>
+  void compute(const Linear<T>& linear, int64_t panel, int64_t first, int64_t count, const Take& take) const {
+    if (linear.scales)
+      compute_panel(quantized, first, count, linear, panel, take);
+    else
+      compute_panel(x + first * stride, stride, count, linear, panel, take);
+  }
+};
+
+// x -> out [rows, outputs]. To be called by every thread of a team, which shares the panels.
+template <typename T>
+void project(Team& team, const Factor<T>& x, const Linear<T>& linear, T* out, const T* residual = nullptr) {
+  x.prepare(team, linear);
+  share_panels(x.rows, linear.outputs, [&](int64_t panel, int64_t row, int64_t count) {
+    const int64_t at = row * linear.outputs;
+    x.compute(linear, panel, row, count, Finish<T>{linear, panel, out + at, residual ? residual + at : nullptr});
+  });
+}
+
+// silu(gate) * up of a product [gate, up] of two whole numbers of panels -> out [rows, outputs / 2], rows `out_stride`
+// elements apart. A panel of each are computed one after the other, so that neither is written to memory as a whole.
+template <typename T>
+void project_gated(Team& team, const Factor<T>& x, const Linear<T>& linear, T* out, int64_t out_stride) {
+  const int64_t width = linear.outputs / 2;
+  x.prepare(team, linear);
+  share_panels(x.rows, width, [&](int64_t panel, int64_t first, int64_t count) {
+    alignas(64) thread_local T gates[(kRowsInCache + 1) * kPanel];
+    const T* bias = linear.bias ? linear.bias + panel * kPanel : nullptr;
+    x.compute(linear, panel, first, count, [&](int64_t row, int64_t i, Vec y) {
+      store(gates + row * kPanel + i, bias ? y + load(bias + i) : y);
+    });
+    T* to = out + first * out_stride + panel * kPanel;
+    x.compute(linear, panel + width / kPanel, first, count, [&](int64_t row, int64_t i, Vec y) {
+      const Vec up = rounded<T>(bias ? y + load(bias + width + i) : y);
+      store(to + row * out_stride + i, rounded<T>(silu(load(gates + row * kPanel + i))) * up);
+    });
   });
 }
 
@@ -198,7 +236,8 @@ void multiply_all(const T* x, int64_t rows, const Linear<T>& linear, T* out, int
       spread.fill(x, rows, linear.inputs);
       team.meet();
     }
-    project(team, is_spread ? spread.row(0) : x, is_spread ? spread.stride : linear.inputs, rows, linear, quantized, out);
+    const Factor<T> factor{is_spread ? spread.row(0) : x, is_spread ? spread.stride : linear.inputs, rows, quantized};
+    project(team, factor, linear, out);
   }
 }
 

@@ -301,10 +301,15 @@ def quantised(decoder: Decoder, quantization: str = "int8") -> Decoder:
 
 
 def make_decoder(
-    dtype: torch.dtype, *, biases: bool, head_norms: bool, windows: tuple[int | None, ...] = ()
+    dtype: torch.dtype,
+    *,
+    biases: bool,
+    head_norms: bool,
+    windows: tuple[int | None, ...] = (),
+    intermediate_size: int = 96,
 ) -> Decoder:
     raw = {
-        **{"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+        **{"vocab_size": 64, "hidden_size": 64, "intermediate_size": intermediate_size, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
     }
     config = DecoderConfig(
@@ -372,6 +377,13 @@ def test_layers_in_one_call_equal_them_one_by_one(
         cache = step.cache.clone()
         assert torch.equal(run(decoder, NativeAttention, cache, wanted=wanted), native[wanted])
         assert torch.equal(cache, native_cache)
+
+
+def test_layers_are_run_one_by_one_where_a_panel_holds_gates_and_ups() -> None:
+    decoder = make_decoder(torch.float32, biases=False, head_norms=True, intermediate_size=48)
+    pack_linears(decoder)
+    assert all(isinstance(part.packing, NativePacking) for part in decoder.modules() if isinstance(part, Linear))
+    assert decoder.native() is None
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from vllm_omni.layers.attention.base import AttentionMetadata
 from vllm_omni.layers.linear import Linear
 from vllm_omni.layers.native.attention import fits, step_struct
 from vllm_omni.layers.native.library import Kernels, kernels, pointer, threads_for
-from vllm_omni.layers.native.packed import NativePacking, linear_struct
+from vllm_omni.layers.native.packed import NativePacking, can_gate, linear_struct
 from vllm_omni.layers.native.structures import (
     CacheStruct,
     HeadsStruct,
@@ -71,6 +71,8 @@ class NativeLayers:
         if not layers or not fits(num_heads, num_kv_heads, head_dim):
             return None
         if not all(isinstance(linear.packing, NativePacking) for layer in layers for linear in layer.linears):
+            return None
+        if not all(can_gate(layer.gate_up) for layer in layers):
             return None
         functions = kernels(layers[0].attention_norm.dtype)
         heads = HeadsStruct(num_heads, num_kv_heads, head_dim, 0, head_dim**-0.5)

@@ -19,7 +19,7 @@ from vllm_omni.layers.native.decoder import struct_of
 from vllm_omni.layers.native.diffusion import norm_struct
 from vllm_omni.layers.native.full_attention import fits
 from vllm_omni.layers.native.library import Kernels, kernels_for, pointer, threads_for
-from vllm_omni.layers.native.packed import NativePacking
+from vllm_omni.layers.native.packed import NativePacking, can_gate
 from vllm_omni.layers.native.structures import (
     DiffusionBlockStruct,
     HeadRowStruct,
@@ -72,8 +72,8 @@ class NativeBlocks:
         """None where the kernels do not take such blocks, or their weights are packed in another way."""
         if not blocks or not all(isinstance(x.packing, NativePacking) for block in blocks for x in block.linears):
             return None
-        row = blocks[0].head_row
-        return cls(blocks) if fits(row.queries, row.keys, row.size) else None
+        row, (_, _, gate_up, _) = blocks[0].head_row, blocks[0].linears
+        return cls(blocks) if fits(row.queries, row.keys, row.size) and can_gate(gate_up) else None
 
     def functions(self, hidden: Tensor, condition: Tensor | None) -> Kernels | None:
         """None where the kernels are not to compute such states, or what comes of such a condition."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from vllm_omni.layers.native.library import Kernels, kernels, pointer, threads_f
 from vllm_omni.layers.native.structures import LinearStruct
 from vllm_omni.layers.quantization import dequantize
 from vllm_omni.utils.device import is_cpu
+
+if TYPE_CHECKING:
+    from vllm_omni.layers.linear import Linear
 
 PANEL = 32  # rows of a weight that stand side by side; csrc/cpu/panels.h
 STEP_BYTES = 4  # of a row that stand side by side in a panel
@@ -66,6 +71,11 @@ class NativePacking:
         threads = threads_for(out.numel())
         self._layout.unpack_rows(pointer(packed), packed.shape[1], pointer(ids), len(ids), pointer(out), threads)
         return (out if self._scales is None else dequantize(out, self._scales[ids])).to(self._dtype)
+
+
+def can_gate(layer: Linear) -> bool:
+    """Whether the product [gate, up] of a packed layer is gated panel by panel, as whole layers do."""
+    return isinstance(layer.packing, NativePacking) and layer.out_features % (2 * PANEL) == 0
 
 
 def linear_struct(packed: Tensor, scales: Tensor | None, bias: Tensor | None) -> LinearStruct:
