@@ -56,7 +56,16 @@ inline void rotate_row(const T* x, const T* cos, const T* sin, int64_t size, T* 
 
 inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
 
-// silu(gate) * up of rows [gate, up] -> [rows, width], rows `stride` elements apart.
+// silu(gate) * up.
+template <typename T>
+inline void gate_row(const T* gates, const T* ups, int64_t size, T* out) {
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) store(out + i, rounded<T>(silu(load(gates + i))) * load(ups + i));
+  for (; i < size; i++)
+    store_one(out + i, rounded_one<T>(silu(splat(load_one(gates + i)))[0]) * load_one(ups + i));
+}
+
+// Of rows [gate, up] -> [rows, width], rows `stride` elements apart.
 template <typename T>
 void gate(const T* gate_up, int64_t rows, int64_t width, T* out, int64_t stride) {
   constexpr int64_t kPiece = 1024;
@@ -65,15 +74,8 @@ void gate(const T* gate_up, int64_t rows, int64_t width, T* out, int64_t stride)
   for (int64_t task = 0; task < rows * pieces; task++) {
     const int64_t row = task / pieces, begin = task % pieces * kPiece;
     const int64_t stop = begin + kPiece < width ? begin + kPiece : width;
-    const T *gates = gate_up + row * 2 * width, *ups = gates + width;
-    T* to = out + row * stride;
-    int64_t i = begin;
-    for (; i + kWidth <= stop; i += kWidth) {
-      store(to + i, rounded<T>(silu(load(gates + i))) * load(ups + i));
-    }
-    for (; i < stop; i++) {
-      store_one(to + i, rounded_one<T>(silu(splat(load_one(gates + i)))[0]) * load_one(ups + i));
-    }
+    const T* gates = gate_up + row * 2 * width + begin;
+    gate_row(gates, gates + width, stop - begin, out + row * stride + begin);
   }
 }
 

@@ -52,8 +52,9 @@ void multiply_gathered(const Gathering& gathering, const SpreadRows<T>& x, int64
     const int64_t index = task / panels, start = gathering.starts[size_t(index)];
     const int64_t rows = gathering.starts[size_t(index) + 1] - start;
     const Linear<T>& linear = choose(gathering.active[size_t(index)]);
-    compute_panel(x.row(start), x.stride, rows, linear, task % panels,
-                  Finish<T>{linear, task % panels, out + start * outputs, nullptr});
+    const int64_t panel = task % panels;
+    compute_panel(x.row(start), x.stride, rows, linear, panel,
+                  Finish<T>{linear, panel, out + start * outputs + panel * kPanel, outputs, nullptr});
   }
 }
 

@@ -117,18 +117,19 @@ inline void multiply_panel(const bfloat16* x, int64_t stride, const bfloat16* pa
 }
 #endif
 
-// Where the sums of rows with one panel go, `out` [rows, outputs]; with `residual`, which is shaped as `out`, its sum with
-// what the product is when it is rounded.
+// Where the sums of rows with one panel go, rows of `out` that are `stride` elements apart; with `residual`, which is shaped
+// as `out`, its sum with what the product is when it is rounded.
 template <typename T>
 struct Finish {
   const Linear<T>& linear;
   int64_t panel;
   T* out;
+  int64_t stride;
   const T* residual;
 
   void operator()(int64_t row, int64_t i, Vec y) const {
-    const int64_t column = panel * kPanel + i, at = row * linear.outputs + column;
-    if (linear.bias) y += load(linear.bias + column);
+    const int64_t at = row * stride + i;
+    if (linear.bias) y += load(linear.bias + panel * kPanel + i);
     if (residual) y = rounded<T>(y) + load(residual + at);
     store(out + at, y);
   }

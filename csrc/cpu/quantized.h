@@ -195,8 +195,9 @@ template <typename T>
 void project(Team& team, const Factor<T>& x, const Linear<T>& linear, T* out, const T* residual = nullptr) {
   x.prepare(team, linear);
   share_panels(x.rows, linear.outputs, [&](int64_t panel, int64_t row, int64_t count) {
-    const int64_t at = row * linear.outputs;
-    x.compute(linear, panel, row, count, Finish<T>{linear, panel, out + at, residual ? residual + at : nullptr});
+    const int64_t at = row * linear.outputs + panel * kPanel;
+    const Finish<T> finish{linear, panel, out + at, linear.outputs, residual ? residual + at : nullptr};
+    x.compute(linear, panel, row, count, finish);
   });
 }
 
@@ -207,16 +208,15 @@ void project_gated(Team& team, const Factor<T>& x, const Linear<T>& linear, T* o
   const int64_t width = linear.outputs / 2;
   x.prepare(team, linear);
   share_panels(x.rows, width, [&](int64_t panel, int64_t first, int64_t count) {
-    alignas(64) thread_local T gates[(kRowsInCache + 1) * kPanel];
-    const T* bias = linear.bias ? linear.bias + panel * kPanel : nullptr;
-    x.compute(linear, panel, first, count, [&](int64_t row, int64_t i, Vec y) {
-      store(gates + row * kPanel + i, bias ? y + load(bias + i) : y);
-    });
-    T* to = out + first * out_stride + panel * kPanel;
-    x.compute(linear, panel + width / kPanel, first, count, [&](int64_t row, int64_t i, Vec y) {
-      const Vec up = rounded<T>(bias ? y + load(bias + width + i) : y);
-      store(to + row * out_stride + i, rounded<T>(silu(load(gates + row * kPanel + i))) * up);
-    });
+    alignas(64) thread_local T both[kRowsInCache * 2 * kPanel];  // of each row a panel of gates and one of ups
+    for (int64_t half = 0; half < 2; half++) {
+      const int64_t its = panel + half * width / kPanel;
+      x.compute(linear, its, first, count, Finish<T>{linear, its, both + half * kPanel, 2 * kPanel, nullptr});
+    }
+    for (int64_t row = 0; row < count; row++) {
+      const T* gates = both + row * 2 * kPanel;
+      gate_row(gates, gates + kPanel, kPanel, out + (first + row) * out_stride + panel * kPanel);
+    }
   });
 }
 
