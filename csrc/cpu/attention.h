@@ -15,7 +15,7 @@ namespace omni {
 constexpr int64_t kTile = kPanel;        // tokens at once
 constexpr int64_t kMostSize = 256;       // of a head
 constexpr int64_t kMostGroup = 16;       // query heads of a key-value head
-constexpr int64_t kMostQueries = 64;     // of a task: rows times heads
+constexpr int64_t kMostQueries = 128;    // of a task: rows times heads
 constexpr int64_t kManyQueries = 8;      // of a sequence, from which on tiles are packed, and multiplied as weights are
 constexpr int64_t kPartTokens = 1024;
 
