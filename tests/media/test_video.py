@@ -5,6 +5,7 @@ and how much memory it takes to write them.
 from __future__ import annotations
 
 import io
+import random
 import re
 import subprocess
 import sys
@@ -115,6 +116,20 @@ def test_odd_sides_get_their_last_line_twice(form: str) -> None:
     frames, _ = decoded(encode_video(video, form))
     assert frames.shape == (12, 34, 48, 3)
     assert np.abs(frames[:, :33, :47].astype(int) - video.frames).mean() < 8
+
+
+@pytest.mark.parametrize("form", VIDEO_FORMATS)
+def test_the_same_frames_and_sound_are_the_same_file(form: str) -> None:
+    """Whatever was in the memory that an encoder is given: some have read what nobody wrote."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 40, 40, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+    video = Video(pixels, 12.0, audio=Audio(tone(0.7, RATE), RATE))
+    draws, others = random.Random(0), [bytearray()] * 50
+    files = set()
+    for _ in range(25):
+        for index in draws.sample(range(50), 5):
+            others[index] = bytearray(draws.randbytes(draws.randrange(200_000)))
+        files.add(encode_video(video, form))
+    assert len(files) == 1
 
 
 @pytest.mark.parametrize("form", FILMS)
