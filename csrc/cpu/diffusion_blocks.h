@@ -57,7 +57,7 @@ class BlockRun {
     for (const FullShape& shape : shapes_) packed_.emplace_back(shape);
     const int64_t attended = first.output.inputs, gated = first.down.inputs;
     normed_.reserve(rows_, hidden_), attended_.reserve(rows_, attended), gated_.reserve(rows_, gated);
-    products_.reset(new T[size_t(rows_ * first.qkv.outputs)]);
+    qkv_.reset(new T[size_t(rows_ * first.qkv.outputs)]);
     update_.reset(new T[size_t(rows_ * hidden_)]);
     if (first.qkv.scales || first.output.scales || first.gate_up.scales || first.down.scales)
       quantized_.reserve(rows_, std::max({hidden_, attended, gated}));
@@ -76,7 +76,7 @@ class BlockRun {
   void attend(const DiffusionBlock<T>& block, int64_t index) {
     modulate_all(block.attention_norm, index, 0);
     team_.meet();
-    project(team_, factor(normed_), block.qkv, products_.get());
+    project(team_, factor(normed_), block.qkv, qkv_.get());
     team_.meet();
     for (const TokenSpan& span : spans_) place(heads_of(span), span.tokens, block.heads, span.turns);
     team_.meet();
@@ -122,7 +122,7 @@ class BlockRun {
 
   T* heads_of(const TokenSpan& span) {
     const FullShape& shape = shapes_[0];
-    return products_.get() + span.token * (shape.query_heads + 2 * shape.key_heads) * shape.size;
+    return qkv_.get() + span.token * (shape.query_heads + 2 * shape.key_heads) * shape.size;
   }
 
   Factor<T> factor(const SpreadRows<T>& x) { return {x.row(0), x.stride, rows_, quantized_}; }
@@ -136,7 +136,7 @@ class BlockRun {
   std::vector<FullShape> shapes_;            // of the spans
   std::vector<PackedHeads<T>> packed_;
   SpreadRows<T> normed_, attended_, gated_;  // what is multiplied
-  std::unique_ptr<T[]> products_, update_;   // qkv; what is added to the states
+  std::unique_ptr<T[]> qkv_, update_;        // update_: what is added to the states
   QuantizedRows quantized_;
 };
 

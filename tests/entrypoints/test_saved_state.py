@@ -23,7 +23,6 @@ from vllm_omni.errors import InvalidRequestError, SchedulerError
 from vllm_omni.request import RequestStatus
 from vllm_omni.utils.tensor_document import read_document, write_document
 
-ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle left of a blue square"
 STEPS = 8
 PLAIN = DiffusionParams(seed=7, num_inference_steps=STEPS)

@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # no child's
         kind, program, *words = order["arguments"]
         sys.argv[:] = [program if kind == "-m" else kind, *words]
-        fork_client.use(_ForkedServer(os.environ))
+        fork_client._server, fork_client._served = _ForkedServer(os.environ), fork_client._surroundings()
         write_message(connection, {"runs": True})
     status: object = 0
     try:

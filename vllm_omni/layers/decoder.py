@@ -175,19 +175,21 @@ class Decoder(nn.Module):
         """
         context.tap(0, states)
         cut = self._cut(context, deep)
+        whole, last = (dataclasses.replace(context, wanted_rows=rows) for rows in (None, cut))
         if context.followers is not None:
-            context.followers.follow(states, positions, context, cut)
+            context.followers.follow(states, positions, last)
         cos, sin = self.rotary(positions, states.dtype, context.rope_lengths)
         runs_natively = context.attention.runs_layers and acting() is None  # adapters act on layers one by one
         native = self.native() if runs_natively else None
         done = 0
         for stop in self._stops(context, deep):
-            wanted = cut if stop == context.num_layers else None
+            of_layer = last if stop == context.num_layers else whole
             if native is not None:
-                states = native.run(done, stop, states, cos, sin, context.attention.metadata, context.kv_cache, wanted)
+                metadata, wanted = context.attention.metadata, of_layer.wanted_rows
+                states = native.run(done, stop, states, cos, sin, metadata, context.kv_cache, wanted)
             else:
                 for index, layer in enumerate(self.layers.present(done, stop), done):
-                    states = layer(states, cos, sin, context, index, wanted if index + 1 == stop else None)
+                    states = layer(states, cos, sin, of_layer if index + 1 == stop else whole, index)
             done = stop
             if stop < self.config.num_layers:
                 context.tap(stop, states)
@@ -196,7 +198,7 @@ class Decoder(nn.Module):
         if context.num_layers == self.config.num_layers:
             states = self.norm(states)
             context.tap(context.num_layers, states)
-        return states if cut is not None or context.wanted_rows is None else states[context.wanted_rows]
+        return states if cut is not None else context.wanted(states)
 
     def _cut(self, context: ForwardContext, deep: DeepRows | None) -> Tensor | None:
         """The wanted rows, where the last layer that runs may compute them alone behind its keys and values; None
@@ -235,18 +237,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
-    def forward(
-        self,
-        states: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        context: ForwardContext,
-        index: int,
-        wanted: Tensor | None = None,
-    ) -> Tensor:
-        """states: [N, D] -> [N, D]; wanted: [R] int64, the rows that go on behind the keys and values -> [R, D]."""
-        attended = self.self_attn(self.input_layernorm(states), cos, sin, context, index, wanted)
-        states = states if wanted is None else states[wanted]
+    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
+        """states: [N, D] -> [N, D], or [R, D] of the rows that the context wants, which alone go on behind the keys and
+        values.
+        """
+        attended = self.self_attn(self.input_layernorm(states), cos, sin, context, index)
+        states = context.wanted(states)
         states, normed = self.post_attention_layernorm.after_sum(states, attended)
         return states + self.mlp(normed)
 
@@ -282,19 +278,11 @@ class DecoderAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None
 
-    def forward(
-        self,
-        states: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        context: ForwardContext,
-        index: int,
-        wanted: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, index: int) -> Tensor:
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         query, key, value = placed_rows(self.qkv_proj(states), *self.num_heads, norms, cos, sin)
         attended = context.attention(query, key, value, context.kv_cache[index], self.window)
-        return self.o_proj((attended if wanted is None else attended[wanted]).flatten(1))
+        return self.o_proj(context.wanted(attended).flatten(1))
 
 
 class DecoderMLP(nn.Module):

@@ -52,9 +52,9 @@ class HiddenStateTaps:
 class Followers(Protocol):
     """The other ranks of a decoder of which this one has a share."""
 
-    def follow(self, states: Tensor, positions: Tensor, context: ForwardContext, wanted_rows: Tensor | None) -> None:
-        """Has them run the pass that begins: as the arguments of a Decoder. wanted_rows: those that the last layer is
-        cut to; None: it is not.
+    def follow(self, states: Tensor, positions: Tensor, context: ForwardContext) -> None:
+        """Has them run the pass that begins: as the arguments of a Decoder. The rows that the context wants are those
+        that the last layer computes.
         """
 
 
@@ -77,6 +77,10 @@ class ForwardContext:
         """
         tapped = self.taps.layers if self.taps is not None else ()
         return sorted({layer for layer in tapped if 0 < layer < min(self.num_layers, depth)} | {self.num_layers} - {0})
+
+    def wanted(self, rows: Tensor) -> Tensor:
+        """Of [N, ...] those that are wanted, [R, ...]."""
+        return rows if self.wanted_rows is None else rows[self.wanted_rows]
 
     def taps_all(self, layer: int) -> bool:
         """Whether the states of all tokens are kept at an index of `hidden_states`."""

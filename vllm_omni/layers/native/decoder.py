@@ -72,7 +72,7 @@ class NativeLayers:
             return None
         if not all(isinstance(linear.packing, NativePacking) for layer in layers for linear in layer.linears):
             return None
-        if not all(can_gate(layer.gate_up) for layer in layers):
+        if not all(can_gate(layer.gate_up.out_features) for layer in layers):
             return None
         functions = kernels(layers[0].attention_norm.dtype)
         heads = HeadsStruct(num_heads, num_kv_heads, head_dim, 0, head_dim**-0.5)

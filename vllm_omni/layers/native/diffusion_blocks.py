@@ -73,7 +73,7 @@ class NativeBlocks:
         if not blocks or not all(isinstance(x.packing, NativePacking) for block in blocks for x in block.linears):
             return None
         row, (_, _, gate_up, _) = blocks[0].head_row, blocks[0].linears
-        return cls(blocks) if fits(row.queries, row.keys, row.size) and can_gate(gate_up) else None
+        return cls(blocks) if fits(row.queries, row.keys, row.size) and can_gate(gate_up.out_features) else None
 
     def functions(self, hidden: Tensor, condition: Tensor | None) -> Kernels | None:
         """None where the kernels are not to compute such states, or what comes of such a condition."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,6 @@ from vllm_omni.layers.native.library import Kernels, kernels, pointer, threads_f
 from vllm_omni.layers.native.structures import LinearStruct
 from vllm_omni.layers.quantization import dequantize
 from vllm_omni.utils.device import is_cpu
-
-if TYPE_CHECKING:
-    from vllm_omni.layers.linear import Linear
 
 PANEL = 32  # rows of a weight that stand side by side; csrc/cpu/panels.h
 STEP_BYTES = 4  # of a row that stand side by side in a panel
@@ -73,9 +68,9 @@ class NativePacking:
         return (out if self._scales is None else dequantize(out, self._scales[ids])).to(self._dtype)
 
 
-def can_gate(layer: Linear) -> bool:
-    """Whether the product [gate, up] of a packed layer is gated panel by panel, as whole layers do."""
-    return isinstance(layer.packing, NativePacking) and layer.out_features % (2 * PANEL) == 0
+def can_gate(outputs: int) -> bool:
+    """Whether a product [gate, up] of so many outputs is whole panels of each, as layers in one call gate them."""
+    return outputs % (2 * PANEL) == 0
 
 
 def linear_struct(packed: Tensor, scales: Tensor | None, bias: Tensor | None) -> LinearStruct:

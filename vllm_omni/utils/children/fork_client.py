@@ -175,13 +175,6 @@ def fork_child(module: str, files: Sequence[int], output: int | None, imports: S
         raise
 
 
-def use(server: ForkServer) -> None:
-    """For children that are begun in the surroundings of this moment."""
-    global _server, _served
-    with _guard:
-        _server, _served = server, _surroundings()
-
-
 def learn(modules: Iterable[str]) -> None:
     """What a child has imported: those that are forked later have it. Modules of large libraries alone count."""
     _learned.update((name, None) for name in modules if name.partition(".")[0] in LIBRARIES)

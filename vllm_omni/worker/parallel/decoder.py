@@ -62,7 +62,7 @@ class DecoderLead:
         """Around a step."""
         return self._group.guarded()
 
-    def follow(self, states: Tensor, positions: Tensor, context: ForwardContext, wanted_rows: Tensor | None) -> None:
+    def follow(self, states: Tensor, positions: Tensor, context: ForwardContext) -> None:
         metadata = context.attention.metadata
         most = -(-max(metadata.context_lens) // metadata.block_size)
         plain = [
@@ -72,9 +72,9 @@ class DecoderLead:
             metadata.block_size,
             sorted(metadata.query_only),
             context.rope_lengths is not None,
-            wanted_rows is not None,
+            context.wanted_rows is not None,
         ]
-        others = [tensor for tensor in (context.rope_lengths, wanted_rows) if tensor is not None]
+        others = [tensor for tensor in (context.rope_lengths, context.wanted_rows) if tensor is not None]
         tables = metadata.block_table[:, :most]
         self._group.send(plain, [states, positions, metadata.slot_mapping, tables, *others])
 
