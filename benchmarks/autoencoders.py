@@ -86,9 +86,10 @@ class Ours:
         """[frames, H, W, 3]."""
         import torch
 
+        from vllm_omni.layers.native.results import reused_results
         from vllm_omni.worker.diffusion.previewer import to_pixels
 
-        with torch.inference_mode():
+        with torch.inference_mode(), reused_results():
             latents = case.latents(16, repeat)[0]
             if self._kind == "Wan 2.1":
                 return torch.cat(list(self._vae.decode(latents))).numpy()

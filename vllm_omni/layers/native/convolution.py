@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.layers.native.library import Kernels, pointer, threads_for
+from vllm_omni.layers.native.results import result
 from vllm_omni.layers.native.structures import FilterStruct, PicturesStruct
 
 PANEL = 32  # csrc/cpu/panels.h
@@ -46,7 +47,7 @@ def convolve(
     assert x.dtype == packed.dtype and frames * inputs == packed.shape[-1], f"got {list(x.shape)} of {x.dtype}"
     count, outputs = len(x) - frames + 1, packed.shape[0] * PANEL
     scale = 2 if doubled else 1
-    out = x.new_empty(count, height * scale, width * scale, outputs)
+    out = result(x, count, height * scale, width * scale, outputs)
     pictures = PicturesStruct(count, height, width, inputs, outputs, frames)
     read = last(x)
     added = None if residual is None else last(residual)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.layers.native.library import Kernels, kernels, pointer, threads_for
+from vllm_omni.layers.native.results import result
 from vllm_omni.layers.native.structures import LinearStruct
 from vllm_omni.layers.quantization import dequantize
 from vllm_omni.utils.device import is_cpu
@@ -51,7 +52,7 @@ class NativePacking:
         outputs, inputs = packed.shape
         assert x.shape[-1] == inputs and x.dtype == self._dtype, f"got {list(x.shape)} of {x.dtype}"
         x = x.contiguous()
-        out = x.new_empty(*x.shape[:-1], outputs)
+        out = result(x, *x.shape[:-1], outputs)
         struct = linear_struct(packed, self._scales, bias)
         threads = threads_for(x.numel() * outputs)
         self._kernels.multiply(x.data_ptr(), x.numel() // inputs, struct, out.data_ptr(), threads)

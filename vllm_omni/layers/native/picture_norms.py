@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vllm_omni.layers.native.diffusion import glue_threads
 from vllm_omni.layers.native.library import Kernels, pointer
+from vllm_omni.layers.native.results import result
 from vllm_omni.layers.native.structures import GroupNormStruct
 
 WIDTH = 16  # csrc/cpu/simd.h: channels of a vector, at most
@@ -28,7 +29,7 @@ def group_norm(
     """x: [R, C, h, w], its channels last in memory -> the same shape and memory. activated: SiLU of it."""
     pictures, channels, height, width = x.shape
     pixels = x.movedim(1, -1)
-    out = x.new_empty(pixels.shape)
+    out = result(x, *pixels.shape)
     shape = GroupNormStruct(pictures, height * width, channels, num_groups, epsilon, activated)
     functions.group_norm(pointer(pixels), shape, pointer(weight), pointer(bias), pointer(out), glue_threads(x))
     return out.movedim(-1, 1)
@@ -37,7 +38,7 @@ def group_norm(
 def norm_pixels(functions: Kernels, x: Tensor, weight: Tensor, epsilon: float, *, activated: bool) -> Tensor:
     """x: [R, C, ..], its channels last in memory -> the same shape and memory. weight: [C]. activated: SiLU of it."""
     pixels = x.movedim(1, -1)
-    out = x.new_empty(pixels.shape)
+    out = result(x, *pixels.shape)
     sizes = x.numel() // x.shape[1], x.shape[1], epsilon, activated
     functions.norm_pixels(pointer(pixels), pointer(weight), *sizes, pointer(out), glue_threads(x))
     return out.movedim(-1, 1)

@@ -18,6 +18,7 @@ from vllm_omni.core.diffusion.caches.base import RowCache, StepCachePolicy
 from vllm_omni.core.diffusion.dit_cache_manager import DiTCacheManager
 from vllm_omni.errors import ConfigError, StageError
 from vllm_omni.layers.lora import AdapterMix, UnplacedRowsError, acting, adapted, packed
+from vllm_omni.layers.native.results import reused_results
 from vllm_omni.params import DiffusionParams
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, TokenBatch, Trajectory, check_finite
 from vllm_omni.worker.diffusion.previewer import preview_steps
@@ -184,7 +185,8 @@ class DiffusionRunner:
         if state.decoder is None:
             state.decoder = self.model.decode(latents, kept) if tile is None else self._decode_tiles(latents, tile)
         num_pieces = self.model.num_pieces(latents, kept) if tile is None else num_tiles(latents, tile)
-        piece = next(state.decoder, None)
+        with reused_results():
+            piece = next(state.decoder, None)
         if piece is None:
             raise StageError(f"the decoder ended after {len(state.pieces)} of {num_pieces} pieces")
         state.pieces.append(piece)
