@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -113,6 +113,7 @@ class StageSpec(ABC):
     takes_loras: bool = False  # whether its requests may name LoRA adapters
     can_quantize: bool = False  # whether some of its weights may be held in 8 bits
     can_offload: bool = False  # whether its weights may wait in the host's memory
+    imports: Sequence[str] = ()  # of large libraries, what its engine takes from them: "transformers:AutoTokenizer"
     parallel_axes: tuple[str, ...] = ()  # the axes of `parallel` along which ranks may share its model
 
     @classmethod

@@ -201,6 +201,28 @@ def test_what_one_has_imported_the_next_has_from_its_first_moment(monkeypatch: p
     assert "sched" in about and "calendar" not in fork_client._learned
 
 
+def test_what_was_prepared_the_first_child_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = {"vllm_omni.voices", "concurrent.futures.thread"}  # the latter is imported when it is asked for
+    monkeypatch.setenv("A_NEW", "server for this")
+    assert not prepared & set(tell()["modules"])
+    monkeypatch.setenv("A_NEW", "server that is prepared")
+    asked = ["vllm_omni.voices", "concurrent.futures:ThreadPoolExecutor", "no.such:thing", "os:no_such_thing"]
+    fork_client.prepare_children(asked)
+    server = fork_client._server
+    assert prepared <= set((about := tell())["modules"]) and about["parent"] == the_fork_server()
+    assert fork_client._server is server
+
+
+def test_preparing_where_the_fork_server_is_gone_harms_no_child() -> None:
+    tell()
+    server = fork_client._server
+    assert server is not None
+    server._control.shutdown(socket.SHUT_RDWR)  # as if it were gone
+    fork_client.prepare_children(["sched"])
+    assert fork_client._server is not server
+    assert tell()["parent"] == the_fork_server()
+
+
 def test_the_fork_server_has_no_thread_when_it_has_imported_all_that_stages_need() -> None:
     heavy = ("vllm_omni.executor.process.service", "diffusers.models.autoencoders.autoencoder_kl", "av")
     tell(imports=heavy)  # threads of a BLAS that is imported end at the first fork

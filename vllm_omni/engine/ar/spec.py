@@ -44,6 +44,7 @@ class ARSpec(StageSpec):
     can_quantize = True
     can_offload = True
     parallel_axes = ("tensor",)
+    imports = ("transformers:AutoTokenizer",)
 
     options: AROptions
     can_write: bool  # whether its jobs sample

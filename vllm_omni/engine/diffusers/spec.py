@@ -43,6 +43,7 @@ class DiffusersSpec(StageSpec):
         self.folder = PipelineFolder(folder, stage.variant)
         self.pipeline_type = self._pipeline_type(options.pipeline)
         self.pipeline_name = self.pipeline_type.__name__
+        self.imports = (f"diffusers:{self.pipeline_name}",)
         self.folder.check_left_out(part_names(self.pipeline_type))
         self._check_accelerate()
         given = given_kind(self.pipeline_type)

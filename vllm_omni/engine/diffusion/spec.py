@@ -64,6 +64,7 @@ class DiffusionSpec(StageSpec):
 
     options_type = DiTOptions
     params_type = DiffusionParams
+    imports = ("diffusers:AutoencoderKL",)
 
     def __init__(self, stage: StageConfig, config: OmniConfig, folders: ModelFolders) -> None:
         super().__init__(stage, config, folders)

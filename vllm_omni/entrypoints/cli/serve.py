@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_omni.entrypoints.cli.interrupts import interrupts_raise
 from vllm_omni.errors import ConfigError
+from vllm_omni.executor.process.keeper import SERVICE
+from vllm_omni.utils.children.fork_client import prepare_children
 
 if TYPE_CHECKING:
     from vllm_omni.entrypoints.server.settings import ServerSettings
@@ -92,6 +94,8 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Until it is told to end."""
+    if not args.in_process:
+        prepare_children([SERVICE])  # which takes as long to import as this process's own modules
     settings = settings_of(args)
     configs = served_configs(args.config, args.model, args.set, apart=not args.in_process)
     try:

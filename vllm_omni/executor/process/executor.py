@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_omni.engine.base import Activity, EngineContext, StageSpec
@@ -100,7 +100,7 @@ class ProcessExecutor(ServedExecutor):
     def _start(self) -> None:
         stage = self._spec.stage
         key = None if stage.process is None else (stage.process, self._context.replica)
-        self._host = self._hosts.join(key, stage.process or self._name, self._wake, forks=self._forks())
+        self._host = self._hosts.join(key, stage.process or self._name, self._wake, self._imports())
         self._number, end = self._host.connect()
         self._connection = Connection(end, self._segments, wire_types())
         surroundings = Surroundings.of(self._blueprint.config)
@@ -109,11 +109,12 @@ class ProcessExecutor(ServedExecutor):
         self._connection.send(self._blueprint)
         self._watch()
 
-    def _forks(self) -> bool:
-        """Not where it, or a stage that it shares its process with, uses an accelerator."""
+    def _imports(self) -> Sequence[str] | None:
+        """None where it, or a stage that it shares its process with, uses an accelerator: that is not forked."""
         own, stages = self._spec.stage, self._blueprint.config.stages.values()
         sharing = [own] if own.process is None else [each for each in stages if each.process == own.process]
-        return all(is_cpu(resolve_device(device)) for each in sharing for device in each.replica_devices)
+        forks = all(is_cpu(resolve_device(device)) for each in sharing for device in each.replica_devices)
+        return self._spec.imports if forks else None
 
     def _send(self, order: StageOrder) -> None:
         if self._connection is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from vllm_omni.executor.process.keeper import Keeper
@@ -28,8 +28,8 @@ HostKey = tuple[str, int]  # the name that stages share, and which of their repl
 class Host:
     """One such process. `Hosts` starts and ends it."""
 
-    def __init__(self, name: str, on_end: Callable[[], None], forks: bool) -> None:
-        """name: of the thread that keeps it. on_end: called in that thread. forks: as of `start_child`."""
+    def __init__(self, name: str, on_end: Callable[[], None], imports: Sequence[str] | None) -> None:
+        """name: of the thread that keeps it. on_end: called in that thread. imports: as of Keeper."""
         self.num_stages = 0
         self.is_left = False  # nobody else is let in
         self._num_connected = 0
@@ -37,7 +37,7 @@ class Host:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         memory = create_memory(NUM_BYTES)
         self._pulse = Pulse(memory)
-        self._keeper = Keeper(name, [theirs.detach(), memory], on_end, forks=forks)
+        self._keeper = Keeper(name, [theirs.detach(), memory], on_end, imports)
         self._started_s = time.monotonic()
         self._looked_s = 0.0
 
@@ -111,12 +111,12 @@ class Hosts:
         self._shared: dict[HostKey, Host] = {}
         self._lock = threading.Lock()
 
-    def join(self, key: HostKey | None, name: str, on_end: Callable[[], None], *, forks: bool) -> Host:
+    def join(self, key: HostKey | None, name: str, on_end: Callable[[], None], imports: Sequence[str] | None) -> Host:
         """The process for one more stage: what stages of this key share, or one of its own. The rest: as of Host."""
         with self._lock:
             host = None if key is None else self._shared.get(key)
             if host is None or host.is_left or host.has_ended:
-                host = Host(name, on_end, forks)
+                host = Host(name, on_end, imports)
                 if key is not None:
                     self._shared[key] = host
             host.num_stages += 1

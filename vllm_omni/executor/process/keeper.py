@@ -23,11 +23,15 @@ class Keeper:
     Linux a child dies with the thread that started it. on_end: called in that thread, once.
     """
 
-    def __init__(self, name: str, files: Sequence[int], on_end: Callable[[], None], *, forks: bool = True) -> None:
-        """files: descriptors that the child gets, as arguments; closed here once it has. forks: as of start_child."""
+    def __init__(
+        self, name: str, files: Sequence[int], on_end: Callable[[], None], imports: Sequence[str] | None = ()
+    ) -> None:
+        """files: descriptors that the child gets, as arguments; closed here once it has. imports: what it will want, as
+        of start_child; None: it is not to be forked.
+        """
         self._files = files
         self._on_end = on_end
-        self._forks = forks
+        self._imports = imports
         self._child: Child | None = None
         self._status: int | None = None  # the return code, once it has ended
         self._failure: Exception | None = None
@@ -94,7 +98,8 @@ class Keeper:
         """The child, and where what it prints can be read."""
         reading, writing = os.pipe()
         try:
-            return reading, start_child(MODULE, self._files, output=writing, imports=[SERVICE], forks=self._forks)
+            wanted, forks = [SERVICE, *(self._imports or ())], self._imports is not None
+            return reading, start_child(MODULE, self._files, output=writing, imports=wanted, forks=forks)
         except BaseException:
             os.close(reading)
             raise

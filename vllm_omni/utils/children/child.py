@@ -41,7 +41,7 @@ def start_child(
     """A process that calls `main` of the module, as `python -m` of it does, with strings: the numbers that these
     descriptors have there, and the process id of its parent, which it is to end with. They stay open here. It begins in
     another folder, is told nothing else, and leaves SIGINT and SIGTERM to its parent. output: descriptor of what it
-    prints; None: as this process. imports: modules that it will want beside its own.
+    prints; None: as this process. imports: what it will want beside its own, a "MODULE" or a "MODULE:NAME" each.
 
     On Linux it is forked from a process that has imported them, so that only the first of several takes that time and
     memory. forks: not where it uses an accelerator, whose driver does not outlive a fork.

@@ -61,6 +61,11 @@ class ForkServer:
             self.reap(pid)
             raise NotForkedError from error
 
+    def prepare(self, imports: Iterable[str]) -> None:
+        """Lets it import them while this process goes on. NotForkedError where it is gone."""
+        with self._lock:
+            self._send_order({"imports": list(imports)})
+
     def reap(self, pid: int) -> int:
         """The return code of a child that has ended."""
         try:
@@ -87,16 +92,19 @@ class ForkServer:
 
     def _ask(self, order: Mapping[str, Any], files: Sequence[int] | None = None) -> dict[str, Any]:
         with self._lock:
-            try:
-                write_message(self._control, order)
-                if files is not None:
-                    self._send(files)
-            except OSError as error:
-                raise NotForkedError from error
+            self._send_order(order, files)
             answer = read_message(self._control)
         if answer is None:
             raise NotForkedError
         return answer
+
+    def _send_order(self, order: Mapping[str, Any], files: Sequence[int] | None = None) -> None:
+        try:
+            write_message(self._control, order)
+            if files is not None:
+                self._send(files)
+        except OSError as error:
+            raise NotForkedError from error
 
     def _send(self, files: Sequence[int]) -> None:
         """Where one is closed, such as the stdout of a daemon, none: the server answers that it has too few."""
@@ -173,6 +181,16 @@ def fork_child(module: str, files: Sequence[int], output: int | None, imports: S
     except NotForkedError:
         _part_with(server)
         raise
+
+
+def prepare_children(imports: Iterable[str]) -> None:
+    """Begins the fork server where there can be one, ahead of the first child: it imports them meanwhile."""
+    if can_fork():
+        server = _current_server()
+        try:
+            server.prepare(imports)
+        except NotForkedError:
+            _part_with(server)
 
 
 def learn(modules: Iterable[str]) -> None:

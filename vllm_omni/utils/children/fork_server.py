@@ -37,23 +37,31 @@ def main(arguments: list[str]) -> None:
         order = read_message(connection)
         if order is None:
             return
+        _import(order.get("imports", ()))
         if "reap" in order:
             pid, status = os.waitpid(order["reap"], 0)
             children.discard(pid)
             write_message(connection, {"status": os.waitstatus_to_exitcode(status)})
-        elif (child := _fork(connection, order)) is not None:
-            children.add(child)
+        elif "module" in order:
+            child = _fork(connection, order)
+            if child is not None:
+                children.add(child)
             write_message(connection, {"pid": child})
-        else:
-            write_message(connection, {"pid": None})
+
+
+def _import(names: Sequence[str]) -> None:
+    """Modules, and "MODULE:NAME" for what a module imports when it is asked for it."""
+    for name in names:
+        with suppress(Exception):  # the child says what it misses
+            module, _, attribute = name.partition(":")
+            found = import_module(module)
+            if attribute:
+                getattr(found, attribute)
 
 
 def _fork(connection: socket.socket, order: Mapping[str, Any]) -> int | None:
     """The new child's process id; None where there can be none."""
     _, files, _, _ = socket.recv_fds(connection, 1, MAX_FILES)
-    for name in order["imports"]:
-        with suppress(Exception):  # the child says what it misses
-            import_module(name)
     gc.freeze()  # no child's search for garbage writes into memory that they share
     try:
         if len(files) < order["num_files"] or threading.active_count() > 1:
