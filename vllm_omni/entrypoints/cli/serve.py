@@ -98,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
         prepare_children([SERVICE])  # which takes as long to import as this process's own modules
     settings = settings_of(args)
     configs = served_configs(args.config, args.model, args.set, apart=not args.in_process)
+    from vllm_omni.entrypoints.loading import prepare_stages
+
+    prepare_stages(configs.values())
     try:
         from vllm_omni.entrypoints.server.models import ModelTable
         from vllm_omni.entrypoints.server.serving import serve
