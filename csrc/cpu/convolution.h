@@ -1,6 +1,6 @@
 // Convolutions of 3 x 3 with pictures whose channels lie last, two by two results at once from a tile of their
 // neighbourhood: S. Winograd's minimal filtering F(2 x 2, 3 x 3) as A. Lavin and S. Gray have it (2015), 16 products in
-// place of 36. Of a picture that is doubled first, each pixel four times, two numbers of a tile are one and the same along
+// place of 36; or four by four, 36 in place of 144, which float32 alone has the digits for. Of a picture that is doubled first, each pixel four times, two numbers of a tile are one and the same along
 // each side, so that 9 products are left and the doubled picture is never made. A tile's numbers are rounded to the element
 // type before they are multiplied; sums are float32. What a pixel becomes does not depend on the picture's batch.
 #pragma once
@@ -13,22 +13,37 @@ namespace omni {
 
 // One side of a tile: numbers of the picture -> factors; products of these with those of the weights -> two results.
 struct PlainTile {
-  static constexpr int kPoints = 4;
+  static constexpr int kPoints = 4, kResults = 2;
   static constexpr int64_t kStep = 2;  // pixels to the next tile
 
   static void take(Vec (&d)[kPoints]) {
     const Vec inner = d[1];
     d[0] -= d[2], d[1] += d[2], d[2] -= inner, d[3] = inner - d[3];
   }
-  static void give(const Vec (&m)[kPoints], Vec& even, Vec& odd) { even = m[0] + m[1] + m[2], odd = m[1] - m[2] - m[3]; }
+  static void give(const Vec (&m)[kPoints], Vec (&y)[kResults]) { y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3]; }
+};
+
+struct WideTile {
+  static constexpr int kPoints = 6, kResults = 4;
+  static constexpr int64_t kStep = 4;
+
+  static void take(Vec (&d)[kPoints]) {
+    const Vec one = d[4] - 4.0f * d[2], two = d[3] - 4.0f * d[1], three = d[4] - d[2], four = 2.0f * (d[3] - d[1]);
+    const Vec first = 4.0f * (d[0] - d[2]) + three, last = 4.0f * d[1] - 5.0f * d[3] + d[5];
+    d[0] = first, d[1] = one + two, d[2] = one - two, d[3] = three + four, d[4] = three - four, d[5] = last;
+  }
+  static void give(const Vec (&m)[kPoints], Vec (&y)[kResults]) {
+    const Vec one = m[1] + m[2], two = m[1] - m[2], three = m[3] + m[4], four = m[3] - m[4];
+    y[0] = m[0] + one + three, y[1] = two + 2.0f * four, y[2] = one + 4.0f * three, y[3] = two + 8.0f * four + m[5];
+  }
 };
 
 struct DoubledTile {
-  static constexpr int kPoints = 3;
+  static constexpr int kPoints = 3, kResults = 2;
   static constexpr int64_t kStep = 1;
 
   static void take(Vec (&d)[kPoints]) { d[0] -= d[1], d[2] = d[1] - d[2]; }
-  static void give(const Vec (&m)[kPoints], Vec& even, Vec& odd) { even = m[0] + m[1], odd = m[1] - m[2]; }
+  static void give(const Vec (&m)[kPoints], Vec (&y)[kResults]) { y[0] = m[0] + m[1], y[1] = m[1] - m[2]; }
 };
 
 struct Pictures {
@@ -56,8 +71,8 @@ static_assert(kMostTiles % kPassTiles == 0, "whole passes");
 
 template <typename T, typename Tile>
 class Convolution {
-  static constexpr int kPoints = Tile::kPoints, kProducts = kPoints * kPoints;
-  static constexpr int64_t kScale = 2 / Tile::kStep;  // pixels that are written to one that is read
+  static constexpr int kPoints = Tile::kPoints, kProducts = kPoints * kPoints, kResults = Tile::kResults;
+  static constexpr int64_t kScale = kResults / Tile::kStep;  // pixels that are written to one that is read
 
  public:
   Convolution(const Pictures& pictures, const Filter<T>& filter) : pictures_(pictures), filter_(filter) {
@@ -140,18 +155,20 @@ class Convolution {
   void give(const float* sums, const Place& at, int64_t panel, T* out) const {
     const int64_t height = pictures_.height * kScale, width = pictures_.width * kScale;
     for (int64_t i = 0; i < kPanel; i += kWidth) {
-      Vec halves[2][kPoints];
+      Vec lines[kResults][kPoints];
       for (int column = 0; column < kPoints; column++) {
         Vec products[kPoints];
         for (int row = 0; row < kPoints; row++)
           products[row] = load(sums + (row * kPoints + column) * at_once_ * kPanel + i);
-        Tile::give(products, halves[0][column], halves[1][column]);
+        Vec down[kResults];
+        Tile::give(products, down);
+        for (int row = 0; row < kResults; row++) lines[row][column] = down[row];
       }
-      for (int64_t row = 0; row < 2 && 2 * at.row + row < height; row++) {
-        Vec results[2];
-        Tile::give(halves[row], results[0], results[1]);
-        for (int64_t column = 0; column < 2 && 2 * at.column + column < width; column++) {
-          const int64_t pixel = (at.picture * height + 2 * at.row + row) * width + 2 * at.column + column;
+      for (int64_t row = 0; row < kResults && kResults * at.row + row < height; row++) {
+        Vec results[kResults];
+        Tile::give(lines[row], results);
+        for (int64_t column = 0; column < kResults && kResults * at.column + column < width; column++) {
+          const int64_t pixel = (at.picture * height + kResults * at.row + row) * width + kResults * at.column + column;
           finish(results[column], panel * kPanel + i, pixel * pictures_.outputs, out);
         }
       }
@@ -170,12 +187,16 @@ class Convolution {
   int64_t stride_, at_once_; // numbers from one tile's factors to the next; tiles of a task at most
 };
 
+enum class TileKind : int32_t { kPlain, kDoubled, kWide };
+
 template <typename T>
-void convolve(const T* x, const Pictures& pictures, const Filter<T>& filter, bool is_doubled, T* out) {
-  if (is_doubled)
+void convolve(const T* x, const Pictures& pictures, const Filter<T>& filter, TileKind kind, T* out) {
+  if (kind == TileKind::kDoubled)
     Convolution<T, DoubledTile>(pictures, filter).run(x, out);
-  else
+  else if (kind == TileKind::kPlain)
     Convolution<T, PlainTile>(pictures, filter).run(x, out);
+  else if constexpr (sizeof(T) == 4)
+    Convolution<T, WideTile>(pictures, filter).run(x, out);
 }
 
 }  // namespace omni

@@ -74,9 +74,9 @@ using namespace omni;
                     int64_t inner, T* out, int threads) {                                                              \
     TEAM snake(x, frequency, amplitude, outer, channels, inner, out);                                                  \
   }                                                                                                                    \
-  void convolve_##NAME(const T* x, const Pictures* pictures, const Filter<T>* filter, bool is_doubled, T* out,           \
+  void convolve_##NAME(const T* x, const Pictures* pictures, const Filter<T>* filter, int32_t kind, T* out,              \
                        int threads) {                                                                                  \
-    TEAM convolve(x, *pictures, *filter, is_doubled, out);                                                             \
+    TEAM convolve(x, *pictures, *filter, TileKind(kind), out);                                                         \
   }                                                                                                                    \
   void group_norm_##NAME(const T* x, const GroupNormShape* shape, const T* weight, const T* bias, T* out,              \
                          int threads) {                                                                                \

@@ -196,12 +196,12 @@ def test_others_go_on_between_two_tiles() -> None:
 def test_a_saved_picture_is_decoded_in_the_tiles_that_it_would_have_been(tmp_path: Path) -> None:
     params = DiffusionParams(seed=7, height=192, width=256, num_inference_steps=4)
     path = tmp_path / "x.safetensors"
-    with Omni("tiny_image", overrides=config(0.25), progress=False) as omni:
+    with Omni("tiny_image", overrides=config(0.27), progress=False) as omni:
         (tiled,) = omni.generate(PROMPT, params)
         for part in omni.stream(PROMPT, params):
             if not part.finished and part.progress["image"].step >= 4:  # while tiles are being decoded, too
                 omni.save_state(part.request_id, path)
-    for overrides in (config(0.25), config(16)):
+    for overrides in (config(0.27), config(16)):
         with Omni("tiny_image", overrides=overrides, progress=False) as omni:
             assert np.array_equal(pixels(omni.resume(path)), pixels(tiled))
             if overrides == config(16):
@@ -209,7 +209,7 @@ def test_a_saved_picture_is_decoded_in_the_tiles_that_it_would_have_been(tmp_pat
                 for part in omni.stream(PROMPT, params):
                     if not part.finished and part.progress["image"].step == 2:
                         omni.save_state(part.request_id, path)
-    with Omni("tiny_image", overrides=config(0.25), progress=False) as omni:
+    with Omni("tiny_image", overrides=config(0.27), progress=False) as omni:
         error = omni.resume(path).error
     assert "tile: got None, but such pictures are decoded in tiles of at most 16 latents here" in str(error)
 

@@ -5,6 +5,10 @@ Legend: R pictures, or frames of a film, C channels, f frames that a result read
 
 from __future__ import annotations
 
+import enum
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,10 +18,45 @@ from vllm_omni.layers.native.structures import FilterStruct, PicturesStruct
 
 PANEL = 32  # csrc/cpu/panels.h
 WIDTH = 16  # csrc/cpu/simd.h: channels of a vector, at most
-NUM_WEIGHTS, NUM_PRODUCTS = 9, 16  # of a filter, and what is packed in their place; 9 where the picture is doubled
-# Three weights of a line -> the factors of a tile's products; csrc/cpu/convolution.h has the other two parts.
-PLAIN = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-DOUBLED = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))
+NUM_WEIGHTS = 9  # of a filter
+MAX_WIDE = 2**17  # weights of a pixel from which on wide tiles are left alone: what is packed is four times the weight
+
+
+class Tile(enum.IntEnum):
+    """What is computed at once of a picture, two results a side or, if it is wide, four. In the order of
+    csrc/cpu/convolution.h, which has what becomes of numbers and products.
+    """
+
+    PLAIN = 0
+    DOUBLED = 1  # of a picture that is doubled first
+    WIDE = 2
+
+    @classmethod
+    def of(cls, shape: Sequence[int], dtype: torch.dtype, *, doubled: bool = False) -> Tile:
+        """For a weight [out, in, .., 3, 3]. In bfloat16, which is rounded on the way, wide ones would cost 8 dB."""
+        if doubled:
+            return cls.DOUBLED
+        return cls.WIDE if dtype == torch.float32 and math.prod(shape[:-2]) <= MAX_WIDE else cls.PLAIN
+
+    @property
+    def factors(self) -> tuple[tuple[float, ...], ...]:
+        """[products of a line, 3]: three weights of a line -> the factors of the products."""
+        return FACTORS[self]
+
+    @property
+    def num_products(self) -> int:
+        """What is packed in the place of NUM_WEIGHTS."""
+        return len(self.factors) ** 2
+
+
+FACTORS: dict[Tile, tuple[tuple[float, ...], ...]] = {
+    Tile.PLAIN: ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
+    Tile.DOUBLED: ((1, 0, 0), (1, 1, 1), (0, 0, 1)),
+    Tile.WIDE: (
+        *((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6)),
+        *((1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1)),
+    ),
+}
 
 
 def fits(outputs: int, inputs: int) -> bool:
@@ -25,11 +64,11 @@ def fits(outputs: int, inputs: int) -> bool:
     return outputs % PANEL == 0 and inputs % WIDTH == 0
 
 
-def pack(functions: Kernels, weight: Tensor, *, doubled: bool) -> Tensor:
+def pack(functions: Kernels, weight: Tensor, tile: Tile) -> Tensor:
     """[out, in, f, 3, 3] -> [out / 32, products of a tile, 32, f in], packed."""
     outputs = weight.shape[0]
-    turn = weight.new_tensor(DOUBLED if doubled else PLAIN, dtype=torch.float32)
-    factors = torch.einsum("xi, ocfij, yj -> xyofc", turn, weight.float(), turn).to(weight.dtype)
+    turn = weight.new_tensor(tile.factors, dtype=torch.float64)
+    factors = torch.einsum("xi, ocfij, yj -> xyofc", turn, weight.double(), turn).to(weight.dtype)
     panels = factors.flatten(0, 1).flatten(2).unflatten(1, (outputs // PANEL, PANEL)).transpose(0, 1).contiguous()
     depth = panels.shape[-1]
     layout = functions.layouts[weight.dtype]
@@ -38,7 +77,7 @@ def pack(functions: Kernels, weight: Tensor, *, doubled: bool) -> Tensor:
 
 
 def convolve(
-    functions: Kernels, x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, *, doubled: bool
+    functions: Kernels, x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, tile: Tile
 ) -> Tensor:
     """x: [R + f - 1, C, h, w], its channels last in memory -> [R, C', h, w] so, or with both sides doubled. residual:
     of the result's shape and memory, which is added to it.
@@ -46,14 +85,14 @@ def convolve(
     frames, (inputs, height, width) = packed.shape[-1] // x.shape[1], x.shape[1:]
     assert x.dtype == packed.dtype and frames * inputs == packed.shape[-1], f"got {list(x.shape)} of {x.dtype}"
     count, outputs = len(x) - frames + 1, packed.shape[0] * PANEL
-    scale = 2 if doubled else 1
+    scale = 2 if tile is Tile.DOUBLED else 1
     out = result(x, count, height * scale, width * scale, outputs)
     pictures = PicturesStruct(count, height, width, inputs, outputs, frames)
     read = last(x)
     added = None if residual is None else last(residual)
     filters = FilterStruct(pointer(packed), pointer(bias), pointer(added))
     threads = threads_for(out.numel() * inputs)
-    functions.convolve(pointer(read), pictures, filters, doubled, pointer(out), threads)
+    functions.convolve(pointer(read), pictures, filters, tile, pointer(out), threads)
     return out.permute(0, 3, 1, 2)
 
 

@@ -72,7 +72,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "norm_pixels": (POINTER, POINTER, COUNT, COUNT, ctypes.c_float, ctypes.c_bool, POINTER, THREADS),
     "convolve": (
         *(POINTER, ctypes.POINTER(PicturesStruct), ctypes.POINTER(FilterStruct)),
-        *(ctypes.c_bool, POINTER, THREADS),
+        *(ctypes.c_int32, POINTER, THREADS),
     ),
     "attend_fully": (ctypes.POINTER(FullShapeStruct), *[ctypes.POINTER(OperandStruct)] * 3, POINTER, THREADS),
 }

@@ -21,7 +21,7 @@ from vllm_omni.config.schema import LimitsConfig
 from vllm_omni.errors import InvalidRequestError, StageError
 from vllm_omni.layers import halves
 from vllm_omni.layers.blocks import StreamedBytes
-from vllm_omni.layers.native.convolution import NUM_PRODUCTS, NUM_WEIGHTS
+from vllm_omni.layers.native.convolution import NUM_WEIGHTS, Tile
 from vllm_omni.layers.native.library import kernels
 from vllm_omni.layers.weights import (
     MakeCopies,
@@ -182,8 +182,9 @@ class DiffusionModelSpec(ABC):
         if not self.packs_vae or kernels(dtype) is None:
             return 0
         shapes = tensor_shapes(folder, variant=self.weights_variant).values()
-        packed = sum(math.prod(shape) for shape in shapes if shape[-2:] == (3, 3))
-        return packed * (NUM_PRODUCTS - NUM_WEIGHTS) // NUM_WEIGHTS * dtype.itemsize
+        filters = [shape for shape in shapes if shape[-2:] == (3, 3)]
+        more = sum(math.prod(shape[:-2]) * (Tile.of(shape, dtype).num_products - NUM_WEIGHTS) for shape in filters)
+        return more * dtype.itemsize
 
     def streamed_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> StreamedBytes:
         """Of its blocks, where they are streamed."""
