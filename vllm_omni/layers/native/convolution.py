@@ -19,7 +19,7 @@ from vllm_omni.layers.native.structures import FilterStruct, PicturesStruct
 PANEL = 32  # csrc/cpu/panels.h
 WIDTH = 16  # csrc/cpu/simd.h: channels of a vector, at most
 NUM_WEIGHTS = 9  # of a filter
-MAX_WIDE = 2**17  # weights of a pixel from which on wide tiles are left alone: what is packed is four times the weight
+MAX_WIDE = 2**17  # weights of a pixel up to which tiles are wide: four times as many are packed
 
 
 class Tile(enum.IntEnum):
