@@ -1,8 +1,9 @@
 // Convolutions of 3 x 3 with pictures whose channels lie last, two by two results at once from a tile of their
-// neighbourhood: S. Winograd's minimal filtering F(2 x 2, 3 x 3) as A. Lavin and S. Gray have it (2015), 16 products in
-// place of 36; or four by four, 36 in place of 144, which float32 alone has the digits for. Of a picture that is doubled first, each pixel four times, two numbers of a tile are one and the same along
-// each side, so that 9 products are left and the doubled picture is never made. A tile's numbers are rounded to the element
-// type before they are multiplied; sums are float32. What a pixel becomes does not depend on the picture's batch.
+// neighbourhood: S. Winograd's minimal filtering F(2 x 2, 3 x 3) as A. Lavin and S. Gray have it (2015), 16 products
+// in place of 36; or four by four, 36 in place of 144, which float32 alone has the digits for. Of a picture that is
+// doubled first, each pixel four times, two numbers of a tile are one and the same along each side, so that 9 products
+// are left and the doubled picture is never made. A tile's numbers are rounded to the element type before they are
+// multiplied; sums are float32. What a pixel becomes does not depend on the picture's batch.
 #pragma once
 
 #include <vector>
