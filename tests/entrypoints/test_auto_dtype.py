@@ -21,6 +21,7 @@ from support.speech import save_tiny_omni
 from transformers import Qwen3ForCausalLM
 
 from vllm_omni import DiffusionParams, Omni, OmniOutput, SamplingParams
+from vllm_omni.engine.diffusion.spec import DiffusionSpec
 from vllm_omni.entrypoints.cli import main
 from vllm_omni.entrypoints.loading import open_pipeline
 from vllm_omni.executor.memory import plan_memory
@@ -151,18 +152,22 @@ def test_a_thinker_and_a_talker_of_two_dtypes_speak(thinker: str, talker: str, t
 
 
 def test_what_check_plans_with_is_what_is_loaded(pictures: Path, cpu: Callable[[bool], None]) -> None:
-    planned = {}
+    planned, packing = {}, {}
     for is_capable in (True, False):
         cpu(is_capable)
         held = [f"{stage}.quantization=none" for stage in ("text", "negative", "image")]
         pipeline = open_pipeline(model=str(pictures), overrides=["device=cpu", *held])
         plans = plan_memory(pipeline)
         planned[is_capable] = plans
+        image = pipeline.specs["image"]
+        assert isinstance(image, DiffusionSpec)
+        packing[is_capable] = {"text": 0, "image": image.model.packing_bytes(image.precision.dtype)}
         with Omni(pipeline, progress=False) as omni:
             assert omni.get_metrics()["memory"]["planned_bytes"]["image"] == plans["image"].total_bytes
             assert dtypes(omni) == precisions(pipeline)
     for name in ("text", "image"):
-        assert planned[False][name].weights_bytes == 2 * planned[True][name].weights_bytes > 0
+        wide, narrow = (planned[capable][name].weights_bytes - packing[capable][name] for capable in (False, True))
+        assert wide == 2 * narrow > 0
     assert planned[False]["image"].activation_bytes == 2 * planned[True]["image"].activation_bytes
     assert planned[True]["negative"].weights_bytes == 0, "shared with text"
 

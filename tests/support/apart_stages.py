@@ -48,7 +48,7 @@ def _log(request_id: str) -> None:
 
 
 HARM: dict[str, Any] = {
-    "garbage": lambda request_id: _to_parent(os.urandom(4) + b"\x00\x00" * 500),
+    "garbage": lambda request_id: _to_parent(os.urandom(3) + b"\xff" + b"\x00\x00" * 500),
     "segfault": lambda request_id: ctypes.string_at(0),
     "odd": lambda request_id: [StageProgress(request_id, 1, 2, object())],  # type: ignore[arg-type]
     "print": lambda request_id: print("printed by", request_id, flush=True),

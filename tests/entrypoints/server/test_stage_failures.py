@@ -190,7 +190,8 @@ def test_a_loop_that_is_stuck_in_a_step_is_seen_and_nobody_waits_for_it(server: 
         ]
         ready = wait_until_not_ready(server)
         model = ready["models"]["stuck"]
-        assert model["status"] == "stage 'words' is stuck" and model["step_s"] >= WORKER_S
+        # the stage has been silent since a moment before its step began
+        assert model["status"] == "stage 'words' is stuck" and model["step_s"] > 0.9 * WORKER_S
         behind = pool.submit(ask, server, "ab", "stuck", timeout=0.5)
         assert draw(server).status_code == 200 and draw(server, model="tiny-image").status_code == 200
         assert said(ask(server, "ab")) == "abab"
