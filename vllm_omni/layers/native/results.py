@@ -1,5 +1,5 @@
 """Memory for what the kernels give: within `reused_results` that of a result which nobody holds any more is the next
-one's. The system would clear new pages for each, which takes a sixth of the time in which a picture is decoded.
+one's. The system would clear new pages for each, which takes an eighth of the time in which a picture is decoded.
 """
 
 from __future__ import annotations
