@@ -1,4 +1,5 @@
 """From nothing to a picture: imports, loading, the whole command, and where its time goes; diffusers for comparison.
+From nothing to a server that is ready.
 
 Every run is a fresh process. The files are in the operating system's cache after the first, untimed one.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 from benchmarks.limits import Limits
 from benchmarks.measure import ROOT, Options, Report, Table, median, with_spread
+from benchmarks.server_startup import server_figures, server_starts, server_table
 
 PROMPT = "a red circle left of a blue square"
 PEER = """\
@@ -57,6 +59,7 @@ def run(options: Options, limits: Limits | None = None) -> Report:
         seconds = in_turn(commands, options)
         phases = [json.loads(python(["-c", PHASES.format(prompt=PROMPT)], options)[1]) for _ in repeats(options)]
         packages = import_seconds(python(["-X", "importtime", *generate], options)[2])
+    servers = server_starts(options)
     ratios = [
         peer / us
         for us, peer in zip(
@@ -76,12 +79,14 @@ def run(options: Options, limits: Limits | None = None) -> Report:
                 [[name, with_spread([phase[name] for phase in phases])] for name in phases[0]],
             ),
             Table("Imports of `generate` by package, own time, s", ("package", "own time"), imported),
+            server_table(servers),
         ],
         notes=[f"Command to picture: {with_spread(ratios)} times as fast as diffusers."],
         figures={
             "seconds": seconds,
             "phases": phases,
             "imports_s": packages,
+            "servers": server_figures(servers),
             "ratio": median(ratios),
         },
     )

@@ -1,7 +1,7 @@
 """`python -m vllm_omni` and `vllm-omni` are the command line."""
 
 from vllm_omni.entrypoints.cli.interrupts import exit_on_interrupt
-from vllm_omni.entrypoints.garbage import look_seldom
+from vllm_omni.entrypoints.garbage import look_no_more, look_seldom
 
 __all__ = ["run"]
 
@@ -12,7 +12,10 @@ def run() -> int:
     look_seldom()
     from vllm_omni.entrypoints.cli.app import main
 
-    return main()
+    try:
+        return main()
+    finally:
+        look_no_more()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from vllm_omni.config.schema import OmniConfig, StageConfig
 from vllm_omni.engine.ar.spec import ARSpec
 from vllm_omni.engine.base import EngineContext, StageEngine, StageSpec
 from vllm_omni.engine.diffusion.spec import DiffusionSpec
-from vllm_omni.executor.base import runs_apart
+from vllm_omni.executor.homes import runs_apart
 from vllm_omni.payload import TensorSpec
 from vllm_omni.utils.files import ModelFolders
 

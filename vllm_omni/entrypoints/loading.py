@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.config.loader import load_config
-from vllm_omni.config.schema import PROCESS, OmniConfig, StageConfig
+from vllm_omni.config.schema import PROCESS, OmniConfig
 from vllm_omni.config.shipped import config_for_model
 from vllm_omni.errors import ConfigError
+from vllm_omni.executor.homes import is_forked, is_on_cpu
 from vllm_omni.executor.loading_step import OnLoading
 from vllm_omni.executor.omni_executor import OmniExecutor
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.children.fork_client import prepare_children
-from vllm_omni.utils.device import is_cpu, resolve_device
 from vllm_omni.utils.files import ModelFolders
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def set_apart(config: OmniConfig) -> OmniConfig:
     waits for the other's Python, and a crash of the one leaves the other. Only where all compute on the CPU.
     """
     stages = config.stages.values()
-    if not all(_is_on_cpu(stage) for stage in stages):
+    if not all(is_on_cpu(stage) for stage in stages):
         return config
     moved = {
         stage.name: dataclasses.replace(stage, executor=PROCESS, process=SHARED_PROCESS)
@@ -71,8 +71,12 @@ def set_apart(config: OmniConfig) -> OmniConfig:
 
 def prepare_stages(pipelines: Iterable[Pipeline]) -> None:
     """Has imported what stages in forked processes take from large libraries, ahead of them: this process goes on."""
-    specs = [spec for pipeline in pipelines for spec in pipeline.specs.values()]
-    forked = [spec for spec in specs if spec.stage.executor == PROCESS and _is_on_cpu(spec.stage)]
+    forked = [
+        spec
+        for pipeline in pipelines
+        for spec in pipeline.specs.values()
+        if is_forked(spec.stage, pipeline.config.stages.values())
+    ]
     if forked:
         prepare_children([name for spec in forked for name in spec.imports])
 
@@ -105,7 +109,3 @@ def _given_revision(overrides: Sequence[str]) -> str | None:
     """The revision of the hub that is looked into for the fitting config, too."""
     given = [text for key, equals, text in (item.partition("=") for item in overrides) if key.strip() == "revision"]
     return given[-1] if given else None
-
-
-def _is_on_cpu(stage: StageConfig) -> bool:
-    return all(is_cpu(resolve_device(device)) for device in stage.replica_devices)

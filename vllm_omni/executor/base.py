@@ -6,15 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vllm_omni import registry
-from vllm_omni.config.schema import StageConfig
 from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.commons import Commons
 from vllm_omni.messages import StageEvent, StageTask
 from vllm_omni.payload import StagePayload, StreamChunk
-
-Home = tuple[str, str, int]
 
 
 class StageExecutor(ABC):
@@ -107,18 +103,3 @@ class StageExecutor(ABC):
         """Frees the engine; may be called twice. wait: for a step that is under way; else the engine is freed when it
         has ended, and nothing that it reports is heard.
         """
-
-
-def runs_apart(stage: StageConfig) -> bool:
-    """Whether the stage's engine is in a process of its own, which shares no memory for weights."""
-    if stage.executor == "auto":  # which picks among those of this process
-        return False
-    executor: type[StageExecutor] = registry.resolve("executor", stage.executor)
-    return not executor.shares_memory
-
-
-def home_of(stage: StageConfig, replica: int) -> Home | None:
-    """Which process a replica of the stage is in; None: that of the loop."""
-    if not runs_apart(stage):
-        return None
-    return ("stage", stage.name, replica) if stage.process is None else ("process", stage.process, replica)

@@ -10,7 +10,7 @@ from torch import device as Device
 from vllm_omni.config.schema import OmniConfig
 from vllm_omni.core.routing.budgets import GIB, MIB, MemoryBudget
 from vllm_omni.engine.base import MemoryPlan
-from vllm_omni.executor.base import Home, home_of
+from vllm_omni.executor.homes import Home, home_of
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.device import free_memory_bytes, rank_device, resolve_device, total_memory_bytes
 

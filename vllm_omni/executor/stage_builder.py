@@ -11,9 +11,10 @@ from vllm_omni import registry
 from vllm_omni.config.graph import Edge
 from vllm_omni.config.schema import PROCESS, StageConfig
 from vllm_omni.engine.base import EngineContext
-from vllm_omni.executor.base import Home, StageExecutor, home_of
+from vllm_omni.executor.base import StageExecutor
 from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.commons import Commons
+from vllm_omni.executor.homes import Home, home_of
 from vllm_omni.executor.pipeline import Pipeline
 from vllm_omni.utils.device import current_threads, is_cpu, is_cuda, is_same_device, resolve_device
 from vllm_omni.worker.background import Background

@@ -192,6 +192,15 @@ def test_the_module_runs_as_a_program_and_returns_the_exit_code() -> None:
     assert python("-m", "vllm_omni", "generate").returncode == 2
 
 
+@pytest.mark.parametrize("arguments", [["models"], ["check", "no_such_config"], ["generate"]])
+def test_a_command_that_ends_keeps_the_interpreter_from_looking_through_what_is_there(arguments: list[str]) -> None:
+    script = (
+        f"import gc, sys\nfrom vllm_omni.__main__ import run\nsys.argv[1:] = {arguments!r}\n"
+        "try: run()\nfinally: print(gc.get_freeze_count() > 1000, file=sys.stderr)"
+    )
+    assert python("-c", script).stderr.endswith("True\n")
+
+
 def test_a_reader_that_stops_early_leaves_no_traceback() -> None:
     command = f"{sys.executable} -m vllm_omni models | head -c 10"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=60)

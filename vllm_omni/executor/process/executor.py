@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_omni.engine.base import Activity, EngineContext, StageSpec
 from vllm_omni.errors import StageError
 from vllm_omni.executor.blueprint import StageBlueprint
 from vllm_omni.executor.commons import Commons
+from vllm_omni.executor.homes import home_of, is_forked
 from vllm_omni.executor.orders import Report, StageOrder
 from vllm_omni.executor.process.connection import Connection
 from vllm_omni.executor.process.hosts import LOOK_S, STOPPED_S, Host
@@ -24,7 +25,6 @@ from vllm_omni.executor.process.protocol import Loaded, LogLine, Surroundings, w
 from vllm_omni.executor.served import ServedExecutor
 from vllm_omni.executor.wire.base import WireError
 from vllm_omni.utils.children.fork_client import learn
-from vllm_omni.utils.device import is_cpu, resolve_device
 
 
 class ProcessExecutor(ServedExecutor):
@@ -99,8 +99,10 @@ class ProcessExecutor(ServedExecutor):
 
     def _start(self) -> None:
         stage = self._spec.stage
-        key = None if stage.process is None else (stage.process, self._context.replica)
-        self._host = self._hosts.join(key, stage.process or self._name, self._wake, self._imports())
+        home = home_of(stage, self._context.replica)
+        assert home is not None
+        imports = self._spec.imports if is_forked(stage, self._blueprint.config.stages.values()) else None
+        self._host = self._hosts.join(home, self._wake, imports)
         self._number, end = self._host.connect()
         self._connection = Connection(end, self._segments, wire_types())
         surroundings = Surroundings.of(self._blueprint.config)
@@ -108,13 +110,6 @@ class ProcessExecutor(ServedExecutor):
         self._connection.types = wire_types(surroundings.kinds)
         self._connection.send(self._blueprint)
         self._watch()
-
-    def _imports(self) -> Sequence[str] | None:
-        """None where it, or a stage that it shares its process with, uses an accelerator: that is not forked."""
-        own, stages = self._spec.stage, self._blueprint.config.stages.values()
-        sharing = [own] if own.process is None else [each for each in stages if each.process == own.process]
-        forks = all(is_cpu(resolve_device(device)) for each in sharing for device in each.replica_devices)
-        return self._spec.imports if forks else None
 
     def _send(self, order: StageOrder) -> None:
         if self._connection is None:

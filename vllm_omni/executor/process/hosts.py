@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from vllm_omni.executor.homes import Home
 from vllm_omni.executor.process.keeper import Keeper
 from vllm_omni.executor.process.pulse import NUM_BYTES, Pulse
 from vllm_omni.executor.process.segments import create_memory
@@ -21,8 +22,6 @@ STOPPED_S = 0.5  # without a sign of life, after which one that is stopped count
 SILENT_S = 10.0  # ... after which any does; on a machine that is busy threads wait for each other
 IMPORT_S = 60.0  # ... while it loads, when large libraries are read from a slow disk
 LOOK_S = 0.1  # between two looks at it
-
-HostKey = tuple[str, int]  # the name that stages share, and which of their replicas
 
 
 class Host:
@@ -108,17 +107,16 @@ class Hosts:
     """Those of one loop."""
 
     def __init__(self) -> None:
-        self._shared: dict[HostKey, Host] = {}
+        self._at_home: dict[Home, Host] = {}
         self._lock = threading.Lock()
 
-    def join(self, key: HostKey | None, name: str, on_end: Callable[[], None], imports: Sequence[str] | None) -> Host:
-        """The process for one more stage: what stages of this key share, or one of its own. The rest: as of Host."""
+    def join(self, home: Home, on_end: Callable[[], None], imports: Sequence[str] | None) -> Host:
+        """The process for one more stage, that of the others of its home. The rest: as of Host."""
         with self._lock:
-            host = None if key is None else self._shared.get(key)
+            host = self._at_home.get(home)
             if host is None or host.is_left or host.has_ended:
-                host = Host(name, on_end, imports)
-                if key is not None:
-                    self._shared[key] = host
+                _, name, _ = home
+                host = self._at_home[home] = Host(name, on_end, imports)
             host.num_stages += 1
             return host
 
@@ -130,7 +128,7 @@ class Hosts:
             host.num_stages -= 1
             is_last = host.num_stages == 0
             if is_last:
-                self._shared = {key: each for key, each in self._shared.items() if each is not host}
+                self._at_home = {home: each for home, each in self._at_home.items() if each is not host}
         if kill is not None:
             host.kill(wait=wait, why=kill)
         elif is_last:

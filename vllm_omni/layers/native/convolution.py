@@ -39,16 +39,12 @@ class Tile(enum.IntEnum):
         return cls.WIDE if dtype == torch.float32 and math.prod(shape[:-2]) <= MAX_WIDE else cls.PLAIN
 
     @property
-    def factors(self) -> tuple[tuple[float, ...], ...]:
-        """[products of a line, 3]: three weights of a line -> the factors of the products."""
-        return FACTORS[self]
-
-    @property
     def num_products(self) -> int:
         """What is packed in the place of NUM_WEIGHTS."""
-        return len(self.factors) ** 2
+        return len(FACTORS[self]) ** 2
 
 
+# [products of a line, 3]: three weights of a line -> the factors of its products.
 FACTORS: dict[Tile, tuple[tuple[float, ...], ...]] = {
     Tile.PLAIN: ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
     Tile.DOUBLED: ((1, 0, 0), (1, 1, 1), (0, 0, 1)),
@@ -67,7 +63,7 @@ def fits(outputs: int, inputs: int) -> bool:
 def pack(functions: Kernels, weight: Tensor, tile: Tile) -> Tensor:
     """[out, in, f, 3, 3] -> [out / 32, products of a tile, 32, f in], packed."""
     outputs = weight.shape[0]
-    turn = weight.new_tensor(tile.factors, dtype=torch.float64)
+    turn = weight.new_tensor(FACTORS[tile], dtype=torch.float64)
     factors = torch.einsum("xi, ocfij, yj -> xyofc", turn, weight.double(), turn).to(weight.dtype)
     panels = factors.flatten(0, 1).flatten(2).unflatten(1, (outputs // PANEL, PANEL)).transpose(0, 1).contiguous()
     depth = panels.shape[-1]
