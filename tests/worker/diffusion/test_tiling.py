@@ -118,6 +118,15 @@ def test_what_is_planned_covers_what_was_measured(
     assert size.tile == tile and pixel_bytes <= size.pixel_bytes <= 1.1 * pixel_bytes
 
 
+@pytest.mark.parametrize(("force_upcast", "dtype"), [(True, torch.float32), (False, torch.float16)])
+def test_a_stage_in_float16_is_planned_with_what_its_decoder_computes_in(
+    tmp_path: Path, force_upcast: bool, dtype: torch.dtype
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"block_out_channels": [32, 64], "force_upcast": force_upcast}))
+    held = {each: DecodingSize.of_folder(tmp_path, SCALE, each).pixel_bytes for each in (torch.float16, torch.float32)}
+    assert held[torch.float32] / held[torch.float16] == pytest.approx(4 / dtype.itemsize, rel=0.01)
+
+
 @pytest.mark.parametrize("widths", [[], "x", [0], [1.5], [2**30], None])
 def test_widths_that_are_none_are_refused(tmp_path: Path, widths: object) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"block_out_channels": widths}))

@@ -38,7 +38,6 @@ from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
 from vllm_omni.worker.diffusion.picture_autoencoder import load_autoencoder
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
-from vllm_omni.worker.diffusion.published_part import vae_dtype
 from vllm_omni.worker.diffusion.request_checks import check_negative, check_scale, check_size, check_unread
 from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.tiling import DecodingSize
@@ -83,9 +82,6 @@ class KleinSpec(SharedModelSpec):
             results=frozenset({"image"}),
         )
 
-    def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
-        return vae_dtype(read_json(folder / "config.json"), dtype) if folder.name == "vae" else dtype
-
     def shared_counts(self) -> dict[str, dict[str, int]]:
         heads, widths = self.config.num_attention_heads, self.config.mlp_dim
         return {"tensor": {"heads": heads, "widths of the feed-forward": widths}}
@@ -120,8 +116,7 @@ class KleinSpec(SharedModelSpec):
         allocate(transformer, device, dtype, quantization, make_copies)
         load_weights(transformer, self.folder / "transformer", variant=self.weights_variant)
         folder = self.folder / "vae"
-        own = self.part_dtype(folder, dtype)
-        vae = load_autoencoder(AutoencoderKLFlux2, folder, device, own, self.weights_variant)
+        vae = load_autoencoder(AutoencoderKLFlux2, folder, device, self.part_dtype(folder, dtype), self.weights_variant)
         return KleinPipeline(
             transformer, vae, self.sampler_config, self.geometry, self.preview_map, self.keeps_references
         )

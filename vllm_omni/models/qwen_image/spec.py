@@ -101,9 +101,6 @@ class QwenImageSpec(SharedModelSpec):
     def decoding_size(self, dtype: torch.dtype) -> DecodingSize:
         return self.vae_config.decoding_size()
 
-    def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
-        return self.vae_config.dtype(dtype) if folder.name == "vae" else dtype
-
     def load(
         self,
         device: torch.device,

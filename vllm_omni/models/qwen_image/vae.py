@@ -16,7 +16,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.film_autoencoder import use_kernels
-from vllm_omni.worker.diffusion.published_part import load_part, vae_dtype
+from vllm_omni.worker.diffusion.published_part import load_part
 from vllm_omni.worker.diffusion.tiling import DecodingSize
 
 CLASS = "AutoencoderKLQwenImage"
@@ -63,10 +63,6 @@ class VaeConfig:
         width, before = self.widths[0], self.widths[1]
         widest = max(5 * width + before // 2, 4 * (before // 2) + width, 3 * before)
         return DecodingSize.of_widest(widest * FLOAT_BYTES, self.scale, SAMPLE_SIZE)
-
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """That it computes in, in a stage of this dtype."""
-        return vae_dtype(self.raw, dtype)
 
 
 class PictureVae:

@@ -31,7 +31,6 @@ from vllm_omni.worker.diffusion.diffusion_model import check_limit
 from vllm_omni.worker.diffusion.flow_sampler import read_flow_sampler
 from vllm_omni.worker.diffusion.picture_autoencoder import load_autoencoder
 from vllm_omni.worker.diffusion.preview_map import PreviewMap
-from vllm_omni.worker.diffusion.published_part import vae_dtype
 from vllm_omni.worker.diffusion.request_checks import check_scale, check_unread
 from vllm_omni.worker.diffusion.shared_model import SharedModelSpec
 from vllm_omni.worker.diffusion.source_image import check_source, first_step
@@ -78,9 +77,6 @@ class ZImageSpec(SharedModelSpec):
             results=frozenset({"image"}),
         )
 
-    def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
-        return vae_dtype(read_json(folder / "config.json"), dtype) if folder.name == "vae" else dtype
-
     def build_transformer(self, shards: Shards = ALONE) -> ZImageTransformer:
         with on_meta_device():
             return ZImageTransformer(self.config, shards)
@@ -97,8 +93,7 @@ class ZImageSpec(SharedModelSpec):
         return self.config.dim * dtype.itemsize * ACTIVATION_WIDTHS
 
     def decoding_size(self, dtype: torch.dtype) -> DecodingSize:
-        vae = self.folder / "vae"
-        return DecodingSize.of_folder(vae, self.geometry.vae_scale, self.part_dtype(vae, dtype))
+        return DecodingSize.of_folder(self.folder / "vae", self.geometry.vae_scale, dtype)
 
     def load(
         self,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from vllm_omni.layers.shard import ALONE, Shards
 from vllm_omni.layers.weights import MakeCopies, allocate, load_weights, saved_bytes
+from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.diffusion_model import DiffusionModel, DiffusionModelSpec, TokenBatch
+from vllm_omni.worker.diffusion.published_part import vae_dtype
 
 
 class SharedTokens(TokenBatch, Protocol):
@@ -34,7 +37,7 @@ class BlockStack(Protocol):
 
 
 class SharedModelSpec(DiffusionModelSpec):
-    """The first of `weight_folders` holds the transformer."""
+    """The first of `weight_folders` holds the transformer, the one called `vae` an autoencoder."""
 
     parallel_axes: ClassVar[tuple[str, ...]]  # of a stage's `parallel`, along which it can be shared
     shared_parts: ClassVar[tuple[str, ...]]  # attributes of the transformer: its blocks
@@ -57,6 +60,9 @@ class SharedModelSpec(DiffusionModelSpec):
         shards: Shards = ALONE,
     ) -> DiffusionModel:
         """As of a DiffusionModelSpec; a BlockStack, too. shards: the first rank's share."""
+
+    def part_dtype(self, folder: Path, dtype: torch.dtype) -> torch.dtype:
+        return vae_dtype(read_json(folder / "config.json"), dtype) if folder.name == "vae" else dtype
 
     def load_blocks(
         self, device: torch.device, dtype: torch.dtype, quantization: str | None, shards: Shards

@@ -20,6 +20,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.utils.checks import brief, check_number
 from vllm_omni.utils.files import read_json
 from vllm_omni.worker.diffusion.previewer import to_pixels
+from vllm_omni.worker.diffusion.published_part import vae_dtype
 
 OVERLAP = 4  # a quarter of a tile lies over its neighbour
 MAX_SIDE = 2**16  # pixels
@@ -40,7 +41,7 @@ class DecodingSize:
 
     @classmethod
     def of_folder(cls, folder: Path, scale: int, dtype: torch.dtype) -> DecodingSize:
-        """Of an AutoencoderKL, and of those that are built like it, from its `config.json`."""
+        """Of an AutoencoderKL, and of those that are built like it, from its `config.json`. dtype: of its stage."""
         file = folder / "config.json"
         config = {"sample_size": 1024, "block_out_channels": [64], **read_json(file)}
         widths = config.get("decoder_block_out_channels") or config["block_out_channels"]
@@ -49,7 +50,7 @@ class DecodingSize:
         for width in widths:
             check_number(f"{file}: block_out_channels", width, 1, MAX_WIDTH, integer=True, raises=ConfigError)
         check_number(f"{file}: sample_size", config["sample_size"], 1, MAX_SIDE, integer=True, raises=ConfigError)
-        return cls.of_autoencoder(widths, scale, config["sample_size"], dtype.itemsize)
+        return cls.of_autoencoder(widths, scale, config["sample_size"], vae_dtype(config, dtype).itemsize)
 
     @classmethod
     def of_autoencoder(cls, widths: Sequence[int], scale: int, sample_size: int, itemsize: int) -> DecodingSize:

@@ -92,6 +92,11 @@ def unsupported(field: str, why: str) -> ApiError:
     return ApiError(400, f"{field}: {why}", code="unsupported_parameter", param=field)
 
 
+def client_gone() -> ApiError:
+    """Which nobody reads but the log."""
+    return ApiError(499, "the client closed the connection", code="request_aborted")
+
+
 def error_of(output: OmniOutput) -> ApiError | None:
     """What a final output that has an error is answered with."""
     if output.error is None:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive
 
-from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.http.api_error import client_gone
 
 T = TypeVar("T")
 RECANCEL_S = 0.1
@@ -30,7 +30,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ApiError(499, "the client closed the connection", code="request_aborted")
+        raise client_gone()
     finally:
         await cancel(working, leaving)
 

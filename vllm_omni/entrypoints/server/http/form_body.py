@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
-from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.http.api_error import ApiError, client_gone
 from vllm_omni.entrypoints.server.http.json_body import is_json, read_json
 from vllm_omni.entrypoints.server.schemas.base import Body
 
@@ -62,7 +62,7 @@ async def read_form(
                 else:
                     raise ApiError(400, f"{name:.80}: got a file, expected none", code="invalid_value", param=name[:80])
     except ClientDisconnect:
-        raise ApiError(499, "the client closed the connection", code="request_aborted") from None
+        raise client_gone() from None
     try:
         return body_type.model_validate(fields), files
     except ValidationError as error:

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from vllm_omni.entrypoints.server.context import call_of
-from vllm_omni.entrypoints.server.http.api_error import ApiError
+from vllm_omni.entrypoints.server.http.api_error import ApiError, client_gone
 from vllm_omni.entrypoints.server.schemas.base import Body
 
 B = TypeVar("B", bound=Body)
@@ -45,7 +45,7 @@ async def read_json(request: Request, body_type: type[B]) -> B:
     try:
         content = await request.body()
     except ClientDisconnect:
-        raise ApiError(499, "the client closed the connection", code="request_aborted") from None
+        raise client_gone() from None
     if not is_json(request):
         got = request.headers.get("content-type", "none")
         raise ApiError(415, f"content-type: got {got!r:.80}, expected application/json", code="unsupported_media_type")
