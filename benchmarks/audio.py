@@ -165,11 +165,7 @@ def run(options: Options, limits: Limits | None = None) -> Report:
             Table("With the step cache first_block", (*COLUMNS[:-1], "steps replayed"), [d.cells() for d in cached]),
             Table("Peak memory, MiB", ("side", "after all cases"), memory),
         ],
-        notes=[
-            "Random weights of middle size: speed and equality only. The peer runs the same requests one by one.",
-            "Ours multiplies float32 matrices through oneDNN; the peer does as torch does by itself, through MKL, which"
-            " reaches less than half as much on this processor.",
-        ],
+        notes=["Random weights of middle size: speed and equality only. The peer runs the same requests one by one."],
         figures={
             "duels": [duel.figures() for duel in plain],
             "cached": [duel.figures() for duel in cached],

@@ -138,7 +138,7 @@ def test_a_decode_is_timed_without_its_prompts() -> None:
 
 
 def test_no_engine_beats_the_limit_of_a_machine() -> None:
-    limits = Limits(2, {"float32": 100.0}, {"float32": 100.0}, 10.0, 1.0, 1.0)
+    limits = Limits(2, {"float32": 100.0}, {"float32": 100.0}, 10.0, 1.0)
     parameters = text_peers.decode_parameters(SMALL)
     decode = Load.decode(1, 8, 16, SMALL["vocab_size"])
     assert decode.limit(limits, SMALL, "float32") == pytest.approx(10e9 / (4 * parameters))

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_omni.config.loader import load_config
 from vllm_omni.config.schema import PROCESS, OmniConfig
 from vllm_omni.config.shipped import config_for_model
+from vllm_omni.entrypoints.garbage import while_loading
 from vllm_omni.errors import ConfigError
 from vllm_omni.executor.homes import is_forked, is_on_cpu
 from vllm_omni.executor.loading_step import OnLoading
@@ -83,7 +84,8 @@ def prepare_stages(pipelines: Iterable[Pipeline]) -> None:
 
 def load_executor(pipeline: Pipeline, on_loading: OnLoading | None = None) -> OmniExecutor:
     """Every stage loaded; CheckpointError or ResourceError when that cannot be. on_loading: is called before each."""
-    return OmniExecutor(pipeline, on_loading=on_loading)
+    with while_loading:
+        return OmniExecutor(pipeline, on_loading=on_loading)
 
 
 def _resolve_config(

@@ -40,5 +40,6 @@ def is_forked(stage: StageConfig, stages: Iterable[StageConfig]) -> bool:
 
     stages: all of its pipeline.
     """
-    home = home_of(stage, 0)
-    return stage.executor == PROCESS and all(is_on_cpu(each) for each in stages if home_of(each, 0) == home)
+    return stage.executor == PROCESS and all(
+        is_on_cpu(each) for each in stages if home_of(each, 0) == home_of(stage, 0)
+    )
