@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Options, Table, with_spread
+from tests.support.belongings import own_children
 from tests.support.server import ServerProcess
 
 CONFIG = "tiny_omni"
@@ -50,8 +51,7 @@ def server_starts(options: Options) -> dict[str, ServerStarts]:
 
 def family(pid: int) -> list[int]:
     """A process and all that it, and those, have started; on Linux."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [pid, *(each for task in tasks for child in task.read_text().split() for each in family(int(child)))]
+    return [pid, *(each for child in own_children(pid) for each in family(child))]
 
 
 def cpu_seconds(pid: int) -> float:

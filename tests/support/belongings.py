@@ -15,8 +15,8 @@ from vllm_omni.utils.children import fork_client
 def children(pid: int | str = "self") -> set[int]:
     """Of a process, zombies included; in place of a fork server, which lives on for a while, those that it forked."""
     found: set[int] = set()
-    for child in _own_children(pid):
-        found |= _own_children(child) if is_fork_server(child) else {child}
+    for child in own_children(pid):
+        found |= own_children(child) if is_fork_server(child) else {child}
     return found
 
 
@@ -38,7 +38,8 @@ def forked_server_name(pid: int) -> str:
     return f"forks-{pid}"
 
 
-def _own_children(pid: int | str) -> set[int]:
+def own_children(pid: int | str) -> set[int]:
+    """Those that it has started itself, fork servers and zombies among them."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return {int(child) for task in tasks for child in task.read_text().split()}
 
@@ -46,7 +47,7 @@ def _own_children(pid: int | str) -> set[int]:
 def descendants(pid: int) -> set[int]:
     """Of a process, at any depth; zombies left out, and fork servers, which live on for a while."""
     found: set[int] = set()
-    for child in _own_children(pid):
+    for child in own_children(pid):
         if is_fork_server(child):
             found |= descendants(child)
         elif Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":

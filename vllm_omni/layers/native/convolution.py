@@ -62,6 +62,7 @@ def fits(outputs: int, inputs: int) -> bool:
 
 def pack(functions: Kernels, weight: Tensor, tile: Tile) -> Tensor:
     """[out, in, f, 3, 3] -> [out / 32, products of a tile, 32, f in], packed."""
+    assert tile is not Tile.WIDE or weight.dtype == torch.float32, f"no wide tiles in {weight.dtype}"
     outputs = weight.shape[0]
     turn = weight.new_tensor(FACTORS[tile], dtype=torch.float64)
     factors = torch.einsum("xi, ocfij, yj -> xyofc", turn, weight.double(), turn).to(weight.dtype)

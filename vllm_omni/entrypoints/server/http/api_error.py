@@ -93,7 +93,7 @@ def unsupported(field: str, why: str) -> ApiError:
 
 
 def client_gone() -> ApiError:
-    """Which nobody reads but the log."""
+    """What is raised in place of an answer: nobody reads it but the log."""
     return ApiError(499, "the client closed the connection", code="request_aborted")
 
 
