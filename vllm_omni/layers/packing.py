@@ -1,7 +1,7 @@
 """How the weight of a linear layer is laid out for inference on a CPU, and multiplied so. Knows no layer and no model.
 
-On x86 the products are the package's own (csrc/cpu) or oneDNN's: torch's own float32 path leaves a quarter to half of an
-AMD CPU unused, and a weight that was packed once is read at the speed of memory (benchmarks/results/README.md). Each
+On x86 the products are the package's own (csrc/cpu) or oneDNN's: torch's own float32 path leaves a quarter to half of
+an AMD CPU unused, and a weight that was packed once is read at the speed of memory (benchmarks/results/README.md). Each
 row's result is the same however many rows there are.
 """
 
