@@ -98,7 +98,7 @@ void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const
     }
     norm(states, layer.attention_norm, step.rows, shape.hidden, shape.norm_epsilon, room.normed.row(0), room.normed.stride);
     team.meet();
-    project(team, factor(room.normed, step.rows), layer.qkv, room.qkv.data());
+    project(team, factor(room.normed, step.rows), layer.qkv, room.qkv.data(), layer.qkv.outputs);
     team.meet();
     place_heads(layer, shape, step, room.qkv.data(), cos, sin, caches[index], room.query.data());
     team.meet();
@@ -114,13 +114,13 @@ void run_layers(const Layer<T>* layers, int64_t count, const Shape& shape, const
       }
       team.meet();
     }
-    project(team, factor(room.attended, rows), layer.output, states, states);
+    project(team, factor(room.attended, rows), layer.output, states, shape.hidden, states);
     team.meet();
     norm(states, layer.mlp_norm, rows, shape.hidden, shape.norm_epsilon, room.normed.row(0), room.normed.stride);
     team.meet();
     project_gated(team, factor(room.normed, rows), layer.gate_up, room.gated.row(0), room.gated.stride);
     team.meet();
-    project(team, factor(room.gated, rows), layer.down, states, states);
+    project(team, factor(room.gated, rows), layer.down, states, shape.hidden, states);
     team.meet();
   }
 }

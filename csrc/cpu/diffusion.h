@@ -25,12 +25,14 @@ struct PerSample {
   }
 };
 
-// Of every token by itself. weight: or null; centred: the mean is taken away first, a layer norm.
+// Of every token by itself. weight: null of a layer norm, which takes the mean away first, and where there is no norm.
 template <typename T>
 struct Norm {
   const T* weight;
   float epsilon;
   int32_t centred;
+
+  bool is_there() const { return weight || centred; }
 
   struct Moments {
     float mean, scale;
@@ -127,6 +129,7 @@ void add_gated(const T* x, const T* update, const Tokens& tokens, const Norm<T>*
 template <typename T>
 struct HeadRow {
   int64_t queries, keys, others, size;
+  int64_t turned;  // of queries and of keys, from the first on
   const T *query_norm, *key_norm;  // [size] or null
   float epsilon;
   int32_t neighbours;  // whether real and imaginary parts stand side by side, or in the two halves
@@ -177,7 +180,7 @@ void place(T* heads, const Tokens& tokens, const HeadRow<T>& row, const float* t
       T* x = heads + (token * all + head) * row.size;
       const T* weight = head < row.queries ? row.query_norm : row.key_norm;
       if (weight) norm_row(x, weight, row.size, row.epsilon, x);
-      if (!turns) continue;
+      if (!turns || (head < row.queries ? head : head - row.queries) >= row.turned) continue;
       const float* by = turns + token % tokens.length * row.size;
       row.neighbours ? turn_neighbours(x, by, row.size) : turn_halves(x, by, row.size);
     }

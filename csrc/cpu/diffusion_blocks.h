@@ -1,6 +1,6 @@
-// The blocks of a diffusion transformer, attention and feed-forward each between two norms, one after the other in one
-// parallel region. What is computed, and where it is rounded, is what the functions of diffusion.h, full_attention.h and
-// gemm.h give that are called one by one: the same to the last bit.
+// The blocks of a diffusion transformer, attention and feed-forward each behind a norm and maybe before another, one after
+// the other in one parallel region. What is computed, and where it is rounded, is what the functions of diffusion.h,
+// full_attention.h and gemm.h give that are called one by one: the same to the last bit.
 #pragma once
 
 #include <algorithm>
@@ -18,26 +18,33 @@ template <typename T>
 struct DiffusionBlock {
   Norm<T> attention_norm, attended_norm, mlp_norm, computed_norm;  // before and after each part
   HeadRow<T> heads;
-  Linear<T> qkv, output, gate_up, down;
+  Linear<T> qkv, output, up, down;  // up: with GELU, or gates beside what they gate
+  Band band;  // `offset` is the spans' to say
 };
 
-// Neighbouring samples of equally many tokens; where they begin, and by what their heads are turned.
+// Neighbouring samples of equally many tokens; where they begin, by what their heads are turned, and where in a block of the
+// band their first token stands.
 struct TokenSpan {
   int64_t sample, token;
   Tokens tokens;
   const float* turns;
+  int64_t offset;
 };
 
-// Of each block and sample four vectors: what attention's input is scaled by, what its result is gated by, and both for the
-// feed-forward. Or null.
+// Of each block and sample the vectors by which attention's input is shifted and scaled and its result gated, then those of
+// the feed-forward. Four, where nothing is shifted; or null.
 template <typename T>
 struct Modulations {
-  const T* data;  // [blocks, samples, 4, size]
-  int64_t samples;
+  enum Kind { kShift, kScale, kGate };
 
-  PerSample<T> of(int64_t block, const TokenSpan& span, int64_t which) const {
-    const int64_t size = span.tokens.size;
-    return {data ? data + ((block * samples + span.sample) * 4 + which) * size : nullptr, 4 * size};
+  const T* data;  // [blocks, samples, count, size]
+  int64_t samples, count;
+
+  // is_second: of the feed-forward.
+  PerSample<T> of(int64_t block, const TokenSpan& span, bool is_second, Kind kind) const {
+    const int64_t size = span.tokens.size, half = count / 2, which = is_second * half + kind - (3 - half);
+    const bool is_there = data && (kind != kShift || half == 3);
+    return {is_there ? data + ((block * samples + span.sample) * count + which) * size : nullptr, count * size};
   }
 };
 
@@ -52,15 +59,15 @@ class BlockRun {
     for (const TokenSpan& span : spans_) {
       rows_ += span.tokens.count();
       shapes_.push_back({span.tokens.samples, span.tokens.length, span.tokens.length, heads.queries, heads.keys,
-                         heads.size, -1, float(1 / std::sqrt(double(heads.size)))});
+                         heads.size, Band{}, float(1 / std::sqrt(double(heads.size)))});
     }
     for (const FullShape& shape : shapes_) packed_.emplace_back(shape);
-    const int64_t attended = first.output.inputs, gated = first.down.inputs;
-    normed_.reserve(rows_, hidden_), attended_.reserve(rows_, attended), gated_.reserve(rows_, gated);
+    const int64_t attended = first.output.inputs, raised = first.down.inputs;
+    normed_.reserve(rows_, hidden_), attended_.reserve(rows_, attended), raised_.reserve(rows_, raised);
     qkv_.reset(new T[size_t(rows_ * first.qkv.outputs)]);
     update_.reset(new T[size_t(rows_ * hidden_)]);
-    if (first.qkv.scales || first.output.scales || first.gate_up.scales || first.down.scales)
-      quantized_.reserve(rows_, std::max({hidden_, attended, gated}));
+    if (first.qkv.scales || first.output.scales || first.up.scales || first.down.scales)
+      quantized_.reserve(rows_, std::max({hidden_, attended, raised}));
   }
 
   // To be called by every thread of a team.
@@ -74,49 +81,57 @@ class BlockRun {
  private:
   // A token's states are added to, and normed anew, by one thread: it is the same loop over the tokens.
   void attend(const DiffusionBlock<T>& block, int64_t index) {
-    modulate_all(block.attention_norm, index, 0);
+    modulate_all(block.attention_norm, index, false);
     team_.meet();
-    project(team_, factor(normed_), block.qkv, qkv_.get());
+    project(team_, factor(normed_), block.qkv, qkv_.get(), block.qkv.outputs);
     team_.meet();
     for (const TokenSpan& span : spans_) place(heads_of(span), span.tokens, block.heads, span.turns);
     team_.meet();
-    for (size_t i = 0; i < spans_.size(); i++) attend_span(block.heads, i);
+    for (size_t i = 0; i < spans_.size(); i++) attend_span(block, i);
     team_.meet();
-    project(team_, factor(attended_), block.output, update_.get());
+    project(team_, factor(attended_), block.output, update_.get(), hidden_);
     team_.meet();
-    add_all(block.attended_norm, index, 1);
+    add_all(block.attended_norm, index, false);
   }
 
   void feed_forward(const DiffusionBlock<T>& block, int64_t index) {
-    modulate_all(block.mlp_norm, index, 2);
+    modulate_all(block.mlp_norm, index, true);
     team_.meet();
-    project_gated(team_, factor(normed_), block.gate_up, gated_.row(0), gated_.stride);
+    if (block.up.has_gelu)
+      project(team_, factor(normed_), block.up, raised_.row(0), raised_.stride);
+    else
+      project_gated(team_, factor(normed_), block.up, raised_.row(0), raised_.stride);
     team_.meet();
-    project(team_, factor(gated_), block.down, update_.get());
+    project(team_, factor(raised_), block.down, update_.get(), hidden_);
     team_.meet();
-    add_all(block.computed_norm, index, 3);
+    add_all(block.computed_norm, index, true);
   }
 
-  void modulate_all(const Norm<T>& norm, int64_t index, int64_t which) {
+  void modulate_all(const Norm<T>& norm, int64_t index, bool is_second) {
     for (const TokenSpan& span : spans_)
-      modulate(states_ + span.token * hidden_, span.tokens, norm, modulations_.of(index, span, which), PerSample<T>{},
-               normed_.row(span.token), normed_.stride);
+      modulate(states_ + span.token * hidden_, span.tokens, norm,
+               modulations_.of(index, span, is_second, Modulations<T>::kScale),
+               modulations_.of(index, span, is_second, Modulations<T>::kShift), normed_.row(span.token), normed_.stride);
   }
 
-  void add_all(const Norm<T>& norm, int64_t index, int64_t which) {
+  void add_all(const Norm<T>& norm, int64_t index, bool is_second) {
     for (const TokenSpan& span : spans_) {
       T *states = states_ + span.token * hidden_, *update = update_.get() + span.token * hidden_;
-      add_gated(states, update, span.tokens, &norm, modulations_.of(index, span, which), states);
+      add_gated(states, update, span.tokens, norm.is_there() ? &norm : nullptr,
+                modulations_.of(index, span, is_second, Modulations<T>::kGate), states);
     }
   }
 
-  void attend_span(const HeadRow<T>& heads, size_t index) {
+  void attend_span(const DiffusionBlock<T>& block, size_t index) {
+    const HeadRow<T>& heads = block.heads;
     const int64_t all = (heads.queries + heads.keys + heads.others) * heads.size;
     const TokenSpan& span = spans_[index];
+    FullShape shape = shapes_[index];
+    shape.band = block.band, shape.band.offset = span.offset;
     const auto operand = [&](int64_t head) {
       return Operand<T>{heads_of(span) + head * heads.size, span.tokens.length * all, all, heads.size};
     };
-    attend_fully(team_, shapes_[index], operand(0), operand(heads.queries), operand(heads.queries + heads.keys),
+    attend_fully(team_, shape, operand(0), operand(heads.queries), operand(heads.queries + heads.keys),
                  packed_[index], attended_.row(span.token), attended_.stride);
   }
 
@@ -135,7 +150,7 @@ class BlockRun {
   int64_t rows_ = 0;
   std::vector<FullShape> shapes_;            // of the spans
   std::vector<PackedHeads<T>> packed_;
-  SpreadRows<T> normed_, attended_, gated_;  // what is multiplied
+  SpreadRows<T> normed_, attended_, raised_;  // what is multiplied
   std::unique_ptr<T[]> qkv_, update_;        // update_: what is added to the states
   QuantizedRows quantized_;
 };

@@ -56,6 +56,17 @@ inline void rotate_row(const T* x, const T* cos, const T* sin, int64_t size, T* 
 
 inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
 
+// By its tanh: x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline Vec gelu(Vec x) { return x / (1.0f + exp(x * (-1.5957691216f - 0.0713548163f * x * x))); }
+
+template <typename T>
+void gelu(const T* x, int64_t count, T* out) {
+#pragma omp for schedule(static) nowait
+  for (int64_t i = 0; i < count / kWidth; i++) store(out + i * kWidth, gelu(load(x + i * kWidth)));
+#pragma omp single nowait
+  for (int64_t i = count / kWidth * kWidth; i < count; i++) store_one(out + i, gelu(splat(load_one(x + i)))[0]);
+}
+
 // silu(gate) * up.
 template <typename T>
 inline void gate_row(const T* gates, const T* ups, int64_t size, T* out) {

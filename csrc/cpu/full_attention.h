@@ -27,10 +27,19 @@ struct Operand {
   const T* at(int64_t s, int64_t t, int64_t h) const { return data + s * sample + t * token + h * head; }
 };
 
+// What a query sees: of tokens in blocks, the first of which may lack its first `offset`, its own block and some to each
+// side. Blocks of no token: everything.
+struct Band {
+  int64_t block, offset, back, ahead;
+
+  int64_t first(int64_t position) const { return ((position + offset) / block - back) * block - offset; }
+  int64_t stop(int64_t position) const { return ((position + offset) / block + ahead + 1) * block - offset; }
+};
+
 struct FullShape {
   int64_t samples, queries, keys;     // tokens
   int64_t query_heads, key_heads, size;
-  int64_t window;                     // how far a query sees to each side; negative: everywhere
+  Band band;
   float scale;
 
   int64_t panels() const { return (keys + kPanel - 1) / kPanel; }
@@ -82,9 +91,9 @@ struct FullTask {
   void run() {
     const int64_t all = shape.panels();
     int64_t panel = 0, stop = all;
-    if (shape.window >= 0) {
-      panel = std::max<int64_t>(first - shape.window, 0) / kPanel;
-      stop = std::min(all, (first + count - 1 + shape.window) / kPanel + 1);
+    if (shape.band.block) {
+      panel = std::max<int64_t>(shape.band.first(first), 0) / kPanel;
+      stop = std::min(all, (shape.band.stop(first + count - 1) - 1) / kPanel + 1);
     }
     for (int64_t row = 0; row < rows(); row++) running[row].clear(shape.size);
     for (; panel < stop; panel += kBlockKeys / kPanel) block(panel, std::min(kBlockKeys / kPanel, stop - panel));
@@ -109,12 +118,12 @@ struct FullTask {
                   });
   }
 
-  // -infinity behind the last key and outside of the window.
+  // -infinity behind the last key and outside of the band.
   void hide_far(float* scores, int64_t position, int64_t begin, int64_t width) const {
     int64_t low = 0, high = std::min(width, shape.keys - begin);
-    if (shape.window >= 0) {
-      low = std::clamp<int64_t>(position - shape.window - begin, 0, width);
-      high = std::clamp<int64_t>(position + shape.window + 1 - begin, 0, high);
+    if (shape.band.block) {
+      low = std::clamp<int64_t>(shape.band.first(position) - begin, 0, width);
+      high = std::clamp<int64_t>(shape.band.stop(position) - begin, 0, high);
     }
     for (int64_t i = 0; i < low; i++) scores[i] = -INFINITY;
     for (int64_t i = std::max(high, low); i < width; i++) scores[i] = -INFINITY;

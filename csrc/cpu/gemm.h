@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "elementwise.h"
 #include "panels.h"
 #include "simd.h"
 
@@ -32,7 +33,8 @@ struct Linear {
   const float* scales;  // of the outputs, or null; see quantized.h
   const T* bias;        // or null
   int64_t outputs, inputs;
-  int64_t is_in_halves;  // beside x in float32
+  int32_t is_in_halves;  // beside x in float32
+  int32_t has_gelu;      // which follows
 };
 
 // Elements from one row of x to the next, so that rows are an odd number of cache lines apart: those that are a power of
@@ -130,6 +132,7 @@ struct Finish {
   void operator()(int64_t row, int64_t i, Vec y) const {
     const int64_t at = row * stride + i;
     if (linear.bias) y += load(linear.bias + panel * kPanel + i);
+    if (linear.has_gelu) y = gelu(rounded<T>(y));
     if (residual) y = rounded<T>(y) + load(residual + at);
     store(out + at, y);
   }

@@ -65,6 +65,9 @@ using namespace omni;
   void gate_##NAME(const T* gate_up, int64_t rows, int64_t width, T* out, int threads) {                               \
     TEAM gate(gate_up, rows, width, out, width);                                                                       \
   }                                                                                                                    \
+  void gelu_##NAME(const T* x, int64_t count, T* out, int threads) {                                                   \
+    TEAM gelu(x, count, out);                                                                                          \
+  }                                                                                                                    \
   void run_blocks_##NAME(const DiffusionBlock<T>* blocks, int64_t count, const TokenSpan* spans, int64_t span_count,   \
                          const Modulations<T>* modulations, T* states, int threads) {                                  \
     BlockRun<T> run(*blocks, spans, span_count, *modulations, states);                                                 \

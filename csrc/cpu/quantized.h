@@ -190,13 +190,13 @@ struct Factor {
   }
 };
 
-// x -> out [rows, outputs]. To be called by every thread of a team, which shares the panels.
+// x -> out [rows, outputs], rows `stride` elements apart. To be called by every thread of a team, which shares the panels.
 template <typename T>
-void project(Team& team, const Factor<T>& x, const Linear<T>& linear, T* out, const T* residual = nullptr) {
+void project(Team& team, const Factor<T>& x, const Linear<T>& linear, T* out, int64_t stride, const T* residual = nullptr) {
   x.prepare(team, linear);
   share_panels(x.rows, linear.outputs, [&](int64_t panel, int64_t row, int64_t count) {
-    const int64_t at = row * linear.outputs + panel * kPanel;
-    const Finish<T> finish{linear, panel, out + at, linear.outputs, residual ? residual + at : nullptr};
+    const int64_t at = row * stride + panel * kPanel;
+    const Finish<T> finish{linear, panel, out + at, stride, residual ? residual + at : nullptr};
     x.compute(linear, panel, row, count, finish);
   });
 }
@@ -237,7 +237,7 @@ void multiply_all(const T* x, int64_t rows, const Linear<T>& linear, T* out, int
       team.meet();
     }
     const Factor<T> factor{is_spread ? spread.row(0) : x, is_spread ? spread.stride : linear.inputs, rows, quantized};
-    project(team, factor, linear, out);
+    project(team, factor, linear, out, linear.outputs);
   }
 }
 

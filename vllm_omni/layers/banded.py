@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_omni.layers.band import Band
 from vllm_omni.layers.native.full_attention import attend_fully, fits
 from vllm_omni.layers.native.library import Kernels, kernels_for
 from vllm_omni.utils.device import is_cpu
 
 MIN_BLOCK = 64
 MAX_SHORT_SCORES = 2**18  # of a row: up to so many, two float32 products on the CPU beat the blocks of flash attention
-MASKED_WINDOWS = 4  # rows of up to so many windows are faster with one mask over all of them than block by block
+MASKED_REACHES = 4  # rows of up to so many reaches of a band are faster with one mask over all than block by block
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -41,41 +42,43 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(dim=-1), values).view(num_rows, num_heads, length, size)
 
 
-def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Attention of every token to those at most `window` away, in the way that suits the length. Shapes as `attention`,
-    q = k = L.
+def banded_attention(query: Tensor, key: Tensor, value: Tensor, band: Band) -> Tensor:
+    """Attention of every token to what its band shows of the row, in the way that suits the length. Shapes as
+    `attention`, q = k = L.
     """
     length = query.shape[2]
-    if length <= window + 1:
+    if band.covers(length):
         return attention(query, key, value)
     functions = _functions(query, key)
     if functions is not None:
-        return _attended(functions, query, key, value, window)
-    if length > MASKED_WINDOWS * window:
-        return banded_attention(query, key, value, window)
+        return _attended(functions, query, key, value, band)
+    if length > MASKED_REACHES * max(band.back, band.ahead, 1) * band.block:
+        return blockwise_attention(query, key, value, band)
     positions = torch.arange(length, device=query.device)
-    return attention(query, key, value, ((positions[:, None] - positions).abs() <= window)[None, None])
+    return attention(query, key, value, band.sees(positions[:, None], positions)[None, None])
 
 
-def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """`windowed_attention` block by block, so that time and memory grow with L and not with its square."""
+def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, band: Band) -> Tensor:
+    """`banded_attention` block by block, so that time and memory grow with L and not with its square."""
     num_rows, _, length, _ = query.shape
-    block = max(window, MIN_BLOCK)
-    num_blocks = -(-length // block)
-    missing = num_blocks * block - length
-    queries = F.pad(query, (0, 0, 0, missing)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
+    before, behind = band.back * band.block, band.ahead * band.block  # that a block sees beside itself
+    block = -(-max(before, behind, MIN_BLOCK) // band.block) * band.block
+    num_blocks = -(-(band.offset + length) // block)
+    missing = num_blocks * block - length - band.offset
+    queries = F.pad(query, (0, 0, band.offset, missing)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
     keys, values = (
-        F.pad(x, (0, 0, window, window + missing)).unfold(2, block + 2 * window, block).permute(0, 2, 1, 4, 3)
+        F.pad(x, (0, 0, before + band.offset, behind + missing)).unfold(2, before + block + behind, block)
         for x in (key, value)
-    )  # [rows, blocks, K, block + 2 window, d]
-    starts = torch.arange(num_blocks, device=query.device)[:, None, None] * block
-    at_query = starts + torch.arange(block, device=query.device)[:, None]
-    at_key = starts - window + torch.arange(block + 2 * window, device=query.device)
-    is_seen = ((at_query - at_key).abs() <= window) & (at_key >= 0) & (at_key < length)
-    is_seen |= at_query >= length  # padding must see something; it is cut off below
+    )  # [rows, K, blocks, d, before + block + behind]
+    starts = torch.arange(num_blocks, device=query.device)[:, None, None] * block - band.offset
+    asking = starts + torch.arange(block, device=query.device)[:, None]
+    read = starts - before + torch.arange(before + block + behind, device=query.device)
+    is_seen = band.sees(asking, read) & (read >= 0) & (read < length)
+    is_seen |= (asking < 0) | (asking >= length)  # padding must see something; it is cut off below
     mask = is_seen[:, None].repeat(num_rows, 1, 1, 1)
-    attended = attention(queries, keys.flatten(0, 1), values.flatten(0, 1), mask)
-    return attended.unflatten(0, (num_rows, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    keys, values = (x.permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (keys, values))
+    attended = attention(queries, keys, values, mask).unflatten(0, (num_rows, num_blocks)).transpose(1, 2).flatten(2, 3)
+    return attended[:, :, band.offset : band.offset + length]
 
 
 def _functions(query: Tensor, key: Tensor) -> Kernels | None:
@@ -84,7 +87,7 @@ def _functions(query: Tensor, key: Tensor) -> Kernels | None:
     return kernels_for(query, key) if is_fit else None
 
 
-def _attended(functions: Kernels, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+def _attended(functions: Kernels, query: Tensor, key: Tensor, value: Tensor, band: Band | None) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # as they stand in memory
-    attended = attend_fully(functions, query, key, value, window)
+    attended = attend_fully(functions, query, key, value, band)
     return attended.unflatten(-1, (query.shape[2], -1)).transpose(1, 2)

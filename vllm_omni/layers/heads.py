@@ -22,13 +22,14 @@ from vllm_omni.layers.triton import glue, library
 @dataclass(frozen=True, slots=True)
 class HeadShape:
     """are_neighbours: whether the real and the imaginary part of a number stand side by side, or in the halves of a
-    head.
+    head. num_turned: of the queries and of the keys, from the first on, that have positions; None: all.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     are_neighbours: bool
+    num_turned: int | None = None
 
 
 def placed_heads(
@@ -37,7 +38,7 @@ def placed_heads(
     """qkv: [R, L, (H + 2 K) d], which is overwritten; norms: of queries and keys; rope: [L, d / 2, 2] float32 cosines
     and sines -> queries [R, H, L, d], keys and values [R, K, L, d].
     """
-    if library.takes(qkv) and qkv.is_contiguous():
+    if library.takes(qkv) and qkv.is_contiguous() and shape.num_turned is None:
         head_norms = None if norms is None else glue.HeadNorms(norms[0].rows(), norms[1].rows())
         turns = glue.Turns(rope[..., 0], rope[..., 1], shape.are_neighbours, rounds_products=False)
         glue.place_heads(qkv.flatten(0, 1), shape.num_heads, shape.num_kv_heads, head_norms, turns)
@@ -54,6 +55,7 @@ def head_row(shape: HeadShape, norms: tuple[RMSNorm, RMSNorm] | None) -> HeadRow
     query_norm, key_norm = norms or (None, None)
     return HeadRowStruct(
         *(shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.head_dim),
+        shape.num_heads if shape.num_turned is None else shape.num_turned,
         None if query_norm is None else query_norm.weight.data_ptr(),
         None if key_norm is None else key_norm.weight.data_ptr(),
         0.0 if query_norm is None else query_norm.eps,
@@ -68,7 +70,11 @@ def plain_placed_heads(
     if norms is not None:
         query, key = norms[0](query), norms[1](key)
     turn = turned_neighbours if shape.are_neighbours else turned_halves
-    return turn(query, rope), turn(key, rope), value
+    if shape.num_turned is None:
+        return turn(query, rope), turn(key, rope), value
+    for heads in (query, key):
+        heads[:, : shape.num_turned] = turn(heads[:, : shape.num_turned], rope)
+    return query, key, value
 
 
 def placed_rows(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vllm_omni.layers import float8, halves
 from vllm_omni.layers.lora import acting
+from vllm_omni.layers.modulation import gelu
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.packing import (
     Packing,
@@ -89,16 +90,30 @@ class PackedLayer(nn.Module):
 class Linear(nn.Linear, PackedLayer):
     """A linear layer; until it is packed it is as torch's own. Adapters of the pass add to its product."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, can_quantize: bool = False) -> None:
-        """can_quantize: so for projections within blocks; embedders, modulation and what comes last lose too much."""
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        can_quantize: bool = False,
+        has_gelu: bool = False,
+    ) -> None:
+        """can_quantize: so for projections within blocks; embedders, modulation and what comes last lose too much.
+        has_gelu: whether GELU by its tanh follows, on a CPU before the product is written to memory.
+        """
         super().__init__(in_features, out_features, bias=bias)
-        self.can_quantize = can_quantize
+        self.can_quantize, self.has_gelu = can_quantize, has_gelu
         self.register_buffer("scales", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         packing, adapters = self.packing, acting()
+        if self.has_gelu and adapters is None and isinstance(packing, NativePacking):
+            return packing.multiply(x, self.weight, self.bias, has_gelu=True)
         product = super().forward(x) if packing is None else packing.multiply(x, self.weight, self.bias)
-        return product if adapters is None else adapters.add(self, x, product)
+        if adapters is not None:
+            product = adapters.add(self, x, product)
+        return gelu(product) if self.has_gelu else product
 
 
 class RowLinear(Linear):
@@ -185,11 +200,13 @@ class MergedLinear(Linear):
         bias: bool = False,
         *,
         can_quantize: bool = False,
+        has_gelu: bool = False,
         shard: Shard = WHOLE,
     ) -> None:
         """parts: whole widths."""
         self.parts = {name: shard.part(width) for name, width in parts.items()}  # of this rank
-        super().__init__(in_features, sum(self.parts.values()), bias=bias, can_quantize=can_quantize)
+        width = sum(self.parts.values())
+        super().__init__(in_features, width, bias=bias, can_quantize=can_quantize, has_gelu=has_gelu)
         self.shard = shard
 
     def rows(self, part: str) -> slice:

@@ -28,7 +28,7 @@ def modulated(x: Tensor, norm: Norm, scale: Tensor | None = None, shift: Tensor 
         return plain_modulated(x, norm, scale, shift)
     x = x.contiguous()
     out = torch.empty_like(x)
-    diffusion.modulate(functions, x, _struct(norm), scale, shift, out)
+    diffusion.modulate(functions, x, norm_struct_of(norm), scale, shift, out)
     return out
 
 
@@ -41,7 +41,7 @@ def gated_sum(x: Tensor, update: Tensor, gate: Tensor | None = None, norm: Norm 
         return plain_gated_sum(x, update, gate, norm)
     x, update = x.contiguous(), update.contiguous()
     out = torch.empty_like(x)
-    diffusion.add_gated(functions, x, update, None if norm is None else _struct(norm), gate, out)
+    diffusion.add_gated(functions, x, update, None if norm is None else norm_struct_of(norm), gate, out)
     return out
 
 
@@ -53,6 +53,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if functions is None:
         return plain_swiglu(gate_up)
     return diffusion.gate(functions, gate_up.contiguous())
+
+
+def gelu(x: Tensor) -> Tensor:
+    """By its tanh: x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
+    functions = _functions(x)
+    return F.gelu(x, approximate="tanh") if functions is None else diffusion.gelu(functions, x.contiguous())
 
 
 def plain_modulated(x: Tensor, norm: Norm, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -79,6 +85,7 @@ def _functions(x: Tensor, *others: Tensor | None) -> Kernels | None:
     return kernels_for(x, *others) if is_fit else None
 
 
-def _struct(norm: Norm) -> NormStruct:
+def norm_struct_of(norm: Norm) -> NormStruct:
+    """Pointers into the norm, which must outlive it."""
     weight = norm.weight if isinstance(norm, RMSNorm) else None
     return diffusion.norm_struct(weight, norm.eps, is_centred=weight is None)

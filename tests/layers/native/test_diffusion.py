@@ -9,16 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_omni.layers import banded
-from vllm_omni.layers.banded import attention, windowed_attention
+from vllm_omni.layers.band import Band
+from vllm_omni.layers.banded import attention, banded_attention, blockwise_attention
 from vllm_omni.layers.heads import HeadShape, placed_heads, plain_placed_heads
+from vllm_omni.layers.linear import Linear, quantize_linears
 from vllm_omni.layers.modulation import (
     Norm,
     gated_sum,
+    gelu,
     modulated,
     plain_gated_sum,
     plain_modulated,
@@ -26,6 +30,7 @@ from vllm_omni.layers.modulation import (
     swiglu,
 )
 from vllm_omni.layers.native import library
+from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
 from vllm_omni.layers.snake import snake
 
@@ -87,10 +92,38 @@ def test_gated_activations_equal_torchs(rows: int, width: int, dtype: torch.dtyp
     close(swiglu(gate_up), plain_swiglu(gate_up))
 
 
+@settings(max_examples=20)
+@given(LENGTHS, st.integers(1, 1200), st.sampled_from(DTYPES), st.sampled_from([1.0, 10.0]))
+@torch.inference_mode()
+def test_gelu_equals_torchs(rows: int, width: int, dtype: torch.dtype, spread: float) -> None:
+    x = (spread * torch.randn(rows, width)).to(dtype)
+    close(gelu(x), F.gelu(x, approximate="tanh"), steps=1)
+    edges = torch.tensor([0.0, -0.0, 40.0, -40.0, math.inf, math.nan], dtype=dtype)
+    torch.testing.assert_close(gelu(edges), F.gelu(edges, approximate="tanh"), equal_nan=True)
+
+
+@settings(max_examples=20)
+@given(LENGTHS, st.sampled_from([(torch.float32, None), (torch.float32, "bfloat16")] + [(x, "int8") for x in DTYPES]))
+@torch.inference_mode()
+def test_gelu_within_a_product_is_the_same_behind_it(rows: int, numbers: tuple[torch.dtype, str | None]) -> None:
+    dtype, held = numbers
+    layers = [Linear(64, 96, can_quantize=True, has_gelu=has_gelu).to(dtype) for has_gelu in (True, False)]
+    published = torch.randn(96, 64).to(dtype)
+    for layer in layers:
+        if held is not None:
+            quantize_linears(layer, held)
+        layer.requires_grad_(False).fill(slice(None), published, None)
+        layer.bias.copy_(layers[0].bias)
+        layer.pack()
+        assert isinstance(layer.packing, NativePacking)
+    x = torch.randn(rows, 64).to(dtype)
+    assert torch.equal(layers[0](x), gelu(layers[1](x)))
+
+
 @settings(max_examples=40)
 @given(
     *(SAMPLES, LENGTHS, st.integers(1, 4), st.integers(1, 3), st.integers(1, 33) | st.sampled_from([16, 64])),
-    *(st.booleans(), st.booleans(), st.sampled_from(DTYPES)),
+    *(st.booleans(), st.booleans(), st.sampled_from([None, 1]), st.sampled_from(DTYPES)),
 )
 @torch.inference_mode()
 def test_heads_are_normed_and_turned_as_by_torch(
@@ -101,9 +134,10 @@ def test_heads_are_normed_and_turned_as_by_torch(
     half: int,
     neighbours: bool,
     has_norms: bool,
+    num_turned: int | None,
     dtype: torch.dtype,
 ) -> None:
-    shape = HeadShape(kv_heads * group, kv_heads, 2 * half, neighbours)
+    shape = HeadShape(kv_heads * group, kv_heads, 2 * half, neighbours, num_turned)
     qkv = torch.randn(samples, length, (group + 2) * kv_heads * 2 * half).to(dtype)
     angles = torch.randn(length, half)
     rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
@@ -115,14 +149,15 @@ def test_heads_are_normed_and_turned_as_by_torch(
         close(found, definition)
 
 
-def attend_in_float64(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+def attend_in_float64(query: Tensor, key: Tensor, value: Tensor, band: Band | None) -> Tensor:
     """The definition of attention: [B, H, q, d], [B, K, k, d] twice -> [B, H, q, d]."""
     group = query.shape[1] // key.shape[1]
     keys, values = (x.double().repeat_interleave(group, dim=1) for x in (key, value))
     scores = query.double() @ keys.transpose(2, 3) * query.shape[3] ** -0.5
-    if window is not None:
-        far = (torch.arange(scores.shape[2])[:, None] - torch.arange(scores.shape[3])).abs() > window
-        scores = scores.masked_fill(far, -math.inf)
+    if band is not None:
+        block = (torch.arange(scores.shape[2]) + band.offset) // band.block
+        distance = block - block[:, None]
+        scores = scores.masked_fill((distance < -band.back) | (distance > band.ahead), -math.inf)
     return (scores.softmax(dim=-1) @ values).to(query.dtype)
 
 
@@ -153,7 +188,27 @@ def test_full_attention_equals_its_definition(
 @torch.inference_mode()
 def test_windows_hide_what_is_far(dtype: torch.dtype, window: int, length: int) -> None:
     query, key, value = heads_of(2, length, 4, 2, 32, dtype)
-    close(windowed_attention(query, key, value, window), attend_in_float64(query, key, value, window), steps=1)
+    band = Band.window(window)
+    close(banded_attention(query, key, value, band), attend_in_float64(query, key, value, band), steps=1)
+
+
+@settings(max_examples=60)
+@given(
+    *(st.integers(0, 2), st.integers(0, 2), st.integers(1, 70), st.data(), st.integers(1, 200)),
+    *(st.sampled_from(DTYPES), st.integers(0, 10**6)),
+)
+@torch.inference_mode()
+def test_bands_of_blocks_hide_the_other_blocks(
+    back: int, ahead: int, block: int, data: st.DataObject, length: int, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    band = Band(back, ahead, block, data.draw(st.integers(0, block - 1)))
+    query, key, value = heads_of(2, length, 2, 2, 32, dtype)
+    expected = attend_in_float64(query, key, value, band)
+    close(banded_attention(query, key, value, band), expected, steps=1)
+    close(blockwise_attention(query, key, value, band), expected, steps=1)
+    reach = [(band.first(at), band.stop(at)) for at in range(length)]
+    assert band.covers(length) == all(first <= 0 and stop >= length for first, stop in reach)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,7 +222,9 @@ def test_a_sample_is_the_same_alone_and_among_others(dtype: torch.dtype, window:
     def run(chosen: slice) -> tuple[Tensor, Tensor, Tensor]:
         normed = modulated(x[chosen], norm, scale[chosen], shift[chosen])
         query, key, value = (part[chosen] for part in heads)
-        attended = attention(query, key, value) if window is None else windowed_attention(query, key, value, window)
+        attended = attention(query, key, value)
+        if window is not None:
+            attended = banded_attention(query, key, value, Band.window(window))
         return normed, gated_sum(normed, normed, scale[chosen], norm), attended
 
     together = run(slice(0, 3))
@@ -226,7 +283,9 @@ from pathlib import Path
 import torch
 
 from vllm_omni.layers.modulation import modulated, plain_modulated, plain_swiglu, swiglu
+from vllm_omni.layers.linear import Linear, quantize_linears
 from vllm_omni.layers.native import library
+from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.norm import RMSNorm
 
 library.built_variants = lambda: {sys.argv[1]: Path(sys.argv[2])}

@@ -13,7 +13,8 @@ from support.ace_step import CHANNELS, TEXT_WIDTH, random_transformer
 from torch import Tensor
 
 from vllm_omni.errors import CheckpointError, ConfigError
-from vllm_omni.layers.banded import attention, banded_attention, short_attention, windowed_attention
+from vllm_omni.layers.band import Band
+from vllm_omni.layers.banded import attention, banded_attention, blockwise_attention, short_attention
 from vllm_omni.layers.weights import plan_loading
 from vllm_omni.models.ace_step.config import AceStepConfig
 from vllm_omni.models.ace_step.frames import RowCondition
@@ -167,10 +168,10 @@ def test_attention_of_a_window_equals_the_masked_one_for_every_length(length: in
     query = torch.randn(3, 4, length, 8)
     key, value = torch.randn(2, 3, 2, length, 8)
     positions = torch.arange(length)
-    band = (positions[:, None] - positions).abs() <= window
-    expected = attention(query, key, value, band.expand(3, 1, length, length))
-    torch.testing.assert_close(banded_attention(query, key, value, window), expected)
-    torch.testing.assert_close(windowed_attention(query, key, value, window), expected)
+    mask = (positions[:, None] - positions).abs() <= window
+    expected = attention(query, key, value, mask.expand(3, 1, length, length))
+    torch.testing.assert_close(blockwise_attention(query, key, value, Band.window(window)), expected)
+    torch.testing.assert_close(banded_attention(query, key, value, Band.window(window)), expected)
 
 
 @pytest.mark.parametrize("num_heads, num_keys", [(4, 4), (4, 2), (6, 1)])

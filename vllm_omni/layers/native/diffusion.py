@@ -46,6 +46,12 @@ def gate(functions: Kernels, gate_up: Tensor) -> Tensor:
     return out
 
 
+def gelu(functions: Kernels, x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    functions.gelu(pointer(x), x.numel(), pointer(out), glue_threads(x))
+    return out
+
+
 def snake(functions: Kernels, x: Tensor, frequency: Tensor, amplitude: Tensor, *, channels_last: bool) -> Tensor:
     """x: [outer, inner, C] or [outer, C, inner] -> the same; frequency, amplitude: [C]."""
     out = torch.empty_like(x)

@@ -66,6 +66,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     ),
     "place": (POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(HeadRowStruct), POINTER, THREADS),
     "gate": (POINTER, COUNT, COUNT, POINTER, THREADS),
+    "gelu": (POINTER, COUNT, POINTER, THREADS),
     "run_blocks": (POINTER, COUNT, POINTER, COUNT, ctypes.POINTER(ModulationsStruct), POINTER, THREADS),
     "snake": (POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, THREADS),
     "group_norm": (POINTER, ctypes.POINTER(GroupNormStruct), POINTER, POINTER, POINTER, THREADS),
@@ -107,6 +108,7 @@ class Kernels:
         self.add_gated = getattr(library, f"add_gated_{dtype}")
         self.place = getattr(library, f"place_{dtype}")
         self.gate = getattr(library, f"gate_{dtype}")
+        self.gelu = getattr(library, f"gelu_{dtype}")
         self.run_blocks = getattr(library, f"run_blocks_{dtype}")
         self.snake = getattr(library, f"snake_{dtype}")
         self.group_norm = getattr(library, f"group_norm_{dtype}")
@@ -164,7 +166,7 @@ def _multiplies(functions: Kernels, dtype: torch.dtype) -> bool:
     expected = x @ weight.T
     out = torch.zeros_like(expected)  # memory that was used before may hold the very product
     functions.layouts[dtype].pack(pointer(weight), 64, 64, 1)
-    functions.multiply(pointer(x), 40, LinearStruct(pointer(weight), None, None, 64, 64, False), pointer(out), 1)
+    functions.multiply(pointer(x), 40, LinearStruct(pointer(weight), None, None, 64, 64, False, False), pointer(out), 1)
     return torch.equal(out, expected)
 
 

@@ -47,13 +47,13 @@ class NativePacking:
         self._layout.pack(pointer(weight), outputs, inputs, threads_for(weight.numel()))
         return weight
 
-    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        """x: [..., in] -> [..., out]."""
+    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None, *, has_gelu: bool = False) -> Tensor:
+        """x: [..., in] -> [..., out]. has_gelu: whether GELU follows, as `layers.modulation` computes it."""
         outputs, inputs = packed.shape
         assert x.shape[-1] == inputs and x.dtype == self._dtype, f"got {list(x.shape)} of {x.dtype}"
         x = x.contiguous()
         out = result(x, *x.shape[:-1], outputs)
-        struct = linear_struct(packed, self._scales, bias)
+        struct = linear_struct(packed, self._scales, bias, has_gelu)
         threads = threads_for(x.numel() * outputs)
         self._kernels.multiply(x.data_ptr(), x.numel() // inputs, struct, out.data_ptr(), threads)
         return out
@@ -74,10 +74,10 @@ def can_gate(outputs: int) -> bool:
     return outputs % (2 * PANEL) == 0
 
 
-def linear_struct(packed: Tensor, scales: Tensor | None, bias: Tensor | None) -> LinearStruct:
+def linear_struct(packed: Tensor, scales: Tensor | None, bias: Tensor | None, has_gelu: bool = False) -> LinearStruct:
     """Pointers into a packed weight [out, in] and what belongs to it, which must outlive it."""
     is_in_halves = packed.dtype == torch.bfloat16
-    return LinearStruct(pointer(packed), pointer(scales), pointer(bias), *packed.shape, is_in_halves)
+    return LinearStruct(pointer(packed), pointer(scales), pointer(bias), *packed.shape, is_in_halves, has_gelu)
 
 
 def _goes_with(held: torch.dtype, activations: torch.dtype) -> bool:

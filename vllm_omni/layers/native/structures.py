@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 
-POINTER, COUNT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+POINTER, COUNT, FLOAT, FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 
 
 class LinearStruct(ctypes.Structure):
     _fields_ = (
         *(("weight", POINTER), ("scales", POINTER), ("bias", POINTER)),
-        *(("outputs", COUNT), ("inputs", COUNT), ("is_in_halves", COUNT)),
+        *(("outputs", COUNT), ("inputs", COUNT), ("is_in_halves", FLAG), ("has_gelu", FLAG)),
     )
 
 
@@ -62,30 +62,38 @@ class PerSampleStruct(ctypes.Structure):
 
 
 class NormStruct(ctypes.Structure):
-    _fields_ = (("weight", POINTER), ("epsilon", FLOAT), ("centred", ctypes.c_int32))
+    _fields_ = (("weight", POINTER), ("epsilon", FLOAT), ("centred", FLAG))
 
 
 class HeadRowStruct(ctypes.Structure):
     _fields_ = (
-        *((name, COUNT) for name in ("queries", "keys", "others", "size")),
-        *(("query_norm", POINTER), ("key_norm", POINTER), ("epsilon", FLOAT), ("neighbours", ctypes.c_int32)),
+        *((name, COUNT) for name in ("queries", "keys", "others", "size", "turned")),
+        *(("query_norm", POINTER), ("key_norm", POINTER), ("epsilon", FLOAT), ("neighbours", FLAG)),
     )
+
+
+class BandStruct(ctypes.Structure):
+    _fields_ = tuple((name, COUNT) for name in ("block", "offset", "back", "ahead"))
 
 
 class DiffusionBlockStruct(ctypes.Structure):
     _fields_ = (
         *((f"{name}_norm", NormStruct) for name in ("attention", "attended", "mlp", "computed")),
         ("heads", HeadRowStruct),
-        *((name, LinearStruct) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, LinearStruct) for name in ("qkv", "output", "up", "down")),
+        ("band", BandStruct),
     )
 
 
 class TokenSpanStruct(ctypes.Structure):
-    _fields_ = (("sample", COUNT), ("token", COUNT), ("tokens", TokensStruct), ("turns", POINTER))
+    _fields_ = (
+        *(("sample", COUNT), ("token", COUNT), ("tokens", TokensStruct), ("turns", POINTER)),
+        ("offset", COUNT),
+    )
 
 
 class ModulationsStruct(ctypes.Structure):
-    _fields_ = (("data", POINTER), ("samples", COUNT))
+    _fields_ = (("data", POINTER), ("samples", COUNT), ("count", COUNT))
 
 
 class OperandStruct(ctypes.Structure):
@@ -94,8 +102,8 @@ class OperandStruct(ctypes.Structure):
 
 class FullShapeStruct(ctypes.Structure):
     _fields_ = (
-        *((name, COUNT) for name in ("samples", "queries", "keys", "query_heads", "key_heads", "size", "window")),
-        ("scale", FLOAT),
+        *((name, COUNT) for name in ("samples", "queries", "keys", "query_heads", "key_heads", "size")),
+        *(("band", BandStruct), ("scale", FLOAT)),
     )
 
 
@@ -110,5 +118,5 @@ class FilterStruct(ctypes.Structure):
 class GroupNormStruct(ctypes.Structure):
     _fields_ = (
         *((name, COUNT) for name in ("pictures", "pixels", "channels", "groups")),
-        *(("epsilon", FLOAT), ("activated", ctypes.c_int32)),
+        *(("epsilon", FLOAT), ("activated", FLAG)),
     )

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.layers.banded import attention, windowed_attention
-from vllm_omni.layers.heads import HeadShape, placed_heads
+from vllm_omni.layers.band import Band
+from vllm_omni.layers.banded import attention
+from vllm_omni.layers.heads import HeadShape
 from vllm_omni.layers.linear import Linear, MergedLinear
 from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.models.ace_step.config import SLIDING, AceStepConfig
 from vllm_omni.worker.diffusion.cross_attention import CrossAttentionKV
-from vllm_omni.worker.diffusion.packing import Span, gated_rows, joined, modulated_rows
+from vllm_omni.worker.diffusion.packing import Span, attended_rows, gated_rows, modulated_rows
 
 TIME_FREQUENCIES = 256
 TIME_SCALE = 1000.0
@@ -51,7 +52,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: AceStepConfig, window: int | None) -> None:
         super().__init__()
-        self.window = window
+        self.band = None if window is None else Band.window(window)
         heads = config.num_attention_heads, config.num_key_value_heads
         self.shape = HeadShape(*heads, config.head_dim, are_neighbours=False)
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -62,17 +63,8 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
-        qkv = self.qkv(x)
-        return self.out(joined([self._attend(qkv[span.tokens], span) for span in spans]))
-
-    def _attend(self, qkv: Tensor, span: Span) -> Tensor:
-        qkv = qkv.unflatten(0, (span.num_rows, span.length))
-        query, key, value = placed_heads(qkv, self.shape, (self.norm_q, self.norm_k), span.rope)
-        if self.window is None:
-            attended = attention(query, key, value)
-        else:
-            attended = windowed_attention(query, key, value, self.window)
-        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+        norms = (self.norm_q, self.norm_k)
+        return self.out(attended_rows(self.qkv(x), spans, self.shape, norms, band=self.band))
 
 
 class CrossAttention(nn.Module):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.heads import HeadShape
@@ -55,7 +54,7 @@ class Stream(nn.Module):
         self.qkv = MergedLinear(dim, parts, bias=True, can_quantize=True, shard=shard)
         self.norm_q, self.norm_k = RMSNorm(config.attention_head_dim, EPS), RMSNorm(config.attention_head_dim, EPS)
         self.out = RowLinear(dim, dim, can_quantize=True, shard=shard)
-        self.up = MergedLinear(dim, {"up": 4 * dim}, bias=True, can_quantize=True, shard=shard)
+        self.up = MergedLinear(dim, {"up": 4 * dim}, bias=True, can_quantize=True, has_gelu=True, shard=shard)
         self.down = RowLinear(4 * dim, dim, can_quantize=True, shard=shard)
 
     def modulation_of(self, inputs: StreamInputs) -> tuple[Tensor, ...]:
@@ -72,7 +71,7 @@ class Stream(nn.Module):
         gate_attention, shift, scale, gate = modulation[2:]
         x = gated_rows(x, self.out(attended), inputs.spans, gate_attention)
         raised = self.up(modulated_rows(x, self.norm, inputs.spans, scale, shift))
-        return gated_rows(x, self.down(F.gelu(raised, approximate="tanh")), inputs.spans, gate)
+        return gated_rows(x, self.down(raised), inputs.spans, gate)
 
 
 class Block(nn.Module):

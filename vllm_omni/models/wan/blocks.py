@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.layers.banded import attention
@@ -90,7 +89,7 @@ class Block(nn.Module):
         self.attn1 = SelfAttention(config)
         self.norm2 = nn.LayerNorm(dim, config.eps)
         self.attn2 = CrossAttention(config)
-        self.up = MergedLinear(dim, {"up": config.ffn_dim}, bias=True, can_quantize=True)
+        self.up = MergedLinear(dim, {"up": config.ffn_dim}, bias=True, can_quantize=True, has_gelu=True)
         self.down = Linear(config.ffn_dim, dim, can_quantize=True)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
 
@@ -100,7 +99,7 @@ class Block(nn.Module):
         x = gated_rows(x, self.attn1(normed, inputs.spans), inputs.modulated, gate)
         x = x + self.attn2(self.norm2(x), inputs.reads, self.index)
         raised = self.up(modulated_rows(x, self.norm, inputs.modulated, raised_scale, raised_shift))
-        return gated_rows(x, self.down(F.gelu(raised, approximate="tanh")), inputs.modulated, raised_gate)
+        return gated_rows(x, self.down(raised), inputs.modulated, raised_gate)
 
     def modulated_input(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         """[N, D]: what self-attention reads."""

@@ -56,7 +56,9 @@ class WanTransformer(nn.Module):
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
         self.time_embedder = TimestepEmbedder(config.freq_dim, dim, bias=True)
         self.time_proj = Linear(dim, 6 * dim)
-        self.text_in = nn.ModuleDict({"linear_1": Linear(config.text_dim, dim), "linear_2": Linear(dim, dim)})
+        self.text_in = nn.ModuleDict(
+            {"linear_1": Linear(config.text_dim, dim, has_gelu=True), "linear_2": Linear(dim, dim)}
+        )
         self.blocks = Blocks(Block(config, index) for index in range(config.num_layers))
         self.norm_out = LayerNorm(config.eps)
         self.proj_out = Linear(dim, config.patch_channels)
@@ -77,8 +79,7 @@ class WanTransformer(nn.Module):
         """
         num_zeros = MAX_TEXT - len(states)
         padded = F.pad(states.to(self.scale_shift_table), (0, 0, 0, 2 if num_zeros else 0))
-        raised = F.gelu(self.text_in["linear_1"](padded), approximate="tanh")
-        embedded = self.text_in["linear_2"](raised)
+        embedded = self.text_in["linear_2"](self.text_in["linear_1"](padded))
         layers = tuple(block.attn2.encode(embedded) for block in self._present())
         return CrossAttentionKV(layers, counting_bias(embedded, num_zeros) if num_zeros else None)
 

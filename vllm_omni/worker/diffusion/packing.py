@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from vllm_omni.layers.band import Band
+from vllm_omni.layers.banded import banded_attention
 from vllm_omni.layers.head_exchange import attention_of_share
 from vllm_omni.layers.heads import HeadShape, placed_heads
 from vllm_omni.layers.modulation import Norm, gated_sum, modulated
@@ -37,6 +39,7 @@ class Span:
     num_rows: int
     length: int  # tokens of each row
     rope: Tensor  # [length, head_dim / 2, 2] cosines and sines, float32
+    offset: int = 0  # where in a block the first token of a row stands, where attention is to blocks
 
 
 def modulated_rows(
@@ -62,16 +65,23 @@ def attended_rows(
     norms: HeadNorms | None,
     seen: Seen | None = None,
     sequence: Shard = WHOLE,
+    band: Band | None = None,
 ) -> Tensor:
-    """Full attention within each row, placed by the spans' ropes. qkv: [N, 3 D], which is overwritten -> [N, D].
-    sequence: the share of each row that the spans are, where other ranks have the others.
+    """Attention within each row, placed by the spans' ropes. qkv: [N, (H + 2 K) d], which is overwritten -> [N, H d].
+    sequence: the share of each row that the spans are, where other ranks have the others. band: what a token sees of
+    its row, at the spans' offsets; None: everything.
     """
+    assert band is None or (seen is None and sequence.is_whole)
     parts = []
     for index, span in enumerate(spans):
         query, key, value = placed_heads(_dense(qkv, span), shape, norms, span.rope)  # [rows, H, L, d]
         if seen is not None:
             key, value = seen(index, key, value)
-        parts.append(attention_of_share(query, key, value, sequence).transpose(1, 2).flatten(2).flatten(0, 1))
+        if band is None:
+            attended = attention_of_share(query, key, value, sequence)
+        else:
+            attended = banded_attention(query, key, value, band.at(span.offset))
+        parts.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
     return joined(parts)
 
 

@@ -16,8 +16,8 @@ from vllm_omni.errors import StageError
 from vllm_omni.layers.weights import Target
 from vllm_omni.models.qwen2_5_omni.speakers import Speakers
 from vllm_omni.models.qwen2_5_omni.token2wav.bigvgan import BigVGAN
-from vllm_omni.models.qwen2_5_omni.token2wav.blocks import Blocks
 from vllm_omni.models.qwen2_5_omni.token2wav.config import SAMPLE_RATE, Token2WavConfig
+from vllm_omni.models.qwen2_5_omni.token2wav.frames import Frames
 from vllm_omni.models.qwen2_5_omni.token2wav.trajectory import (
     MAIN,
     NULL,
@@ -122,14 +122,13 @@ class Token2Wav(DiffusionModel):
             self.config.dit.mel_dim,
         )
 
-    def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Condition]) -> Blocks:
-        times = torch.tensor(timesteps, dtype=torch.float32, device=self._device)
-        return self.transformer.embed(latents, times, conditions)
+    def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Condition]) -> Frames:
+        return self.transformer.embed(latents, timesteps, conditions)
 
-    def run_blocks(self, tokens: Blocks, start: int, stop: int) -> Blocks:
+    def run_blocks(self, tokens: Frames, start: int, stop: int) -> Frames:
         return self.transformer.run_blocks(tokens, start, stop)
 
-    def unembed(self, tokens: Blocks) -> list[Tensor]:
+    def unembed(self, tokens: Frames) -> list[Tensor]:
         return self.transformer.unembed(tokens)
 
     def num_pieces(self, latents: Tensor, kept: slice) -> int:

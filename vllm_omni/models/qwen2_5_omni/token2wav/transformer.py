@@ -1,12 +1,11 @@
 """The transformer of Qwen2.5-Omni's token2wav: codes and a voice become a mel spectrogram, by a flow from noise.
 
-Attention is blockwise: a frame sees its own block, and in some layers one block before or behind it, so it is computed
-block by block with the neighbours that the layer has, and time and memory grow with the length. Only the first head
-has rotary positions, as it was trained. What no timestep touches, the input projection of codes and voice, is computed
-once per request. Knows no sampler and no guidance.
+Attention is blockwise: a frame sees its own block, and in some layers one block before or behind it, so that time and
+memory grow with the length. Only the first head has rotary positions, as it was trained. What no timestep touches, the
+input projection of codes and voice, is computed once per request; what nothing but the timestep touches, once for each
+of the few that samplers ask for. Knows no sampler and no guidance.
 
-Legend: R rows, B blocks of all rows, S frames of a block, N frames of all rows, T frames of a row, n codes of a row,
-D width, H heads, d head size, M mel bins.
+Legend: R rows, N packed frames of all rows, T frames of a row, n codes of a row, D width, d head size, M mel bins.
 """
 
 from __future__ import annotations
@@ -14,25 +13,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.layers.banded import attention
+from vllm_omni.layers.band import Band
 from vllm_omni.layers.ecapa import EcapaEncoder
+from vllm_omni.layers.heads import HeadShape, head_row
 from vllm_omni.layers.linear import Linear, MergedLinear
-from vllm_omni.layers.modulation import gated_sum, modulated
+from vllm_omni.layers.native.diffusion_blocks import BlockParts, NativeBlocks
 from vllm_omni.layers.norm import LayerNorm
-from vllm_omni.layers.rotary import rotary_frequencies
 from vllm_omni.layers.weights import Target
 from vllm_omni.models.qwen2_5_omni.speakers import Speaker
-from vllm_omni.models.qwen2_5_omni.token2wav.blocks import Blocks, Layout, RowSpan, View
 from vllm_omni.models.qwen2_5_omni.token2wav.config import DiTConfig
+from vllm_omni.models.qwen2_5_omni.token2wav.frames import Frames, RowSpan
+from vllm_omni.worker.diffusion.packing import Span, attended_rows, gated_rows, modulated_rows, runs
+from vllm_omni.worker.diffusion.rope_tables import RopeTables
 
 TIME_FREQUENCIES = 256
 TIME_SCALE = 1000.0
 NORM_EPS = 1e-6
+MAX_TIMESTEPS = 64  # whose modulations are kept: a request has 36 of them, the same as any other's by default
 NULL_CODE = 0  # what the unguided branch reads instead of the codes
 PLACES = {
     "attn_norm.linear": "modulation",
@@ -80,45 +84,46 @@ class TimeEmbedding(nn.Module):
 
 
 class BlockAttention(nn.Module):
-    """Every frame attends to the frames of the blocks in view; its first head knows positions."""
+    """Every frame attends to the frames of the blocks in its band; the first head alone knows positions."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, band: Band) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        width = config.num_attention_heads * config.head_dim
+        heads = config.num_attention_heads
+        self.band = band
+        self.shape = HeadShape(heads, heads, config.head_dim, are_neighbours=True, num_turned=1)
+        width = heads * config.head_dim
         self.qkv = MergedLinear(config.hidden_size, {"to_q": width, "to_k": width, "to_v": width}, bias=True)
         self.out = Linear(width, config.hidden_size)
 
-    def forward(self, x: Tensor, view: View, rope: Tensor) -> Tensor:
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.project(x))  # [B, S, H, d]
-        for states in (query, key):
-            states[:, :, 0] = rotated(states[:, :, 0], rope)
-        if not view.is_own_block:
-            key, value = (states[view.blocks].flatten(1, 2) for states in (key, value))  # [B, W S, H, d]
-        attended = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), view.mask)
-        return self.out(attended.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
+        return self.out(attended_rows(self.qkv(x), spans, self.shape, None, band=self.band))
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, both shifted, scaled and gated by the timestep. reach: blocks seen back and ahead."""
+    """Attention and feed-forward, both shifted, scaled and gated by the timestep."""
 
     def __init__(self, config: DiTConfig, index: int) -> None:
         super().__init__()
         width = config.hidden_size
-        self.reach = (int(index in config.look_backward_layers), int(index in config.look_ahead_layers))
+        back, ahead = int(index in config.look_backward_layers), int(index in config.look_ahead_layers)
         self.norm = LayerNorm(NORM_EPS)
         self.modulation = Linear(width, 6 * width)
-        self.attn = BlockAttention(config)
-        self.ff_in = Linear(width, width * config.ff_mult)
+        self.attn = BlockAttention(config, Band(back, ahead, config.block_size))
+        self.ff_in = Linear(width, width * config.ff_mult, has_gelu=True)
         self.ff_out = Linear(width * config.ff_mult, width)
 
-    def forward(self, x: Tensor, blocks: Blocks) -> Tensor:
-        modulation = self.modulation(blocks.time)[blocks.layout.row_of_block, None]  # [B, 1, 6 D]
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
-        view = blocks.layout.views[self.reach]
-        x = gated_sum(x, self.attn(modulated(x, self.norm, scale, shift), view, blocks.rope), gate)
-        hidden = F.gelu(self.ff_in(modulated(x, self.norm, scale_ff, shift_ff)), approximate="tanh")
-        return gated_sum(x, self.ff_out(hidden), gate_ff)
+    def forward(self, x: Tensor, spans: Sequence[Span], modulation: Tensor) -> Tensor:
+        """x: [N, D]; modulation: [R, 6, D] -> [N, D]."""
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.unbind(1)
+        normed = modulated_rows(x, self.norm, spans, scale, shift)
+        x = gated_rows(x, self.attn(normed, spans), spans, gate)
+        normed = modulated_rows(x, self.norm, spans, scale_ff, shift_ff)
+        return gated_rows(x, self.ff_out(self.ff_in(normed)), spans, gate_ff)
+
+    def parts(self) -> BlockParts:
+        """For kernels that run whole blocks."""
+        linears = (self.attn.qkv, self.attn.out, self.ff_in, self.ff_out)
+        return BlockParts((self.norm, None, self.norm, None), head_row(self.attn.shape, None), linears, self.attn.band)
 
 
 class Token2WavTransformer(nn.Module):
@@ -134,11 +139,12 @@ class Token2WavTransformer(nn.Module):
         self.proj = nn.Linear(config.mel_dim + config.enc_dim + config.emb_dim + config.enc_emb_dim, width)
         self.blocks = [Layer(config, index) for index in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(self.blocks)
-        self.reaches = {layer.reach for layer in self.blocks}
         self.norm_out = LayerNorm(NORM_EPS)
         self.modulation_out = Linear(width, 2 * width)
         self.proj_out = Linear(width, config.mel_dim)
-        self._frequencies, _ = rotary_frequencies(config.head_dim, 0, {"rope_theta": config.rope_theta})
+        self._ropes = RopeTables(_positions, (config.head_dim,), config.rope_theta)
+        self._modulations: dict[float, tuple[Tensor, Tensor]] = {}  # by timestep
+        self._native: NativeBlocks | Literal[False] | None = False
 
     def encode_voice(self, speaker: Speaker) -> Voice:
         """Once per voice. The unguided branch has a silent reference and no speaker vector."""
@@ -154,28 +160,33 @@ class Token2WavTransformer(nn.Module):
         embedded = F.linear(self.codec_embed(codes), self._inputs()[2]) + voice.guided
         return embedded.repeat_interleave(self.config.repeats, dim=0)
 
-    def embed(self, latents: Sequence[Tensor], timesteps: Tensor, conditions: Sequence[Condition]) -> Blocks:
-        """Rows of frames [T, M], each at its own timestep [R]."""
+    def embed(self, latents: Sequence[Tensor], timesteps: Sequence[float], conditions: Sequence[Condition]) -> Frames:
+        """Rows of frames [T, M], each at its own timestep in [0, 1]."""
         rows = [RowSpan(condition.start, len(row)) for row, condition in zip(latents, conditions, strict=True)]
-        layout = Layout.of(rows, self.config.block_size, self.reaches, timesteps.device)
-        context = torch.cat([condition.context for condition in conditions])
-        hidden = layout.placed(context + F.linear(torch.cat(list(latents)), self._inputs()[0]))
-        angles = layout.positions[..., None].float() * self._frequencies.to(timesteps.device)
-        rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        return Blocks(hidden, F.silu(self.time_embed(timesteps)), rope, layout, tuple(range(len(rows))))
+        order = sorted(range(len(rows)), key=lambda row: rows[row])
+        context = torch.cat([conditions[row].context for row in order])
+        hidden = torch.addmm(context, torch.cat([latents[row] for row in order]), self._inputs()[0].T)
+        made = [self._modulations_at(timesteps[row]) for row in order]
+        modulations, last = (torch.stack(list(parts), dim=-3) for parts in zip(*made, strict=True))
+        return Frames(hidden, modulations, last, tuple(rows[row] for row in order), tuple(order))
 
-    def run_blocks(self, blocks: Blocks, start: int, stop: int) -> Blocks:
+    def run_blocks(self, frames: Frames, start: int, stop: int) -> Frames:
         """Layers start .. stop - 1."""
-        hidden = blocks.hidden
-        for layer in self.blocks[start:stop]:
-            hidden = layer(hidden, blocks)
-        return replace(blocks, hidden=hidden)
+        spans, modulations, hidden = self._spans(frames), frames.modulations[start:stop], frames.hidden
+        native = self.native_blocks()
+        functions = None if native is None else native.functions(hidden, modulations)
+        if native is not None and functions is not None:
+            return replace(frames, hidden=native.run(functions, start, stop, hidden, spans, modulations))
+        for layer, modulation in zip(self.blocks[start:stop], modulations, strict=True):
+            hidden = layer(hidden, spans, modulation)
+        return replace(frames, hidden=hidden)
 
-    def unembed(self, blocks: Blocks) -> list[Tensor]:
+    def unembed(self, frames: Frames) -> list[Tensor]:
         """Velocities [T, M], in the order of the rows that `embed` was given."""
-        rows = self.modulation_out(blocks.time)[blocks.layout.row_of_block, None]
-        scale, shift = rows.chunk(2, dim=-1)
-        return blocks.layout.taken(self.proj_out(modulated(blocks.hidden, self.norm_out, scale, shift)))
+        scale, shift = frames.last_modulation.unbind(1)
+        hidden = modulated_rows(frames.hidden, self.norm_out, self._spans(frames), scale, shift)
+        velocities = self.proj_out(hidden).split([row.num_frames for row in frames.rows])
+        return [velocity for _, velocity in sorted(zip(frames.order, velocities, strict=True), key=itemgetter(0))]
 
     def locate(self, name: str) -> Target | None:
         """Published name -> parameter here (see layers/weights.py)."""
@@ -196,9 +207,37 @@ class Token2WavTransformer(nn.Module):
         config = self.config
         return self.proj.weight.split([config.mel_dim, config.enc_dim, config.emb_dim, config.enc_emb_dim], dim=1)
 
+    def _modulations_at(self, timestep: float) -> tuple[Tensor, Tensor]:
+        """[layers, 6, D] of the layers, [2, D] behind them. The matrices that they are made by are a third of the
+        layers' weights, so that what was made is kept.
+        """
+        if timestep not in self._modulations:
+            if len(self._modulations) >= MAX_TIMESTEPS:
+                self._modulations.clear()
+            time = torch.tensor([timestep], dtype=torch.float32, device=self.proj.weight.device)
+            vector = F.silu(self.time_embed(time))
+            of_layers = torch.cat([layer.modulation(vector) for layer in self.blocks]).unflatten(-1, (6, -1))
+            self._modulations[timestep] = of_layers, self.modulation_out(vector)[0].unflatten(-1, (2, -1))
+        return self._modulations[timestep]
 
-def rotated(x: Tensor, rope: Tensor) -> Tensor:
-    """[B, S, d], neighbouring numbers being real and imaginary part, by rope [B, S, d / 2, 2]."""
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope.unbind(-1)
-    return torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).flatten(-2)
+    def _spans(self, frames: Frames) -> list[Span]:
+        """Neighbouring rows of one span, together."""
+        found, start = [], 0
+        for rows, row in runs(frames.rows):
+            count = rows.stop - rows.start
+            tokens = slice(start, start + count * row.num_frames)
+            rope = self._ropes.of(row, frames.hidden.device)
+            found.append(Span(rows, tokens, count, row.num_frames, rope, row.start % self.config.block_size))
+            start = tokens.stop
+        return found
+
+    def native_blocks(self) -> NativeBlocks | None:
+        """What runs all layers in one call; looked for once."""
+        if self._native is False:
+            self._native = NativeBlocks.find([layer.parts() for layer in self.blocks])
+        return self._native
+
+
+def _positions(row: RowSpan) -> Tensor:
+    """[T, 1]."""
+    return torch.arange(row.start, row.start + row.num_frames)[:, None]
