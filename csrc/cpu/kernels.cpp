@@ -77,6 +77,10 @@ using namespace omni;
                     int64_t inner, T* out, int threads) {                                                              \
     TEAM snake(x, frequency, amplitude, outer, channels, inner, out);                                                  \
   }                                                                                                                    \
+  void filtered_snake_##NAME(const T* x, const T* frequency, const T* amplitude, const float* taps, int64_t outer,      \
+                             int64_t channels, int64_t length, T* out, int threads) {                                  \
+    TEAM filtered_snake(x, frequency, amplitude, taps, outer, channels, length, out);                                  \
+  }                                                                                                                    \
   void convolve_##NAME(const T* x, const Pictures* pictures, const Filter<T>* filter, int32_t kind, T* out,              \
                        int threads) {                                                                                  \
     TEAM convolve(x, *pictures, *filter, TileKind(kind), out);                                                         \

@@ -32,7 +32,7 @@ from vllm_omni.layers.modulation import (
 from vllm_omni.layers.native import library
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
-from vllm_omni.layers.snake import snake
+from vllm_omni.layers.snake import filtered_snake, low_pass_taps, plain_filtered_snake, snake
 
 ROOT = Path(__file__).resolve().parents[3]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -266,6 +266,22 @@ def test_periodic_activations_equal_their_definition(
     found = snake(x, frequency, amplitude)
     assert found.stride() == x.stride()
     close(found, expected, steps=1)
+
+
+@settings(max_examples=40)
+@given(
+    *(st.integers(1, 2), st.integers(1, 40), st.integers(1, 3000) | st.integers(1, 9)),
+    *(st.sampled_from(DTYPES), st.integers(0, 10**6)),
+)
+@torch.inference_mode()
+def test_filtered_activations_equal_their_definition(
+    rows: int, channels: int, length: int, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = (3 * torch.randn(rows, channels, length)).to(dtype)
+    frequency, amplitude = torch.rand(2, channels).add(0.1).to(dtype)
+    given = [part.double() for part in (x, frequency, amplitude, low_pass_taps())]
+    close(filtered_snake(x, frequency, amplitude, low_pass_taps()), plain_filtered_snake(*given).to(dtype), steps=1)
 
 
 def test_what_is_differentiated_goes_past_the_kernels() -> None:

@@ -13,6 +13,7 @@ from vllm_omni.layers.native.library import Kernels, pointer, threads_for
 from vllm_omni.layers.native.structures import HeadRowStruct, NormStruct, PerSampleStruct, TokensStruct
 
 GLUE_WORK = 16  # of a number, in multiplications
+FILTER_WORK = 64
 
 
 def modulate(
@@ -58,6 +59,14 @@ def snake(functions: Kernels, x: Tensor, frequency: Tensor, amplitude: Tensor, *
     outer, channels, inner = (x.shape[0] * x.shape[1], x.shape[2], 1) if channels_last else x.shape
     sizes = outer, channels, inner, pointer(out), glue_threads(x)
     functions.snake(pointer(x), pointer(frequency), pointer(amplitude), *sizes)
+    return out
+
+
+def filtered_snake(functions: Kernels, x: Tensor, frequency: Tensor, amplitude: Tensor, taps: Tensor) -> Tensor:
+    """x: [outer, C, n] -> the same; frequency, amplitude: [C]; taps: [12] float32."""
+    out = torch.empty_like(x)
+    periodic = pointer(x), pointer(frequency), pointer(amplitude), pointer(taps)
+    functions.filtered_snake(*periodic, *x.shape, pointer(out), threads_for(x.numel() * FILTER_WORK))
     return out
 
 

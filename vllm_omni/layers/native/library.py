@@ -69,6 +69,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "gelu": (POINTER, COUNT, POINTER, THREADS),
     "run_blocks": (POINTER, COUNT, POINTER, COUNT, ctypes.POINTER(ModulationsStruct), POINTER, THREADS),
     "snake": (POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, THREADS),
+    "filtered_snake": (POINTER, POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, THREADS),
     "group_norm": (POINTER, ctypes.POINTER(GroupNormStruct), POINTER, POINTER, POINTER, THREADS),
     "norm_pixels": (POINTER, POINTER, COUNT, COUNT, ctypes.c_float, ctypes.c_bool, POINTER, THREADS),
     "convolve": (
@@ -111,6 +112,7 @@ class Kernels:
         self.gelu = getattr(library, f"gelu_{dtype}")
         self.run_blocks = getattr(library, f"run_blocks_{dtype}")
         self.snake = getattr(library, f"snake_{dtype}")
+        self.filtered_snake = getattr(library, f"filtered_snake_{dtype}")
         self.group_norm = getattr(library, f"group_norm_{dtype}")
         self.norm_pixels = getattr(library, f"norm_pixels_{dtype}")
         self.convolve = getattr(library, f"convolve_{dtype}")

@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.layers.snake import SnakeBeta
+from vllm_omni.layers.snake import SnakeBeta, filtered_snake, low_pass_taps
 from vllm_omni.models.qwen2_5_omni.token2wav.config import BigVGANConfig
 
 MAX_ACTIVATION_BYTES = 2**27  # of the widest layer of a piece; a few of these live at once
-FILTER_TAPS = 12
 ACTIVATION_REACH = 5  # both filters together, see Geometry
 EDGE_KERNEL = 7  # of the convolutions next to the mel and next to the samples
 MIN_LEVEL_DB, REFERENCE_DB = -115.0, 20.0
@@ -76,7 +74,7 @@ class Geometry:
 
 
 class Activation(nn.Module):
-    """SnakeBeta at twice the rate, so that its overtones do not fold back: filter up, activate, filter down."""
+    """SnakeBeta at twice the rate, between two filters."""
 
     taps: Tensor
 
@@ -86,12 +84,8 @@ class Activation(nn.Module):
         self.register_buffer("taps", low_pass_taps(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[1, C, n] -> the same shape; beyond its ends the signal stays as it is there."""
-        channels, taps = x.shape[1], self.taps.expand(x.shape[1], 1, -1)
-        side = FILTER_TAPS // 2 - 1
-        x = F.conv_transpose1d(F.pad(x, (side, side), "replicate"), 2 * taps, stride=2, groups=channels)
-        x = self.act(x[..., 3 * side : -3 * side].contiguous())
-        return F.conv1d(F.pad(x, (side, side + 1), "replicate"), taps, stride=2, groups=channels)
+        """[1, C, n] -> the same shape."""
+        return filtered_snake(x, *self.act.waves(), self.taps)
 
 
 class ResidualBlock(nn.Module):
@@ -177,15 +171,6 @@ def normalised_decibels(mel: Tensor) -> Tensor:
     """Natural logarithms of amplitudes -> decibels against the reference, its range of 115 dB as [-1, 1]."""
     decibels = (mel * (20.0 / math.log(10.0))).clamp(min=MIN_LEVEL_DB) - REFERENCE_DB
     return (2.0 * (decibels - MIN_LEVEL_DB) / -MIN_LEVEL_DB - 1.0).clamp(-1.0, 1.0)
-
-
-def low_pass_taps() -> Tensor:
-    """[1, 1, 12] windowed sinc that halves the band (Kaiser window; transition 0.3 of the rate), its sum 1."""
-    half = FILTER_TAPS // 2
-    attenuation = 2.285 * (half - 1) * math.pi * 4 * 0.3 + 7.95
-    window = torch.kaiser_window(FILTER_TAPS, periodic=False, beta=0.1102 * (attenuation - 8.7))
-    taps = window * torch.sinc(0.5 * (torch.arange(FILTER_TAPS) - half + 0.5))
-    return (taps / taps.sum()).view(1, 1, -1)
 
 
 def _frames_of_piece(config: BigVGANConfig, max_activation_bytes: int) -> int:
