@@ -87,9 +87,10 @@ def test_attention_to_blocks_equals_one_mask_over_everything(
         assert (result - plain_attention(module, x, row)).abs().max() <= 1e-5
 
 
-def make_transformer() -> Token2WavTransformer:
+def make_transformer(dtype: torch.dtype = torch.float32) -> Token2WavTransformer:
     torch.manual_seed(1)
     transformer = Token2WavTransformer(CONFIG).requires_grad_(False)
+    transformer.layers.to(dtype)
     pack_linears(transformer)
     return transformer
 
@@ -101,10 +102,10 @@ def embedded(transformer: Token2WavTransformer, rows: list[RowSpan]) -> Frames:
 
 
 @settings(max_examples=20, deadline=None)
-@given(row_spans, st.tuples(st.integers(0, 3), st.integers(0, 3)))
+@given(row_spans, st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from([torch.float32, torch.bfloat16]))
 @torch.inference_mode()
-def test_layers_by_one_call_equal_their_parts(rows: list[RowSpan], part: tuple[int, int]) -> None:
-    transformer, (start, stop) = make_transformer(), sorted(part)
+def test_layers_by_one_call_equal_their_parts(rows: list[RowSpan], part: tuple[int, int], dtype: torch.dtype) -> None:
+    transformer, (start, stop) = make_transformer(dtype), sorted(part)
     frames = embedded(transformer, rows)
     assert (transformer.native_blocks() is None) == (not built_variants())
     whole = transformer.run_blocks(frames, start, stop).hidden

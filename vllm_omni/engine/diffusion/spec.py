@@ -101,8 +101,8 @@ class DiffusionSpec(StageSpec):
         return self.model.can_offload
 
     def choose_dtype(self) -> Precision:
-        only = self.model.only_dtype
-        return super().choose_dtype() if only is None else Precision(only, "the model computes in nothing else")
+        auto = self.model.auto_dtype if self.stage.dtype == "auto" else None
+        return super().choose_dtype() if auto is None else Precision(auto, "as the reference implementation computes")
 
     def published_quantization(self) -> str | None:
         return self.model.published_quantization()

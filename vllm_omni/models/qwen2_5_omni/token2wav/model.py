@@ -34,6 +34,7 @@ from vllm_omni.worker.diffusion.encoded_images import EncodedImages
 
 PREFIX = "token2wav."
 DIT_PREFIX = PREFIX + "code2wav_dit_model."
+LAYERS_PREFIX = DIT_PREFIX + "transformer_blocks."
 VOCODER_PREFIX = PREFIX + "code2wav_bigvgan_model."
 BUFFERS = (".filter", ".inv_freq")
 
@@ -91,7 +92,7 @@ class Token2Wav(DiffusionModel):
         self.transformer, self.vocoder = modules.transformer, modules.vocoder
         self.speakers = speakers
         self.num_blocks = config.dit.num_hidden_layers
-        self.token_bytes = config.dit.hidden_size * self.transformer.proj.weight.element_size()
+        self.token_bytes = config.dit.hidden_size * self.transformer.dtype.itemsize
         self._device = self.transformer.proj.weight.device
         with torch.inference_mode():
             self._voices = {name: self.transformer.encode_voice(speakers.get(name)) for name in speakers.names}

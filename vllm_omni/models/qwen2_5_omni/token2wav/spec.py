@@ -1,8 +1,8 @@
 """What is known of the token2wav part of a published Qwen2.5-Omni folder before its weights are loaded, and what a
 request may ask of it.
 
-Only the part's tensors (`token2wav.*`) are read. It computes in float32 alone, as the reference implementation forces
-it to.
+Only the part's tensors (`token2wav.*`) are read. It computes in float32, as the reference implementation forces it to,
+unless its stage names another dtype: then the transformer's layers are of that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_omni.layers.meta_device import give_memory, on_meta_device
 from vllm_omni.layers.weights import MakeCopies, load_weights, tensor_shapes
 from vllm_omni.models.qwen2_5_omni.speakers import Speakers
 from vllm_omni.models.qwen2_5_omni.token2wav.config import DiTConfig, Token2WavConfig
-from vllm_omni.models.qwen2_5_omni.token2wav.model import PREFIX, Token2Wav, Token2WavModules
+from vllm_omni.models.qwen2_5_omni.token2wav.model import LAYERS_PREFIX, PREFIX, Token2Wav, Token2WavModules
 from vllm_omni.models.qwen2_5_omni.token2wav.trajectory import EVALUATIONS, guidance_scale, is_guided, num_points
 from vllm_omni.params import DiffusionParams
 from vllm_omni.payload import StageSignature, TensorSpec
@@ -36,7 +36,7 @@ class Token2WavSpec(DiffusionModelSpec):
     """Codes to speech, in the voice that the request names."""
 
     request_keys = frozenset({"speaker"})
-    only_dtype = torch.float32
+    auto_dtype = torch.float32
 
     def __init__(self, folder: Path, weights_variant: str | None = None) -> None:
         super().__init__(folder, weights_variant)
@@ -54,20 +54,22 @@ class Token2WavSpec(DiffusionModelSpec):
         )
 
     def published_dtype(self) -> torch.dtype | None:
-        return None  # it computes in float32 whatever its files hold
+        return None  # `auto` is float32 whatever its files hold
 
     def weights_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
-        shapes = tensor_shapes(self.folder, PREFIX, self.weights_variant).values()
-        return sum(math.prod(shape) * dtype.itemsize for shape in shapes)
+        shapes = tensor_shapes(self.folder, PREFIX, self.weights_variant)
+        return sum(
+            math.prod(shape) * (dtype if name.startswith(LAYERS_PREFIX) else torch.float32).itemsize
+            for name, shape in shapes.items()
+        )
 
     def token_bytes(self, dtype: torch.dtype) -> int:
-        """Hidden states, their normed copy and what a layer adds; the feed-forward's twice, or queries, keys and values
-        with those of the neighbours, whichever is wider.
+        """Hidden states, those before the step, their normed copy and what a layer adds; queries, keys and values,
+        those once more as attention packs them, what it gives; and the feed-forward's.
         """
         config = self.config.dit
         heads = config.num_attention_heads * config.head_dim
-        widest = max(2 * config.ff_mult * config.hidden_size, 9 * heads)
-        return (3 * config.hidden_size + widest) * dtype.itemsize
+        return ((4 + config.ff_mult) * config.hidden_size + 6 * heads) * dtype.itemsize
 
     def load(
         self,
@@ -79,7 +81,8 @@ class Token2WavSpec(DiffusionModelSpec):
         with on_meta_device():
             modules = Token2WavModules(self.config)
         give_memory(modules, device)
-        modules.to(dtype).requires_grad_(False).eval()
+        modules.float().requires_grad_(False).eval()
+        modules.transformer.layers.to(dtype)
         modules.vocoder.fill_buffers()
         load_weights(modules, self.folder, variant=self.weights_variant)
         return Token2Wav(self.config, modules, self.speakers)

@@ -146,6 +146,11 @@ class Token2WavTransformer(nn.Module):
         self._modulations: dict[float, tuple[Tensor, Tensor]] = {}  # by timestep
         self._native: NativeBlocks | Literal[False] | None = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its layers; what stands before and behind them is float32."""
+        return self.blocks[0].modulation.weight.dtype
+
     def encode_voice(self, speaker: Speaker) -> Voice:
         """Once per voice. The unguided branch has a silent reference and no speaker vector."""
         _, reference_in, code_in, speaker_in = self._inputs()
@@ -168,7 +173,7 @@ class Token2WavTransformer(nn.Module):
         hidden = torch.addmm(context, torch.cat([latents[row] for row in order]), self._inputs()[0].T)
         made = [self._modulations_at(timesteps[row]) for row in order]
         modulations, last = (torch.stack(list(parts), dim=-3) for parts in zip(*made, strict=True))
-        return Frames(hidden, modulations, last, tuple(rows[row] for row in order), tuple(order))
+        return Frames(hidden.to(self.dtype), modulations, last, tuple(rows[row] for row in order), tuple(order))
 
     def run_blocks(self, frames: Frames, start: int, stop: int) -> Frames:
         """Layers start .. stop - 1."""
@@ -184,7 +189,7 @@ class Token2WavTransformer(nn.Module):
     def unembed(self, frames: Frames) -> list[Tensor]:
         """Velocities [T, M], in the order of the rows that `embed` was given."""
         scale, shift = frames.last_modulation.unbind(1)
-        hidden = modulated_rows(frames.hidden, self.norm_out, self._spans(frames), scale, shift)
+        hidden = modulated_rows(frames.hidden.float(), self.norm_out, self._spans(frames), scale, shift)
         velocities = self.proj_out(hidden).split([row.num_frames for row in frames.rows])
         return [velocity for _, velocity in sorted(zip(frames.order, velocities, strict=True), key=itemgetter(0))]
 
@@ -216,8 +221,9 @@ class Token2WavTransformer(nn.Module):
                 self._modulations.clear()
             time = torch.tensor([timestep], dtype=torch.float32, device=self.proj.weight.device)
             vector = F.silu(self.time_embed(time))
-            of_layers = torch.cat([layer.modulation(vector) for layer in self.blocks]).unflatten(-1, (6, -1))
-            self._modulations[timestep] = of_layers, self.modulation_out(vector)[0].unflatten(-1, (2, -1))
+            of_layers = torch.cat([layer.modulation(vector.to(self.dtype)) for layer in self.blocks])
+            last = self.modulation_out(vector)[0]
+            self._modulations[timestep] = of_layers.unflatten(-1, (6, -1)), last.unflatten(-1, (2, -1))
         return self._modulations[timestep]
 
     def _spans(self, frames: Frames) -> list[Span]:
