@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import token2wav
 from benchmarks.limits import Limits
 from benchmarks.measure import Options, Report, Table, median, with_spread
 from benchmarks.sides import Duel, SideProcess, duels
@@ -192,19 +193,27 @@ def run(options: Options, limits: Limits | None = None) -> Report:
                 if not options.is_quick and case.count == 1:
                     us.call("plot_timeline", str(TIMELINE))
             memory = [[side.name, f"{side.peak_memory_mb():.0f}"] for side in (us, peer)]
+        alone, dtypes = token2wav.table(folder, options)
     return Report(
         "speech",
         [
             Table(f"Seconds of sound per second, {options.dtype}", COLUMNS, [duel.cells() for duel in found]),
             Table("Seconds until every request sounds", FIRST_COLUMNS, firsts),
             Table("Peak memory, MiB", ("side", "after all cases"), memory),
+            alone,
         ],
         notes=[
             "Random weights of middle size, 100 mel frames to a second of sound: speed and equality only.",
             "Of 3 s of speech 60% is computed twice, as context of its four chunks; of 10 s 33%.",
+            "Token2wav's transformer alone: all codes as one chunk, ten time points.",
             f"![Timeline of one request]({TIMELINE.name})",
         ],
-        figures={"duels": [duel.figures() for duel in found], "first_sound": firsts, "peak_memory_mb": memory},
+        figures={
+            "duels": [duel.figures() for duel in found],
+            "first_sound": firsts,
+            "peak_memory_mb": memory,
+            "token2wav": dtypes,
+        },
     )
 
 
