@@ -60,6 +60,7 @@ class Size:
 
 
 MIDDLE = Size(hidden=512, layers=8, dit_hidden=256, dit_layers=8, vocoder=192, vocabulary=8000)
+PUBLISHED_FLOW = Size(hidden=64, layers=2, dit_hidden=1024, dit_layers=22, vocoder=64, vocabulary=600)
 TINY = Size(hidden=64, layers=2, dit_hidden=32, dit_layers=3, vocoder=64, vocabulary=600)
 
 
@@ -193,26 +194,32 @@ def run(options: Options, limits: Limits | None = None) -> Report:
                 if not options.is_quick and case.count == 1:
                     us.call("plot_timeline", str(TIMELINE))
             memory = [[side.name, f"{side.peak_memory_mb():.0f}"] for side in (us, peer)]
-        alone, dtypes = token2wav.table(folder, options)
+        flows, errors = token2wav.flows(folder, options)
+    with tempfile.TemporaryDirectory() as folder:
+        with SideProcess("weights", options.threads, Weights) as writer:
+            writer.call("write", folder, size if options.is_quick else PUBLISHED_FLOW)
+        steps, ratios = token2wav.evaluations(folder, options)
     return Report(
         "speech",
         [
             Table(f"Seconds of sound per second, {options.dtype}", COLUMNS, [duel.cells() for duel in found]),
             Table("Seconds until every request sounds", FIRST_COLUMNS, firsts),
             Table("Peak memory, MiB", ("side", "after all cases"), memory),
-            alone,
+            steps,
+            flows,
         ],
         notes=[
             "Random weights of middle size, 100 mel frames to a second of sound: speed and equality only.",
             "Of 3 s of speech 60% is computed twice, as context of its four chunks; of 10 s 33%.",
-            "Token2wav's transformer alone: all codes as one chunk, ten time points.",
+            "One evaluation: random weights of the published width and depth, one request, guided and unguided rows.",
+            "From codes to spectrograms: all codes as one chunk, ten time points.",
             f"![Timeline of one request]({TIMELINE.name})",
         ],
         figures={
             "duels": [duel.figures() for duel in found],
             "first_sound": firsts,
             "peak_memory_mb": memory,
-            "token2wav": dtypes,
+            "token2wav": [*ratios, *errors],
         },
     )
 
