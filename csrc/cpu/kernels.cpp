@@ -24,8 +24,8 @@ using namespace omni;
 
 #define EXPORTS(NAME, T)                                                                                               \
   LAYOUT_EXPORTS(NAME, T)                                                                                              \
-  void multiply_##NAME(const T* x, int64_t rows, const Linear<T>* linear, T* out, int threads) {                       \
-    multiply_all(x, rows, *linear, out, threads);                                                                      \
+  void multiply_##NAME(const T* x, int64_t rows, const Linear<T>* linear, bool is_gated, T* out, int threads) {        \
+    multiply_all(x, rows, *linear, is_gated, out, threads);                                                            \
   }                                                                                                                    \
   void attend_##NAME(const Step* step, const Heads* heads, const T* query, const Cache<T>* cache, T* out,              \
                      int threads) {                                                                                    \

@@ -220,9 +220,10 @@ void project_gated(Team& team, const Factor<T>& x, const Linear<T>& linear, T* o
   });
 }
 
-// x [rows, inputs] -> out [rows, outputs], by a team of its own. Rows that crowd are spread if they pass more than once.
+// x [rows, inputs] -> out [rows, outputs], or what `project_gated` makes of them, by a team of its own. Rows that crowd are
+// spread if they pass more than once.
 template <typename T>
-void multiply_all(const T* x, int64_t rows, const Linear<T>& linear, T* out, int threads) {
+void multiply_all(const T* x, int64_t rows, const Linear<T>& linear, bool is_gated, T* out, int threads) {
   constexpr int64_t kCrowding = 4096;  // bytes: rows so far apart share one of the nearest cache's 64 sets
   Team team;
   QuantizedRows quantized;
@@ -237,7 +238,8 @@ void multiply_all(const T* x, int64_t rows, const Linear<T>& linear, T* out, int
       team.meet();
     }
     const Factor<T> factor{is_spread ? spread.row(0) : x, is_spread ? spread.stride : linear.inputs, rows, quantized};
-    project(team, factor, linear, out, linear.outputs);
+    is_gated ? project_gated(team, factor, linear, out, linear.outputs / 2)
+             : project(team, factor, linear, out, linear.outputs);
   }
 }
 

@@ -21,7 +21,6 @@ from vllm_omni.layers.heads import placed_rows
 from vllm_omni.layers.layer_windows import NO_WINDOWS, common_window
 from vllm_omni.layers.linear import MergedLinear, RowLinear
 from vllm_omni.layers.lora import acting
-from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.native.decoder import LayerParts, NativeLayers
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.layers.published_quantization import read_quantization
@@ -299,11 +298,11 @@ class DecoderMLP(nn.Module):
         super().__init__()
         width = config.intermediate_size if intermediate_size is None else intermediate_size
         parts, size, bias = {"gate_proj": width, "up_proj": width}, config.hidden_size, config.mlp_bias
-        self.gate_up_proj = MergedLinear(size, parts, bias=bias, can_quantize=True, shard=shard)
+        self.gate_up_proj = MergedLinear(size, parts, bias=bias, can_quantize=True, activation="swiglu", shard=shard)
         self.down_proj = RowLinear(width, size, bias=bias, can_quantize=True, shard=shard, is_summed=is_summed)
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(states)))
+        return self.down_proj(self.gate_up_proj(states))
 
 
 def locate_fused(model: nn.Module, name: str) -> Target | None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vllm_omni.layers import float8, halves
 from vllm_omni.layers.lora import acting
-from vllm_omni.layers.modulation import gelu
-from vllm_omni.layers.native.packed import NativePacking
+from vllm_omni.layers.modulation import gelu, swiglu
+from vllm_omni.layers.native.packed import PANEL, Activation, NativePacking, can_gate
 from vllm_omni.layers.packing import (
     Packing,
     RowPacking,
@@ -24,6 +24,7 @@ from vllm_omni.layers.packing import (
 from vllm_omni.layers.quantization import fits, quantize_weight
 from vllm_omni.layers.shard import WHOLE, Cut, Shard
 
+ACTIVATIONS = {"gelu": gelu, "swiglu": swiglu}
 # By the key `quantization`: what weights are held in, and which shapes may be
 NUMBERS = {"int8": torch.int8, "fp8": float8.DTYPE, "bfloat16": halves.HELD}
 FITS = {"int8": fits, "fp8": float8.fits, "bfloat16": halves.fits}
@@ -97,23 +98,24 @@ class Linear(nn.Linear, PackedLayer):
         bias: bool = True,
         *,
         can_quantize: bool = False,
-        has_gelu: bool = False,
+        activation: Activation | None = None,
     ) -> None:
         """can_quantize: so for projections within blocks; embedders, modulation and what comes last lose too much.
-        has_gelu: whether GELU by its tanh follows, on a CPU before the product is written to memory.
+        activation: that follows, on a CPU before the product is written to memory; SwiGLU makes one of two outputs.
         """
         super().__init__(in_features, out_features, bias=bias)
-        self.can_quantize, self.has_gelu = can_quantize, has_gelu
+        self.can_quantize, self.activation = can_quantize, activation
         self.register_buffer("scales", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         packing, adapters = self.packing, acting()
-        if self.has_gelu and adapters is None and isinstance(packing, NativePacking):
-            return packing.multiply(x, self.weight, self.bias, has_gelu=True)
+        is_fit = self.activation != "swiglu" or can_gate(self.out_features)
+        if adapters is None and isinstance(packing, NativePacking) and is_fit:
+            return packing.multiply(x, self.weight, self.bias, self.activation)
         product = super().forward(x) if packing is None else packing.multiply(x, self.weight, self.bias)
         if adapters is not None:
             product = adapters.add(self, x, product)
-        return gelu(product) if self.has_gelu else product
+        return product if self.activation is None else ACTIVATIONS[self.activation](product)
 
 
 class RowLinear(Linear):
@@ -200,13 +202,13 @@ class MergedLinear(Linear):
         bias: bool = False,
         *,
         can_quantize: bool = False,
-        has_gelu: bool = False,
+        activation: Activation | None = None,
         shard: Shard = WHOLE,
     ) -> None:
         """parts: whole widths."""
         self.parts = {name: shard.part(width) for name, width in parts.items()}  # of this rank
         width = sum(self.parts.values())
-        super().__init__(in_features, width, bias=bias, can_quantize=can_quantize, has_gelu=has_gelu)
+        super().__init__(in_features, width, bias=bias, can_quantize=can_quantize, activation=activation)
         self.shard = shard
 
     def rows(self, part: str) -> slice:
@@ -219,6 +221,19 @@ class MergedLinear(Linear):
             return None
         widths = self.parts.values() if rows is None else (rows.stop - rows.start,)
         return Cut(self.shard, 0, tuple(width * self.shard.size for width in widths))
+
+    def project_beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of projections the last two of which are a gate and what it gates: x: [N, in_features] -> the others
+        [N, widths], contiguous, and silu(gate) * gated.
+        """
+        *others, gate, gated = self.parts.values()
+        width, packing = sum(others), self.packing
+        is_in_panels = not width % PANEL and can_gate(gate + gated)
+        if acting() is None and isinstance(packing, NativePacking) and is_in_panels:
+            plain = packing.multiply(x, self.weight, self.bias, outputs=slice(width))
+            return plain, packing.multiply(x, self.weight, self.bias, "swiglu", slice(width, None))
+        plain, gate_up = self(x).split([width, gate + gated], dim=-1)
+        return plain.contiguous(), swiglu(gate_up)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: [N, in_features] -> one view [N, width] per part."""

@@ -18,7 +18,7 @@ from vllm_omni.layers import banded
 from vllm_omni.layers.band import Band
 from vllm_omni.layers.banded import attention, banded_attention, blockwise_attention
 from vllm_omni.layers.heads import HeadShape, placed_heads, plain_placed_heads
-from vllm_omni.layers.linear import Linear, quantize_linears
+from vllm_omni.layers.linear import ACTIVATIONS, MergedLinear, quantize_linears
 from vllm_omni.layers.modulation import (
     Norm,
     gated_sum,
@@ -30,7 +30,7 @@ from vllm_omni.layers.modulation import (
     swiglu,
 )
 from vllm_omni.layers.native import library
-from vllm_omni.layers.native.packed import NativePacking
+from vllm_omni.layers.native.packed import Activation, NativePacking
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
 from vllm_omni.layers.snake import filtered_snake, low_pass_taps, plain_filtered_snake, snake
 
@@ -102,22 +102,50 @@ def test_gelu_equals_torchs(rows: int, width: int, dtype: torch.dtype, spread: f
     torch.testing.assert_close(gelu(edges), F.gelu(edges, approximate="tanh"), equal_nan=True)
 
 
-@settings(max_examples=20)
-@given(LENGTHS, st.sampled_from([(torch.float32, None), (torch.float32, "bfloat16")] + [(x, "int8") for x in DTYPES]))
-@torch.inference_mode()
-def test_gelu_within_a_product_is_the_same_behind_it(rows: int, numbers: tuple[torch.dtype, str | None]) -> None:
+NUMBERS = [(dtype, held) for dtype in DTYPES for held in (None, "int8")] + [(torch.float32, "bfloat16")]
+
+
+def packed_pair(width: int, activation: Activation, numbers: tuple[torch.dtype, str | None]) -> list[MergedLinear]:
+    """The same weights, with the activation and without."""
     dtype, held = numbers
-    layers = [Linear(64, 96, can_quantize=True, has_gelu=has_gelu).to(dtype) for has_gelu in (True, False)]
-    published = torch.randn(96, 64).to(dtype)
+    parts = {"others": width - 2 * (width // 3), "gate": width // 3, "up": width // 3}
+    layers = [MergedLinear(64, parts, True, can_quantize=True, activation=each) for each in (activation, None)]
+    published, bias = torch.randn(width, 64).to(dtype), torch.randn(width).to(dtype)
     for layer in layers:
+        layer.to(dtype).requires_grad_(False)
         if held is not None:
             quantize_linears(layer, held)
-        layer.requires_grad_(False).fill(slice(None), published, None)
-        layer.bias.copy_(layers[0].bias)
+        layer.fill(slice(None), published, None)
+        layer.bias.copy_(bias)
         layer.pack()
         assert isinstance(layer.packing, NativePacking)
-    x = torch.randn(rows, 64).to(dtype)
-    assert torch.equal(layers[0](x), gelu(layers[1](x)))
+    return layers
+
+
+@settings(max_examples=20)
+@given(LENGTHS, st.sampled_from([96, 192, 384]), st.sampled_from(["gelu", "swiglu"]), st.sampled_from(NUMBERS))
+@torch.inference_mode()
+def test_activations_within_a_product_are_the_same_behind_it(
+    rows: int, width: int, activation: Activation, numbers: tuple[torch.dtype, str | None]
+) -> None:
+    """Also where the halves of a product are no whole panels."""
+    activated, plain = packed_pair(width, activation, numbers)
+    x = torch.randn(rows, 64).to(numbers[0])
+    assert torch.equal(activated(x), ACTIVATIONS[activation](plain(x)))
+
+
+@settings(max_examples=20)
+@given(LENGTHS, st.sampled_from([80, 96, 144, 192]), st.sampled_from(NUMBERS))
+@torch.inference_mode()
+def test_gates_beside_other_projections_are_the_same_alone(
+    rows: int, width: int, numbers: tuple[torch.dtype, str | None]
+) -> None:
+    _, layer = packed_pair(2 * width, "gelu", numbers)
+    x = torch.randn(rows, 64).to(numbers[0])
+    others, gated = layer.project_beside(x)
+    plain = layer(x)
+    assert others.is_contiguous() and torch.equal(others, plain[:, : others.shape[1]])
+    assert torch.equal(gated, swiglu(plain[:, others.shape[1] :]))
 
 
 @settings(max_examples=40)
@@ -299,9 +327,9 @@ from pathlib import Path
 import torch
 
 from vllm_omni.layers.modulation import modulated, plain_modulated, plain_swiglu, swiglu
-from vllm_omni.layers.linear import Linear, quantize_linears
+from vllm_omni.layers.linear import ACTIVATIONS, MergedLinear, quantize_linears
 from vllm_omni.layers.native import library
-from vllm_omni.layers.native.packed import NativePacking
+from vllm_omni.layers.native.packed import Activation, NativePacking
 from vllm_omni.layers.norm import RMSNorm
 
 library.built_variants = lambda: {sys.argv[1]: Path(sys.argv[2])}

@@ -120,4 +120,4 @@ class NativeLayers:
 
 def struct_of(linear: Linear) -> LinearStruct:
     """Pointers into a packed layer, which must outlive it."""
-    return linear_struct(linear.weight, linear.scales, linear.bias, linear.has_gelu)
+    return linear_struct(linear.weight, linear.scales, linear.bias, linear.activation == "gelu")

@@ -82,7 +82,7 @@ class NativeBlocks:
         if not blocks or not all(isinstance(x.packing, NativePacking) for block in blocks for x in block.linears):
             return None
         row, (_, _, up, _) = blocks[0].head_row, blocks[0].linears
-        is_fit = fits(row.queries, row.keys, row.size) and (up.has_gelu or can_gate(up.out_features))
+        is_fit = fits(row.queries, row.keys, row.size) and (up.activation == "gelu" or can_gate(up.out_features))
         return cls(blocks) if is_fit else None
 
     def functions(self, hidden: Tensor, condition: Tensor | None) -> Kernels | None:

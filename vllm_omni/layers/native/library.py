@@ -40,7 +40,7 @@ LAYOUT_ARGUMENTS: dict[str, tuple[type, ...]] = {
     "unpack_rows": (POINTER, COUNT, POINTER, COUNT, POINTER, THREADS),
 }
 ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "multiply": (POINTER, COUNT, ctypes.POINTER(LinearStruct), POINTER, THREADS),
+    "multiply": (POINTER, COUNT, ctypes.POINTER(LinearStruct), ctypes.c_bool, POINTER, THREADS),
     "attend": (
         ctypes.POINTER(StepStruct),
         ctypes.POINTER(HeadsStruct),
@@ -168,7 +168,8 @@ def _multiplies(functions: Kernels, dtype: torch.dtype) -> bool:
     expected = x @ weight.T
     out = torch.zeros_like(expected)  # memory that was used before may hold the very product
     functions.layouts[dtype].pack(pointer(weight), 64, 64, 1)
-    functions.multiply(pointer(x), 40, LinearStruct(pointer(weight), None, None, 64, 64, False, False), pointer(out), 1)
+    linear = LinearStruct(pointer(weight), None, None, 64, 64, False, False)
+    functions.multiply(pointer(x), 40, linear, False, pointer(out), 1)
     return torch.equal(out, expected)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from vllm_omni.layers.native.structures import LinearStruct
 from vllm_omni.layers.quantization import dequantize
 from vllm_omni.utils.device import is_cpu
 
+Activation = Literal["gelu", "swiglu"]  # GELU by its tanh; SiLU of the first half gates the second
 PANEL = 32  # rows of a weight that stand side by side; csrc/cpu/panels.h
 STEP_BYTES = 4  # of a row that stand side by side in a panel
 
@@ -47,15 +50,29 @@ class NativePacking:
         self._layout.pack(pointer(weight), outputs, inputs, threads_for(weight.numel()))
         return weight
 
-    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None, *, has_gelu: bool = False) -> Tensor:
-        """x: [..., in] -> [..., out]. has_gelu: whether GELU follows, as `layers.modulation` computes it."""
-        outputs, inputs = packed.shape
+    def multiply(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        activation: Activation | None = None,
+        outputs: slice | None = None,
+    ) -> Tensor:
+        """x: [..., in] -> [..., out], with SwiGLU [..., out / 2]. activation: that follows, as `layers.modulation`
+        computes it. outputs: those that are computed, whole panels of them; None: all.
+        """
+        scales = self._scales
+        if outputs is not None:
+            packed = packed[outputs]
+            bias, scales = (None if part is None else part[outputs] for part in (bias, scales))
+        width, inputs = packed.shape
         assert x.shape[-1] == inputs and x.dtype == self._dtype, f"got {list(x.shape)} of {x.dtype}"
+        is_gated = activation == "swiglu"
         x = x.contiguous()
-        out = result(x, *x.shape[:-1], outputs)
-        struct = linear_struct(packed, self._scales, bias, has_gelu)
-        threads = threads_for(x.numel() * outputs)
-        self._kernels.multiply(x.data_ptr(), x.numel() // inputs, struct, out.data_ptr(), threads)
+        out = result(x, *x.shape[:-1], width // 2 if is_gated else width)
+        struct = linear_struct(packed, scales, bias, activation == "gelu")
+        threads = threads_for(x.numel() * width)
+        self._kernels.multiply(x.data_ptr(), x.numel() // inputs, struct, is_gated, out.data_ptr(), threads)
         return out
 
     def rows(self, packed: Tensor, ids: Tensor) -> Tensor:
@@ -70,7 +87,7 @@ class NativePacking:
 
 
 def can_gate(outputs: int) -> bool:
-    """Whether a product [gate, up] of so many outputs is whole panels of each, as layers in one call gate them."""
+    """Whether a product [gate, up] of so many outputs is whole panels of each, as the kernels gate them."""
     return outputs % (2 * PANEL) == 0
 
 

@@ -17,7 +17,6 @@ from vllm_omni.layers.band import Band
 from vllm_omni.layers.banded import attention
 from vllm_omni.layers.heads import HeadShape
 from vllm_omni.layers.linear import Linear, MergedLinear
-from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.norm import RMSNorm
 from vllm_omni.models.ace_step.config import SLIDING, AceStepConfig
 from vllm_omni.worker.diffusion.cross_attention import CrossAttentionKV
@@ -99,11 +98,11 @@ class FeedForward(nn.Module):
     def __init__(self, config: AceStepConfig) -> None:
         super().__init__()
         parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up = MergedLinear(config.hidden_size, parts, can_quantize=True)
+        self.gate_up = MergedLinear(config.hidden_size, parts, can_quantize=True, activation="swiglu")
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, can_quantize=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up(x)))
+        return self.down_proj(self.gate_up(x))
 
 
 class Block(nn.Module):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from vllm_omni.layers.heads import HeadShape
 from vllm_omni.layers.linear import MergedLinear, RowLinear
-from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
 from vllm_omni.layers.shard import WHOLE, Shard
 from vllm_omni.models.flux2.config import Flux2Config
@@ -47,7 +46,7 @@ class Stream(HeadNormed):
         dim, widths = config.dim, {"gate": config.mlp_dim, "up": config.mlp_dim}
         self.qkv = MergedLinear(dim, dict.fromkeys(QKV, dim), can_quantize=True, shard=shard)
         self.out = RowLinear(dim, dim, bias=False, can_quantize=True, shard=shard)
-        self.linear_in = MergedLinear(dim, widths, can_quantize=True, shard=shard)
+        self.linear_in = MergedLinear(dim, widths, can_quantize=True, activation="swiglu", shard=shard)
         self.linear_out = RowLinear(config.mlp_dim, dim, bias=False, can_quantize=True, shard=shard)
         self.norm = LayerNorm(config.eps)
 
@@ -61,7 +60,7 @@ class Stream(HeadNormed):
         _, _, gate, shift, scale, gate_ffn = modulation
         x = gated_rows(x, self.out(attended), spans, gate)
         normed = modulated_rows(x, self.norm, spans, scale, shift)
-        return gated_rows(x, self.linear_out(swiglu(self.linear_in(normed))), spans, gate_ffn)
+        return gated_rows(x, self.linear_out(self.linear_in(normed)), spans, gate_ffn)
 
 
 class DoubleBlock(nn.Module):
@@ -100,16 +99,15 @@ class SingleBlock(HeadNormed):
         self.shape = head_shape(config, shard)
         dim, mlp_dim = config.dim, config.mlp_dim
         parts = {**dict.fromkeys(QKV, dim), "gate": mlp_dim, "up": mlp_dim}  # published as one
-        self.widths = (3 * shard.part(dim), 2 * shard.part(mlp_dim))
         self.qkv_mlp = MergedLinear(dim, parts, can_quantize=True, shard=shard)
         self.out = RowLinear((dim, mlp_dim), dim, bias=False, can_quantize=True, shard=shard)
         self.norm = LayerNorm(config.eps)
 
     def forward(self, x: Tensor, spans: Sequence[Span], modulation: Modulation, seen: Seen | None = None) -> Tensor:
         shift, scale, gate = modulation
-        qkv, gate_up = self.qkv_mlp(modulated_rows(x, self.norm, spans, scale, shift)).split(self.widths, dim=-1)
-        attended = attended_rows(qkv.contiguous(), spans, self.shape, self.norms, seen)
-        return gated_rows(x, self.out(torch.cat([attended, swiglu(gate_up)], dim=-1)), spans, gate)
+        qkv, gated = self.qkv_mlp.project_beside(modulated_rows(x, self.norm, spans, scale, shift))
+        attended = attended_rows(qkv, spans, self.shape, self.norms, seen)
+        return gated_rows(x, self.out(torch.cat([attended, gated], dim=-1)), spans, gate)
 
 
 def head_shape(config: Flux2Config, shard: Shard) -> HeadShape:

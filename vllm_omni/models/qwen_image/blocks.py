@@ -54,7 +54,7 @@ class Stream(nn.Module):
         self.qkv = MergedLinear(dim, parts, bias=True, can_quantize=True, shard=shard)
         self.norm_q, self.norm_k = RMSNorm(config.attention_head_dim, EPS), RMSNorm(config.attention_head_dim, EPS)
         self.out = RowLinear(dim, dim, can_quantize=True, shard=shard)
-        self.up = MergedLinear(dim, {"up": 4 * dim}, bias=True, can_quantize=True, has_gelu=True, shard=shard)
+        self.up = MergedLinear(dim, {"up": 4 * dim}, bias=True, can_quantize=True, activation="gelu", shard=shard)
         self.down = RowLinear(4 * dim, dim, can_quantize=True, shard=shard)
 
     def modulation_of(self, inputs: StreamInputs) -> tuple[Tensor, ...]:

@@ -89,7 +89,7 @@ class Block(nn.Module):
         self.attn1 = SelfAttention(config)
         self.norm2 = nn.LayerNorm(dim, config.eps)
         self.attn2 = CrossAttention(config)
-        self.up = MergedLinear(dim, {"up": config.ffn_dim}, bias=True, can_quantize=True, has_gelu=True)
+        self.up = MergedLinear(dim, {"up": config.ffn_dim}, bias=True, can_quantize=True, activation="gelu")
         self.down = Linear(config.ffn_dim, dim, can_quantize=True)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
 

@@ -57,7 +57,7 @@ class WanTransformer(nn.Module):
         self.time_embedder = TimestepEmbedder(config.freq_dim, dim, bias=True)
         self.time_proj = Linear(dim, 6 * dim)
         self.text_in = nn.ModuleDict(
-            {"linear_1": Linear(config.text_dim, dim, has_gelu=True), "linear_2": Linear(dim, dim)}
+            {"linear_1": Linear(config.text_dim, dim, activation="gelu"), "linear_2": Linear(dim, dim)}
         )
         self.blocks = Blocks(Block(config, index) for index in range(config.num_layers))
         self.norm_out = LayerNorm(config.eps)

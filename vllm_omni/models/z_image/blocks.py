@@ -18,7 +18,6 @@ from vllm_omni.layers.blocks import Blocks
 from vllm_omni.layers.heads import HeadShape, head_row
 from vllm_omni.layers.linear import Linear, MergedLinear, RowLinear
 from vllm_omni.layers.lora import acting
-from vllm_omni.layers.modulation import swiglu
 from vllm_omni.layers.native.diffusion_blocks import BlockParts, NativeBlocks
 from vllm_omni.layers.norm import LayerNorm, RMSNorm
 from vllm_omni.layers.shard import ALONE, Shard, Shards
@@ -71,11 +70,12 @@ class FeedForward(nn.Module):
     def __init__(self, config: ZImageConfig, shard: Shard) -> None:
         super().__init__()
         dim, hidden = config.dim, config.hidden_dim
-        self.w13 = MergedLinear(dim, {"w1": hidden, "w3": hidden}, can_quantize=True, shard=shard)
+        widths = {"w1": hidden, "w3": hidden}
+        self.w13 = MergedLinear(dim, widths, can_quantize=True, activation="swiglu", shard=shard)
         self.w2 = RowLinear(hidden, dim, bias=False, can_quantize=True, shard=shard)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w13(x)))
+        return self.w2(self.w13(x))
 
 
 class Block(nn.Module):

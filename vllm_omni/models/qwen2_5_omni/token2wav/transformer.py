@@ -109,7 +109,7 @@ class Layer(nn.Module):
         self.norm = LayerNorm(NORM_EPS)
         self.modulation = Linear(width, 6 * width)
         self.attn = BlockAttention(config, Band(back, ahead, config.block_size))
-        self.ff_in = Linear(width, width * config.ff_mult, has_gelu=True)
+        self.ff_in = Linear(width, width * config.ff_mult, activation="gelu")
         self.ff_out = Linear(width * config.ff_mult, width)
 
     def forward(self, x: Tensor, spans: Sequence[Span], modulation: Tensor) -> Tensor:
@@ -169,8 +169,8 @@ class Token2WavTransformer(nn.Module):
         """Rows of frames [T, M], each at its own timestep in [0, 1]."""
         rows = [RowSpan(condition.start, len(row)) for row, condition in zip(latents, conditions, strict=True)]
         order = sorted(range(len(rows)), key=lambda row: rows[row])
-        context = torch.cat([conditions[row].context for row in order])
-        hidden = torch.addmm(context, torch.cat([latents[row] for row in order]), self._inputs()[0].T)
+        weight = self._inputs()[0].T
+        hidden = torch.cat([torch.addmm(conditions[row].context, latents[row], weight) for row in order])
         made = [self._modulations_at(timesteps[row]) for row in order]
         modulations, last = (torch.stack(list(parts), dim=-3) for parts in zip(*made, strict=True))
         return Frames(hidden.to(self.dtype), modulations, last, tuple(rows[row] for row in order), tuple(order))
