@@ -178,13 +178,19 @@ class Token2WavTransformer(nn.Module):
     def run_blocks(self, frames: Frames, start: int, stop: int) -> Frames:
         """Layers start .. stop - 1."""
         spans, modulations, hidden = self._spans(frames), frames.modulations[start:stop], frames.hidden
-        native = self.native_blocks()
+        native = self.native()
         functions = None if native is None else native.functions(hidden, modulations)
         if native is not None and functions is not None:
             return replace(frames, hidden=native.run(functions, start, stop, hidden, spans, modulations))
         for layer, modulation in zip(self.blocks[start:stop], modulations, strict=True):
             hidden = layer(hidden, spans, modulation)
         return replace(frames, hidden=hidden)
+
+    def native(self) -> NativeBlocks | None:
+        """What runs all layers in one call; looked for once."""
+        if self._native is False:
+            self._native = NativeBlocks.find([layer.parts() for layer in self.blocks])
+        return self._native
 
     def unembed(self, frames: Frames) -> list[Tensor]:
         """Velocities [T, M], in the order of the rows that `embed` was given."""
@@ -213,18 +219,20 @@ class Token2WavTransformer(nn.Module):
         return self.proj.weight.split([config.mel_dim, config.enc_dim, config.emb_dim, config.enc_emb_dim], dim=1)
 
     def _modulations_at(self, timestep: float) -> tuple[Tensor, Tensor]:
-        """[layers, 6, D] of the layers, [2, D] behind them. The matrices that they are made by are a third of the
-        layers' weights, so that what was made is kept.
+        """[layers, 6, D] of the layers, [2, D] behind them. The matrices that they are made by are two fifths of
+        the layers' weights, so that what was made is kept.
         """
-        if timestep not in self._modulations:
+        made = self._modulations.get(timestep)
+        if made is None:
             if len(self._modulations) >= MAX_TIMESTEPS:
                 self._modulations.clear()
             time = torch.tensor([timestep], dtype=torch.float32, device=self.proj.weight.device)
             vector = F.silu(self.time_embed(time))
             of_layers = torch.cat([layer.modulation(vector.to(self.dtype)) for layer in self.blocks])
             last = self.modulation_out(vector)[0]
-            self._modulations[timestep] = of_layers.unflatten(-1, (6, -1)), last.unflatten(-1, (2, -1))
-        return self._modulations[timestep]
+            made = of_layers.unflatten(-1, (6, -1)), last.unflatten(-1, (2, -1))
+            self._modulations[timestep] = made
+        return made
 
     def _spans(self, frames: Frames) -> list[Span]:
         """Neighbouring rows of one span, together."""
@@ -236,12 +244,6 @@ class Token2WavTransformer(nn.Module):
             found.append(Span(rows, tokens, count, row.num_frames, rope, row.start % self.config.block_size))
             start = tokens.stop
         return found
-
-    def native_blocks(self) -> NativeBlocks | None:
-        """What runs all layers in one call; looked for once."""
-        if self._native is False:
-            self._native = NativeBlocks.find([layer.parts() for layer in self.blocks])
-        return self._native
 
 
 def _positions(row: RowSpan) -> Tensor:
