@@ -150,9 +150,7 @@ class DiffusionModelSpec(ABC):
     request_keys: frozenset[str] = frozenset()
     media_keys: frozenset[str] = frozenset()  # of them those that hold pictures or sounds
     gives_previews: ClassVar[bool] = False  # whether its running samples can be shown (`DiffusionModel.preview`)
-    auto_dtype: ClassVar[torch.dtype | None] = (
-        None  # what `dtype: auto` means for it, whatever its files and the device
-    )
+    auto_dtype: ClassVar[torch.dtype | None] = None  # what `dtype: auto` means for it; None: what it means elsewhere
     can_quantize: ClassVar[bool] = False  # whether weights within its blocks may be held in 8 bits
     can_offload: ClassVar[bool] = False  # whether weights of its blocks may wait in the host's memory
     packs_vae: ClassVar[bool] = False  # whether the kernels of a CPU hold the convolutions of its folder `vae` packed
