@@ -136,16 +136,21 @@ def test_stages_of_two_dtypes_work_together(text: str, image: str, pictures: Pat
     assert error.max() > 0 and error.mean() <= 4
 
 
-@pytest.mark.parametrize(("thinker", "talker"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_a_thinker_and_a_talker_of_two_dtypes_speak(thinker: str, talker: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("thinker", "talker", "sound", "chosen"),
+    [("bfloat16", "float32", "auto", "float32"), ("float32", "bfloat16", "bfloat16", "bfloat16")],
+)
+def test_stages_of_two_dtypes_speak(thinker: str, talker: str, sound: str, chosen: str, tmp_path: Path) -> None:
+    """`auto` is float32 for token2wav, as the reference implementation computes."""
     save_tiny_omni(tmp_path)
     params = {
         "thinker": SamplingParams(temperature=0.0, max_tokens=8),
         "talker": SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True),
         "token2wav": DiffusionParams(seed=0, num_inference_steps=3),
     }
-    with opened(tmp_path, f"thinker.dtype={thinker}", f"talker.dtype={talker}", "token2wav.dtype=bfloat16") as omni:
-        assert dtypes(omni) == {"thinker": thinker, "talker": talker, "token2wav": "float32"}
+    overrides = (f"thinker.dtype={thinker}", f"talker.dtype={talker}", f"token2wav.dtype={sound}")
+    with opened(tmp_path, *overrides) as omni:
+        assert dtypes(omni) == {"thinker": thinker, "talker": talker, "token2wav": chosen}
         output = omni.generate({"prompt_token_ids": [1, 2, 3, 4, 5]}, params)[0]
     assert output.error is None and output.audios[0].duration_s > 0
     assert np.isfinite(output.audios[0].samples).all() and output.audios[0].samples.any()
