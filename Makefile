@@ -26,7 +26,7 @@ SHARED = --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
+$(STAMP): pyproject.toml setup.py constraints.txt vllm_omni/layers/native/structures.py $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet $(PINS) --editable . --group dev

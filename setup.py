@@ -5,6 +5,7 @@ kernels are compiled where there is a compiler. Without one the package works by
 from __future__ import annotations
 
 import platform
+import runpy
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ VARIANTS = {
     "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"],
     "avx2": ["-march=x86-64-v3"],
 }
+STRUCTURES = "vllm_omni/layers/native/structures.py"
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-g0", "-fopenmp", "-Wall", "-Wextra"]
 
 
@@ -34,17 +36,24 @@ def kernels() -> list[Extension]:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return []
     headers = [str(path) for path in sorted(Path("csrc/cpu").glob("*.h"))]
+    common = [*FLAGS, f"-DOMNI_INTERFACE={interface()}ULL"]
     return [
         Extension(
             f"vllm_omni.layers.native._{name}",
             ["csrc/cpu/kernels.cpp"],
-            depends=headers,
-            extra_compile_args=[*FLAGS, *flags],
+            depends=[*headers, STRUCTURES],
+            extra_compile_args=[*common, *flags],
             extra_link_args=["-fopenmp"],
             optional=True,
         )
         for name, flags in VARIANTS.items()
     ]
+
+
+def interface() -> int:
+    """What the package's side of the calls says of itself; compiled in, so that no other version calls the kernels."""
+    number: int = runpy.run_path(STRUCTURES)["interface"]()
+    return number
 
 
 found = find_namespace_packages(include=["vllm_omni*"], exclude=["*.__pycache__*"])

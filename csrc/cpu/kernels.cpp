@@ -103,6 +103,9 @@ using namespace omni;
   }
 
 extern "C" {
+// What structures.py says of the structs and arguments that this is compiled for.
+uint64_t compiled_interface() { return OMNI_INTERFACE; }
+
 // Whether the process may use what this is compiled for.
 bool prepare() {
 #if defined(OMNI_TILES)

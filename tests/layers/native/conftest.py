@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vllm_omni.layers.native import library
+from vllm_omni.layers.native.structures import interface
 
 VARIANTS = library.built_variants()
 COMPILER = shutil.which("g++")
@@ -32,6 +33,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compile_emulated(file: Path) -> None:
     flags = ["-std=c++20", "-O2", "-march=x86-64-v3", "-fopenmp", "-shared", "-fPIC", "-DOMNI_EMULATE_TILES"]
+    flags.append(f"-DOMNI_INTERFACE={interface()}ULL")
     source = Path(__file__).parents[3] / "csrc" / "cpu" / "kernels.cpp"
     assert COMPILER is not None
     subprocess.run([COMPILER, *flags, str(source), "-o", str(file)], check=True, timeout=120)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes.util
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +24,9 @@ from vllm_omni.layers.forward_context import ForwardContext
 from vllm_omni.layers.halves import multiply_halves
 from vllm_omni.layers.linear import Embedding, Linear, pack_linears, quantize_linears
 from vllm_omni.layers.moe import SparseMLP
-from vllm_omni.layers.native import library
+from vllm_omni.layers.native import library, structures
 from vllm_omni.layers.native.packed import NativePacking
+from vllm_omni.layers.native.structures import interface
 from vllm_omni.layers.native.vocabulary import MOST_TOP, find_largest, find_top
 from vllm_omni.layers.quantization import dequantize, multiply_quantized, quantize_weight
 from vllm_omni.layers.sampler import largest
@@ -483,3 +487,30 @@ def test_experts_of_other_kinds_and_in_int8_are_run_one_by_one() -> None:
         blank = make_experts(4, 2, torch.bfloat16)
     quantize_linears(blank)
     assert blank.native() is None
+
+
+def test_kernels_of_another_version_are_not_called(
+    variant: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Arguments in other places would be read as pointers."""
+    file = library.built_variants()[variant]
+    library.load.cache_clear()
+    assert library.load(file)
+    library.load.cache_clear()
+    monkeypatch.setattr(library, "interface", lambda: interface() + 1)
+    assert library.load(file) == {}
+    assert "another version" in caplog.text and "make setup" in caplog.text
+    library.load.cache_clear()
+
+
+def test_a_library_that_says_no_version_is_not_called(caplog: pytest.LogCaptureFixture) -> None:
+    other = ctypes.util.find_library("m")
+    assert other is not None
+    library.load.cache_clear()
+    assert library.load(Path(other)) == {} and "another version" in caplog.text
+
+
+def test_what_describes_the_calls_is_read_without_torch() -> None:
+    code = f"import runpy, sys; print(runpy.run_path({structures.__file__!r})['interface'](), 'torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == [str(interface()), "False"]

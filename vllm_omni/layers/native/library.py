@@ -4,80 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vllm_omni.layers.native.structures import (
-    CacheStruct,
-    FilterStruct,
-    FullShapeStruct,
-    GroupNormStruct,
-    HeadRowStruct,
-    HeadsStruct,
-    LinearStruct,
-    MixtureShapeStruct,
-    ModulationsStruct,
-    NormStruct,
-    OperandStruct,
-    PerSampleStruct,
-    PicturesStruct,
-    ShapeStruct,
-    StepStruct,
-    TokensStruct,
-    WantedStruct,
-)
+from vllm_omni.layers.native.structures import ARGUMENTS, LAYOUT_ARGUMENTS, LinearStruct, interface
 from vllm_omni.utils.device import instruction_sets, is_cpu
+
+logger = logging.getLogger(__name__)
 
 VARIANTS = ("amx", "avx512bf16", "avx2")  # best first
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 HELD = {**DTYPES, torch.int8: "int8"}  # what weights may be held in
 SHARED_WORK = 2**20  # multiplications: some ten microseconds of one thread
-POINTER, COUNT, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-LAYOUT_ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "pack": (POINTER, COUNT, COUNT, THREADS),
-    "unpack_rows": (POINTER, COUNT, POINTER, COUNT, POINTER, THREADS),
-}
-ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "multiply": (POINTER, COUNT, ctypes.POINTER(LinearStruct), ctypes.c_bool, POINTER, THREADS),
-    "attend": (
-        ctypes.POINTER(StepStruct),
-        ctypes.POINTER(HeadsStruct),
-        POINTER,
-        ctypes.POINTER(CacheStruct),
-        POINTER,
-        THREADS,
-    ),
-    "find_largest": (POINTER, COUNT, COUNT, POINTER, THREADS),
-    "find_top": (POINTER, COUNT, COUNT, COUNT, POINTER, POINTER, THREADS),
-    "run_layers": (
-        *(POINTER, COUNT, ctypes.POINTER(ShapeStruct), ctypes.POINTER(StepStruct)),
-        *(POINTER, POINTER, POINTER, ctypes.POINTER(WantedStruct), POINTER, THREADS),
-    ),
-    "mix_experts": (POINTER, ctypes.POINTER(MixtureShapeStruct), POINTER, POINTER, POINTER, POINTER, THREADS),
-    "modulate": (
-        *(POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(NormStruct)),
-        *(ctypes.POINTER(PerSampleStruct), ctypes.POINTER(PerSampleStruct), POINTER, THREADS),
-    ),
-    "add_gated": (
-        *(POINTER, POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(NormStruct)),
-        *(ctypes.POINTER(PerSampleStruct), POINTER, THREADS),
-    ),
-    "place": (POINTER, ctypes.POINTER(TokensStruct), ctypes.POINTER(HeadRowStruct), POINTER, THREADS),
-    "gate": (POINTER, COUNT, COUNT, POINTER, THREADS),
-    "gelu": (POINTER, COUNT, POINTER, THREADS),
-    "run_blocks": (POINTER, COUNT, POINTER, COUNT, ctypes.POINTER(ModulationsStruct), POINTER, THREADS),
-    "snake": (POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, THREADS),
-    "filtered_snake": (POINTER, POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, THREADS),
-    "group_norm": (POINTER, ctypes.POINTER(GroupNormStruct), POINTER, POINTER, POINTER, THREADS),
-    "norm_pixels": (POINTER, POINTER, COUNT, COUNT, ctypes.c_float, ctypes.c_bool, POINTER, THREADS),
-    "convolve": (
-        *(POINTER, ctypes.POINTER(PicturesStruct), ctypes.POINTER(FilterStruct)),
-        *(ctypes.c_int32, POINTER, THREADS),
-    ),
-    "attend_fully": (ctypes.POINTER(FullShapeStruct), *[ctypes.POINTER(OperandStruct)] * 3, POINTER, THREADS),
-}
 
 
 class Layout:
@@ -153,8 +94,22 @@ def load(file: Path) -> dict[torch.dtype, Kernels]:
         library = ctypes.CDLL(str(file))
     except OSError:  # made for another system, or its OpenMP is not here
         return {}
+    if compiled_interface(library) != interface():
+        logger.warning("%s was compiled for another version of this package and is not used; run `make setup`", file)
+        return {}
     library.prepare.restype = ctypes.c_bool
     return {dtype: Kernels(library, name) for dtype, name in DTYPES.items()} if library.prepare() else {}
+
+
+def compiled_interface(library: ctypes.CDLL) -> int | None:
+    """See `structures.interface`; None of what is too old to say it, or something else."""
+    try:
+        function = library.compiled_interface
+    except AttributeError:
+        return None
+    function.restype = ctypes.c_uint64
+    found: int = function()
+    return found
 
 
 def multiplies(file: Path) -> bool:
