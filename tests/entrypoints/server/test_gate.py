@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Iterator
@@ -36,7 +37,8 @@ def raw(server: ServerProcess, content: bytes, timeout_s: float = 30) -> bytes:
     host, port = server.address.removeprefix("http://").rsplit(":", 1)
     found = b""
     with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
-        connection.sendall(content)
+        with contextlib.suppress(ConnectionError):  # who is refused may be so before all is read
+            connection.sendall(content)
         try:
             while chunk := connection.recv(65_536):
                 found += chunk
