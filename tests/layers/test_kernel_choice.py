@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from vllm_omni.layers import kernel_choice
 from vllm_omni.layers import linear as linear_module
 from vllm_omni.layers.kernel_choice import kernels_of
 from vllm_omni.layers.linear import Linear, pack_linears
-from vllm_omni.layers.native.library import built_variants
+from vllm_omni.layers.native import library
 from vllm_omni.layers.native.packed import NativePacking
 from vllm_omni.layers.packing import OneDNNPacking
 
@@ -20,12 +21,13 @@ def make_linears() -> nn.Module:
 
 def test_what_is_not_packed_is_multiplied_by_torch() -> None:
     found = kernels_of([make_linears()])
-    assert found == {"products": "torch", "kernels": next(iter(built_variants()), "none")}
+    assert found == {"products": "torch", "kernels": next(iter(kernel_choice.built_variants()), "none")}
     assert kernels_of([nn.SiLU()])["products"] == "torch"
 
 
-@pytest.mark.skipif(not built_variants(), reason="no kernels are compiled")
 def test_packed_layers_name_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not library.built_variants():
+        pytest.skip("no kernels are compiled")
     packed = make_linears()
     monkeypatch.setattr(linear_module, "find_packing", NativePacking.find)
     pack_linears(packed)

@@ -71,12 +71,12 @@ def test_the_weight_stays_as_it_is_packed_or_in_int8(is_int8: bool) -> None:
         on.fill(slice(None), published, None)
     pack_linears(on)
     x, each = torch.randn(5, WIDTH), mix(on, 1)
-    before, weight = on(x).clone(), on.weight.clone()
+    before, weight = on(x).clone(), on.weight.to_dense().clone()  # oneDNN keeps its layout to itself
     with adapted([each]):
         found = on(x)
     torch.testing.assert_close(found, expected(on, x, [each] * 5), atol=1e-4, rtol=1e-4)
     assert (found - before).abs().max() > 1
-    assert torch.equal(on(x), before) and torch.equal(on.weight, weight)
+    assert torch.equal(on(x), before) and torch.equal(on.weight.to_dense(), weight)
 
 
 def test_equal_adapters_of_all_rows_need_no_packing() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vllm_omni.layers.band import Band
 from vllm_omni.layers.linear import pack_linears
-from vllm_omni.layers.native.library import built_variants
+from vllm_omni.layers.native import library
 from vllm_omni.models.qwen2_5_omni.token2wav.config import DiTConfig
 from vllm_omni.models.qwen2_5_omni.token2wav.frames import Frames, RowSpan
 from vllm_omni.models.qwen2_5_omni.token2wav.transformer import BlockAttention, Condition, Token2WavTransformer
@@ -107,7 +107,7 @@ def embedded(transformer: Token2WavTransformer, rows: list[RowSpan]) -> Frames:
 def test_layers_by_one_call_equal_their_parts(rows: list[RowSpan], part: tuple[int, int], dtype: torch.dtype) -> None:
     transformer, (start, stop) = make_transformer(dtype), sorted(part)
     frames = embedded(transformer, rows)
-    assert (transformer.native() is None) == (not built_variants())
+    assert (transformer.native() is None) == (not library.built_variants())
     whole = transformer.run_blocks(frames, start, stop).hidden
     transformer._native = None
     assert torch.equal(whole, transformer.run_blocks(frames, start, stop).hidden)
@@ -116,7 +116,7 @@ def test_layers_by_one_call_equal_their_parts(rows: list[RowSpan], part: tuple[i
 def test_the_waveform_is_the_reference_s_by_one_call_too(tmp_path: Path) -> None:
     config = {**TOKEN2WAV, **WIDE}
     stage = engine(save_tiny_omni(tmp_path, config=tiny_config(token2wav_config=config)))
-    assert (stage.model.transformer.native() is None) == (not built_variants())
+    assert (stage.model.transformer.native() is None) == (not library.built_variants())
     for length in (1, 3, 17, 50):
         rows, value = codes(length, seed=length), params(5, 0.5, seed=length)
         got, expected = sound(stage, rows, value), reference_sound(rows, value, token2wav_config=config)
