@@ -41,6 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
         from support.line_coverage import LineCoverage
 
         config.pluginmanager.register(LineCoverage(config.getoption("--min-coverage")))
+    if config.getoption(
+        "--plain"
+    ):  # in this process, before anybody asks; those that a test starts compute as they would
+        from vllm_omni.layers.native import library
+
+        pytest.MonkeyPatch().setattr(library, "built_variants", dict)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -81,14 +87,3 @@ def interrupts() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def plain(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In this process; those that a test starts compute as they would."""
-    with pytest.MonkeyPatch.context() as patched:
-        if request.config.getoption("--plain"):
-            from vllm_omni.layers.native import library
-
-            patched.setattr(library, "built_variants", dict)
-        yield
