@@ -41,9 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from support.line_coverage import LineCoverage
 
         config.pluginmanager.register(LineCoverage(config.getoption("--min-coverage")))
-    if config.getoption(
-        "--plain"
-    ):  # in this process, before anybody asks; those that a test starts compute as they would
+    if config.getoption("--plain"):  # before anybody asks, in this process: what a test starts computes as it would
         from vllm_omni.layers.native import library
 
         pytest.MonkeyPatch().setattr(library, "built_variants", dict)
